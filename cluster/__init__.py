@@ -1,0 +1,1 @@
+"""Many replicas: gateway, groups, command line."""

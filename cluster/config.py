@@ -1,0 +1,57 @@
+"""ClusterConfig: everything `kvasir serve` can be told. Standard library only; flags and YAML keys come from the fields.
+
+The string under a field is its help text on the command line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvasir.engine.config import EngineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewayConfig:
+    """What clients connect to."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on, HTTP and gRPC. More than localhost needs --api-key or --insecure."""
+    port: int = 8000
+    """HTTP port; 0: any free one, printed."""
+    grpc_port: int = 9000
+    """gRPC port; 0: any free one, printed; -1: no gRPC."""
+    api_key: tuple[str, ...] = ()
+    """Keys that clients must send (Authorization: Bearer ...), also from KVASIR_API_KEY or VLLM_API_KEY (comma-separated)."""
+    api_key_file: str | None = None
+    """File with one key per line."""
+    insecure: bool = False
+    """Serve beyond localhost without a key."""
+    ssl_keyfile: str | None = None
+    """TLS private key (PEM), for HTTP and gRPC."""
+    ssl_certfile: str | None = None
+    """TLS certificate chain (PEM)."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins that browsers may call from (CORS); default: none."""
+    max_body_bytes: int = 32 * 2**20
+    """Largest request body; a larger one is refused with 413."""
+    max_stream_buffer: int = 4096
+    """Events held for one client that reads slowly; beyond it its request is cancelled."""
+    num_gateways: int = 1
+    """Gateway processes; they share the ports."""
+    drain_timeout_s: float = 30.0
+    """After SIGTERM: seconds that running requests may take to finish. Flag: --drain-timeout."""
+    response_role: str = "assistant"
+    """Role of chat answers."""
+    enable_log_requests: bool = False
+    """Log one line per request (no prompts, no keys)."""
+    log_level: str = "info"
+    """debug, info, warning or error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Models to serve and how clients reach them."""
+
+    engines: tuple[EngineConfig, ...] = field(default_factory=lambda: (EngineConfig(),))
+    """One group deployment per model."""
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)

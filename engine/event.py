@@ -1,0 +1,77 @@
+"""The one stream type from an engine to its clients: `Token | Finished | Failed`. Standard library only.
+
+Every accepted request gets, for each of its n continuations, any number of `Token`s and exactly one `Finished`; or, for
+the request as a whole, one `Failed` (index -1) after which nothing follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Union
+
+FinishReason = Literal["stop", "length", "abort"]
+TopLogprobs = Sequence[tuple[int, float]]
+"""(token id, natural log probability), most likely first."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log probability of one token under the model's raw distribution, its rank (1 = most likely) and the best few."""
+
+    logprob: float
+    rank: int
+    top: TopLogprobs = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """New tokens of continuation `index`; a step usually brings one."""
+
+    request_id: str
+    index: int
+    token_ids: Sequence[int]
+    logprobs: Sequence[TokenLogprob] | None = None
+    """As many as `token_ids`, when asked for."""
+    prompt_logprobs: Sequence[TokenLogprob | None] | None = None
+    """On the first `Token` of index 0 only, when asked for; the first prompt token has None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where the time went, in seconds since the epoch (time.time); 0.0 = never happened."""
+
+    queued: float = 0.0
+    scheduled: float = 0.0
+    first_token: float = 0.0
+    finished: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Continuation `index` is complete. Token counts are this continuation's own."""
+
+    request_id: str
+    index: int
+    reason: FinishReason
+    stop_token_id: int | None = None
+    """The stop token, when one ended it: it was delivered in a `Token`, the text leaves it out."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens that came out of the prefix cache."""
+    output_tokens: int = 0
+    preemptions: int = 0
+    timing: Timing = field(default_factory=Timing)
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request as a whole failed; `code` is a key of `errors.ERRORS`."""
+
+    request_id: str
+    code: str
+    message: str
+    index: int = -1
+
+
+Event = Union[Token, Finished, Failed]

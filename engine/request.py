@@ -1,0 +1,131 @@
+"""What crosses from a client into an engine: a `Request` and its `SamplingParams`. Standard library only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from kvasir.engine.errors import ClientError
+
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 64
+MAX_STOP_BYTES = 1024
+MAX_N = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen and when to stop. Ranges are checked by construction; errors name field and range."""
+
+    n: int = 1
+    """Continuations of one prompt, 1 to 128. Continuation i draws with seed + i."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 or -1: off."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Token id -> value added to its logit, -100 to 100."""
+    seed: int | None = None
+    """None: the engine picks one; it is then reported nowhere and differs between requests."""
+    stop: Sequence[str] = ()
+    """Strings that end the output; none of their characters is delivered. A single string is accepted."""
+    stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
+    min_tokens: int = 0
+    """No end-of-sequence and no stop before this many tokens."""
+    max_tokens: int | None = 16
+    """None: up to the end of the model's context."""
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """None: off. 0 to 20: that many most likely tokens, besides the sampled one."""
+    prompt_logprobs: int | None = None
+    """The same for each prompt token but the first."""
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    detokenize: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        self._check()
+
+    def _check(self) -> None:
+        _whole("n", self.n, 1, MAX_N)
+        _real("temperature", self.temperature, 0.0, math.inf)
+        _real("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _whole("top_k", self.top_k, 0, None, note="; 0 or -1 turns it off")
+        _real("min_p", self.min_p, 0.0, 1.0)
+        _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _real("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        for token, bias in self.logit_bias.items():
+            _whole("logit_bias key", token, 0, None)
+            _real("logit_bias value", bias, -100.0, 100.0)
+        if self.seed is not None:
+            _whole("seed", self.seed, -(2**63), 2**63 - 1)
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise ClientError(f"stop has {len(self.stop)} strings; at most {MAX_STOP_STRINGS}", param="stop")
+        for text in self.stop:
+            if not isinstance(text, str) or not 0 < len(text.encode()) <= MAX_STOP_BYTES:
+                raise ClientError(f"stop strings must be 1 to {MAX_STOP_BYTES} bytes long, got {text!r:.40}", param="stop")
+        for token in self.stop_token_ids:
+            _whole("stop_token_ids", token, 0, None)
+        _whole("min_tokens", self.min_tokens, 0, None)
+        if self.max_tokens is not None:
+            _whole("max_tokens", self.max_tokens, 1, None)
+            if self.min_tokens > self.max_tokens:
+                raise ClientError(
+                    f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})", param="min_tokens"
+                )
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 0, MAX_LOGPROBS)
+        if self.stop and not self.detokenize:
+            raise ClientError("stop strings need detokenize=True; use stop_token_ids instead", param="stop")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One prompt for one model. The engine answers with `Event`s that carry `request_id`."""
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    sampling: SamplingParams
+    priority: int = 0
+    """Lower is served first, as in vLLM."""
+    cache_salt: str = ""
+    """Blocks are shared only between requests with the same salt."""
+    deadline_s: float | None = None
+    """Seconds from submission until the request fails with `DeadlineError`."""
+    adapter: str | None = None
+    trace_context: Mapping[str, str] = field(default_factory=dict)
+    """W3C headers (traceparent, tracestate) of the span that sent this."""
+    resume_token_ids: Sequence[int] = ()
+    """Tokens already delivered by another group: the sequence goes on behind them (n must be 1)."""
+
+
+def _whole(name: str, value: object, low: int, high: int | None, note: str = "") -> None:
+    """Raise unless `value` is an int (bool is not) in [low, high]."""
+    limits = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        raise ClientError(f"{name} must be {limits}{note}, got {value!r:.60}", param=name.split()[0])
+
+
+def _real(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
+    """Raise unless `value` is a finite number in [low, high], or (low, high] with `open_low`."""
+    below = "above" if open_low else "at least"
+    limits = f"a number {below} {low:g}" + ("" if high == math.inf else f" and at most {high:g}")
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or not low <= float(value) <= high or (open_low and float(value) == low):  # type: ignore[arg-type]
+        raise ClientError(f"{name} must be {limits}, got {value!r:.60}", param=name.split()[0])

@@ -1,0 +1,67 @@
+"""What every rank is told to execute once (`Step`), and what the last rank answers (`Result`). Ints and lists only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvasir.engine.event import TokenLogprob
+from kvasir.engine.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class NewSequence:
+    """A sequence enters the ranks' batch state (again, after a preemption). Its block table starts empty."""
+
+    seat: int
+    """Its row in the ranks' batch state, 0 to max_num_seqs - 1."""
+    token_ids: Sequence[int]
+    """Everything so far: prompt, and output if it was resumed or preempted."""
+    prompt_len: int
+    """Tokens that count as prompt (for penalties and min_tokens)."""
+    sampling: SamplingParams
+    seed: int
+    """Draws depend on (seed, position) alone."""
+    stop_token_ids: Sequence[int]
+    """End-of-sequence and stop ids: masked until sampling.min_tokens outputs exist."""
+    adapter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """`count` tokens of the sequence in `seat`, from position `start`, are computed in this step."""
+
+    seat: int
+    start: int
+    count: int
+    sample: bool
+    """The last row's logits give the next token, which every rank appends to the seat's tokens."""
+    prompt_logprobs: bool = False
+    """Also score the prompt tokens behind these rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Differences to the last step, applied in the order of the fields, then one forward over `slices`."""
+
+    id: int
+    freed: Sequence[int] = ()
+    """Seats whose sequences left."""
+    new: Sequence[NewSequence] = ()
+    blocks: Sequence[tuple[int, Sequence[int]]] = ()
+    """(seat, block ids to append to its table)"""
+    copies: Sequence[tuple[int, int]] = ()
+    """(source block, target block): copy-on-write, done before the forward."""
+    slices: Sequence[Slice] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What step `step` produced: one token for each slice with `sample`, in the order of the slices."""
+
+    step: int
+    token_ids: Sequence[int]
+    logprobs: Sequence[TokenLogprob | None] = ()
+    """As many as `token_ids`, or empty when no sequence asked."""
+    prompt_logprobs: dict[int, Sequence[TokenLogprob]] = field(default_factory=dict)
+    """seat -> scores of the prompt tokens start + 1 .. start + count (those inside the prompt)."""
