@@ -11,14 +11,19 @@ from kvasir.engine.config import EngineConfig
 from kvasir.engine.request import Request, SamplingParams
 
 if TYPE_CHECKING:
-    from kvasir.engine.llm import LLM, AsyncLLM
+    from kvasir.engine.async_llm import AsyncLLM
+    from kvasir.engine.llm import LLM
 
 __all__ = ["LLM", "AsyncLLM", "EngineConfig", "Request", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("LLM", "AsyncLLM"):
-        from kvasir.engine import llm
+    if name == "LLM":
+        from kvasir.engine.llm import LLM
 
-        return getattr(llm, name)
+        return LLM
+    if name == "AsyncLLM":
+        from kvasir.engine.async_llm import AsyncLLM
+
+        return AsyncLLM
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

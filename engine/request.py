@@ -78,7 +78,9 @@ class SamplingParams:
             raise ClientError(f"stop has {len(self.stop)} strings; at most {MAX_STOP_STRINGS}", param="stop")
         for text in self.stop:
             if not isinstance(text, str) or not 0 < len(text.encode()) <= MAX_STOP_BYTES:
-                raise ClientError(f"stop strings must be 1 to {MAX_STOP_BYTES} bytes long, got {text!r:.40}", param="stop")
+                raise ClientError(
+                    f"stop strings must be 1 to {MAX_STOP_BYTES} bytes long, got {text!r:.40}", param="stop"
+                )
         for token in self.stop_token_ids:
             _whole("stop_token_ids", token, 0, None)
         _whole("min_tokens", self.min_tokens, 0, None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,3 +31,5 @@ class Ragged:
     host_starts: npt.NDArray[np.int32]
     """starts on the host, so that no kernel has to wait for the device."""
     host_lengths: npt.NDArray[np.int32]
+    plans: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What kernels work out from the rest once per step, by their own keys; every layer finds it here."""

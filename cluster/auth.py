@@ -1,0 +1,87 @@
+"""Who may call: API keys, compared in constant time, and which address may be bound without one."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from kvasir.cluster.config import GatewayConfig
+from kvasir.engine.errors import ClientError, ConfigError
+
+KEY_VARIABLES = ("KVASIR_API_KEY", "VLLM_API_KEY")
+"""Each may hold several keys, separated by commas."""
+
+
+class UnauthenticatedError(ClientError):
+    """No key, or a wrong one."""
+
+    code = "invalid_api_key"
+    status = 401
+
+
+class ApiKeys:
+    """The keys that are let in; none at all: everybody is. Only hashes are kept, so that no log can show a key."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = tuple({_digest(key) for key in keys})
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def check(self, authorization: str | None) -> None:
+        """Raise UnauthenticatedError unless the header's value is `Bearer KEY` with one of the keys."""
+        if not self._digests:
+            return
+        if not authorization:
+            raise UnauthenticatedError("no API key; send the header Authorization: Bearer KEY")
+        scheme, _, key = authorization.partition(" ")
+        given = _digest(key.strip())
+        matches = [hmac.compare_digest(given, digest) for digest in self._digests]  # all of them: no early way out
+        if not any(matches) or scheme.lower() != "bearer":
+            raise UnauthenticatedError("the API key is wrong; send the header Authorization: Bearer KEY")
+
+
+def load_keys(config: GatewayConfig, environ: Mapping[str, str]) -> ApiKeys:
+    """Keys of flags, file and environment together. ConfigError when the file can't be read or holds none."""
+    keys = [*config.api_key]
+    for variable in KEY_VARIABLES:
+        keys += environ.get(variable, "").split(",")
+    if config.api_key_file is not None:
+        keys += _read(Path(config.api_key_file).expanduser())
+    return ApiKeys(stripped for key in keys if (stripped := key.strip()))
+
+
+def check_exposure(config: GatewayConfig, environ: Mapping[str, str]) -> None:
+    """ConfigError unless only this machine can connect, a key is needed, or --insecure says that none is."""
+    if config.insecure or is_local(config.host) or load_keys(config, environ):
+        return
+    text = f"--host {config.host} lets other machines connect, and there is no API key"
+    raise ConfigError(f"{text}; set --api-key (or KVASIR_API_KEY), or --insecure to serve everybody", param="host")
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _read(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-key-file {path} can't be read: {error}", param="api_key_file") from error
+    keys = [line for line in map(str.strip, lines) if line and not line.startswith("#")]
+    if not keys:
+        raise ConfigError(f"--api-key-file {path} holds no key; write one per line", param="api_key_file")
+    return keys
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

@@ -1,0 +1,83 @@
+"""Call: what a client asks for in one request of any dialect, before it is tokenised. Standard library only."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Union
+
+from kvasir.engine.errors import ClientError, UnsupportedError
+
+_TEMPLATE_ARGUMENTS = ("messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Text:
+    """A plain prompt."""
+
+    text: str
+    add_special_tokens: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """What a chat template renders."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """What else the template knows: enable_thinking, ..."""
+    add_special_tokens: bool = False
+
+
+Prompt = Union[Text, Conversation, Sequence[int]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """Prompts for one model, all sampled alike."""
+
+    model: str
+    """Empty: the only model of a server that serves one."""
+    prompts: Sequence[Prompt]
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """What the client set, by the names of `SamplingParams`; the model's defaults fill the rest."""
+    max_tokens: int | None = None
+    """Where neither client nor model say; None: what is left of the context."""
+    priority: int = 0
+    cache_salt: str = ""
+    deadline_s: float | None = None
+
+    @property
+    def operation(self) -> str:
+        """OpenTelemetry's name for it."""
+        return "chat" if isinstance(self.prompts[0], Conversation) else "text_completion"
+
+
+def request_id_from(given: str | None, param: str) -> str:
+    """The client's own id for its request, or a new one. ClientError when it couldn't be put into a header or a log."""
+    if not given:
+        return uuid.uuid4().hex
+    if not _REQUEST_ID.fullmatch(given):
+        raise ClientError(f"{param} must be 1 to 128 letters, digits or ._:/+=@-, got {given!r:.60}", param=param)
+    return given
+
+
+def check_tools(tools: Sequence[Mapping[str, Any]] | None, choice: object) -> None:
+    """Tools may be shown to the model; calls can't be enforced or parsed so far."""
+    if tools and choice != "none":
+        text = 'tools need tool_choice "none" so far: they are shown to the model, but its calls aren\'t parsed'
+        raise UnsupportedError(text, param="tools")
+    if not tools and choice not in (None, "none", "auto"):
+        raise ClientError("tool_choice needs tools", param="tool_choice")
+
+
+def check_variables(variables: Mapping[str, Any], param: str) -> None:
+    """What a request adds for the chat template doesn't replace what other fields say, nor the template."""
+    if taken := [name for name in _TEMPLATE_ARGUMENTS if name in variables]:
+        raise ClientError(f"{param} can't hold {taken[0]}", param=param)

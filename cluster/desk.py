@@ -1,0 +1,212 @@
+"""From a call of any dialect to requests: validate, tokenise, admit, route. The one path of HTTP and gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+import uuid
+from collections.abc import Collection, Mapping, Sequence
+
+from kvasir.cluster import telemetry
+from kvasir.cluster.call import Call, Conversation, Prompt, Text
+from kvasir.cluster.generation import Generation
+from kvasir.cluster.group_client import GroupClient, GroupDirectory, Stream
+from kvasir.cluster.metrics import Metrics
+from kvasir.cluster.served_model import ServedModel
+from kvasir.cluster.telemetry import RequestSpan, Tracing
+from kvasir.engine.errors import ClientError, ContextLengthError, KvasirError, ModelNotFoundError, UnavailableError
+from kvasir.engine.info import ModelInfo
+from kvasir.engine.request import Request, SamplingParams
+
+DRAIN_RETRY_S = 5.0
+"""What clients are told to wait when this gateway drains: another one, or the next version, is up by then."""
+
+
+class Desk:
+    """Takes calls for the models of this gateway."""
+
+    def __init__(
+        self, models: Sequence[ServedModel], directory: GroupDirectory, metrics: Metrics, tracing: Tracing
+    ) -> None:
+        self.models = tuple(models)
+        self.directory = directory
+        self.metrics = metrics
+        self.draining = False
+        """New calls are refused."""
+        self._beginning = 0
+        self._running: set[Generation] = set()
+        self._tracing = tracing
+        self._by_name = {name: model for model in models for name in model.names}
+
+    @property
+    def running(self) -> int:
+        """Calls that haven't ended."""
+        return self._beginning + len(self._running)
+
+    def abandon(self) -> None:
+        """Abort everything; clients are told that the server is unavailable."""
+        for generation in self._running:
+            generation.abandon()
+
+    def model(self, name: str) -> ServedModel:
+        """The model of that name. Raises ModelNotFoundError, which lists those that there are."""
+        if name in self._by_name:
+            return self._by_name[name]
+        if not name and len(self.models) == 1:
+            return self.models[0]
+        served = ", ".join(self._by_name)
+        raise ModelNotFoundError(f"model {name!r} isn't served here; there is: {served}", param="model")
+
+    def info(self, model: ServedModel) -> ModelInfo:
+        """Facts of a living group of `model`. Raises UnavailableError."""
+        return _info(self.directory.find(model.name))
+
+    async def begin(self, call: Call, request_id: str, headers: Mapping[str, str]) -> Generation:
+        """Start `call`. Raises a KvasirError when it can't be run, or not now. `headers` may hold a traceparent."""
+        started = time.monotonic()
+        model = self.model(call.model)
+        span = self._span(call, model, headers)
+        self._beginning += 1
+        try:
+            generation = await self._begin(call, model, request_id, span, started)
+        except BaseException as error:  # cancellation too: span and counter must not be forgotten
+            code = error.code if isinstance(error, KvasirError) else "cancelled"
+            self.metrics.failed(model.name, code)
+            span.end(error=code)
+            raise
+        finally:
+            self._beginning -= 1
+        self._running.add(generation)
+        return generation
+
+    async def detokenize(self, model: ServedModel, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Text of `ids`. ClientError when one isn't the model's."""
+        _check_range("tokens", ids, self.info(model))
+        return await model.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def end(self, generation: Generation) -> None:
+        """Every `begin` is followed by this; aborts what still runs."""
+        if generation in self._running:
+            generation.close()
+            self._running.discard(generation)
+            if generation.error:
+                self.metrics.failed(generation.model.name, generation.error)
+
+    async def _begin(
+        self, call: Call, model: ServedModel, request_id: str, span: RequestSpan, started: float
+    ) -> Generation:
+        with span.stage("admit"):
+            if self.draining:
+                why = "this server is shutting down; send the request again"
+                raise UnavailableError(why, retry_after_s=DRAIN_RETRY_S)
+            requests, info = await self._requests(call, model, request_id, span)
+        record = self.metrics.call(model.name, call.operation, requests, started)
+        with span.stage("route"):
+            streams = await _submit(self.directory.find(model.name), requests)
+        return Generation(model, info, requests, streams, span=span, record=record)
+
+    async def _requests(
+        self, call: Call, model: ServedModel, request_id: str, span: RequestSpan
+    ) -> tuple[list[Request], ModelInfo]:
+        """One request per prompt, and the facts they were checked against."""
+        sampling, chosen = _sampling(call, model)
+        info = self.info(model)
+        _check_ids(sampling, info)
+        prompts = [await _token_ids(model, prompt, info) for prompt in call.prompts]
+        suffix = uuid.uuid4().hex[:8]  # clients may use an id twice, groups need them unique
+        requests = [
+            Request(
+                request_id=f"{request_id}-{number}-{suffix}",
+                prompt_token_ids=ids,
+                sampling=_fitted(sampling, len(ids), info, chosen),
+                priority=call.priority,
+                cache_salt=call.cache_salt,
+                deadline_s=call.deadline_s,
+                trace_context=span.trace_context,
+            )
+            for number, ids in enumerate(prompts)
+        ]
+        return requests, info
+
+    def _span(self, call: Call, model: ServedModel, headers: Mapping[str, str]) -> RequestSpan:
+        given = call.sampling
+        facts = {
+            telemetry.RESPONSE_MODEL: model.name,
+            telemetry.REQUEST_MAX_TOKENS: given.get("max_tokens"),
+            telemetry.REQUEST_TEMPERATURE: given.get("temperature"),
+            telemetry.REQUEST_TOP_P: given.get("top_p"),
+            telemetry.REQUEST_TOP_K: given.get("top_k"),
+            telemetry.REQUEST_SEED: given.get("seed"),
+            telemetry.REQUEST_CHOICE_COUNT: given.get("n"),
+        }
+        return self._tracing.request(call.operation, call.model or model.name, headers, facts)
+
+
+def _info(client: GroupClient) -> ModelInfo:
+    assert client.info is not None, "the directory gives out groups that are connected"
+    return client.info
+
+
+def _sampling(call: Call, model: ServedModel) -> tuple[SamplingParams, bool]:
+    """(client's values over the model's defaults over Kvasir's, whether the client chose max_tokens)."""
+    chosen = call.sampling.get("max_tokens") is not None
+    detokenize = {} if model.tokenizer else {"detokenize": False}
+    given = {"max_tokens": call.max_tokens, **model.sampling_defaults, **call.sampling, **detokenize}
+    return SamplingParams(**given), chosen
+
+
+def _check_ids(sampling: SamplingParams, info: ModelInfo) -> None:
+    """Token ids that the sampling names are the model's."""
+    for name in ("stop_token_ids", "logit_bias"):
+        _check_range(name, getattr(sampling, name), info)
+
+
+def _check_range(name: str, ids: Collection[int], info: ModelInfo) -> None:
+    """ClientError unless all `ids` are in the vocabulary."""
+    if ids and not 0 <= min(ids) <= max(ids) < info.vocab_size:
+        wrong = next(token for token in ids if not 0 <= token < info.vocab_size)
+        raise ClientError(f"{name} has token id {wrong}; ids are 0 to {info.vocab_size - 1}", param=name)
+
+
+async def _token_ids(model: ServedModel, prompt: Prompt, info: ModelInfo) -> Sequence[int]:
+    """The prompt as ids of the model's vocabulary, at least one."""
+    if isinstance(prompt, (Text, Conversation)):
+        ids: Sequence[int] = await model.encode(prompt)
+    else:
+        ids = prompt
+        _check_range("prompt", ids, info)
+    if not ids:
+        raise ClientError("prompt must hold at least one token", param="prompt")
+    return ids
+
+
+def _fitted(sampling: SamplingParams, prompt_tokens: int, info: ModelInfo, chosen: bool) -> SamplingParams:
+    """`sampling` with a max_tokens that the context has room for. ContextLengthError when a chosen one doesn't fit."""
+    limit = info.max_model_len
+    room, wanted = limit - prompt_tokens, sampling.max_tokens
+    if room < 1:
+        text = f"the prompt has {prompt_tokens} tokens; prompt and output share {limit} tokens (--max-model-len)"
+        raise ContextLengthError(f"{text}, so it may have {limit - 1} at most", param="prompt")
+    if wanted is None or wanted <= room:
+        return sampling
+    if not chosen:
+        return dataclasses.replace(sampling, max_tokens=room)
+    text = f"the prompt has {prompt_tokens} tokens and max_tokens is {wanted}, {prompt_tokens + wanted} together"
+    raise ContextLengthError(f"{text}; the model's context is {limit} (--max-model-len)", param="max_tokens")
+
+
+async def _submit(client: GroupClient, requests: Sequence[Request]) -> list[Stream]:
+    """All requests or none: when one is refused the others are aborted."""
+    if len(requests) == 1:
+        return [await client.submit(requests[0])]
+    tasks = [asyncio.ensure_future(client.submit(request)) for request in requests]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:  # cancellation too
+        for task in tasks:
+            task.cancel()
+        for found in await asyncio.gather(*tasks, return_exceptions=True):
+            if not isinstance(found, BaseException):
+                found.close()
+        raise

@@ -1,0 +1,173 @@
+"""Gateway as a Serve deployment: a replica that opens its own HTTP and gRPC sockets, shared with its siblings.
+
+Serve places, watches and replaces it; requests don't come through Serve's proxies, which cost time for every chunk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+import uvicorn
+from kvasir.cluster import telemetry
+from kvasir.cluster.config import ClusterConfig
+from kvasir.cluster.group_client import Endpoint, GroupDirectory
+from kvasir.engine.errors import ConfigError, UnavailableError
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+ASK_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where a gateway listens; `grpc` is None when it is turned off."""
+
+    http: str
+    grpc: str | None
+
+
+def bound_socket(host: str, port: int, *, shared: bool) -> socket.socket:
+    """A TCP socket on host:port (0: a free one), not yet listening. `shared`: other gateways may have the port too.
+
+    Raises ConfigError when it can't be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise ConfigError(f"can't listen on {host}:{port}: {error.strerror or error}", param="port") from error
+    return sock
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals alone: the process belongs to Serve."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Gateway:
+    """One gateway process. `groups`: handles of the Group deployments, in the order of `config.engines`."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: ClusterConfig, environ: Mapping[str, str], *groups: DeploymentHandle[Any]
+    ) -> None:
+        from kvasir.cluster.desk import Desk
+        from kvasir.cluster.metrics import Metrics
+        from kvasir.cluster.served_model import ServedModel
+
+        os.environ.update(environ)
+        telemetry.log_to_stderr(config.gateway.log_level)
+        self._config = config.gateway
+        self._tracing = telemetry.Tracing.from_environment(environ)
+        models = [ServedModel.load(engine) for engine in config.engines]
+        names = {name: model.name for model in models for name in model.names}
+        self._directory = GroupDirectory(names, max_stream_buffer=config.gateway.max_stream_buffer)
+        for model, group in zip(models, groups, strict=True):
+            self._directory.follow(model.name, partial(_endpoints, group))
+        self._desk = Desk(models, self._directory, Metrics(), self._tracing)
+        self.addresses = Addresses(await self._start_http(), await self._start_grpc())
+
+    async def state(self) -> tuple[Addresses, dict[str, str]]:
+        """(where it listens, model -> why it can't be served yet)."""
+        return self.addresses, self._directory.missing()
+
+    async def check_health(self) -> None:
+        """Serve replaces the replica when this raises."""
+        if self._http_task.done():
+            raise RuntimeError("the HTTP server ended")
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests, let running ones finish, close the sockets, export the last spans."""
+        self._desk.draining = True
+        deadline = time.monotonic() + timeout_s
+        while self._desk.running and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        self._desk.abandon()
+        await self._stop()
+
+    async def __del__(self) -> None:
+        """Serve ends this replica: a rolling update, or the application's end."""
+        await self.drain(self._config.drain_timeout_s)
+
+    async def _start_http(self) -> str:
+        from kvasir.cluster.gateway import create_app
+
+        config = self._config
+        sock = bound_socket(config.host, config.port, shared=True)
+        options = uvicorn.Config(
+            create_app(self._desk, config),
+            log_config=None,
+            access_log=False,
+            ws="none",
+            lifespan="off",
+            server_header=False,
+            ssl_keyfile=config.ssl_keyfile,
+            ssl_certfile=config.ssl_certfile,
+            timeout_graceful_shutdown=1,
+        )
+        self._http = _Server(options)
+        self._http_task = asyncio.ensure_future(self._http.serve(sockets=[sock]))
+        while not self._http.started:
+            await asyncio.sleep(0.005)
+            if self._http_task.done():
+                await self._http_task
+        return f"{'https' if config.ssl_certfile else 'http'}://{_authority(*sock.getsockname()[:2])}"
+
+    async def _start_grpc(self) -> str | None:
+        from kvasir.cluster.gateway import create_grpc_server
+
+        config = self._config
+        self._grpc: Any = None
+        if config.grpc_port < 0:
+            return None
+        self._grpc = create_grpc_server(self._desk, config)
+        address = _authority(config.host, config.grpc_port)
+        if config.ssl_certfile and config.ssl_keyfile:
+            pair = (Path(config.ssl_keyfile).read_bytes(), Path(config.ssl_certfile).read_bytes())
+            port = self._grpc.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+        else:
+            port = self._grpc.add_insecure_port(address)
+        await self._grpc.start()
+        return _authority(config.host, port)
+
+    async def _stop(self) -> None:
+        self._http.should_exit = True
+        await asyncio.gather(self._http_task, return_exceptions=True)
+        if self._grpc is not None:
+            await self._grpc.stop(grace=0.5)
+        await self._directory.close()
+        await asyncio.to_thread(self._tracing.shutdown)
+
+
+def _authority(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+async def _endpoints(group: DeploymentHandle[Any]) -> Sequence[Endpoint]:
+    """Where the living replicas of a Group deployment are."""
+    try:
+        answers = await group.broadcast("endpoint").results_async(timeout_s=ASK_TIMEOUT_S, return_exceptions=True)
+    except (TimeoutError, RayError, RayServeException) as error:  # it isn't placed yet, or is being replaced
+        raise UnavailableError(f"its group doesn't answer: {type(error).__name__}") from error
+    told = [answer for answer in answers if not isinstance(answer, BaseException)]
+    if not (found := [endpoint for endpoint, _ in told if endpoint is not None]):
+        raise UnavailableError(next((why for _, why in told), "the model is loading"))
+    return found

@@ -1,0 +1,137 @@
+"""What runs for one call: the events of its requests become deltas; metrics and the span are closed with it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Sequence
+
+from kvasir.cluster.group_client import Stream
+from kvasir.cluster.metrics import CallRecord
+from kvasir.cluster.served_model import ServedModel
+from kvasir.cluster.telemetry import RequestSpan
+from kvasir.engine.errors import KvasirError, UnavailableError
+from kvasir.engine.event import Event, Finished
+from kvasir.engine.info import ModelInfo
+from kvasir.engine.request import Request
+from kvasir.engine.transcript import Delta, Transcript, Usage
+
+
+class Generation:
+    """Iterate for the deltas, each with the number of its prompt; `close` in any case.
+
+    Iteration raises the KvasirError with which a request failed, and ends when the groups are done with all of them.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        info: ModelInfo,
+        requests: Sequence[Request],
+        streams: Sequence[Stream],
+        *,
+        span: RequestSpan,
+        record: CallRecord,
+    ) -> None:
+        self.model = model
+        self.requests = requests
+        self.transcripts = [Transcript(r, model.tokenizer, eos_token_ids=info.eos_token_ids) for r in requests]
+        self.closed = False
+        self._streams = streams
+        self._merged = _Merged(streams) if len(streams) > 1 else None
+        self._open = len(streams)
+        self._span = span
+        self._record = record
+        self.error: str | None = None
+        """Once closed: the code of what went wrong; `cancelled` when the client went away."""
+
+    @property
+    def usage(self) -> Usage:
+        """Sum over all prompts; complete when iteration has ended."""
+        counts = [dataclasses.astuple(transcript.usage) for transcript in self.transcripts]
+        return Usage(*map(sum, zip(*counts, strict=True)))
+
+    def close(self) -> None:
+        """Abort what still runs."""
+        if self.closed:
+            return
+        self.closed = True
+        self.abandon()
+        if self._merged:
+            self._merged.close()
+        self._conclude()
+
+    def abandon(self) -> None:
+        """Abort what still runs; who iterates is told that the group is unavailable."""
+        for stream in self._streams:
+            stream.close()
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> list[tuple[int, Delta]]:
+        """What came since the last time: at least one delta."""
+        while self._open:
+            number, events = await self._merged.next() if self._merged else (0, await self._streams[0].batch())
+            if not events:
+                self._open -= 1
+            elif deltas := self._feed(number, events):
+                return deltas
+        if not all(transcript.settled for transcript in self.transcripts) and not self.closed:
+            self.error = UnavailableError.code
+            raise UnavailableError("the server ended this request before it was complete", retry_after_s=1.0)
+        raise StopAsyncIteration
+
+    def _feed(self, number: int, events: Sequence[Event]) -> list[tuple[int, Delta]]:
+        transcript = self.transcripts[number]
+        try:
+            deltas = transcript.feed(events)
+        except KvasirError as error:
+            self.error = error.code
+            raise
+        for event in events:
+            if isinstance(event, Finished):
+                self._record.finished(number, event)
+        if deltas and deltas[0].token_ids:
+            self._record.tokens(number)
+        for delta in deltas:
+            if delta.matched:
+                self._streams[number].abort(delta.index, "stop")
+        return [(number, delta) for delta in deltas]
+
+    def _conclude(self) -> None:
+        """End span and record; a call that was closed early counts as aborted."""
+        reasons = [output.finish_reason or "abort" for t in self.transcripts for output in t.outputs]
+        self.error = self.error or ("cancelled" if "abort" in reasons else None)
+        usage = self.usage
+        self._span.end(
+            response_id=self.requests[0].request_id,
+            finish_reasons=reasons,
+            input_tokens=usage.prompt_tokens,
+            output_tokens=usage.completion_tokens,
+            cached_tokens=usage.cached_tokens,
+            error=self.error,
+        )
+
+
+class _Merged:
+    """Several streams read as one. Holds one batch at most: for slow readers the streams have their own limit."""
+
+    def __init__(self, streams: Sequence[Stream]) -> None:
+        self._queue: asyncio.Queue[tuple[int, Sequence[Event]]] = asyncio.Queue(maxsize=1)
+        self._tasks = [asyncio.ensure_future(self._pump(number, stream)) for number, stream in enumerate(streams)]
+
+    async def next(self) -> tuple[int, Sequence[Event]]:
+        """(stream's number, its events); no events: that stream has ended."""
+        return await self._queue.get()
+
+    def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    async def _pump(self, number: int, stream: Stream) -> None:
+        events: Sequence[Event] = await stream.batch()
+        while events:
+            await self._queue.put((number, events))
+            events = await stream.batch()
+        await self._queue.put((number, ()))

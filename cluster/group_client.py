@@ -1,0 +1,417 @@
+"""A gateway's end of the streams to groups: `GroupDirectory` finds the `GroupClient` of a model, that takes `Request`s.
+
+All of it belongs to one asyncio loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import grpc
+from kvasir.cluster import wire
+from kvasir.engine.errors import KvasirError, ModelNotFoundError, UnavailableError
+from kvasir.engine.event import Event, Failed, Finished, FinishReason
+from kvasir.engine.info import ModelInfo
+from kvasir.engine.request import Request
+from kvasir.engine.scheduler import Stats
+from kvasir.proto import group_pb2 as pb
+from kvasir.proto.group_pb2_grpc import GroupStub
+
+SILENCE_S = 1.5
+"""A group that says nothing for six of its load periods is dead, or not to be told from it."""
+BACKOFF_S = (0.05, 1.0)
+"""First and longest pause between attempts to connect."""
+POLL_S = (0.2, 2.0)
+"""How often the directory asks where a model's groups are: while it has none, and then; at once when one breaks."""
+
+
+GroupCall: TypeAlias = "grpc.aio.StreamStreamCall[pb.GatewayMessage, pb.GroupMessage]"
+Fetch: TypeAlias = "Callable[[], Awaitable[Sequence[Endpoint]]]"
+
+
+class Stream:
+    """Events of one request, one by one or in batches: ends behind the last `Finished`, or behind `Failed`.
+
+    Holds at most `limit` events for a reader that is slow; then the request is aborted and fails as overloaded.
+    """
+
+    def __init__(self, request: Request, limit: int, send_abort: Callable[[int | None, FinishReason], None]) -> None:
+        self.request_id = request.request_id
+        self._remaining = request.sampling.n
+        self._limit = limit
+        self._send_abort = send_abort
+        self._events: deque[Event] = deque()
+        self._wakeup: asyncio.Future[None] | None = None
+        self._answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def complete(self) -> bool:
+        """Nothing more will come from the group."""
+        return self._remaining <= 0
+
+    def abort(self, index: int | None = None, reason: FinishReason = "abort") -> None:
+        """End continuation `index`, or all; its `Finished` still comes."""
+        if not self.complete:
+            self._send_abort(index, reason)
+
+    def close(self) -> None:
+        """The reader goes away: abort what still runs, hold nothing."""
+        self.abort()
+        self._remaining = 0
+        self._events.clear()
+        self._wake()
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Event:
+        if await self._some():
+            return self._events.popleft()
+        raise StopAsyncIteration
+
+    async def batch(self) -> list[Event]:
+        """All events that are here, at least one; none when the stream has ended."""
+        await self._some()
+        events = [*self._events]
+        self._events.clear()
+        return events
+
+    async def _some(self) -> bool:
+        """Wait for events; False when none will come."""
+        while not self._events and not self.complete:
+            self._wakeup = asyncio.get_running_loop().create_future()
+            await self._wakeup
+        return bool(self._events)
+
+    def _push(self, event: Event) -> None:
+        """Take an event from the group."""
+        if self.complete:
+            return
+        if len(self._events) >= self._limit and not isinstance(event, (Finished, Failed)):
+            self.abort()
+            why = f"the client reads too slowly: {self._limit} events are waiting"
+            event = Failed(self.request_id, "overloaded", why)
+        if isinstance(event, Failed):
+            self._remaining = 0
+        elif isinstance(event, Finished):
+            self._remaining -= 1
+        self._events.append(event)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._wakeup is not None and not self._wakeup.done():
+            self._wakeup.set_result(None)
+
+    def _answered(self, error: KvasirError | None) -> None:
+        """The group took the request, or refused it."""
+        if self._answer.done():
+            return
+        if error is None:
+            self._answer.set_result(None)
+        else:
+            self._remaining = 0
+            self._answer.set_exception(error)
+
+    def _break(self, why: str) -> None:
+        """The group is gone."""
+        self._answered(UnavailableError(why, retry_after_s=1.0))
+        self._push(Failed(self.request_id, "unavailable", why))
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a group listens, which life of it that is, and the secret that lets gateways in."""
+
+    address: str
+    incarnation: str
+    token: str = field(repr=False)
+
+
+class GroupClient:
+    """One gateway's stream to one life of one group; connects by itself, and again when the stream breaks.
+
+    `on_break` is called whenever a stream has broken.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        max_stream_buffer: int = 4096,
+        on_break: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.endpoint = endpoint
+        self.info: ModelInfo | None = None
+        """None until the first connection."""
+        self.stats: Stats | None = None
+        """As of the last report, up to half a second ago."""
+        self.last_error: str | None = None
+        """Why there is no connection."""
+        self._limit = max_stream_buffer
+        self._on_break = on_break
+        self._streams: dict[int, Stream] = {}
+        self._numbers = itertools.count(1)
+        self._outbox: asyncio.Queue[pb.GatewayMessage] | None = None
+        """None: not connected."""
+        self._heartbeat = 0.0
+        self._seen = 0.0
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to connect; needs a running loop."""
+        self._task = asyncio.get_running_loop().create_task(self._run(), name=f"group {self.endpoint.address}")
+
+    async def close(self) -> None:
+        """Break the stream; what runs on it fails."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def finish(self) -> None:
+        """Close as soon as nothing runs any more."""
+        while self._streams:
+            await asyncio.sleep(wire.LOAD_PERIOD_S)
+        await self.close()
+
+    @property
+    def alive(self) -> bool:
+        """Connected, and the group's step loop turned within `wire.STALL_S`."""
+        return self._outbox is not None and time.monotonic() - self._heartbeat < wire.STALL_S
+
+    @property
+    def load(self) -> int:
+        """Requests that run or wait there: of all gateways as reported, or of this one as counted."""
+        reported = self.stats.running + self.stats.waiting if self.stats else 0
+        return max(reported, len(self._streams))
+
+    async def submit(self, request: Request) -> Stream:
+        """Send `request`; returns when the group took it. Raises the KvasirError with which the group refused it."""
+        if self._outbox is None:
+            raise UnavailableError(f"the group can't be reached: {self.last_error or 'connecting'}", retry_after_s=1.0)
+        number = next(self._numbers)
+        stream = Stream(request, self._limit, lambda index, reason: self._abort(number, index, reason))
+        self._outbox.put_nowait(pb.GatewayMessage(submit=wire.encode_request(request, number)))
+        self._streams[number] = stream
+        try:
+            await stream._answer
+        except BaseException:  # a refusal, or the caller was cancelled while it waited
+            stream.close()
+            self._streams.pop(number, None)
+            raise
+        return stream
+
+    def _abort(self, number: int, index: int | None, reason: FinishReason) -> None:
+        if self._outbox is not None and number in self._streams:
+            self._outbox.put_nowait(pb.GatewayMessage(abort=pb.Abort(number=number, index=index, reason=reason)))
+
+    async def _run(self) -> None:
+        """Connect, converse until the stream breaks, pause, again."""
+        pause = BACKOFF_S[0]
+        while True:
+            began = time.monotonic()
+            try:
+                await self._converse()
+            except grpc.aio.AioRpcError as error:
+                self.last_error = error.details() or error.code().name.lower()
+            except UnavailableError as error:
+                self.last_error = error.message
+            finally:
+                self._disconnected()
+            pause = BACKOFF_S[0] if self._seen > began else min(2 * pause, BACKOFF_S[1])
+            await asyncio.sleep(pause)
+
+    async def _converse(self) -> None:
+        """One connection's life: raises when it breaks."""
+        async with grpc.aio.insecure_channel(self.endpoint.address, options=wire.CHANNEL_OPTIONS) as channel:
+            call = GroupStub(channel).Connect(metadata=((wire.TOKEN_METADATA, self.endpoint.token),))
+            self._seen = time.monotonic()
+            outbox: asyncio.Queue[pb.GatewayMessage] = asyncio.Queue()
+            work = (self._read(call, outbox), _write(call, outbox), self._watch())
+            tasks = [asyncio.ensure_future(part) for part in work]
+            try:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                done.pop().result()
+            finally:
+                call.cancel()
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self, call: GroupCall, outbox: asyncio.Queue[pb.GatewayMessage]) -> None:
+        """Take messages; from the first one on, requests may be sent."""
+        while (message := await call.read()) is not grpc.aio.EOF:
+            self._seen = time.monotonic()
+            self._receive(message, outbox)
+        raise UnavailableError("the group closed the stream")
+
+    def _receive(self, message: pb.GroupMessage, outbox: asyncio.Queue[pb.GatewayMessage]) -> None:
+        kind = message.WhichOneof("message")
+        if kind == "step":
+            for number, event in wire.step_events(message.step, self._request_id):
+                self._deliver(number, event)
+        elif kind == "answer":
+            self._answered(message.answer)
+        elif kind == "load":
+            self.stats = wire.decode_stats(message.load.stats)
+            self._heartbeat = self._seen - message.load.heartbeat_age_s
+        elif kind == "hello":
+            self._welcome(message.hello)
+            self._outbox = outbox
+
+    def _welcome(self, hello: pb.Hello) -> None:
+        """Another life behind the same address (a port is soon used again) may serve another model: it isn't ours."""
+        if hello.incarnation != self.endpoint.incarnation:
+            raise UnavailableError(f"the group at {self.endpoint.address} was replaced")
+        self.info = wire.decode_info(hello.model)
+        self.last_error = None
+        self._heartbeat = self._seen
+
+    def _request_id(self, number: int) -> str | None:
+        stream = self._streams.get(number)
+        return stream.request_id if stream else None
+
+    def _answered(self, answer: pb.Answer) -> None:
+        if stream := self._streams.get(answer.number):
+            stream._answered(wire.decode_error(answer.error) if answer.HasField("error") else None)
+
+    def _deliver(self, number: int, event: Event) -> None:
+        stream = self._streams[number]
+        stream._push(event)
+        if stream.complete:
+            del self._streams[number]
+
+    async def _watch(self) -> None:
+        """Raises when the group is silent for SILENCE_S. A turn that comes late says that our own loop was held up."""
+        while True:
+            due = time.monotonic() + wire.LOAD_PERIOD_S
+            await asyncio.sleep(wire.LOAD_PERIOD_S)
+            now = time.monotonic()
+            if now - due < wire.LOAD_PERIOD_S and now - self._seen > SILENCE_S:
+                raise UnavailableError(f"the group said nothing for {SILENCE_S} s")
+
+    def _disconnected(self) -> None:
+        """Fail what was running."""
+        self._outbox = None
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream._break(f"the group died while it served this request: {self.last_error}")
+        self._on_break()
+
+
+async def _write(call: GroupCall, outbox: asyncio.Queue[pb.GatewayMessage]) -> None:
+    """Send what is queued."""
+    while True:
+        await call.write(await outbox.get())
+
+
+@dataclass
+class _Model:
+    """What the directory knows about one model."""
+
+    name: str
+    clients: dict[Endpoint, GroupClient]
+    follower: asyncio.Task[None] | None = None
+    wakeup: asyncio.Event | None = None
+    why: str = "starting"
+
+
+class GroupDirectory:
+    """Model names -> the groups that serve them, each with its `GroupClient`.
+
+    `models` maps every name that clients may use to the first of the model's names.
+    """
+
+    def __init__(self, models: Mapping[str, str], *, max_stream_buffer: int = 4096) -> None:
+        self._limit = max_stream_buffer
+        self._names = dict(models)
+        self._models = {name: _Model(name, {}) for name in dict.fromkeys(models.values())}
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    @property
+    def names(self) -> list[str]:
+        """Every name under which a model is served, the models' first names first."""
+        return list(dict.fromkeys([*self._models, *self._names]))
+
+    def find(self, model: str) -> GroupClient:
+        """The least loaded living group. Raises ModelNotFoundError or UnavailableError."""
+        known = self._known(model)
+        alive = [client for client in known.clients.values() if client.alive]
+        if not alive:
+            raise UnavailableError(f"model {model!r} isn't available: {self._why(known)}", retry_after_s=2.0)
+        return min(alive, key=lambda client: client.load)
+
+    def clients(self, model: str | None = None) -> list[GroupClient]:
+        """All groups of one model, or of all, the living and the dead."""
+        models = self._models.values() if model is None else [self._known(model)]
+        return [client for known in models for client in known.clients.values()]
+
+    def models(self) -> list[ModelInfo]:
+        """One per model that has a living group."""
+        found = (next((c for c in known.clients.values() if c.alive), None) for known in self._models.values())
+        return [client.info for client in found if client is not None and client.info is not None]
+
+    def missing(self) -> dict[str, str]:
+        """Model -> why it can't be served now."""
+        return {
+            name: self._why(known)
+            for name, known in self._models.items()
+            if not any(client.alive for client in known.clients.values())
+        }
+
+    def update(self, model: str, endpoints: Sequence[Endpoint]) -> None:
+        """The groups of `model` are now these: connect to the new ones, let go of those that are no more."""
+        known = self._models[model]
+        for endpoint in endpoints:
+            if endpoint not in known.clients:
+                known.clients[endpoint] = self._connect(known, endpoint)
+        for endpoint in known.clients.keys() - set(endpoints):
+            leaving = asyncio.ensure_future(known.clients.pop(endpoint).finish())
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+
+    def follow(self, model: str, fetch: Fetch) -> None:
+        """Keep `model` up to date by asking `fetch`; it may raise UnavailableError to say why there is no group."""
+        known = self._models[model]
+        known.wakeup = asyncio.Event()
+        known.follower = asyncio.get_running_loop().create_task(self._follow(known, fetch, known.wakeup))
+
+    async def close(self) -> None:
+        """Close every stream."""
+        tasks = [known.follower for known in self._models.values() if known.follower] + [*self._leaving]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(client.close() for client in self.clients()))
+
+    def _known(self, model: str) -> _Model:
+        if model not in self._names:
+            names = ", ".join(self.names)
+            raise ModelNotFoundError(f"model {model!r} isn't served here; there is: {names}", param="model")
+        return self._models[self._names[model]]
+
+    def _why(self, known: _Model) -> str:
+        return next((client.last_error for client in known.clients.values() if client.last_error), known.why)
+
+    def _connect(self, known: _Model, endpoint: Endpoint) -> GroupClient:
+        wake = known.wakeup.set if known.wakeup else lambda: None
+        client = GroupClient(endpoint, max_stream_buffer=self._limit, on_break=wake)
+        client.start()
+        return client
+
+    async def _follow(self, known: _Model, fetch: Fetch, wakeup: asyncio.Event) -> None:
+        while True:
+            wakeup.clear()
+            try:
+                self.update(known.name, await fetch())
+            except UnavailableError as error:
+                known.why = error.message
+            with contextlib.suppress(asyncio.TimeoutError):
+                alive = any(client.alive for client in known.clients.values())
+                await asyncio.wait_for(wakeup.wait(), POLL_S[alive])

@@ -1,0 +1,211 @@
+"""kvasir.v1.Inference, grpc.health.v1 and reflection: the gRPC server around a `Desk`, without its sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeAlias
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH
+from grpc_reflection.v1alpha import reflection
+from kvasir.cluster.auth import ApiKeys, UnauthenticatedError, load_keys
+from kvasir.cluster.call import Call, request_id_from
+from kvasir.cluster.config import GatewayConfig
+from kvasir.cluster.desk import Desk
+from kvasir.cluster.generation import Generation
+from kvasir.cluster.grpc_schema import (
+    call_of_chat,
+    call_of_generate,
+    opening_reply,
+    prompt_of_tokenize,
+    write_delta,
+    write_usage,
+)
+from kvasir.cluster.health import Health
+from kvasir.engine.errors import KvasirError
+from kvasir.proto import inference_pb2 as pb
+from kvasir.proto.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
+
+SERVICE = "kvasir.v1.Inference"
+WATCH_S = 0.25
+"""How often those who watch grpc.health.v1 are told of changes."""
+
+STATUS = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    404: grpc.StatusCode.NOT_FOUND,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+"""HTTP status -> gRPC's; others are INTERNAL."""
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+def create_grpc_server(desk: Desk, config: GatewayConfig) -> grpc.aio.Server:
+    """Add ports and start it. Needs a running loop."""
+    options = [("grpc.max_receive_message_length", config.max_body_bytes), ("grpc.so_reuseport", 1)]
+    server = grpc.aio.server(interceptors=[_KeyCheck(load_keys(config, os.environ))], options=options)
+    add_InferenceServicer_to_server(Inference(desk), server)
+    health_pb2_grpc.add_HealthServicer_to_server(HealthService(desk), server)
+    reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), server)
+    return server
+
+
+class Inference(InferenceServicer):
+    """The service of inference.proto. A call that is cancelled is cancelled here too, and ends its requests."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
+        await self._answer(lambda: call_of_generate(request), request.return_prompt_token_ids, context)
+
+    async def Chat(self, request: pb.ChatRequest, context: Context) -> None:  # noqa: N802
+        await self._answer(lambda: call_of_chat(request), request.return_prompt_token_ids, context)
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeReply:  # noqa: N802
+        async with _as_status(context):
+            model = self._desk.model(request.model)
+            ids = await model.encode(prompt_of_tokenize(request))
+            return pb.TokenizeReply(token_ids=ids, max_model_len=self._desk.info(model).max_model_len)
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeReply:  # noqa: N802
+        async with _as_status(context):
+            model, ids, skip = self._desk.model(request.model), list(request.token_ids), request.skip_special_tokens
+            return pb.DetokenizeReply(text=await self._desk.detokenize(model, ids, skip_special_tokens=skip))
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsReply:  # noqa: N802
+        infos = {info.name: info for info in self._desk.directory.models()}
+        reply = pb.ListModelsReply()
+        for model in self._desk.models:
+            for name in model.names:
+                card = reply.models.add(id=name, root=model.name)
+                if info := infos.get(model.name):
+                    card.max_model_len, card.vocab_size = info.max_model_len, info.vocab_size
+                    card.ready = not self._desk.draining
+        return reply
+
+    async def _answer(self, parse: Callable[[], Call], with_prompt: bool, context: Context) -> None:
+        headers = _metadata(context)
+        async with _as_status(context):
+            request_id = request_id_from(headers.get("x-request-id"), "x-request-id")
+            await context.send_initial_metadata((("x-request-id", request_id),))
+            call = dataclasses.replace(parse(), deadline_s=context.time_remaining())
+            generation = await self._desk.begin(call, request_id, headers)
+            try:
+                await _write(generation, opening_reply(generation, request_id, with_prompt), context)
+            finally:
+                self._desk.end(generation)
+
+
+async def _write(generation: Generation, reply: pb.GenerateReply, context: Context) -> None:
+    """One reply per delta; the last has the counts. `reply`: the first one's beginning."""
+    same = pb.GenerateReply(request_id=reply.request_id, model=reply.model)
+    async for deltas in generation:
+        for _, delta in deltas:
+            write_delta(reply, delta, generation)
+            await context.write(reply)
+            reply = pb.GenerateReply()
+            reply.CopyFrom(same)
+    write_usage(reply, generation)
+    await context.write(reply)
+
+
+class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+    """grpc.health.v1. Services: "" (all models), kvasir.v1.Inference, and every model by its names."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._health = Health(desk)
+
+    async def Check(self, request: Any, context: Context) -> Any:  # noqa: N802
+        found = self._status(request.service)
+        if found == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {request.service!r}")
+        return health_pb2.HealthCheckResponse(status=found)
+
+    async def Watch(self, request: Any, context: Context) -> None:  # noqa: N802
+        last = None
+        while True:
+            found = self._status(request.service)
+            if found != last:
+                await context.write(health_pb2.HealthCheckResponse(status=found))
+            last = found
+            await asyncio.sleep(WATCH_S)
+
+    def _status(self, service: str) -> Any:
+        names = {name: model.name for model in self._desk.models for name in model.names}
+        dead = self._health.dead()
+        if service in ("", SERVICE):
+            bad = bool(dead)
+        elif service in names:
+            bad = names[service] in dead
+        else:
+            return health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        serving = health_pb2.HealthCheckResponse.SERVING
+        return health_pb2.HealthCheckResponse.NOT_SERVING if bad or self._desk.draining else serving
+
+
+class _KeyCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Every method needs a key, but those of the health service."""
+
+    def __init__(self, keys: ApiKeys) -> None:
+        self._keys = keys
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
+    ) -> Any:
+        if details.method.startswith(f"/{HEALTH}/"):
+            return await continuation(details)
+        given = dict(details.invocation_metadata or ()).get("authorization")
+        try:
+            self._keys.check(given if isinstance(given, str) else None)
+        except UnauthenticatedError as error:
+            return await self._refuse(continuation, details, error)
+        return await continuation(details)
+
+    async def _refuse(
+        self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails, error: KvasirError
+    ) -> Any:
+        """A handler of the method's own kind that aborts; methods that don't exist are refused alike."""
+
+        async def refuse(_: Any, context: Context) -> None:
+            await _abort(context, error)
+
+        handler = await continuation(details)
+        if handler is not None and handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(refuse)
+        if handler is not None and handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(refuse)
+        return grpc.unary_unary_rpc_method_handler(refuse)
+
+
+@asynccontextmanager
+async def _as_status(context: Context) -> AsyncIterator[None]:
+    """A KvasirError ends the call with its status."""
+    try:
+        yield
+    except KvasirError as error:
+        await _abort(context, error)
+
+
+async def _abort(context: Context, error: KvasirError) -> None:
+    trailers = [("kvasir-code", error.code)]
+    if error.param is not None:
+        trailers.append(("kvasir-param", error.param))
+    if error.retry_after_s is not None:
+        trailers.append(("retry-after", str(max(1, round(error.retry_after_s)))))
+    status = STATUS.get(error.status, grpc.StatusCode.INTERNAL)
+    await context.abort(status, error.message, tuple(trailers))
+
+
+def _metadata(context: Context) -> dict[str, str]:
+    """Names are lower case in gRPC; binary values are left out."""
+    return {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}

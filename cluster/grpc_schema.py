@@ -1,0 +1,155 @@
+"""Messages of inference.proto as a `Call`, and deltas as `GenerateReply`s."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from kvasir.cluster.call import Call, Conversation, Prompt, Text, check_tools, check_variables
+from kvasir.cluster.generation import Generation
+from kvasir.cluster.openai_logprobs import token_text
+from kvasir.engine.errors import ClientError
+from kvasir.engine.event import TokenLogprob
+from kvasir.engine.tokenizer import Tokenizer
+from kvasir.engine.transcript import Delta
+from kvasir.proto import inference_pb2 as pb
+
+GENERATE_MAX_TOKENS = 16
+_LISTS = ("stop", "stop_token_ids")
+_FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
+
+
+def call_of_generate(request: pb.GenerateRequest) -> Call:
+    """Raises ClientError."""
+    kind = request.WhichOneof("prompt")
+    if kind is None:
+        raise ClientError("send text or prompt_token_ids", param="prompt")
+    special = request.add_special_tokens if request.HasField("add_special_tokens") else True
+    prompt: Prompt = list(request.prompt_token_ids.ids)
+    if kind == "text":
+        prompt = Text(text=request.text, add_special_tokens=special)
+    return Call(
+        model=request.model,
+        prompts=(prompt,),
+        sampling=_sampling(request.sampling),
+        max_tokens=GENERATE_MAX_TOKENS,
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+    )
+
+
+def call_of_chat(request: pb.ChatRequest) -> Call:
+    """Raises ClientError."""
+    tools = [_tool(tool) for tool in request.tools]
+    check_tools(tools, request.tool_choice if request.HasField("tool_choice") else None)
+    variables = MessageToDict(request.template_variables)
+    check_variables(variables, "template_variables")
+    prompt = Conversation(
+        messages=_messages(request.messages), tools=tools or None, variables=variables, **_set(request, _CONVERSATION)
+    )
+    return Call(
+        model=request.model,
+        prompts=(prompt,),
+        sampling=_sampling(request.sampling),
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+    )
+
+
+_CONVERSATION = ("add_generation_prompt", "continue_final_message", "add_special_tokens")
+
+
+def prompt_of_tokenize(request: pb.TokenizeRequest) -> Text | Conversation:
+    """Raises ClientError."""
+    if request.messages:
+        if request.text:
+            raise ClientError("send text or messages, not both", param="text")
+        given = _set(request, ("add_generation_prompt", "add_special_tokens"))
+        return Conversation(messages=_messages(request.messages), **given)
+    return Text(text=request.text, **_set(request, ("add_special_tokens",)))
+
+
+def opening_reply(generation: Generation, request_id: str, with_prompt: bool) -> pb.GenerateReply:
+    """What every reply says; the first one also what comes once."""
+    reply = pb.GenerateReply(request_id=request_id, model=generation.model.name)
+    if with_prompt:
+        reply.prompt_token_ids.extend(generation.requests[0].prompt_token_ids)
+    return reply
+
+
+def write_delta(reply: pb.GenerateReply, delta: Delta, generation: Generation) -> None:
+    """Put `delta` into `reply`."""
+    tokenizer = generation.model.tokenizer
+    reply.index = delta.index
+    reply.text = delta.text
+    reply.token_ids.extend(delta.token_ids)
+    if delta.logprobs:
+        reply.logprobs.extend(_logprobs(tokenizer, delta.token_ids, delta.logprobs))
+    if delta.prompt_logprobs:
+        ids = generation.requests[0].prompt_token_ids
+        reply.prompt_logprobs.extend(_logprobs(tokenizer, ids, delta.prompt_logprobs))
+    if delta.finish_reason:
+        reply.finish_reason = _FINISH[delta.finish_reason]
+    if isinstance(delta.stop_reason, str):
+        reply.stop_string = delta.stop_reason
+    elif delta.stop_reason is not None:
+        reply.stop_token_id = delta.stop_reason
+
+
+def write_usage(reply: pb.GenerateReply, generation: Generation) -> None:
+    """Put the counts into `reply`."""
+    usage = generation.usage
+    reply.usage.prompt_tokens = usage.prompt_tokens
+    reply.usage.cached_tokens = usage.cached_tokens
+    reply.usage.completion_tokens = usage.completion_tokens
+
+
+def _sampling(message: pb.Sampling) -> dict[str, Any]:
+    """What is set, by the names of `SamplingParams`."""
+    given = _set(message, _SCALARS)
+    given |= {name: list(values) for name in _LISTS if (values := getattr(message, name))}
+    if message.logit_bias:
+        given["logit_bias"] = dict(message.logit_bias)
+    return given
+
+
+_SCALARS = tuple(field.name for field in pb.Sampling.DESCRIPTOR.fields if field.has_presence)
+
+
+def _set(message: Any, names: Sequence[str]) -> dict[str, Any]:
+    """The optional fields that are set."""
+    return {name: getattr(message, name) for name in names if message.HasField(name)}
+
+
+def _messages(messages: Sequence[pb.Message]) -> list[dict[str, Any]]:
+    """In OpenAI's shape, which chat templates read."""
+    return [_message(message) for message in messages]
+
+
+def _message(message: pb.Message) -> dict[str, Any]:
+    plain = {"role": message.role, "content": message.content, **_set(message, ("name", "tool_call_id"))}
+    if message.tool_calls:
+        plain["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    return plain
+
+
+def _tool(tool: pb.Tool) -> dict[str, Any]:
+    parameters = MessageToDict(tool.parameters)
+    function = {"name": tool.name, "description": tool.description, "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+def _logprobs(
+    tokenizer: Tokenizer | None, ids: Sequence[int], scores: Sequence[TokenLogprob | None]
+) -> Iterator[pb.TokenLogprob]:
+    for token, score in zip(ids, scores, strict=False):
+        message = pb.TokenLogprob(token_id=token, text=token_text(tokenizer, token))
+        if score is not None:
+            message.logprob, message.rank = score.logprob, score.rank
+            for other, value in score.top:
+                message.top.add(token_id=other, text=token_text(tokenizer, other), logprob=value)
+        yield message

@@ -1,0 +1,222 @@
+"""What every HTTP route shares: keys, request ids, bodies, errors in OpenAI's shape, clients that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
+
+import orjson
+from kvasir.cluster.auth import ApiKeys
+from kvasir.cluster.call import request_id_from
+from kvasir.engine.errors import ClientError, KvasirError, ServerError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/health", "/health/ready"})
+"""Routes that need no key; every other does, those included that don't exist."""
+_JSON = (b"content-type", b"application/json")
+_MAX_WARNING = 400
+
+
+class BodyTooLargeError(ClientError):
+    """More than --max-body-bytes."""
+
+    code = "request_too_large"
+    status = 413
+
+
+class MediaTypeError(ClientError):
+    """Not JSON. Also keeps other sites' scripts out: browsers let them send plain text, but no JSON, without asking."""
+
+    code = "unsupported_media_type"
+    status = 415
+
+
+class RouteError(ClientError):
+    """No such route, or another method."""
+
+    code = "unknown_url"
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Front:
+    """The middleware around all routes: request id in and out, API keys."""
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = header_map(scope)
+        state = scope.setdefault("state", {})
+        state["request_id"] = None
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                found = state["request_id"] or request_id_from(None, "X-Request-ID")
+                message["headers"] = [*message["headers"], (b"x-request-id", found.encode())]
+            await send(message)
+
+        try:
+            state["request_id"] = request_id_from(headers.get("x-request-id"), "X-Request-ID")
+            if scope["path"] not in OPEN_PATHS:
+                self._keys.check(headers.get("authorization"))
+        except KvasirError as error:
+            await send_error(send_with_id, error)
+            return
+        await self._app(scope, receive, send_with_id)
+
+
+def header_map(scope: Scope) -> dict[str, str]:
+    """Lower-case name -> value."""
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+async def read_json(scope: Scope, receive: Receive, max_bytes: int) -> dict[str, Any]:
+    """The body, a JSON object. What is too large isn't read to its end."""
+    headers = header_map(scope)
+    _check_media_type(headers.get("content-type", ""))
+    length = headers.get("content-length", "")
+    if length.isdigit() and int(length) > max_bytes:
+        raise _too_large(max_bytes)
+    parts, size, more = [], 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise asyncio.CancelledError("the client went away while it sent its request")
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        more = message.get("more_body", False)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+    return _object(b"".join(parts))
+
+
+async def until_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Do `work`; cancel it when the client disconnects."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        if not task.done():
+            task.cancel()
+        gone.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def send_json(send: Send, status: int, value: Any, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+    """A whole response."""
+    await send_bytes(send, status, orjson.dumps(value), (_JSON, *headers))
+
+
+async def send_bytes(send: Send, status: int, body: bytes, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    length = (b"content-length", str(len(body)).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_error(send: Send, error: KvasirError) -> None:
+    """A whole response in OpenAI's shape."""
+    await send_json(send, error.status, error_body(error), _error_headers(error))
+
+
+def error_body(error: KvasirError) -> dict[str, Any]:
+    """OpenAI's shape."""
+    kind = _error_type(error.status)
+    code = None if error.code == kind else error.code
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": code}}
+
+
+def warning_header(names: Iterable[str]) -> list[tuple[bytes, bytes]]:
+    """Header that names fields which were ignored. Names are the client's: nothing of them may end the header."""
+    if not (listed := ", ".join(ascii(name)[1:-1] for name in names)):
+        return []
+    cut = listed if len(listed) <= _MAX_WARNING else listed[:_MAX_WARNING] + "..."
+    return [(b"x-kvasir-warning", f"ignored: {cut}".encode("ascii"))]
+
+
+async def on_kvasir_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, KvasirError)
+    headers = {name.decode(): value.decode() for name, value in _error_headers(error)}
+    return Response(orjson.dumps(error_body(error)), error.status, headers, "application/json")
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """Routes that don't exist, other methods."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    text = f"there is no {path}" if error.status_code == 404 else f"{path} doesn't answer {request.method}"
+    response = await on_kvasir_error(request, RouteError(text, error.status_code))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def on_bug(request: Request, error: Exception) -> Response:
+    """Anything else; the server's log has the traceback."""
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return await on_kvasir_error(request, ServerError("internal error; the server's log says more"))
+
+
+HANDLERS: dict[type[Exception], Callable[[Request, Exception], Coroutine[Any, Any, Response]]] = {
+    KvasirError: on_kvasir_error,
+    HTTPException: on_http_error,
+    Exception: on_bug,
+}
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _check_media_type(given: str) -> None:
+    kind = given.partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        text = f"the body must be JSON: send the header Content-Type: application/json, got {given or 'none'!s:.60}"
+        raise MediaTypeError(text)
+
+
+def _too_large(max_bytes: int) -> BodyTooLargeError:
+    return BodyTooLargeError(f"the body is larger than {max_bytes} bytes (--max-body-bytes)")
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise ClientError(f"the body isn't valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ClientError(f"the body must be a JSON object, got a {type(value).__name__}")
+    return value
+
+
+def _error_type(status: int) -> str:
+    if status == 429:
+        return "rate_limit_error"
+    return "server_error" if status >= 500 else "invalid_request_error"
+
+
+def _error_headers(error: KvasirError) -> list[tuple[bytes, bytes]]:
+    headers = []
+    if error.retry_after_s is not None:
+        headers.append((b"retry-after", str(max(1, round(error.retry_after_s))).encode()))
+    if error.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if error.status == 413:  # what is left of the body isn't read
+        headers.append((b"connection", b"close"))
+    return headers

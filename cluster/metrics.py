@@ -1,0 +1,221 @@
+"""What /metrics says: the gateway's own measurements and its groups' Stats, under the names that tools query.
+
+vLLM's names (as of 0.32), and OpenTelemetry's gen_ai.server.* in Prometheus' spelling.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+from kvasir.cluster import telemetry
+from kvasir.cluster.group_client import GroupClient, GroupDirectory
+from kvasir.engine.event import Finished
+from kvasir.engine.request import Request
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client.exposition import generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40)
+_LONG_S = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
+_TOKENS = tuple(float(step * 10**power) for power in range(7) for step in (1, 2, 5))
+_COUNT = (1.0, 2.0, 5.0, 10.0, 20.0)
+
+_HISTOGRAMS: dict[str, tuple[str, Sequence[float]]] = {
+    "time_to_first_token_seconds": ("Seconds from the request's arrival to its first token.", _SHORT_S),
+    "inter_token_latency_seconds": ("Seconds between two deliveries of a continuation's tokens.", _SHORT_S),
+    "request_time_per_output_token_seconds": ("Mean seconds per output token behind the first.", _SHORT_S),
+    "e2e_request_latency_seconds": ("Seconds from the request's arrival to its end.", _LONG_S),
+    "request_queue_time_seconds": ("Seconds that the request waited in its group.", _LONG_S),
+    "request_inference_time_seconds": ("Seconds from being scheduled to the end.", _LONG_S),
+    "request_prefill_time_seconds": ("Seconds from being scheduled to the first token.", _LONG_S),
+    "request_decode_time_seconds": ("Seconds from the first token to the end.", _LONG_S),
+    "request_prompt_tokens": ("Prompt tokens of a request.", _TOKENS),
+    "request_generation_tokens": ("Output tokens of a continuation.", _TOKENS),
+    "request_max_num_generation_tokens": ("Output tokens of a request's longest continuation.", _TOKENS),
+    "request_prefill_kv_computed_tokens": ("Prompt tokens that weren't in the prefix cache.", _TOKENS),
+    "request_params_n": ("n of requests.", _COUNT),
+    "request_params_max_tokens": ("max_tokens of requests that have one.", _TOKENS),
+}
+_GEN_AI: dict[str, tuple[str, Sequence[float]]] = {
+    telemetry.REQUEST_DURATION_METRIC: ("Seconds from the request's arrival to its end.", _LONG_S),
+    telemetry.TIME_TO_FIRST_TOKEN_METRIC: ("Seconds from the request's arrival to its first token.", _SHORT_S),
+    telemetry.TIME_PER_OUTPUT_TOKEN_METRIC: ("Mean seconds per output token behind the first.", _SHORT_S),
+}
+
+
+class Metrics:
+    """All series of one gateway process."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        self._histograms = {
+            name: Histogram(f"vllm:{name}", text, ["model_name"], buckets=bounds, registry=self._registry)
+            for name, (text, bounds) in _HISTOGRAMS.items()
+        }
+        gen_ai = [_flat(name) for name in (telemetry.OPERATION_NAME, telemetry.PROVIDER_NAME, telemetry.REQUEST_MODEL)]
+        self._gen_ai = {
+            name: Histogram(f"{_flat(name)}_seconds", text, gen_ai, buckets=bounds, registry=self._registry)
+            for name, (text, bounds) in _GEN_AI.items()
+        }
+        self._success = self._counter("vllm:request_success", "Requests that ended well, by reason.", "finished_reason")
+        self._failed = self._counter("kvasir:request_failed", "Requests refused or failed, by code.", "code")
+        self._series: dict[tuple[str, str], _Series] = {}
+
+    def call(self, model: str, operation: str, requests: Sequence[Request], started: float) -> CallRecord:
+        """A call was accepted at `started` (time.monotonic)."""
+        key = model, operation
+        if key not in self._series:
+            self._series[key] = _Series(self._children(model, operation), self._success, model)
+        return CallRecord(self._series[key], requests, started)
+
+    def failed(self, model: str, code: str) -> None:
+        """A call was refused, or failed later; `cancelled`: its client went away."""
+        self._failed.labels(model, code).inc()
+
+    def render(self, directory: GroupDirectory, models: Sequence[str]) -> bytes:
+        """Prometheus' text format, with what the groups of `models` last said about themselves."""
+        groups = CollectorRegistry()
+        groups.register(_GroupStats(directory, models))
+        return generate_latest(groups) + generate_latest(self._registry)
+
+    def _counter(self, name: str, text: str, label: str) -> Counter:
+        return Counter(name, text, ["model_name", label], registry=self._registry)
+
+    def _children(self, model: str, operation: str) -> dict[str, Histogram]:
+        children = {name: histogram.labels(model) for name, histogram in self._histograms.items()}
+        labelled = {name: h.labels(operation, telemetry.PROVIDER, model) for name, h in self._gen_ai.items()}
+        return children | labelled
+
+
+class _Series:
+    """The series of one model and operation, looked up once."""
+
+    def __init__(self, histograms: Mapping[str, Histogram], success: Counter, model: str) -> None:
+        self._observe = {name: histogram.observe for name, histogram in histograms.items()}
+        self._success = success
+        self._model = model
+        self.gap = self._observe["inter_token_latency_seconds"]
+
+    def first(self, seconds: float) -> None:
+        self._observe["time_to_first_token_seconds"](seconds)
+        self._observe[telemetry.TIME_TO_FIRST_TOKEN_METRIC](seconds)
+
+    def accepted(self, request: Request) -> None:
+        sampling = request.sampling
+        self._observe["request_prompt_tokens"](len(request.prompt_token_ids))
+        self._observe["request_params_n"](sampling.n)
+        if sampling.max_tokens is not None:
+            self._observe["request_params_max_tokens"](sampling.max_tokens)
+
+    def continuation(self, event: Finished) -> None:
+        """From the group's own clock: where one continuation's time went."""
+        timing, tokens = event.timing, event.output_tokens
+        self._observe["request_generation_tokens"](tokens)
+        if not timing.first_token:
+            return
+        decode = timing.finished - timing.first_token
+        self._observe["request_decode_time_seconds"](decode)
+        self._observe["request_inference_time_seconds"](timing.finished - timing.scheduled)
+        if tokens > 1:
+            self._observe["request_time_per_output_token_seconds"](decode / (tokens - 1))
+            self._observe[telemetry.TIME_PER_OUTPUT_TOKEN_METRIC](decode / (tokens - 1))
+        if event.index == 0:
+            self._observe["request_queue_time_seconds"](timing.scheduled - timing.queued)
+            self._observe["request_prefill_time_seconds"](timing.first_token - timing.scheduled)
+            self._observe["request_prefill_kv_computed_tokens"](event.prompt_tokens - event.cached_tokens)
+
+    def complete(self, seconds: float, longest: int, reason: str) -> None:
+        self._observe["e2e_request_latency_seconds"](seconds)
+        self._observe[telemetry.REQUEST_DURATION_METRIC](seconds)
+        self._observe["request_max_num_generation_tokens"](longest)
+        self._success.labels(self._model, reason).inc()
+
+
+class CallRecord:
+    """Measures the requests of one call."""
+
+    def __init__(self, series: _Series, requests: Sequence[Request], started: float) -> None:
+        self._series = series
+        self._started = started
+        self._remaining = [request.sampling.n for request in requests]
+        self._longest = [0] * len(requests)
+        self._last: list[float | None] = [None] * len(requests)
+        for request in requests:
+            series.accepted(request)
+
+    def tokens(self, number: int) -> None:
+        """Tokens of the request `number` arrived."""
+        now = time.monotonic()
+        last = self._last[number]
+        self._last[number] = now
+        if last is None:
+            self._series.first(now - self._started)
+        else:
+            self._series.gap(now - last)
+
+    def finished(self, number: int, event: Finished) -> None:
+        """One of its continuations is complete."""
+        self._series.continuation(event)
+        self._longest[number] = max(self._longest[number], event.output_tokens)
+        self._remaining[number] -= 1
+        if not self._remaining[number]:
+            self._series.complete(time.monotonic() - self._started, self._longest[number], event.reason)
+
+
+class _GroupStats(Collector):
+    """What the groups last said about themselves. `engine` tells the groups of a model apart."""
+
+    def __init__(self, directory: GroupDirectory, models: Sequence[str]) -> None:
+        self._directory = directory
+        self._models = models
+
+    def collect(self) -> Iterable[Metric]:
+        families = {name: Metric(name, text, kind) for name, (text, kind, _, _) in _STATS.items()}
+        alive = Metric("kvasir:group_alive", "1: the group's step loop turns.", "gauge")
+        for model, engine, client in self._clients():
+            labels = {"model_name": model, "engine": engine}
+            alive.add_sample("kvasir:group_alive", labels, float(client.alive))
+            stats = client.stats if client.alive else None
+            for name, (_, _, attribute, samples) in _STATS.items():
+                for sample in samples if stats is not None else ():
+                    families[name].add_sample(sample, labels, float(getattr(stats, attribute)))
+        return [*families.values(), alive]
+
+    def _clients(self) -> Iterable[tuple[str, str, GroupClient]]:
+        for model in self._models:
+            for number, client in enumerate(self._directory.clients(model)):
+                yield model, str(number), client
+
+
+def _flat(name: str) -> str:
+    """OpenTelemetry's name in Prometheus' alphabet."""
+    return name.replace(".", "_")
+
+
+def _counter(name: str, text: str, attribute: str, *aliases: str) -> tuple[str, tuple[str, str, str, tuple[str, ...]]]:
+    return f"vllm:{name}", (text, "counter", attribute, (f"vllm:{name}_total", *aliases))
+
+
+def _gauge(name: str, text: str, attribute: str) -> tuple[str, tuple[str, str, str, tuple[str, ...]]]:
+    return f"vllm:{name}", (text, "gauge", attribute, (f"vllm:{name}",))
+
+
+_STATS: dict[str, tuple[str, str, str, tuple[str, ...]]] = dict(
+    [
+        _gauge("num_requests_running", "Sequences in the batch.", "running"),
+        _gauge("num_requests_waiting", "Sequences that wait for a place in the batch.", "waiting"),
+        _gauge("kv_cache_usage_perc", "Share of KV cache blocks in use, 0 to 1.", "kv_usage"),
+        _counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", "prefix_queries"),
+        _counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.", "prefix_hits"),
+        _counter("prompt_tokens_cached", "Prompt tokens that weren't computed again.", "prefix_hits"),
+        _counter("num_preemptions", "Sequences that were put back to make room.", "preemptions"),
+        _counter("prompt_tokens", "Prompt tokens computed.", "prompt_tokens", "vllm:prompt_tokens"),
+        _counter("generation_tokens", "Tokens made.", "generation_tokens", "vllm:generation_tokens"),
+    ]
+)
+"""Name -> (text, type, field of Stats, samples). Some tools ask for the token counters without `_total`."""

@@ -1,0 +1,158 @@
+"""OpenAI's endpoints, and vLLM's /tokenize and /detokenize. Those that POST are ASGI applications by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import orjson
+from kvasir.cluster.call import request_id_from
+from kvasir.cluster.desk import Desk
+from kvasir.cluster.generation import Generation
+from kvasir.cluster.http_front import (
+    error_body,
+    header_map,
+    read_json,
+    send_json,
+    until_gone,
+    warning_header,
+)
+from kvasir.cluster.openai_reply import ChatReply, CompletionReply, Reply
+from kvasir.cluster.openai_schema import Ask, parse_chat, parse_completion, parse_detokenize, parse_tokenize
+from kvasir.engine.errors import KvasirError
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+_STREAM_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+
+Body = Mapping[str, Any]
+MakeReply = Callable[[Ask, Generation, str, str], Reply]
+
+
+class Completions:
+    """POST /v1/chat/completions or /v1/completions."""
+
+    def __init__(
+        self, desk: Desk, parse: Callable[[Body], Ask], make_reply: MakeReply, *, max_body_bytes: int, role: str
+    ) -> None:
+        self._desk = desk
+        self._parse = parse
+        self._make_reply = make_reply
+        self._max_body_bytes = max_body_bytes
+        self._role = role
+
+    @classmethod
+    def chat(cls, desk: Desk, max_body_bytes: int, role: str) -> Completions:
+        return cls(desk, parse_chat, ChatReply, max_body_bytes=max_body_bytes, role=role)
+
+    @classmethod
+    def text(cls, desk: Desk, max_body_bytes: int, role: str) -> Completions:
+        return cls(desk, parse_completion, CompletionReply, max_body_bytes=max_body_bytes, role=role)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ask = self._parse(await read_json(scope, receive, self._max_body_bytes))
+        headers = header_map(scope)
+        if ask.request_id is not None and "x-request-id" not in headers:
+            scope["state"]["request_id"] = request_id_from(ask.request_id, "request_id")
+        await until_gone(receive, self._answer(ask, scope["state"]["request_id"], headers, send))
+
+    async def _answer(self, ask: Ask, request_id: str, headers: Mapping[str, str], send: Send) -> None:
+        generation = await self._desk.begin(ask.call, request_id, headers)
+        try:
+            reply = self._make_reply(ask, generation, request_id, self._role)
+            if ask.stream:
+                await _stream(ask, generation, reply, send)
+            else:
+                async for _ in generation:
+                    pass
+                await send_json(send, 200, reply.whole(), warning_header(ask.warnings))
+        finally:
+            self._desk.end(generation)
+
+
+async def _stream(ask: Ask, generation: Generation, reply: Reply, send: Send) -> None:
+    """One write per step. Headers go out with the first tokens: what fails before has a status of its own."""
+    begun = False
+    try:
+        async for deltas in generation:
+            if not begun:
+                headers = [*_STREAM_HEADERS, *warning_header(ask.warnings)]
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                begun = True
+            if frames := reply.frames(deltas):
+                await send({"type": "http.response.body", "body": frames, "more_body": True})
+        last = reply.closing()
+    except KvasirError as error:
+        if not begun:
+            raise
+        last = b"data: " + orjson.dumps(error_body(error)) + b"\n\n"
+    await send({"type": "http.response.body", "body": last})
+
+
+class Tokenize:
+    """POST /tokenize: text or conversation -> ids."""
+
+    def __init__(self, desk: Desk, max_body_bytes: int) -> None:
+        self._desk = desk
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await read_json(scope, receive, self._max_body_bytes)
+        name, prompt, strings, warnings = parse_tokenize(body)
+        model = self._desk.model(name)
+        ids = await model.encode(prompt)
+        limit = self._desk.info(model).max_model_len
+        answer: dict[str, Any] = {"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": None}
+        if strings:
+            tokenizer = model.need_tokenizer("return_token_strs")
+            answer["token_strs"] = [tokenizer.token_text(token) for token in ids]
+        await send_json(send, 200, answer, warning_header(warnings))
+
+
+class Detokenize:
+    """POST /detokenize: ids -> text."""
+
+    def __init__(self, desk: Desk, max_body_bytes: int) -> None:
+        self._desk = desk
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await read_json(scope, receive, self._max_body_bytes)
+        name, ids, skip, warnings = parse_detokenize(body)
+        text = await self._desk.detokenize(self._desk.model(name), ids, skip_special_tokens=skip)
+        await send_json(send, 200, {"prompt": text}, warning_header(warnings))
+
+
+class Models:
+    """GET /v1/models and /v1/models/{name}; a name may hold slashes."""
+
+    def __init__(self, desk: Desk, created: int) -> None:
+        self._desk = desk
+        self._created = created
+
+    async def list(self, request: Request) -> Response:
+        names = [name for model in self._desk.models for name in model.names]
+        return _json({"object": "list", "data": [self._card(name) for name in names]})
+
+    async def get(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        self._desk.model(name)
+        return _json(self._card(name))
+
+    def _card(self, name: str) -> dict[str, Any]:
+        model = self._desk.model(name)
+        root = {"root": model.name, "parent": None, "max_model_len": self._max_model_len(model.name)}
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "kvasir", **root}
+
+    def _max_model_len(self, name: str) -> int | None:
+        infos = {info.name: info for info in self._desk.directory.models()}
+        return infos[name].max_model_len if name in infos else None
+
+
+def _json(value: Any) -> Response:
+    return Response(orjson.dumps(value), media_type="application/json")

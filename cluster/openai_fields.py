@@ -1,0 +1,225 @@
+"""Every field of OpenAI's chat and completions bodies and of vLLM's additions, by what becomes of it.
+
+HONOURED: name -> check of its type (ranges of sampling fields are SamplingParams' own). IGNORED and REFUSED: name ->
+the neutral values, which say nothing; null always is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kvasir.engine.errors import ClientError
+
+Check = Callable[[str, Any], None]
+Neutral = dict[str, tuple[Any, ...]]
+
+
+def _of_type(kind: type, what: str) -> Check:
+    """Exactly that type: a bool isn't an integer here."""
+
+    def check(name: str, value: Any) -> None:
+        if type(value) is not kind:
+            raise ClientError(f"{name} must be {what}, got {value!r:.60}", param=name)
+
+    return check
+
+
+def _list_of(kind: type, what: str) -> Check:
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, list) or any(type(item) is not kind for item in value):
+            raise ClientError(f"{name} must be a list of {what}, got {value!r:.60}", param=name)
+
+    return check
+
+
+def integer_from(low: int, high: int) -> Check:
+    """An integer in [low, high]."""
+
+    def check(name: str, value: Any) -> None:
+        if type(value) is not int or not low <= value <= high:
+            raise ClientError(f"{name} must be an integer from {low} to {high}, got {value!r:.60}", param=name)
+
+    return check
+
+
+def _strings(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        _list_of(str, "strings, or one string")(name, value)
+
+
+def _later(name: str, value: Any) -> None:
+    """Checked where it is used."""
+
+
+_BOOLEAN = _of_type(bool, "true or false")
+_STRING = _of_type(str, "a string")
+_OBJECT = _of_type(dict, "an object")
+_OBJECTS = _list_of(dict, "objects")
+_POSITIVE = integer_from(1, 2**31 - 1)
+_NOT_NEGATIVE = integer_from(0, 2**31 - 1)
+
+SAMPLING: dict[str, Check] = {
+    "n": _later,
+    "temperature": _later,
+    "top_p": _later,
+    "top_k": _later,
+    "min_p": _later,
+    "presence_penalty": _later,
+    "frequency_penalty": _later,
+    "repetition_penalty": _later,
+    "seed": _later,
+    "stop": _strings,
+    "stop_token_ids": _list_of(int, "token ids"),
+    "include_stop_str_in_output": _BOOLEAN,
+    "min_tokens": _later,
+    "ignore_eos": _BOOLEAN,
+    "prompt_logprobs": _later,
+    "skip_special_tokens": _BOOLEAN,
+    "spaces_between_special_tokens": _BOOLEAN,
+}
+"""Same name and meaning in SamplingParams."""
+
+_HONOURED: dict[str, Check] = {
+    **SAMPLING,
+    "model": _STRING,
+    "stream": _BOOLEAN,
+    "stream_options": _OBJECT,
+    "logit_bias": _OBJECT,
+    "echo": _BOOLEAN,
+    "add_special_tokens": _BOOLEAN,
+    "priority": integer_from(-(2**31), 2**31 - 1),
+    "cache_salt": _STRING,
+    "request_id": _STRING,
+    "return_token_ids": _BOOLEAN,
+}
+
+CHAT_HONOURED: dict[str, Check] = {
+    **_HONOURED,
+    "messages": _OBJECTS,
+    "max_tokens": _POSITIVE,
+    "max_completion_tokens": _POSITIVE,
+    "logprobs": _BOOLEAN,
+    "top_logprobs": _later,
+    "tools": _OBJECTS,
+    "tool_choice": _later,
+    "add_generation_prompt": _BOOLEAN,
+    "continue_final_message": _BOOLEAN,
+    "chat_template_kwargs": _OBJECT,
+}
+
+COMPLETION_HONOURED: dict[str, Check] = {
+    **_HONOURED,
+    "prompt": _later,
+    "max_tokens": _NOT_NEGATIVE,
+    "logprobs": _later,
+}
+
+TOKENIZE_HONOURED: dict[str, Check] = {
+    **{name: CHAT_HONOURED[name] for name in ("model", "messages", "tools", "add_special_tokens")},
+    **{name: CHAT_HONOURED[name] for name in ("add_generation_prompt", "continue_final_message")},
+    "chat_template_kwargs": _OBJECT,
+    "prompt": _STRING,
+    "return_token_strs": _BOOLEAN,
+}
+
+DETOKENIZE_HONOURED: dict[str, Check] = {
+    "model": _STRING,
+    "tokens": _list_of(int, "token ids"),
+    "skip_special_tokens": _BOOLEAN,
+}
+
+STREAM_OPTIONS: dict[str, Check] = {"include_usage": _BOOLEAN}
+
+_IGNORED: Neutral = {
+    "user": (),
+    "metadata": ({},),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "safety_identifier": (),
+    "prompt_cache_key": (),
+    "prompt_cache_retention": (),
+    "prompt_cache_options": ({},),
+    "session_id": (),
+    "stream_interval": (1,),
+    "skip_reading_prefix_cache": (False,),
+}
+
+CHAT_IGNORED: Neutral = {
+    **_IGNORED,
+    "parallel_tool_calls": (True, False),  # means something only where tools may be called
+    "prediction": (),  # speeds generation up elsewhere
+    "include_reasoning": (True,),
+}
+
+COMPLETION_IGNORED: Neutral = dict(_IGNORED)
+
+_REFUSED: Neutral = {
+    "response_format": ({"type": "text"},),
+    "structured_outputs": ({},),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json_object": (False,),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
+    "structural_tag": (),
+    "json_schema": (),
+    "grammar": ("",),
+    "regex": (),
+    "ebnf": (),
+    "format": ("",),
+    "use_beam_search": (False,),
+    "length_penalty": (1.0,),
+    "early_stopping": (False,),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "logits_processors": ([],),
+    "logit_processor": (),
+    "vllm_xargs": ({},),
+    "truncate_prompt_tokens": (),
+    "truncation_side": (),
+    "return_tokens_as_token_ids": (False,),
+    "return_offsets": (False,),
+    "logprob_token_ids": ([],),
+    "prompt_logprob_start": (0,),
+    "flat_logprobs": (False,),
+    "prompt_embeds": (),
+    "kv_transfer_params": (),
+    "repetition_detection": (),
+    "thinking_token_budget": (),
+    "lora_path": (),
+    "options": ({},),
+    "num_ctx": (),
+    "max_new_tokens": (),
+    "n_predict": (),
+    "typical_p": (1.0,),
+    "top_a": (0.0,),
+    "mirostat": (0,),
+    "dry_multiplier": (0.0,),
+    "xtc_probability": (0.0,),
+    "no_repeat_ngram_size": (0,),
+}
+
+CHAT_REFUSED: Neutral = {
+    **_REFUSED,
+    "audio": (),
+    "modalities": (["text"],),
+    "reasoning_effort": (),
+    "reasoning": ({},),
+    "verbosity": ("medium",),
+    "moderation": (),
+    "web_search_options": (),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "chat_template": (),
+    "documents": ([],),
+    "mm_processor_kwargs": ({},),
+    "media_io_kwargs": ({},),
+    "separate_reasoning": (True,),
+    "stream_reasoning": (True,),
+    "enable_thinking": (),
+}
+
+COMPLETION_REFUSED: Neutral = {**_REFUSED, "suffix": ("",), "best_of": ()}

@@ -1,0 +1,250 @@
+"""Answers of /v1/chat/completions and /v1/completions, whole or as SSE frames, in OpenAI's shapes.
+
+`return_token_ids`, `stop_reason` and `prompt_logprobs` are vLLM's additions. A frame costs a few microseconds: what is
+the same in all chunks of an answer is encoded once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import orjson
+from kvasir.cluster.call import Conversation
+from kvasir.cluster.generation import Generation
+from kvasir.cluster.openai_logprobs import ChatLogprobs, CompletionLogprobs, prompt_logprobs_json
+from kvasir.cluster.openai_schema import Ask
+from kvasir.engine.transcript import Delta, Usage
+
+DONE = b"data: [DONE]\n\n"
+FINGERPRINT = "kvasir"
+
+Json = dict[str, Any]
+Deltas = Sequence[tuple[int, Delta]]
+
+
+class Reply(Protocol):
+    """How the endpoints write."""
+
+    def frames(self, deltas: Deltas) -> bytes:
+        """SSE frames of one step."""
+
+    def closing(self) -> bytes:
+        """SSE frames behind the last step."""
+
+    def whole(self) -> Json:
+        """The answer in one piece."""
+
+
+class ChatReply:
+    """A chat has one prompt: the choice's index is the continuation's."""
+
+    def __init__(self, ask: Ask, generation: Generation, request_id: str, role: str) -> None:
+        conversation = ask.call.prompts[0]
+        assert isinstance(conversation, Conversation)
+        self._ask = ask
+        self._generation = generation
+        last = conversation.messages[-1]
+        self._role = role if conversation.add_generation_prompt else last["role"]
+        self._opening = _text(last) if ask.echo and last["role"] == self._role else ""
+        self._envelope = _envelope(f"chatcmpl-{request_id}", ask, generation)
+        self._frames = _Frames({**self._envelope, "object": "chat.completion.chunk"}, ask.include_usage)
+        self._logprobs = ChatLogprobs(generation.model.tokenizer, ask.logprobs or 0)
+        self._begun = False
+        self._plain = ask.logprobs is None and not ask.return_token_ids
+
+    def frames(self, deltas: Deltas) -> bytes:
+        out = b"" if self._begun else self._begin()
+        for _, delta in deltas:
+            if delta.text and self._plain:
+                out += self._frames.content(delta.index, delta.text)
+            elif delta.text or (delta.token_ids and not self._plain):
+                out += self._frames.chunk(self._choice(delta))
+            if delta.finish_reason:
+                end: Json = {"index": delta.index, "delta": {}, "logprobs": None}
+                end |= {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+                out += self._frames.chunk(end)
+        return out
+
+    def closing(self) -> bytes:
+        return self._frames.closing(self._generation.usage)
+
+    def whole(self) -> Json:
+        transcript = self._generation.transcripts[0]
+        choices = []
+        for output in transcript.outputs:
+            message = {"role": self._role, "content": self._opening + output.text, "refusal": None}
+            choice: Json = {"index": output.index, "message": message}
+            choice["logprobs"] = self._logprobs.json(output.token_ids, output.logprobs)
+            choice |= {"finish_reason": output.finish_reason, "stop_reason": output.stop_reason}
+            if self._ask.return_token_ids:
+                choice["token_ids"] = output.token_ids
+            choices.append(choice)
+        answer = {**self._envelope, "object": "chat.completion", "choices": choices, **self._extra()}
+        return answer | {"usage": usage_json(self._generation.usage)}
+
+    def _begin(self) -> bytes:
+        """The role, and what comes once: one chunk per choice."""
+        self._begun = True
+        out = b""
+        for index in range(len(self._generation.transcripts[0].outputs)):
+            delta = {"role": self._role, "content": self._opening}
+            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+            out += self._frames.chunk(choice, self._extra() if index == 0 else {})
+        return out
+
+    def _choice(self, delta: Delta) -> Json:
+        choice: Json = {"index": delta.index, "delta": {"content": delta.text}}
+        choice |= {"logprobs": self._logprobs.json(delta.token_ids, delta.logprobs), "finish_reason": None}
+        if self._ask.return_token_ids:
+            choice["token_ids"] = list(delta.token_ids)
+        return choice
+
+    def _extra(self) -> Json:
+        """Facts of the prompt that were asked for."""
+        request, transcript = self._generation.requests[0], self._generation.transcripts[0]
+        extra: Json = {}
+        if self._ask.return_token_ids:
+            extra["prompt_token_ids"] = list(request.prompt_token_ids)
+        if self._ask.prompt_logprobs:
+            tokenizer, ids = self._generation.model.tokenizer, request.prompt_token_ids
+            extra["prompt_logprobs"] = prompt_logprobs_json(tokenizer, ids, transcript.prompt_logprobs)
+        return extra
+
+
+class CompletionReply:
+    """Several prompts with n continuations each: choice = prompt * n + continuation."""
+
+    def __init__(self, ask: Ask, generation: Generation, request_id: str, role: str) -> None:
+        self._ask = ask
+        self._generation = generation
+        self._n = generation.requests[0].sampling.n
+        self._envelope = _envelope(f"cmpl-{request_id}", ask, generation)
+        self._frames = _Frames({**self._envelope, "object": "text_completion"}, ask.include_usage)
+        choices = len(generation.requests) * self._n
+        self._logprobs = [CompletionLogprobs(generation.model.tokenizer, ask.logprobs) for _ in range(choices)]
+        self._begun = [False] * choices
+        self._plain = ask.logprobs is None and not ask.return_token_ids
+        self._shows_prompt = ask.echo or ask.return_token_ids or ask.prompt_logprobs
+
+    def frames(self, deltas: Deltas) -> bytes:
+        out = b""
+        for number, delta in deltas:
+            index = number * self._n + delta.index
+            if self._shows_prompt and not self._begun[index]:
+                out += self._frames.chunk(self._opening(number, index))
+            if delta.text and self._plain and not delta.finish_reason and not self._ask.no_output:
+                out += self._frames.text(index, delta.text)
+            elif delta.text or delta.finish_reason or not self._plain:
+                out += self._frames.chunk(self._choice(index, delta))
+        return out
+
+    def closing(self) -> bytes:
+        return self._frames.closing(self._usage())
+
+    def whole(self) -> Json:
+        choices = []
+        for number, transcript in enumerate(self._generation.transcripts):
+            for output in transcript.outputs:
+                index = number * self._n + output.index
+                first = self._opening(number, index) if self._shows_prompt else None
+                ids = () if self._ask.no_output else output.token_ids
+                rest = Delta(index, "" if self._ask.no_output else output.text, ids, output.logprobs)
+                choice = self._choice(index, rest)
+                choice |= {"finish_reason": output.finish_reason, "stop_reason": output.stop_reason}
+                choices.append(_joined(first, choice) if first else choice)
+        answer = {**self._envelope, "object": "text_completion", "choices": choices}
+        return answer | {"usage": usage_json(self._usage())}
+
+    def _opening(self, number: int, index: int) -> Json:
+        """What comes before the output: the prompt's text and scores, as far as they were asked for."""
+        self._begun[index] = True
+        request, transcript = self._generation.requests[number], self._generation.transcripts[number]
+        tokenizer, ids = self._generation.model.tokenizer, request.prompt_token_ids
+        choice: Json = {"index": index, "text": "", "logprobs": None, "finish_reason": None}
+        if self._ask.echo and tokenizer:
+            choice["text"] = tokenizer.decode(ids, request.sampling.skip_special_tokens)
+            choice["logprobs"] = self._logprobs[index].json(ids, transcript.prompt_logprobs)
+        if self._ask.prompt_logprobs:
+            choice["prompt_logprobs"] = prompt_logprobs_json(tokenizer, ids, transcript.prompt_logprobs)
+        if self._ask.return_token_ids:
+            choice |= {"prompt_token_ids": list(ids), "token_ids": []}
+        return choice
+
+    def _choice(self, index: int, delta: Delta) -> Json:
+        silent = self._ask.no_output
+        choice: Json = {"index": index, "text": "" if silent else delta.text}
+        choice["logprobs"] = None if silent else self._logprobs[index].json(delta.token_ids, delta.logprobs)
+        choice["finish_reason"] = delta.finish_reason
+        if delta.finish_reason:
+            choice["stop_reason"] = delta.stop_reason
+        if self._ask.return_token_ids:
+            choice["token_ids"] = [] if silent else list(delta.token_ids)
+        return choice
+
+    def _usage(self) -> Usage:
+        usage = self._generation.usage
+        return Usage(usage.prompt_tokens, usage.cached_tokens, 0) if self._ask.no_output else usage
+
+
+class _Frames:
+    """SSE frames of one answer."""
+
+    def __init__(self, envelope: Json, include_usage: bool) -> None:
+        self._head = b"data: " + orjson.dumps(envelope)[:-1] + b',"choices":['
+        self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+        self._include_usage = include_usage
+        self._contents: dict[int, bytes] = {}
+        self._texts: dict[int, bytes] = {}
+        self._end = b',"logprobs":null,"finish_reason":null}' + self._tail
+
+    def content(self, index: int, text: str) -> bytes:
+        """A chat chunk with nothing but text."""
+        if index not in self._contents:
+            self._contents[index] = self._head + b'{"index":%d,"delta":{"content":' % index
+        return self._contents[index] + orjson.dumps(text) + b"}" + self._end
+
+    def text(self, index: int, text: str) -> bytes:
+        """A completion chunk with nothing but text."""
+        if index not in self._texts:
+            self._texts[index] = self._head + b'{"index":%d,"text":' % index
+        return self._texts[index] + orjson.dumps(text) + self._end
+
+    def chunk(self, choice: Mapping[str, Any], extra: Mapping[str, Any] = {}) -> bytes:
+        """A chunk with one choice; `extra` goes beside it."""
+        beside = b"," + orjson.dumps(extra)[1:-1] if extra else b""
+        return self._head + orjson.dumps(choice) + b"]" + beside + self._tail[1:]
+
+    def closing(self, usage: Usage) -> bytes:
+        if not self._include_usage:
+            return DONE
+        return self._head + b'],"usage":' + orjson.dumps(usage_json(usage)) + b"}\n\n" + DONE
+
+
+def usage_json(usage: Usage) -> Json:
+    """OpenAI's shape."""
+    total = usage.prompt_tokens + usage.completion_tokens
+    counts = {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens, "total_tokens": total}
+    return counts | {"prompt_tokens_details": {"cached_tokens": usage.cached_tokens}}
+
+
+def _envelope(answer_id: str, ask: Ask, generation: Generation) -> Json:
+    """What all chunks begin with. `model` is the name that the client used."""
+    model = ask.call.model or generation.model.name
+    return {"id": answer_id, "created": int(time.time()), "model": model, "system_fingerprint": FINGERPRINT}
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    """What a message says, where that is one text."""
+    content = message.get("content")
+    return content if isinstance(content, str) else ""
+
+
+def _joined(first: Json, rest: Json) -> Json:
+    """Prompt and output in one choice."""
+    logprobs: Json | None = rest["logprobs"]
+    if first["logprobs"]:
+        more = rest["logprobs"] or {}
+        logprobs = {name: [*values, *more.get(name, ())] for name, values in first["logprobs"].items()}
+    return {**first, **rest, "text": first["text"] + rest["text"], "logprobs": logprobs}

@@ -1,0 +1,234 @@
+"""OpenAI's request bodies, and vLLM's additions to them, as a `Call`. Nothing that is asked for is ignored silently.
+
+Every field is in one of three tables: HONOURED; IGNORED, which can't change the answer and is named in a warning;
+REFUSED, which would change it and isn't supported: 400 with its name. Neutral values (null, the default) are always
+fine. A field in no table is unknown, and named in a warning too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvasir.cluster.call import Call, Conversation, Prompt, Text, check_tools, check_variables
+from kvasir.cluster.openai_fields import (
+    CHAT_HONOURED,
+    CHAT_IGNORED,
+    CHAT_REFUSED,
+    COMPLETION_HONOURED,
+    COMPLETION_IGNORED,
+    COMPLETION_REFUSED,
+    DETOKENIZE_HONOURED,
+    SAMPLING,
+    STREAM_OPTIONS,
+    TOKENIZE_HONOURED,
+    Check,
+    integer_from,
+)
+from kvasir.engine.errors import ClientError, UnsupportedError
+from kvasir.engine.request import MAX_LOGPROBS
+
+MAX_PROMPTS = 1024
+"""Prompts in one /v1/completions request."""
+COMPLETION_MAX_TOKENS = 16
+"""OpenAI's default for /v1/completions."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ask:
+    """A body understood: the call, and how its answer is to be written."""
+
+    call: Call
+    stream: bool = False
+    include_usage: bool = False
+    logprobs: int | None = None
+    """Show log probabilities, with that many most likely tokens."""
+    prompt_logprobs: bool = False
+    echo: bool = False
+    """The answer begins with the prompt (in a chat: with the last message, when the model continues it)."""
+    no_output: bool = False
+    """max_tokens 0 with echo: the prompt alone was wanted, scored. One token is made and dropped."""
+    return_token_ids: bool = False
+    request_id: str | None = None
+    warnings: tuple[str, ...] = ()
+    """Fields that were ignored."""
+
+
+def parse_chat(body: Mapping[str, Any]) -> Ask:
+    """Body of POST /v1/chat/completions. Raises ClientError or UnsupportedError naming the field."""
+    fields, warnings = _sorted(body, CHAT_HONOURED, CHAT_IGNORED, CHAT_REFUSED)
+    check_tools(fields.get("tools"), fields.get("tool_choice"))
+    sampling = _sampling(fields)
+    limit = fields.get("max_completion_tokens", fields.get("max_tokens"))
+    if limit is not None:
+        sampling["max_tokens"] = limit
+    logprobs = _chat_logprobs(fields)
+    if logprobs is not None:
+        sampling["logprobs"] = logprobs
+    call = Call(prompts=(_conversation(fields),), sampling=sampling, **_common(fields))
+    return Ask(call=call, logprobs=logprobs, echo=fields.get("echo", False), **_shape(fields, warnings))
+
+
+def parse_completion(body: Mapping[str, Any]) -> Ask:
+    """Body of POST /v1/completions. Raises ClientError or UnsupportedError naming the field."""
+    n = body.get("n")
+    if body.get("best_of") == (1 if n is None else n):
+        body = {name: value for name, value in body.items() if name != "best_of"}
+    fields, warnings = _sorted(body, COMPLETION_HONOURED, COMPLETION_IGNORED, COMPLETION_REFUSED)
+    sampling = _sampling(fields)
+    logprobs, echo = fields.get("logprobs"), fields.get("echo", False)
+    if logprobs is not None:
+        sampling["logprobs"] = logprobs
+        if echo:
+            sampling.setdefault("prompt_logprobs", logprobs)
+    no_output = echo and fields.get("max_tokens") == 0
+    if "max_tokens" in fields:
+        sampling["max_tokens"] = 1 if no_output else fields["max_tokens"]
+    prompts = _prompts(fields.get("prompt"), fields.get("add_special_tokens", True))
+    call = Call(prompts=prompts, sampling=sampling, max_tokens=COMPLETION_MAX_TOKENS, **_common(fields))
+    return Ask(call=call, logprobs=logprobs, echo=echo, no_output=no_output, **_shape(fields, warnings))
+
+
+def parse_tokenize(body: Mapping[str, Any]) -> tuple[str, Text | Conversation, bool, tuple[str, ...]]:
+    """Body of POST /tokenize: (model, what to tokenise, whether texts of tokens are wanted, ignored fields)."""
+    fields, warnings = _sorted(body, TOKENIZE_HONOURED, {}, {"chat_template": ()})
+    if "messages" not in fields and "prompt" not in fields:
+        raise ClientError("send prompt (a text) or messages", param="prompt")
+    prompt = (
+        _conversation(fields)
+        if "messages" in fields
+        else Text(text=fields["prompt"], add_special_tokens=fields.get("add_special_tokens", True))
+    )
+    return fields.get("model", ""), prompt, fields.get("return_token_strs", False), warnings
+
+
+def parse_detokenize(body: Mapping[str, Any]) -> tuple[str, list[int], bool, tuple[str, ...]]:
+    """Body of POST /detokenize: (model, token ids, whether special tokens are left out, ignored fields)."""
+    fields, warnings = _sorted(body, DETOKENIZE_HONOURED, {}, {})
+    if "tokens" not in fields:
+        raise ClientError("tokens must be a list of token ids", param="tokens")
+    return fields.get("model", ""), fields["tokens"], fields.get("skip_special_tokens", False), warnings
+
+
+def _sorted(
+    body: Mapping[str, Any],
+    honoured: Mapping[str, Check],
+    ignored: Mapping[str, Sequence[Any]],
+    refused: Mapping[str, Sequence[Any]],
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(honoured fields that are set, checked; names of what was ignored). A literal extra_body is unwrapped: OpenAI's
+    client merges it into the body, and so do we for those who send it as it is written in examples."""
+    if isinstance(body.get("extra_body"), dict):
+        body = {**body, **body["extra_body"]}
+        del body["extra_body"]
+    fields: dict[str, Any] = {}
+    warnings: list[str] = []
+    for name, value in body.items():
+        if value is None:
+            continue
+        if check := honoured.get(name):
+            check(name, value)
+            fields[name] = value
+        elif name in refused:
+            if value not in refused[name]:
+                raise UnsupportedError(_refusal(name, value, refused[name]), param=name)
+        elif value not in ignored.get(name, ()):
+            warnings.append(name)
+    return fields, tuple(warnings)
+
+
+def _refusal(name: str, value: object, neutral: Sequence[Any]) -> str:
+    instead = f" (only {' or '.join(repr(one) for one in neutral)})" if neutral else ""
+    return f"{name} isn't supported{instead}: it would change the answer, so it isn't ignored; got {value!r:.60}"
+
+
+def _sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What goes into SamplingParams by the same name; ranges are checked there."""
+    sampling = {name: fields[name] for name in SAMPLING if name in fields}
+    if bias := fields.get("logit_bias"):
+        sampling["logit_bias"] = {_token_id(key): value for key, value in bias.items()}
+    return sampling
+
+
+def _token_id(key: str) -> int:
+    if not (key.isascii() and key.isdigit()):
+        raise ClientError(f"logit_bias keys must be token ids, got {key!r:.60}", param="logit_bias")
+    return int(key)
+
+
+def _chat_logprobs(fields: Mapping[str, Any]) -> int | None:
+    wanted, top = fields.get("logprobs", False), fields.get("top_logprobs")
+    if top is not None and not wanted:
+        raise ClientError("top_logprobs needs logprobs to be true", param="top_logprobs")
+    if top is not None:
+        integer_from(0, MAX_LOGPROBS)("top_logprobs", top)
+    return (top or 0) if wanted else None
+
+
+def _conversation(fields: Mapping[str, Any]) -> Conversation:
+    messages = fields.get("messages")
+    if not messages:
+        raise ClientError("messages must be a list of at least one message", param="messages")
+    variables = fields.get("chat_template_kwargs", {})
+    check_variables(variables, "chat_template_kwargs")
+    continued = fields.get("continue_final_message", False)
+    return Conversation(
+        messages=messages,
+        tools=fields.get("tools") or None,
+        add_generation_prompt=fields.get("add_generation_prompt", not continued),
+        continue_final_message=continued,
+        variables=variables,
+        add_special_tokens=fields.get("add_special_tokens", False),
+    )
+
+
+def _prompts(prompt: Any, add_special_tokens: bool) -> list[Prompt]:
+    """A text, a list of texts, a list of token ids or a list of lists of token ids."""
+    if isinstance(prompt, str):
+        return [Text(text=prompt, add_special_tokens=add_special_tokens)]
+    kinds = set(map(type, prompt)) if isinstance(prompt, list) else set()
+    if kinds == {int}:
+        return [prompt]
+    if len(kinds) == 1 and len(prompt) > MAX_PROMPTS:
+        text = f"prompt holds {len(prompt)} prompts; at most {MAX_PROMPTS} in one request, use kvasir batch for more"
+        raise ClientError(text, param="prompt")
+    if kinds == {str}:
+        return [Text(text=text, add_special_tokens=add_special_tokens) for text in prompt]
+    if kinds == {list} and all(set(map(type, ids)) == {int} for ids in prompt):
+        return list(prompt)
+    wanted = "a text, a list of texts, a list of token ids or a list of lists of token ids, none of them empty"
+    raise ClientError(f"prompt must be {wanted}; got {prompt!r:.60}", param="prompt")
+
+
+def _common(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `Call` that both bodies have."""
+    given = {name: fields[name] for name in ("priority", "cache_salt") if name in fields}
+    return {"model": fields.get("model", ""), **given}
+
+
+def _shape(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> dict[str, Any]:
+    """Fields of `Ask` that both bodies have."""
+    options = fields.get("stream_options")
+    stream = fields.get("stream", False)
+    include_usage = False
+    if options is not None:
+        if not stream:
+            raise ClientError("stream_options needs stream to be true", param="stream_options")
+        include_usage, more = _stream_options(options)
+        warnings += more
+    return {
+        "stream": stream,
+        "include_usage": include_usage,
+        "prompt_logprobs": "prompt_logprobs" in fields,
+        "return_token_ids": fields.get("return_token_ids", False),
+        "request_id": fields.get("request_id"),
+        "warnings": warnings,
+    }
+
+
+def _stream_options(options: Mapping[str, Any]) -> tuple[bool, tuple[str, ...]]:
+    """(include_usage, ignored fields)."""
+    ignored, refused = {"include_obfuscation": (False,)}, {"continuous_usage_stats": (False,)}
+    fields, unknown = _sorted(options, STREAM_OPTIONS, ignored, refused)
+    return fields.get("include_usage", False), tuple(f"stream_options.{name}" for name in unknown)

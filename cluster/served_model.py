@@ -1,0 +1,92 @@
+"""ServedModel: what a gateway knows about a model: names, tokenizer, sampling defaults. Loads no weights, no torch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvasir.cluster.call import Conversation, Text
+from kvasir.engine.config import EngineConfig
+from kvasir.engine.errors import ClientError
+from kvasir.engine.hub import default_sampling, locate
+from kvasir.engine.tokenizer import Tokenizer
+
+INLINE_CHARS = 2000
+"""Texts up to this length are tokenised on the event loop (about 0.5 ms); longer ones in a thread."""
+
+_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenise")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedModel:
+    """One model as clients see it. `names`: those that clients may use, the first is the model's own."""
+
+    names: tuple[str, ...]
+    tokenizer: Tokenizer | None
+    """None: token ids in, token ids out (--skip-tokenizer-init)."""
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
+    """By the names of `SamplingParams`, from the model's generation_config.json."""
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @classmethod
+    def load(cls, engine: EngineConfig) -> ServedModel:
+        """Read the model's folder; fetches it from the hub when it isn't there. ConfigError when something is amiss."""
+        folder = locate(engine.model, engine.revision)
+        tokenizer = None
+        if not engine.skip_tokenizer_init:
+            source = locate(engine.tokenizer) if engine.tokenizer else folder
+            tokenizer = Tokenizer.load(source, chat_template=engine.chat_template)
+        defaults = default_sampling(folder) if engine.generation_config == "auto" else {}
+        names = engine.served_model_name or (engine.model,)
+        return cls(names=tuple(names), tokenizer=tokenizer, sampling_defaults=defaults)
+
+    def need_tokenizer(self, what: str) -> Tokenizer:
+        """The tokenizer; `what` is the field that can't be used without one."""
+        if self.tokenizer is None:
+            text = f"{what} needs a tokenizer, and {self.name!r} is served with --skip-tokenizer-init; send token ids"
+            raise ClientError(text, param=what)
+        return self.tokenizer
+
+    async def encode(self, prompt: Text | Conversation) -> list[int]:
+        """Token ids of `prompt`, off the event loop when it is long."""
+        if _length(prompt) <= INLINE_CHARS:
+            return self._encode(prompt)
+        return await asyncio.get_running_loop().run_in_executor(_threads, self._encode, prompt)
+
+    async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Text of `ids`, off the event loop when they are many."""
+        tokenizer = self.need_tokenizer("tokens")
+        if len(ids) <= INLINE_CHARS:
+            return tokenizer.decode(ids, skip_special_tokens)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(_threads, tokenizer.decode, ids, skip_special_tokens)
+
+    def _encode(self, prompt: Text | Conversation) -> list[int]:
+        if isinstance(prompt, Text):
+            return self.need_tokenizer("prompt").encode(prompt.text, prompt.add_special_tokens)
+        tokenizer = self.need_tokenizer("messages")
+        text = tokenizer.render_chat(
+            prompt.messages,
+            prompt.tools,
+            add_generation_prompt=prompt.add_generation_prompt,
+            continue_final_message=prompt.continue_final_message,
+            **prompt.variables,
+        )
+        return tokenizer.encode(text, prompt.add_special_tokens)
+
+
+def _length(prompt: Text | Conversation) -> int:
+    """About how many characters; contents that aren't text count as long, so that a thread looks at them."""
+    if isinstance(prompt, Text):
+        return len(prompt.text)
+    total = INLINE_CHARS if prompt.tools else 0
+    for message in prompt.messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        total += len(content) + 20 if isinstance(content, str) else INLINE_CHARS
+    return total

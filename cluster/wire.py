@@ -1,0 +1,228 @@
+"""Requests, events, errors and stats as protobuf messages of `proto/group.proto`, and back. No torch.
+
+On a stream a request is called by its number; `request_id` travels once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from itertools import groupby
+from typing import Any, TypeVar, cast
+
+from google.protobuf.message import Message
+from kvasir.engine.errors import ERRORS, KvasirError, ServerError
+from kvasir.engine.event import Event, Failed, Finished, FinishReason, Timing, Token, TokenLogprob
+from kvasir.engine.info import ModelInfo
+from kvasir.engine.request import Request, SamplingParams
+from kvasir.engine.scheduler import Stats
+from kvasir.proto import group_pb2 as pb
+
+TOKEN_METADATA = "kvasir-token"
+MAX_MESSAGE_BYTES = 64 * 2**20
+"""A prompt of a million token ids takes 3 to 5 MB; prompt_logprobs with 20 alternatives take 300 bytes a token."""
+CHANNEL_OPTIONS = [
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),  # else a new connection inherits the back-off of a dead one
+]
+LOAD_PERIOD_S = 0.25
+"""How often a group reports its load; gateways count on at least every half second."""
+STALL_S = 60.0
+"""A step loop without a turn for this long hangs: the longest honest step (a chunk of a big model on a slow CPU, or
+a kernel compiled on first use) takes seconds."""
+
+M = TypeVar("M", bound=Message)
+_TIMES = [field.name for field in fields(Timing)]
+
+
+def encode_request(request: Request, number: int) -> pb.Submit:
+    """`request` under its `number` on the stream."""
+    message = pb.Submit(
+        number=number,
+        request_id=request.request_id,
+        prompt_token_ids=request.prompt_token_ids,
+        sampling=_encode_fields(pb.Sampling(), request.sampling),
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+        trace_context=dict(request.trace_context),
+        resume_token_ids=request.resume_token_ids,
+    )
+    return _set(message, deadline_s=request.deadline_s, adapter=request.adapter)
+
+
+def decode_request(message: pb.Submit, request_id: str) -> Request:
+    """The request, under the name the engine knows it by. Raises ClientError as SamplingParams does."""
+    sampling = {field.name: _decode_field(message.sampling, field.name) for field in fields(SamplingParams)}
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=list(message.prompt_token_ids),
+        sampling=SamplingParams(**sampling),
+        priority=message.priority,
+        cache_salt=message.cache_salt,
+        deadline_s=_decode_field(message, "deadline_s"),
+        adapter=_decode_field(message, "adapter"),
+        trace_context=dict(message.trace_context),
+        resume_token_ids=tuple(message.resume_token_ids),
+    )
+
+
+def add_event(step: pb.Step, number: int, event: Event) -> None:
+    """Append `event` of request `number` to `step`."""
+    if isinstance(event, Token):
+        if event.logprobs is None and event.prompt_logprobs is None:
+            for token in event.token_ids:
+                step.numbers.append(number)
+                step.indexes.append(event.index)
+                step.token_ids.append(token)
+        else:
+            step.events.append(pb.Event(number=number, token=_encode_token(event)))
+    elif isinstance(event, Finished):
+        step.events.append(pb.Event(number=number, finished=_encode_finished(event)))
+    else:
+        step.events.append(pb.Event(number=number, failed=pb.Failed(code=event.code, message=event.message)))
+
+
+def step_events(step: pb.Step, name: Callable[[int], str | None]) -> Iterator[tuple[int, Event]]:
+    """(number, event) of the requests whose id `name(number)` still knows; each request's events keep their order."""
+    rows = zip(step.numbers, step.indexes, step.token_ids, strict=True)
+    for (number, index), group in groupby(rows, key=lambda row: row[:2]):
+        if (request_id := name(number)) is not None:
+            yield number, Token(request_id, index, tuple(row[2] for row in group))
+    for message in step.events:
+        if (request_id := name(message.number)) is not None:
+            yield message.number, _decode_event(message, request_id)
+
+
+def encode_error(error: KvasirError) -> pb.Error:
+    """An error that was raised on submission."""
+    message = pb.Error(code=error.code, message=error.message)
+    return _set(message, param=error.param, retry_after_s=error.retry_after_s)
+
+
+def decode_error(message: pb.Error) -> KvasirError:
+    """The same class of error, to be raised again."""
+    kind = ERRORS.get(message.code, ServerError)
+    return kind(
+        message.message,
+        param=_decode_field(message, "param"),
+        retry_after_s=_decode_field(message, "retry_after_s"),
+    )
+
+
+def encode_info(info: ModelInfo) -> pb.ModelInfo:
+    """What the engine says about itself."""
+    return _encode_fields(pb.ModelInfo(), info)
+
+
+def decode_info(message: pb.ModelInfo) -> ModelInfo:
+    """The same on the gateway's side."""
+    return ModelInfo(**{field.name: _decode_field(message, field.name) for field in fields(ModelInfo)})
+
+
+def encode_stats(stats: Stats) -> pb.Stats:
+    """The scheduler's figures."""
+    return _encode_fields(pb.Stats(), stats)
+
+
+def decode_stats(message: pb.Stats) -> Stats:
+    """The same on the gateway's side."""
+    return Stats(**{field.name: _decode_field(message, field.name) for field in fields(Stats)})
+
+
+def _encode_fields(message: M, source: object) -> M:
+    """Copy the attributes that `message` has fields for."""
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(source, field.name)
+        if isinstance(value, dict):
+            getattr(message, field.name).update(value)
+        elif isinstance(value, (tuple, list)):
+            getattr(message, field.name).extend(value)
+        else:
+            _set(message, **{field.name: value})
+    return message
+
+
+def _decode_field(message: Any, name: str) -> Any:
+    """A field's value; None for an absent optional one."""
+    field = message.DESCRIPTOR.fields_by_name[name]
+    value = getattr(message, name)
+    if field.message_type is not None:
+        return dict(value)
+    if field.is_repeated:
+        return tuple(value)
+    return None if field.has_presence and not message.HasField(name) else value
+
+
+def _set(message: M, **values: Any) -> M:
+    """Set the fields that aren't None."""
+    for name, value in values.items():
+        if value is not None:
+            setattr(message, name, value)
+    return message
+
+
+def _encode_token(event: Token) -> pb.Token:
+    return pb.Token(
+        index=event.index,
+        token_ids=event.token_ids,
+        logprobs=[_encode_logprob(item) for item in event.logprobs or ()],
+        prompt_logprobs=[_encode_logprob(item) for item in event.prompt_logprobs or ()],
+    )
+
+
+def _encode_logprob(item: TokenLogprob | None) -> pb.TokenLogprob:
+    if item is None:
+        return pb.TokenLogprob()
+    tokens, logprobs = zip(*item.top, strict=True) if item.top else ((), ())
+    return pb.TokenLogprob(logprob=item.logprob, rank=item.rank, top_token_ids=tokens, top_logprobs=logprobs)
+
+
+def _encode_finished(event: Finished) -> pb.Finished:
+    message = pb.Finished(
+        index=event.index,
+        reason=event.reason,
+        prompt_tokens=event.prompt_tokens,
+        cached_tokens=event.cached_tokens,
+        output_tokens=event.output_tokens,
+        preemptions=event.preemptions,
+        **{name: getattr(event.timing, name) for name in _TIMES},
+    )
+    return _set(message, stop_token_id=event.stop_token_id)
+
+
+def _decode_event(message: pb.Event, request_id: str) -> Event:
+    kind = message.WhichOneof("event")
+    if kind == "token":
+        return _decode_token(message.token, request_id)
+    if kind == "finished":
+        return _decode_finished(message.finished, request_id)
+    return Failed(request_id, message.failed.code, message.failed.message)
+
+
+def _decode_token(message: pb.Token, request_id: str) -> Token:
+    logprobs = cast("Sequence[TokenLogprob]", [_decode_logprob(item) for item in message.logprobs])
+    prompt = [_decode_logprob(item) for item in message.prompt_logprobs]
+    return Token(request_id, message.index, tuple(message.token_ids), logprobs or None, prompt or None)
+
+
+def _decode_logprob(message: pb.TokenLogprob) -> TokenLogprob | None:
+    if not message.HasField("logprob"):
+        return None
+    top = tuple(zip(message.top_token_ids, message.top_logprobs, strict=True))
+    return TokenLogprob(message.logprob, message.rank, top)
+
+
+def _decode_finished(message: pb.Finished, request_id: str) -> Finished:
+    return Finished(
+        request_id,
+        message.index,
+        cast(FinishReason, message.reason),
+        stop_token_id=_decode_field(message, "stop_token_id"),
+        prompt_tokens=message.prompt_tokens,
+        cached_tokens=message.cached_tokens,
+        output_tokens=message.output_tokens,
+        preemptions=message.preemptions,
+        timing=Timing(**{name: getattr(message, name) for name in _TIMES}),
+    )

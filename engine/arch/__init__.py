@@ -1,0 +1,31 @@
+"""One file per architecture, named like config.json's `model_type`: `spec(config) -> Spec`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any, cast
+
+from kvasir.engine.errors import ConfigError
+from kvasir.engine.spec import Spec
+
+
+def supported() -> list[str]:
+    """Every model_type there is a file for."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load_spec(config: Mapping[str, Any]) -> Spec:
+    """The facts in a parsed config.json; ConfigError names what is unknown, missing or not supported."""
+    kind = config.get("model_type")
+    if kind not in supported():
+        raise ConfigError(f"config.json: model_type {kind!r} is not supported; supported are {', '.join(supported())}")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method")
+        raise ConfigError(f"config.json: quantization_config (quant_method {method!r}) is not supported")
+    architecture = importlib.import_module(f"{__name__}.{kind}")
+    try:
+        return cast("Spec", architecture.spec(config))
+    except KeyError as missing:
+        raise ConfigError(f"config.json: {missing.args[0]} is missing (model_type {kind!r})") from None

@@ -1,0 +1,99 @@
+"""AsyncLLM: the engine in process, for streams of an asyncio program."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from kvasir.engine.engine import Engine
+from kvasir.engine.errors import UnavailableError
+from kvasir.engine.event import Event
+from kvasir.engine.llm import Message, Prompt, TextModel, engine_config
+from kvasir.engine.output import RequestOutput, request_output
+from kvasir.engine.request import SamplingParams
+from kvasir.engine.scheduler import Stats
+from kvasir.engine.tokenizer import Tokenizer
+from kvasir.engine.transcript import Transcript
+
+
+class AsyncLLM:
+    """`async for output in llm.generate(prompt, sampling, request_id)`. Use it from one event loop."""
+
+    def __init__(self, model: str = "skald", **options: Any) -> None:
+        self.config = engine_config(model, options)
+        self._text = TextModel(self.config)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._streams: dict[str, asyncio.Queue[Event]] = {}
+        self.engine = Engine(self.config, self._deliver)
+        self.engine.start()
+
+    def get_tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer; None with skip_tokenizer_init."""
+        return self._text.tokenizer
+
+    def render_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
+        """Token ids of a conversation, to be given to `generate`. Options are those of Tokenizer.render_chat."""
+        return self._text.render(messages, **options)
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None,
+        request_id: str,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        deadline_s: float | None = None,
+        trace_context: Mapping[str, str] | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Everything so far, each time something is new. Leaving the loop, or cancelling, ends the request."""
+        options = {"priority": priority, "cache_salt": cache_salt, "deadline_s": deadline_s}
+        request, text = self._text.request(
+            prompt, sampling_params, request_id, trace_context=trace_context or {}, **options
+        )
+        self._loop = asyncio.get_running_loop()
+        transcript = Transcript(request, self._text.tokenizer)
+        if request_id in self._streams:
+            raise UnavailableError(f"request id {request_id!r} is still in use")
+        events = self._streams[request_id] = asyncio.Queue()
+        try:
+            self.engine.submit(request)
+            while not transcript.finished:
+                batch = [await events.get()]
+                while not events.empty():
+                    batch.append(events.get_nowait())
+                deltas = transcript.feed(batch)
+                for delta in deltas:
+                    if delta.matched:
+                        self.engine.abort(request_id, delta.index, "stop")
+                if deltas:
+                    yield request_output(transcript, text, self._text.tokenizer)
+        finally:
+            del self._streams[request_id]
+            if not transcript.settled:
+                self.engine.abort(request_id)
+
+    async def abort(self, request_id: str) -> None:
+        """End a request: its stream finishes with finish_reason "abort"."""
+        self.engine.abort(request_id)
+
+    def stats(self) -> Stats:
+        """The engine's load."""
+        return self.engine.stats()
+
+    def shutdown(self) -> None:
+        """End the engine's thread; streams that are left raise UnavailableError."""
+        self.engine.shutdown()
+
+    def _deliver(self, events: Sequence[Event]) -> None:
+        """Engine's thread: one call into the event loop per step."""
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(self._dispatch, events)
+
+    def _dispatch(self, events: Sequence[Event]) -> None:
+        for event in events:
+            stream = self._streams.get(event.request_id)
+            if stream is not None:
+                stream.put_nowait(event)

@@ -1,0 +1,112 @@
+"""Batch: what a rank knows of the sequences in its seats, and how a step's rows lie. No Python work per token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from kvasir.engine.step import Slice, Step
+from kvasir.kernels.ragged import Ragged
+from torch import Tensor
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one step, ready for the decoder."""
+
+    tokens: Tensor
+    """[T] int64"""
+    ragged: Ragged
+    logits: Tensor
+    """[R] int64: rows whose logits are wanted, in the order of the slices."""
+    sampled: Ints
+    """Which of those R give a new token."""
+    seats: Ints
+    """Their sequences' seats."""
+    positions: Ints
+    """The new tokens' positions."""
+    scored: list[tuple[Slice, slice, Ints]]
+    """Slices that want prompt logprobs: (slice, where their rows are among the R, the tokens these rows predict)."""
+
+
+class Batch:
+    """tokens[seat, position] and table[seat, block]. Rows that are never used cost no memory (zeroed by the system)."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+        self.block_size, self.device = block_size, device
+        self.tokens = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
+        self.table = np.zeros((max_num_seqs, -(-max_model_len // block_size) + 1), np.int32)
+        self.lengths = np.zeros(max_num_seqs, np.int64)
+        self.prompt_lengths = np.zeros(max_num_seqs, np.int64)
+        self.held = np.zeros(max_num_seqs, np.int64)
+        """Blocks in a seat's table."""
+
+    def apply(self, step: Step) -> None:
+        """Take in a step's differences."""
+        for new in step.new:
+            length = len(new.token_ids)
+            self.tokens[new.seat, :length] = new.token_ids
+            self.lengths[new.seat], self.prompt_lengths[new.seat], self.held[new.seat] = length, new.prompt_len, 0
+        for seat, blocks in step.blocks:
+            held = self.held[seat]
+            self.table[seat, held : held + len(blocks)] = blocks
+            self.held[seat] = held + len(blocks)
+
+    def rows(self, slices: Sequence[Slice]) -> Rows:
+        """Lay out the rows of these slices, one sequence after the other."""
+        seats = np.array([s.seat for s in slices], np.int64)
+        start = np.array([s.start for s in slices], np.int64)
+        count = np.array([s.count for s in slices], np.int64)
+        starts = np.concatenate(([0], np.cumsum(count)))
+        owner = np.repeat(np.arange(len(slices)), count)
+        positions = np.arange(starts[-1]) - starts[owner] + start[owner]
+        lengths = start + count
+        table = self.table[seats, : -(-int(lengths.max()) // self.block_size)]
+        slots = table[owner, positions // self.block_size].astype(np.int64) * self.block_size
+        slots += positions % self.block_size
+        host_starts, host_lengths = starts.astype(np.int32), lengths.astype(np.int32)
+        ragged = Ragged(
+            *map(self._to_device, (positions, slots, host_starts, host_lengths, table)), host_starts, host_lengths
+        )
+        tokens = self._to_device(self.tokens[seats[owner], positions].astype(np.int64))
+        return self._wanted(slices, seats, starts, lengths, tokens, ragged)
+
+    def _wanted(
+        self, slices: Sequence[Slice], seats: Ints, starts: Ints, lengths: Ints, tokens: Tensor, ragged: Ragged
+    ) -> Rows:
+        """Which rows' logits are needed: the last of a slice that samples, all that score a prompt token."""
+        if not any(s.prompt_logprobs for s in slices):
+            sample = np.array([s.sample for s in slices])
+            rows = self._to_device(starts[1:][sample] - 1)
+            return Rows(tokens, ragged, rows, np.arange(sample.sum()), seats[sample], lengths[sample], [])
+        wanted: list[Ints] = []
+        sampled, scored, have = [], [], 0
+        for i, part in enumerate(slices):
+            scores = (
+                max(0, min(part.count, int(self.prompt_lengths[part.seat]) - 1 - part.start)) * part.prompt_logprobs
+            )
+            rows_here = np.arange(starts[i], starts[i] + scores)
+            if scores:
+                predicted = self.tokens[part.seat, part.start + 1 : part.start + 1 + scores].astype(np.int64)
+                scored.append((part, slice(have, have + scores), predicted))
+            if part.sample and scores < part.count:
+                rows_here = np.append(rows_here, starts[i + 1] - 1)
+            wanted.append(rows_here)
+            have += len(rows_here)
+            sampled += [have - 1] * part.sample
+        sample = np.array([s.sample for s in slices])
+        rows = self._to_device(np.concatenate(wanted))
+        return Rows(tokens, ragged, rows, np.array(sampled, np.int64), seats[sample], lengths[sample], scored)
+
+    def append(self, seats: Ints, token_ids: Sequence[int]) -> None:
+        """The tokens that a step sampled."""
+        self.tokens[seats, self.lengths[seats]] = token_ids
+        self.lengths[seats] += 1
+
+    def _to_device(self, array: npt.NDArray[np.int64] | npt.NDArray[np.int32]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)

@@ -1,0 +1,117 @@
+"""BlockPool: who holds which block of the KV cache, and which content a block has (Kwon et al. 2023, arXiv:2309.06180).
+
+A full block's content id is a hash of (the id before it, its tokens); the chain starts from a salt. Freeing a block keeps
+its content id: it can be found until it is reused, so eviction is nothing but the order of the free list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+ContentId = bytes
+"""128 bits: equal ids mean equal tokens at equal positions under the same salt."""
+
+
+def content_id(before: ContentId, token_ids: Sequence[int]) -> ContentId:
+    """Id of a full block whose tokens follow the block (or salt) `before`. Stable across processes and machines."""
+    return hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=16, key=before).digest()
+
+
+def salted(*parts: str | bytes) -> ContentId:
+    """The start of a chain: what must be equal, besides tokens, for blocks to be shared."""
+    hash_ = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        hash_.update(len(data).to_bytes(8, "little") + data)
+    return hash_.digest()
+
+
+class BlockPool:
+    """`num_blocks` blocks of `block_size` slots. A block is free (findable or not) or held by one sequence or more."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
+        self.num_blocks, self.block_size, self.prefix_caching = num_blocks, block_size, prefix_caching
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._holders = [0] * num_blocks
+        self._content: list[ContentId | None] = [None] * num_blocks
+        self._found: dict[ContentId, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """`count` blocks with one holder each, the longest unused first; what they held before can't be found any more."""
+        assert count <= len(self._free), f"{count} blocks wanted, {len(self._free)} free"
+        taken = [self._free.popitem(last=False)[0] for _ in range(count)]
+        for block in taken:
+            self._forget(block)
+            self._holders[block] = 1
+        return taken
+
+    def match(self, ids: Iterable[ContentId]) -> list[int]:
+        """Blocks of the longest known prefix of a chain of content ids. They aren't held yet: see `hold`."""
+        matched = []
+        for content in ids:
+            block = self._found.get(content)
+            if block is None:
+                break
+            matched.append(block)
+        return matched
+
+    def count_free(self, blocks: Iterable[int]) -> int:
+        """How many of `blocks` are on the free list, so that holding them takes from it."""
+        return sum(1 for block in blocks if not self._holders[block])
+
+    def hold(self, blocks: Iterable[int]) -> None:
+        """One more holder for each block; a free one leaves the free list."""
+        for block in blocks:
+            if not self._holders[block]:
+                del self._free[block]
+            self._holders[block] += 1
+
+    def free(self, blocks: Sequence[int]) -> None:
+        """One holder less for each block of a sequence, its tail first: heads are found by more requests, so they stay longer."""
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                self._free[block] = None
+
+    def commit(self, block: int, content: ContentId) -> None:
+        """The block is full and computed: it can be found. A second block of equal content stays private."""
+        if self.prefix_caching and content not in self._found:
+            self._found[content] = block
+            self._content[block] = content
+
+    def shared(self, block: int) -> bool:
+        """More than one sequence holds it: it must be copied before it is written."""
+        return self._holders[block] > 1
+
+    def reset(self) -> None:
+        """Forget all contents (held blocks stay held)."""
+        for block in list(self._found.values()):
+            self._forget(block)
+
+    def _forget(self, block: int) -> None:
+        content = self._content[block]
+        if content is not None:
+            del self._found[content]
+            self._content[block] = None
+
+    def check(self) -> list[str]:
+        """Violated invariants in words; empty when all is well."""
+        wrong = [f"block {b} has {n} holders" for b, n in enumerate(self._holders) if n < 0]
+        wrong += [f"block {b} is free and held" for b in self._free if self._holders[b]]
+        wrong += [f"block {b} is lost" for b, n in enumerate(self._holders) if not n and b not in self._free]
+        wrong += [f"content of block {b} is elsewhere" for c, b in self._found.items() if self._content[b] != c]
+        known = sum(content is not None for content in self._content)
+        if known != len(self._found):
+            wrong.append(f"{known} blocks have content, {len(self._found)} can be found")
+        return wrong

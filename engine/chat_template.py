@@ -1,0 +1,250 @@
+"""Chat templates: a conversation -> the text a model was trained to read, by the checkpoint's Jinja template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Union
+
+from kvasir.engine.errors import ClientError, ConfigError, UnsupportedError
+from kvasir.engine.hub import read_json
+from kvasir.engine.template_sandbox import compile_template, render_template
+
+_CUT = "\ue000continue-here\ue001"
+_CONTENT = ("probe one", "probe two")
+
+Message = Mapping[str, Any]
+
+
+class ChatTemplates:
+    """A model's templates by name ("default", "tool_use"); there may be none."""
+
+    def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
+        self.sources = dict(sources)
+        self._special_tokens = dict(special_tokens)
+
+    @classmethod
+    def load(cls, folder: Path, special_tokens: Mapping[str, str], override: str | None = None) -> ChatTemplates:
+        """The templates beside the tokenizer in `folder`, or `override` (a file or the template itself) alone."""
+        if override is None:
+            return cls(_sources(folder), special_tokens)
+        source = _override(override)
+        try:
+            _compiled(source)
+        except ClientError as error:
+            raise ConfigError(f"--chat-template: {error.message}", param="chat_template") from error
+        return cls({"default": source}, special_tokens)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        source: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Text of the conversation. `continue_final_message` ends it inside the last message, for the model to go on
+        there. `source` replaces the model's template. ClientError when the template or the conversation is at fault."""
+        if continue_final_message and add_generation_prompt:
+            text = "continue_final_message and add_generation_prompt exclude each other; set one of them to false"
+            raise ClientError(text, param="continue_final_message")
+        template = _compiled(source if source is not None else self._choose(bool(tools)))
+        known = {**self._special_tokens, **_plain(variables or {}, "chat_template_kwargs")}
+        known |= {"tools": _plain(tools, "tools") if tools else None, "add_generation_prompt": add_generation_prompt}
+        conversation = template.prepare(messages)
+        if not continue_final_message:
+            return template.render(conversation, known)
+        _mark_end(conversation)
+        return _cut(template.render(conversation, known))
+
+    def _choose(self, has_tools: bool) -> str:
+        if has_tools and "tool_use" in self.sources:
+            return self.sources["tool_use"]
+        if "default" in self.sources:
+            return self.sources["default"]
+        named = f" (only ones named {', '.join(sorted(self.sources))})" if self.sources else ""
+        text = f"the model has no chat template{named}: use /v1/completions, or serve it with --chat-template FILE"
+        raise ClientError(text, param="messages")
+
+
+class _Template:
+    """One compiled template, and what it makes of the forms in which the same message can be given."""
+
+    def __init__(self, source: str) -> None:
+        self._template = compile_template(source)
+
+    def render(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
+        """The output for prepared `messages`."""
+        return render_template(self._template, {**variables, "messages": messages})
+
+    def prepare(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """A copy of the messages in the forms that this template reads: content as text or as parts, arguments of tool
+        calls as an object (what most templates want, and vLLM gives them) or as JSON text."""
+        if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
+            raise ClientError("messages must be a list of at least one message", param="messages")
+        plain = _plain(list(messages), "messages")
+        return [self._message(message, f"messages[{i}]") for i, message in enumerate(plain)]
+
+    def _message(self, message: Any, at: str) -> dict[str, Any]:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ClientError(f"{at} must be an object with a role", param="messages")
+        message["content"] = self._content(message.get("content"), at)
+        calls = message.get("tool_calls")
+        if calls is None:
+            message.pop("tool_calls", None)  # templates ask whether the key is there
+            return message
+        if not isinstance(calls, list) or not all(isinstance(_function(call), dict) for call in calls):
+            raise ClientError(f"{at}.tool_calls must be a list of objects with a function", param="messages")
+        for call in calls:
+            function = _function(call)
+            function["arguments"] = self._arguments(function.get("arguments"), at)
+        return message
+
+    def _content(self, content: Any, at: str) -> str | list[dict[str, str]]:
+        if content is None:
+            return ""
+        if isinstance(content, str):
+            return content if self._reads_text else _parts([content])
+        if not isinstance(content, list):
+            raise ClientError(f"{at}.content must be a string or a list of parts", param="messages")
+        texts = [_part_text(part, at) for part in content]
+        return _parts(texts) if self._reads_parts else "\n".join(texts)
+
+    def _arguments(self, arguments: Any, at: str) -> Any:
+        if isinstance(arguments, str) and not self._wants_json_arguments:
+            return _object(arguments, at)
+        if self._wants_json_arguments and not isinstance(arguments, str):
+            return json.dumps(arguments if arguments is not None else {}, ensure_ascii=False)
+        return {} if arguments is None else arguments
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        """Content may be a list of parts: both of two parts' texts come out, and nothing of the list's own form."""
+        text = self._probe([{"role": "user", "content": _parts(_CONTENT)}])
+        return all(part in text for part in _CONTENT) and "'type'" not in text and '"type"' not in text
+
+    @cached_property
+    def _reads_text(self) -> bool:
+        """Content may be a string (nearly always so)."""
+        return not self._reads_parts or _CONTENT[0] in self._probe([{"role": "user", "content": _CONTENT[0]}])
+
+    @cached_property
+    def _wants_json_arguments(self) -> bool:
+        """The template can't take an object as a tool call's arguments, but can take its JSON text."""
+        return not self._probe(_probe_call({"probe": 1})) and "probe" in self._probe(_probe_call('{"probe": 1}'))
+
+    def _probe(self, messages: Sequence[Message]) -> str:
+        try:
+            return self.render(messages, {"add_generation_prompt": False, "bos_token": "", "eos_token": ""})
+        except ClientError:
+            return ""
+
+
+@lru_cache(maxsize=32)
+def _compiled(source: str) -> _Template:
+    return _Template(source)
+
+
+def _plain(value: Any, field: str) -> Any:
+    """A copy made of JSON types alone: what a template can't abuse and may not change."""
+    try:
+        return json.loads(json.dumps(value, default=_as_json))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ClientError(f"{field} must hold JSON values only: {error}", param=field) from error
+
+
+def _as_json(value: Any) -> Any:
+    """Pydantic models, as OpenAI's client returns them, and mappings other than dict."""
+    dump: Callable[..., Any] | None = getattr(value, "model_dump", None)
+    if dump is not None:
+        return dump(mode="json", exclude_none=True)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence):
+        return list(value)
+    raise TypeError(f"got {type(value).__name__}")
+
+
+def _parts(texts: Iterable[str]) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def _part_text(part: Any, at: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else "string" if isinstance(part, str) else type(part).__name__
+    if kind == "string":
+        return str(part)
+    if kind != "text":
+        raise UnsupportedError(f"{at}.content has a part of type {kind!r}; only text is supported", param="messages")
+    if not isinstance(part.get("text"), str):
+        raise ClientError(f"{at}.content has a text part without a text", param="messages")
+    return str(part["text"])
+
+
+def _function(call: Any) -> Any:
+    """The named function of a tool call, which some clients send bare."""
+    return call.get("function", call) if isinstance(call, dict) else None
+
+
+def _object(text: str, at: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text or "{}")
+    except ValueError as error:
+        raise ClientError(f"{at}: a tool call's arguments aren't valid JSON: {error}", param="messages") from error
+    if not isinstance(value, dict):
+        raise ClientError(f"{at}: a tool call's arguments must be a JSON object", param="messages")
+    return value
+
+
+def _probe_call(arguments: Union[str, dict[str, Any]]) -> list[Message]:
+    call = {"id": "callprobe", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+
+def _mark_end(conversation: list[dict[str, Any]]) -> None:
+    """Put the mark where the last message's content ends; the space behind it shows whether the template strips."""
+    last = conversation[-1]
+    if isinstance(last["content"], list) and last["content"]:
+        last["content"][-1]["text"] += _CUT + " "
+    else:
+        last["content"] = (last["content"] or "") + _CUT + " "
+
+
+def _cut(text: str) -> str:
+    before, mark, after = text.rpartition(_CUT)
+    if not mark:
+        text = "continue_final_message: the chat template doesn't show the final message as it is"
+        raise ClientError(text, param="continue_final_message")
+    return before if after.startswith(" ") else before.rstrip()
+
+
+def _override(value: str) -> str:
+    """The template that --chat-template names: a file, or the text itself when it looks like one."""
+    path = Path(value).expanduser()
+    if not any(char in value for char in "{}\n"):
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        text = f"--chat-template: there is no file {value!r}, and it isn't a Jinja template either"
+        raise ConfigError(text, param="chat_template")
+    return value
+
+
+def _sources(folder: Path) -> dict[str, str]:
+    """name -> template. A chat_template.jinja wins over chat_template.json, and that over tokenizer_config.json."""
+    found: dict[str, str] = {}
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        given = read_json(folder / name).get("chat_template")
+        if isinstance(given, str):
+            found["default"] = given
+        elif isinstance(given, dict):
+            found |= given
+        elif isinstance(given, list):
+            found |= {entry["name"]: entry["template"] for entry in given}
+    more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    found |= {path.stem: path.read_text(encoding="utf-8") for path in more}
+    if (folder / "chat_template.jinja").is_file():
+        found["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    return found

@@ -1,0 +1,243 @@
+"""Engine: a model, its scheduler and its rank, in one thread of their own. Token ids in, events out."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from kvasir.engine.arch import load_spec
+from kvasir.engine.blocks import BlockPool, salted
+from kvasir.engine.cache import KVCache
+from kvasir.engine.config import EngineConfig
+from kvasir.engine.decoder import Decoder
+from kvasir.engine.errors import ClientError, KvasirError, OverloadedError, UnavailableError
+from kvasir.engine.event import Event, Failed, FinishReason
+from kvasir.engine.hub import eos_token_ids, locate, read_json
+from kvasir.engine.info import ModelInfo
+from kvasir.engine.memory import plan_memory, resolve_device, resolve_dtype, token_budget
+from kvasir.engine.rank import Rank
+from kvasir.engine.request import Request, SamplingParams
+from kvasir.engine.scheduler import Scheduler, Stats
+from kvasir.engine.step import NewSequence, Slice, Step
+from kvasir.engine.weights import load_decoder, weight_bytes
+
+logger = logging.getLogger(__name__)
+Deliver = Callable[[Sequence[Event]], None]
+IDLE_S = 0.2
+"""The loop turns at least this often, so that its heartbeat shows that it lives."""
+STATS_PERIOD_S = 0.05
+MAX_RETRY_S = 60.0
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to run."""
+
+    decoder: Decoder
+    cache: KVCache
+    info: ModelInfo
+
+
+def load(config: EngineConfig) -> Loaded:
+    """Find, check and load the model. ConfigError says what is wrong and which flag to change."""
+    folder = locate(config.model, config.revision)
+    config_json = read_json(folder / "config.json")
+    spec = load_spec(config_json)
+    device = resolve_device(config)
+    dtype = resolve_dtype(config, config_json, device)
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    plan = plan_memory(config, spec, dtype=dtype, device=device, weight_bytes=weight_bytes(spec, dtype, device))
+    decoder = load_decoder(folder, spec, dtype=dtype, device=device, progress=sys.stderr.isatty())
+    cache = KVCache(spec, plan.num_blocks, config.block_size, dtype, device)
+    info = ModelInfo(
+        name=(config.served_model_name or (config.model,))[0],
+        max_model_len=plan.max_model_len,
+        vocab_size=spec.vocab,
+        eos_token_ids=eos_token_ids(folder),
+        num_blocks=plan.num_blocks,
+        block_size=config.block_size,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        max_num_seqs=config.max_num_seqs,
+        memory_report=plan.report,
+    )
+    return Loaded(decoder, cache, info)
+
+
+class Engine:
+    """`submit` requests from any thread; `deliver` gets every step's events, in the engine's thread.
+
+    When a step raises, every request that is left gets a `Failed`, `failure` is set and the thread ends: a process that
+    hosts an engine watches `failure` and `heartbeat`.
+    """
+
+    def __init__(self, config: EngineConfig, deliver: Deliver, loaded: Loaded | None = None) -> None:
+        loaded = loaded or load(config)
+        self.config, self.info = config, loaded.info
+        self._deliver = deliver
+        self._rank = Rank(
+            loaded.decoder, loaded.cache, max_num_seqs=config.max_num_seqs, max_model_len=loaded.info.max_model_len
+        )
+        self.pool = BlockPool(loaded.cache.num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching)
+        self._scheduler = Scheduler(
+            block_pool=self.pool,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=token_budget(config, loaded.decoder.device),
+            max_model_len=loaded.info.max_model_len,
+            eos_token_ids=loaded.info.eos_token_ids,
+            default_seed=config.seed,
+            salt=salted(Path(config.model).name, config.revision or "", loaded.info.dtype),
+        )
+        self._wake = threading.Condition()
+        self._inbox: deque[Request | tuple[str, int | None, FinishReason]] = deque()
+        self._accepted: set[str] = set()
+        self._ends: deque[float] = deque(maxlen=64)
+        self._stopping = False
+        self._stats, self._stats_at = self._scheduler.stats(), 0.0
+        self._thread = threading.Thread(target=self._loop, name="kvasir-engine", daemon=True)
+        self.heartbeat = time.monotonic()
+        """time.monotonic() of the loop's last turn; it turns when idle, too."""
+        self.failure: BaseException | None = None
+
+    def start(self) -> None:
+        """Run one token through the model, so that no request pays for first-time set-up, then begin the loop."""
+        first = NewSequence(0, (0,), 1, SamplingParams(temperature=0), 0, ())
+        self._rank.run(Step(0, new=(first,), blocks=((0, (0,)),), slices=(Slice(0, 0, 1, True),)))
+        self._thread.start()
+
+    def shutdown(self) -> None:
+        """End the loop; requests that are left fail with `unavailable`."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises ClientError, OverloadedError or UnavailableError at once; no event follows then."""
+        self.check(request)
+        with self._wake:
+            if self._stopping or self.failure is not None:
+                raise UnavailableError("the engine has stopped")
+            if request.request_id in self._accepted:
+                raise ClientError(f"request id {request.request_id!r} is in use", param="request_id")
+            waiting = len(self._inbox) + self._scheduler.num_waiting
+            if waiting >= self.config.max_queue:
+                raise OverloadedError(
+                    f"{waiting} requests are waiting, the limit is {self.config.max_queue} (--max-queue); ask again later",
+                    retry_after_s=self._retry_after(waiting),
+                )
+            self._accepted.add(request.request_id)
+            self._inbox.append(request)
+            self._wake.notify()
+
+    def check(self, request: Request) -> None:
+        """Raise ClientError when the request can never run here."""
+        self._check_tokens(request)
+        self._scheduler.check(request)
+
+    def abort(self, request_id: str, index: int | None = None, reason: FinishReason = "abort") -> None:
+        """End one continuation, or all that are left, at the loop's next turn. Unknown ids are no error."""
+        with self._wake:
+            self._inbox.append((request_id, index, reason))
+            self._wake.notify()
+
+    def stats(self) -> Stats:
+        """Load, at most 0.2 s old."""
+        return self._stats
+
+    def _check_tokens(self, request: Request) -> None:
+        for place, ids in (("prompt", request.prompt_token_ids), ("resume_token_ids", request.resume_token_ids)):
+            if ids and not (min(ids) >= 0 and max(ids) < self.info.vocab_size):
+                at = next(i for i, token in enumerate(ids) if not 0 <= token < self.info.vocab_size)
+                raise ClientError(
+                    f"{place}: token {ids[at]} at position {at} is not in the vocabulary (0 to {self.info.vocab_size - 1})",
+                    param="prompt",
+                )
+        named = [*request.sampling.logit_bias, *request.sampling.stop_token_ids]
+        if named and max(named) >= self.info.vocab_size:
+            raise ClientError(
+                f"logit_bias or stop_token_ids name token {max(named)}, the last one is {self.info.vocab_size - 1}",
+                param="logit_bias" if max(named) in request.sampling.logit_bias else "stop_token_ids",
+            )
+        if request.adapter is not None:
+            raise ClientError(f"adapter {request.adapter!r}: adapters are not supported yet", param="adapter")
+
+    def _retry_after(self, waiting: int) -> float:
+        """Seconds until the queue is empty, by how fast the last requests ended."""
+        if len(self._ends) < 2 or self._ends[-1] == self._ends[0]:
+            return 1.0
+        rate = (len(self._ends) - 1) / (self._ends[-1] - self._ends[0])
+        return min(MAX_RETRY_S, max(1.0, waiting / rate))
+
+    # -- the engine's thread
+
+    def _loop(self) -> None:
+        try:
+            while not self._stopping:
+                self._turn()
+            self._fail_all("unavailable", "the engine was shut down")
+        except Exception as error:  # the process's border: whatever a step raises, no client may be left waiting
+            logger.exception("a step failed")
+            self.failure = error
+            self._fail_all("internal_error", f"the engine failed: {type(error).__name__}: {error}")
+
+    def _turn(self) -> None:
+        self.heartbeat = time.monotonic()
+        self._publish()
+        events = self._take_in()
+        now = time.time()
+        events += self._scheduler.expire(now)
+        step = self._scheduler.plan(now)
+        if step is not None:
+            events += self._scheduler.commit(step, self._rank.run(step), time.time())
+        self._hand_out(events)
+        if step is None:
+            with self._wake:
+                if not self._inbox and not self._stopping:
+                    self._wake.wait(IDLE_S)
+
+    def _take_in(self) -> list[Event]:
+        """What clients asked since the last turn."""
+        with self._wake:
+            messages, self._inbox = self._inbox, deque()
+        events: list[Event] = []
+        now = time.time()
+        for message in messages:
+            if isinstance(message, Request):
+                try:
+                    self._scheduler.add(message, now)
+                except KvasirError as error:
+                    events.append(Failed(message.request_id, error.code, error.message))
+            else:
+                events += self._scheduler.abort(*message, now=now)
+        return events
+
+    def _hand_out(self, events: list[Event]) -> None:
+        if not events:
+            return
+        for event in events:
+            if not self._scheduler.knows(event.request_id) and event.request_id in self._accepted:
+                self._accepted.discard(event.request_id)
+                self._ends.append(time.monotonic())
+        self._deliver(events)
+
+    def _fail_all(self, code: str, message: str) -> None:
+        """Every accepted request ends, whatever state it is in."""
+        with self._wake:
+            self._stopping = True
+            left, self._accepted = self._accepted, set()
+        if left:
+            self._deliver([Failed(request_id, code, message) for request_id in left])
+
+    def _publish(self) -> None:
+        if self.heartbeat - self._stats_at > STATS_PERIOD_S or not self._scheduler.has_work:
+            self._stats, self._stats_at = self._scheduler.stats(), self.heartbeat

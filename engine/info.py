@@ -1,0 +1,24 @@
+"""ModelInfo: what an engine says about itself once it has loaded. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelInfo:
+    """The facts of a running engine that its clients need."""
+
+    name: str
+    """First of the served names."""
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    num_blocks: int = 0
+    block_size: int = 16
+    dtype: str = ""
+    device: str = ""
+    max_num_seqs: int = 0
+    memory_report: str = ""
+    """What took how much memory, for people."""

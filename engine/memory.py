@@ -1,0 +1,204 @@
+"""Where the model runs, in what type, and how many blocks fit beside it: computed, never profiled."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from kvasir.engine.cache import KVCache
+from kvasir.engine.config import EngineConfig
+from kvasir.engine.errors import ConfigError
+from kvasir.engine.spec import Spec
+
+CPU_SHARE = 0.4
+"""Of the RAM that is free beside the weights: the machine has other things to do."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How memory is divided. `report` is a small table for people."""
+
+    num_blocks: int
+    max_model_len: int
+    report: str
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What there is for keys and values, in bytes, and how it came about: (line of the report, bytes)."""
+
+    free: int
+    lines: tuple[tuple[str, int], ...]
+
+
+def resolve_device(config: EngineConfig) -> torch.device:
+    """auto: cuda when there is one, else cpu. cuda where there is none is a ConfigError."""
+    has_cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not has_cuda:
+        raise ConfigError("--device cuda: torch finds no CUDA device here; use --device cpu", param="device")
+    return torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
+
+
+def resolve_dtype(config: EngineConfig, config_json: Mapping[str, Any], device: torch.device) -> torch.dtype:
+    """--dtype, or for auto the checkpoint's own type where the device computes it well, else float32.
+
+    float16 is no type for a CPU: 256 rows through a linear run at 0.03 TFLOP/s on one Zen 5 core, 0.25 in float32.
+    float32 holds every float16 and bfloat16 value exactly, so nothing is lost but memory; --dtype bfloat16 halves that.
+    """
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    name = str(config_json.get("dtype") or config_json.get("torch_dtype") or "float32").removeprefix("torch.")
+    if name not in DTYPES:
+        raise ConfigError(
+            f"config.json: dtype {name!r} is not supported; use --dtype {'|'.join(DTYPES)}", param="dtype"
+        )
+    dtype = DTYPES[name]
+    return dtype if computes_well(dtype, device) else torch.float32
+
+
+def computes_well(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device has instructions for products in this type."""
+    if dtype == torch.float32:
+        return True
+    if device.type == "cuda":
+        return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    return dtype == torch.bfloat16 and bool({"avx512_bf16", "amx_bf16", "bf16"} & cpu_flags())
+
+
+def cpu_flags() -> set[str]:
+    """Instruction sets of this CPU, as Linux names them; empty elsewhere."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return set(flags.partition(":")[2].split())
+
+
+def plan_memory(
+    config: EngineConfig, spec: Spec, *, dtype: torch.dtype, device: torch.device, weight_bytes: int
+) -> MemoryPlan:
+    """Blocks for the KV cache, computed before the weights (`weight_bytes`) are loaded.
+
+    When one sequence of the model's own max_model_len doesn't fit, it is shrunk and the report says so; a length the
+    user asked for is never shrunk: ConfigError says what took what.
+    """
+    block = KVCache.block_bytes(spec, config.block_size, dtype)
+    wanted = _wanted_len(config, spec)
+    budget = _budget(config, spec, dtype, device, weight_bytes)
+    fitting = max(0, budget.free) // block
+    if fitting * config.block_size < min(wanted, config.max_model_len or 1):
+        raise ConfigError(_too_small(config, budget, wanted, fitting, block), param="max_model_len")
+    length = min(wanted, fitting * config.block_size)
+    useful = config.max_num_seqs * _ceil(length, config.block_size)
+    num_blocks = fitting if config.kv_cache_memory_bytes is not None else min(fitting, useful)
+    return MemoryPlan(num_blocks, length, _report(config, budget, num_blocks, block, wanted, length))
+
+
+def token_budget(config: EngineConfig, device: torch.device) -> int:
+    """--max-num-batched-tokens, or its default for the device."""
+    return config.max_num_batched_tokens or (8192 if device.type == "cuda" else 256)
+
+
+def activation_bytes(config: EngineConfig, spec: Spec, dtype: torch.dtype, device: torch.device) -> int:
+    """An upper estimate of what a step holds besides weights and cache: rows in the widest layer, and logits."""
+    heads = spec.heads + 2 * spec.kv_heads
+    row = 6 * spec.hidden + 3 * heads * spec.head_dim + 4 * spec.ffn
+    logits = 4 * spec.vocab * torch.float32.itemsize
+    rows = token_budget(config, device)
+    return rows * row * dtype.itemsize + min(rows, config.max_num_seqs) * logits
+
+
+def available_ram() -> int:
+    """Bytes that new allocations can have: the machine's, or less where a cgroup sets a limit."""
+    return min([_machine_ram(), *_cgroup_ram(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))])
+
+
+def _machine_ram() -> int:
+    path = Path("/proc/meminfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    kilobytes = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    if kilobytes is not None:
+        return int(kilobytes) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cgroup_ram(root: Path, membership: Path) -> list[int]:
+    """What each limited cgroup (v2) around this process has left; pages of files count as free."""
+    lines = membership.read_text().splitlines() if membership.exists() else []
+    own = root / next((line[3:].lstrip("/") for line in lines if line.startswith("0::")), "")
+    left = []
+    for folder in (own, *own.parents):
+        limit, used = folder / "memory.max", folder / "memory.current"
+        if folder.is_relative_to(root) and limit.exists() and limit.read_text().strip() != "max":
+            left.append(int(limit.read_text()) - int(used.read_text()) + _file_pages(folder / "memory.stat"))
+    return left
+
+
+def _file_pages(stat: Path) -> int:
+    lines = stat.read_text().splitlines() if stat.exists() else []
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+
+
+def _wanted_len(config: EngineConfig, spec: Spec) -> int:
+    if config.max_model_len is None:
+        return spec.max_len
+    if config.max_model_len > spec.max_len:
+        message = f"--max-model-len {config.max_model_len} is above the model's own limit of {spec.max_len} tokens"
+        raise ConfigError(message, param="max_model_len")
+    return config.max_model_len
+
+
+def _budget(config: EngineConfig, spec: Spec, dtype: torch.dtype, device: torch.device, weight_bytes: int) -> Budget:
+    activations = activation_bytes(config, spec, dtype, device)
+    taken = (("weights", weight_bytes), ("activations (estimate)", activations))
+    if config.kv_cache_memory_bytes is not None:
+        return Budget(config.kv_cache_memory_bytes, taken)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        usable = int(total * config.gpu_memory_utilization)
+        lines = ((f"GPU memory x {config.gpu_memory_utilization:g}", usable), ("used by others", total - free), *taken)
+        return Budget(usable - (total - free) - weight_bytes - activations, lines)
+    available = available_ram()
+    rest = available - weight_bytes - activations
+    return Budget(int(rest * CPU_SHARE), (("available RAM", available), *taken, ("left", rest)))
+
+
+def _report(config: EngineConfig, budget: Budget, num_blocks: int, block: int, wanted: int, length: int) -> str:
+    size = config.block_size
+    lines = _table((*budget.lines, ("KV cache", num_blocks * block)))
+    lines.append(f"{num_blocks} blocks of {size} tokens ({_human(block)} each) hold {num_blocks * size} tokens")
+    if length < wanted:
+        lines.append(f"max_model_len is {length} instead of the model's {wanted}: more doesn't fit")
+    return "\n".join(lines)
+
+
+def _too_small(config: EngineConfig, budget: Budget, wanted: int, fitting: int, block: int) -> str:
+    needed = _ceil(wanted, config.block_size) * block
+    rows = (*budget.lines, ("free for the KV cache", budget.free), (f"one sequence of {wanted} tokens", needed))
+    return "\n".join(
+        (
+            f"the KV cache has room for {fitting * config.block_size} tokens, not for one sequence of {wanted}:",
+            *_table(rows),
+            "lower --max-model-len or --max-num-seqs, or raise --kv-cache-memory-bytes"
+            " (on CUDA: --gpu-memory-utilization)",
+        )
+    )
+
+
+def _table(rows: tuple[tuple[str, int], ...]) -> list[str]:
+    width = max(len(label) for label, _ in rows)
+    return [f"{label:<{width}}  {_human(size):>10}" for label, size in rows]
+
+
+def _human(size: int) -> str:
+    if abs(size) >= 1 << 30:
+        return f"{size / (1 << 30):.2f} GiB"
+    return f"{size / (1 << 20):.1f} MiB" if abs(size) >= 1 << 20 else f"{size / 1024:.1f} KiB"
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,74 @@
+"""Sequence: the engine's progress on one continuation of a request. Only the scheduler changes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvasir.engine.blocks import ContentId
+from kvasir.engine.event import Finished, FinishReason, Timing, TokenLogprob
+from kvasir.engine.request import Request
+
+Rank = tuple[int, int, int]
+"""(priority, arrival, index): who comes first. Total order, the smallest is the most important."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """`tokens` is all there is to compute; the keys and values of the first `computed` are in `blocks`."""
+
+    request: Request
+    index: int
+    rank: Rank
+    seed: int
+    stop_token_ids: frozenset[int]
+    max_len: int
+    """Ends when it has this many tokens."""
+    tokens: list[int]
+    prompt_len: int
+    queued: float
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    contents: list[ContentId] = field(default_factory=list)
+    """Content ids of its full blocks, hashed once."""
+    seat: int | None = None
+    """None: waiting."""
+    in_flight: bool = False
+    """A step that computes some of it is being executed."""
+    ended: bool = False
+    forks: list[int] = field(default_factory=list)
+    """Continuations to branch off once the prompt is computed."""
+    prompt_scores: list[TokenLogprob | None] | None = None
+    """Gathered until the first token is delivered; None: not asked for, or delivered."""
+    cached: int = 0
+    preemptions: int = 0
+    scheduled: float = 0.0
+    first_token: float = 0.0
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that aren't computed yet: 1 when it decodes."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def outputs(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    def ending(self) -> tuple[FinishReason, int | None] | None:
+        """Why the newest token ends it, and the stop token; None: it goes on."""
+        token = self.tokens[-1]
+        if token in self.stop_token_ids and self.outputs >= self.request.sampling.min_tokens:
+            return "stop", token
+        return ("length", None) if len(self.tokens) >= self.max_len else None
+
+    def finished(self, reason: FinishReason, now: float, stop_token_id: int | None = None) -> Finished:
+        return Finished(
+            self.request.request_id,
+            self.index,
+            reason,
+            stop_token_id,
+            prompt_tokens=self.prompt_len,
+            cached_tokens=self.cached,
+            output_tokens=self.outputs,
+            preemptions=self.preemptions,
+            timing=Timing(self.queued, self.scheduled, self.first_token, now),
+        )

@@ -1,0 +1,46 @@
+"""One op, several implementations: the decorated function is the definition, the others must equal it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from typing import Generic, ParamSpec, TypeVar, cast
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+FORCED = os.environ.get("KVASIR_KERNELS", "")
+"""`reference` makes every op run its definition, to find out whether a faster equal is to blame; empty: by device."""
+BACKENDS = {"cpu": "cpu", "cuda": "triton"}
+
+
+class Op(Generic[P, R]):
+    """Calls the implementation for the device of the first argument; without one, the definition itself."""
+
+    def __init__(self, reference: Callable[P, R], backends: tuple[str, ...]) -> None:
+        functools.update_wrapper(self, reference)
+        self.reference = reference
+        self._by_device = {d: b for d, b in BACKENDS.items() if b in backends and FORCED != "reference"}
+        self._loaded: dict[str, Callable[P, R]] = {}
+
+    def implementation(self, device: str) -> Callable[P, R]:
+        """What runs on this type of device. The sibling module (`attention_cpu`...) is imported on first use."""
+        if device not in self._loaded:
+            self._loaded[device] = self._find(self._by_device.get(device))
+        return self._loaded[device]
+
+    def _find(self, backend: str | None) -> Callable[P, R]:
+        if backend is None:
+            return self.reference
+        module = importlib.import_module(f"{self.reference.__module__}_{backend}")
+        return cast("Callable[P, R]", getattr(module, self.reference.__name__))
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.implementation(args[0].device.type)(*args, **kwargs)  # type: ignore[attr-defined]
+
+
+def op(*backends: str) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """`@op("cpu")`: the function is the definition, and the module's sibling `*_cpu` holds a faster equal."""
+    return lambda reference: Op(reference, backends)

@@ -1,0 +1,1 @@
+"""Protocol buffers and the stubs generated from them."""

@@ -1,0 +1,128 @@
+"""A Group deployment over fake engines: start, failures of the start, deaths, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+
+import pytest
+import ray
+from ray.serve import RunTarget
+
+from kvasir.cluster import app
+from kvasir.cluster.group import block
+from kvasir.cluster.group_client import GroupClient
+from kvasir.engine.config import EngineConfig
+from kvasir.engine.event import Failed, Finished
+from kvasir.engine.request import Request, SamplingParams
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def deployed(serve_on_ray, make_engine):
+    """`deployed("model")`: a handle of its Group, running."""
+
+    def deploy(model, wait=True):
+        engine = EngineConfig(model=model)
+        target = app.group_deployment(engine, 0).bind(engine, model, 0, {}, make_engine, "127.0.0.1")
+        run = RunTarget(target, name="test", route_prefix=None)
+        serve_on_ray.run_many([run], wait_for_applications_running=wait)
+        return serve_on_ray.get_app_handle("test")
+
+    yield deploy
+    serve_on_ray.delete("test")
+
+
+def endpoint(handle):
+    return handle.broadcast("endpoint").results(timeout_s=5)[0]
+
+
+def until(condition, timeout=10.0):
+    began = time.monotonic()
+    while not (found := condition()):
+        assert time.monotonic() - began < timeout, "it didn't happen in time"
+        time.sleep(0.02)
+    return found
+
+
+async def generate(where, max_tokens):
+    client = GroupClient(where)
+    client.start()
+    while not client.alive:
+        await asyncio.sleep(0.01)
+    request = Request(request_id="r", prompt_token_ids=[1], sampling=SamplingParams(max_tokens=max_tokens))
+    stream = await client.submit(request)
+    return client, stream
+
+
+def test_tokens_come_and_a_killed_rank_is_replaced(deployed):
+    handle = deployed("fake")
+    first, _ = endpoint(handle)
+
+    async def main():
+        client, stream = await generate(first, 5)
+        assert isinstance([event async for event in stream][-1], Finished)
+        pid = (await handle.broadcast("rank_pid").results_async())[0]
+        stream = await client.submit(
+            Request(request_id="s", prompt_token_ids=[1], sampling=SamplingParams(max_tokens=10**6))
+        )
+        await anext(stream)
+        began = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        last = [event async for event in stream][-1]
+        assert time.monotonic() - began < 2.0
+        assert isinstance(last, Failed)
+        assert last.code == "unavailable"
+        await client.close()
+
+    asyncio.run(main())
+    until(lambda: endpoint(handle)[0] is None or endpoint(handle)[0] != first, timeout=1.0)
+    second = until(lambda: endpoint(handle)[0])
+    assert second.incarnation != first.incarnation
+
+    async def again():
+        client, stream = await generate(second, 5)
+        assert isinstance([event async for event in stream][-1], Finished)
+        await client.close()
+
+    asyncio.run(again())
+
+
+def test_an_engine_that_fails_is_replaced(deployed):
+    handle = deployed("short-lived")
+    first, _ = endpoint(handle)
+    second = until(lambda: (found := endpoint(handle)[0]) and found != first and found)
+    assert second.incarnation != first.incarnation
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [("wrong", "max_model_len is 9 and the model allows 8 (see --max-model-len)"), ("broken", "no room for 3 GiB")],
+)
+def test_a_start_that_fails_is_told_once_and_plainly(deployed, serve_on_ray, model, why):
+    began = time.monotonic()
+    deployed(model, wait=False)
+    status = until(lambda: (s := serve_on_ray.status().applications["test"]).status == "DEPLOY_FAILED" and s, timeout=20)
+    assert time.monotonic() - began < 15
+    text = app.failure_text(status)
+    assert text.splitlines()[0] == f"model '{model}' could not be started"
+    assert why in text
+    assert "Traceback" not in text
+
+
+def test_nothing_is_left_behind(deployed, serve_on_ray):
+    handle = deployed("fake")
+    pid = handle.broadcast("rank_pid").results()[0]
+    serve_on_ray.delete("test")
+    until(lambda: not os.path.exists(f"/proc/{pid}"))
+    groups = ray.util.placement_group_table().values()
+    until(lambda: not [g for g in groups if g["state"] != "REMOVED"])
+
+
+def test_block_reads_well():
+    assert block("it broke", "one\ntwo", "that").splitlines() == [
+        "it broke", "  why:    one", "          two", "  change: that",
+    ]  # fmt: skip

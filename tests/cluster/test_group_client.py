@@ -1,0 +1,329 @@
+"""A gateway's stream to a group: events, refusals, slow readers, deaths."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+
+import grpc
+import pytest
+
+from kvasir.cluster import group_client, wire
+from kvasir.cluster.group_client import GroupClient, GroupDirectory
+from kvasir.engine.errors import ClientError, ContextLengthError, ModelNotFoundError, UnavailableError
+from kvasir.engine.event import Failed, Finished, Token
+from kvasir.engine.request import Request, SamplingParams
+
+
+def request(name="r", prompt=(1, 2, 3), **sampling):
+    return Request(request_id=name, prompt_token_ids=prompt, sampling=SamplingParams(**sampling))
+
+
+async def until(condition, timeout=3.0):
+    """Wait until condition() holds; returns the seconds it took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < timeout, "it didn't happen in time"
+        await asyncio.sleep(0.005)
+    return time.monotonic() - began
+
+
+async def connect(group, **options):
+    client = GroupClient(group.endpoint, **options)
+    client.start()
+    await until(lambda: client.alive)
+    return client
+
+
+def run(coroutine):
+    return asyncio.run(asyncio.wait_for(coroutine, 20))
+
+
+def test_tokens_come_in_order_and_end(group_of_fakes):
+    async def main():
+        async with group_of_fakes() as group:
+            client = await connect(group)
+            assert client.info == group.engine.info
+            stream = await client.submit(request(n=2, max_tokens=5))
+            events = [event async for event in stream]
+            for index in (0, 1):
+                mine = [event for event in events if event.index == index]
+                assert [t for event in mine[:-1] for t in event.token_ids] == [1000, 1001, 1002, 1003, 1004]
+                assert isinstance(mine[-1], Finished)
+            assert {event.request_id for event in events} == {"r"}
+            assert client.load == 0
+            await client.close()
+
+    run(main())
+
+
+def test_many_at_once(group_of_fakes):
+    async def main():
+        async with group_of_fakes() as group:
+            client = await connect(group)
+
+            async def one(number):
+                stream = await client.submit(request(f"r{number}", max_tokens=number % 17 + 1))
+                return sum([len(event.token_ids) async for event in stream if isinstance(event, Token)])
+
+            assert await asyncio.gather(*map(one, range(200))) == [number % 17 + 1 for number in range(200)]
+            assert not group.engine.requests
+            await client.close()
+
+    run(main())
+
+
+def test_prompt_of_a_million_ids(group_of_fakes):
+    async def main():
+        async with group_of_fakes() as group:
+            client = await connect(group)
+            prompt = [100_000] * 2**20
+            stream = await client.submit(request(prompt=prompt, max_tokens=1))
+            assert isinstance([event async for event in stream][-1], Finished)
+            assert group.engine.submitted[0].prompt_token_ids == prompt
+            with pytest.raises(ContextLengthError, match="more than"):
+                await client.submit(request(prompt=prompt * 2 + [1], max_tokens=1))
+            assert client.load == 0
+            await client.close()
+
+    run(main())
+
+
+def test_duplicate_ids_are_refused_within_a_gateway_only(group_of_fakes):
+    async def main():
+        async with group_of_fakes() as group:
+            one, two = await connect(group), await connect(group)
+            first = await one.submit(request(max_tokens=10**6))
+            with pytest.raises(ClientError, match="already in use"):
+                await one.submit(request(max_tokens=1))
+            other = await two.submit(request(max_tokens=1))
+            assert isinstance([event async for event in other][-1], Finished)
+            assert isinstance(await anext(first), Token)
+            await one.close()
+            await two.close()
+
+    run(main())
+
+
+def test_abort_of_one_continuation(group_of_fakes):
+    async def main():
+        async with group_of_fakes() as group:
+            client = await connect(group)
+            stream = await client.submit(request(n=2, max_tokens=10**6))
+            await anext(stream)
+            stream.abort(1, "stop")
+            ends = [event async for event in _until_finished(stream)]
+            assert (ends[-1].index, ends[-1].reason) == (1, "stop")
+            stream.abort()
+            ends = [event async for event in stream]
+            assert (ends[-1].index, ends[-1].reason) == (0, "abort")
+            await client.close()
+
+    async def _until_finished(stream):
+        async for event in stream:
+            yield event
+            if isinstance(event, Finished):
+                return
+
+    run(main())
+
+
+def test_a_reader_that_goes_away_frees_the_request(group_of_fakes):
+    async def main():
+        async with group_of_fakes() as group:
+            client = await connect(group)
+            stream = await client.submit(request(max_tokens=10**6))
+            stream.close()
+            stream.close()
+            assert await until(lambda: not group.engine.requests) < 1.0
+            assert [event async for event in stream] == []
+            await until(lambda: client.load == 0)
+            await client.close()
+
+    run(main())
+
+
+def test_a_slow_reader_is_told(group_of_fakes):
+    async def main():
+        async with group_of_fakes() as group:
+            client = await connect(group, max_stream_buffer=50)
+            stream = await client.submit(request(max_tokens=10**6))
+            await until(lambda: group.engine.aborted)
+            events = [event async for event in stream]
+            assert len(events) == 51
+            assert isinstance(events[-1], Failed)
+            assert events[-1].code == "overloaded"
+            assert not group.engine.requests
+            await client.close()
+
+    run(main())
+
+
+def test_a_gateway_that_dies_frees_its_requests(group_of_fakes):
+    async def main():
+        async with group_of_fakes() as group:
+            client = await connect(group)
+            streams = [await client.submit(request(f"r{i}", max_tokens=10**6)) for i in range(5)]
+            await client.close()
+            assert await until(lambda: not group.engine.requests) < 1.0
+            for stream in streams:
+                assert [event async for event in stream][-1].code == "unavailable"
+
+    run(main())
+
+
+def test_a_group_that_dies_fails_its_requests_at_once(group_of_fakes):
+    async def main():
+        async with group_of_fakes() as group:
+            client = await connect(group)
+            stream = await client.submit(request(max_tokens=10**6))
+            await anext(stream)
+            began = time.monotonic()
+            await group.service.stop()
+            assert (await _last(stream)).code == "unavailable"
+            assert time.monotonic() - began < 1.0
+            assert not client.alive
+            with pytest.raises(UnavailableError):
+                await client.submit(request())
+            await client.close()
+
+    run(main())
+
+
+async def _last(stream):
+    return [event async for event in stream][-1]
+
+
+def test_silence_is_death(group_of_fakes, monkeypatch):
+    monkeypatch.setattr(group_client, "SILENCE_S", 0.6)
+
+    async def main():
+        async with group_of_fakes() as group:
+            client = await connect(group)
+            stream = await client.submit(request(max_tokens=10**6))
+            monkeypatch.setattr(group.service, "_post", lambda *_: None)
+            assert (await asyncio.wait_for(_last(stream), 2.0)).code == "unavailable"
+            assert "said nothing" in client.last_error or "connect" in client.last_error
+            await client.close()
+
+    run(main())
+
+
+def test_a_stalled_step_loop_is_not_alive(group_of_fakes, monkeypatch):
+    async def main():
+        async with group_of_fakes() as group:
+            client = await connect(group)
+            group.engine.shutdown()
+            group.engine.heartbeat -= wire.STALL_S
+            await until(lambda: not client.alive)
+            await client.close()
+
+    run(main())
+
+
+def test_wrong_token_is_refused(group_of_fakes):
+    async def main():
+        async with group_of_fakes() as group:
+            client = GroupClient(dataclasses.replace(group.endpoint, token="guess"))
+            client.start()
+            await until(lambda: client.last_error)
+            assert "kvasir-token" in client.last_error
+            assert not client.alive
+            await client.close()
+
+    run(main())
+
+
+def test_another_life_behind_the_same_address_is_not_ours(group_of_fakes):
+    async def main():
+        async with group_of_fakes() as group:
+            client = GroupClient(dataclasses.replace(group.endpoint, incarnation="life-0"))
+            client.start()
+            await until(lambda: client.last_error)
+            assert "replaced" in client.last_error
+            assert not client.alive
+            await client.close()
+
+    run(main())
+
+
+def test_a_gateway_that_does_not_read_is_cut_off(group_of_fakes, monkeypatch):
+    monkeypatch.setattr("kvasir.cluster.group_service.UNREAD_S", 0.3)
+    monkeypatch.setattr("kvasir.cluster.group_service.MAX_QUEUED_BYTES", 2**20)
+
+    async def main():
+        async with group_of_fakes(step_s=0.0001) as group:
+            async with grpc.aio.insecure_channel(group.endpoint.address, options=wire.CHANNEL_OPTIONS) as channel:
+                call = group_client.GroupStub(channel).Connect(metadata=((wire.TOKEN_METADATA, group.endpoint.token),))
+                message = request(n=128, max_tokens=10**7)
+                await call.write(group_client.pb.GatewayMessage(submit=wire.encode_request(message, 1)))
+                await until(lambda: group.engine.requests)
+                await until(lambda: not group.engine.requests, timeout=10)
+                with pytest.raises(grpc.aio.AioRpcError, match="cut off"):
+                    while await call.read() is not grpc.aio.EOF:
+                        pass
+
+    run(main())
+
+
+def test_directory_finds_the_least_loaded(group_of_fakes):
+    async def main():
+        async with group_of_fakes() as one, group_of_fakes() as two:
+            directory = GroupDirectory({"m": "m", "alias": "m", "other": "other"})
+            assert directory.names == ["m", "other", "alias"]
+            with pytest.raises(ModelNotFoundError, match="alias"):
+                directory.find("nope")
+            with pytest.raises(UnavailableError, match="starting"):
+                directory.find("m")
+            directory.update("m", [one.endpoint, two.endpoint])
+            await until(lambda: all(client.alive for client in directory.clients("m")))
+            for number in range(4):
+                await directory.find("alias").submit(request(f"r{number}", max_tokens=10**6))
+            assert [len(one.engine.requests), len(two.engine.requests)] == [2, 2]
+            assert directory.models() == [one.engine.info]
+            assert list(directory.missing()) == ["other"]
+            await directory.close()
+
+    run(main())
+
+
+def test_directory_lets_a_leaving_group_finish(group_of_fakes):
+    async def main():
+        async with group_of_fakes() as old, group_of_fakes() as new:
+            directory = GroupDirectory({"m": "m"})
+            directory.update("m", [old.endpoint])
+            await until(lambda: directory.models())
+            stream = await directory.find("m").submit(request(max_tokens=300))
+            directory.update("m", [new.endpoint])
+            await until(lambda: directory.models())
+            assert directory.find("m").endpoint.address == new.endpoint.address
+            assert isinstance(await _last(stream), Finished)
+            await until(lambda: not old.service._links)
+            await directory.close()
+
+    run(main())
+
+
+def test_directory_follows(group_of_fakes):
+    async def main():
+        async with group_of_fakes() as group:
+            found = []
+
+            async def fetch():
+                if not found:
+                    raise UnavailableError("the model is loading")
+                return found
+
+            directory = GroupDirectory({"m": "m"})
+            directory.follow("m", fetch)
+            await asyncio.sleep(0.05)
+            with pytest.raises(UnavailableError, match="loading"):
+                directory.find("m")
+            found.append(group.endpoint)
+            await until(lambda: directory.models())
+            await group.service.stop()
+            await until(lambda: directory.missing())
+            await directory.close()
+
+    run(main())

@@ -1,0 +1,121 @@
+"""What goes over the wire comes out as it went in."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from kvasir.cluster import wire
+from kvasir.engine.errors import ClientError, ContextLengthError, OverloadedError
+from kvasir.engine.event import Failed, Finished, Timing, Token, TokenLogprob
+from kvasir.engine.info import ModelInfo
+from kvasir.engine.request import Request, SamplingParams
+from kvasir.engine.scheduler import Stats
+from kvasir.proto import group_pb2 as pb
+
+BEST = TokenLogprob(-0.25, 1, ((7, -0.25), (9, -1.5)))
+EVENTS = [
+    Token("a", 0, (5,)),
+    Token("a", 1, (6, 7, 8)),
+    Token("a", 1, (9,), logprobs=[BEST]),
+    Token("a", 0, (10,), logprobs=[TokenLogprob(-3.0, 77)], prompt_logprobs=[None, BEST, BEST]),
+    Finished("a", 0, "stop", 2, 11, 4, 3, 1, Timing(1.5, 2.5, 3.5, 4.5)),
+    Finished("a", 1, "length"),
+    Failed("a", "deadline_exceeded", "too late"),
+]
+
+
+def sent(message):
+    return type(message).FromString(message.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(),
+        SamplingParams(
+            n=3, temperature=0.0, top_p=0.5, top_k=40, min_p=0.1, presence_penalty=-1, frequency_penalty=1.5,
+            repetition_penalty=1.2, logit_bias={5: -100.0, 6: 1.25}, seed=-(2**63), stop=["a", "é"], stop_token_ids=[1, 2],
+            include_stop_str_in_output=True, min_tokens=2, max_tokens=None, ignore_eos=True, logprobs=0, prompt_logprobs=20,
+            skip_special_tokens=False, spaces_between_special_tokens=False,
+        ),
+        SamplingParams(detokenize=False),
+    ],
+)  # fmt: skip
+def test_sampling_survives(sampling):
+    request = Request(request_id="r", prompt_token_ids=[1, 2], sampling=sampling)
+    assert wire.decode_request(sent(wire.encode_request(request, 1)), "r").sampling == sampling
+
+
+def test_request_survives():
+    request = Request(
+        request_id="r",
+        prompt_token_ids=[0, 1, 2**31],
+        sampling=SamplingParams(),
+        priority=-5,
+        cache_salt="tenant",
+        deadline_s=0.5,
+        adapter="pirate",
+        trace_context={"traceparent": "00-1-2-01"},
+        resume_token_ids=(4, 5),
+    )
+    message = sent(wire.encode_request(request, 77))
+    assert message.number == 77
+    assert wire.decode_request(message, "link/r") == dataclasses.replace(request, request_id="link/r")
+
+
+def test_every_sampling_field_is_sent():
+    names = {field.name for field in pb.Sampling.DESCRIPTOR.fields}
+    assert names == {field.name for field in dataclasses.fields(SamplingParams)}
+
+
+def test_wrong_sampling_is_refused_here_too():
+    request = Request(request_id="r", prompt_token_ids=[1], sampling=SamplingParams())
+    message = wire.encode_request(request, 1)
+    message.sampling.top_p = 7
+    with pytest.raises(ClientError, match="top_p"):
+        wire.decode_request(message, "r")
+
+
+def test_events_survive():
+    step = pb.Step()
+    for event in EVENTS:
+        wire.add_event(step, 3, event)
+    assert list(wire.step_events(sent(step), {3: "a"}.get)) == [(3, event) for event in EVENTS]
+
+
+def test_events_of_unknown_requests_are_left_out():
+    step = pb.Step()
+    wire.add_event(step, 1, EVENTS[0])
+    wire.add_event(step, 2, EVENTS[0])
+    wire.add_event(step, 2, EVENTS[-1])
+    assert [number for number, _ in wire.step_events(step, {1: "a"}.get)] == [1]
+
+
+def test_plain_tokens_are_small():
+    step = pb.Step()
+    for number in range(256):
+        wire.add_event(step, number, Token("x" * 40, 0, (50_000,)))
+    assert len(step.SerializeToString()) < 256 * 7
+
+
+@pytest.mark.parametrize(
+    "error", [ClientError("bad", param="n"), OverloadedError("full", retry_after_s=1.5), ContextLengthError("long")]
+)
+def test_errors_survive(error):
+    again = wire.decode_error(sent(wire.encode_error(error)))
+    assert type(again) is type(error)
+    assert vars(again) == vars(error)
+
+
+def test_unknown_error_is_ours():
+    assert wire.decode_error(pb.Error(code="novel", message="?")).status == 500
+
+
+def test_info_and_stats_survive():
+    info = ModelInfo(name="m", max_model_len=9, vocab_size=8, eos_token_ids=(2, 3), memory_report="much")
+    assert wire.decode_info(sent(wire.encode_info(info))) == info
+    values = {field.name: number + 1 for number, field in enumerate(dataclasses.fields(Stats))}
+    stats = Stats(**values)
+    assert wire.decode_stats(sent(wire.encode_stats(stats))) == stats

@@ -1,0 +1,97 @@
+"""config.json -> Spec: both spellings of the hub, neutral defaults, and errors that name what isn't supported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from kvasir.engine.arch import load_spec, supported
+from kvasir.engine.errors import ConfigError
+from kvasir.engine.spec import Llama3Scaling, Rope
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+}
+SCALING = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+
+
+def test_defaults_are_llama_s() -> None:
+    spec = load_spec(LLAMA)
+    assert (spec.kv_heads, spec.head_dim, spec.max_len, spec.activation) == (8, 8, 512, "silu")
+    assert not any((spec.tied, spec.qkv_bias, spec.o_bias, spec.mlp_bias, spec.qk_norm))
+    assert {layer.rope for layer in spec.layers} == {Rope(10000.0)}
+    assert {layer.window for layer in spec.layers} == {None}
+
+
+@pytest.mark.parametrize(
+    ("spelling", "rope"),
+    [
+        ({"rope_theta": 5e5}, Rope(5e5)),
+        ({"rope_theta": 5e5, "rope_scaling": None}, Rope(5e5)),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, Rope(5e5)),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, Rope(1e4, factor=2.0)),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2}}, Rope(1e4, factor=2.0)),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **SCALING}},
+            Rope(5e5, llama3=Llama3Scaling(8.0, 1.0, 4.0, 8192)),
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **SCALING}},
+            Rope(5e5, llama3=Llama3Scaling(8.0, 1.0, 4.0, 8192)),
+        ),
+    ],
+)
+def test_rope_in_both_spellings(spelling: dict[str, Any], rope: Rope) -> None:
+    assert load_spec({**LLAMA, **spelling}).layers[0].rope == rope
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported are llama, qwen2, qwen3"),
+        ({"model_type": None}, "model_type None"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "rope_type 'dynamic'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_type 'yarn'"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
+        ({"hidden_act": "relu2"}, "hidden_act 'relu2'"),
+        ({"num_key_value_heads": 3}, "8 heads can't share 3 kv heads"),
+        ({"num_hidden_layers": 0}, "layers must be a positive integer"),
+        ({"vocab_size": "512"}, "vocab must be a positive integer"),
+        ({"head_dim": 7}, "head_dim must be even"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config .quant_method 'gptq'"),
+        ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 4}, "layer_types .'chunked_attention'"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"] * 3}, "layer_types has 3 entries for 4 layers"),
+    ],
+)
+def test_refuses_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_spec({**LLAMA, **changes})
+
+
+def test_missing_key_is_named() -> None:
+    with pytest.raises(ConfigError, match="intermediate_size is missing"):
+        load_spec({k: v for k, v in LLAMA.items() if k != "intermediate_size"})
+
+
+def test_qwen2_biases_and_windows() -> None:
+    qwen = {**LLAMA, "model_type": "qwen2", "sliding_window": 32, "max_window_layers": 3}
+    spec = load_spec(qwen)
+    assert (spec.qkv_bias, spec.o_bias) == (True, False)
+    assert [layer.window for layer in spec.layers] == [None] * 4
+    spec = load_spec({**qwen, "use_sliding_window": True})
+    assert [layer.window for layer in spec.layers] == [None, None, None, 32]
+    kinds = ["sliding_attention", "full_attention"] * 2
+    spec = load_spec({**qwen, "use_sliding_window": True, "layer_types": kinds})
+    assert [layer.window for layer in spec.layers] == [32, None, 32, None]
+
+
+def test_supported_lists_every_file() -> None:
+    assert supported() == ["llama", "qwen2", "qwen3"]

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from kvasir.engine import memory
+from kvasir.engine.cache import KVCache
+from kvasir.engine.config import EngineConfig
+from kvasir.engine.errors import ConfigError
+from kvasir.engine.memory import plan_memory, resolve_device, resolve_dtype
+from kvasir.engine.spec import Layer, Spec
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+GIB = 1 << 30
+SPEC = Spec(
+    vocab=32000,
+    hidden=2048,
+    heads=32,
+    kv_heads=8,
+    head_dim=64,
+    ffn=8192,
+    eps=1e-5,
+    max_len=8192,
+    layers=(Layer(),) * 16,
+)
+BLOCK = KVCache.block_bytes(SPEC, 16, torch.bfloat16)
+
+
+@pytest.fixture
+def ram(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_ram", lambda: 12 * GIB)
+
+
+def plan(config: EngineConfig, device: torch.device = CPU) -> memory.MemoryPlan:
+    return plan_memory(config, SPEC, dtype=torch.bfloat16, device=device, weight_bytes=2 * GIB)
+
+
+@pytest.mark.usefixtures("ram")
+def test_cpu_takes_its_share_of_what_the_weights_leave() -> None:
+    config = EngineConfig()
+    got = plan(config)
+    left = 12 * GIB - 2 * GIB - memory.activation_bytes(config, SPEC, torch.bfloat16, CPU)
+    assert got.num_blocks == int(left * 0.4) // BLOCK
+    assert got.max_model_len == 8192
+    for words in ("available RAM", "weights", "2.00 GiB", "KV cache", f"{got.num_blocks} blocks of 16 tokens"):
+        assert words in got.report
+
+
+@pytest.mark.usefixtures("ram")
+def test_no_more_than_is_useful() -> None:
+    assert plan(EngineConfig(max_num_seqs=2, max_model_len=100)).num_blocks == 2 * 7
+
+
+@pytest.mark.usefixtures("ram")
+def test_explicit_size_is_kept_exactly() -> None:
+    size = 1000 * BLOCK + 5
+    assert plan(EngineConfig(kv_cache_memory_bytes=size, max_num_seqs=1)).num_blocks == 1000
+
+
+@pytest.mark.usefixtures("ram")
+def test_the_models_own_length_is_shrunk_and_said() -> None:
+    got = plan(EngineConfig(kv_cache_memory_bytes=100 * BLOCK))
+    assert (got.num_blocks, got.max_model_len) == (100, 1600)
+    assert "max_model_len is 1600 instead of the model's 8192" in got.report
+
+
+@pytest.mark.usefixtures("ram")
+@pytest.mark.parametrize(
+    "config", [{"max_model_len": 1601, "kv_cache_memory_bytes": 100 * BLOCK}, {"kv_cache_memory_bytes": 1}]
+)
+def test_a_wish_that_does_not_fit_is_an_error(config: dict[str, int]) -> None:
+    with pytest.raises(ConfigError) as error:
+        plan(EngineConfig(**config))  # type: ignore[arg-type]
+    for words in ("weights", "activations", "free for the KV cache", "--max-model-len", "--kv-cache-memory-bytes"):
+        assert words in str(error.value)
+    assert "--gpu-memory-utilization" in str(error.value)
+    assert "--max-num-seqs" in str(error.value)
+
+
+def test_weights_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_ram", lambda: GIB)
+    with pytest.raises(ConfigError, match=r"weights +2\.00 GiB"):
+        plan(EngineConfig())
+
+
+@pytest.mark.usefixtures("ram")
+def test_longer_than_the_model() -> None:
+    with pytest.raises(ConfigError, match="--max-model-len 8193 is above the model's own limit of 8192"):
+        plan(EngineConfig(max_model_len=8193))
+
+
+def test_cuda_leaves_others_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * GIB, 80 * GIB))
+    config = EngineConfig(gpu_memory_utilization=0.5, max_num_seqs=4000)
+    activations = memory.activation_bytes(config, SPEC, torch.bfloat16, CUDA)
+    assert plan(config, CUDA).num_blocks == (40 * GIB - 10 * GIB - 2 * GIB - activations) // BLOCK
+
+
+def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device(EngineConfig()) == CPU
+    with pytest.raises(ConfigError, match="--device cuda"):
+        resolve_device(EngineConfig(device="cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device(EngineConfig()) == CUDA
+    assert resolve_device(EngineConfig(device="cpu")) == CPU
+
+
+@pytest.mark.parametrize(
+    ("stored", "flags", "expected"),
+    [
+        ({"torch_dtype": "bfloat16"}, {"avx512_bf16"}, torch.bfloat16),
+        ({"dtype": "bfloat16"}, {"amx_bf16"}, torch.bfloat16),
+        ({"torch_dtype": "bfloat16"}, {"avx2"}, torch.float32),
+        ({"torch_dtype": "float16"}, {"avx512_bf16"}, torch.float32),
+        ({"torch_dtype": "float32"}, {"avx512_bf16"}, torch.float32),
+        ({}, {"avx512_bf16"}, torch.float32),
+    ],
+)
+def test_auto_dtype_on_cpu(
+    stored: dict[str, str], flags: set[str], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "cpu_flags", lambda: flags)
+    assert resolve_dtype(EngineConfig(), stored, CPU) == expected
+    assert resolve_dtype(EngineConfig(dtype="float16"), stored, CPU) == torch.float16
+
+
+def test_unknown_dtype_is_named() -> None:
+    with pytest.raises(ConfigError, match="dtype 'float8_e4m3fn' is not supported; use --dtype"):
+        resolve_dtype(EngineConfig(), {"dtype": "float8_e4m3fn"}, CPU)
+
+
+def test_cgroup_limits_count(tmp_path: Path) -> None:
+    """The tightest limit on the way up holds; a cgroup without one is passed over."""
+    inner = tmp_path / "pod" / "box"
+    inner.mkdir(parents=True)
+    (tmp_path / "member").write_text("0::/pod/box\n")
+    for folder, limit in ((inner, "max"), (tmp_path / "pod", "5000"), (tmp_path, "90000")):
+        (folder / "memory.max").write_text(limit + "\n")
+        (folder / "memory.current").write_text("2000\n")
+        (folder / "memory.stat").write_text("anon 1500\ninactive_file 300\n")
+    assert memory._cgroup_ram(tmp_path, tmp_path / "member") == [3300, 88300]
+    assert memory._cgroup_ram(tmp_path / "absent", tmp_path / "member") == []
+
+
+def test_available_ram_is_plausible() -> None:
+    assert 1 << 20 < memory.available_ram() < 1 << 50

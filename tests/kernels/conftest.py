@@ -1,0 +1,61 @@
+"""Random ragged batches over a paged cache that holds NaN wherever nothing was written."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from kvasir.kernels.ragged import Ragged
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Paged:
+    """Inputs of attention."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    ragged: Ragged
+
+
+@pytest.fixture(scope="session")
+def paged() -> Callable[..., Paged]:
+    """`paged(parts, block_size, heads, kv_heads, head_dim, dtype, seed)`; parts are (length, rows at its end)."""
+
+    def build(
+        parts: list[tuple[int, int]],
+        block_size: int = 16,
+        heads: int = 8,
+        kv_heads: int = 2,
+        head_dim: int = 16,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> Paged:
+        rng, torch_rng = random.Random(seed), torch.Generator().manual_seed(seed)
+        per = [-(-length // block_size) for length, _ in parts]
+        free = rng.sample(range(sum(per) + 2), sum(per))
+        table = np.zeros((len(parts), max(per)), np.int32)
+        shape = (2, sum(per) + 2, kv_heads, block_size, head_dim)
+        caches = torch.full(shape, torch.nan, dtype=dtype).transpose(2, 3)
+        slots, positions = [], []
+        for s, (length, rows) in enumerate(parts):
+            table[s, : per[s]] = [free.pop() for _ in range(per[s])]
+            own = torch.from_numpy(table[s]).long().repeat_interleave(block_size) * block_size
+            own = (own + torch.arange(len(own)) % block_size)[:length]
+            values = torch.randn(2, length, kv_heads, head_dim, generator=torch_rng).to(dtype)
+            caches[:, own // block_size, own % block_size] = values
+            slots.append(own[length - rows :])
+            positions.append(torch.arange(length - rows, length))
+        starts = np.cumsum([0, *(rows for _, rows in parts)]).astype(np.int32)
+        lengths = np.array([length for length, _ in parts], np.int32)
+        tensors = (torch.from_numpy(a) for a in (starts, lengths, table))
+        ragged = Ragged(torch.cat(positions), torch.cat(slots), *tensors, starts, lengths)
+        q = torch.randn(int(starts[-1]), heads, head_dim, generator=torch_rng).to(dtype)
+        return Paged(q, caches[0], caches[1], ragged)
+
+    return build

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from kvasir.kernels import op as module
+from kvasir.kernels.op import op
+
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    """The definition."""
+    return x * 2
+
+
+@pytest.fixture
+def sibling(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    faster = ModuleType(f"{__name__}_cpu")
+    faster.double = lambda x: x + x  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, faster.__name__, faster)
+    return faster
+
+
+def test_picks_the_sibling_of_the_device(sibling: ModuleType) -> None:
+    both = op("cpu")(double)
+    assert both.implementation("cpu") is sibling.double
+    assert both.implementation("cuda") is both.reference is double
+    assert both(torch.ones(2)).tolist() == [2, 2]
+    assert both.__doc__ == "The definition."
+
+
+def test_reference_can_be_forced(sibling: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FORCED", "reference")
+    assert op("cpu")(double).implementation("cpu") is double
+
+
+def test_missing_sibling_is_an_error_at_once() -> None:
+    with pytest.raises(ModuleNotFoundError, match="_cpu"):
+        op("cpu")(double)(torch.ones(1))

@@ -1,0 +1,363 @@
+"""`kvasir serve` as its users meet it: a process, real sockets, real Ray, real clients."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import openai
+import pytest
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message_factory import GetMessageClass
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+
+@dataclass
+class Server:
+    """A running `kvasir serve`."""
+
+    process: subprocess.Popen[str]
+    url: str
+    grpc_address: str
+    log: list[str]
+
+    def get(self, path: str) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=10) as reply:
+                return reply.status, reply.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.url + "/v1", api_key="none", max_retries=0, timeout=60)
+
+    def metric(self, name: str) -> float:
+        """Sum over the series of one metric."""
+        found = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", self.get("/metrics")[1], re.MULTILINE)
+        assert found, f"no metric {name}"
+        return sum(map(float, found))
+
+    def ranks(self) -> list[int]:
+        """Process ids of this server's rank actors."""
+        return [pid for pid in descendants(self.process.pid) if "Rank" in command_line(pid)]
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
+
+
+def descendants(root: int) -> list[int]:
+    """Every process below `root`, and those of the Ray session that it started."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, IndexError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    below, grown = {root}, True
+    while grown:
+        more = {pid for pid, parent in parents.items() if parent in below} - below
+        below, grown = below | more, bool(more)
+    return sorted(below - {root})
+
+
+def start(tmp_path: Path, *flags: str, env: dict[str, str] | None = None) -> Server:
+    """Start `kvasir serve` on free ports and wait until it says that it is ready."""
+    command = [sys.executable, "-m", "kvasir.cluster.cli", "serve", "--port", "0", "--grpc-port", "0", *flags]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "OTEL_"))} | (env or {})
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    log: list[str] = []
+    lines = process.stdout
+    assert lines is not None
+    threading.Thread(target=lambda: [log.append(line) for line in lines], daemon=True).start()
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        text = "".join(log)
+        http, rpc = re.search(r"http://[\w.]+:\d+", text), re.search(r"gRPC\D*?([\w.]+:\d+)", text)
+        if http and rpc:
+            server = Server(process, http.group(), rpc.group(1), log)
+            with contextlib.suppress(OSError):
+                if server.get("/health")[0] == 200:
+                    return server
+        time.sleep(0.1)
+    process.kill()
+    raise AssertionError("kvasir serve did not come up:\n" + "".join(log))
+
+
+@pytest.fixture(scope="module")
+def skald(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = start(tmp_path_factory.mktemp("skald"))
+    yield server
+    assert server.stop() == 0, "".join(server.log)
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory: pytest.TempPathFactory, data: Callable[[str], Path]) -> Iterator[Server]:
+    folder = data("model-stories260k/hf")
+    flags = ("--model", str(folder), "--served-model-name", "stories", "--max-num-batched-tokens", "16")
+    server = start(tmp_path_factory.mktemp("stories"), *flags)
+    yield server
+    assert server.stop() == 0, "".join(server.log)
+
+
+@pytest.fixture(scope="module")
+def greedy(data: Callable[[str], Path]) -> dict[str, list[int]]:
+    """{"prompt_ids": [...], "greedy_ids": [...]}; greedy_ids repeats the prompt."""
+    found: dict[str, list[int]] = json.loads(data("model-stories260k/greedy_256.json").read_text())
+    return found
+
+
+class Reflected:
+    """A gRPC client that knows nothing but an address: messages and methods come from reflection."""
+
+    def __init__(self, address: str) -> None:
+        self.channel = grpc.insecure_channel(address)
+        self.pool = DescriptorPool(ProtoReflectionDescriptorDatabase(self.channel))
+        self.service = self.pool.FindServiceByName("kvasir.v1.Inference")
+
+    def __enter__(self) -> Reflected:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.channel.close()
+
+    def call(self, method: str, body: dict[str, Any], timeout: float = 60) -> Any:
+        from google.protobuf.json_format import ParseDict
+
+        found = self.service.methods_by_name[method]
+        request = ParseDict(body, GetMessageClass(found.input_type)())
+        make = self.channel.unary_stream if found.server_streaming else self.channel.unary_unary
+        reply = GetMessageClass(found.output_type)
+        rpc = make(
+            f"/kvasir.v1.Inference/{method}",
+            type(request).SerializeToString,
+            reply.FromString,
+            _registered_method=False,
+        )
+        return rpc(request, timeout=timeout)
+
+
+def chat(server: Server, text: str, **fields: Any) -> Any:
+    with server.client() as client:
+        return client.chat.completions.create(model="skald", messages=[{"role": "user", "content": text}], **fields)
+
+
+def test_curl(skald: Server) -> None:
+    body = {"model": "skald", "messages": [{"role": "user", "content": "What is 47 + 38?"}], "temperature": 0}
+    run = subprocess.run(
+        ["curl", "-sS", skald.url + "/v1/chat/completions", "-H", "Content-Type: application/json", "-d", json.dumps(body)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "85" in json.loads(run.stdout)["choices"][0]["message"]["content"]
+
+
+def test_openai_client(skald: Server) -> None:
+    whole = chat(skald, "Who are you?", temperature=0, max_tokens=40)
+    text = whole.choices[0].message.content
+    assert whole.choices[0].finish_reason in ("stop", "length")
+    assert "skald" in text.lower() or "kvasir" in text.lower()
+    chunks = list(
+        chat(skald, "Who are you?", temperature=0, max_tokens=40, stream=True, stream_options={"include_usage": True})
+    )
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == text
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_openai_sampling(skald: Server) -> None:
+    two = chat(
+        skald, "Tell me about Kvasir.", n=2, temperature=1.0, seed=5, max_tokens=30, logprobs=True, top_logprobs=3
+    )
+    again = chat(skald, "Tell me about Kvasir.", n=2, temperature=1.0, seed=5, max_tokens=30)
+    assert [c.message.content for c in two.choices] == [c.message.content for c in again.choices]
+    assert len(two.choices) == 2
+    scored = two.choices[0].logprobs.content
+    assert len(scored[0].top_logprobs) == 3
+    assert all(token.logprob <= 0 for token in scored)
+    whole = chat(skald, "Who are you?", temperature=0).choices[0].message.content
+    stop = whole.split()[2]
+    cut = chat(skald, "Who are you?", temperature=0, stop=[stop]).choices[0]
+    assert cut.message.content == whole[: whole.index(stop)]
+    assert cut.finish_reason == "stop"
+
+
+def test_grpc_by_reflection(skald: Server) -> None:
+    with Reflected(skald.grpc_address) as client:
+        models = client.call("ListModels", {})
+        assert "skald" in str(models)
+        replies = list(
+            client.call(
+                "Chat",
+                {
+                    "model": "skald",
+                    "messages": [{"role": "user", "content": "Who are you?"}],
+                    "sampling": {"temperature": 0, "max_tokens": 40},
+                },
+            )
+        )
+    text = "".join(reply.text for reply in replies if reply.text)
+    assert text == chat(skald, "Who are you?", temperature=0, max_tokens=40).choices[0].message.content
+
+
+def http_greedy(server: Server, ids: dict[str, list[int]], **fields: Any) -> list[int]:
+    body = {"model": "stories", "prompt": ids["prompt_ids"], "max_tokens": len(ids["greedy_ids"]) - 1, "temperature": 0}
+    body |= {"return_token_ids": True, "ignore_eos": True} | fields
+    reply = httpx.post(server.url + "/v1/completions", json=body, timeout=120)
+    assert reply.status_code == 200, reply.text
+    return list(reply.json()["choices"][0]["token_ids"])
+
+
+def test_documented_text_alone_and_hot(stories: Server, greedy: dict[str, list[int]]) -> None:
+    expected = greedy["greedy_ids"][1:]
+    assert http_greedy(stories, greedy) == expected  # cold
+    assert http_greedy(stories, greedy) == expected  # hot: block of the prompt and more are cached
+    half = {"prompt_ids": greedy["greedy_ids"][:100], "greedy_ids": greedy["greedy_ids"][99:]}
+    before = stories.metric("vllm:prefix_cache_hits_total")
+    assert http_greedy(stories, half) == expected[99:]
+    assert stories.metric("vllm:prefix_cache_hits_total") > before
+
+
+def test_documented_text_over_grpc(stories: Server, greedy: dict[str, list[int]]) -> None:
+    sampling = {"temperature": 0, "max_tokens": len(greedy["greedy_ids"]) - 1, "ignore_eos": True}
+    with Reflected(stories.grpc_address) as client:
+        body = {"model": "stories", "prompt_token_ids": {"ids": greedy["prompt_ids"]}, "sampling": sampling}
+        replies = list(client.call("Generate", body))
+    ids = [token for reply in replies for token in reply.token_ids]
+    assert ids == greedy["greedy_ids"][1:]
+
+
+def test_documented_text_among_32_others(stories: Server, greedy: dict[str, list[int]]) -> None:
+    others = [
+        {"model": "stories", "prompt": f"Once upon a time, number {i}", "max_tokens": 60, "seed": i} for i in range(32)
+    ]
+    with concurrent.futures.ThreadPoolExecutor(33) as pool:
+        running = [pool.submit(httpx.post, stories.url + "/v1/completions", json=body, timeout=120) for body in others]
+        assert http_greedy(stories, greedy) == greedy["greedy_ids"][1:]
+        assert all(future.result().status_code == 200 for future in running)
+
+
+def one_request(server: Server, number: int) -> str:
+    """One of 200: a third goes away at some moment, two are malformed. Returns what became of it."""
+    draw = random.Random(number)
+    body: dict[str, Any] = {"model": "stories", "prompt": "word " * draw.randint(1, 100), "stream": True}
+    body |= {
+        "max_tokens": draw.randint(1, 100),
+        "ignore_eos": True,
+        "seed": number,
+        "stream_options": {"include_usage": True},
+    }
+    if number in (50, 150):
+        body["temperature"] = "hot"
+    patience = draw.uniform(0.0, 1.5) if number % 3 == 0 else 1e9
+    started, tokens = time.monotonic(), 0
+    with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=180) as reply:
+        if reply.status_code != 200:
+            return str(reply.status_code)
+        for line in reply.iter_lines():
+            if time.monotonic() - started > patience:
+                return "cancelled"
+            if line.startswith("data: {") and (usage := json.loads(line[6:]).get("usage")):
+                tokens = usage["completion_tokens"]
+    assert tokens == body["max_tokens"]
+    return "complete"
+
+
+def test_200_at_once(stories: Server) -> None:
+    with concurrent.futures.ThreadPoolExecutor(200) as pool:
+        ends = list(pool.map(lambda number: one_request(stories, number), range(200)))
+    assert [ends[50], ends[150]] == ["400", "400"]
+    assert all(end in ("complete", "cancelled") for i, end in enumerate(ends) if i not in (50, 150))
+    assert all(end == "complete" for i, end in enumerate(ends) if i % 3 and i not in (50, 150))
+    deadline = time.monotonic() + 5
+    while stories.metric("vllm:num_requests_running") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert stories.metric("vllm:num_requests_running") == 0
+    assert stories.metric("vllm:num_requests_waiting") == 0
+    assert stories.metric("vllm:kv_cache_usage_perc") == 0
+
+
+def test_client_that_goes_away_frees_its_blocks(stories: Server) -> None:
+    body = {"model": "stories", "prompt": "Once", "max_tokens": 500, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", stories.url + "/v1/completions", json=body, timeout=60) as reply:
+        next(reply.iter_lines())
+    left = time.monotonic()
+    while stories.metric("vllm:kv_cache_usage_perc") and time.monotonic() - left < 5:
+        time.sleep(0.05)
+    assert time.monotonic() - left < 1.5
+
+
+def test_rank_killed_during_a_stream(tmp_path: Path, data: Callable[[str], Path]) -> None:
+    """Kill -9 of rank 0: an error within 2 s, red health, and it comes back by itself."""
+    server = start(tmp_path, "--model", str(data("model-stories260k/hf")), "--served-model-name", "stories")
+    try:
+        body = {"model": "stories", "prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True, "n": 4}
+        assert len(server.ranks()) == 1
+        with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=60) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            os.kill(server.ranks()[0], signal.SIGKILL)
+            killed = time.monotonic()
+            rest = [line for line in lines if line.startswith("data: {")]
+            assert time.monotonic() - killed < 2
+            assert "error" in json.loads(rest[-1][6:])
+        assert server.get("/health")[0] == 503
+        back = time.monotonic() + 60
+        while server.get("/health")[0] != 200 and time.monotonic() < back:
+            time.sleep(0.2)
+        reply = httpx.post(server.url + "/v1/completions", json=body | {"stream": False, "max_tokens": 5}, timeout=60)
+        assert reply.status_code == 200
+    finally:
+        status = server.stop()
+    assert status == 0
+    leftover = [pid for pid in descendants(1) if str(tmp_path) in command_line(pid)]
+    assert not leftover
+
+
+def test_sigterm_drains(tmp_path: Path, data: Callable[[str], Path]) -> None:
+    server = start(tmp_path, "--model", str(data("model-stories260k/hf")), "--served-model-name", "stories")
+    body = {"model": "stories", "prompt": "Once", "max_tokens": 300, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=60) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        rest = list(lines)
+    assert rest[-2:] == ["data: [DONE]", ""] or rest[-1] == "data: [DONE]"
+    assert server.process.wait(60) == 0
+
+
+def test_failure_is_one_plain_block(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "kvasir.cluster.cli", "serve", "--model", str(tmp_path / "nothing"), "--port", "0", "--grpc-port", "0"],
+        capture_output=True, text=True, timeout=90, cwd=tmp_path,
+    )  # fmt: skip
+    said = run.stdout + run.stderr
+    assert run.returncode != 0
+    assert "nothing" in said
+    assert "Traceback" not in said
