@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from kvasir.engine.cache import KVCache
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.layers import rope_frequencies
+from kvasir.engine.memory import keep_freed_memory
 from kvasir.engine.spec import Layer, Rope, Spec
 from kvasir.engine.weights import random_decoder
 from kvasir.kernels.ragged import Ragged
@@ -191,6 +192,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1, help="runs, of which the fastest counts")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     print(
         f"torch {torch.__version__}, {args.dtype}, {args.threads} threads; tokens/s; ids: greedy ones until they differ"
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ import uvicorn
 from kvasir.cluster import telemetry
 from kvasir.cluster.config import ClusterConfig
 from kvasir.cluster.group_client import Endpoint, GroupDirectory
-from kvasir.engine.errors import ConfigError, UnavailableError
+from kvasir.cluster.sockets import authority, bound_socket
+from kvasir.engine.errors import UnavailableError
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -35,24 +35,6 @@ class Addresses:
 
     http: str
     grpc: str | None
-
-
-def bound_socket(host: str, port: int, *, shared: bool) -> socket.socket:
-    """A TCP socket on host:port (0: a free one), not yet listening. `shared`: other gateways may have the port too.
-
-    Raises ConfigError when it can't be had.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if shared:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    try:
-        sock.bind((host, port))
-    except OSError as error:
-        sock.close()
-        raise ConfigError(f"can't listen on {host}:{port}: {error.strerror or error}", param="port") from error
-    return sock
 
 
 class _Server(uvicorn.Server):
@@ -129,7 +111,7 @@ class Gateway:
             await asyncio.sleep(0.005)
             if self._http_task.done():
                 await self._http_task
-        return f"{'https' if config.ssl_certfile else 'http'}://{_authority(*sock.getsockname()[:2])}"
+        return f"{'https' if config.ssl_certfile else 'http'}://{authority(*sock.getsockname()[:2])}"
 
     async def _start_grpc(self) -> str | None:
         from kvasir.cluster.gateway import create_grpc_server
@@ -139,14 +121,14 @@ class Gateway:
         if config.grpc_port < 0:
             return None
         self._grpc = create_grpc_server(self._desk, config)
-        address = _authority(config.host, config.grpc_port)
+        address = authority(config.host, config.grpc_port)
         if config.ssl_certfile and config.ssl_keyfile:
             pair = (Path(config.ssl_keyfile).read_bytes(), Path(config.ssl_certfile).read_bytes())
             port = self._grpc.add_secure_port(address, grpc.ssl_server_credentials([pair]))
         else:
             port = self._grpc.add_insecure_port(address)
         await self._grpc.start()
-        return _authority(config.host, port)
+        return authority(config.host, port)
 
     async def _stop(self) -> None:
         self._http.should_exit = True
@@ -155,10 +137,6 @@ class Gateway:
             await self._grpc.stop(grace=0.5)
         await self._directory.close()
         await asyncio.to_thread(self._tracing.shutdown)
-
-
-def _authority(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 async def _endpoints(group: DeploymentHandle[Any]) -> Sequence[Endpoint]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 import ray
+from kvasir.cluster import telemetry
 from kvasir.cluster.group_client import Endpoint
-from kvasir.cluster.rank_actor import Failure, MakeEngine, RankActor
+from kvasir.cluster.rank_actor import Failure, RankActor, RankSetup
 from kvasir.engine.config import EngineConfig
 from ray.exceptions import RayActorError
 
@@ -25,8 +25,8 @@ MAX_RESTARTS = 3
 """Failed starts in a row, after which Serve is asked to replace the replica, perhaps on another node."""
 
 
-class StartError(Exception):
-    """The message is the block of text for the user; `kvasir serve` finds it behind this class's name."""
+class GroupError(Exception):
+    """The message is a block of text for the user; `kvasir serve` finds it behind this class's name."""
 
 
 def block(what: str, why: str, change: str) -> str:
@@ -36,27 +36,22 @@ def block(what: str, why: str, change: str) -> str:
 
 
 class Group:
-    """Coordinator of one group; ready once the model is loaded. `host`: the address that gateways can reach."""
+    """Coordinator of one group; ready once the model is loaded."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self,
-        config: EngineConfig,
-        name: str,
-        gpus: int,
-        environ: Mapping[str, str],
-        make_engine: MakeEngine,
-        host: str | None,
+        self, config: EngineConfig, name: str, gpus: float, setup: RankSetup
     ) -> None:
+        telemetry.log_to_stderr(setup.log_level)
         self._name = name
-        self._host = host or ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._options = {"num_cpus": 1, "num_gpus": gpus, "max_concurrency": 16, "max_restarts": 0}
-        self._arguments = (config, environ, make_engine)
+        self._arguments = (config, setup)
+        self._watcher: asyncio.Task[None] | None = None
         self._why = "the model is loading"
         self._endpoint: Endpoint | None = None
         self._failed_starts = 0
         if (failure := await self._start()) is not None:
             change = "correct that, then start again" if failure.final else "see above; rank 0 logged the traceback"
-            raise StartError(block(f"model {name!r} could not be started", failure.why, change))
+            raise GroupError(block(f"model {name!r} could not be started", failure.why, change))
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
     async def endpoint(self) -> tuple[Endpoint | None, str]:
@@ -74,6 +69,8 @@ class Group:
 
     async def __del__(self) -> None:
         """Serve ends this replica."""
+        if self._watcher is None:  # it never started
+            return
         self._watcher.cancel()
         self._endpoint = None
         try:
@@ -87,7 +84,7 @@ class Group:
         actor: Any = ray.remote(RankActor)
         self._rank = actor.options(**self._options).remote(*self._arguments)
         try:
-            result = await self._rank.start.remote(self._host)
+            result = await self._rank.start.remote()
         except RayActorError as error:
             result = Failure(_died(error))
         if isinstance(result, Failure):

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import grpc
 from kvasir.cluster import wire
@@ -248,7 +248,7 @@ class GroupClient:
         """Take messages; from the first one on, requests may be sent."""
         while (message := await call.read()) is not grpc.aio.EOF:
             self._seen = time.monotonic()
-            self._receive(message, outbox)
+            self._receive(cast(pb.GroupMessage, message), outbox)
         raise UnavailableError("the group closed the stream")
 
     def _receive(self, message: pb.GroupMessage, outbox: asyncio.Queue[pb.GatewayMessage]) -> None:

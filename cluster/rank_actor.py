@@ -8,10 +8,11 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from kvasir.cluster import wire
+import ray
+from kvasir.cluster import telemetry, wire
 from kvasir.cluster.group_client import Endpoint
 from kvasir.cluster.group_service import GroupService, ServedEngine
 from kvasir.cluster.telemetry import Tracing
@@ -51,21 +52,35 @@ class Failure:
     final: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class RankSetup:
+    """What a rank's process needs besides its engine's configuration."""
+
+    make_engine: MakeEngine = load_engine
+    environ: Mapping[str, str] = field(default_factory=dict)
+    """OTEL_* variables."""
+    log_level: str = "info"
+    host: str | None = None
+    """Address on which to listen for gateways; default: the node's."""
+
+
 class RankActor:
     """Loads the model in `start`, serves it until `run` returns why it ended."""
 
-    def __init__(self, config: EngineConfig, environ: Mapping[str, str], make_engine: MakeEngine) -> None:
+    def __init__(self, config: EngineConfig, setup: RankSetup) -> None:
+        telemetry.log_to_stderr(setup.log_level)
         self._config = config
-        self._make_engine = make_engine
-        self._environ = environ
+        self._setup = setup
 
-    async def start(self, host: str) -> Endpoint | Failure:
-        """Load, then listen on `host`. Failures are told by value: Ray would wrap exceptions in its own tracebacks."""
+    async def start(self) -> Endpoint | Failure:
+        """Load, then listen. Failures are told by value: Ray would wrap exceptions in its own tracebacks."""
+        setup = self._setup
         try:
-            self._tracing = Tracing.from_environment(self._environ)
+            self._tracing = Tracing.from_environment(setup.environ)
             self._service = GroupService(self._tracing)
-            self._engine = await asyncio.to_thread(self._make_engine, self._config, self._service.deliver)
+            self._engine = await asyncio.to_thread(setup.make_engine, self._config, self._service.deliver)
             self._engine.start()
+            host = setup.host or ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
             return await self._service.start(self._engine, host)
         except KvasirError as error:
             return Failure(_with_param(error), final=True)

@@ -188,7 +188,7 @@ class Engine:
         except Exception as error:  # the process's border: whatever a step raises, no client may be left waiting
             logger.exception("a step failed")
             self.failure = error
-            self._fail_all("internal_error", f"the engine failed: {type(error).__name__}: {error}")
+            self._fail_all("unavailable", f"the engine failed: {type(error).__name__}: {error}")
 
     def _turn(self) -> None:
         self.heartbeat = time.monotonic()

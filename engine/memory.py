@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +112,19 @@ def activation_bytes(config: EngineConfig, spec: Spec, dtype: torch.dtype, devic
     logits = 4 * spec.vocab * torch.float32.itemsize
     rows = token_budget(config, device)
     return rows * row * dtype.itemsize + min(rows, config.max_num_seqs) * logits
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc's malloc not to hand freed memory back at every step: a process that steps calls it once.
+
+    By default large temporaries are mapped anew each time, and pay a page fault per 4 KiB: attention of 32 sequences of
+    160 tokens (32 / 8 heads of 64) took 2.0 ms of CPU time instead of 1.2. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(trim_threshold, 1 << 30)
+        mallopt(mmap_threshold, 1 << 28)
 
 
 def available_ram() -> int:

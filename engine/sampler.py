@@ -10,7 +10,7 @@ import torch
 from kvasir.engine.event import TokenLogprob
 from kvasir.engine.request import SamplingParams
 from kvasir.engine.step import NewSequence
-from kvasir.kernels.sample import draw, penalize, restrict, score, uniforms
+from kvasir.kernels.sample import draw, greedy, penalise, score, uniform
 from torch import Tensor
 
 Ints = npt.NDArray[np.int64]
@@ -64,15 +64,15 @@ class Sampler:
     def sample(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
         """logits[R, V] of the sequences in seats[R] -> token ids[R] for positions[R]. `logits` stay as they are."""
         logits = self._adjust(logits, seats, positions)
-        greedy = self.values["temperature"][seats] == 0
-        best = logits.argmax(-1)
-        if greedy.all():
-            return best
-        rows = np.nonzero(~greedy)[0]
-        chosen = self._draw(
-            logits if len(rows) == len(seats) else logits[self._tensor(rows)], seats[rows], positions[rows]
-        )
-        return best.index_copy(0, self._tensor(rows), chosen)
+        cold = self.values["temperature"][seats] == 0
+        if cold.all():
+            return greedy(logits)
+        if not cold.any():
+            return self._draw(logits, seats, positions)
+        tokens = greedy(logits)
+        rows = np.nonzero(~cold)[0]
+        index = self._tensor(rows)
+        return tokens.index_copy(0, index, self._draw(logits[index], seats[rows], positions[rows]))
 
     def remember(self, seats: Ints, token_ids: Tensor) -> None:
         """Count new tokens of the seats that have penalties."""
@@ -93,11 +93,18 @@ class Sampler:
         return scores
 
     def _draw(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
-        logits = logits / self._row(seats, "temperature")[:, None]
-        top_k = None if not self._used(seats, "top_k") else self._row(seats, "top_k").long()
-        top_p, min_p = (self._row(seats, n) if self._used(seats, n) else None for n in ("top_p", "min_p"))
-        uniform = torch.from_numpy(uniforms(self.seeds[seats], positions)).to(self.device, non_blocking=True)
-        return draw(restrict(logits, top_k, top_p, min_p), uniform)
+        """Rows that don't use a filter get its neutral value: all tokens for top_k, 2 for top_p."""
+        top_k, top_p, min_p = (self.values[name][seats] for name in ("top_k", "top_p", "min_p"))
+        most = np.where(top_k == 0, self.vocab, np.minimum(top_k, self.vocab)).astype(np.int64)
+        return draw(
+            logits,
+            torch.from_numpy(uniform(self.seeds[seats], positions)).to(self.device, non_blocking=True),
+            self._row(self.values["temperature"][seats]),
+            min_p=self._row(min_p) if min_p.any() else None,
+            top_k=self._tensor(most) if top_k.any() else None,
+            top_p=self._row(np.where(top_p >= 1, 2.0, top_p)) if (top_p < 1).any() else None,
+            most=int(most.max()),
+        )
 
     def _adjust(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
         """Biases, muted stop tokens and penalties; a copy when anything changes."""
@@ -113,8 +120,15 @@ class Sampler:
             assert self.in_prompt is not None
             assert self.counts is not None
             index = self._tensor(seats)
-            penalties = (self._row(seats, name) for name in PENALTIES)
-            logits = penalize(logits, self.in_prompt[index], self.counts[index], *penalties)
+            repetition, presence, frequency = (self._row(self.values[name][seats]) for name in PENALTIES)
+            logits = penalise(
+                logits,
+                self.counts[index],
+                self.in_prompt[index],
+                repetition=repetition,
+                presence=presence,
+                frequency=frequency,
+            )
         return logits
 
     def _add(self, logits: Tensor, additions: Sequence[tuple[int, list[int], list[float]]]) -> Tensor:
@@ -138,8 +152,8 @@ class Sampler:
     def _used(self, seats: Ints, name: str) -> bool:
         return bool((self.values[name][seats] != NEUTRAL[name]).any())
 
-    def _row(self, seats: Ints, name: str) -> Tensor:
-        return torch.from_numpy(self.values[name][seats].astype(np.float32)).to(self.device, non_blocking=True)
+    def _row(self, values: npt.NDArray[np.float64]) -> Tensor:
+        return torch.from_numpy(values.astype(np.float32)).to(self.device, non_blocking=True)
 
     def _tensor(self, array: Ints) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)

@@ -14,6 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,6 @@ import pytest
 import ray
 import tokenizers
 import uvicorn
-from pydantic.warnings import PydanticDeprecatedSince20
-
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.group_client import Stream
 from kvasir.cluster.group_service import GroupService
@@ -34,6 +33,12 @@ from kvasir.engine.event import Event, Failed, Finished, Timing, Token, TokenLog
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.request import Request
 from kvasir.engine.scheduler import Stats
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
+    TraceServiceServicer,
+    add_TraceServiceServicer_to_server,
+)
+from pydantic.warnings import PydanticDeprecatedSince20
 
 with warnings.catch_warnings():  # Ray's own, at its first import
     warnings.filterwarnings("ignore", category=PydanticDeprecatedSince20)
@@ -43,7 +48,7 @@ MAX_MODEL_LEN = 2**21
 
 
 class FakeEngine:
-    """One thread that gives each continuation the next of the ids 1000, 1001, ... every `step_s`."""
+    """One thread that gives each continuation the next of the ids 65 (A) to 90 (Z) every `step_s`."""
 
     info = ModelInfo(name="fake", max_model_len=MAX_MODEL_LEN, vocab_size=2**17, eos_token_ids=(2,), max_num_seqs=256)
 
@@ -108,7 +113,7 @@ class FakeEngine:
         request, counts, began = self.requests[name]
         events: list[Event] = []
         for index in [*counts]:
-            events.append(Token(name, index, (1000 + counts[index],)))
+            events.append(Token(name, index, (65 + counts[index] % 26,)))
             counts[index] += 1
             if counts[index] == request.sampling.max_tokens:
                 del counts[index]
@@ -147,12 +152,13 @@ def group_of_fakes() -> type[Group]:
 
 def make_engine(config: EngineConfig, deliver: Callable[[Sequence[Event]], None]) -> FakeEngine:
     """For rank actors. The model's name says how it behaves."""
-    if config.model == "wrong":
+    name = config.served_model_name[0] if config.served_model_name else config.model
+    if name == "wrong":
         raise ConfigError("max_model_len is 9 and the model allows 8", param="max_model_len")
-    if config.model == "broken":
+    if name == "broken":
         raise MemoryError("no room for 3 GiB of weights")
     engine = FakeEngine(deliver, step_s=0.01)
-    if config.model == "short-lived":
+    if name == "short-lived":
         threading.Timer(1.0, lambda: setattr(engine, "failure", RuntimeError("the step loop ended"))).start()
     return engine
 
@@ -168,7 +174,7 @@ def serve_on_ray(tmp_path_factory):
         "local", num_cpus=8, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False,
         logging_level="ERROR",
     )  # fmt: skip
-    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+    serve.start(proxy_location="Disabled", logging_config={"log_level": "CRITICAL"})
     yield serve
     serve.shutdown()
     ray.shutdown()
@@ -389,3 +395,34 @@ def gateway(byte_model: Path) -> Iterator[LiveGateway]:
     """One for all tests of a module that change nothing about it."""
     with LiveGateway(byte_model) as live:
         yield live
+
+
+class OtlpReceiver(TraceServiceServicer):
+    """A collector: keeps the spans it is sent."""
+
+    def __init__(self) -> None:
+        self.spans: list[Any] = []
+        self._server = grpc.server(ThreadPoolExecutor(2))
+        add_TraceServiceServicer_to_server(self, self._server)
+        self.endpoint = f"http://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self._server.start()
+
+    def Export(self, request: Any, context: Any) -> ExportTraceServiceResponse:  # noqa: N802
+        for resource in request.resource_spans:
+            for scope in resource.scope_spans:
+                self.spans.extend(scope.spans)
+        return ExportTraceServiceResponse()
+
+    def stop(self) -> None:
+        self._server.stop(None).wait()
+
+    @staticmethod
+    def attributes(span: Any) -> dict[str, Any]:
+        return {item.key: getattr(item.value, item.value.WhichOneof("value")) for item in span.attributes}
+
+
+@pytest.fixture
+def otlp_receiver():
+    receiver = OtlpReceiver()
+    yield receiver
+    receiver.stop()

@@ -9,14 +9,14 @@ import time
 
 import pytest
 import ray
-from ray.serve import RunTarget
-
-from kvasir.cluster import app
+from kvasir.cluster import app, application
 from kvasir.cluster.group import block
 from kvasir.cluster.group_client import GroupClient
+from kvasir.cluster.rank_actor import RankSetup
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.event import Failed, Finished
 from kvasir.engine.request import Request, SamplingParams
+from ray.serve import RunTarget
 
 pytestmark = pytest.mark.ray
 
@@ -27,7 +27,8 @@ def deployed(serve_on_ray, make_engine):
 
     def deploy(model, wait=True):
         engine = EngineConfig(model=model)
-        target = app.group_deployment(engine, 0).bind(engine, model, 0, {}, make_engine, "127.0.0.1")
+        setup = RankSetup(make_engine, host="127.0.0.1")
+        target = application.group_deployment(model, 0, "info").bind(engine, model, 0, setup)
         run = RunTarget(target, name="test", route_prefix=None)
         serve_on_ray.run_many([run], wait_for_applications_running=wait)
         return serve_on_ray.get_app_handle("test")
@@ -105,9 +106,9 @@ def test_an_engine_that_fails_is_replaced(deployed):
 def test_a_start_that_fails_is_told_once_and_plainly(deployed, serve_on_ray, model, why):
     began = time.monotonic()
     deployed(model, wait=False)
-    status = until(lambda: (s := serve_on_ray.status().applications["test"]).status == "DEPLOY_FAILED" and s, timeout=20)
+    until(lambda: serve_on_ray.status().applications["test"].status == "DEPLOY_FAILED", timeout=20)
     assert time.monotonic() - began < 15
-    text = app.failure_text(status)
+    text = app.failure_text(serve_on_ray.status().applications["test"])
     assert text.splitlines()[0] == f"model '{model}' could not be started"
     assert why in text
     assert "Traceback" not in text

@@ -8,7 +8,6 @@ import time
 
 import grpc
 import pytest
-
 from kvasir.cluster import group_client, wire
 from kvasir.cluster.group_client import GroupClient, GroupDirectory
 from kvasir.engine.errors import ClientError, ContextLengthError, ModelNotFoundError, UnavailableError
@@ -49,7 +48,7 @@ def test_tokens_come_in_order_and_end(group_of_fakes):
             events = [event async for event in stream]
             for index in (0, 1):
                 mine = [event for event in events if event.index == index]
-                assert [t for event in mine[:-1] for t in event.token_ids] == [1000, 1001, 1002, 1003, 1004]
+                assert [t for event in mine[:-1] for t in event.token_ids] == [65, 66, 67, 68, 69]
                 assert isinstance(mine[-1], Finished)
             assert {event.request_id for event in events} == {"r"}
             assert client.load == 0
@@ -254,15 +253,19 @@ def test_a_gateway_that_does_not_read_is_cut_off(group_of_fakes, monkeypatch):
 
     async def main():
         async with group_of_fakes(step_s=0.0001) as group:
-            async with grpc.aio.insecure_channel(group.endpoint.address, options=wire.CHANNEL_OPTIONS) as channel:
-                call = group_client.GroupStub(channel).Connect(metadata=((wire.TOKEN_METADATA, group.endpoint.token),))
-                message = request(n=128, max_tokens=10**7)
-                await call.write(group_client.pb.GatewayMessage(submit=wire.encode_request(message, 1)))
-                await until(lambda: group.engine.requests)
-                await until(lambda: not group.engine.requests, timeout=10)
-                with pytest.raises(grpc.aio.AioRpcError, match="cut off"):
-                    while await call.read() is not grpc.aio.EOF:
-                        pass
+            channel = grpc.aio.insecure_channel(group.endpoint.address, options=wire.CHANNEL_OPTIONS)
+            call = group_client.GroupStub(channel).Connect(metadata=((wire.TOKEN_METADATA, group.endpoint.token),))
+            message = request(n=128, max_tokens=10**7)
+            await call.write(group_client.pb.GatewayMessage(submit=wire.encode_request(message, 1)))
+            await until(lambda: group.engine.requests)
+            await until(lambda: not group.engine.requests, timeout=10)
+            with pytest.raises(grpc.aio.AioRpcError, match="cut off"):
+                await _read_all(call)
+            await channel.close()
+
+    async def _read_all(call):
+        while await call.read() is not grpc.aio.EOF:
+            pass
 
     run(main())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-
 from kvasir.cluster import wire
 from kvasir.engine.errors import ClientError, ContextLengthError, OverloadedError
 from kvasir.engine.event import Failed, Finished, Timing, Token, TokenLogprob
@@ -36,9 +35,9 @@ def sent(message):
         SamplingParams(),
         SamplingParams(
             n=3, temperature=0.0, top_p=0.5, top_k=40, min_p=0.1, presence_penalty=-1, frequency_penalty=1.5,
-            repetition_penalty=1.2, logit_bias={5: -100.0, 6: 1.25}, seed=-(2**63), stop=["a", "é"], stop_token_ids=[1, 2],
-            include_stop_str_in_output=True, min_tokens=2, max_tokens=None, ignore_eos=True, logprobs=0, prompt_logprobs=20,
-            skip_special_tokens=False, spaces_between_special_tokens=False,
+            repetition_penalty=1.2, logit_bias={5: -100.0, 6: 1.25}, seed=-(2**63), stop=["a", "é"],
+            stop_token_ids=[1, 2], include_stop_str_in_output=True, min_tokens=2, max_tokens=None, ignore_eos=True,
+            logprobs=0, prompt_logprobs=20, skip_special_tokens=False, spaces_between_special_tokens=False,
         ),
         SamplingParams(detokenize=False),
     ],

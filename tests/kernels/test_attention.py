@@ -70,7 +70,7 @@ def test_layers_share_one_plan(paged: Callable[..., Any]) -> None:
 
 def test_padding_is_bounded(paged: Callable[..., Any]) -> None:
     """One long sequence among short ones must not make them pay for its length."""
-    batch = paged([(8, 1)] * 30 + [(2000, 1)])
+    batch = paged([(8, 1)] * 30 + [(400, 1)])
     attention(batch.q, batch.k_cache, batch.v_cache, batch.ragged, scale=1.0)
     (plan,) = batch.ragged.plans.values()
-    assert sum(b.blocks[:, 0].numel() for b in plan) <= attention_cpu.WASTE * (30 + 125)
+    assert sum(b.blocks[:, 0].numel() for b in plan) <= attention_cpu.WASTE * (30 + 25)

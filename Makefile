@@ -1,0 +1,55 @@
+# Everything runs in .venv, which the first target that needs it makes. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# not from the repository's root, and -P where there is one: our folders kernels and proto must not be importable by
+# their bare names, which belong to other packages
+PYTEST := $(BIN)/pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help venv serve test test-fast lint format proto bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+venv: $(STAMP)  ## the environment alone
+
+# torch comes first and by its exact version: a range could fetch a build with gigabytes of CUDA libraries
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Kvasir needs Python 3.10 or newer, this is " + sys.version) if sys.version_info < (3, 10) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip setuptools
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev]'
+	mkdir -p build/types && ln -sfn ../.. build/types/kvasir
+	touch $@
+
+serve: venv  ## serve the bundled model: HTTP on port 8000, gRPC on port 9000
+	$(BIN)/kvasir serve
+
+test: venv  ## all tests
+	$(PYTEST)
+
+test-fast: venv  ## the tests that need no Ray
+	$(PYTEST) -m 'not ray'
+
+lint: venv  ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: venv  ## let ruff rewrite the sources
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+proto: venv  ## regenerate the stubs of proto/kvasir/v1
+	$(BIN)/python proto/generate.py
+
+bench: venv  ## the figures of the README (about ten minutes)
+	$(BIN)/python benchmarks/engine.py --random 125M
+	$(BIN)/python benchmarks/http_overhead.py
+
+clean:  ## remove the environment and everything that was built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

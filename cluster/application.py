@@ -1,0 +1,88 @@
+"""The Serve application of a configuration: a Gateway deployment, and a Group deployment per model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from kvasir.cluster import telemetry
+from kvasir.cluster.auth import KEY_VARIABLES
+from kvasir.cluster.config import ClusterConfig
+from kvasir.cluster.gateway_replica import Gateway
+from kvasir.cluster.group import Group
+from kvasir.cluster.rank_actor import MakeEngine, RankSetup, load_engine
+from kvasir.engine.config import EngineConfig
+from kvasir.engine.errors import ConfigError
+from ray import serve
+from ray.serve import Application, Deployment
+
+COMMON: dict[str, Any] = {
+    "max_constructor_retry_count": 1,
+    "health_check_period_s": 2,
+    "health_check_timeout_s": 5,
+    "graceful_shutdown_wait_loop_s": 0.1,
+}
+"""A start that fails is told at once, not tried 20 times; health is asked often."""
+
+
+def serve_logging(level: str) -> dict[str, Any]:
+    """Serve's own logs, unless debugging, say with tracebacks what ours say in a line."""
+    return {"log_level": "INFO" if level == "debug" else "CRITICAL", "enable_access_log": False}
+
+
+def application(
+    config: ClusterConfig,
+    environ: Mapping[str, str],
+    *,
+    make_engine: MakeEngine = load_engine,
+    group_host: str | None = None,
+) -> Application:
+    """`group_host`: the address on which groups listen for gateways; default: their node's."""
+    names = [model_name(engine) for engine in config.engines]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two models have the same name: {', '.join(names)}", param="served_model_name")
+    otel = telemetry.otel_environment(environ)
+    keys = {name: environ[name] for name in KEY_VARIABLES if name in environ}
+    gpus, level = _gpus(config), config.gateway.log_level
+    groups = [
+        group_deployment(name, gpus, level).bind(engine, name, gpus, RankSetup(make_engine, otel, level, group_host))
+        for name, engine in zip(names, config.engines, strict=True)
+    ]
+    gateway: Deployment = serve.deployment(Gateway).options(  # type: ignore[attr-defined]
+        num_replicas=config.gateway.num_gateways,
+        ray_actor_options={"num_cpus": 0.1},  # not 0: it mustn't land on a head node that takes no work
+        graceful_shutdown_timeout_s=config.gateway.drain_timeout_s + 5,
+        logging_config=serve_logging(level),
+        **COMMON,
+    )
+    return gateway.bind(config, otel | keys, *groups)
+
+
+def group_deployment(name: str, gpus: float, log_level: str) -> Deployment:
+    """One group: a coordinator and, in the same placement group, its rank."""
+    deployment: Deployment = serve.deployment(Group).options(  # type: ignore[attr-defined]
+        name="Group-" + re.sub(r"[^\w.-]+", "-", name),
+        placement_group_bundles=[{"CPU": 1.0, "GPU": gpus} if gpus else {"CPU": 1.0}],
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=10,
+        logging_config=serve_logging(log_level),
+        **COMMON,
+    )
+    return deployment
+
+
+def model_name(engine: EngineConfig) -> str:
+    """First of the names under which a model is served."""
+    return engine.served_model_name[0] if engine.served_model_name else engine.model
+
+
+def _gpus(config: ClusterConfig) -> float:
+    """GPUs per model: one each; a share when there are fewer than models; none where there are none."""
+    wanting = sum(engine.device != "cpu" for engine in config.engines)
+    known: dict[str, float] = ray.cluster_resources() if ray.is_initialized() else {}  # type: ignore[no-untyped-call]
+    there = known.get("GPU", 0.0)
+    if any(engine.device == "cuda" for engine in config.engines):
+        there = max(there, 1.0)
+    return min(1.0, there / wanting) if wanting else 0.0

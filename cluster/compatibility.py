@@ -1,0 +1,147 @@
+"""Spellings that users know from vLLM, old and new: mapped with a warning, true already, or refused by name.
+
+Nothing is accepted and ignored: a value that asks for what isn't there yet is an error that says so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvasir.engine.errors import ConfigError
+
+
+class CompatibilityWarning(UserWarning):
+    """A spelling was understood, but has a better one."""
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """The same under another name."""
+
+    to: str
+    convert: Callable[[Any], Any] = lambda value: value
+
+
+@dataclass(frozen=True)
+class Always:
+    """These values ask for what is the case anyway; any other is refused."""
+
+    values: tuple[Any, ...]
+    why: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Not supported yet."""
+
+    why: str
+
+
+def _gib(value: Any) -> int:
+    return int(float(value) * 2**30)
+
+
+TRUE = (True, "true", "True")
+FALSE = (False, "false", "False")
+_PARALLEL = "models run on one device so far"
+_LORA = "adapters are not supported yet"
+_DRAFT = "speculative decoding is not supported yet"
+_GRAPHS = "no CUDA graphs are captured yet"
+
+SPELLINGS: dict[str, Renamed | Always | Refused] = {
+    "tokenizer_revision": Refused("the tokenizer comes from the model's --revision"),
+    "trust_remote_code": Always(FALSE, "code from checkpoints is never run"),
+    "download_dir": Refused("downloads go to the hub's cache; set HF_HOME"),
+    "load_format": Always(("auto", "safetensors"), "weights are read from safetensors"),
+    "config_format": Always(("auto", "hf"), "config.json is read"),
+    "uvicorn_log_level": Renamed("log_level"),
+    "middleware": Refused("middleware is not supported"),
+    "max_log_len": Refused("prompts are never logged"),
+    "disable_log_requests": Always(TRUE, "requests are logged only with --enable-log-requests"),
+    "tensor_parallel_size": Always((1, "1"), _PARALLEL),
+    "pipeline_parallel_size": Always((1, "1"), _PARALLEL),
+    "data_parallel_size": Always((1, "1"), _PARALLEL),
+    "distributed_executor_backend": Always(("ray",), "ranks are Ray actors"),
+    "ray_workers_use_nsight": Always(FALSE, "profiling under Nsight is not supported"),
+    "device_memory_utilization": Renamed("gpu_memory_utilization"),
+    "swap_space": Always((0, "0", 0.0), "blocks are not swapped out yet"),
+    "kv_offloading_size": Always((0, "0", 0.0), "blocks are not offloaded yet"),
+    "enforce_eager": Always(TRUE, "every step runs eagerly"),
+    "max_seq_len_to_capture": Refused(_GRAPHS),
+    "max_cudagraph_capture_size": Refused(_GRAPHS),
+    "disable_custom_all_reduce": Always(TRUE, "there is no custom all-reduce"),
+    "enable_chunked_prefill": Always(TRUE, "long prompts are always cut into chunks"),
+    "num_scheduler_steps": Always((1, "1"), "every step is scheduled by itself"),
+    "kv_cache_dtype": Always(("auto",), "the KV cache has the type of the model"),
+    "quantization": Refused("quantised weights are not supported yet"),
+    "enable_lora": Always(FALSE, _LORA),
+    "max_loras": Refused(_LORA),
+    "max_lora_rank": Refused(_LORA),
+    "lora_extra_vocab_size": Refused(_LORA),
+    "lora_modules": Refused(_LORA),
+    "long_lora_scaling_factors": Refused(_LORA),
+    "speculative_config": Refused(_DRAFT),
+    "speculative_model": Refused(_DRAFT),
+    "num_speculative_tokens": Refused(_DRAFT),
+    "speculative_draft_tensor_parallel_size": Refused(_DRAFT),
+    "speculative_disable_by_batch_size": Refused(_DRAFT),
+    "ngram_prompt_lookup_max": Refused(_DRAFT),
+    "ngram_prompt_lookup_min": Refused(_DRAFT),
+    "attention_backend": Refused("the attention kernel is chosen by device"),
+}
+"""vLLM's flags that are no option of ours -> what becomes of them."""
+
+SHORT = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-dp": "--data-parallel-size"}
+SHORT |= {"-q": "--quantization"}
+
+SWITCHES = {
+    name for name, meaning in SPELLINGS.items() if isinstance(meaning, Always) and meaning.values in (TRUE, FALSE)
+}
+"""Those that take no value on the command line."""
+
+ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "VLLM_LOGGING_LEVEL": ("log_level", str.lower),
+    "VLLM_CPU_KVCACHE_SPACE": ("kv_cache_memory_bytes", _gib),
+}
+"""vLLM's variables -> (option, how its value reads). VLLM_API_KEY is read with KVASIR_API_KEY, never shown."""
+
+
+def translate(spec: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:
+    """`spec` with known spellings made ours. ConfigError for what is refused, a warning for what was mapped."""
+    found: dict[str, Any] = {}
+    for name, value in spec.items():
+        meaning = SPELLINGS.get(name)
+        if meaning is None:
+            found[name] = _value(name, value)
+        elif isinstance(meaning, Renamed):
+            found[meaning.to] = meaning.convert(value)
+            if warn:
+                _say(f"{_flag(name)} is spelled {_flag(meaning.to)}")
+        elif isinstance(meaning, Refused):
+            raise ConfigError(f"{_flag(name)}: {meaning.why}", param=name)
+        elif value in meaning.values:
+            if warn:
+                _say(f"{_flag(name)} is not needed: {meaning.why}")
+        else:
+            raise ConfigError(f"{_flag(name)} {value}: not supported yet; {meaning.why}", param=name)
+    return found
+
+
+def _value(name: str, value: Any) -> Any:
+    """Values that have another spelling."""
+    if name == "dtype" and value in ("half", "float"):
+        return {"half": "float16", "float": "float32"}[value]
+    if name == "max_model_len" and value == "auto":
+        return None
+    return value
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _say(text: str) -> None:
+    warnings.warn(text, CompatibilityWarning, stacklevel=3)

@@ -1,0 +1,268 @@
+"""Flags, YAML and environment -> ClusterConfig. Every option is a field of EngineConfig or GatewayConfig.
+
+The string under a field is its help text; spellings that users know from elsewhere are in `compatibility.py`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from kvasir.cluster.compatibility import ENVIRONMENT, translate
+from kvasir.cluster.config import ClusterConfig, GatewayConfig
+from kvasir.engine.config import EngineConfig
+from kvasir.engine.errors import ConfigError
+
+SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+GROUPS = {
+    "model": ("model", "tokenizer", "revision", "served_model_name", "chat_template", "generation_config",
+              "skip_tokenizer_init", "dtype", "device", "seed", "num_threads"),
+    "memory and batching": ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "max_queue",
+                            "gpu_memory_utilization", "kv_cache_memory_bytes", "enable_prefix_caching"),
+    "listening": ("host", "port", "grpc_port", "num_gateways", "allowed_origins", "max_body_bytes",
+                  "max_stream_buffer", "drain_timeout"),
+    "security": ("api_key", "api_key_file", "insecure", "ssl_keyfile", "ssl_certfile"),
+}  # fmt: skip
+"""Order and headings of --help; what isn't named here comes last, under "other"."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One field: the flag --max-model-len, the YAML key max_model_len or max-model-len, and KVASIR_MAX_MODEL_LEN."""
+
+    name: str
+    field: str
+    kind: Any
+    default: Any
+    help: str
+    of_engine: bool
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def choices(self) -> tuple[str, ...] | None:
+        return typing.get_args(self.kind) if typing.get_origin(self.kind) is typing.Literal else None
+
+    @property
+    def is_list(self) -> bool:
+        return typing.get_origin(self.kind) is tuple
+
+    def parse(self, value: Any) -> Any:
+        """`value` from YAML (typed) or from a flag or variable (text) as the field wants it. ConfigError otherwise."""
+        if value is None and self.default is None:
+            return None
+        if self.is_list:
+            return _texts(self, value)
+        if self.choices is not None:
+            return _choice(self, value)
+        return {bool: _boolean, int: _whole, float: _real, str: _text}[self.kind](self, value)
+
+    def wrong(self, expected: str, value: Any) -> ConfigError:
+        return ConfigError(f"{self.flag} must be {expected}, got {value!r:.60}", param=self.name)
+
+
+@cache
+def options() -> dict[str, Option]:
+    """Name -> option, of engine and gateway."""
+    found = {}
+    for cls in (EngineConfig, GatewayConfig):
+        hints, helps = typing.get_type_hints(cls), field_help(cls)
+        for field in dataclasses.fields(cls):
+            name = field.name.removesuffix("_s")
+            kind = _without_none(hints[field.name])
+            help_ = helps.get(field.name, "")
+            found[name] = Option(name, field.name, kind, field.default, help_, cls is EngineConfig)
+    return found
+
+
+def field_help(cls: type) -> dict[str, str]:
+    """The string literal under each field of a dataclass, on one line."""
+    (definition,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(definition, ast.ClassDef)
+    found, name = {}, ""
+    for node in definition.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
+        elif name and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            found[name] = " ".join(str(node.value.value).split())
+    return found
+
+
+def parse_spec(spec: Mapping[str, Any]) -> ClusterConfig:
+    """A deployment spec: options of one model and the gateway side by side, or `models: [...]` for several models.
+
+    In `models`, each entry has options of its own; those beside the list hold for all. Raises ConfigError.
+    """
+    spec = {_name(key): value for key, value in spec.items()}
+    models = spec.pop("models", None)
+    if models is None:
+        engines: tuple[EngineConfig, ...] = (_engine(spec),)
+    else:
+        engines = tuple(_engine(spec | _mapping(entry)) for entry in _entries(models, spec))
+        spec.pop("model", None)
+    _distinct(engines)
+    return ClusterConfig(engines=engines, gateway=_gateway(spec))
+
+
+def parse_engine(values: Mapping[str, Any]) -> EngineConfig:
+    """Options of an engine alone, for commands without a gateway."""
+    values = {_name(key): value for key, value in values.items()}
+    for name in values:
+        _known(name, of_engine=True)
+    return _engine(values)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. ConfigError when it isn't one."""
+    try:
+        found = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}", param="config") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}", param="config") from error
+    return _mapping(found if found is not None else {}, f"--config {path}")
+
+
+def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Options set by KVASIR_* variables and those of `compatibility.ENVIRONMENT`. Keys are the gateway's to read."""
+    found: dict[str, Any] = {}
+    for variable, (name, convert) in ENVIRONMENT.items():
+        if environ.get(variable):
+            found[name] = convert(environ[variable])
+    for name in options():
+        value = environ.get(f"KVASIR_{name.upper()}")
+        if value and name != "api_key":
+            found[name] = value
+    return found
+
+
+def _engine(spec: Mapping[str, Any]) -> EngineConfig:
+    spec = translate(spec)
+    own = {}
+    for name, value in spec.items():
+        option = _known(name)
+        if option.of_engine:
+            own[option.field] = option.parse(value)
+    return _checked(EngineConfig(**own))
+
+
+def _gateway(spec: Mapping[str, Any]) -> GatewayConfig:
+    spec = translate(spec, warn=False)
+    known = [(_known(name), value) for name, value in spec.items()]
+    return GatewayConfig(**{option.field: option.parse(value) for option, value in known if not option.of_engine})
+
+
+def _checked(engine: EngineConfig) -> EngineConfig:
+    """Limits that types don't say."""
+    for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "max_queue", "num_threads"):
+        value = getattr(engine, name)
+        if value is not None and value < 1:
+            raise options()[name].wrong("at least 1", value)
+    if not 0 < engine.gpu_memory_utilization <= 1:
+        raise options()["gpu_memory_utilization"].wrong("above 0 and at most 1", engine.gpu_memory_utilization)
+    return engine
+
+
+def _known(name: str, of_engine: bool = False) -> Option:
+    found = options().get(name)
+    if found is None or (of_engine and not found.of_engine):
+        raise ConfigError(f"unknown option {name!r}{nearest(name, options())}", param=name)
+    return found
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean ...?", or nothing when nothing is near."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _name(key: Any) -> str:
+    name = str(key).lstrip("-").replace("-", "_")
+    return name if name in options() else name.removesuffix("_s") if name.removesuffix("_s") in options() else name
+
+
+def _entries(models: Any, spec: Mapping[str, Any]) -> list[Any]:
+    if not isinstance(models, list) or not models:
+        raise ConfigError(f"models must be a list of at least one model, got {models!r:.60}", param="models")
+    if "model" in spec:
+        raise ConfigError("give either model or models, not both", param="models")
+    for entry in models:
+        for key in _mapping(entry):
+            if not _known(key).of_engine:
+                raise ConfigError(f"{key!r} belongs beside models, not into an entry of it", param=key)
+    return models
+
+
+def _mapping(value: Any, what: str = "an entry of models") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{what} must hold `option: value` lines, got {value!r:.60}", param="config")
+    return {_name(key): entry for key, entry in value.items()}
+
+
+def _distinct(engines: tuple[EngineConfig, ...]) -> None:
+    names = [name for engine in engines for name in (engine.served_model_name or (engine.model,))]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"two models are served as {twice[0]!r}; set served_model_name", param="served_model_name")
+
+
+def _without_none(kind: Any) -> Any:
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        (kind,) = [part for part in typing.get_args(kind) if part is not type(None)]
+    return kind
+
+
+def _texts(option: Option, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    if not isinstance(value, (list, tuple)) or not all(isinstance(part, (str, int, float)) for part in value):
+        raise option.wrong("a list of texts", value)
+    return tuple(piece for part in value for piece in _texts(option, str(part)))
+
+
+def _choice(option: Option, value: Any) -> str:
+    if value not in (option.choices or ()):
+        raise option.wrong(f"one of {', '.join(option.choices or ())}", value)
+    return str(value)
+
+
+def _boolean(option: Option, value: Any) -> bool:
+    word = str(value).lower()
+    if word not in ("true", "false", "1", "0", "yes", "no", "on", "off"):
+        raise option.wrong("true or false", value)
+    return word in ("true", "1", "yes", "on")
+
+
+def _whole(option: Option, value: Any) -> int:
+    found = re.fullmatch(r"(-?\d+)([kmgtKMGT]?)(?:i?B)?", str(value))
+    if isinstance(value, bool) or found is None:
+        raise option.wrong("a whole number (16k = 16,000; 16K = 16,384)", value)
+    return int(found[1]) * SUFFIXES[found[2]]
+
+
+def _real(option: Option, value: Any) -> float:
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        return float(value)
+    except (TypeError, ValueError):
+        raise option.wrong("a number", value) from None
+
+
+def _text(option: Option, value: Any) -> str:
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        raise option.wrong("text", value)
+    return str(value)

@@ -1,0 +1,190 @@
+"""`run` in a process of its own, over fake engines: requests, traces, deaths, signals, failures of the start."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from kvasir.cluster import app, telemetry
+from kvasir.cluster.config import ClusterConfig, GatewayConfig
+from kvasir.engine.config import EngineConfig
+from kvasir.engine.errors import ConfigError
+
+SERVE = """
+import dataclasses, importlib.util, json, sys, time
+conftest, model, served, timeout = sys.argv[1:]
+from kvasir.cluster import app
+from kvasir.cluster.config import ClusterConfig, GatewayConfig
+from kvasir.engine.config import EngineConfig
+from kvasir.engine.errors import KvasirError
+spec = importlib.util.spec_from_file_location("fakes", conftest)
+sys.modules["fakes"] = fakes = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fakes)
+import ray
+ray.cloudpickle.register_pickle_by_value(fakes)
+engine = EngineConfig(model=model, served_model_name=(served,))
+gateway = GatewayConfig(port=0, grpc_port=0, drain_timeout_s=float(timeout))
+try:
+    running = app.run(ClusterConfig(engines=(engine,), gateway=gateway), make_engine=fakes.make_engine)
+except KvasirError as error:
+    sys.exit(error.message)
+print(json.dumps([running.http_address, running.grpc_address]), flush=True)
+running.wait()
+running.drain_and_stop()
+"""
+
+
+def start(model, served="fake", timeout=20, **environ):
+    conftest = Path(__file__).with_name("conftest.py")
+    return subprocess.Popen(
+        [sys.executable, "-c", SERVE, str(conftest), str(model), served, str(timeout)],
+        env=os.environ | environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def until(condition, timeout=15.0):
+    began = time.monotonic()
+    while not (found := condition()):
+        assert time.monotonic() - began < timeout, "it didn't happen in time"
+        time.sleep(0.02)
+    return found
+
+
+def descendants(pid):
+    """Ids of all processes that `pid` has started, and theirs."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except FileNotFoundError:
+            continue
+        parents[int(stat.parent.name)] = int(fields[1])
+    found, fresh = set(), {pid}
+    while fresh:
+        fresh = {child for child, parent in parents.items() if parent in fresh} - found
+        found |= fresh
+    return found
+
+
+def rank_of(pid):
+    """The rank's process: Ray names it by the method that runs."""
+    for child in descendants(pid):
+        try:
+            if Path(f"/proc/{child}/cmdline").read_text().startswith("ray::RankActor"):
+                return child
+        except FileNotFoundError:
+            continue
+    return None
+
+
+def body(max_tokens, **more):
+    return {"model": "fake", "prompt": "hello", "max_tokens": max_tokens, **more}
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(180)
+def test_a_life(byte_model, otlp_receiver):
+    process = start(byte_model, OTEL_EXPORTER_OTLP_ENDPOINT=otlp_receiver.endpoint)
+    try:
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        http, grpc = json.loads(line)
+        assert grpc.startswith("127.0.0.1:")
+        with httpx.Client(base_url=http, timeout=30) as client:
+            _answers_with_a_trace(client, otlp_receiver)
+            _survives_the_death_of_its_rank(client, process.pid)
+            _drains(client, process)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
+def _answers_with_a_trace(client, receiver):
+    answer = client.post("/v1/completions", json=body(5)).json()
+    assert answer["usage"]["completion_tokens"] == 5
+    until(lambda: {"text_completion fake", "queue", "prefill", "decode"} <= {span.name for span in receiver.spans})
+    spans = {span.name: span for span in receiver.spans}
+    root = spans["text_completion fake"]
+    assert {span.trace_id for span in receiver.spans} == {root.trace_id}
+    assert all(span.parent_span_id == root.span_id for name, span in spans.items() if name != root.name)
+    usage = receiver.attributes(root)
+    assert usage[telemetry.USAGE_OUTPUT_TOKENS] == answer["usage"]["completion_tokens"]
+    assert usage[telemetry.USAGE_INPUT_TOKENS] == answer["usage"]["prompt_tokens"]
+
+
+def _survives_the_death_of_its_rank(client, pid):
+    with client.stream("POST", "/v1/completions", json=body(10**5, stream=True)) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        os.kill(rank_of(pid), signal.SIGKILL)
+        began = time.monotonic()
+        last = [line for line in lines if line][-1]
+    assert time.monotonic() - began < 2.0
+    assert "unavailable" in last or "[DONE]" in last
+    until(lambda: client.get("/health").status_code == 503, timeout=2.0)
+    until(lambda: client.get("/health").status_code == 200)
+    assert client.post("/v1/completions", json=body(3)).status_code == 200
+
+
+def _drains(client, process):
+    children = descendants(process.pid)
+    with client.stream("POST", "/v1/completions", json=body(200, stream=True)) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        until(lambda: _refused(client))
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert process.wait(timeout=20) == 0
+    until(lambda: not [child for child in children if Path(f"/proc/{child}").exists()], timeout=5)
+
+
+def _refused(client):
+    try:
+        return client.post("/v1/completions", json=body(1)).status_code == 503
+    except httpx.TransportError:
+        return True
+
+
+@pytest.mark.ray
+def test_a_start_that_fails_ends_with_a_plain_block(byte_model):
+    began = time.monotonic()
+    process = start(byte_model, served="wrong")
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < 40
+    assert process.returncode == 1
+    assert out == ""
+    assert err.strip().splitlines() == [
+        "model 'wrong' could not be started",
+        "  why:    max_model_len is 9 and the model allows 8 (see --max-model-len)",
+        "  change: correct that, then start again",
+    ]
+
+
+def config(model, **gateway):
+    return ClusterConfig(engines=(EngineConfig(model=str(model)),), gateway=GatewayConfig(**gateway))
+
+
+def test_a_port_in_use_is_told_before_anything_starts(byte_model):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"can't listen on 127.0.0.1:{port}"):
+            app.run(config(byte_model, port=port))
+
+
+def test_a_model_that_is_not_there_is_told_before_anything_starts(tmp_path):
+    with pytest.raises(ConfigError):
+        app.run(config(tmp_path / "nothing", port=0, grpc_port=0))

@@ -1,0 +1,192 @@
+"""Against references written for reading in float64 numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kvasir.kernels import sample, sample_cpu
+from kvasir.kernels.sample import draw, greedy, penalise, score, uniform
+
+ROWS = 200
+
+
+def logits_of(rows: int, vocab: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def naive_distribution(
+    logits: np.ndarray, temperature: float, min_p: float = 0.0, top_k: int = 0, top_p: float = 1.0
+) -> np.ndarray:
+    """What one row is drawn from, float64."""
+    p = np.exp((logits - logits.max()) / temperature)
+    p /= p.sum()
+    p[p < min_p * p.max()] = 0
+    if top_k:
+        p[np.argsort(-p)[top_k:]] = 0
+    p /= p.sum()
+    if top_p < 1:
+        order = np.argsort(-p)
+        count = int(np.searchsorted(np.cumsum(p[order]), top_p)) + 1
+        p[order[count:]] = 0
+    return p / p.sum()
+
+
+def naive_draw(p: np.ndarray, u: float) -> int:
+    return int(np.searchsorted(np.cumsum(p), u * p.sum(), side="right"))
+
+
+CASES: list[dict[str, Any]] = [
+    {},
+    {"min_p": 0.1},
+    {"top_k": 1},
+    {"top_k": 7},
+    {"top_p": 0.3},
+    {"top_p": 0.95},
+    {"top_p": 0.999},
+    {"top_k": 20, "top_p": 0.8},
+    {"top_k": 50, "top_p": 0.9, "min_p": 0.05},
+]
+
+
+@pytest.mark.parametrize("implementation", [draw.reference, sample_cpu.draw], ids=["reference", "cpu"])
+@pytest.mark.parametrize("vocab", [300, 1000])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_draws_equal_a_naive_reference(implementation: Any, vocab: int, case: dict[str, Any]) -> None:
+    logits = logits_of(ROWS, vocab)
+    rng = np.random.default_rng(1)
+    uniforms, temperature = rng.random(ROWS), rng.uniform(0.3, 2, ROWS)
+    options: dict[str, Any] = {n: torch.full((ROWS,), float(v)) for n, v in case.items() if n != "top_k"}
+    if "top_k" in case:
+        options |= {"top_k": torch.full((ROWS,), case["top_k"]), "most": case["top_k"]}
+    got = implementation(logits, torch.from_numpy(uniforms), torch.from_numpy(temperature).float(), **options)
+    for row in range(ROWS):
+        p = naive_distribution(logits[row].double().numpy(), float(np.float32(temperature[row])), **case)
+        assert p[got[row]] > 0
+        assert int(got[row]) == naive_draw(p, uniforms[row]) or near_a_border(p, uniforms[row])
+
+
+def near_a_border(p: np.ndarray, u: float) -> bool:
+    return bool(np.abs(np.cumsum(p) - u).min() < 1e-5)
+
+
+def test_rows_with_different_parameters_in_one_call() -> None:
+    logits = logits_of(3, 500)
+    top_k, top_p = torch.tensor([1, 500, 3]), torch.tensor([2.0, 1e-6, 2.0])
+    got = draw(logits, torch.full((3,), 0.5, dtype=torch.float64), torch.ones(3), top_k=top_k, top_p=top_p, most=500)
+    assert got[:2].tolist() == logits[:2].argmax(-1).tolist()
+    assert int(got[2]) in logits[2].topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-53])
+def test_draw_never_leaves_the_distribution(u: float) -> None:
+    logits = torch.full((4, 1000), -torch.inf)
+    logits[0, 0] = logits[1, 999] = logits[2, 500] = 0.0
+    logits[3] = 0.0
+    got = draw(logits, torch.full((4,), u, dtype=torch.float64), torch.ones(4))
+    assert got[:3].tolist() == [0, 999, 500]
+    assert 0 <= int(got[3]) < 1000
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e8])
+def test_extreme_temperatures_and_logits_stay_finite(temperature: float) -> None:
+    logits = torch.tensor([[1e30, 1e30 * (1 - 1e-6), -1e30, -torch.inf]])
+    got = draw(logits, torch.tensor([0.3], dtype=torch.float64), torch.tensor([temperature]))
+    assert int(got) == 0
+
+
+def test_broken_logits_give_a_token_in_range() -> None:
+    got = draw(torch.full((2, 10), torch.nan), torch.tensor([0.1, 0.9], dtype=torch.float64), torch.ones(2))
+    assert all(0 <= int(token) < 10 for token in got)
+
+
+def test_draws_follow_the_distribution() -> None:
+    """Chi-square over 20,000 positions of one seed: 9 degrees of freedom, 99.9 % are below 27.9."""
+    p = np.array([0.3, 0.2, 0.15, 0.1, 0.08, 0.07, 0.05, 0.03, 0.015, 0.005])
+    count = 20_000
+    u = uniform(np.full(count, 42, np.uint64), np.arange(count))
+    logits = torch.from_numpy(np.log(p)).float().expand(count, -1)
+    seen = np.bincount(draw(logits, torch.from_numpy(u), torch.ones(count)).numpy(), minlength=10)
+    assert ((seen - p * count) ** 2 / (p * count)).sum() < 27.9
+
+
+def test_uniform_is_the_same_for_ever() -> None:
+    """Streams that were started by an older version go on in a newer one."""
+    got = uniform(np.array([0, 1, 2**64 - 1], np.uint64), np.array([0, 7, 131072]))
+    assert got.tolist() == pytest.approx(KNOWN, abs=0)
+
+
+KNOWN = [0.0, 0.0, 0.0]
+
+
+def test_uniform_has_unrelated_neighbours() -> None:
+    seeds, positions = np.meshgrid(np.arange(200, dtype=np.uint64), np.arange(200))
+    u = uniform(seeds.ravel(), positions.ravel()).reshape(200, 200)
+    assert len(np.unique(u)) == 40_000
+    assert u.min() >= 0
+    assert u.max() < 1
+    assert abs(u.mean() - 0.5) < 0.01
+    for a, b in ((u[1:], u[:-1]), (u[:, 1:], u[:, :-1]), (u[1:, 1:], u[:-1, :-1]), (u[1:, :-1], u[:-1, 1:])):
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize("implementation", [greedy.reference, sample_cpu.greedy], ids=["reference", "cpu"])
+def test_greedy_takes_the_first_of_the_best(implementation: Any) -> None:
+    logits = logits_of(20, 333).round()
+    expected = [row.tolist().index(max(row.tolist())) for row in logits]
+    assert implementation(logits).tolist() == expected
+
+
+def test_penalties_equal_a_naive_reference() -> None:
+    rows, vocab = 20, 50
+    rng = np.random.default_rng(0)
+    logits = logits_of(rows, vocab)
+    outputs = rng.integers(0, 4, (rows, vocab)) * (rng.random((rows, vocab)) < 0.4)
+    prompts = rng.random((rows, vocab)) < 0.3
+    r, p, f = rng.uniform(0.5, 2, rows), rng.uniform(-2, 2, rows), rng.uniform(-2, 2, rows)
+    got = penalise(
+        logits,
+        torch.from_numpy(outputs).int(),
+        torch.from_numpy(prompts),
+        repetition=torch.from_numpy(r),
+        presence=torch.from_numpy(p),
+        frequency=torch.from_numpy(f),
+    )
+    for i in range(rows):
+        for v in range(vocab):
+            x = float(logits[i, v])
+            if outputs[i, v] or prompts[i, v]:
+                x = x / r[i] if x > 0 else x * r[i]
+            x -= f[i] * outputs[i, v] + (p[i] if outputs[i, v] else 0)
+            assert float(got[i, v]) == pytest.approx(x, abs=1e-5)
+
+
+def test_score() -> None:
+    logits = logits_of(10, 100)
+    tokens = torch.randint(0, 100, (10,), generator=torch.Generator().manual_seed(0))
+    logprob, rank, ids, top = score(logits, tokens, 5)
+    for row in range(10):
+        exact = logits[row].double().log_softmax(-1)
+        order = exact.argsort(descending=True).tolist()
+        assert float(logprob[row]) == pytest.approx(float(exact[tokens[row]]), abs=1e-5)
+        assert int(rank[row]) == order.index(int(tokens[row])) + 1
+        assert ids[row].tolist() == order[:5]
+        assert top[row].tolist() == pytest.approx(exact[order[:5]].tolist(), abs=1e-5)
+
+
+def test_wide_top_p_is_sorted_and_narrow_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    sorted_rows = []
+    real = torch.Tensor.sort
+    monkeypatch.setattr(torch.Tensor, "sort", lambda x, *a, **k: (sorted_rows.append(x.shape), real(x, *a, **k))[1])
+    logits = torch.stack((torch.zeros(5000), torch.zeros(5000)))
+    logits[1, 77] = 20.0
+    got = draw(logits, torch.tensor([0.99, 0.99], dtype=torch.float64), torch.ones(2), top_p=torch.tensor([0.9, 0.9]))
+    assert (1, 5000) in sorted_rows
+    assert (2, 5000) not in sorted_rows
+    assert int(got[1]) == 77
+
+
+def test_weights_are_exact_integers() -> None:
+    assert sample.WEIGHT_BITS + 20 < 63, "a vocabulary of 2^20 must not overflow the sums"
