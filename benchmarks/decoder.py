@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from kvasir.engine.cache import KVCache
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.layers import rope_frequencies
@@ -20,7 +22,6 @@ from kvasir.engine.memory import keep_freed_memory
 from kvasir.engine.spec import Layer, Rope, Spec
 from kvasir.engine.weights import random_decoder
 from kvasir.kernels.ragged import Ragged
-from torch import Tensor
 
 CPU = torch.device("cpu")
 ROPE = Rope(10000.0)

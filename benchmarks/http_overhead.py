@@ -67,7 +67,8 @@ async def engine_figures(options: argparse.Namespace) -> Figures:
 async def http_one(port: int, body: dict[str, object]) -> tuple[float, int]:
     """One streamed completion over a fresh connection: (seconds to the first event, events). As light as a client can be."""
     payload = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(payload)}\r\n"
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     started, first, events = time.perf_counter(), 0.0, 0
     writer.write(head.encode() + b"Connection: close\r\n\r\n" + payload)

@@ -1,9 +1,10 @@
-"""What each way into the cluster costs: our own sockets, Serve's HTTP proxy, direct ingress, HAProxy; over a synthetic group.
+"""What each way into the cluster costs: our own sockets, Serve's HTTP proxy, direct ingress, HAProxy.
 
     python benchmarks/ingress.py --model skald
 
-The group makes tokens at a fixed rate without computing anything. Per way: median time to the first chunk of one stream at a
-time, and chunks per second over 32 streams (offered: 32 x rate). Client and servers share this machine's cores.
+The group makes tokens at a fixed rate and computes nothing. Per way: median time to the first chunk of one stream at
+a time; chunks and tokens per second over 32 streams (offered: 32 x rate; a gateway that lags puts several tokens into a
+chunk). Client and servers share this machine's cores.
 """
 
 from __future__ import annotations
@@ -110,11 +111,12 @@ def serve_mounted(config: ClusterConfig, rate: float, port: int) -> str:
     """host:port where Serve's own ingress carries the same HTTP application."""
     os.chdir(tempfile.mkdtemp())
     import ray
+    from ray import serve
+
     from kvasir.cluster.application import COMMON, group_deployment
     from kvasir.cluster.gateway import create_app
     from kvasir.cluster.gateway_replica import Gateway
     from kvasir.cluster.rank_actor import RankSetup
-    from ray import serve
 
     class Mounted(Gateway):
         """A Gateway without sockets."""
@@ -151,10 +153,11 @@ class Client:
     async def stream(self, max_tokens: int) -> tuple[float, int]:
         """(seconds to the first chunk, chunks) of one completion."""
         reader, writer = await asyncio.open_connection(self._host, self._port)
-        body = json.dumps({"model": self._model, "prompt": "hello", "max_tokens": max_tokens, "stream": True}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: {self._host}\r\nConnection: close\r\nContent-Length: {len(body)}"
+        body = json.dumps({"model": self._model, "prompt": "hello", "max_tokens": max_tokens, "stream": True})
+        lines = ["POST /v1/completions HTTP/1.1", f"Host: {self._host}", "Connection: close"]
+        lines += ["Content-Type: application/json", f"Content-Length: {len(body)}", "", body]
         began = time.perf_counter()
-        writer.write(head.encode() + b"\r\nContent-Type: application/json\r\n\r\n" + body)
+        writer.write("\r\n".join(lines).encode())
         first, chunks, rest = 0.0, 0, b""
         while data := await reader.read(2**16):
             rest += data
@@ -175,17 +178,24 @@ async def measure(address: str, streams: int, tokens: int) -> dict[str, float]:
     began = time.perf_counter()
     counts = [chunks for _, chunks in await asyncio.gather(*(client.stream(tokens) for _ in range(streams)))]
     seconds = time.perf_counter() - began
-    return {"ttft_ms": 1e3 * statistics.median(firsts), "chunks_s": sum(counts) / seconds, "tokens_s": streams * tokens / seconds}
+    rates = {"chunks_s": sum(counts) / seconds, "tokens_s": streams * tokens / seconds}
+    return {"ttft_ms": 1e3 * statistics.median(firsts), **rates}
 
 
 async def _until_up(client: Client) -> None:
-    for _ in range(300):
-        try:
-            await client.stream(1)
-            return
-        except (OSError, KvasirError):
-            await asyncio.sleep(0.1)
-    raise SystemExit("the server didn't come up")
+    deadline = time.monotonic() + 30
+    while not await _is_up(client):
+        if time.monotonic() > deadline:
+            raise SystemExit("the server didn't come up")
+        await asyncio.sleep(0.1)
+
+
+async def _is_up(client: Client) -> bool:
+    try:
+        await client.stream(1)
+    except (OSError, KvasirError):
+        return False
+    return True
 
 
 def main() -> None:
@@ -193,7 +203,7 @@ def main() -> None:
     parser.add_argument("--model", default="skald", help="whose tokenizer is used; its weights aren't (default: skald)")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=500, help="per stream")
-    parser.add_argument("--rate", type=float, default=400, help="tokens a second and stream that the group offers")
+    parser.add_argument("--rate", type=float, default=1000, help="tokens a second that the group offers each stream")
     parser.add_argument("--ways", nargs="+", choices=ENVIRONMENTS, default=[*ENVIRONMENTS])
     parser.add_argument("--child", choices=ENVIRONMENTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -202,8 +212,8 @@ def main() -> None:
         return
     print(f"{'way':10}{'ttft ms':>10}{'chunks/s':>12}{'tokens/s':>12}")
     for way in options.ways:
-        command = [sys.executable, __file__, "--child", way, "--model", options.model, "--streams", str(options.streams)]
-        command += ["--tokens", str(options.tokens), "--rate", str(options.rate)]
+        command = [sys.executable, __file__, "--child", way, "--model", options.model]
+        command += [f"--streams={options.streams}", f"--tokens={options.tokens}", f"--rate={options.rate}"]
         done = subprocess.run(command, env=os.environ | ENVIRONMENTS[way], capture_output=True, text=True, check=False)
         if done.returncode:
             print(f"{way:10}failed: {done.stderr.strip().splitlines()[-1]}")

@@ -15,6 +15,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,10 @@ from kvasir.engine.errors import UnavailableError
 from kvasir.engine.hub import locate
 
 if TYPE_CHECKING:
+    from ray.serve import Application
+
     from kvasir.cluster.gateway_replica import Addresses
     from kvasir.cluster.rank_actor import MakeEngine
-    from ray.serve import Application
 
 APP = "kvasir"
 OBJECT_STORE_BYTES = 80 * 2**20
@@ -171,18 +173,39 @@ def _start_ray(config: ClusterConfig, address: str | None) -> None:
 
     importer = threading.Thread(target=importlib.import_module, args=("kvasir.cluster.application",))
     importer.start()
-    local: dict[str, Any] = {}
     if address is None:
         cpus = max(os.cpu_count() or 1, PROCESSES, len(config.engines) + config.gateway.num_gateways)
-        local = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    ray.init(address or "local", logging_level=logging.ERROR, **local)
+        local: dict[str, Any] = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        with _lean_ray():
+            ray.init("local", logging_level=logging.ERROR, **local)
+    else:
+        ray.init(address, logging_level=logging.ERROR)
     importer.join()
 
 
+@contextlib.contextmanager
+def _lean_ray() -> Iterator[None]:
+    """Ray's own start without two processes that one machine has no use for: the API server of a dashboard that is off,
+    and the autoscaler's monitor. Two cores: ray.init takes 2.4 s instead of 4.1, and 200 MiB are saved. There is no
+    public switch; should Ray rename these methods, the processes start again.
+    """
+    from ray._private.node import Node
+
+    kept = {name: vars(Node)[name] for name in ("start_api_server", "start_monitor") if name in vars(Node)}
+    for name in kept:
+        setattr(Node, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name, method in kept.items():
+            setattr(Node, name, method)
+
+
 def _deploy(config: ClusterConfig, group_host: str | None, make_engine: MakeEngine | None) -> None:
+    from ray import serve
+
     from kvasir.cluster.application import application, serve_logging
     from kvasir.cluster.rank_actor import load_engine
-    from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled", logging_config=serve_logging(config.gateway.log_level))

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
+from ray import serve
+from ray.serve import Application, Deployment
+
 from kvasir.cluster import telemetry
 from kvasir.cluster.auth import KEY_VARIABLES
 from kvasir.cluster.config import ClusterConfig
@@ -15,8 +18,6 @@ from kvasir.cluster.group import Group
 from kvasir.cluster.rank_actor import MakeEngine, RankSetup, load_engine
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ConfigError
-from ray import serve
-from ray.serve import Application, Deployment
 
 COMMON: dict[str, Any] = {
     "max_constructor_retry_count": 1,

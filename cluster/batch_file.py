@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Union
 
 import orjson
+from tqdm import tqdm
+
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.http_front import error_body
 from kvasir.cluster.local_desk import local_desk
@@ -29,7 +31,6 @@ from kvasir.cluster.openai_schema import parse_chat, parse_completion
 from kvasir.cluster.rank_actor import MakeEngine, load_engine
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ClientError, ConfigError, KvasirError, ServerError, UnavailableError
-from tqdm import tqdm
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 ROLE = "assistant"

@@ -41,7 +41,14 @@ def _die(message: str) -> NoReturn:
     sys.exit(1)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
     if issubclass(category, CompatibilityWarning):
         print(f"kvasir: {message}", file=sys.stderr)
 
@@ -145,11 +152,17 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _serve_parser(_command(commands, "serve", serve, "serve models over HTTP and gRPC", "[MODEL] [flags]"))
     _run_parser(_command(commands, "run", chat, "chat with a model in the terminal", "[MODEL] [PROMPT] [flags]"))
-    _batch_parser(_command(commands, "batch", batch, "answer a JSONL file of requests; resumes where it stopped", "IN OUT [flags]"))
+    _batch_parser(
+        _command(
+            commands, "batch", batch, "answer a JSONL file of requests; resumes where it stopped", "IN OUT [flags]"
+        )
+    )
     bench = commands.add_parser("bench", help="measure a running server, or the engine", allow_abbrev=False)
     kinds = bench.add_subparsers(title="what to measure", metavar="WHAT", required=True)
     _bench_serve_parser(_command(kinds, "serve", bench_serve, "load any OpenAI-compatible server and report latencies"))
-    _bench_engine_parser(_command(kinds, "engine", bench_engine, "tokens per second of the engine in this process", "[MODEL] [flags]"))
+    _bench_engine_parser(
+        _command(kinds, "engine", bench_engine, "tokens per second of the engine in this process", "[MODEL] [flags]")
+    )
     doctor_parser = _command(commands, "doctor", doctor, "what this machine can do, and what is wrong with it")
     doctor_parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser

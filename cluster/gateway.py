@@ -9,6 +9,11 @@ from typing import Any
 
 import orjson
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
 from kvasir.cluster import metrics
 from kvasir.cluster.auth import load_keys
 from kvasir.cluster.config import GatewayConfig
@@ -18,10 +23,6 @@ from kvasir.cluster.health import Health
 from kvasir.cluster.http_front import HANDLERS, Front, error_body
 from kvasir.cluster.openai_api import Completions, Detokenize, Models, Tokenize
 from kvasir.engine.errors import UnavailableError
-from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 
 __all__ = ["create_app", "create_grpc_server"]
 

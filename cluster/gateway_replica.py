@@ -17,14 +17,15 @@ from typing import Any
 
 import grpc
 import uvicorn
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
 from kvasir.cluster import telemetry
 from kvasir.cluster.config import ClusterConfig
 from kvasir.cluster.group_client import Endpoint, GroupDirectory
 from kvasir.cluster.sockets import authority, bound_socket
 from kvasir.engine.errors import UnavailableError
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
 
 ASK_TIMEOUT_S = 5.0
 

@@ -11,11 +11,12 @@ import logging
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
+
 from kvasir.cluster import telemetry
 from kvasir.cluster.group_client import Endpoint
 from kvasir.cluster.rank_actor import Failure, RankActor, RankSetup
 from kvasir.engine.config import EngineConfig
-from ray.exceptions import RayActorError
 
 log = logging.getLogger(__name__)
 

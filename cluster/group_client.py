@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias, cast
 
 import grpc
+
 from kvasir.cluster import wire
 from kvasir.engine.errors import KvasirError, ModelNotFoundError, UnavailableError
 from kvasir.engine.event import Event, Failed, Finished, FinishReason

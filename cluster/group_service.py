@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
+
 from kvasir.cluster import wire
 from kvasir.cluster.group_client import Endpoint
 from kvasir.cluster.telemetry import Tracing

@@ -13,6 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_reflection.v1alpha import reflection
+
 from kvasir.cluster.auth import ApiKeys, UnauthenticatedError, load_keys
 from kvasir.cluster.call import Call, request_id_from
 from kvasir.cluster.config import GatewayConfig

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
+
 from kvasir.cluster.call import Call, Conversation, Prompt, Text, check_tools, check_variables
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.openai_logprobs import token_text

@@ -9,13 +9,14 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 import orjson
-from kvasir.cluster.auth import ApiKeys
-from kvasir.cluster.call import request_id_from
-from kvasir.engine.errors import ClientError, KvasirError, ServerError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kvasir.cluster.auth import ApiKeys
+from kvasir.cluster.call import request_id_from
+from kvasir.engine.errors import ClientError, KvasirError, ServerError
 
 log = logging.getLogger(__name__)
 

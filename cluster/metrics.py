@@ -8,14 +8,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
-from kvasir.cluster import telemetry
-from kvasir.cluster.group_client import GroupClient, GroupDirectory
-from kvasir.engine.event import Finished
-from kvasir.engine.request import Request
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+
+from kvasir.cluster import telemetry
+from kvasir.cluster.group_client import GroupClient, GroupDirectory
+from kvasir.engine.event import Finished
+from kvasir.engine.request import Request
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

@@ -6,6 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
 from kvasir.cluster.call import request_id_from
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
@@ -20,9 +24,6 @@ from kvasir.cluster.http_front import (
 from kvasir.cluster.openai_reply import ChatReply, CompletionReply, Reply
 from kvasir.cluster.openai_schema import Ask, parse_chat, parse_completion, parse_detokenize, parse_tokenize
 from kvasir.engine.errors import KvasirError
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 _STREAM_HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import orjson
+
 from kvasir.cluster.call import Conversation
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.openai_logprobs import ChatLogprobs, CompletionLogprobs, prompt_logprobs_json

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from kvasir.cluster.compatibility import ENVIRONMENT, translate
 from kvasir.cluster.config import ClusterConfig, GatewayConfig
 from kvasir.engine.config import EngineConfig

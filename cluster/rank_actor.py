@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import ray
+
 from kvasir.cluster import telemetry, wire
 from kvasir.cluster.group_client import Endpoint
 from kvasir.cluster.group_service import GroupService, ServedEngine

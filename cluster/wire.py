@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import Any, TypeVar, cast
 
 from google.protobuf.message import Message
+
 from kvasir.engine.errors import ERRORS, KvasirError, ServerError
 from kvasir.engine.event import Event, Failed, Finished, FinishReason, Timing, Token, TokenLogprob
 from kvasir.engine.info import ModelInfo

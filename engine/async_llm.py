@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from kvasir.engine.engine import Engine
-from kvasir.engine.errors import UnavailableError
+from kvasir.engine.errors import ClientError
 from kvasir.engine.event import Event
 from kvasir.engine.llm import Message, Prompt, TextModel, engine_config
 from kvasir.engine.output import RequestOutput, request_output
@@ -32,6 +32,11 @@ class AsyncLLM:
         """The model's tokenizer; None with skip_tokenizer_init."""
         return self._text.tokenizer
 
+    @property
+    def default_sampling(self) -> dict[str, Any]:
+        """What generation_config.json asks for, by the names of SamplingParams."""
+        return dict(self._text.defaults)
+
     def render_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
         """Token ids of a conversation, to be given to `generate`. Options are those of Tokenizer.render_chat."""
         return self._text.render(messages, **options)
@@ -55,7 +60,7 @@ class AsyncLLM:
         self._loop = asyncio.get_running_loop()
         transcript = Transcript(request, self._text.tokenizer)
         if request_id in self._streams:
-            raise UnavailableError(f"request id {request_id!r} is still in use")
+            raise ClientError(f"request id {request_id!r} is in use", param="request_id")
         events = self._streams[request_id] = asyncio.Queue()
         try:
             self.engine.submit(request)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
+
 from kvasir.engine.step import Slice, Step
 from kvasir.kernels.ragged import Ragged
-from torch import Tensor
 
 Ints = npt.NDArray[np.int64]
 
@@ -70,10 +72,9 @@ class Batch:
         slots = table[owner, positions // self.block_size].astype(np.int64) * self.block_size
         slots += positions % self.block_size
         host_starts, host_lengths = starts.astype(np.int32), lengths.astype(np.int32)
-        ragged = Ragged(
-            *map(self._to_device, (positions, slots, host_starts, host_lengths, table)), host_starts, host_lengths
-        )
-        tokens = self._to_device(self.tokens[seats[owner], positions].astype(np.int64))
+        arrays = (positions, slots, host_starts, host_lengths, table)
+        ragged = Ragged(*[send(array, self.device) for array in arrays], host_starts, host_lengths)
+        tokens = send(self.tokens[seats[owner], positions].astype(np.int64), self.device)
         return self._wanted(slices, seats, starts, lengths, tokens, ragged)
 
     def _wanted(
@@ -82,7 +83,7 @@ class Batch:
         """Which rows' logits are needed: the last of a slice that samples, all that score a prompt token."""
         if not any(s.prompt_logprobs for s in slices):
             sample = np.array([s.sample for s in slices])
-            rows = self._to_device(starts[1:][sample] - 1)
+            rows = send(starts[1:][sample] - 1, self.device)
             return Rows(tokens, ragged, rows, np.arange(sample.sum()), seats[sample], lengths[sample], [])
         wanted: list[Ints] = []
         sampled, scored, have = [], [], 0
@@ -100,7 +101,7 @@ class Batch:
             have += len(rows_here)
             sampled += [have - 1] * part.sample
         sample = np.array([s.sample for s in slices])
-        rows = self._to_device(np.concatenate(wanted))
+        rows = send(np.concatenate(wanted), self.device)
         return Rows(tokens, ragged, rows, np.array(sampled, np.int64), seats[sample], lengths[sample], scored)
 
     def append(self, seats: Ints, token_ids: Sequence[int]) -> None:
@@ -108,5 +109,8 @@ class Batch:
         self.tokens[seats, self.lengths[seats]] = token_ids
         self.lengths[seats] += 1
 
-    def _to_device(self, array: npt.NDArray[np.int64] | npt.NDArray[np.int32]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+
+def send(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """The array on the device. Copies from pinned memory don't make the host wait; a CPU tensor shares the array."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from kvasir.engine.spec import Spec
 from torch import Tensor
+
+from kvasir.engine.spec import Spec
 
 
 class KVCache:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from kvasir.engine.cache import KVCache
 from kvasir.engine.layers import Linear, empty, rope_frequencies
 from kvasir.engine.spec import Layer, Rope, Spec
@@ -16,7 +18,6 @@ from kvasir.kernels.linear import linear, packed
 from kvasir.kernels.norm import rms_norm
 from kvasir.kernels.ragged import Ragged
 from kvasir.kernels.rope import rope_angles, rotate
-from torch import Tensor, nn
 
 Angles = dict[Rope, tuple[Tensor, Tensor]]
 """cos and sin of a step's positions, once per distinct rope."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from kvasir.engine.arch import load_spec
 from kvasir.engine.blocks import BlockPool, salted
 from kvasir.engine.cache import KVCache
@@ -22,7 +23,7 @@ from kvasir.engine.event import Event, Failed, FinishReason
 from kvasir.engine.hub import eos_token_ids, locate, read_json
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.memory import plan_memory, resolve_device, resolve_dtype, token_budget
-from kvasir.engine.rank import Rank
+from kvasir.engine.rank import Rank, usable_cores
 from kvasir.engine.request import Request, SamplingParams
 from kvasir.engine.scheduler import Scheduler, Stats
 from kvasir.engine.step import NewSequence, Slice, Step
@@ -52,8 +53,7 @@ def load(config: EngineConfig) -> Loaded:
     spec = load_spec(config_json)
     device = resolve_device(config)
     dtype = resolve_dtype(config, config_json, device)
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
+    torch.set_num_threads(config.num_threads or usable_cores())  # Ray sets OMP_NUM_THREADS, which is torch's default
     plan = plan_memory(config, spec, dtype=dtype, device=device, weight_bytes=weight_bytes(spec, dtype, device))
     decoder = load_decoder(folder, spec, dtype=dtype, device=device, progress=sys.stderr.isatty())
     cache = KVCache(spec, plan.num_blocks, config.block_size, dtype, device)
@@ -120,6 +120,7 @@ class Engine:
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join()
+        self._fail_all("unavailable", "the engine was shut down")
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises ClientError, OverloadedError or UnavailableError at once; no event follows then."""

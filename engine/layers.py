@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch import Tensor, nn
+
 from kvasir.engine.spec import Rope
 from kvasir.kernels.linear import linear, packed
-from torch import Tensor, nn
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
 import itertools
 import queue
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeAlias, cast
 
+from tqdm import tqdm
+
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.engine import Engine
-from kvasir.engine.errors import ClientError, ConfigError
+from kvasir.engine.errors import ClientError, ConfigError, OverloadedError
 from kvasir.engine.event import Event
 from kvasir.engine.hub import default_sampling, locate
 from kvasir.engine.output import RequestOutput, request_output
 from kvasir.engine.request import Request, SamplingParams
 from kvasir.engine.tokenizer import Tokenizer
 from kvasir.engine.transcript import Transcript
-from tqdm import tqdm
 
 Prompt: TypeAlias = "str | Sequence[int] | Mapping[str, Any]"
 """Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
@@ -95,6 +98,7 @@ class LLM:
         self._events: queue.SimpleQueue[Sequence[Event]] = queue.SimpleQueue()
         self.engine = Engine(self.config, self._events.put)
         self.engine.start()
+        weakref.finalize(self, self.engine.shutdown)  # the engine's thread ends, and the model goes, with this object
         self._ids = itertools.count()
 
     def get_tokenizer(self) -> Tokenizer | None:
@@ -169,31 +173,35 @@ class LLM:
         """Keep the queue filled, but not over its limit, until all have ended."""
         texts = {request.request_id: text for request, text in made}
         transcripts = {request.request_id: Transcript(request, self._text.tokenizer) for request, _ in made}
-        left, running = iter([request for request, _ in made]), 0
+        waiting = collections.deque(request for request, _ in made)
+        settled = tokens = 0
         try:
             with tqdm(total=len(made), desc="prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
-                for request in itertools.islice(left, self.config.max_queue):
-                    self.engine.submit(request)
-                    running += 1
-                tokens = 0
-                while running:
+                self._submit(waiting)
+                while settled < len(made):
                     for request_id, events in _by_request(self._events.get()):
                         transcript = transcripts.get(request_id)
                         if transcript is None:
                             continue  # of a call that was interrupted
                         tokens += self._feed(transcript, events)
-                        if transcript.settled:
-                            running -= 1
-                            bar.update()
-                            for request in itertools.islice(left, 1):
-                                self.engine.submit(request)
-                                running += 1
+                        settled += transcript.settled
+                        bar.update(transcript.settled)
+                    self._submit(waiting)
                     bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s", refresh=False)
         except BaseException:
             for request_id in transcripts:
                 self.engine.abort(request_id)
             raise
         return [request_output(t, texts[name], self._text.tokenizer) for name, t in transcripts.items()]
+
+    def _submit(self, waiting: collections.deque[Request]) -> None:
+        """As many as the engine's queue takes; it has also sequences waiting that were branched off or preempted."""
+        try:
+            while waiting:
+                self.engine.submit(waiting[0])
+                waiting.popleft()
+        except OverloadedError:
+            return
 
     def _feed(self, transcript: Transcript, events: Sequence[Event]) -> int:
         """Take in a request's events; returns how many tokens they brought."""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
-from kvasir.engine.batch import Batch, Rows
+from torch import Tensor
+
+from kvasir.engine.batch import Batch, Ints, Rows, send
 from kvasir.engine.cache import KVCache
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.event import TokenLogprob
 from kvasir.engine.sampler import Sampler, score_rows
-from kvasir.engine.step import NewSequence, Result, Step
-from torch import Tensor
+from kvasir.engine.step import NewSequence, Result, Slice, Step
+
+LEAST_LOGITS = 256
 
 
 class Rank:
@@ -19,6 +24,7 @@ class Rank:
 
     def __init__(self, decoder: Decoder, cache: KVCache, *, max_num_seqs: int, max_model_len: int) -> None:
         self.decoder, self.cache = decoder, cache
+        self.max_logits = max(max_num_seqs, LEAST_LOGITS)
         self.batch = Batch(max_num_seqs, max_model_len, cache.block_size, decoder.device)
         self.sampler = Sampler(max_num_seqs, decoder.spec.vocab, decoder.device)
         self._top_prompt: dict[int, int] = {}
@@ -33,11 +39,19 @@ class Rank:
             self._enter(new)
         if not step.slices:
             return Result(step.id, ())
-        rows = self.batch.rows(step.slices)
-        logits = self.decoder(rows.tokens, rows.ragged, self.cache, rows.logits)
-        prompt_scores = {part.seat: self._score(logits[where], part.seat, ids) for part, where, ids in rows.scored}
-        token_ids, scores = self._sample(logits, rows)
-        return Result(step.id, token_ids, scores, prompt_scores)
+        token_ids: list[int] = []
+        scores: list[TokenLogprob | None] = []
+        prompt_scores: dict[int, Sequence[TokenLogprob]] = {}
+        for slices in portions(step.slices, self.max_logits):
+            rows = self.batch.rows(slices)
+            logits = self.decoder(rows.tokens, rows.ragged, self.cache, rows.logits)
+            for part, where, ids in rows.scored:
+                found = self._score(logits[where], part.seat, ids)
+                prompt_scores[part.seat] = [*prompt_scores.get(part.seat, ()), *found]
+            sampled, own_scores = self._sample(logits, rows)
+            token_ids += sampled
+            scores += own_scores or [None] * len(sampled)
+        return Result(step.id, token_ids, scores if any(scores) else (), prompt_scores)
 
     def _enter(self, new: NewSequence) -> None:
         self.sampler.enter(new)
@@ -48,7 +62,7 @@ class Rank:
         if not len(rows.sampled):
             return [], []
         if len(rows.sampled) < len(logits):
-            logits = logits[torch.from_numpy(rows.sampled).to(logits.device)]
+            logits = logits[send(rows.sampled, logits.device)]
         tokens = self.sampler.sample(logits, rows.seats, rows.positions)
         self.sampler.remember(rows.seats, tokens)
         scores = self.sampler.score_sampled(logits, rows.seats, tokens)
@@ -56,6 +70,36 @@ class Rank:
         self.batch.append(rows.seats, token_ids)
         return token_ids, scores
 
-    def _score(self, logits: Tensor, seat: int, predicted: object) -> Sequence[TokenLogprob]:
-        token_ids = torch.as_tensor(predicted, device=logits.device)
-        return score_rows(logits, token_ids, [self._top_prompt[seat]] * len(token_ids))
+    def _score(self, logits: Tensor, seat: int, predicted: Ints) -> list[TokenLogprob]:
+        return score_rows(logits, send(predicted, logits.device), [self._top_prompt[seat]] * len(predicted))
+
+
+def portions(slices: Sequence[Slice], limit: int) -> Iterator[Sequence[Slice]]:
+    """A step's slices, cut so that no forward wants the logits of more than `limit` rows: those of 8192 rows of a scored
+    prompt would take 4 GB with a vocabulary of 128k."""
+    if not any(part.prompt_logprobs for part in slices):
+        yield slices
+        return
+    portion: list[Slice] = []
+    room = limit
+    for part in slices:
+        start, end = part.start, part.start + part.count
+        while start < end:
+            count = min(end - start, room) if part.prompt_logprobs else end - start
+            sample = part.sample and start + count == end
+            portion.append(Slice(part.seat, start, count, sample, part.prompt_logprobs))
+            start += count
+            room -= count if part.prompt_logprobs else 1
+            if room <= 0:
+                yield portion
+                portion, room = [], limit
+    if portion:
+        yield portion
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, by its affinity and its container's quota (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    limit, period = quota.read_text().split() if quota.exists() else ("max", "1")
+    return cores if limit == "max" else max(1, min(cores, int(limit) // int(period)))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
+
+from kvasir.engine.batch import Ints, send
 from kvasir.engine.event import TokenLogprob
 from kvasir.engine.request import SamplingParams
 from kvasir.engine.step import NewSequence
 from kvasir.kernels.sample import draw, greedy, penalise, score, uniform
-from torch import Tensor
 
-Ints = npt.NDArray[np.int64]
 NEUTRAL = {
     "temperature": 1.0,
     "top_p": 1.0,
@@ -25,6 +27,10 @@ NEUTRAL = {
 }
 """A parameter at this value has no effect (temperature apart)."""
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy, as in vLLM."""
+HUGE = 1e8
+"""Temperatures and repetition penalties beyond this (or its reciprocal) would leave float32, and mean the same."""
 
 
 class Sampler:
@@ -49,6 +55,9 @@ class Sampler:
         seat, sampling = new.seat, new.sampling
         for name, array in self.values.items():
             array[seat] = getattr(sampling, name)
+        temperature, penalty = sampling.temperature, sampling.repetition_penalty
+        self.values["temperature"][seat] = 0.0 if temperature < GREEDY_BELOW else min(temperature, HUGE)
+        self.values["repetition_penalty"][seat] = min(max(penalty, 1 / HUGE), HUGE)
         self.seeds[seat] = new.seed % 2**64
         self.logprobs[seat] = -1 if sampling.logprobs is None else sampling.logprobs
         for kept in (self.biased, self.muted):
@@ -56,8 +65,9 @@ class Sampler:
         self.counted.discard(seat)
         if sampling.logit_bias:
             self.biased[seat] = list(sampling.logit_bias), list(sampling.logit_bias.values())
-        if sampling.min_tokens and new.stop_token_ids:
-            self.muted[seat] = list(new.stop_token_ids), new.prompt_len + sampling.min_tokens
+        stops = [token for token in new.stop_token_ids if token < self.vocab]
+        if sampling.min_tokens and stops:
+            self.muted[seat] = stops, new.prompt_len + sampling.min_tokens
         if _penalized(sampling):
             self._count(new)
 
@@ -67,12 +77,17 @@ class Sampler:
         cold = self.values["temperature"][seats] == 0
         if cold.all():
             return greedy(logits)
-        if not cold.any():
-            return self._draw(logits, seats, positions)
-        tokens = greedy(logits)
-        rows = np.nonzero(~cold)[0]
-        index = self._tensor(rows)
-        return tokens.index_copy(0, index, self._draw(logits[index], seats[rows], positions[rows]))
+        by_k = ~cold & (self.values["top_k"][seats] > 0)
+        by_p = ~cold & ~by_k & (self.values["top_p"][seats] < 1)
+        tokens = torch.empty(len(seats), dtype=torch.int64, device=self.device)
+        # rows that need the same work go together: one row's top_p must not make all rows' vocabularies be sorted
+        for kind in (cold, by_k, by_p, ~(cold | by_k | by_p)):
+            if kind.any():
+                rows = np.nonzero(kind)[0]
+                index = self._tensor(rows)
+                part = logits if len(rows) == len(seats) else logits[index]
+                tokens[index] = greedy(part) if kind is cold else self._draw(part, seats[rows], positions[rows])
+        return tokens
 
     def remember(self, seats: Ints, token_ids: Tensor) -> None:
         """Count new tokens of the seats that have penalties."""
@@ -93,17 +108,17 @@ class Sampler:
         return scores
 
     def _draw(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
-        """Rows that don't use a filter get its neutral value: all tokens for top_k, 2 for top_p."""
+        """Rows that use top_k all do; those that don't use another filter get its neutral value (2 for top_p)."""
         top_k, top_p, min_p = (self.values[name][seats] for name in ("top_k", "top_p", "min_p"))
-        most = np.where(top_k == 0, self.vocab, np.minimum(top_k, self.vocab)).astype(np.int64)
+        top_k = np.minimum(top_k, self.vocab).astype(np.int64)
         return draw(
             logits,
-            torch.from_numpy(uniform(self.seeds[seats], positions)).to(self.device, non_blocking=True),
+            self._tensor(uniform(self.seeds[seats], positions)),
             self._row(self.values["temperature"][seats]),
             min_p=self._row(min_p) if min_p.any() else None,
-            top_k=self._tensor(most) if top_k.any() else None,
+            top_k=self._tensor(top_k) if top_k.any() else None,
             top_p=self._row(np.where(top_p >= 1, 2.0, top_p)) if (top_p < 1).any() else None,
-            most=int(most.max()),
+            most=int(top_k.max()),
         )
 
     def _adjust(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
@@ -116,20 +131,26 @@ class Sampler:
         ]
         if biased or muted:
             logits = self._add(logits, biased + muted)
-        if self.counted and self.counted.intersection(seats.tolist()) and any(self._used(seats, n) for n in PENALTIES):
-            assert self.in_prompt is not None
-            assert self.counts is not None
-            index = self._tensor(seats)
-            repetition, presence, frequency = (self._row(self.values[name][seats]) for name in PENALTIES)
-            logits = penalise(
-                logits,
-                self.counts[index],
-                self.in_prompt[index],
-                repetition=repetition,
-                presence=presence,
-                frequency=frequency,
-            )
-        return logits
+        return self._penalise(logits, seats)
+
+    def _penalise(self, logits: Tensor, seats: Ints) -> Tensor:
+        """Only rows with a penalty cost anything."""
+        rows = np.array([row for row, seat in enumerate(seats.tolist()) if seat in self.counted], np.int64)
+        if not len(rows):
+            return logits
+        assert self.in_prompt is not None
+        assert self.counts is not None
+        index, own = self._tensor(rows), self._tensor(seats[rows])
+        repetition, presence, frequency = (self._row(self.values[name][seats[rows]]) for name in PENALTIES)
+        changed = penalise(
+            logits[index],
+            self.counts[own],
+            self.in_prompt[own],
+            repetition=repetition,
+            presence=presence,
+            frequency=frequency,
+        )
+        return logits.index_copy(0, index, changed)
 
     def _add(self, logits: Tensor, additions: Sequence[tuple[int, list[int], list[float]]]) -> Tensor:
         rows = np.repeat([row for row, _, _ in additions], [len(ids) for _, ids, _ in additions])
@@ -149,14 +170,11 @@ class Sampler:
         self.in_prompt[new.seat, tokens[: new.prompt_len]] = True
         self.counts[new.seat] = torch.bincount(tokens[new.prompt_len :], minlength=self.vocab)
 
-    def _used(self, seats: Ints, name: str) -> bool:
-        return bool((self.values[name][seats] != NEUTRAL[name]).any())
-
     def _row(self, values: npt.NDArray[np.float64]) -> Tensor:
-        return torch.from_numpy(values.astype(np.float32)).to(self.device, non_blocking=True)
+        return self._tensor(values.astype(np.float32))
 
-    def _tensor(self, array: Ints) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+    def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
+        return send(array, self.device)
 
 
 def score_rows(logits: Tensor, token_ids: Tensor, top: Sequence[int]) -> list[TokenLogprob]:

@@ -22,6 +22,7 @@ import jinja2.utils
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from kvasir.engine.errors import ClientError
 
 RENDER_S = 5.0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 import tokenizers
+
 from kvasir.engine.chat_template import ChatTemplates
 from kvasir.engine.errors import ClientError, ConfigError
 from kvasir.engine.hub import eos_token_ids, read_json

@@ -9,13 +9,14 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.spec import Spec
 from kvasir.kernels.linear import reorders
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from tqdm import tqdm
 
 NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
 """Buffers that old checkpoints carry along: computed, not learned."""

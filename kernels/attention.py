@@ -7,9 +7,10 @@ A cache is [N, P, K, D] to its readers and lies in memory as [N, K, P, D], so th
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from kvasir.kernels.op import op
 from kvasir.kernels.ragged import Ragged
-from torch import Tensor
 
 
 @op("cpu")

@@ -13,8 +13,9 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 import torch
-from kvasir.kernels.ragged import Ragged
 from torch import Tensor
+
+from kvasir.kernels.ragged import Ragged
 
 ROWS = 64
 """Rows that are attended to at once at least: a chunk of c rows computes c / 2 scores per row in vain."""

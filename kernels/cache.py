@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from kvasir.kernels.ragged import Ragged
 from torch import Tensor
+
+from kvasir.kernels.ragged import Ragged
 
 
 def write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, ragged: Ragged) -> None:

@@ -14,14 +14,14 @@ from torch import Tensor
 from kvasir.kernels.op import op
 
 WEIGHT_BITS = 40
-"""Probabilities are drawn from as whole multiples of 2^-40: sums of integers are exact, in whatever order they're made."""
+"""Draws take probabilities as whole multiples of 2^-40: sums of integers are exact, whatever the order of addition."""
 
 
 def uniform(seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """One number in [0, 1) for each (seed, position), and nothing else it depends on.
 
-    Each seed is scrambled into the state of a SplitMix64 stream (Steele et al. 2014, "Fast splittable pseudorandom number
-    generators"), of which the position-th number is taken, so that neighbouring seeds have unrelated streams.
+    Each seed is scrambled into the state of a SplitMix64 stream (Steele et al. 2014, "Fast splittable pseudorandom
+    number generators"), of which the position-th number is taken, so that neighbouring seeds have unrelated streams.
     """
     state = _mix(seeds) + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     return (_mix(state) >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -43,7 +43,7 @@ def penalise(
     presence: Tensor,
     frequency: Tensor,
 ) -> Tensor:
-    """logits[R, V] after the penalties[R]; outputs[R, V] counts a row's generated tokens, prompts[R, V] has its prompt's.
+    """logits[R, V] after penalties[R]; outputs[R, V] counts a row's generated tokens, prompts[R, V] marks its prompt's.
 
     repetition r: logits of tokens that were seen anywhere become x / r when positive, else x * r (Keskar et al. 2019,
     arXiv:1909.05858). Then presence is subtracted once and frequency times the count, for generated tokens alone.
@@ -75,8 +75,8 @@ def draw(
     """One token for each row of logits[R, V] by inverting its distribution at uniforms[R] in [0, 1) -> [R] int64.
 
     temperature divides, min_p drops what is less likely than min_p times the most likely (Nguyen et al. 2024,
-    arXiv:2407.01082), top_k all but the k most likely (`most` is the largest k), top_p all but the smallest set of the most
-    likely whose sum reaches it (Holtzman et al. 2019, arXiv:1904.09751; neutral: 2, since sums of all may round to below 1).
+    arXiv:2407.01082), top_k all but the k most likely (`most` is the largest k), top_p all but the smallest set of the
+    most likely whose sum reaches it (Holtzman et al. 2019, arXiv:1904.09751; neutral: 2, a sum may round to above 1).
     """
     x = tempered(logits, temperature, min_p)
     if top_k is None and top_p is None:
@@ -120,8 +120,8 @@ def invert(x: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def score(logits: Tensor, tokens: Tensor, best: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of tokens[R] under logits[R, V]: log probability[R], rank[R] (1 = most likely), and the `best` most likely ones' ids
-    and log probabilities [R, best]."""
+    """Of tokens[R] under logits[R, V]: log probability[R], rank[R] (1 = most likely), and the ids and log probabilities
+    of the `best` most likely ones [R, best]."""
     total = logits.logsumexp(-1, keepdim=True)
     own = logits.gather(-1, tokens[:, None])
     rank = (logits > own).sum(-1) + 1

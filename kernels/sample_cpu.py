@@ -9,8 +9,8 @@ from kvasir.kernels import sample as reference
 from kvasir.kernels.sample import choose, tempered
 
 FEW = 256
-"""Candidates that are looked at first: a top_p set is rarely larger. Measured on 128,256 logits a row, one Zen 5 core: topk of
-256 0.5 ms, of 1024 1.5 ms, a sort 20 ms."""
+"""Candidates that are looked at first: a top_p set is rarely larger. Measured on 128,256 logits a row, one Zen 5 core:
+topk of 256 0.5 ms, of 1024 1.5 ms, a sort 20 ms."""
 MARGIN = 1e-6
 """A sum of float32 probabilities may be off by this."""
 
@@ -32,9 +32,7 @@ def draw(
 ) -> Tensor:
     """As the definition, but for top_p alone only rows whose set is larger than a few candidates are sorted."""
     if top_k is not None or top_p is None or logits.shape[-1] <= FEW:
-        return reference.draw.reference(
-            logits, uniforms, temperature, min_p=min_p, top_k=top_k, top_p=top_p, most=most
-        )
+        return reference.draw.reference(logits, uniforms, temperature, min_p=min_p, top_k=top_k, top_p=top_p, most=most)
     x = tempered(logits, temperature, min_p)
     values, ids = x.topk(FEW)
     reached = (values - x.logsumexp(-1, keepdim=True)).double().exp().sum(-1)

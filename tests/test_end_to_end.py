@@ -39,6 +39,7 @@ class Server:
     url: str
     grpc_address: str
     log: list[str]
+    reader: threading.Thread
 
     def get(self, path: str) -> tuple[int, str]:
         try:
@@ -63,7 +64,13 @@ class Server:
     def stop(self) -> int:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        return self.wait()
+
+    def wait(self) -> int:
+        """The exit status, once all output is read."""
+        status = self.process.wait(60)
+        self.reader.join()
+        return status
 
 
 def command_line(pid: int) -> str:
@@ -87,6 +94,14 @@ def descendants(root: int) -> list[int]:
     return sorted(below - {root})
 
 
+def read(process: subprocess.Popen[str], log: list[str]) -> None:
+    """Gather what the process prints, until it ends."""
+    assert process.stdout is not None
+    with process.stdout as lines:
+        for line in lines:
+            log.append(line)  # noqa: PERF402  others read it meanwhile
+
+
 def start(tmp_path: Path, *flags: str, env: dict[str, str] | None = None) -> Server:
     """Start `kvasir serve` on free ports and wait until it says that it is ready."""
     command = [sys.executable, "-m", "kvasir.cluster.cli", "serve", "--port", "0", "--grpc-port", "0", *flags]
@@ -95,20 +110,21 @@ def start(tmp_path: Path, *flags: str, env: dict[str, str] | None = None) -> Ser
         command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     log: list[str] = []
-    lines = process.stdout
-    assert lines is not None
-    threading.Thread(target=lambda: [log.append(line) for line in lines], daemon=True).start()
+    reader = threading.Thread(target=read, args=(process, log), daemon=True)
+    reader.start()
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         text = "".join(log)
         http, rpc = re.search(r"http://[\w.]+:\d+", text), re.search(r"gRPC\D*?([\w.]+:\d+)", text)
         if http and rpc:
-            server = Server(process, http.group(), rpc.group(1), log)
+            server = Server(process, http.group(), rpc.group(1), log, reader)
             with contextlib.suppress(OSError):
                 if server.get("/health")[0] == 200:
                     return server
         time.sleep(0.1)
     process.kill()
+    process.wait()
+    reader.join()
     raise AssertionError("kvasir serve did not come up:\n" + "".join(log))
 
 
@@ -166,8 +182,10 @@ class Reflected:
 
 
 def chat(server: Server, text: str, **fields: Any) -> Any:
+    """The whole response, or the list of all chunks."""
     with server.client() as client:
-        return client.chat.completions.create(model="skald", messages=[{"role": "user", "content": text}], **fields)
+        found = client.chat.completions.create(model="skald", messages=[{"role": "user", "content": text}], **fields)
+        return list(found) if fields.get("stream") else found
 
 
 def test_curl(skald: Server) -> None:
@@ -184,9 +202,8 @@ def test_openai_client(skald: Server) -> None:
     text = whole.choices[0].message.content
     assert whole.choices[0].finish_reason in ("stop", "length")
     assert "skald" in text.lower() or "kvasir" in text.lower()
-    chunks = list(
-        chat(skald, "Who are you?", temperature=0, max_tokens=40, stream=True, stream_options={"include_usage": True})
-    )
+    usage = {"include_usage": True}
+    chunks = chat(skald, "Who are you?", temperature=0, max_tokens=40, stream=True, stream_options=usage)
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == text
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
 
@@ -349,12 +366,12 @@ def test_sigterm_drains(tmp_path: Path, data: Callable[[str], Path]) -> None:
         server.process.send_signal(signal.SIGTERM)
         rest = list(lines)
     assert rest[-2:] == ["data: [DONE]", ""] or rest[-1] == "data: [DONE]"
-    assert server.process.wait(60) == 0
+    assert server.wait() == 0
 
 
 def test_failure_is_one_plain_block(tmp_path: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "kvasir.cluster.cli", "serve", "--model", str(tmp_path / "nothing"), "--port", "0", "--grpc-port", "0"],
+        [sys.executable, "-m", "kvasir.cluster.cli", "serve", str(tmp_path / "nothing"), "--port", "0", "--grpc-port", "0"],
         capture_output=True, text=True, timeout=90, cwd=tmp_path,
     )  # fmt: skip
     said = run.stdout + run.stderr

@@ -23,6 +23,13 @@ import pytest
 import ray
 import tokenizers
 import uvicorn
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
+    TraceServiceServicer,
+    add_TraceServiceServicer_to_server,
+)
+from pydantic.warnings import PydanticDeprecatedSince20
+
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.group_client import Stream
 from kvasir.cluster.group_service import GroupService
@@ -33,12 +40,6 @@ from kvasir.engine.event import Event, Failed, Finished, Timing, Token, TokenLog
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.request import Request
 from kvasir.engine.scheduler import Stats
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
-    TraceServiceServicer,
-    add_TraceServiceServicer_to_server,
-)
-from pydantic.warnings import PydanticDeprecatedSince20
 
 with warnings.catch_warnings():  # Ray's own, at its first import
     warnings.filterwarnings("ignore", category=PydanticDeprecatedSince20)
@@ -275,7 +276,11 @@ class FakeGroup:
                     live.discard(index)
                     stop = token if reason == "stop" else None
                     timing = Timing(began, began, began + 0.001, time.time())
-                    counts = {"prompt_tokens": len(request.prompt_token_ids), "cached_tokens": 2, "output_tokens": step + 1}
+                    counts = {
+                        "prompt_tokens": len(request.prompt_token_ids),
+                        "cached_tokens": 2,
+                        "output_tokens": step + 1,
+                    }
                     stream._push(Finished(name, index, reason, stop, **counts, timing=timing))
             if not live:
                 return
@@ -324,7 +329,9 @@ class FakeDirectory:
 class LiveGateway:
     """HTTP and gRPC servers over a fake group, in a thread with a loop of its own: `with live_gateway(...) as gateway`."""
 
-    def __init__(self, folder: Path, config: GatewayConfig | None = None, tracing: Tracing | None = None, **options: Any) -> None:
+    def __init__(
+        self, folder: Path, config: GatewayConfig | None = None, tracing: Tracing | None = None, **options: Any
+    ) -> None:
         from kvasir.cluster.desk import Desk
         from kvasir.cluster.metrics import Metrics
         from kvasir.cluster.served_model import ServedModel
@@ -363,7 +370,9 @@ class LiveGateway:
 
         config, self._stop = self.config, asyncio.Event()
         tls = {"ssl_keyfile": config.ssl_keyfile, "ssl_certfile": config.ssl_certfile} if config.ssl_certfile else {}
-        options = uvicorn.Config(create_app(self.desk, config), log_config=None, access_log=False, lifespan="off", **tls)
+        options = uvicorn.Config(
+            create_app(self.desk, config), log_config=None, access_log=False, lifespan="off", **tls
+        )
         server, self.server = uvicorn.Server(options), create_grpc_server(self.desk, config)
         sock = socket.create_server(("127.0.0.1", 0))
         self.url = f"{'https' if tls else 'http'}://localhost:{sock.getsockname()[1]}"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from kvasir.cluster import batch_file
 from kvasir.cluster.batch_file import Output, Tally, answer_lines, run_batch
 from kvasir.engine.config import EngineConfig

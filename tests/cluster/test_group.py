@@ -9,6 +9,8 @@ import time
 
 import pytest
 import ray
+from ray.serve import RunTarget
+
 from kvasir.cluster import app, application
 from kvasir.cluster.group import block
 from kvasir.cluster.group_client import GroupClient
@@ -16,7 +18,6 @@ from kvasir.cluster.rank_actor import RankSetup
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.event import Failed, Finished
 from kvasir.engine.request import Request, SamplingParams
-from ray.serve import RunTarget
 
 pytestmark = pytest.mark.ray
 

@@ -8,6 +8,7 @@ import time
 
 import grpc
 import pytest
+
 from kvasir.cluster import group_client, wire
 from kvasir.cluster.group_client import GroupClient, GroupDirectory
 from kvasir.engine.errors import ClientError, ContextLengthError, ModelNotFoundError, UnavailableError

@@ -165,7 +165,9 @@ def test_completion_echo_and_scores(gateway):
     assert choice["logprobs"]["token_logprobs"] == [None, -0.5, -0.5, -0.5]
     assert choice["logprobs"]["text_offset"] == [0, 1, 2, 3]
     assert choice["logprobs"]["top_logprobs"][:2] == [None, {"i": -0.5}]
-    streamed = [c["choices"][0] for c in frames(complete(gateway, echo=True, logprobs=1, max_tokens=2, stream=True)) if c]
+    streamed = [
+        c["choices"][0] for c in frames(complete(gateway, echo=True, logprobs=1, max_tokens=2, stream=True)) if c
+    ]
     assert "".join(c["text"] for c in streamed) == "HiHe"
     assert [o for c in streamed if c["logprobs"] for o in c["logprobs"]["text_offset"]] == [0, 1, 2, 3]
 
@@ -224,7 +226,9 @@ def test_every_sampling_field_reaches_the_group(gateway):
 
 
 def test_warnings_name_what_was_ignored(gateway):
-    reply = chat(gateway, user="me", store=True, metadata={"a": "b"}, unheard_of=1, extra_body={"top_k": 3, "odd\r\nX: y": 1})
+    reply = chat(
+        gateway, user="me", store=True, metadata={"a": "b"}, unheard_of=1, extra_body={"top_k": 3, "odd\r\nX: y": 1}
+    )
     assert reply.status_code == 200
     assert reply.headers["x-kvasir-warning"] == r"ignored: user, store, metadata, unheard_of, odd\r\nX: y"
     assert gateway.group.requests[-1].sampling.top_k == 3
@@ -265,7 +269,11 @@ def test_request_id(gateway):
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "image_url"),
         ({"stream": "yes"}, "stream", "true or false"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
-        ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "continuous_usage_stats", "isn't supported"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "continuous_usage_stats",
+            "isn't supported",
+        ),
         ({"logprobs": 3}, "logprobs", "true or false"),
         ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "from 0 to 20"),
@@ -335,7 +343,14 @@ def test_context_length_code(gateway):
 
 
 def test_best_of_equal_to_n_and_neutral_values(gateway):
-    neutral = {"best_of": 2, "n": 2, "suffix": None, "response_format": {"type": "text"}, "logit_bias": None, "stop": None}
+    neutral = {
+        "best_of": 2,
+        "n": 2,
+        "suffix": None,
+        "response_format": {"type": "text"},
+        "logit_bias": None,
+        "stop": None,
+    }
     reply = complete(gateway, **neutral, service_tier="auto", store=False)
     assert reply.status_code == 200, reply.text
     assert "x-kvasir-warning" not in reply.headers
@@ -345,7 +360,9 @@ def test_tokenize_and_detokenize(gateway):
     for prefix in ("", "/v1"):
         reply = post(gateway, prefix + "/tokenize", model="bytes", prompt="Hi", return_token_strs=True).json()
         assert reply == {"count": 2, "max_model_len": 4096, "tokens": [72, 105], "token_strs": ["H", "i"]}
-        assert post(gateway, prefix + "/detokenize", model="bytes", tokens=[72, 105, 256]).json() == {"prompt": "Hi<|end|>"}
+        assert post(gateway, prefix + "/detokenize", model="bytes", tokens=[72, 105, 256]).json() == {
+            "prompt": "Hi<|end|>"
+        }
     chatty = post(gateway, "/tokenize", messages=MESSAGES, add_generation_prompt=False).json()
     assert chatty["tokens"] == [257, *b"Hi", 256]
     assert post(gateway, "/detokenize", tokens=[999]).json()["error"]["param"] == "tokens"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from kvasir.cluster import telemetry
 from kvasir.cluster.group_client import GroupClient
 from kvasir.cluster.telemetry import Tracing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from kvasir.cluster import wire
 from kvasir.engine.errors import ClientError, ContextLengthError, OverloadedError
 from kvasir.engine.event import Failed, Finished, Timing, Token, TokenLogprob

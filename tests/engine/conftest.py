@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from kvasir.kernels.ragged import Ragged
 
 Part = tuple[Sequence[int], int, int]

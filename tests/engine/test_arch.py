@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from kvasir.engine.arch import load_spec, supported
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.spec import Llama3Scaling, Rope

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import torch
+
 from kvasir.engine.cache import KVCache
 from kvasir.engine.spec import Layer, Spec
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from kvasir.engine.arch import load_spec
 from kvasir.engine.cache import KVCache
 from kvasir.engine.decoder import Decoder

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from kvasir.engine import hub
 from kvasir.engine.errors import ConfigError
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from kvasir.engine import memory
 from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig

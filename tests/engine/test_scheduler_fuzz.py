@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kvasir.engine.blocks import BlockPool, content_id
-from kvasir.engine.errors import ClientError, ContextLengthError
+from kvasir.engine.blocks import BlockPool
 from kvasir.engine.event import Event, Failed, Finished, Token, TokenLogprob
 from kvasir.engine.request import Request, SamplingParams
 from kvasir.engine.scheduler import Scheduler

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kvasir.engine.errors import DeadlineError, ServerError
 from kvasir.engine.event import Event, Failed, Finished, FinishReason, Timing, Token, TokenLogprob
 from kvasir.engine.request import Request, SamplingParams

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from kvasir.engine.arch import load_spec
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.spec import Layer, Rope, Spec
 from kvasir.engine.weights import canonical, load_decoder, random_decoder, weight_bytes, weight_files
-from safetensors.torch import load_file, save_file
 
 CPU = torch.device("cpu")
 Checkpoint = Callable[..., tuple[Path, Any]]

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from kvasir.kernels.ragged import Ragged
 from torch import Tensor
+
+from kvasir.kernels.ragged import Ragged
 
 
 @dataclass(frozen=True)

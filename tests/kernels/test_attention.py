@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+
 from kvasir.kernels import attention_cpu
 from kvasir.kernels.attention import attention
 

@@ -5,6 +5,7 @@ from types import ModuleType
 
 import pytest
 import torch
+
 from kvasir.kernels import op as module
 from kvasir.kernels.op import op
 

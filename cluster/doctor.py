@@ -1,0 +1,151 @@
+"""`kvasir doctor`: what this machine can do, and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from kvasir.cluster.options import options
+from kvasir.engine.hub import bundled_models
+
+State = Literal["ok", "note", "wrong"]
+PACKAGES = ("torch", "ray", "grpcio", "transformers", "tokenizers", "safetensors", "opentelemetry-sdk", "triton")
+MARKS = {"ok": "ok  ", "note": "note", "wrong": "BAD "}
+MIN_SHM_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, what was found, and, when something is wrong, what to do."""
+
+    state: State
+    about: str
+    text: str
+
+
+def doctor(*, as_json: bool) -> int:
+    """Print all findings; 1 when something is wrong."""
+    findings = [finding for look in LOOKS for finding in look()]
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            print(f"{MARKS[finding.state]} {finding.about:10} {finding.text}")
+    wrong = sum(finding.state == "wrong" for finding in findings)
+    if not as_json:
+        print(f"{wrong} thing(s) to mend" if wrong else "nothing is wrong")
+    return 1 if wrong else 0
+
+
+def _python() -> Iterator[Finding]:
+    good = (3, 10) <= sys.version_info < (3, 14)
+    advice = "" if good else "; Kvasir is tested on 3.10 to 3.13"
+    yield Finding("ok" if good else "note", "python", f"{platform.python_version()} on {platform.platform()}{advice}")
+    for name in PACKAGES:
+        try:
+            yield Finding("ok", "package", f"{name} {version(name)}")
+        except PackageNotFoundError:
+            missing: State = "note" if name == "triton" else "wrong"
+            advice = "needed on GPUs only" if name == "triton" else f"pip install {name}"
+            yield Finding(missing, "package", f"{name} is not installed ({advice})")
+
+
+def _cpu() -> Iterator[Finding]:
+    import torch
+
+    from kvasir.engine.memory import available_ram, computes_well
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    isa = torch.backends.cpu.get_cpu_capability()
+    yield Finding("ok", "cpu", f"{cores} core(s), {isa}, torch uses {torch.get_num_threads()} thread(s)")
+    fast = computes_well(torch.bfloat16, torch.device("cpu"))
+    text = "the CPU computes it" if fast else "no instructions for it here: --dtype auto takes float32"
+    yield Finding("ok" if fast else "note", "bfloat16", text)
+    yield Finding("ok", "speed", _speed())
+    ram = available_ram()
+    low = ram < 2 * 2**30
+    yield Finding(
+        "wrong" if low else "ok", "memory", f"{ram / 2**30:.1f} GiB free" + ("; close something" if low else "")
+    )
+
+
+def _speed() -> str:
+    """Bytes of weights per second for one row, and operations per second for many, in bfloat16."""
+    import torch
+
+    weight = torch.zeros(4096, 4096, dtype=torch.bfloat16)
+    one, many = torch.zeros(1, 4096, dtype=torch.bfloat16), torch.zeros(256, 4096, dtype=torch.bfloat16)
+    seconds = {len(rows): _time(lambda rows=rows: torch.nn.functional.linear(rows, weight)) for rows in (one, many)}  # type: ignore[misc]
+    rate = 2 * 256 * weight.numel() / seconds[256] / 1e12
+    return f"bfloat16 linear: {weight.nbytes / seconds[1] / 1e9:.0f} GB/s for one row, {rate:.2f} TFLOP/s for 256"
+
+
+def _time(run: Callable[[], object]) -> float:
+    run()
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def _gpu() -> Iterator[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        yield Finding("note", "gpu", "torch finds none: models run on the CPU")
+        return
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        yield Finding("ok", "gpu", f"{index}: {facts.name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")
+
+
+def _machine() -> Iterator[Finding]:
+    for name in ("port", "grpc_port"):
+        port = int(options()[name].default)
+        taken = _taken(port)
+        advice = f"taken; use {options()[name].flag} 0 for a free one" if taken else "free"
+        yield Finding("note" if taken else "ok", "port", f"{port} is {advice}")
+    shm = Path("/dev/shm")
+    if shm.is_dir():
+        free = shutil.disk_usage(shm).free
+        small = free < MIN_SHM_BYTES
+        advice = "; Ray needs more (docker run --shm-size=1g)" if small else ""
+        yield Finding("wrong" if small else "ok", "/dev/shm", f"{free / 2**20:.0f} MiB free{advice}")
+    for variable in ("RAY_ADDRESS", "CUDA_VISIBLE_DEVICES", "OTEL_EXPORTER_OTLP_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE"):
+        if value := os.environ.get(variable):
+            yield Finding("note", "set", f"{variable}={value}")
+
+
+def _taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
+
+
+def _models() -> Iterator[Finding]:
+    names = bundled_models()
+    state: State = "ok" if "skald" in names else "wrong"
+    found = ", ".join(names) or "none"
+    yield Finding(
+        state, "models", f"bundled: {found}" + ("" if state == "ok" else "; reinstall Kvasir, skald is missing")
+    )
+
+
+LOOKS: tuple[Callable[[], Iterator[Finding]], ...] = (_python, _cpu, _gpu, _machine, _models)
