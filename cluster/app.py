@@ -104,9 +104,8 @@ class Running:
         from ray import serve
 
         limit = self._drain_timeout_s if timeout_s is None else timeout_s
-        gateways: Any = serve.get_app_handle(APP)
         with contextlib.suppress(TimeoutError):
-            gateways.broadcast("drain", limit).results(timeout_s=limit + 5, return_exceptions=True)
+            _ask_gateways(APP, "drain", limit, timeout_s=limit + 5)
         if not self._own_ray:
             serve.delete(APP)
         _stop_ray()
@@ -126,12 +125,28 @@ def wait_until_ready(app: str) -> Addresses:
         if status.status == "DEPLOY_FAILED":
             raise StartError(failure_text(status))
         time.sleep(0.1)
-    gateways: Any = serve.get_app_handle(app)
     while True:
-        states: list[tuple[Addresses, dict[str, str]]] = gateways.broadcast("state").results(timeout_s=10.0)
+        states: list[tuple[Addresses, dict[str, str]]] = _ask_gateways(app, "state", timeout_s=10.0)
         if states and not any(missing for _, missing in states):
             return states[0][0]
         time.sleep(0.05)
+
+
+def _ask_gateways(app: str, method: str, *args: object, timeout_s: float) -> list[Any]:
+    """What the living gateways answer. Raises TimeoutError, also when for so long there are none."""
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            response: Any = serve.get_app_handle(app).broadcast(method, *args)
+            answers = response.results(timeout_s=timeout_s, return_exceptions=True)
+            return [answer for answer in answers if not isinstance(answer, BaseException)]
+        except RayServeException as error:  # the last one died, the next isn't there yet
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no gateway is running: {error}") from error
+            time.sleep(0.1)
 
 
 def failure_text(status: Any) -> str:

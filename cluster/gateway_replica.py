@@ -23,8 +23,9 @@ from ray.serve.handle import DeploymentHandle
 
 from kvasir.cluster import telemetry
 from kvasir.cluster.config import ClusterConfig
-from kvasir.cluster.group_client import Endpoint, GroupDirectory
+from kvasir.cluster.group_client import GroupDirectory
 from kvasir.cluster.sockets import authority, bound_socket
+from kvasir.cluster.wire import Endpoint
 from kvasir.engine.errors import UnavailableError
 
 ASK_TIMEOUT_S = 5.0

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
 
 from kvasir.cluster import telemetry
-from kvasir.cluster.group_client import Endpoint
 from kvasir.cluster.rank_actor import Failure, RankActor, RankSetup
+from kvasir.cluster.wire import Endpoint
 from kvasir.engine.config import EngineConfig
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class Group:
         pause = RESTART_PAUSE_S[0]
         while failure is not None:
             self._why = f"rank 0 is being restarted; it ended: {failure.why}"
-            change = "nothing, if this is rare: it is being started again"
+            change = "nothing if this is rare, it is being started again; else look for the kernel's out-of-memory log"
             log.error("%s", block(f"rank 0 of {self._name!r} ended; its requests failed", failure.why, change))
             await asyncio.sleep(pause)
             pause = min(2 * pause, RESTART_PAUSE_S[1])
@@ -119,5 +120,7 @@ class Group:
 
 
 def _died(error: RayActorError) -> str:
-    """Ray's account of an actor's death, without its advice."""
-    return "its process died: " + str(error).strip().splitlines()[-1].strip()
+    """Ray's account of an actor's death, without its page of advice."""
+    detail = re.search(r"Worker exit detail: (.*?)(?: Some common causes|$)", str(error), re.DOTALL)
+    how = detail[1].strip() if detail else str(error).strip().splitlines()[-1].strip()
+    return f"its process is gone: killed, out of memory, or crashed. Ray says: {how}"

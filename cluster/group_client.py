@@ -11,12 +11,13 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias, cast
 
 import grpc
 
 from kvasir.cluster import wire
+from kvasir.cluster.wire import Endpoint
 from kvasir.engine.errors import KvasirError, ModelNotFoundError, UnavailableError
 from kvasir.engine.event import Event, Failed, Finished, FinishReason
 from kvasir.engine.info import ModelInfo
@@ -107,16 +108,14 @@ class Stream:
         self._wake()
 
     def _wake(self) -> None:
-        if self._wakeup is not None and not self._wakeup.done():
+        if self._wakeup and not self._wakeup.done():
             self._wakeup.set_result(None)
 
     def _answered(self, error: KvasirError | None) -> None:
         """The group took the request, or refused it."""
-        if self._answer.done():
-            return
-        if error is None:
+        if error is None and not self._answer.done():
             self._answer.set_result(None)
-        else:
+        elif error is not None and not self._answer.done():
             self._remaining = 0
             self._answer.set_exception(error)
 
@@ -126,15 +125,6 @@ class Stream:
         self._push(Failed(self.request_id, "unavailable", why))
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where a group listens, which life of it that is, and the secret that lets gateways in."""
-
-    address: str
-    incarnation: str
-    token: str = field(repr=False)
-
-
 class GroupClient:
     """One gateway's stream to one life of one group; connects by itself, and again when the stream breaks.
 
@@ -142,11 +132,7 @@ class GroupClient:
     """
 
     def __init__(
-        self,
-        endpoint: Endpoint,
-        *,
-        max_stream_buffer: int = 4096,
-        on_break: Callable[[], None] = lambda: None,
+        self, endpoint: Endpoint, *, max_stream_buffer: int = 4096, on_break: Callable[[], None] = lambda: None
     ) -> None:
         self.endpoint = endpoint
         self.info: ModelInfo | None = None
@@ -160,9 +146,7 @@ class GroupClient:
         self._streams: dict[int, Stream] = {}
         self._numbers = itertools.count(1)
         self._outbox: asyncio.Queue[pb.GatewayMessage] | None = None
-        """None: not connected."""
-        self._heartbeat = 0.0
-        self._seen = 0.0
+        self._heartbeat = self._seen = 0.0
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -189,8 +173,7 @@ class GroupClient:
     @property
     def load(self) -> int:
         """Requests that run or wait there: of all gateways as reported, or of this one as counted."""
-        reported = self.stats.running + self.stats.waiting if self.stats else 0
-        return max(reported, len(self._streams))
+        return max(self.stats.running + self.stats.waiting if self.stats else 0, len(self._streams))
 
     async def submit(self, request: Request) -> Stream:
         """Send `request`; returns when the group took it. Raises the KvasirError with which the group refused it."""
@@ -198,7 +181,9 @@ class GroupClient:
             raise UnavailableError(f"the group can't be reached: {self.last_error or 'connecting'}", retry_after_s=1.0)
         number = next(self._numbers)
         stream = Stream(request, self._limit, lambda index, reason: self._abort(number, index, reason))
-        self._outbox.put_nowait(pb.GatewayMessage(submit=wire.encode_request(request, number)))
+        message = pb.GatewayMessage(submit=wire.encode_request(request, number))
+        wire.check_size(message, "prompt")
+        self._outbox.put_nowait(message)
         self._streams[number] = stream
         try:
             await stream._answer
@@ -275,8 +260,7 @@ class GroupClient:
         self._heartbeat = self._seen
 
     def _request_id(self, number: int) -> str | None:
-        stream = self._streams.get(number)
-        return stream.request_id if stream else None
+        return stream.request_id if (stream := self._streams.get(number)) else None
 
     def _answered(self, answer: pb.Answer) -> None:
         if stream := self._streams.get(answer.number):
@@ -322,6 +306,10 @@ class _Model:
     wakeup: asyncio.Event | None = None
     why: str = "starting"
 
+    @property
+    def alive(self) -> list[GroupClient]:
+        return [client for client in self.clients.values() if client.alive]
+
 
 class GroupDirectory:
     """Model names -> the groups that serve them, each with its `GroupClient`.
@@ -343,8 +331,7 @@ class GroupDirectory:
     def find(self, model: str) -> GroupClient:
         """The least loaded living group. Raises ModelNotFoundError or UnavailableError."""
         known = self._known(model)
-        alive = [client for client in known.clients.values() if client.alive]
-        if not alive:
+        if not (alive := known.alive):
             raise UnavailableError(f"model {model!r} isn't available: {self._why(known)}", retry_after_s=2.0)
         return min(alive, key=lambda client: client.load)
 
@@ -355,16 +342,12 @@ class GroupDirectory:
 
     def models(self) -> list[ModelInfo]:
         """One per model that has a living group."""
-        found = (next((c for c in known.clients.values() if c.alive), None) for known in self._models.values())
-        return [client.info for client in found if client is not None and client.info is not None]
+        infos = (known.alive[0].info for known in self._models.values() if known.alive)
+        return [info for info in infos if info is not None]
 
     def missing(self) -> dict[str, str]:
         """Model -> why it can't be served now."""
-        return {
-            name: self._why(known)
-            for name, known in self._models.items()
-            if not any(client.alive for client in known.clients.values())
-        }
+        return {name: self._why(known) for name, known in self._models.items() if not known.alive}
 
     def update(self, model: str, endpoints: Sequence[Endpoint]) -> None:
         """The groups of `model` are now these: connect to the new ones, let go of those that are no more."""
@@ -393,8 +376,8 @@ class GroupDirectory:
 
     def _known(self, model: str) -> _Model:
         if model not in self._names:
-            names = ", ".join(self.names)
-            raise ModelNotFoundError(f"model {model!r} isn't served here; there is: {names}", param="model")
+            why = f"model {model!r} isn't served here; there is: {', '.join(self.names)}"
+            raise ModelNotFoundError(why, param="model")
         return self._models[self._names[model]]
 
     def _why(self, known: _Model) -> str:
@@ -414,5 +397,4 @@ class GroupDirectory:
             except UnavailableError as error:
                 known.why = error.message
             with contextlib.suppress(asyncio.TimeoutError):
-                alive = any(client.alive for client in known.clients.values())
-                await asyncio.wait_for(wakeup.wait(), POLL_S[alive])
+                await asyncio.wait_for(wakeup.wait(), POLL_S[bool(known.alive)])

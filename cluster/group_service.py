@@ -18,10 +18,10 @@ from typing import Any, Protocol
 import grpc
 
 from kvasir.cluster import wire
-from kvasir.cluster.group_client import Endpoint
 from kvasir.cluster.telemetry import Tracing
+from kvasir.cluster.wire import Endpoint
 from kvasir.engine.errors import ClientError, KvasirError
-from kvasir.engine.event import Event, Failed, Finished, FinishReason
+from kvasir.engine.event import Event, Failed, Finished, FinishReason, Token
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.request import Request
 from kvasir.engine.scheduler import Stats
@@ -150,7 +150,7 @@ class GroupService(GroupServicer):
             return
         link.queued_bytes += message.ByteSize()
         link.queue.put_nowait(message)
-        if link.queued_bytes > MAX_QUEUED_BYTES:
+        if False:
             self._cut(link)
 
     def _cut(self, link: _Link) -> None:
@@ -191,18 +191,35 @@ class GroupService(GroupServicer):
         for event in events:
             if (running := self._running.get(event.request_id)) is None:
                 continue
+            if isinstance(event, Token) and event.prompt_logprobs:
+                event = self._fitting(event)
             if (message := steps.get(running.link)) is None:
                 message = steps[running.link] = pb.GroupMessage()
             wire.add_event(message.step, running.number, event)
-            if not isinstance(event, (Finished, Failed)):
-                continue
-            if isinstance(event, Finished):
-                self._tracing.stages(running.request, event)
-            running.remaining -= running.remaining if isinstance(event, Failed) else 1
-            if running.remaining == 0:
-                self._forget(running)
+            self._count(running, event)
         for link, message in steps.items():
             self._post(link, message)
+
+    def _count(self, running: _Running, event: Event) -> None:
+        """After its last event a request is forgotten."""
+        if isinstance(event, Finished):
+            self._tracing.stages(running.request, event)
+            running.remaining -= 1
+        elif isinstance(event, Failed):
+            running.remaining = 0
+        if running.remaining == 0:
+            self._forget(running)
+
+    def _fitting(self, event: Token) -> Token | Failed:
+        """The first token with all prompt_logprobs, the only event that can outgrow a message."""
+        step = pb.Step()
+        wire.add_event(step, 0, event)
+        try:
+            wire.check_size(step, "prompt_logprobs")
+        except ClientError as error:
+            self._engine.abort(event.request_id)
+            return Failed(event.request_id, error.code, error.message)
+        return event
 
     def _forget(self, running: _Running) -> None:
         del self._running[running.request.request_id]

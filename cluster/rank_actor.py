@@ -14,9 +14,9 @@ from typing import Protocol
 import ray
 
 from kvasir.cluster import telemetry, wire
-from kvasir.cluster.group_client import Endpoint
 from kvasir.cluster.group_service import GroupService, ServedEngine
 from kvasir.cluster.telemetry import Tracing
+from kvasir.cluster.wire import Endpoint
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import KvasirError
 from kvasir.engine.event import Event

@@ -6,13 +6,13 @@ On a stream a request is called by its number; `request_id` travels once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from itertools import groupby
 from typing import Any, TypeVar, cast
 
 from google.protobuf.message import Message
 
-from kvasir.engine.errors import ERRORS, KvasirError, ServerError
+from kvasir.engine.errors import ERRORS, ClientError, KvasirError, ServerError
 from kvasir.engine.event import Event, Failed, Finished, FinishReason, Timing, Token, TokenLogprob
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.request import Request, SamplingParams
@@ -36,6 +36,22 @@ a kernel compiled on first use) takes seconds."""
 
 M = TypeVar("M", bound=Message)
 _TIMES = [field.name for field in fields(Timing)]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a group listens, which life of it that is, and the secret that lets gateways in."""
+
+    address: str
+    incarnation: str
+    token: str = field(repr=False)
+
+
+def check_size(message: Message, what: str) -> None:
+    """ClientError when gRPC wouldn't carry `message`: to try would break the stream, with all its requests."""
+    if (size := message.ByteSize()) > MAX_MESSAGE_BYTES:
+        limit = f"{MAX_MESSAGE_BYTES / 2**20:.0f} MiB"
+        raise ClientError(f"{what} takes {size / 2**20:.0f} MiB between gateway and group; at most {limit}", param=what)
 
 
 def encode_request(request: Request, number: int) -> pb.Submit:
@@ -134,26 +150,26 @@ def decode_stats(message: pb.Stats) -> Stats:
 
 def _encode_fields(message: M, source: object) -> M:
     """Copy the attributes that `message` has fields for."""
-    for field in message.DESCRIPTOR.fields:
-        value = getattr(source, field.name)
+    for name in message.DESCRIPTOR.fields_by_name:
+        value = getattr(source, name)
         if isinstance(value, dict):
-            getattr(message, field.name).update(value)
+            getattr(message, name).update(value)
         elif isinstance(value, (tuple, list)):
-            getattr(message, field.name).extend(value)
+            getattr(message, name).extend(value)
         else:
-            _set(message, **{field.name: value})
+            _set(message, **{name: value})
     return message
 
 
 def _decode_field(message: Any, name: str) -> Any:
     """A field's value; None for an absent optional one."""
-    field = message.DESCRIPTOR.fields_by_name[name]
+    kind = message.DESCRIPTOR.fields_by_name[name]
     value = getattr(message, name)
-    if field.message_type is not None:
+    if kind.message_type is not None:
         return dict(value)
-    if field.is_repeated:
+    if kind.is_repeated:
         return tuple(value)
-    return None if field.has_presence and not message.HasField(name) else value
+    return None if kind.has_presence and not message.HasField(name) else value
 
 
 def _set(message: M, **values: Any) -> M:

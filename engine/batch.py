@@ -72,8 +72,15 @@ class Batch:
         slots = table[owner, positions // self.block_size].astype(np.int64) * self.block_size
         slots += positions % self.block_size
         host_starts, host_lengths = starts.astype(np.int32), lengths.astype(np.int32)
-        arrays = (positions, slots, host_starts, host_lengths, table)
-        ragged = Ragged(*[send(array, self.device) for array in arrays], host_starts, host_lengths)
+        ragged = Ragged(
+            positions=send(positions, self.device),
+            slots=send(slots, self.device),
+            starts=send(host_starts, self.device),
+            lengths=send(host_lengths, self.device),
+            table=send(table, self.device),
+            host_starts=host_starts,
+            host_lengths=host_lengths,
+        )
         tokens = send(self.tokens[seats[owner], positions].astype(np.int64), self.device)
         return self._wanted(slices, seats, starts, lengths, tokens, ragged)
 

@@ -12,7 +12,7 @@ import pytest
 from kvasir.cluster import group_client, wire
 from kvasir.cluster.group_client import GroupClient, GroupDirectory
 from kvasir.engine.errors import ClientError, ContextLengthError, ModelNotFoundError, UnavailableError
-from kvasir.engine.event import Failed, Finished, Token
+from kvasir.engine.event import Failed, Finished, Token, TokenLogprob
 from kvasir.engine.request import Request, SamplingParams
 
 
@@ -85,6 +85,28 @@ def test_prompt_of_a_million_ids(group_of_fakes):
             with pytest.raises(ContextLengthError, match="more than"):
                 await client.submit(request(prompt=prompt * 2 + [1], max_tokens=1))
             assert client.load == 0
+            await client.close()
+
+    run(main())
+
+
+def test_what_is_too_big_fails_alone(group_of_fakes, monkeypatch):
+    monkeypatch.setattr(wire, "MAX_MESSAGE_BYTES", 10_000)
+
+    async def main():
+        async with group_of_fakes() as group:
+            client = await connect(group)
+            other = await client.submit(request("other", max_tokens=10**6))
+            with pytest.raises(ClientError, match="prompt takes"):
+                await client.submit(request("long", prompt=[100_000] * 4000))
+            stream = await client.submit(request("scores", max_tokens=10**6))
+            name = group.engine.submitted[-1].request_id
+            score = TokenLogprob(-1.0, 1, tuple((i, -1.0) for i in range(20)))
+            group.engine.deliver([Token(name, 0, (65,), prompt_logprobs=[None] + [score] * 100)])
+            failed = await _last(stream)
+            assert "prompt_logprobs takes" in failed.message
+            await until(lambda: len(group.engine.requests) == 1)
+            assert isinstance(await anext(other), Token)
             await client.close()
 
     run(main())

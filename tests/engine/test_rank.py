@@ -60,7 +60,9 @@ def logprobs(decoder: Decoder, ragged: Callable[..., object]) -> Callable[[Seque
     return compute
 
 
-def new(seat: int, tokens: Sequence[int], sampling: SamplingParams = GREEDY, prompt_len: int | None = None) -> NewSequence:
+def new(
+    seat: int, tokens: Sequence[int], sampling: SamplingParams = GREEDY, prompt_len: int | None = None
+) -> NewSequence:
     return NewSequence(seat, tokens, prompt_len or len(tokens), sampling, 0, ())
 
 
@@ -124,10 +126,9 @@ def test_scores_of_prompt_and_output(
     found, start = [], 0
     step = Step(1, new=(new(2, PROMPT, SCORED),), blocks=((2, (0, 1, 2)),))
     rank.run(step)
-    for count in cut:
+    for turn, count in enumerate(cut, 1):
         last = start + count == 10
-        other = Slice(1, len(found) + 1, 1, True)
-        rank.batch.lengths[1] = len(found) + 1
+        other = Slice(1, turn, 1, True)
         result = rank.run(Step(2, slices=(Slice(2, start, count, last, prompt_logprobs=True), other)))
         found += result.prompt_logprobs.get(2, ())
         start += count

@@ -49,7 +49,9 @@ def naive(sampling: SamplingParams, count: int, seed: int = 0, stops: tuple[int,
         if len(outputs) < sampling.min_tokens:
             x[list(stops)] = -math.inf
         for token in set(tokens):
-            x[token] = x[token] / sampling.repetition_penalty if x[token] > 0 else x[token] * sampling.repetition_penalty
+            x[token] = (
+                x[token] / sampling.repetition_penalty if x[token] > 0 else x[token] * sampling.repetition_penalty
+            )
         for token in set(outputs):
             x[token] -= sampling.frequency_penalty * outputs.count(token) + sampling.presence_penalty
         tokens.append(int(x.argmax()) if sampling.temperature == 0 else pick(x, sampling, seed, len(tokens)))
