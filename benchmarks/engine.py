@@ -293,14 +293,9 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1, help="runs, of which the fastest counts (costs: the median)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    for asked, run in (
-        (args.prefix_cache_cost, prefix_cache_cost),
-        (args.kv_waste, kv_waste),
-        (args.startup, startup),
-        (True, speeds),
-    ):
-        if asked:
-            return run(args)
+    tasks = {"prefix_cache_cost": prefix_cache_cost, "kv_waste": kv_waste, "startup": startup}
+    asked = [task for name, task in tasks.items() if getattr(args, name)]
+    (asked or [speeds])[0](args)
 
 
 if __name__ == "__main__":

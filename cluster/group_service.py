@@ -150,7 +150,7 @@ class GroupService(GroupServicer):
             return
         link.queued_bytes += message.ByteSize()
         link.queue.put_nowait(message)
-        if False:
+        if link.queued_bytes > MAX_QUEUED_BYTES:
             self._cut(link)
 
     def _cut(self, link: _Link) -> None:

@@ -270,9 +270,10 @@ def test_another_life_behind_the_same_address_is_not_ours(group_of_fakes):
     run(main())
 
 
-def test_a_gateway_that_does_not_read_is_cut_off(group_of_fakes, monkeypatch):
-    monkeypatch.setattr("kvasir.cluster.group_service.UNREAD_S", 0.3)
-    monkeypatch.setattr("kvasir.cluster.group_service.MAX_QUEUED_BYTES", 2**20)
+@pytest.mark.parametrize(("seconds", "size"), [(0.3, 2**30), (100, 2**18)])
+def test_a_gateway_that_does_not_read_is_cut_off(group_of_fakes, monkeypatch, seconds, size):
+    monkeypatch.setattr("kvasir.cluster.group_service.UNREAD_S", seconds)
+    monkeypatch.setattr("kvasir.cluster.group_service.MAX_QUEUED_BYTES", size)
 
     async def main():
         async with group_of_fakes(step_s=0.0001) as group:
