@@ -190,7 +190,11 @@ def _start_ray(config: ClusterConfig, address: str | None) -> None:
     importer.start()
     if address is None:
         cpus = max(os.cpu_count() or 1, PROCESSES, len(config.engines) + config.gateway.num_gateways)
-        local: dict[str, Any] = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        local: dict[str, Any] = {
+            "num_cpus": cpus,
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
         with _lean_ray():
             ray.init("local", logging_level=logging.ERROR, **local)
     else:

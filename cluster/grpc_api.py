@@ -119,7 +119,7 @@ async def _write(generation: Generation, reply: pb.GenerateReply, context: Conte
     await context.write(reply)
 
 
-class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+class HealthService(health_pb2_grpc.HealthServicer):
     """grpc.health.v1. Services: "" (all models), kvasir.v1.Inference, and every model by its names."""
 
     def __init__(self, desk: Desk) -> None:
@@ -154,7 +154,7 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         return health_pb2.HealthCheckResponse.NOT_SERVING if bad or self._desk.draining else serving
 
 
-class _KeyCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class _KeyCheck(grpc.aio.ServerInterceptor):
     """Every method needs a key, but those of the health service."""
 
     def __init__(self, keys: ApiKeys) -> None:

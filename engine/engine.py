@@ -22,7 +22,7 @@ from kvasir.engine.errors import ClientError, KvasirError, OverloadedError, Unav
 from kvasir.engine.event import Event, Failed, FinishReason
 from kvasir.engine.hub import eos_token_ids, locate, read_json
 from kvasir.engine.info import ModelInfo
-from kvasir.engine.memory import plan_memory, resolve_device, resolve_dtype, token_budget
+from kvasir.engine.memory import keep_freed_memory, plan_memory, resolve_device, resolve_dtype, token_budget
 from kvasir.engine.rank import Rank, usable_cores
 from kvasir.engine.request import Request, SamplingParams
 from kvasir.engine.scheduler import Scheduler, Stats
@@ -54,6 +54,7 @@ def load(config: EngineConfig) -> Loaded:
     device = resolve_device(config)
     dtype = resolve_dtype(config, config_json, device)
     torch.set_num_threads(config.num_threads or usable_cores())  # Ray sets OMP_NUM_THREADS, which is torch's default
+    keep_freed_memory()
     plan = plan_memory(config, spec, dtype=dtype, device=device, weight_bytes=weight_bytes(spec, dtype, device))
     decoder = load_decoder(folder, spec, dtype=dtype, device=device, progress=sys.stderr.isatty())
     cache = KVCache(spec, plan.num_blocks, config.block_size, dtype, device)

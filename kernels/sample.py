@@ -114,8 +114,7 @@ def invert(x: Tensor, uniforms: Tensor) -> Tensor:
     """The first index whose cumulated softmax of x[R, K] exceeds uniforms[R]: never one of probability 0."""
     weights = (x.softmax(-1) * 2.0**WEIGHT_BITS).long()
     sums = weights.cumsum(-1)
-    total = sums[:, -1:]
-    target = (uniforms[:, None] * total).long().clamp(max=total - 1)
+    target = (uniforms[:, None] * sums[:, -1:]).long()  # below the sum: a uniform is at most 1 - 2^-53
     return torch.searchsorted(sums, target, right=True)[:, 0].clamp_(max=x.shape[-1] - 1)
 
 

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import resource
+
 import numpy as np
 import pytest
 import torch
+
 from kvasir.engine.batch import Batch
 from kvasir.engine.request import SamplingParams
 from kvasir.engine.step import NewSequence, Slice, Step
@@ -73,10 +76,7 @@ def test_prompt_scores_meet_every_prompt_token_once(batch: Batch, cut: tuple[int
 
 
 def test_a_long_context_costs_no_memory_until_it_is_used() -> None:
-    """Counted in pages: 256 seats of 131072 tokens would be 134 MB."""
-    import resource
-
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    batch = Batch(256, 131072, 16, CPU)
+    batch = Batch(256, 2**20, 16, CPU)  # more than a GB
     batch.apply(Step(1, new=(new(200, [1, 2]),), blocks=((200, (0,)),)))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from kvasir.engine.request import SamplingParams
 from kvasir.engine.sampler import Sampler
 from kvasir.engine.step import NewSequence
@@ -108,7 +109,7 @@ def test_sequences_that_share_steps_do_not_meet() -> None:
     cases = list(CASES)
     sampler = Sampler(len(cases), VOCAB, CPU)
     for seat in range(len(cases)):  # seats had other owners, with penalties
-        tokens = list(PROMPT)
+        tokens = list(range(20, 40))
         enter(sampler, seat, tokens, sampling_of("all penalties"), seed=seat)
         step(sampler, [seat], [tokens])
     sequences = [list(PROMPT) for _ in cases]

@@ -83,12 +83,14 @@ def test_rows_with_different_parameters_in_one_call() -> None:
 
 @pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-53])
 def test_draw_never_leaves_the_distribution(u: float) -> None:
-    logits = torch.full((4, 1000), -torch.inf)
+    logits = torch.full((5, 1000), -torch.inf)
     logits[0, 0] = logits[1, 999] = logits[2, 500] = 0.0
     logits[3] = 0.0
-    got = draw(logits, torch.full((4,), u, dtype=torch.float64), torch.ones(4))
+    logits[4, :3] = 0.0  # three times float32's 1/3 is above 1
+    got = draw(logits, torch.full((5,), u, dtype=torch.float64), torch.ones(5))
     assert got[:3].tolist() == [0, 999, 500]
     assert 0 <= int(got[3]) < 1000
+    assert int(got[4]) in (0, 1, 2)
 
 
 @pytest.mark.parametrize("temperature", [1e-5, 1e8])
