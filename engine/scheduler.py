@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -49,6 +50,7 @@ class Job:
     """A request and those of its continuations that haven't ended."""
 
     request: Request
+    deadline: float
     live: dict[int, Sequence] = field(default_factory=dict)
 
 
@@ -92,14 +94,15 @@ class Scheduler:
         self.check(request)
         if request.request_id in self._jobs:
             raise ClientError(f"request id {request.request_id!r} is in use", param="request_id")
-        job = self._jobs[request.request_id] = Job(request)
+        deadline = math.inf if request.deadline_s is None else now + request.deadline_s
+        job = self._jobs[request.request_id] = Job(request, deadline)
         self._arrivals += 1
         first = self._sequence(job, 0, (request.priority, self._arrivals, 0), now)
         first.tokens += request.resume_token_ids
         first.forks = list(range(1, request.sampling.n))
         insort(self._waiting, (first.rank, first))
         if request.deadline_s is not None:
-            heapq.heappush(self._deadlines, (now + request.deadline_s, request.request_id))
+            self._note_deadline(deadline, request.request_id)
         self._totals["prompt_tokens"] += first.prompt_len
 
     def abort(
@@ -124,8 +127,18 @@ class Scheduler:
         events: list[Event] = []
         while self._deadlines and self._deadlines[0][0] <= now:
             request_id = heapq.heappop(self._deadlines)[1]
+            job = self._jobs.get(request_id)
+            if job is None or job.deadline > now:
+                continue  # it has ended; its id may have been used again
             events += self.fail(request_id, "deadline_exceeded", "the request's deadline passed before it finished")
         return events
+
+    def _note_deadline(self, deadline: float, request_id: str) -> None:
+        """Remember it; those of requests that have ended are forgotten when they are the majority."""
+        if len(self._deadlines) > 2 * len(self._jobs) + 64:
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._jobs]
+            heapq.heapify(self._deadlines)
+        heapq.heappush(self._deadlines, (deadline, request_id))
 
     def fail(self, request_id: str, code: str, message: str) -> list[Event]:
         """End a whole request with `Failed`."""

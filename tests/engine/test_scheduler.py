@@ -1,0 +1,456 @@
+"""The scheduler against a cache that remembers what was written where: whatever the sizes, every output is the same."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from kvasir.engine.blocks import BlockPool
+from kvasir.engine.errors import ClientError
+from kvasir.engine.event import Event, Failed, Finished, Token, TokenLogprob
+from kvasir.engine.request import Request, SamplingParams
+from kvasir.engine.scheduler import Scheduler
+from kvasir.engine.step import Result, Step
+
+VOCABULARY = 50
+END = 7
+
+
+def model(tokens: Seq[int], seed: int) -> int:
+    """The next token: a pure function of all tokens so far and the seed."""
+    return random.Random(f"{seed} {tokens}").randrange(VOCABULARY)
+
+
+def expected(request: Request, index: int, seed: int, limit: int) -> list[int]:
+    """What the continuation must be, computed without any scheduler."""
+    tokens = [*request.prompt_token_ids, *request.resume_token_ids]
+    stops = {*request.sampling.stop_token_ids, *(() if request.sampling.ignore_eos else (END,))}
+    wanted = request.sampling.max_tokens
+    longest = limit if wanted is None else len(request.prompt_token_ids) + wanted
+    start = len(tokens)
+    while len(tokens) < longest:
+        tokens.append(model(tokens, seed + index))
+        if tokens[-1] in stops and len(tokens) - len(request.prompt_token_ids) >= request.sampling.min_tokens:
+            break
+    return tokens[start:]
+
+
+@dataclass
+class Seat:
+    tokens: list[int]
+    prompt_len: int
+    seed: int
+    table: list[int] = field(default_factory=list)
+
+
+class FakeRank:
+    """Keeps, for every slot, all the tokens that led to what was written there; reads fail on anything else."""
+
+    def __init__(self, block_size: int) -> None:
+        self.size = block_size
+        self.slots: dict[int, tuple[int, ...]] = {}
+        self.seats: dict[int, Seat] = {}
+        self.tokens = 0
+
+    def run(self, step: Step) -> Result:
+        for seat in step.freed:
+            del self.seats[seat]
+        for new in step.new:
+            assert new.seat not in self.seats
+            self.seats[new.seat] = Seat(list(new.token_ids), new.prompt_len, new.seed)
+        for seat, blocks in step.blocks:
+            self.seats[seat].table += blocks
+        copied = [
+            (target * self.size + i, self.slots.get(source * self.size + i))
+            for source, target in step.copies
+            for i in range(self.size)
+        ]
+        for slot, content in copied:
+            self.slots.pop(slot, None)
+            if content is not None:
+                self.slots[slot] = content
+        sampled, scores = [], {}
+        for part in step.slices:
+            seat_ = self.seats[part.seat]
+            for position in range(part.start, part.start + part.count):
+                self.slots[self.slot(seat_, position)] = tuple(seat_.tokens[: position + 1])
+            self.tokens += part.count
+        for part in step.slices:  # all rows are written before any is read, as in a layer
+            seat_ = self.seats[part.seat]
+            end = part.start + part.count
+            for position in range(end):
+                assert self.slots.get(self.slot(seat_, position)) == tuple(seat_.tokens[: position + 1])
+            if part.prompt_logprobs:
+                last = min(end, seat_.prompt_len - 1)
+                scores[part.seat] = [TokenLogprob(-float(p + 1), 1) for p in range(part.start, last)]
+            if part.sample:
+                assert end == len(seat_.tokens)
+                sampled.append(model(seat_.tokens, seat_.seed))
+        for part, token in zip([p for p in step.slices if p.sample], sampled, strict=True):
+            self.seats[part.seat].tokens.append(token)
+        return Result(step.id, sampled, prompt_logprobs=scores)
+
+    def slot(self, seat: Seat, position: int) -> int:
+        return seat.table[position // self.size] * self.size + position % self.size
+
+
+class World:
+    """A scheduler, its rank, and what came out."""
+
+    def __init__(
+        self, blocks: int = 64, size: int = 4, seats: int = 8, budget: int = 16, limit: int = 100, **options: bool
+    ) -> None:
+        self.pool = BlockPool(blocks, size, **options)
+        self.scheduler = Scheduler(
+            block_pool=self.pool, max_num_seqs=seats, max_num_batched_tokens=budget, max_model_len=limit, eos_token_ids=(END,)
+        )  # fmt: skip
+        self.rank, self.limit, self.now, self.budget = FakeRank(size), limit, 1000.0, budget
+        self.events: list[Event] = []
+        self.requests: dict[str, Request] = {}
+
+    def add(
+        self,
+        name: str,
+        prompt: Seq[int],
+        deadline_s: float | None = None,
+        priority: int = 0,
+        salt: str = "",
+        resume: Seq[int] = (),
+        **sampling: object,
+    ) -> None:
+        request = Request(
+            request_id=name, prompt_token_ids=prompt, sampling=SamplingParams(seed=3, **sampling),  # type: ignore[arg-type]
+            deadline_s=deadline_s, priority=priority, cache_salt=salt, resume_token_ids=resume,
+        )  # fmt: skip
+        self.scheduler.add(request, self.now)
+        self.requests[name] = request
+
+    def step(self) -> Step | None:
+        self.now += 1
+        self.events += self.scheduler.expire(self.now)
+        step = self.scheduler.plan(self.now)
+        assert not self.pool.check()
+        if step is not None:
+            assert sum(part.count for part in step.slices) <= self.budget
+            self.events += self.scheduler.commit(step, self.rank.run(step), self.now)
+            assert not self.pool.check()
+        return step
+
+    def run(self) -> None:
+        for _ in range(20000):
+            if not self.scheduler.has_work:
+                break
+            self.step()
+        assert not self.scheduler.has_work
+        self.step()
+        assert self.pool.num_used == 0
+        assert not self.rank.seats
+
+    def output(self, name: str, index: int = 0) -> list[int]:
+        return [
+            t
+            for e in self.events
+            if isinstance(e, Token) and (e.request_id, e.index) == (name, index)
+            for t in e.token_ids
+        ]
+
+    def ends(self, name: str) -> list[Finished | Failed]:
+        return [e for e in self.events if isinstance(e, (Finished, Failed)) and e.request_id == name]
+
+    def check(self, name: str) -> None:
+        request = self.requests[name]
+        ends = self.ends(name)
+        assert sorted(e.index for e in ends) == list(range(request.sampling.n)), ends
+        for end in ends:
+            assert isinstance(end, Finished)
+            wanted = expected(request, end.index, 3, self.limit)
+            got = self.output(name, end.index)
+            assert got == (wanted if end.reason != "abort" else wanted[: len(got)])
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_outputs_do_not_depend_on_sizes_order_or_memory(seed: int) -> None:
+    draw = random.Random(seed)
+    size = draw.choice((1, 2, 4, 16))
+    world = World(
+        blocks=draw.choice((100, 140, 400)) // size + 1, size=size, seats=draw.choice((1, 2, 5, 20)),
+        budget=draw.choice((1, 3, 16, 200)), limit=90, prefix_caching=draw.random() < 0.8,
+    )  # fmt: skip
+    trunk = [draw.randrange(VOCABULARY) for _ in range(40)]
+    waiting = [f"r{i}" for i in range(25)]
+    cut: set[str] = set()
+    for _ in range(30000):
+        if waiting and draw.random() < 0.3:
+            prompt = trunk[: draw.randrange(41)] + [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 15))]
+            wanted = draw.choice((1, 2, 8, 30))
+            resume = [1, 2][: draw.choice((0, 0, 2))] if wanted > 2 else []
+            world.add(
+                waiting.pop(), prompt, priority=draw.choice((0, 0, 1)), salt=draw.choice(("", "x")),
+                n=1 if resume else draw.choice((1, 1, 2, 4)), max_tokens=wanted, resume=resume,
+                min_tokens=draw.choice((0, 1)), ignore_eos=draw.random() < 0.3,
+                prompt_logprobs=draw.choice((None, None, 0)),
+            )  # fmt: skip
+        if world.requests and draw.random() < 0.05:
+            name = draw.choice(list(world.requests))
+            index = draw.choice((None, 0, 1))
+            world.events += world.scheduler.abort(name, index, now=world.now)
+            assert not world.pool.check()
+            cut.add(name)
+        world.step()
+        if not waiting and not world.scheduler.has_work:
+            break
+    world.run()
+    for name in world.requests:
+        world.check(name)
+        scored = [
+            e.prompt_logprobs
+            for e in world.events
+            if isinstance(e, Token) and e.request_id == name and e.prompt_logprobs
+        ]
+        if world.requests[name].sampling.prompt_logprobs is not None and name not in cut:
+            (scores,) = scored
+            assert [s and s.logprob for s in scores] == [
+                None,
+                *(-float(p) for p in range(1, len(world.requests[name].prompt_token_ids))),
+            ]
+
+
+def seats_of(step: Step | None) -> list[tuple[int, int, int]]:
+    """(seat, start, count) of a step's slices."""
+    assert step is not None
+    return [(part.seat, part.start, part.count) for part in step.slices]
+
+
+def test_a_long_prompt_does_not_stall_streams_or_short_prompts() -> None:
+    world = World(blocks=400, size=4, budget=16, limit=500)
+    world.add("stream", [1], max_tokens=100, ignore_eos=True)
+    world.step()
+    world.add("long", [2] * 300, max_tokens=2, ignore_eos=True)
+    world.step()
+    world.add("short", [3] * 6, max_tokens=2, ignore_eos=True)
+    for _ in range(2):
+        step = world.step()
+        assert step is not None
+        assert step.slices[0].count == 1  # the stream, first
+        assert sum(part.count for part in step.slices) == 16
+    assert len(world.output("short")) >= 1
+    assert not world.output("long")
+
+
+def test_prompts_make_progress_however_many_streams_there_are() -> None:
+    world = World(blocks=400, size=4, seats=30, budget=8, limit=200)
+    for i in range(20):
+        world.add(f"s{i}", [i + 1], max_tokens=60, ignore_eos=True)
+    for _ in range(40):
+        world.step()
+    world.add("prompt", [9] * 20, max_tokens=1, ignore_eos=True)
+    for _ in range(15):
+        world.step()
+    assert world.output("prompt")
+    lengths = [len(world.output(f"s{i}")) for i in range(20)]
+    assert max(lengths) - min(lengths) <= 4  # streams that don't fit together take turns
+
+
+def test_lower_priority_numbers_go_first() -> None:
+    world = World(seats=1)
+    world.add("a", [1], max_tokens=1)
+    world.add("late", [2], max_tokens=1, priority=5)
+    world.add("soon", [3], max_tokens=1, priority=-1)
+    world.run()
+    assert [e.request_id for e in world.events if isinstance(e, Finished)] == ["soon", "a", "late"]
+
+
+def test_a_request_that_lacks_blocks_is_not_overtaken() -> None:
+    world = World(blocks=10, size=4, limit=40, budget=64)
+    world.add("first", [1] * 20, max_tokens=4, ignore_eos=True)
+    world.step()
+    world.add("big", [2] * 30, max_tokens=4, ignore_eos=True)
+    world.add("small", [3], max_tokens=1)
+    world.run()
+    scheduled = {e.request_id: e.timing.scheduled for e in world.events if isinstance(e, Finished)}
+    assert scheduled["first"] < scheduled["big"] <= scheduled["small"]
+
+
+def test_the_least_important_gives_up_its_blocks() -> None:
+    world = World(blocks=8, size=4, limit=32, budget=64)
+    world.add("important", [1] * 8, max_tokens=20, ignore_eos=True)
+    world.add("other", [2] * 8, max_tokens=20, ignore_eos=True, priority=1)
+    world.run()
+    preempted = {e.request_id: e.preemptions for e in world.events if isinstance(e, Finished)}
+    assert preempted["important"] == 0
+    assert preempted["other"] >= 1
+    for name in preempted:
+        world.check(name)
+
+
+def test_a_prompt_that_is_all_cached_computes_one_block() -> None:
+    world = World(blocks=40, size=4, budget=64)
+    world.add("a", [1] * 16, max_tokens=1)
+    world.run()
+    world.add("b", [1] * 16, max_tokens=1)
+    assert seats_of(world.step()) == [(0, 12, 4)]
+    (end,) = world.ends("b")
+    assert isinstance(end, Finished)
+    assert end.cached_tokens == 12
+    stats = world.scheduler.stats()
+    assert (stats.prefix_queries, stats.prefix_hits) == (32, 12)
+
+
+def test_a_salt_keeps_tenants_apart() -> None:
+    world = World(blocks=40, size=4, budget=64)
+    world.add("a", [1] * 16, max_tokens=1, salt="x")
+    world.run()
+    world.add("b", [1] * 16, max_tokens=1, salt="y")
+    assert seats_of(world.step()) == [(0, 0, 16)]
+
+
+def test_branches_share_full_blocks_and_copy_the_last() -> None:
+    world = World(blocks=40, size=4, budget=64)
+    world.add("a", [1] * 10, n=3, max_tokens=4, ignore_eos=True)
+    world.step()
+    assert world.pool.num_used == 3 + 2  # the branches have a last block of their own
+    step = world.step()
+    assert step is not None
+    assert len(step.copies) == 2
+    assert [part.start for part in step.slices] == [10, 9, 9]
+    world.run()
+    world.check("a")
+
+
+def test_more_branches_than_seats() -> None:
+    world = World(seats=2)
+    world.add("a", [1] * 10, n=5, max_tokens=4, ignore_eos=True)
+    world.run()
+    world.check("a")
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_deadlines_hold_at_every_stage(steps: int) -> None:
+    """Waiting, in its prompt, streaming."""
+    world = World(budget=8, seats=1 if steps == 0 else 4)
+    if steps == 0:
+        world.add("before", [1], max_tokens=30, ignore_eos=True)
+    world.add("late", [2] * 20, max_tokens=50, ignore_eos=True, deadline_s=steps + 0.5, n=2)
+    world.run()
+    (end,) = world.ends("late")
+    assert isinstance(end, Failed)
+    assert end.code == "deadline_exceeded"
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+@pytest.mark.parametrize("index", [None, 0, 1])
+def test_cancelling_at_every_stage(steps: int, index: int | None) -> None:
+    world = World(budget=8)
+    world.add("a", [1] * 20, n=2, max_tokens=10, ignore_eos=True)
+    for _ in range(steps):
+        world.step()
+    events = world.scheduler.abort("a", index, now=world.now)
+    assert {e.index for e in events} == ({0, 1} if index is None else {index})
+    assert not world.scheduler.abort("a", index, now=world.now)
+    assert not world.scheduler.abort("unknown")
+    world.events += events
+    world.run()
+    world.check("a")
+
+
+def test_an_abort_while_the_step_runs_gives_blocks_back_at_its_commit() -> None:
+    world = World()
+    world.add("a", [1] * 10, max_tokens=4)
+    step = world.scheduler.plan(0.0)
+    assert step is not None
+    assert world.scheduler.abort("a")
+    assert world.pool.num_used == 3
+    assert world.scheduler.commit(step, world.rank.run(step), 0.0) == []
+    world.run()
+
+
+def test_a_stop_string_found_outside_ends_a_continuation() -> None:
+    world = World()
+    world.add("a", [1], max_tokens=50, ignore_eos=True)
+    world.step()
+    (end,) = world.scheduler.abort("a", 0, "stop")
+    assert isinstance(end, Finished)
+    assert end.reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"prompt": []}, "empty"),
+        ({"prompt": [1] * 95, "max_tokens": 10}, "--max-model-len"),
+        ({"prompt": [1] * 100, "max_tokens": None}, "100 prompt tokens"),
+        ({"prompt": [1] * 60, "max_tokens": 30, "blocks": 10}, "--kv-cache-memory-bytes"),
+        ({"prompt": [1], "resume": [2], "n": 2}, "n = 1"),
+        ({"prompt": [1], "resume": [2, 3], "max_tokens": 2}, "resume_token_ids"),
+    ],
+)
+def test_requests_that_can_never_run_are_refused(fields: dict[str, Any], says: str) -> None:
+    world = World(blocks=fields.pop("blocks", 64))
+    with pytest.raises(ClientError, match=says):
+        world.add("a", **fields)
+    assert not world.scheduler.has_work
+
+
+def test_an_id_is_used_once() -> None:
+    world = World()
+    world.add("a", [1])
+    with pytest.raises(ClientError, match="in use"):
+        world.add("a", [1])
+
+
+def test_a_step_costs_the_same_however_long_the_context_is() -> None:
+    """Planning a token touches no old token: tokens behind a sentinel that explodes when it is copied or sliced."""
+
+    class Untouchable(list[int]):
+        def __getitem__(self, key: Any) -> Any:
+            assert not isinstance(key, slice) or (key.stop or 0) - (key.start or 0) <= 4
+            return super().__getitem__(key)
+
+        def __iter__(self) -> Any:
+            raise AssertionError("all tokens were read")
+
+    world = World(blocks=400, size=4, limit=1500, budget=2000)
+    world.add("a", [1] * 1000, max_tokens=100, ignore_eos=True)
+    world.step()
+    ((_, sequence),) = world.scheduler._running
+    sequence.tokens = Untouchable(sequence.tokens)
+    for _ in range(20):
+        step = world.scheduler.plan(0.0)
+        assert step is not None
+        world.scheduler.commit(step, Result(step.id, [1]), 0.0)
+    assert len(sequence.tokens) == 1021
+
+
+def test_stats_count_tokens() -> None:
+    world = World(budget=8)
+    world.add("a", [1] * 20, max_tokens=3, ignore_eos=True)
+    assert world.scheduler.stats().queued_prefill_tokens == 20
+    world.step()
+    stats = world.scheduler.stats()
+    assert (stats.running, stats.waiting, stats.queued_prefill_tokens) == (1, 0, 12)
+    assert stats.kv_usage == 5 / 64
+    world.run()
+    stats = world.scheduler.stats()
+    assert (stats.prompt_tokens, stats.generation_tokens, stats.step_tokens, stats.kv_usage) == (20, 3, 22, 0)
+
+
+def test_deadlines_of_ended_requests_are_forgotten() -> None:
+    world = World()
+    for i in range(200):
+        world.add(str(i), [1], max_tokens=1, deadline_s=1e6)
+    world.run()
+    world.add("one more", [1], max_tokens=1, deadline_s=1e6)
+    assert len(world.scheduler._deadlines) == 1
+
+
+def test_a_deadline_belongs_to_one_request_even_if_its_id_is_used_again() -> None:
+    world = World()
+    world.add("a", [1], max_tokens=1, deadline_s=5)
+    world.run()
+    world.add("a", [1], max_tokens=30, ignore_eos=True)
+    world.run()
+    assert all(isinstance(end, Finished) for end in world.ends("a"))
