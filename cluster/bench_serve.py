@@ -1,7 +1,8 @@
 """`kvasir bench serve`: load any OpenAI-compatible server, and report what its clients feel.
 
 With --rate the load is open: requests come at random moments, whether or not the server keeps up. Without, as many as
---concurrency are always running.
+--concurrency are always running. With both, a request that has to wait for a place counts from when it was due: a
+server that can't keep up doesn't look better for it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from kvasir.engine.errors import ConfigError
 
 WORDS = ("amber", "river", "stone", "copper", "silver", "garden", "window", "bridge", "candle", "forest", "meadow")
 PERCENTILES = (50, 90, 99)
+CONCURRENCY = 32
 
 
 @dataclass(slots=True)
@@ -54,25 +56,24 @@ async def _load(args: argparse.Namespace) -> tuple[list[Stream], float]:
     draw = random.Random(args.seed)
     prompts = _prompts(args, draw)
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
-    limit = asyncio.Semaphore(args.concurrency)
+    limit = asyncio.Semaphore(args.concurrency or (len(prompts) if args.rate else CONCURRENCY))
     async with aiohttp.ClientSession(args.url, headers=headers, timeout=aiohttp.ClientTimeout(total=3600)) as session:
         model = args.model or await _first_model(session, args.url)
         started = time.perf_counter()
         with tqdm(total=len(prompts), desc="requests") as bar:
 
-            async def one(prompt: str) -> Stream:
-                try:
-                    return await _stream(session, model, prompt, args.output_len)
-                finally:
-                    limit.release()
-                    bar.update()
+            async def one(prompt: str, due: float | None) -> Stream:
+                async with limit:
+                    stream = Stream(time.perf_counter() if due is None else due)
+                    await _stream(session, model, prompt, args.output_len, stream)
+                bar.update()
+                return stream
 
             tasks = []
             for prompt in prompts:
                 if args.rate:
                     await asyncio.sleep(draw.expovariate(args.rate))
-                await limit.acquire()
-                tasks.append(asyncio.create_task(one(prompt)))
+                tasks.append(asyncio.create_task(one(prompt, time.perf_counter() if args.rate else None)))
             streams = await asyncio.gather(*tasks)
     return streams, time.perf_counter() - started
 
@@ -88,19 +89,18 @@ async def _first_model(session: aiohttp.ClientSession, url: str) -> str:
         ) from error
 
 
-async def _stream(session: aiohttp.ClientSession, model: str, prompt: str, tokens: int) -> Stream:
+async def _stream(session: aiohttp.ClientSession, model: str, prompt: str, tokens: int, stream: Stream) -> None:
+    """One streamed completion; fills in what it felt."""
     body = {"model": model, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": True}
-    stream = Stream(time.perf_counter())
     try:
         async with session.post("/v1/completions", json=body | {"stream_options": {"include_usage": True}}) as reply:
             if reply.status != 200:
                 stream.error = f"{reply.status}: {(await reply.text())[:200]}"
-                return stream
+                return
             await _read(reply, stream)
     except aiohttp.ClientError as error:
         stream.error = f"{type(error).__name__}: {error}"
     stream.ended = time.perf_counter()
-    return stream
 
 
 async def _read(reply: aiohttp.ClientResponse, stream: Stream) -> None:
@@ -128,8 +128,16 @@ def _prompts(args: argparse.Namespace, draw: random.Random) -> list[str]:
     lines = [line for line in _lines(args.prompts) if line.strip()]
     if not lines:
         raise ConfigError(f"--prompts {args.prompts} holds no prompt", param="prompts")
-    found = [json.loads(line)["prompt"] if line.startswith("{") else line for line in lines]
+    found = [_prompt(line) for line in lines]
     return [found[i % len(found)] for i in range(args.num_requests)]
+
+
+def _prompt(line: str) -> str:
+    """A line of text, or of JSON with `prompt` or (as MT-Bench has it) `turns`."""
+    if not line.startswith("{"):
+        return line
+    entry = json.loads(line)
+    return str(entry["prompt"] if "prompt" in entry else entry["turns"][0])
 
 
 def _lines(path: Path) -> list[str]:

@@ -227,7 +227,7 @@ def _bench_serve_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rate", type=float, help="requests per second, at random moments (Poisson); default: as --concurrency allows"
     )
-    parser.add_argument("--concurrency", type=int, default=32, help="most requests at once (default: 32)")
+    parser.add_argument("--concurrency", type=int, help="most requests at once (default: 32; with --rate no limit)")
     parser.add_argument("--input-len", type=int, default=64, help="words of a random prompt (default: 64)")
     parser.add_argument("--output-len", type=int, default=64, help="tokens to generate (default: 64)")
     parser.add_argument("--prompts", type=Path, help="file of prompts instead: one per line, or JSONL with `prompt`")

@@ -117,6 +117,10 @@ def translate(spec: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:
         if meaning is None:
             found[name] = _value(name, value)
         elif isinstance(meaning, Renamed):
+            if meaning.to in spec:
+                raise ConfigError(
+                    f"{_flag(name)} and {_flag(meaning.to)} are both given; they mean the same", param=name
+                )
             found[meaning.to] = meaning.convert(value)
             if warn:
                 _say(f"{_flag(name)} is spelled {_flag(meaning.to)}")

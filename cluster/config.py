@@ -6,6 +6,7 @@ The string under a field is its help text on the command line.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from kvasir.engine.config import EngineConfig
 
@@ -44,8 +45,8 @@ class GatewayConfig:
     """Role of chat answers."""
     enable_log_requests: bool = False
     """Log one line per request (no prompts, no keys)."""
-    log_level: str = "info"
-    """debug, info, warning or error."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """How much is logged."""
 
 
 @dataclass(frozen=True, kw_only=True)

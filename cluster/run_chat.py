@@ -158,7 +158,8 @@ def _command(conversation: Conversation, line: str) -> bool:
 
 
 def _set(conversation: Conversation, text: str) -> None:
-    name, _, value = text.replace("-", "_", 1).partition(" ")
+    name, _, value = text.partition(" ")
+    name = name.replace("-", "_")
     if name not in SAMPLING or not value:
         raise ClientError(f"/set takes NAME VALUE; names are {', '.join(SAMPLING)}")
     try:

@@ -154,7 +154,7 @@ def test_completion_stream_of_many(gateway):
     assert chunks.pop() is None
     for index in range(6):
         mine = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == index]
-        assert "".join(c["text"] for c in mine) == "Hello, w"  # the ninth byte is half a character
+        assert "".join(c["text"] for c in mine) == "Hello, w\ufffd"  # the ninth byte is half a character
         assert mine[-1]["finish_reason"] == "length"
 
 
@@ -388,7 +388,8 @@ def test_client_that_leaves_a_stream_frees_its_blocks(live_gateway):
         gateway.group.script = lambda request, index: [65] * 2000
         body = {"model": "bytes", "prompt": "a", "stream": True, "n": 3, "max_tokens": 2000}
         with httpx.stream("POST", gateway.url + "/v1/completions", json=body) as reply:
-            next(reply.iter_lines())
+            lines = reply.iter_lines()  # held: it closes the connection when it is collected
+            next(lines)
             assert gateway.group.running == 1
         wait_until(lambda: not gateway.group.running)
         wait_until(lambda: not gateway.desk.running)

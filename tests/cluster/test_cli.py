@@ -1,0 +1,320 @@
+"""The command line as a user meets it: real processes, a real terminal, the bundled model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from kvasir.cluster import doctor as doctor_module
+from kvasir.cluster.bench_serve import Stream, summary
+from kvasir.cluster.cli import _cluster_config, _normal, _parser
+from kvasir.cluster.compatibility import CompatibilityWarning
+
+KVASIR = [sys.executable, "-m", "kvasir.cluster.cli"]
+
+
+def kvasir(*arguments: str, cwd: Path, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(
+        [*KVASIR, *arguments], capture_output=True, text=True, cwd=cwd, input=stdin, env=os.environ | env, timeout=60
+    )
+
+
+def parsed(*arguments: str) -> object:
+    return _cluster_config(_parser().parse_args(_normal(["serve", *arguments])))
+
+
+# -- flags
+
+
+def test_flags_win_over_yaml_over_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text("max-num-seqs: 7\nblock_size: 8\n")
+    monkeypatch.setenv("KVASIR_MAX_NUM_SEQS", "3")
+    monkeypatch.setenv("KVASIR_BLOCK_SIZE", "4")
+    monkeypatch.setenv("KVASIR_SEED", "5")
+    config = _cluster_config(_parser().parse_args(["serve", "--config", str(path), "--max-num-seqs", "9"]))
+    engine = config.engines[0]
+    assert (engine.max_num_seqs, engine.block_size, engine.seed) == (9, 8, 5)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("skald-draft",), ("--model", "skald-draft"), ("--model=skald-draft",), ("skald-draft", "--model", "skald-draft")],
+)
+def test_the_model_is_named_either_way(arguments: tuple[str, ...]) -> None:
+    assert parsed(*arguments).engines[0].model == "skald-draft"  # type: ignore[attr-defined]
+
+
+def test_underscores_and_short_flags() -> None:
+    with pytest.warns(CompatibilityWarning, match="--tensor-parallel-size is not needed"):
+        config = parsed(
+            "--max_model_len=2k", "-tp", "1", "--no-enable-prefix-caching", "--api-key", "a", "--api-key", "b"
+        )
+    assert config.engines[0].max_model_len == 2000  # type: ignore[attr-defined]
+    assert config.engines[0].enable_prefix_caching is False  # type: ignore[attr-defined]
+    assert config.gateway.api_key == ("a", "b")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["serve", "--max-modle-len", "4"], 2, "did you mean --max-model-len"),
+        (["serve", "--port", "many"], 1, "--port must be a whole number"),
+        (["serve", "--quantization", "awq"], 1, "--quantization: quantised weights are not supported yet"),
+        (["serve", "-tp", "2"], 1, "--tensor-parallel-size 2: not supported yet"),
+        (["serve", "a", "--model", "b"], 1, "differ"),
+        (["serve", "--host", "0.0.0.0"], 1, "--insecure"),
+        (["serve", "--config", "nothing.yaml"], 1, "nothing.yaml"),
+        (["serve", "nowhere/at/all"], 1, "nowhere/at/all"),
+        (["swerve"], 2, "swerve"),
+        ([], 2, "COMMAND"),
+        (["batch", "missing.jsonl", "out.jsonl"], 1, "missing.jsonl"),
+        (["bench", "serve", "--url", "http://127.0.0.1:9"], 1, "is the server running"),
+    ],
+)
+def test_errors_are_one_plain_block(arguments: list[str], status: int, says: str, tmp_path: Path) -> None:
+    run = kvasir(*arguments, cwd=tmp_path)
+    assert run.returncode == status
+    assert says in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("command", ["", "serve", "run", "batch", "bench serve", "bench engine", "doctor"])
+def test_help_teaches_and_is_quick_to_load(command: str, tmp_path: Path) -> None:
+    code = "import sys; from kvasir.cluster.cli import main\ntry: main(sys.argv[1:])\n" \
+           "finally: assert not {'torch', 'ray', 'grpc', 'transformers'} & set(sys.modules)"  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-c", code, *command.split(), "--help"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert run.returncode == 0, run.stderr
+    assert "usage: " in run.stdout
+
+
+def test_help_shows_groups_and_defaults(tmp_path: Path) -> None:
+    said = kvasir("serve", "--help", cwd=tmp_path).stdout
+    assert "memory and batching:" in said
+    assert "(default: 256)" in said
+    assert "--swap-space" not in said
+
+
+def test_version(tmp_path: Path) -> None:
+    assert kvasir("--version", cwd=tmp_path).stdout.startswith("kvasir 0.")
+
+
+# -- run
+
+
+class Terminal:
+    """A `kvasir run` in a pseudo-terminal."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.output = ""
+        pid, self.fd = pty.fork()
+        if pid == 0:  # pragma: no cover
+            os.chdir(folder)
+            os.environ["XDG_STATE_HOME"] = str(folder / "state")
+            os.execv(sys.executable, [*KVASIR, "run", "--temperature", "0", *arguments])
+        self.pid = pid
+        self.expect(">>> ")
+
+    def expect(self, text: str) -> str:
+        """Wait for `text`; returns what was printed up to it, and forgets that."""
+        limit = time.monotonic() + 30
+        while text not in self.output:
+            assert time.monotonic() < limit, self.output
+            if select.select([self.fd], [], [], 0.2)[0]:
+                try:
+                    self.output += os.read(self.fd, 4096).decode(errors="replace")
+                except OSError as closed:
+                    raise AssertionError(self.output) from closed
+        before, _, self.output = self.output.partition(text)
+        return before
+
+    def say(self, text: str) -> str:
+        """Type a line; returns what was printed before the next prompt."""
+        os.write(self.fd, text.encode() + b"\n")
+        self.expect(text.splitlines()[-1])
+        return self.expect(">>> ")
+
+    def end(self) -> int:
+        limit = time.monotonic() + 20
+        while True:
+            with contextlib.suppress(OSError):
+                if select.select([self.fd], [], [], 0.1)[0]:
+                    os.read(self.fd, 4096)
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            if done:
+                os.close(self.fd)
+                return os.waitstatus_to_exitcode(status)
+            assert time.monotonic() < limit
+
+
+def test_a_conversation_in_the_terminal(tmp_path: Path) -> None:
+    terminal = Terminal(tmp_path, "skald", "--verbose")
+    assert "85" in terminal.say("What is 47 + 38?")
+    assert "/clear" in terminal.say("/help")
+    assert "unknown command /nope" in terminal.say("/nope")
+    assert "temperature must be a number" in terminal.say("/set temperature hot")
+    assert "at least 0" in terminal.say("/set temperature -1")
+    terminal.say("/set max_tokens 2")
+    assert "answer 2 tokens" in terminal.say("Who are you?")
+    terminal.say("/verbose")
+    assert "context" in terminal.say("word " * 3000)  # too long: says so, and the conversation goes on
+    terminal.say("/clear")
+    terminal.say("/set max_tokens 30")
+    assert "tokens]" not in terminal.say("Hello!")
+    os.write(terminal.fd, b"/bye\n")
+    assert terminal.end() == 0
+    history = tmp_path / "state" / "kvasir" / "history"
+    assert "47 + 38" in history.read_text()
+    assert history.stat().st_mode & 0o777 == 0o600
+
+
+def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tmp_path: Path) -> None:
+    terminal = Terminal(tmp_path, "skald", "--temperature", "1.9", "--seed", "1")
+    os.write(terminal.fd, b"Repeat for ever\n")
+    terminal.expect("Repeat for ever")
+    time.sleep(0.3)
+    os.kill(terminal.pid, signal.SIGINT)
+    terminal.expect(">>> ")
+    os.write(terminal.fd, b"\x04")
+    assert terminal.end() == 0
+
+
+def test_one_prompt_and_a_pipe(tmp_path: Path) -> None:
+    assert "85" in kvasir("run", "skald", "What is", "47 + 38?", "--temperature", "0", cwd=tmp_path).stdout
+    assert "85" in kvasir("run", "--temperature", "0", cwd=tmp_path, stdin="What is 47 + 38?").stdout
+    run = kvasir("run", "--temperature", "0", cwd=tmp_path)
+    assert run.returncode == 1
+    assert "no prompt" in run.stderr
+
+
+# -- batch, bench, doctor
+
+
+def test_batch_resumes(tmp_path: Path) -> None:
+    lines = [
+        {"prompt": "Hello", "max_tokens": 3, "id": "a"},
+        {"messages": [{"role": "user", "content": "Hi"}], "id": "b"},
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first = kvasir("batch", "in.jsonl", "out.jsonl", "--quiet", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "2 answered, 0 failed, 0 were done before" in first.stderr
+    with (tmp_path / "in.jsonl").open("a") as file:
+        file.write('{"prompt": "x", "temperature": "hot", "id": "c"}\n')
+    second = kvasir("batch", "in.jsonl", "out.jsonl", "--quiet", cwd=tmp_path)
+    assert "0 answered, 1 failed, 2 were done before" in second.stderr
+    assert second.returncode == 1
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 3
+
+
+def test_bench_engine(tmp_path: Path) -> None:
+    flags = ["--sequences", "1", "3", "--input-len", "8", "--output-len", "4", "--out", "out.json"]
+    run = kvasir("bench", "engine", *flags, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["sequences"] for row in rows] == [1, 3]
+    assert all(row["prefill_tok_s"] > 0 and row["decode_tok_s"] > 0 for row in rows)
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """A server that streams two tokens per request, and refuses every fifth."""
+    count = 0
+
+    async def completions(request: web.Request) -> web.StreamResponse:
+        nonlocal count
+        count += 1
+        if count % 5 == 0:
+            return web.json_response({"error": {"message": "full"}}, status=429)
+        reply = web.StreamResponse()
+        await reply.prepare(request)
+        for text in ("a", "b"):
+            await reply.write(b"data: " + json.dumps({"choices": [{"text": text}]}).encode() + b"\n\n")
+        usage = {"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 2}}
+        await reply.write(b"data: " + json.dumps(usage).encode() + b"\n\ndata: [DONE]\n\n")
+        return reply
+
+    async def models(_: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "m"}]})
+
+    app = web.Application()
+    app.add_routes([web.post("/v1/completions", completions), web.get("/v1/models", models)])
+    loop, ports = asyncio.new_event_loop(), []
+    ready = threading.Event()
+
+    async def start() -> web.AppRunner:
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        ports.append(runner.addresses[0][1])
+        ready.set()
+        return runner
+
+    def serve() -> None:
+        runner = loop.run_until_complete(start())
+        loop.run_forever()
+        loop.run_until_complete(runner.cleanup())
+        loop.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    ready.wait(10)
+    yield f"http://127.0.0.1:{ports[0]}"
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+
+
+@pytest.mark.parametrize("flags", [("--concurrency", "2"), ("--rate", "200")])
+def test_bench_serve(flags: tuple[str, ...], server: str, tmp_path: Path) -> None:
+    run = kvasir("bench", "serve", "--url", server, "--num-requests", "10", "--out", "out.json", *flags, cwd=tmp_path)
+    assert run.returncode == 1
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert (report["requests"], report["failed"]) == (10, 2)
+    assert "429" in report["errors"][0]
+    assert "time to first token" in run.stdout
+
+
+def test_bench_serve_reads_prompts(server: str, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"turns": ["b", "c"]}\nplain\n')
+    run = kvasir("bench", "serve", "--url", server, "--num-requests", "4", "--prompts", "p.jsonl", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    (tmp_path / "empty").write_text("\n")
+    run = kvasir("bench", "serve", "--url", server, "--prompts", "empty", cwd=tmp_path)
+    assert "holds no prompt" in run.stderr
+
+
+def test_latency_counts_from_when_a_request_was_due() -> None:
+    """A server that can't keep up must not make its own numbers look better by slowing the load down."""
+    streams = [Stream(started=0.0, first=3.0, ended=4.0, output_tokens=2)]
+    assert summary(streams, 4.0)["latency_ms"]["time to first token"]["p50"] == 3000
+
+
+def test_doctor(tmp_path: Path) -> None:
+    run = kvasir("doctor", "--json", cwd=tmp_path)
+    findings = json.loads(run.stdout)
+    assert {"python", "cpu", "models", "memory"} <= {finding["about"] for finding in findings}
+    assert run.returncode == (1 if any(finding["state"] == "wrong" for finding in findings) else 0)
+
+
+def test_doctor_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(doctor_module, "bundled_models", dict)
+    monkeypatch.setattr(doctor_module, "LOOKS", (doctor_module._models,))
+    assert doctor_module.doctor(as_json=False) == 1
+    assert "skald is missing" in capsys.readouterr().out

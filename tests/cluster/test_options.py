@@ -1,0 +1,133 @@
+"""Flags, YAML and environment, and the spellings that users bring along."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvasir.cluster.compatibility import SPELLINGS, CompatibilityWarning
+from kvasir.cluster.options import from_environment, options, parse_engine, parse_spec, read_yaml
+from kvasir.engine.errors import ConfigError
+
+FLAGS_OF_VLLM = """
+model tokenizer revision tokenizer-revision dtype max-model-len trust-remote-code download-dir load-format
+config-format seed host port uvicorn-log-level api-key served-model-name chat-template response-role ssl-keyfile
+ssl-certfile allowed-origins middleware max-log-len disable-log-requests tensor-parallel-size pipeline-parallel-size
+distributed-executor-backend ray-workers-use-nsight data-parallel-size gpu-memory-utilization max-num-seqs
+max-num-batched-tokens block-size swap-space enforce-eager max-seq-len-to-capture disable-custom-all-reduce
+enable-prefix-caching enable-chunked-prefill num-scheduler-steps kv-cache-dtype quantization enable-lora max-loras
+max-lora-rank lora-extra-vocab-size lora-modules long-lora-scaling-factors speculative-model num-speculative-tokens
+speculative-draft-tensor-parallel-size speculative-disable-by-batch-size ngram-prompt-lookup-max
+ngram-prompt-lookup-min attention-backend
+"""
+
+
+@pytest.mark.parametrize("flag", FLAGS_OF_VLLM.split())
+def test_every_flag_of_vllm_means_something(flag: str) -> None:
+    name = flag.replace("-", "_")
+    assert (name in options()) != (name in SPELLINGS)
+
+
+def test_every_option_has_help() -> None:
+    for option in options().values():
+        assert len(option.help) > 10, option.name
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "wanted"),
+    [
+        ("max_model_len", "16k", 16000),
+        ("max_model_len", "16K", 16384),
+        ("max_model_len", "auto", None),
+        ("kv_cache_memory_bytes", "2GiB", 2 * 2**30),
+        ("dtype", "half", "float16"),
+        ("served_model_name", "a,b", ("a", "b")),
+        ("served_model_name", ["a", "b,c"], ("a", "b", "c")),
+        ("enable_prefix_caching", "off", False),
+        ("enable_prefix_caching", True, True),
+        ("gpu_memory_utilization", "0.5", 0.5),
+        ("seed", -1, -1),
+    ],
+)
+def test_values(name: str, given: Any, wanted: Any) -> None:
+    for key in (name, name.replace("_", "-")):
+        assert getattr(parse_spec({key: given}).engines[0], name) == wanted
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ({"modle": "x"}, "did you mean 'model'"),
+        ({"port": "many"}, "--port must be a whole number"),
+        ({"port": True}, "--port"),
+        ({"port": None}, "--port"),
+        ({"block_size": 0}, "--block-size must be at least 1"),
+        ({"max_num_seqs": 1.5}, "--max-num-seqs"),
+        ({"gpu_memory_utilization": 1.5}, "at most 1"),
+        ({"dtype": "int8"}, "one of auto, float32, bfloat16, float16"),
+        ({"enable_prefix_caching": "maybe"}, "true or false"),
+        ({"log_level": "loud"}, "one of debug, info, warning, error"),
+        ({"served_model_name": {"a": 1}}, "a list of texts"),
+        ({"tensor_parallel_size": 2}, "--tensor-parallel-size 2: not supported yet"),
+        ({"quantization": "awq"}, "--quantization: quantised weights"),
+        ({"enable_lora": True}, "adapters are not supported yet"),
+        ({"models": []}, "at least one model"),
+        ({"models": ["skald"]}, "option: value"),
+        ({"models": [{"model": "a", "port": 1}]}, "belongs beside models"),
+        ({"models": [{"model": "a"}], "model": "b"}, "not both"),
+        ({"models": [{"model": "a"}, {"model": "a"}]}, "served as 'a'"),
+        ({"uvicorn_log_level": "info", "log_level": "error"}, "both"),
+    ],
+)
+def test_what_is_wrong_is_named(spec: dict[str, Any], says: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CompatibilityWarning)
+        with pytest.raises(ConfigError, match=says):
+            parse_spec(spec)
+
+
+def test_mapped_spellings_warn_once_each() -> None:
+    with pytest.warns(CompatibilityWarning) as found:
+        config = parse_spec({"uvicorn_log_level": "error", "enforce_eager": True, "tensor_parallel_size": 1})
+    assert config.gateway.log_level == "error"
+    assert len(found) == 3
+
+
+def test_options_beside_models_hold_for_all() -> None:
+    config = parse_spec({"models": [{"model": "a"}, {"model": "b", "seed": 2}], "seed": 1, "port": 0})
+    assert [(engine.model, engine.seed) for engine in config.engines] == [("a", 1), ("b", 2)]
+    assert config.gateway.port == 0
+
+
+def test_an_engine_alone_takes_no_gateway_options() -> None:
+    assert parse_engine({"max-num-seqs": 3}).max_num_seqs == 3
+    with pytest.raises(ConfigError, match="'port'"):
+        parse_engine({"port": 1})
+
+
+def test_environment() -> None:
+    environ = {
+        "KVASIR_MAX_MODEL_LEN": "2k",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "KVASIR_API_KEY": "secret",
+        "KVASIR_PORT": "",
+    }
+    found = from_environment(environ)
+    assert found == {"max_model_len": "2k", "kv_cache_memory_bytes": 2**30}
+
+
+@pytest.mark.parametrize(("text", "says"), [("a: [", "is not YAML"), ("- a", "option: value"), (None, "No such file")])
+def test_yaml_files(tmp_path: Path, text: str | None, says: str) -> None:
+    path = tmp_path / "x.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        read_yaml(path)
+
+
+def test_an_empty_yaml_file_is_fine(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("# nothing\n")
+    assert read_yaml(tmp_path / "x.yaml") == {}
