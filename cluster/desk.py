@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import time
 import uuid
 from collections.abc import Collection, Mapping, Sequence
@@ -19,6 +20,8 @@ from kvasir.engine.errors import ClientError, ContextLengthError, KvasirError, M
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.request import Request, SamplingParams
 
+log = logging.getLogger(__name__)
+
 DRAIN_RETRY_S = 5.0
 """What clients are told to wait when this gateway drains: another one, or the next version, is up by then."""
 
@@ -27,7 +30,13 @@ class Desk:
     """Takes calls for the models of this gateway."""
 
     def __init__(
-        self, models: Sequence[ServedModel], directory: GroupDirectory, metrics: Metrics, tracing: Tracing
+        self,
+        models: Sequence[ServedModel],
+        directory: GroupDirectory,
+        metrics: Metrics,
+        tracing: Tracing,
+        *,
+        log_requests: bool = False,
     ) -> None:
         self.models = tuple(models)
         self.directory = directory
@@ -37,6 +46,7 @@ class Desk:
         self._beginning = 0
         self._running: set[Generation] = set()
         self._tracing = tracing
+        self._log_requests = log_requests
         self._by_name = {name: model for model in models for name in model.names}
 
     @property
@@ -92,6 +102,8 @@ class Desk:
             self._running.discard(generation)
             if generation.error:
                 self.metrics.failed(generation.model.name, generation.error)
+            if self._log_requests:
+                log.info("%s", generation.summary())
 
     async def _begin(
         self, call: Call, model: ServedModel, request_id: str, span: RequestSpan, started: float

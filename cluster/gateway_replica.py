@@ -66,7 +66,8 @@ class Gateway:
         self._directory = GroupDirectory(names, max_stream_buffer=config.gateway.max_stream_buffer)
         for model, group in zip(models, groups, strict=True):
             self._directory.follow(model.name, partial(_endpoints, group))
-        self._desk = Desk(models, self._directory, Metrics(), self._tracing)
+        logged = config.gateway.enable_log_requests
+        self._desk = Desk(models, self._directory, Metrics(), self._tracing, log_requests=logged)
         self.addresses = Addresses(await self._start_http(), await self._start_grpc())
 
     async def state(self) -> tuple[Addresses, dict[str, str]]:

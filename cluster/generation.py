@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Sequence
 
 from kvasir.cluster.group_client import Stream
@@ -42,6 +43,7 @@ class Generation:
         self._open = len(streams)
         self._span = span
         self._record = record
+        self._started = time.monotonic()
         self.error: str | None = None
         """Once closed: the code of what went wrong; `cancelled` when the client went away."""
 
@@ -50,6 +52,13 @@ class Generation:
         """Sum over all prompts; complete when iteration has ended."""
         counts = [dataclasses.astuple(transcript.usage) for transcript in self.transcripts]
         return Usage(*map(sum, zip(*counts, strict=True)))
+
+    def summary(self) -> str:
+        """One line for the log: no text of anybody's."""
+        usage, seconds = self.usage, time.monotonic() - self._started
+        counts = f"{usage.prompt_tokens} + {usage.completion_tokens} tokens, {usage.cached_tokens} cached"
+        name = self.requests[0].request_id.rsplit("-", 2)[0]
+        return f"{name} {self.model.name}: {counts}, {seconds:.3f} s, {self.error or 'done'}"
 
     def close(self) -> None:
         """Abort what still runs."""
@@ -78,8 +87,7 @@ class Generation:
             elif deltas := self._feed(number, events):
                 return deltas
         if not all(transcript.settled for transcript in self.transcripts) and not self.closed:
-            self.error = UnavailableError.code
-            raise UnavailableError("the server ended this request before it was complete", retry_after_s=1.0)
+            raise self._ended_early()
         raise StopAsyncIteration
 
     def _feed(self, number: int, events: Sequence[Event]) -> list[tuple[int, Delta]]:
@@ -95,9 +103,16 @@ class Generation:
         if deltas and deltas[0].token_ids:
             self._record.tokens(number)
         for delta in deltas:
+            if delta.finish_reason == "abort":
+                raise self._ended_early()
             if delta.matched:
                 self._streams[number].abort(delta.index, "stop")
         return [(number, delta) for delta in deltas]
+
+    def _ended_early(self) -> UnavailableError:
+        """Nobody here asked for it: the server drains, or the group does."""
+        self.error = UnavailableError.code
+        return UnavailableError("the server ended this request before it was complete", retry_after_s=1.0)
 
     def _conclude(self) -> None:
         """End span and record; a call that was closed early counts as aborted."""

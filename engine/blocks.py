@@ -90,15 +90,6 @@ class BlockPool:
             self._found[content] = block
             self._content[block] = content
 
-    def shared(self, block: int) -> bool:
-        """More than one sequence holds it: it must be copied before it is written."""
-        return self._holders[block] > 1
-
-    def reset(self) -> None:
-        """Forget all contents (held blocks stay held)."""
-        for block in list(self._found.values()):
-            self._forget(block)
-
     def _forget(self, block: int) -> None:
         content = self._content[block]
         if content is not None:

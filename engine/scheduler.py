@@ -20,7 +20,7 @@ from kvasir.engine.blocks import BlockPool, ContentId, content_id, salted
 from kvasir.engine.errors import ClientError, ContextLengthError
 from kvasir.engine.event import Event, Failed, Finished, FinishReason, Timing, Token, TokenLogprob
 from kvasir.engine.request import Request
-from kvasir.engine.sequence import Sequence
+from kvasir.engine.sequence import Order, Sequence
 from kvasir.engine.step import NewSequence, Result, Slice, Step
 
 
@@ -73,8 +73,8 @@ class Scheduler:
         self.eos_token_ids = frozenset(eos_token_ids)
         self._default_seed, self._salt = default_seed, salt
         self._jobs: dict[str, Job] = {}
-        self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
-        self._running: list[tuple[tuple[int, int, int], Sequence]] = []
+        self._waiting: list[tuple[Order, Sequence]] = []
+        self._running: list[tuple[Order, Sequence]] = []
         self._seats = list(range(max_num_seqs - 1, -1, -1))
         self._freed: list[int] = []
         self._new: list[NewSequence] = []
@@ -100,7 +100,7 @@ class Scheduler:
         first = self._sequence(job, 0, (request.priority, self._arrivals, 0), now)
         first.tokens += request.resume_token_ids
         first.forks = list(range(1, request.sampling.n))
-        insort(self._waiting, (first.rank, first))
+        insort(self._waiting, (first.order, first))
         if request.deadline_s is not None:
             self._note_deadline(deadline, request.request_id)
         self._totals["prompt_tokens"] += first.prompt_len
@@ -222,7 +222,7 @@ class Scheduler:
         if len(streams) > room:
             self._turn = (self._turn + room) % len(streams)
             streams = (streams[self._turn :] + streams[: self._turn])[:room]
-            streams.sort(key=lambda sequence: sequence.rank)
+            streams.sort(key=lambda sequence: sequence.order)
         for sequence in streams:  # most important first, so that nobody loses blocks to a less important one
             if sequence.seat is not None:
                 self._grow(sequence)
@@ -231,7 +231,7 @@ class Scheduler:
     def _plan_prompts(self, prompts: list[Sequence], left: int) -> list[Slice]:
         """Even shares of `left` tokens; what one sequence doesn't need, the others get."""
         slices = []
-        for number, sequence in enumerate(sorted(prompts, key=lambda s: (s.remaining, s.rank))):
+        for number, sequence in enumerate(sorted(prompts, key=lambda s: (s.remaining, s.order))):
             share = min(sequence.remaining, -(-left // (len(prompts) - number)))
             if share > 0:
                 slices.append(self._slice(sequence, share))
@@ -311,7 +311,7 @@ class Scheduler:
             )
         )
         self._grown.append((seat, tuple(blocks)))
-        insort(self._running, (sequence.rank, sequence))
+        insort(self._running, (sequence.order, sequence))
 
     def _grow(self, sequence: Sequence) -> None:
         """Room for one more token; when there is no free block, the least important sequence gives up its own."""
@@ -335,7 +335,7 @@ class Scheduler:
         self._totals["preemptions"] += 1
         if sequence.prompt_scores is not None:
             sequence.prompt_scores = [None]
-        insort(self._waiting, (sequence.rank, sequence))
+        insort(self._waiting, (sequence.order, sequence))
 
     def _leave(self, sequence: Sequence) -> None:
         """Give back seat and blocks, and withdraw what the ranks haven't been told yet."""
@@ -382,7 +382,7 @@ class Scheduler:
         if wanted is not None and len(request.resume_token_ids) >= wanted:
             raise ClientError("resume_token_ids leave nothing of max_tokens to generate", param="resume_token_ids")
 
-    def _sequence(self, job: Job, index: int, rank: tuple[int, int, int], now: float) -> Sequence:
+    def _sequence(self, job: Job, index: int, order: Order, now: float) -> Sequence:
         request, sampling = job.request, job.request.sampling
         prompt = len(request.prompt_token_ids)
         longest = min(self.max_model_len, self.pool.num_blocks * self.pool.block_size)
@@ -390,7 +390,7 @@ class Scheduler:
         sequence = job.live[index] = Sequence(
             request=request,
             index=index,
-            rank=rank,
+            order=order,
             seed=(self._seed(request) + index) % 2**64,
             stop_token_ids=stops,
             max_len=longest if sampling.max_tokens is None else prompt + sampling.max_tokens,
@@ -438,11 +438,11 @@ class Scheduler:
         job = self._jobs[parent.request.request_id]
         full, inside = divmod(parent.prompt_len - 1, self.pool.block_size)
         for index in forks:
-            child = self._sequence(job, index, (parent.rank[0], parent.rank[1], index), parent.queued)
+            child = self._sequence(job, index, (parent.order[0], parent.order[1], index), parent.queued)
             child.contents = parent.contents[: parent.prompt_len // self.pool.block_size]
             child.cached = parent.cached
             if parent.seat is None or parent.computed < parent.prompt_len or not self._seats or not self.pool.num_free:
-                insort(self._waiting, (child.rank, child))
+                insort(self._waiting, (child.order, child))
                 continue
             child.scheduled = now
             shared = parent.blocks[:full]
@@ -473,8 +473,8 @@ class Scheduler:
         return Finished(parent.request.request_id, index, reason, prompt_tokens=parent.prompt_len, timing=timing)
 
 
-def _remove(entries: list[tuple[tuple[int, int, int], Sequence]], sequence: Sequence) -> None:
-    """Out of a list that is sorted by rank."""
-    place = bisect_left(entries, (sequence.rank,))
+def _remove(entries: list[tuple[Order, Sequence]], sequence: Sequence) -> None:
+    """Out of a list that is sorted by order."""
+    place = bisect_left(entries, (sequence.order,))
     assert entries[place][1] is sequence
     del entries[place]

@@ -8,8 +8,8 @@ from kvasir.engine.blocks import ContentId
 from kvasir.engine.event import Finished, FinishReason, Timing, TokenLogprob
 from kvasir.engine.request import Request
 
-Rank = tuple[int, int, int]
-"""(priority, arrival, index): who comes first. Total order, the smallest is the most important."""
+Order = tuple[int, int, int]
+"""(priority, arrival, index): who comes first. The smallest is the most important, and no two are equal."""
 
 
 @dataclass(slots=True, eq=False)
@@ -18,7 +18,7 @@ class Sequence:
 
     request: Request
     index: int
-    rank: Rank
+    order: Order
     seed: int
     stop_token_ids: frozenset[int]
     max_len: int

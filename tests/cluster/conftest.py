@@ -341,7 +341,8 @@ class LiveGateway:
         self.group = FakeGroup(max_stream_buffer=self.config.max_stream_buffer)
         self.directory = FakeDirectory(self.group)
         self.model = ServedModel.load(dataclasses.replace(engine, **options))
-        self.desk = Desk([self.model], self.directory, Metrics(), tracing or Tracing())
+        log_requests = self.config.enable_log_requests
+        self.desk = Desk([self.model], self.directory, Metrics(), tracing or Tracing(), log_requests=log_requests)
         self.loop = asyncio.new_event_loop()
         self.url = self.grpc_address = ""
 

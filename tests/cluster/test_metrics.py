@@ -1,0 +1,114 @@
+"""/metrics: what third-party tools query is there, and counts what happened."""
+
+from __future__ import annotations
+
+import re
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+NOT_MEASURED = {
+    "vllm:iteration_tokens_total",
+    "vllm:kv_block_idle_before_evict_seconds",
+    "vllm:kv_block_lifetime_seconds",
+    "vllm:kv_block_reuse_gap_seconds",
+    "vllm:external_prefix_cache_hits",
+    "vllm:external_prefix_cache_queries",
+    "vllm:mm_cache_hits",
+    "vllm:mm_cache_queries",
+    "vllm:corrupted_requests",
+}
+"""Queried by tools, and not known here: no block statistics, no multimodal input, no external cache."""
+
+
+def samples(gateway):
+    """{(name, labels...): value}."""
+    families = text_string_to_metric_families(httpx.get(gateway.url + "/metrics").text)
+    return {(s.name, *sorted(s.labels.items())): s.value for family in families for s in family.samples}
+
+
+def value(found, name, **labels):
+    """Sum over the series of `name` that have `labels`."""
+    return sum(v for (series, *rest), v in found.items() if series == name and labels.items() <= dict(rest).items())
+
+
+@pytest.fixture
+def live(live_gateway):
+    with live_gateway() as gateway:
+        yield gateway
+
+
+def complete(gateway, **fields):
+    return httpx.post(gateway.url + "/v1/completions", json={"model": "bytes", "prompt": "Hi"} | fields)
+
+
+def test_counts_and_times(live):
+    complete(live)
+    complete(live, n=2, max_tokens=4, stream=True)
+    complete(live, prompt=["a", "b"])
+    complete(live, temperature=-1)
+    live.group.dies_after = 2
+    complete(live)
+    found = samples(live)
+    assert value(found, "vllm:request_success_total", model_name="bytes", finished_reason="stop") == 3
+    assert value(found, "vllm:request_success_total", finished_reason="length") == 1
+    assert value(found, "kvasir:request_failed_total", code="invalid_request_error") == 1
+    assert value(found, "kvasir:request_failed_total", code="unavailable") == 1
+    assert value(found, "vllm:time_to_first_token_seconds_count") == 5
+    assert value(found, "vllm:e2e_request_latency_seconds_count") == 4
+    assert value(found, "vllm:request_prompt_tokens_sum") == 8
+    assert value(found, "vllm:request_generation_tokens_sum") == 15 + 8 + 30
+    assert value(found, "vllm:request_max_num_generation_tokens_sum") == 15 + 4 + 30
+    assert value(found, "vllm:request_params_n_sum") == 6
+    assert value(found, "vllm:request_prefill_kv_computed_tokens_count") == 4
+    assert value(found, "vllm:inter_token_latency_seconds_count") >= 10
+    labels = {"gen_ai_operation_name": "text_completion", "gen_ai_provider_name": "kvasir", "gen_ai_request_model": "bytes"}
+    assert value(found, "gen_ai_server_request_duration_seconds_count", **labels) == 4
+    assert value(found, "gen_ai_server_time_to_first_token_seconds_count", **labels) == 5
+    assert value(found, "gen_ai_server_time_per_output_token_seconds_count", **labels) == 5
+
+
+def test_the_groups_stats(live):
+    found = samples(live)
+    assert value(found, "vllm:num_requests_running", model_name="bytes", engine="0") == 3
+    assert value(found, "vllm:num_requests_waiting") == 1
+    assert value(found, "vllm:kv_cache_usage_perc") == 0.25
+    assert value(found, "vllm:prefix_cache_queries_total") == 40
+    assert value(found, "vllm:prefix_cache_hits_total") == 16
+    assert value(found, "kvasir:group_alive") == 1
+    live.group.alive = False
+    found = samples(live)
+    assert value(found, "kvasir:group_alive") == 0
+    assert not any(name == "vllm:num_requests_running" for name, *_ in found)
+
+
+def test_a_client_that_leaves_is_counted(live):
+    live.group.step_s = 0.02
+    with httpx.stream("POST", live.url + "/v1/completions", json={"prompt": "Hi", "stream": True}) as reply:
+        next(reply.iter_lines())
+    for _ in range(100):
+        if value(samples(live), "kvasir:request_failed_total", code="cancelled") == 1:
+            return
+    pytest.fail("the cancelled request isn't counted")
+
+
+def test_what_tools_query_is_there(live, data):
+    """Each query of a third-party tool finds a series under its name, with the model's label; regular expressions find
+    one name only, so that sums over them don't count twice."""
+    queries = data("traces-inference-perf/tests/required/client/metricsclient/goldens/vllm_queries.txt").read_text()
+    complete(live)
+    names = {name for name, *labels in samples(live) if ("model_name", "bytes") in labels}
+    plain = set(re.findall(r"(vllm:\w+)\{", queries))
+    patterns = set(re.findall(r'__name__=~"([^"]+)"', queries))
+    assert len(plain) > 20
+    assert len(patterns) > 5
+    unmeasured = re.compile("|".join(NOT_MEASURED))
+    assert {name for name in plain if name not in names and not unmeasured.match(name)} == set()
+    for pattern in patterns:
+        if not unmeasured.match(pattern):
+            assert len([name for name in names if re.fullmatch(pattern, name)]) == 1, pattern
+
+
+def test_unmeasured_names_are_not_made_up(live):
+    assert not any(name.startswith(tuple(NOT_MEASURED)) for name, *_ in samples(live))

@@ -1,0 +1,133 @@
+"""Every field of OpenAI's specification is honoured, ignored aloud or refused by name; neutral values always pass."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from kvasir.cluster.openai_fields import (
+    CHAT_HONOURED,
+    CHAT_IGNORED,
+    CHAT_REFUSED,
+    COMPLETION_HONOURED,
+    COMPLETION_IGNORED,
+    COMPLETION_REFUSED,
+)
+from kvasir.cluster.openai_schema import parse_chat, parse_completion
+from kvasir.engine.errors import ClientError, UnsupportedError
+from kvasir.engine.request import SamplingParams
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+COMPLETION = {"model": "m", "prompt": "Hi"}
+CHAT_TABLES = (CHAT_HONOURED, CHAT_IGNORED, CHAT_REFUSED)
+COMPLETION_TABLES = (COMPLETION_HONOURED, COMPLETION_IGNORED, COMPLETION_REFUSED)
+
+VLLM = """n temperature top_p top_k min_p frequency_penalty presence_penalty repetition_penalty stop seed max_tokens min_tokens
+logprobs prompt_logprobs skip_special_tokens spaces_between_special_tokens ignore_eos stop_token_ids logit_bias
+include_stop_str_in_output allowed_token_ids bad_words truncate_prompt_tokens truncation_side return_token_ids priority
+cache_salt request_id echo add_special_tokens guided_json guided_regex guided_choice guided_grammar structured_outputs
+structural_tag use_beam_search length_penalty prompt_embeds kv_transfer_params vllm_xargs response_format logits_processors
+logprob_token_ids prompt_logprob_start flat_logprobs return_offsets repetition_detection thinking_token_budget
+stream_interval skip_reading_prefix_cache session_id return_tokens_as_token_ids""".split()
+VLLM_CHAT = """add_generation_prompt continue_final_message chat_template chat_template_kwargs documents mm_processor_kwargs
+include_reasoning reasoning_effort tools tool_choice parallel_tool_calls media_io_kwargs""".split()
+
+
+@pytest.fixture(scope="module")
+def specified(data):
+    """Schema's name -> its fields."""
+    with open(data("api-openai/openapi.inference-only.yaml")) as file:
+        schemas = yaml.load(file, getattr(yaml, "CSafeLoader", yaml.SafeLoader))["components"]["schemas"]
+
+    def fields(schema):
+        found = set(schema.get("properties", ()))
+        for part in schema.get("allOf", ()):
+            found |= fields(schemas[part["$ref"].rsplit("/", 1)[1]] if "$ref" in part else part)
+        return found
+
+    return lambda name: fields(schemas[name])
+
+
+@pytest.mark.parametrize(
+    ("schema", "tables"),
+    [("CreateChatCompletionRequest", CHAT_TABLES), ("CreateCompletionRequest", COMPLETION_TABLES)],
+)
+def test_every_specified_field_is_in_one_table(specified, schema, tables):
+    names = specified(schema)
+    assert len(names) > 15
+    counts = {name: sum(name in table for table in tables) for name in names}
+    assert {name: count for name, count in counts.items() if count != 1} == {}
+
+
+@pytest.mark.parametrize("tables", [CHAT_TABLES, COMPLETION_TABLES])
+def test_vllms_fields_are_in_one_table_and_tables_dont_overlap(tables):
+    names = {name for table in tables for name in table} | set(VLLM)
+    if tables is CHAT_TABLES:
+        names |= set(VLLM_CHAT)
+    assert {name for name in names if sum(name in table for table in tables) != 1} == set()
+
+
+@pytest.mark.parametrize(
+    ("parse", "body", "tables"), [(parse_chat, CHAT, CHAT_TABLES), (parse_completion, COMPLETION, COMPLETION_TABLES)]
+)
+def test_what_becomes_of_each_field(parse, body, tables):
+    """Null and neutral values pass in silence; another value is refused by name, or named in a warning."""
+    _, ignored, refused = tables
+    for name, neutral in {**ignored, **refused}.items():
+        for value in (None, *neutral):
+            assert parse({**body, name: value}).warnings == (), name
+    for name in ignored:
+        if name != "parallel_tool_calls":  # all of its values are neutral
+            assert parse({**body, name: "odd"}).warnings == (name,)
+    for name in refused:
+        with pytest.raises(UnsupportedError, match=name) as caught:
+            parse({**body, name: "odd"})
+        assert caught.value.param == name
+
+
+def test_documented_examples(data):
+    """Each example of the specification parses, or is refused for a field that it does name."""
+    checked = 0
+    for line in data("api-openai/examples.jsonl").read_text().splitlines():
+        example = json.loads(line)
+        parse = {"/chat/completions": parse_chat, "/completions": parse_completion}.get(example["path"])
+        if parse is None or "-d '" not in example["curl"]:
+            continue
+        body = json.loads(example["curl"].split("-d '")[1].rsplit("'", 1)[0])
+        try:
+            ask = parse(body)
+            SamplingParams(**ask.call.sampling)
+            assert ask.warnings == ()
+        except UnsupportedError as error:
+            assert error.param in ("tools", "messages", "functions")
+            assert error.param in body
+        checked += 1
+    assert checked >= 5
+
+
+def test_defaults():
+    chat, text = parse_chat(CHAT), parse_completion(COMPLETION)
+    assert chat.call.sampling == text.call.sampling == {}
+    assert (chat.call.max_tokens, text.call.max_tokens) == (None, 16)
+    assert not chat.call.prompts[0].add_special_tokens
+    assert text.call.prompts[0].add_special_tokens
+
+
+def test_literal_extra_body_wins():
+    ask = parse_completion({**COMPLETION, "top_k": 1, "extra_body": {"top_k": 5, "min_p": 0.5}})
+    assert ask.call.sampling == {"top_k": 5, "min_p": 0.5}
+
+
+def test_max_completion_tokens_goes_before_max_tokens():
+    assert parse_chat({**CHAT, "max_tokens": 5, "max_completion_tokens": 7}).call.sampling["max_tokens"] == 7
+
+
+def test_echo_asks_for_the_prompts_scores():
+    ask = parse_completion({**COMPLETION, "echo": True, "logprobs": 3})
+    assert ask.call.sampling == {"logprobs": 3, "prompt_logprobs": 3}
+    assert not ask.prompt_logprobs
+    assert parse_completion({**COMPLETION, "echo": True, "max_tokens": 0}).call.sampling["max_tokens"] == 1
+    with pytest.raises(ClientError):
+        SamplingParams(**parse_completion({**COMPLETION, "max_tokens": 0}).call.sampling)
