@@ -4,8 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# not from the repository's root, and -P where there is one: our folders kernels and proto must not be importable by
-# their bare names, which belong to other packages
+# not `python -m pytest`: that makes our folders kernels and proto importable by their bare names, which are others'
 PYTEST := $(BIN)/pytest
 
 .DEFAULT_GOAL := help

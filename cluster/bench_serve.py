@@ -44,6 +44,8 @@ class Stream:
 
 def bench_serve(args: argparse.Namespace) -> int:
     """Run the load; prints a table. 1 when any request failed."""
+    if not args.url.startswith(("http://", "https://")):
+        raise ConfigError(f"--url must begin with http:// or https://, got {args.url!r:.60}", param="url")
     streams, seconds = asyncio.run(_load(args))
     report = summary(streams, seconds)
     _print(report)
@@ -98,7 +100,7 @@ async def _stream(session: aiohttp.ClientSession, model: str, prompt: str, token
                 stream.error = f"{reply.status}: {(await reply.text())[:200]}"
                 return
             await _read(reply, stream)
-    except aiohttp.ClientError as error:
+    except (aiohttp.ClientError, asyncio.TimeoutError) as error:
         stream.error = f"{type(error).__name__}: {error}"
     stream.ended = time.perf_counter()
 
@@ -136,8 +138,11 @@ def _prompt(line: str) -> str:
     """A line of text, or of JSON with `prompt` or (as MT-Bench has it) `turns`."""
     if not line.startswith("{"):
         return line
-    entry = json.loads(line)
-    return str(entry["prompt"] if "prompt" in entry else entry["turns"][0])
+    try:
+        entry = json.loads(line)
+        return str(entry["prompt"] if "prompt" in entry else entry["turns"][0])
+    except (json.JSONDecodeError, LookupError, TypeError) as error:
+        raise ConfigError(f"--prompts: no JSON with `prompt` or `turns`: {line[:60]}", param="prompts") from error
 
 
 def _lines(path: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
 import sys
@@ -27,7 +28,9 @@ REQUEST = """curl {url}/v1/chat/completions -H 'Content-Type: application/json'{
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; errors for users are one plain block on stderr, exit code 1 (2: wrong flags)."""
     warnings.showwarning = _show_warning
-    args = _parser().parse_args(_normal(sys.argv[1:] if arguments is None else arguments))
+    args, unknown = _parser().parse_known_args(_normal(sys.argv[1:] if arguments is None else arguments))
+    if unknown:
+        args.parser.unknown(unknown[0])
     try:
         sys.exit(args.command(args) or 0)
     except KvasirError as error:
@@ -128,22 +131,16 @@ class _Parser(argparse.ArgumentParser):
     """Names the nearest flag instead of only refusing an unknown one."""
 
     def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments: -"):
-            wrong = message.split(": ", 1)[1].split()[0].split("=")[0]
-            known = [flag for action in self._flags() for flag in action.option_strings]
-            near = difflib.get_close_matches(wrong, known, 1)
-            message = (
-                f"unknown flag {wrong}" + (f"; did you mean {near[0]}?" if near else "") + f" See {self.prog} --help."
-            )
         self.exit(2, f"kvasir: {message}\n")
 
-    def _flags(self) -> list[argparse.Action]:
-        """Of this parser and of its commands."""
-        found = list(self._actions)
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                found += [flag for parser in action.choices.values() for flag in parser._flags()]
-        return found
+    def unknown(self, argument: str) -> NoReturn:
+        """Refuse what no flag or place was found for."""
+        wrong = argument.split("=")[0]
+        if not wrong.startswith("-"):
+            self.error(f"one argument too many: {wrong!r}. See {self.prog} --help.")
+        near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        self.error(f"unknown flag {wrong}{hint} See {self.prog} --help.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -172,7 +169,7 @@ def _command(commands: Any, name: str, run: Any, text: str, usage: str = "[flags
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=text, description=text[0].upper() + text[1:] + ".", usage=f"%(prog)s {usage}", allow_abbrev=False
     )
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=run, parser=parser)
     return parser
 
 
@@ -183,10 +180,6 @@ def _serve_parser(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--address", help="Ray cluster to run in (default: RAY_ADDRESS, else a Ray of our own)")
     _add_options(parser, list(options().values()))
-    for name in SPELLINGS:
-        switch: dict[str, Any] = {"action": "store_true"} if name in SWITCHES else {}
-        short = [letters for letters, flag in SHORT.items() if flag == _flag(name)]
-        parser.add_argument(*short, _flag(name), dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **switch)
 
 
 def _run_parser(parser: argparse.ArgumentParser) -> None:
@@ -223,13 +216,20 @@ def _bench_serve_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--api-key", default=os.environ.get("KVASIR_API_KEY"), help="key to send (default: KVASIR_API_KEY)"
     )
-    parser.add_argument("--num-requests", type=int, default=100, help="default: 100")
+    parser.add_argument("--num-requests", type=_count, metavar="N", default=100, help="default: 100")
     parser.add_argument(
-        "--rate", type=float, help="requests per second, at random moments (Poisson); default: as --concurrency allows"
+        "--rate",
+        type=_rate,
+        metavar="PER_SECOND",
+        help="requests per second, at random moments (Poisson); default: as --concurrency allows",
     )
-    parser.add_argument("--concurrency", type=int, help="most requests at once (default: 32; with --rate no limit)")
-    parser.add_argument("--input-len", type=int, default=64, help="words of a random prompt (default: 64)")
-    parser.add_argument("--output-len", type=int, default=64, help="tokens to generate (default: 64)")
+    parser.add_argument(
+        "--concurrency", type=_count, metavar="N", help="most requests at once (default: 32; with --rate no limit)"
+    )
+    parser.add_argument(
+        "--input-len", type=_count, metavar="N", default=64, help="words of a random prompt (default: 64)"
+    )
+    parser.add_argument("--output-len", type=_count, metavar="N", default=64, help="tokens to generate (default: 64)")
     parser.add_argument("--prompts", type=Path, help="file of prompts instead: one per line, or JSONL with `prompt`")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write all figures as JSON")
@@ -237,11 +237,28 @@ def _bench_serve_parser(parser: argparse.ArgumentParser) -> None:
 
 def _bench_engine_parser(parser: argparse.ArgumentParser) -> None:
     _model_argument(parser)
-    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8, 32], help="batch sizes (default: 1 8 32)")
-    parser.add_argument("--input-len", type=int, default=128, help="prompt tokens (default: 128)")
-    parser.add_argument("--output-len", type=int, default=32, help="output tokens (default: 32)")
+    parser.add_argument(
+        "--sequences", type=_count, metavar="N", nargs="+", default=[1, 8, 32], help="batch sizes (default: 1 8 32)"
+    )
+    parser.add_argument("--input-len", type=_count, metavar="N", default=128, help="prompt tokens (default: 128)")
+    parser.add_argument("--output-len", type=_count, metavar="N", default=32, help="output tokens (default: 32)")
     parser.add_argument("--out", type=Path, help="write all figures as JSON")
     _add_options(parser, [option for option in options().values() if option.of_engine])
+
+
+def _count(text: str) -> int:
+    """For argparse: a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    """For argparse: a number above 0."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
 
 
 def _model_argument(parser: argparse.ArgumentParser) -> None:
@@ -263,6 +280,10 @@ def _add_options(parser: argparse.ArgumentParser, chosen: list[Option]) -> None:
                 continue
             assert group is not None
             group.add_argument(option.flag, dest=option.name, default=argparse.SUPPRESS, **_shape(option))
+    for name in SPELLINGS:
+        switch: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if name in SWITCHES else {}
+        short = [letters for letters, flag in SHORT.items() if flag == _flag(name)]
+        parser.add_argument(*short, _flag(name), dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **switch)
 
 
 def _shape(option: Option) -> dict[str, Any]:
@@ -316,8 +337,7 @@ def _cluster_config(args: argparse.Namespace) -> ClusterConfig:
 
 def _engine_config(args: argparse.Namespace) -> Any:
     environment = {name: value for name, value in from_environment(os.environ).items() if options()[name].of_engine}
-    given = {name: value for name, value in _given(args).items() if options()[name].of_engine}
-    return parse_engine(environment | given)
+    return parse_engine(environment | _given(args))
 
 
 if __name__ == "__main__":

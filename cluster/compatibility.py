@@ -105,8 +105,19 @@ SWITCHES = {
 ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "VLLM_LOGGING_LEVEL": ("log_level", str.lower),
     "VLLM_CPU_KVCACHE_SPACE": ("kv_cache_memory_bytes", _gib),
+    "VLLM_TARGET_DEVICE": ("device", str.lower),
 }
 """vLLM's variables -> (option, how its value reads). VLLM_API_KEY is read with KVASIR_API_KEY, never shown."""
+
+QUIET = {"VLLM_API_KEY", "VLLM_NO_USAGE_STATS", "VLLM_DO_NOT_TRACK", "VLLM_USE_V1"}
+"""Variables of vLLM that need no word: read elsewhere, or true already (nothing is ever reported to anybody)."""
+
+
+def warn_of_variables(environ: Mapping[str, str]) -> None:
+    """Name those of vLLM's variables that do nothing here, so that nobody relies on one."""
+    names = sorted(name for name in environ if name.startswith("VLLM_") and name not in {*ENVIRONMENT, *QUIET})
+    if names:
+        _say(f"{', '.join(names)}: no meaning in Kvasir")
 
 
 def translate(spec: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:

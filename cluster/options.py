@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import json
 import re
 import types
 import typing
@@ -20,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from kvasir.cluster.compatibility import ENVIRONMENT, translate
+from kvasir.cluster.compatibility import ENVIRONMENT, translate, warn_of_variables
 from kvasir.cluster.config import ClusterConfig, GatewayConfig
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ConfigError
@@ -120,7 +121,7 @@ def parse_spec(spec: Mapping[str, Any]) -> ClusterConfig:
 
 def parse_engine(values: Mapping[str, Any]) -> EngineConfig:
     """Options of an engine alone, for commands without a gateway."""
-    values = {_name(key): value for key, value in values.items()}
+    values = translate({_name(key): value for key, value in values.items()})
     for name in values:
         _known(name, of_engine=True)
     return _engine(values)
@@ -138,15 +139,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Options set by KVASIR_* variables and those of `compatibility.ENVIRONMENT`. Keys are the gateway's to read."""
+    """Options set by KVASIR_* variables and those of `compatibility.ENVIRONMENT`. Keys are the gateway's to read.
+
+    Raises ConfigError that names the variable.
+    """
+    known = ENVIRONMENT | {f"KVASIR_{name.upper()}": (name, str) for name in options() if name != "api_key"}
     found: dict[str, Any] = {}
-    for variable, (name, convert) in ENVIRONMENT.items():
-        if environ.get(variable):
-            found[name] = convert(environ[variable])
-    for name in options():
-        value = environ.get(f"KVASIR_{name.upper()}")
-        if value and name != "api_key":
-            found[name] = value
+    for variable, (name, convert) in known.items():
+        if value := environ.get(variable):
+            try:
+                found[name] = options()[name].parse(translate({name: convert(value)})[name])
+            except (ConfigError, ValueError) as error:
+                raise ConfigError(f"{variable}={value!r:.60}: {error}", param=name) from error
+    warn_of_variables(environ)
     return found
 
 
@@ -227,11 +232,21 @@ def _without_none(kind: Any) -> Any:
 
 
 def _texts(option: Option, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) and value.startswith("["):
+        value = _json(option, value)
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     if not isinstance(value, (list, tuple)) or not all(isinstance(part, (str, int, float)) for part in value):
         raise option.wrong("a list of texts", value)
     return tuple(piece for part in value for piece in _texts(option, str(part)))
+
+
+def _json(option: Option, text: str) -> Any:
+    """A list as vLLM's flags take it: '["*"]'."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise option.wrong("a list of texts", text) from None
 
 
 def _choice(option: Option, value: Any) -> str:

@@ -7,9 +7,10 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,7 @@ def run_chat(config: EngineConfig, args: argparse.Namespace) -> int:
             if not prompt:
                 raise ClientError("no prompt: pass it as PROMPT or through a pipe")
         if prompt:
-            conversation.ask(prompt)
-            return 0
+            return 0 if conversation.ask(prompt) else 130
         return _talk(conversation)
     finally:
         llm.shutdown()
@@ -65,20 +65,34 @@ class Conversation:
         self._loop = asyncio.new_event_loop()
         self._count = 0
 
-    def ask(self, text: str) -> None:
-        """Print the answer as it comes; Ctrl-C ends it. What was said stays in the conversation."""
+    def ask(self, text: str) -> bool:
+        """Print the answer as it comes; Ctrl-C ends it (False). What was said stays in the conversation."""
+        said = len(self.messages)
         self.messages.append({"role": "user", "content": text})
         task = self._loop.create_task(self._answer())
         try:
-            self._loop.run_until_complete(task)
-        except KeyboardInterrupt:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
+            with self._ctrl_c_cancels(task):
                 self._loop.run_until_complete(task)
+        except asyncio.CancelledError:
             print(" [stopped]")
+            return False
         except KvasirError:
-            self.messages.pop()
+            del self.messages[said:]
             raise
+        return True
+
+    @contextlib.contextmanager
+    def _ctrl_c_cancels(self, task: asyncio.Task[None]) -> Iterator[None]:
+        """A KeyboardInterrupt inside the task would end it unseen, and come out of it once more: cancel instead."""
+        try:
+            self._loop.add_signal_handler(signal.SIGINT, task.cancel)
+        except NotImplementedError:  # Windows
+            yield
+            return
+        try:
+            yield
+        finally:
+            self._loop.remove_signal_handler(signal.SIGINT)
 
     async def _answer(self) -> None:
         system = [{"role": "system", "content": self.system}] if self.system else []
@@ -118,6 +132,8 @@ def _talk(conversation: Conversation) -> int:
                     conversation.ask(text)
             except KvasirError as error:
                 print(error.message, file=sys.stderr)
+            except KeyboardInterrupt:  # between an answer and the next prompt
+                print()
     return 0
 
 
@@ -172,7 +188,7 @@ def _set(conversation: Conversation, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _history() -> Any:
+def _history() -> Iterator[None]:
     """Line editing, and what was typed in earlier conversations (KVASIR_NOHISTORY=1: not kept)."""
     try:
         import readline

@@ -17,7 +17,17 @@ def test_keys_from_flags_file_and_environment(tmp_path):
     for key in ("flag", "from-file", "second", "one", "two", "three"):
         keys.check(f"Bearer {key}")
         keys.check(f"bearer {key}")
-    for wrong in (None, "", "Bearer", "Bearer ", "Bearer flag2", "Bearer one, two", "flag", "Basic flag", "Bearer # ours"):
+    for wrong in (
+        None,
+        "",
+        "Bearer",
+        "Bearer ",
+        "Bearer flag2",
+        "Bearer one, two",
+        "flag",
+        "Basic flag",
+        "Bearer # ours",
+    ):
         with pytest.raises(UnauthenticatedError):
             keys.check(wrong)
     assert "flag" not in repr(vars(keys))

@@ -63,7 +63,11 @@ def test_counts_and_times(live):
     assert value(found, "vllm:request_params_n_sum") == 6
     assert value(found, "vllm:request_prefill_kv_computed_tokens_count") == 4
     assert value(found, "vllm:inter_token_latency_seconds_count") >= 10
-    labels = {"gen_ai_operation_name": "text_completion", "gen_ai_provider_name": "kvasir", "gen_ai_request_model": "bytes"}
+    labels = {
+        "gen_ai_operation_name": "text_completion",
+        "gen_ai_provider_name": "kvasir",
+        "gen_ai_request_model": "bytes",
+    }
     assert value(found, "gen_ai_server_request_duration_seconds_count", **labels) == 4
     assert value(found, "gen_ai_server_time_to_first_token_seconds_count", **labels) == 5
     assert value(found, "gen_ai_server_time_per_output_token_seconds_count", **labels) == 5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import httpx
 import openai
@@ -373,74 +372,3 @@ def test_long_prompt_is_tokenised_in_a_thread(gateway):
     assert post(gateway, "/tokenize", prompt="abc" * 5000).json()["count"] == 15000
     long = [{"role": "user", "content": "a" * 3000}]
     assert chat(gateway, messages=long).json()["usage"]["prompt_tokens"] == 3003
-
-
-def wait_until(condition, seconds=1.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it didn't happen in time"
-        time.sleep(0.005)
-
-
-def test_client_that_leaves_a_stream_frees_its_blocks(live_gateway):
-    with live_gateway() as gateway:
-        gateway.group.step_s = 0.01
-        gateway.group.script = lambda request, index: [65] * 2000
-        body = {"model": "bytes", "prompt": "a", "stream": True, "n": 3, "max_tokens": 2000}
-        with httpx.stream("POST", gateway.url + "/v1/completions", json=body) as reply:
-            lines = reply.iter_lines()  # held: it closes the connection when it is collected
-            next(lines)
-            assert gateway.group.running == 1
-        wait_until(lambda: not gateway.group.running)
-        wait_until(lambda: not gateway.desk.running)
-
-
-@pytest.mark.parametrize("prompt", ["a", ["a", "b"]])
-def test_client_that_leaves_while_it_waits_frees_its_blocks(live_gateway, prompt):
-    with live_gateway() as gateway:
-        gateway.group.step_s = 0.05
-        gateway.group.script = lambda request, index: [65] * 2000
-        body = {"model": "bytes", "prompt": prompt, "max_tokens": 2000}
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(gateway.url + "/v1/completions", json=body, timeout=0.2)
-        wait_until(lambda: not gateway.group.running)
-        wait_until(lambda: not gateway.desk.running)
-
-
-def test_failure_before_the_first_token_has_a_status(live_gateway):
-    with live_gateway() as gateway:
-        gateway.group.dies_after = 0
-        reply = chat(gateway, stream=True)
-        assert reply.status_code == 503
-        assert reply.json()["error"] == {
-            "message": "the group died", "type": "server_error", "param": None, "code": "unavailable",
-        }  # fmt: skip
-
-
-def test_failure_in_a_stream_is_an_event(live_gateway):
-    with live_gateway() as gateway:
-        gateway.group.dies_after = 3
-        reply = chat(gateway, stream=True)
-        assert reply.status_code == 200
-        assert frames(reply)[-1]["error"]["message"] == "the group died"
-        with (
-            openai.OpenAI(base_url=gateway.url + "/v1", api_key="any", max_retries=0) as client,
-            pytest.raises(openai.APIError, match="the group died"),
-        ):
-            list(client.chat.completions.create(model="bytes", messages=MESSAGES, stream=True))
-        assert chat(gateway).status_code == 503
-
-
-def test_slow_client_is_cut_off(live_gateway):
-    from kvasir.cluster.config import GatewayConfig
-
-    with live_gateway(GatewayConfig(max_stream_buffer=50)) as gateway:
-        gateway.group.script = lambda request, index: [65] * 4000
-        gateway.group.info = gateway.group.info.__class__(name="bytes", max_model_len=5000, vocab_size=261)
-        body = {"model": "bytes", "prompt": "a", "stream": True, "max_tokens": 4000, "n": 20, "ignore_eos": True}
-        with httpx.stream("POST", gateway.url + "/v1/completions", json=body, timeout=30) as reply:
-            chunks = reply.iter_raw(1024)
-            next(chunks)
-            wait_until(lambda: not gateway.group.running, seconds=20)
-            rest = b"".join(chunks)
-        assert b"reads too slowly" in rest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import yaml
@@ -24,15 +25,22 @@ COMPLETION = {"model": "m", "prompt": "Hi"}
 CHAT_TABLES = (CHAT_HONOURED, CHAT_IGNORED, CHAT_REFUSED)
 COMPLETION_TABLES = (COMPLETION_HONOURED, COMPLETION_IGNORED, COMPLETION_REFUSED)
 
-VLLM = """n temperature top_p top_k min_p frequency_penalty presence_penalty repetition_penalty stop seed max_tokens min_tokens
-logprobs prompt_logprobs skip_special_tokens spaces_between_special_tokens ignore_eos stop_token_ids logit_bias
-include_stop_str_in_output allowed_token_ids bad_words truncate_prompt_tokens truncation_side return_token_ids priority
-cache_salt request_id echo add_special_tokens guided_json guided_regex guided_choice guided_grammar structured_outputs
-structural_tag use_beam_search length_penalty prompt_embeds kv_transfer_params vllm_xargs response_format logits_processors
-logprob_token_ids prompt_logprob_start flat_logprobs return_offsets repetition_detection thinking_token_budget
-stream_interval skip_reading_prefix_cache session_id return_tokens_as_token_ids""".split()
-VLLM_CHAT = """add_generation_prompt continue_final_message chat_template chat_template_kwargs documents mm_processor_kwargs
-include_reasoning reasoning_effort tools tool_choice parallel_tool_calls media_io_kwargs""".split()
+VLLM = re.findall(
+    r"\w+",
+    """n temperature top_p top_k min_p frequency_penalty presence_penalty repetition_penalty stop seed max_tokens
+min_tokens logprobs prompt_logprobs skip_special_tokens spaces_between_special_tokens ignore_eos stop_token_ids
+logit_bias include_stop_str_in_output allowed_token_ids bad_words truncate_prompt_tokens truncation_side
+return_token_ids priority cache_salt request_id echo add_special_tokens guided_json guided_regex guided_choice
+guided_grammar structured_outputs structural_tag use_beam_search length_penalty prompt_embeds kv_transfer_params
+vllm_xargs response_format logits_processors logprob_token_ids prompt_logprob_start flat_logprobs return_offsets
+repetition_detection thinking_token_budget stream_interval skip_reading_prefix_cache session_id
+return_tokens_as_token_ids""",
+)
+VLLM_CHAT = re.findall(
+    r"\w+",
+    """add_generation_prompt continue_final_message chat_template chat_template_kwargs documents mm_processor_kwargs
+include_reasoning reasoning_effort tools tool_choice parallel_tool_calls media_io_kwargs""",
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +73,7 @@ def test_every_specified_field_is_in_one_table(specified, schema, tables):
 def test_vllms_fields_are_in_one_table_and_tables_dont_overlap(tables):
     names = {name for table in tables for name in table} | set(VLLM)
     if tables is CHAT_TABLES:
-        names |= set(VLLM_CHAT)
+        names.update(VLLM_CHAT)
     assert {name for name in names if sum(name in table for table in tables) != 1} == set()
 
 
@@ -96,13 +104,13 @@ def test_documented_examples(data):
         if parse is None or "-d '" not in example["curl"]:
             continue
         body = json.loads(example["curl"].split("-d '")[1].rsplit("'", 1)[0])
-        try:
+        if "tools" in body or "functions" in body:
+            with pytest.raises(UnsupportedError, match=r"tools|functions"):
+                parse(body)
+        else:
             ask = parse(body)
             SamplingParams(**ask.call.sampling)
             assert ask.warnings == ()
-        except UnsupportedError as error:
-            assert error.param in ("tools", "messages", "functions")
-            assert error.param in body
         checked += 1
     assert checked >= 5
 

@@ -46,6 +46,7 @@ def test_every_option_has_help() -> None:
         ("dtype", "half", "float16"),
         ("served_model_name", "a,b", ("a", "b")),
         ("served_model_name", ["a", "b,c"], ("a", "b", "c")),
+        ("served_model_name", '["a", "b"]', ("a", "b")),
         ("enable_prefix_caching", "off", False),
         ("enable_prefix_caching", True, True),
         ("gpu_memory_utilization", "0.5", 0.5),
@@ -71,6 +72,7 @@ def test_values(name: str, given: Any, wanted: Any) -> None:
         ({"enable_prefix_caching": "maybe"}, "true or false"),
         ({"log_level": "loud"}, "one of debug, info, warning, error"),
         ({"served_model_name": {"a": 1}}, "a list of texts"),
+        ({"served_model_name": "[a"}, "a list of texts"),
         ({"tensor_parallel_size": 2}, "--tensor-parallel-size 2: not supported yet"),
         ({"quantization": "awq"}, "--quantization: quantised weights"),
         ({"enable_lora": True}, "adapters are not supported yet"),
@@ -116,7 +118,22 @@ def test_environment() -> None:
         "KVASIR_PORT": "",
     }
     found = from_environment(environ)
-    assert found == {"max_model_len": "2k", "kv_cache_memory_bytes": 2**30}
+    assert found == {"max_model_len": 2000, "kv_cache_memory_bytes": 2**30}
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("KVASIR_PORT", "many"), ("VLLM_CPU_KVCACHE_SPACE", "lots"), ("VLLM_TARGET_DEVICE", "neuron")],
+)
+def test_a_wrong_variable_is_named(variable: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"{variable}='{value}'"):
+        from_environment({variable: value})
+
+
+def test_variables_that_do_nothing_are_named() -> None:
+    with pytest.warns(CompatibilityWarning, match="^VLLM_ATTENTION_BACKEND, VLLM_PORT: no meaning") as found:
+        assert from_environment({"VLLM_PORT": "1", "VLLM_ATTENTION_BACKEND": "X", "VLLM_API_KEY": "k"}) == {}
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize(("text", "says"), [("a: [", "is not YAML"), ("- a", "option: value"), (None, "No such file")])
