@@ -81,7 +81,7 @@ class Desk:
         try:
             generation = await self._begin(call, model, request_id, span, started)
         except BaseException as error:  # cancellation too: span and counter must not be forgotten
-            code = error.code if isinstance(error, KvasirError) else "cancelled"
+            code = _code(error)
             self.metrics.failed(model.name, code)
             span.end(error=code)
             raise
@@ -153,6 +153,12 @@ class Desk:
             telemetry.REQUEST_CHOICE_COUNT: given.get("n"),
         }
         return self._tracing.request(call.operation, call.model or model.name, headers, facts)
+
+
+def _code(error: BaseException) -> str:
+    if isinstance(error, KvasirError):
+        return error.code
+    return "cancelled" if isinstance(error, asyncio.CancelledError) else KvasirError.code
 
 
 def _info(client: GroupClient) -> ModelInfo:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -28,9 +29,11 @@ from kvasir.cluster.grpc_schema import (
     write_usage,
 )
 from kvasir.cluster.health import Health
-from kvasir.engine.errors import KvasirError
+from kvasir.engine.errors import KvasirError, ServerError
 from kvasir.proto import inference_pb2 as pb
 from kvasir.proto.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
+
+log = logging.getLogger(__name__)
 
 SERVICE = "kvasir.v1.Inference"
 WATCH_S = 0.25
@@ -190,11 +193,14 @@ class _KeyCheck(grpc.aio.ServerInterceptor):
 
 @asynccontextmanager
 async def _as_status(context: Context) -> AsyncIterator[None]:
-    """A KvasirError ends the call with its status."""
+    """An error ends the call with its status; of what isn't a KvasirError the log alone has the text."""
     try:
         yield
     except KvasirError as error:
         await _abort(context, error)
+    except Exception:
+        log.exception("a gRPC call failed")
+        await _abort(context, ServerError("internal error; the server's log says more"))
 
 
 async def _abort(context: Context, error: KvasirError) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from weakref import WeakKeyDictionary
 
 from kvasir.cluster.desk import Desk
@@ -60,7 +61,9 @@ async def _decode(client: GroupClient, info: ModelInfo) -> None:
     """One token, ahead of everybody. Raises when it doesn't come."""
     token = info.bos_token_id or 0
     sampling = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-    request = Request(request_id="readiness", prompt_token_ids=(token,), sampling=sampling, priority=-(2**31))
+    request = Request(
+        request_id=f"readiness-{uuid.uuid4().hex}", prompt_token_ids=(token,), sampling=sampling, priority=-(2**31)
+    )
     stream = await client.submit(request)
     try:
         async for event in stream:

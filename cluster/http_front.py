@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
@@ -17,8 +16,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kvasir.cluster.auth import ApiKeys
 from kvasir.cluster.call import request_id_from
 from kvasir.engine.errors import ClientError, KvasirError, ServerError
-
-log = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/health/ready"})
 """Routes that need no key; every other does, those included that don't exist."""
@@ -168,9 +165,10 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 
 
 async def on_bug(request: Request, error: Exception) -> Response:
-    """Anything else; the server's log has the traceback."""
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return await on_kvasir_error(request, ServerError("internal error; the server's log says more"))
+    """Anything else. It goes on to the server, which logs it; `Front` has been left already."""
+    response = await on_kvasir_error(request, ServerError("internal error; the server's log says more"))
+    response.headers["x-request-id"] = request.scope["state"]["request_id"]
+    return response
 
 
 HANDLERS: dict[type[Exception], Callable[[Request, Exception], Coroutine[Any, Any, Response]]] = {

@@ -194,12 +194,14 @@ def test_a_conversation_in_the_terminal(tmp_path: Path) -> None:
     assert history.stat().st_mode & 0o777 == 0o600
 
 
-def test_ctrl_c_empties_the_line_and_ctrl_d_leaves(tmp_path: Path) -> None:
-    """(Ctrl-C during an answer: test_run_chat.py; how long the bundled model talks is its own affair.)"""
+def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tmp_path: Path) -> None:
     terminal = Terminal(tmp_path, "skald")
-    os.write(terminal.fd, b"half a line")
-    terminal.expect("half a line")
+    words = "river stone copper silver garden window bridge candle forest meadow " * 5
+    os.write(terminal.fd, f"Repeat exactly: {words}bell\n".encode())
+    terminal.expect("bell")
+    terminal.expect("river stone")  # the answer has begun, and has far to go
     os.kill(terminal.pid, signal.SIGINT)
+    assert "bell" not in terminal.expect("[stopped]")
     terminal.expect(">>> ")
     os.write(terminal.fd, b"\x04")
     assert terminal.end() == 0

@@ -319,3 +319,13 @@ def test_every_field_is_commented():
         if line.startswith("  ") and line.rstrip().endswith((";", "{")) and not before.strip().startswith("//")
     ]
     assert bare == []
+
+
+def test_a_bug_is_internal(live_gateway, connect, caplog):
+    with live_gateway() as gateway:
+        client = connect(gateway)
+        gateway.desk.directory = None
+        error = refused(client.call, "Generate", {"text": "a"})
+        assert error.code() == grpc.StatusCode.INTERNAL
+        assert "AttributeError" not in error.details()
+    assert "AttributeError" in caplog.text
