@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
+    TraceServiceServicer,
+    add_TraceServiceServicer_to_server,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("KVASIR_DATA") or ROOT.parent / "shared" / "data")
@@ -22,3 +31,48 @@ def data() -> Callable[[str], Path]:
         return DATA / path
 
     return find
+
+
+class OtlpReceiver(TraceServiceServicer):  # type: ignore[misc]
+    """A real OTLP/gRPC collector: keeps the spans it is sent."""
+
+    def __init__(self) -> None:
+        self.spans: list[Any] = []
+        self._server = grpc.server(ThreadPoolExecutor(2))
+        add_TraceServiceServicer_to_server(self, self._server)
+        self.endpoint = f"http://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self._server.start()
+
+    def Export(self, request: Any, context: Any) -> ExportTraceServiceResponse:  # noqa: N802
+        for resource in request.resource_spans:
+            for scope in resource.scope_spans:
+                self.spans.extend(scope.spans)
+        return ExportTraceServiceResponse()
+
+    def stop(self) -> None:
+        self._server.stop(None).wait()
+
+    def trace(self, trace_id: str, names: set[str]) -> dict[str, Any]:
+        """Spans of one trace by name, once all of `names` are there."""
+        limit = time.monotonic() + 15
+        while True:
+            found = {span.name: span for span in self.spans if span.trace_id.hex() == trace_id}
+            if names <= set(found):
+                return found
+            assert time.monotonic() < limit, f"only {sorted(found)} came"
+            time.sleep(0.1)
+
+    @staticmethod
+    def attributes(span: Any) -> dict[str, Any]:
+        return {item.key: getattr(item.value, item.value.WhichOneof("value")) for item in span.attributes}
+
+
+def _receiver() -> Iterator[OtlpReceiver]:
+    receiver = OtlpReceiver()
+    yield receiver
+    receiver.stop()
+
+
+otlp_receiver = pytest.fixture(name="otlp_receiver")(_receiver)
+collector = pytest.fixture(name="collector", scope="module")(_receiver)
+"""The same for all tests of a module, whose server outlives a test."""

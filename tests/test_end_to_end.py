@@ -129,8 +129,9 @@ def start(tmp_path: Path, *flags: str, env: dict[str, str] | None = None) -> Ser
 
 
 @pytest.fixture(scope="module")
-def skald(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = start(tmp_path_factory.mktemp("skald"))
+def skald(tmp_path_factory: pytest.TempPathFactory, collector: Any) -> Iterator[Server]:
+    endpoint = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint}
+    server = start(tmp_path_factory.mktemp("skald"), env=endpoint)
     yield server
     assert server.stop() == 0, "".join(server.log)
 
@@ -241,6 +242,21 @@ def test_grpc_by_reflection(skald: Server) -> None:
         )
     text = "".join(reply.text for reply in replies if reply.text)
     assert text == chat(skald, "Who are you?", temperature=0, max_tokens=40).choices[0].message.content
+
+
+def test_a_chat_is_one_trace(skald: Server, collector: Any) -> None:
+    trace_id = "0af7651916cd43dd8448eb211c80319c"
+    parent = {"traceparent": f"00-{trace_id}-b7ad6b7169203331-01"}
+    usage = chat(skald, "What is 47 + 38?", temperature=0, extra_headers=parent).usage
+    spans = collector.trace(trace_id, {"chat skald", "admit", "route", "queue", "prefill", "decode"})
+    root = spans["chat skald"]
+    assert root.parent_span_id.hex() == "b7ad6b7169203331"
+    assert {span.parent_span_id for name, span in spans.items() if name != "chat skald"} == {root.span_id}
+    counts = collector.attributes(root)
+    assert counts["gen_ai.usage.input_tokens"] == usage.prompt_tokens
+    assert counts["gen_ai.usage.output_tokens"] == usage.completion_tokens
+    times = [spans[name].start_time_unix_nano for name in ("queue", "prefill", "decode")]
+    assert times == sorted(times)
 
 
 def http_greedy(server: Server, ids: dict[str, list[int]], **fields: Any) -> list[int]:

@@ -14,7 +14,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,6 @@ import pytest
 import ray
 import tokenizers
 import uvicorn
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
-    TraceServiceServicer,
-    add_TraceServiceServicer_to_server,
-)
 from pydantic.warnings import PydanticDeprecatedSince20
 
 from kvasir.cluster.config import GatewayConfig
@@ -405,34 +399,3 @@ def gateway(byte_model: Path) -> Iterator[LiveGateway]:
     """One for all tests of a module that change nothing about it."""
     with LiveGateway(byte_model) as live:
         yield live
-
-
-class OtlpReceiver(TraceServiceServicer):
-    """A collector: keeps the spans it is sent."""
-
-    def __init__(self) -> None:
-        self.spans: list[Any] = []
-        self._server = grpc.server(ThreadPoolExecutor(2))
-        add_TraceServiceServicer_to_server(self, self._server)
-        self.endpoint = f"http://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
-        self._server.start()
-
-    def Export(self, request: Any, context: Any) -> ExportTraceServiceResponse:  # noqa: N802
-        for resource in request.resource_spans:
-            for scope in resource.scope_spans:
-                self.spans.extend(scope.spans)
-        return ExportTraceServiceResponse()
-
-    def stop(self) -> None:
-        self._server.stop(None).wait()
-
-    @staticmethod
-    def attributes(span: Any) -> dict[str, Any]:
-        return {item.key: getattr(item.value, item.value.WhichOneof("value")) for item in span.attributes}
-
-
-@pytest.fixture
-def otlp_receiver():
-    receiver = OtlpReceiver()
-    yield receiver
-    receiver.stop()
