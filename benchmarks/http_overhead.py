@@ -86,7 +86,8 @@ async def http_figures(options: argparse.Namespace, port: int) -> Figures:
     """The same through the server on `port`."""
 
     def body(name: str, tokens: int) -> dict[str, object]:
-        fixed = {"model": "bench", "temperature": 0, "ignore_eos": True, "stream": True}
+        # token ids, because a random model's tokens may have no text, and an event without news isn't sent
+        fixed = {"model": "bench", "temperature": 0, "ignore_eos": True, "stream": True, "return_token_ids": True}
         return fixed | {"prompt": PROMPT + name, "max_tokens": tokens}
 
     async def rate(attempt: int) -> float:

@@ -146,7 +146,8 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     known = ENVIRONMENT | {f"KVASIR_{name.upper()}": (name, str) for name in options() if name != "api_key"}
     found: dict[str, Any] = {}
     for variable, (name, convert) in known.items():
-        if value := environ.get(variable):
+        value = environ.get(variable)
+        if value and not value.startswith("tcp://"):  # Kubernetes sets KVASIR_PORT so for a Service named kvasir
             try:
                 found[name] = options()[name].parse(translate({name: convert(value)})[name])
             except (ConfigError, ValueError) as error:

@@ -90,6 +90,11 @@ class BlockPool:
             self._found[content] = block
             self._content[block] = content
 
+    def reset(self) -> None:
+        """Forget all contents; blocks stay with their holders."""
+        for block in list(self._found.values()):
+            self._forget(block)
+
     def _forget(self, block: int) -> None:
         content = self._content[block]
         if content is not None:
