@@ -25,5 +25,6 @@ echo "## greedy tokens on $device against the CPU, float32"
 "$python" benchmarks/device_parity.py --device "$device"
 echo "## the engine, skald"
 "$python" -P -m kvasir.cluster.cli bench engine skald --device "$device"
-echo "## the engine beside a plain loop, random 1B"
-"$python" benchmarks/engine.py --random 1B --device "$device"
+echo "## the engine, random 1B"
+"$python" benchmarks/checkpoint.py 1B "$site/1B"
+"$python" -P -m kvasir.cluster.cli bench engine "$site/1B" --device "$device" --sequences 1 8 32 128

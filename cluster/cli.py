@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -56,6 +56,13 @@ def _show_warning(
         print(f"kvasir: {message}", file=sys.stderr)
 
 
+def _version() -> str:
+    try:
+        return version("kvasir")
+    except PackageNotFoundError:  # run from a checkout that isn't installed
+        return "(not installed)"
+
+
 # -- commands
 
 
@@ -67,7 +74,7 @@ def serve(args: argparse.Namespace) -> int:
 
     check_exposure(config.gateway, os.environ)
     names = ", ".join((engine.served_model_name or (engine.model,))[0] for engine in config.engines)
-    print(f"kvasir {version('kvasir')}: loading {names} ...", flush=True)
+    print(f"kvasir {_version()}: loading {names} ...", flush=True)
     from kvasir.cluster.app import run as run_cluster
 
     running = run_cluster(config, address=args.address)
@@ -145,7 +152,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="kvasir", description="Serves large language models.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"kvasir {version('kvasir')}")
+    parser.add_argument("--version", action="version", version=f"kvasir {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _serve_parser(_command(commands, "serve", serve, "serve models over HTTP and gRPC", "[MODEL] [flags]"))
     _run_parser(_command(commands, "run", chat, "chat with a model in the terminal", "[MODEL] [PROMPT] [flags]"))

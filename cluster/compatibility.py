@@ -5,8 +5,9 @@ Nothing is accepted and ignored: a value that asks for what isn't there yet is a
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,13 +112,19 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
 
 QUIET = {"VLLM_API_KEY", "VLLM_NO_USAGE_STATS", "VLLM_DO_NOT_TRACK", "VLLM_USE_V1"}
 """Variables of vLLM that need no word: read elsewhere, or true already (nothing is ever reported to anybody)."""
+OURS = {"KVASIR_API_KEY", "KVASIR_KERNELS", "KVASIR_NOHISTORY", "KVASIR_DATA"}
+"""Variables of ours that are no option: read where they are needed."""
+KUBERNETES = re.compile(r"KVASIR_(PORT|SERVICE)(_|$)")
+"""What Kubernetes sets for a Service named kvasir."""
 
 
-def warn_of_variables(environ: Mapping[str, str]) -> None:
-    """Name those of vLLM's variables that do nothing here, so that nobody relies on one."""
-    names = sorted(name for name in environ if name.startswith("VLLM_") and name not in {*ENVIRONMENT, *QUIET})
-    if names:
-        _say(f"{', '.join(names)}: no meaning in Kvasir")
+def warn_of_variables(environ: Mapping[str, str], known: Iterable[str]) -> None:
+    """Name the variables of vLLM's and ours that do nothing, so that nobody relies on one."""
+    read = {*known, *QUIET, *OURS}
+    names = [name for name in environ if name.startswith(("VLLM_", "KVASIR_")) and name not in read]
+    idle = sorted(name for name in names if not KUBERNETES.match(name))
+    if idle:
+        _say(f"{', '.join(idle)}: no meaning in Kvasir")
 
 
 def translate(spec: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
                 found[name] = options()[name].parse(translate({name: convert(value)})[name])
             except (ConfigError, ValueError) as error:
                 raise ConfigError(f"{variable}={value!r:.60}: {error}", param=name) from error
-    warn_of_variables(environ)
+    warn_of_variables(environ, known)
     return found
 
 

@@ -148,3 +148,9 @@ def test_yaml_files(tmp_path: Path, text: str | None, says: str) -> None:
 def test_an_empty_yaml_file_is_fine(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("# nothing\n")
     assert read_yaml(tmp_path / "x.yaml") == {}
+
+
+def test_variables_that_mean_nothing_are_named() -> None:
+    environ = {"KVASIR_MAX_MODLE_LEN": "1", "KVASIR_DATA": "/x", "KVASIR_PORT": "tcp://1:2", "KVASIR_SERVICE_HOST": "1"}
+    with pytest.warns(CompatibilityWarning, match="^KVASIR_MAX_MODLE_LEN, VLLM_PP_LAYER_PARTITION: no meaning"):
+        assert from_environment(environ | {"VLLM_PP_LAYER_PARTITION": "1,2"}) == {}
