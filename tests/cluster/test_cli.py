@@ -136,7 +136,7 @@ class Terminal:
         pid, self.fd = pty.fork()
         if pid == 0:  # pragma: no cover
             os.chdir(folder)
-            os.environ["XDG_STATE_HOME"] = str(folder / "state")
+            os.environ |= {"XDG_STATE_HOME": str(folder / "state"), "TERM": "xterm"}
             os.execv(sys.executable, [*KVASIR, "run", "--temperature", "0", *arguments])
         self.pid = pid
         self.expect(">>> ")
@@ -183,7 +183,9 @@ def test_a_conversation_in_the_terminal(tmp_path: Path) -> None:
     terminal.say("/set max_tokens 2")
     assert "answer 2 tokens" in terminal.say("Who are you?")
     terminal.say("/verbose")
-    assert "context" in terminal.say("word " * 3000)  # too long: says so, and the conversation goes on
+    os.write(terminal.fd, b"word " * 3000 + b"\n")  # too long: says so, and the conversation goes on
+    terminal.expect("exceed the context")
+    terminal.expect(">>> ")
     terminal.say("/clear")
     terminal.say("/set max_tokens 30")
     assert "tokens]" not in terminal.say("Hello!")

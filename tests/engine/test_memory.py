@@ -152,17 +152,21 @@ def test_available_ram_is_plausible() -> None:
 
 
 def test_freed_memory_is_kept() -> None:
-    """In a process of its own: a 64 MB temporary made and freed over and over costs its page faults once."""
+    """In a process of its own: a 64 MB temporary made and freed over and over soon costs no page faults any more.
+
+    At first malloc may still look for the place where it fits: up to seven times, as measured.
+    """
     code = """
 import resource, torch
 from kvasir.engine.memory import keep_freed_memory
 keep_freed_memory()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(16 << 20)
+for _ in range(30):
+    torch.ones(16 << 20)
 before = faults()
 for _ in range(10):
     torch.ones(16 << 20)
 print(faults() - before)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(run.stdout) < 2 * (64 << 20) // 4096
+    assert int(run.stdout) < (64 << 20) // 4096
