@@ -17,7 +17,8 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
 
 from kvasir.cluster.config import ClusterConfig, GatewayConfig
 from kvasir.cluster.sockets import bound_socket
@@ -160,12 +161,44 @@ def failure_text(status: Any) -> str:
 
 def _prepare(config: ClusterConfig, reserved: contextlib.ExitStack) -> ClusterConfig:
     """Find what is wrong before anything is started, fetch models that have to be fetched, and hold the ports."""
+    config = with_absolute_paths(config)
     for engine in config.engines:
         locate(engine.model, engine.revision)
     gateway = config.gateway
     port = _reserve(gateway.host, gateway.port, reserved)
     grpc_port = _reserve(gateway.host, gateway.grpc_port, reserved) if gateway.grpc_port >= 0 else -1
     return replace(config, gateway=replace(gateway, port=port, grpc_port=grpc_port))
+
+
+def with_absolute_paths(config: ClusterConfig) -> ClusterConfig:
+    """Files and folders as seen from here: the processes that open them run elsewhere. Names stay as they were typed."""
+    engines = tuple(
+        replace(
+            engine,
+            model=_absolute(engine.model),
+            tokenizer=_absolute(engine.tokenizer),
+            chat_template=_absolute(engine.chat_template),
+            served_model_name=engine.served_model_name or (engine.model,),
+        )
+        for engine in config.engines
+    )
+    gateway = config.gateway
+    files = {name: _absolute(getattr(gateway, name)) for name in ("api_key_file", "ssl_keyfile", "ssl_certfile")}
+    return ClusterConfig(engines=engines, gateway=replace(gateway, **files))
+
+
+@overload
+def _absolute(name: str) -> str: ...
+@overload
+def _absolute(name: None) -> None: ...
+@overload
+def _absolute(name: str | None) -> str | None: ...
+def _absolute(name: str | None) -> str | None:
+    """`name` as an absolute path if there is such a file or folder; a hub id, a template or a bundled name stays."""
+    if not name or len(name) > 1024 or "\n" in name:
+        return name
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
 
 
 def _reserve(host: str, port: int, reserved: contextlib.ExitStack) -> int:

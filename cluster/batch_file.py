@@ -104,7 +104,8 @@ async def _ask(desk: Desk, url: str, body: Json) -> Json:
         reply = make_reply(ask, generation, request_id, ROLE)
         async for _ in generation:
             pass
-        return reply.whole()
+        whole = reply.whole()
+        return whole | {"warnings": list(ask.warnings)} if ask.warnings else whole
     finally:
         desk.end(generation)
 

@@ -293,7 +293,10 @@ class GroupClient:
 async def _write(call: GroupCall, outbox: asyncio.Queue[pb.GatewayMessage]) -> None:
     """Send what is queued."""
     while True:
-        await call.write(await outbox.get())
+        try:
+            await call.write(await outbox.get())
+        except asyncio.InvalidStateError as error:  # the stream broke while something was queued
+            raise UnavailableError("the stream to the group ended") from error
 
 
 @dataclass

@@ -155,6 +155,7 @@ CHAT_IGNORED: Neutral = {
 COMPLETION_IGNORED: Neutral = dict(_IGNORED)
 
 _REFUSED: Neutral = {
+    "best_of": (1,),
     "response_format": ({"type": "text"},),
     "structured_outputs": ({},),
     "guided_json": (),

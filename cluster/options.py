@@ -169,12 +169,44 @@ def _engine(spec: Mapping[str, Any]) -> EngineConfig:
 def _gateway(spec: Mapping[str, Any]) -> GatewayConfig:
     spec = translate(spec, warn=False)
     known = [(_known(name), value) for name, value in spec.items()]
-    return GatewayConfig(**{option.field: option.parse(value) for option, value in known if not option.of_engine})
+    own = {option.field: option.parse(value) for option, value in known if not option.of_engine}
+    return _checked_gateway(GatewayConfig(**own))
+
+
+GATEWAY_RANGES: dict[str, tuple[float, float]] = {
+    "port": (0, 65535),
+    "grpc_port": (-1, 65535),
+    "num_gateways": (1, 1024),
+    "max_body_bytes": (1, 2**40),
+    "max_stream_buffer": (1, 2**31),
+    "drain_timeout": (0, 86400),
+}
+
+
+def _checked_gateway(gateway: GatewayConfig) -> GatewayConfig:
+    """Limits that types don't say, and options that only make sense together."""
+    for name, (low, high) in GATEWAY_RANGES.items():
+        value = getattr(gateway, options()[name].field)
+        if not low <= value <= high:
+            raise options()[name].wrong(f"from {low} to {high}", value)
+    if gateway.port == gateway.grpc_port != 0:
+        raise ConfigError(f"--port and --grpc-port are both {gateway.port}; they must differ", param="grpc_port")
+    if bool(gateway.ssl_certfile) != bool(gateway.ssl_keyfile):
+        raise ConfigError(
+            "--ssl-certfile and --ssl-keyfile go together; where one file holds both, name it twice",
+            param="ssl_keyfile",
+        )
+    for name in ("ssl_certfile", "ssl_keyfile", "api_key_file"):
+        file = getattr(gateway, name)
+        if file and not Path(file).expanduser().is_file():
+            raise ConfigError(f"{options()[name].flag} {file}: there is no such file", param=name)
+    return gateway
 
 
 def _checked(engine: EngineConfig) -> EngineConfig:
     """Limits that types don't say."""
-    for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "max_queue", "num_threads"):
+    counts = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "max_queue", "num_threads")
+    for name in (*counts, "kv_cache_memory_bytes"):
         value = getattr(engine, name)
         if value is not None and value < 1:
             raise options()[name].wrong("at least 1", value)

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import itertools
 import queue
+import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
@@ -99,6 +100,7 @@ class LLM:
         self.engine = Engine(self.config, self._events.put)
         self.engine.start()
         weakref.finalize(self, self.engine.shutdown)  # the engine's thread ends, and the model goes, with this object
+        self._one_at_a_time = threading.Lock()
         self._ids = itertools.count()
 
     def get_tokenizer(self) -> Tokenizer | None:
@@ -171,6 +173,10 @@ class LLM:
 
     def _run(self, made: Sequence[tuple[Request, str | None]], use_tqdm: bool) -> list[RequestOutput]:
         """Keep the queue filled, but not over its limit, until all have ended."""
+        with self._one_at_a_time:
+            return self._run_alone(made, use_tqdm)
+
+    def _run_alone(self, made: Sequence[tuple[Request, str | None]], use_tqdm: bool) -> list[RequestOutput]:
         texts = {request.request_id: text for request, text in made}
         transcripts = {request.request_id: Transcript(request, self._text.tokenizer) for request, _ in made}
         waiting = collections.deque(request for request, _ in made)

@@ -259,7 +259,9 @@ class Scheduler:
             self.pool.hold(matched)
             sequence.computed = len(matched) * self.pool.block_size
             if not sequence.scheduled:
-                sequence.scheduled, sequence.cached = now, sequence.computed
+                sequence.scheduled = now
+            if not sequence.preemptions and not sequence.index:  # what its own prompt left behind is no hit
+                sequence.cached = sequence.computed
                 self._totals["prefix_queries"] += len(sequence.tokens)
                 self._totals["prefix_hits"] += sequence.computed
             self._seat(sequence, matched + self.pool.take(need))

@@ -10,6 +10,7 @@ import random
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -498,3 +499,10 @@ def test_200_requests_of_which_a_third_is_cancelled(async_llm: AsyncLLM, llm: LL
     assert sum(cancelled.values()) > 50  # the others were faster
     assert min(cancelled.values()) > 5
     wait_until_free(async_llm.engine)
+
+
+def test_two_threads_take_turns(llm: LLM) -> None:
+    sampling = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: llm.generate(["Once"] * 3, sampling, use_tqdm=False), range(4)))
+    assert all(len(result.outputs[0].token_ids) == 40 for results in found for result in results)
