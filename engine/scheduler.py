@@ -82,6 +82,7 @@ class Scheduler:
         self._copies: list[tuple[int, int]] = []
         self._deadlines: list[tuple[float, str]] = []
         self._in_flight: list[Sequence] = []
+        self._blocked: tuple[Order, int] | None = None
         self._arrivals = self._steps = self._turn = 0
         self._totals = dict.fromkeys(
             ("prefix_queries", "prefix_hits", "preemptions", "prompt_tokens", "generation_tokens", "step_tokens"), 0
@@ -250,10 +251,13 @@ class Scheduler:
         admitted: set[int] = set()
         while self._waiting and self._seats and len(admitted) < room:
             sequence = self._waiting[0][1]
+            if self._still_blocked(sequence):
+                break
             matched = self._match(sequence)
             need = self._blocks_for(len(sequence.tokens)) - len(matched)
             spare = len(self._running)  # every running sequence will want another block before long
             if need + spare > self.pool.num_free - self.pool.count_free(matched):
+                self._blocked = (sequence.order, self.pool.num_free)
                 break
             del self._waiting[0]
             self.pool.hold(matched)
@@ -267,6 +271,14 @@ class Scheduler:
             self._seat(sequence, matched + self.pool.take(need))
             admitted.add(id(sequence))
         return admitted
+
+    def _still_blocked(self, sequence: Sequence) -> bool:
+        """It lacked blocks, and none was given back since: its prompt needn't be looked up again at every step."""
+        order, free = self._blocked or (None, 0)
+        if order != sequence.order or self.pool.num_free > free:
+            return False
+        self._blocked = (sequence.order, self.pool.num_free)
+        return True
 
     def _match(self, sequence: Sequence) -> list[int]:
         """Blocks of the longest cached prefix; at least one token is left to compute, since its logits are needed."""

@@ -275,6 +275,21 @@ def test_a_request_that_lacks_blocks_is_not_overtaken() -> None:
     assert scheduled["first"] < scheduled["big"] <= scheduled["small"]
 
 
+def test_a_blocked_prompt_is_not_looked_up_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(blocks=12, size=4, limit=48, budget=64)
+    world.add("first", [1] * 20, max_tokens=20, ignore_eos=True)
+    world.step()
+    world.add("big", [2] * 40, max_tokens=4, ignore_eos=True)
+    looked: list[int] = []
+    match = world.pool.match
+    monkeypatch.setattr(world.pool, "match", lambda ids: looked.append(1) or match(ids))
+    for _ in range(10):
+        world.step()
+    assert len(looked) == 1
+    world.run()
+    world.check("big")
+
+
 def test_the_least_important_gives_up_its_blocks() -> None:
     world = World(blocks=8, size=4, limit=32, budget=64)
     world.add("important", [1] * 8, max_tokens=20, ignore_eos=True)
