@@ -119,7 +119,7 @@ class Engine:
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        if self._thread.is_alive():
+        if self._thread.is_alive() and self._thread is not threading.current_thread():  # a finaliser runs anywhere
             self._thread.join()
         self._fail_all("unavailable", "the engine was shut down")
 

@@ -265,7 +265,7 @@ class Scheduler:
             if not sequence.scheduled:
                 sequence.scheduled = now
             if not sequence.preemptions and not sequence.index:  # what its own prompt left behind is no hit
-                sequence.cached = sequence.computed
+                sequence.cached = min(sequence.computed, sequence.prompt_len)
                 self._totals["prefix_queries"] += len(sequence.tokens)
                 self._totals["prefix_hits"] += sequence.computed
             self._seat(sequence, matched + self.pool.take(need))
@@ -395,11 +395,22 @@ class Scheduler:
             raise ClientError("resume_token_ids needs n = 1", param="resume_token_ids")
         if wanted is not None and len(request.resume_token_ids) >= wanted:
             raise ClientError("resume_token_ids leave nothing of max_tokens to generate", param="resume_token_ids")
+        given, longest = prompt + len(request.resume_token_ids), self._longest
+        if given >= longest:
+            raise ContextLengthError(
+                f"{given} tokens of prompt and resume_token_ids leave no room in {longest} tokens"
+                " (--max-model-len, or the KV cache if that is smaller)",
+                param="resume_token_ids",
+            )
+
+    @property
+    def _longest(self) -> int:
+        """Most tokens that a sequence can have: those of the context, if the cache holds them."""
+        return min(self.max_model_len, self.pool.num_blocks * self.pool.block_size)
 
     def _sequence(self, job: Job, index: int, order: Order, now: float) -> Sequence:
         request, sampling = job.request, job.request.sampling
         prompt = len(request.prompt_token_ids)
-        longest = min(self.max_model_len, self.pool.num_blocks * self.pool.block_size)
         stops = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_token_ids)
         sequence = job.live[index] = Sequence(
             request=request,
@@ -407,7 +418,7 @@ class Scheduler:
             order=order,
             seed=(self._seed(request) + index) % 2**64,
             stop_token_ids=stops,
-            max_len=longest if sampling.max_tokens is None else prompt + sampling.max_tokens,
+            max_len=self._longest if sampling.max_tokens is None else prompt + sampling.max_tokens,
             tokens=list(request.prompt_token_ids),
             prompt_len=prompt,
             queued=now,

@@ -314,6 +314,23 @@ def test_shutdown_fails_what_is_left(make: Callable[..., Engine], client: Client
     engine.shutdown()
 
 
+def test_shutdown_from_the_engines_own_thread(loaded: Loaded) -> None:
+    """The garbage collector may end an owner there."""
+    ended: list[str] = []
+
+    def deliver(events: Sequence[Event]) -> None:
+        engine.shutdown()
+        ended.append("delivered")
+
+    engine = Engine(EngineConfig(model="tiny", max_num_seqs=4, block_size=BLOCK), deliver, loaded)
+    engine.start()
+    engine.submit(Request(request_id="a", prompt_token_ids=[1], sampling=SamplingParams(max_tokens=2)))
+    engine._thread.join(10)
+    assert not engine._thread.is_alive()
+    assert engine.failure is None
+    assert ended
+
+
 def test_submissions_and_aborts_from_many_threads(make: Callable[..., Engine], client: Client) -> None:
     """Every accepted request ends exactly once, and all blocks come back."""
     engine = make()

@@ -469,3 +469,61 @@ def test_a_deadline_belongs_to_one_request_even_if_its_id_is_used_again() -> Non
     world.add("a", [1], max_tokens=30, ignore_eos=True)
     world.run()
     assert all(isinstance(end, Finished) for end in world.ends("a"))
+
+
+@pytest.mark.parametrize(("blocks", "limit"), [(100, 64), (2, 64)], ids=["context", "cache"])
+def test_more_resumed_tokens_than_fit_are_refused(blocks: int, limit: int) -> None:
+    """Accepted, they would overrun the ranks' rows, or wait for ever and let nobody pass."""
+    world = World(blocks=blocks, size=16, limit=limit)
+    with pytest.raises(ClientError, match="leave no room"):
+        world.add("a", [1] * 10, resume=[2] * 100, max_tokens=None)
+    world.add("b", [1], max_tokens=1)
+    world.run()
+    world.check("b")
+
+
+def test_cached_tokens_are_tokens_of_the_prompt() -> None:
+    world = World(blocks=40, size=4, budget=64)
+    world.add("a", [1] * 16, max_tokens=1)
+    world.run()
+    world.add("b", [1] * 4, resume=[1] * 12, max_tokens=13, ignore_eos=True)
+    world.run()
+    (end,) = world.ends("b")
+    assert isinstance(end, Finished)
+    assert (end.prompt_tokens, end.cached_tokens) == (4, 4)
+
+
+def test_prompts_share_a_step_evenly() -> None:
+    world = World(blocks=400, size=4, budget=16, limit=500)
+    world.add("a", [1] * 100, max_tokens=1)
+    world.add("b", [2] * 100, max_tokens=1)
+    assert [count for _, _, count in seats_of(world.step())] == [8, 8]
+
+
+def test_an_adapter_has_blocks_of_its_own() -> None:
+    world = World(blocks=40, size=4, budget=64)
+    for name, adapter in (("a", "x"), ("b", "y")):
+        world.scheduler.add(
+            Request(request_id=name, prompt_token_ids=[1] * 16, sampling=SamplingParams(max_tokens=1), adapter=adapter), 0.0
+        )  # fmt: skip
+        assert seats_of(world.step()) == [(0, 0, 16)]
+
+
+def test_no_stop_before_min_tokens() -> None:
+    """The sampler mutes stop tokens; the scheduler wouldn't take one either."""
+    world = World()
+    world.add("a", [1], max_tokens=20, min_tokens=6, stop_token_ids=list(range(VOCABULARY)))
+    world.run()
+    assert len(world.output("a")) == 6
+
+
+def test_a_newcomer_leaves_a_block_for_each_running_sequence() -> None:
+    """Or it would be preempted at once, and its prompt computed twice."""
+    world = World(blocks=8, size=4, limit=32, budget=64)
+    world.add("a", [1] * 14, max_tokens=8, ignore_eos=True)
+    world.step()
+    world.add("b", [2] * 16, max_tokens=8, ignore_eos=True)
+    world.step()
+    assert world.scheduler.num_waiting == 1
+    world.run()
+    assert world.scheduler.stats().preemptions == 0
