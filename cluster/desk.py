@@ -7,7 +7,8 @@ import dataclasses
 import logging
 import time
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from kvasir.cluster import telemetry
 from kvasir.cluster.call import Call, Conversation, Prompt, Text
@@ -16,7 +17,9 @@ from kvasir.cluster.group_client import GroupClient, GroupDirectory, Stream
 from kvasir.cluster.metrics import Metrics
 from kvasir.cluster.served_model import ServedModel
 from kvasir.cluster.telemetry import RequestSpan, Tracing
+from kvasir.cluster.vectors import PoolingCall, Vectors
 from kvasir.engine.errors import ClientError, ContextLengthError, KvasirError, ModelNotFoundError, UnavailableError
+from kvasir.engine.event import Pooled
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.request import Request, SamplingParams
 
@@ -44,7 +47,7 @@ class Desk:
         self.draining = False
         """New calls are refused."""
         self._beginning = 0
-        self._running: set[Generation] = set()
+        self._running: set[Generation | Vectors] = set()
         self._tracing = tracing
         self._log_requests = log_requests
         self._by_name = {name: model for model in models for name in model.names}
@@ -56,8 +59,8 @@ class Desk:
 
     def abandon(self) -> None:
         """Abort everything; clients are told that the server is unavailable."""
-        for generation in self._running:
-            generation.abandon()
+        for work in self._running:
+            work.abandon()
 
     def model(self, name: str) -> ServedModel:
         """The model of that name. Raises ModelNotFoundError, which lists those that there are."""
@@ -77,9 +80,51 @@ class Desk:
         started = time.monotonic()
         model = self.model(call.model)
         span = self._span(call, model, headers)
+        with self._opening(model, span):
+            generation = await self._begin(call, model, request_id, span, started)
+        self._running.add(generation)
+        return generation
+
+    async def pool(
+        self, call: PoolingCall, request_id: str, headers: Mapping[str, str]
+    ) -> tuple[Vectors, list[Pooled]]:
+        """Run `call` to its end: a vector for each input. Raises a KvasirError when it can't be run, or not now."""
+        started = time.monotonic()
+        model = self.model(call.model)
+        facts = {telemetry.RESPONSE_MODEL: model.name, telemetry.REQUEST_DIMENSIONS: call.params.dimensions}
+        span = self._tracing.request(call.operation, call.model or model.name, headers, facts)
+        with self._opening(model, span):
+            vectors = await self._vectors(call, model, request_id, span, started)
+        self._running.add(vectors)
+        try:
+            return vectors, await vectors.run()
+        except KvasirError as error:
+            vectors.error = error.code
+            raise
+        finally:
+            self.end(vectors)
+
+    async def detokenize(self, model: ServedModel, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Text of `ids`. ClientError when one isn't the model's."""
+        _check_range("tokens", ids, self.info(model))
+        return await model.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def end(self, work: Generation | Vectors) -> None:
+        """Every `begin` is followed by this; aborts what still runs."""
+        if work in self._running:
+            work.close()
+            self._running.discard(work)
+            if work.error:
+                self.metrics.failed(work.model.name, work.error)
+            if self._log_requests:
+                log.info("%s", work.summary())
+
+    @contextmanager
+    def _opening(self, model: ServedModel, span: RequestSpan) -> Iterator[None]:
+        """Around what happens before a call runs: an error there ends its span and is counted."""
         self._beginning += 1
         try:
-            generation = await self._begin(call, model, request_id, span, started)
+            yield
         except BaseException as error:  # cancellation too: span and counter must not be forgotten
             code = _code(error)
             self.metrics.failed(model.name, code)
@@ -87,36 +132,48 @@ class Desk:
             raise
         finally:
             self._beginning -= 1
-        self._running.add(generation)
-        return generation
-
-    async def detokenize(self, model: ServedModel, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Text of `ids`. ClientError when one isn't the model's."""
-        _check_range("tokens", ids, self.info(model))
-        return await model.decode(ids, skip_special_tokens=skip_special_tokens)
-
-    def end(self, generation: Generation) -> None:
-        """Every `begin` is followed by this; aborts what still runs."""
-        if generation in self._running:
-            generation.close()
-            self._running.discard(generation)
-            if generation.error:
-                self.metrics.failed(generation.model.name, generation.error)
-            if self._log_requests:
-                log.info("%s", generation.summary())
 
     async def _begin(
         self, call: Call, model: ServedModel, request_id: str, span: RequestSpan, started: float
     ) -> Generation:
         with span.stage("admit"):
-            if self.draining:
-                why = "this server is shutting down; send the request again"
-                raise UnavailableError(why, retry_after_s=DRAIN_RETRY_S)
+            self._check_open()
             requests, info = await self._requests(call, model, request_id, span)
         record = self.metrics.call(model.name, call.operation, requests, started)
         with span.stage("route"):
             streams = await _submit(self.directory.find(model.name), requests)
         return Generation(model, info, requests, streams, span=span, record=record)
+
+    async def _vectors(
+        self, call: PoolingCall, model: ServedModel, request_id: str, span: RequestSpan, started: float
+    ) -> Vectors:
+        with span.stage("admit"):
+            self._check_open()
+            info, suffix = self.info(model), uuid.uuid4().hex[:8]
+            encoded = await model.encode_passages(call.inputs, info.max_model_len, call.truncate, call.param)
+            requests = [
+                Request(
+                    request_id=f"{request_id}-{number}-{suffix}",
+                    prompt_token_ids=one.ids,
+                    sampling=SamplingParams(),
+                    priority=call.priority,
+                    cache_salt=call.cache_salt,
+                    deadline_s=call.deadline_s,
+                    trace_context=span.trace_context,
+                    pooling=call.params,
+                    token_type_ids=one.segments,
+                )
+                for number, one in enumerate(encoded)
+            ]
+            for request in requests:
+                _check_range(call.param, request.prompt_token_ids, info)
+        record = self.metrics.call(model.name, call.operation, requests, started)
+        return Vectors(model, info, requests, lambda: self.directory.find(model.name), span=span, record=record)
+
+    def _check_open(self) -> None:
+        if self.draining:
+            why = "this server is shutting down; send the request again"
+            raise UnavailableError(why, retry_after_s=DRAIN_RETRY_S)
 
     async def _requests(
         self, call: Call, model: ServedModel, request_id: str, span: RequestSpan

@@ -22,6 +22,7 @@ from kvasir.cluster.grpc_api import create_grpc_server
 from kvasir.cluster.health import Health
 from kvasir.cluster.http_front import HANDLERS, Front, error_body
 from kvasir.cluster.openai_api import Completions, Detokenize, Models, Tokenize
+from kvasir.cluster.pooling_api import PoolingEndpoint
 from kvasir.engine.errors import UnavailableError
 
 __all__ = ["create_app", "create_grpc_server"]
@@ -58,6 +59,7 @@ def _openai_routes(desk: Desk, config: GatewayConfig) -> list[Route]:
         Route("/v1/models/{name:path}", models.get, methods=["GET"]),
         *(Route(path, tokenize, methods=["POST"]) for path in ("/tokenize", "/v1/tokenize")),
         *(Route(path, detokenize, methods=["POST"]) for path in ("/detokenize", "/v1/detokenize")),
+        *(Route(path, pool, methods=["POST"]) for path, pool in PoolingEndpoint.routes(desk, limit).items()),
     ]
 
 

@@ -19,7 +19,7 @@ import grpc
 from kvasir.cluster import wire
 from kvasir.cluster.wire import Endpoint
 from kvasir.engine.errors import KvasirError, ModelNotFoundError, UnavailableError
-from kvasir.engine.event import Event, Failed, Finished, FinishReason
+from kvasir.engine.event import Event, Failed, Finished, FinishReason, Pooled
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.request import Request
 from kvasir.engine.scheduler import Stats
@@ -96,11 +96,11 @@ class Stream:
         """Take an event from the group."""
         if self.complete:
             return
-        if len(self._events) >= self._limit and not isinstance(event, (Finished, Failed)):
+        if len(self._events) >= self._limit and not isinstance(event, (Finished, Pooled, Failed)):
             self.abort()
             why = f"the client reads too slowly: {self._limit} events are waiting"
             event = Failed(self.request_id, "overloaded", why)
-        if isinstance(event, Failed):
+        if isinstance(event, (Pooled, Failed)):
             self._remaining = 0
         elif isinstance(event, Finished):
             self._remaining -= 1

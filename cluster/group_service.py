@@ -21,7 +21,7 @@ from kvasir.cluster import wire
 from kvasir.cluster.telemetry import Tracing
 from kvasir.cluster.wire import Endpoint
 from kvasir.engine.errors import ClientError, KvasirError
-from kvasir.engine.event import Event, Failed, Finished, FinishReason, Token
+from kvasir.engine.event import Event, Failed, Finished, FinishReason, Pooled, Token
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.request import Request
 from kvasir.engine.scheduler import Stats
@@ -205,6 +205,9 @@ class GroupService(GroupServicer):
         if isinstance(event, Finished):
             self._tracing.stages(running.request, event)
             running.remaining -= 1
+        elif isinstance(event, Pooled):
+            self._tracing.stages(running.request, event)
+            running.remaining = 0
         elif isinstance(event, Failed):
             running.remaining = 0
         if running.remaining == 0:

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from kvasir.cluster import telemetry
 from kvasir.cluster.group_client import GroupClient, GroupDirectory
-from kvasir.engine.event import Finished
+from kvasir.engine.event import Finished, Pooled
 from kvasir.engine.request import Request
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -130,6 +130,14 @@ class _Series:
             self._observe["request_prefill_time_seconds"](timing.first_token - timing.scheduled)
             self._observe["request_prefill_kv_computed_tokens"](event.prompt_tokens - event.cached_tokens)
 
+    def vector(self, event: Pooled) -> None:
+        """The same for a prompt that was embedded or classified."""
+        timing = event.timing
+        self._observe["request_queue_time_seconds"](timing.scheduled - timing.queued)
+        self._observe["request_prefill_time_seconds"](timing.finished - timing.scheduled)
+        self._observe["request_inference_time_seconds"](timing.finished - timing.scheduled)
+        self._observe["request_prefill_kv_computed_tokens"](event.prompt_tokens - event.cached_tokens)
+
     def complete(self, seconds: float, longest: int, reason: str) -> None:
         self._observe["e2e_request_latency_seconds"](seconds)
         self._observe[telemetry.REQUEST_DURATION_METRIC](seconds)
@@ -166,6 +174,11 @@ class CallRecord:
         self._remaining[number] -= 1
         if not self._remaining[number]:
             self._series.complete(time.monotonic() - self._started, self._longest[number], event.reason)
+
+    def pooled(self, event: Pooled) -> None:
+        """One of its vectors is there."""
+        self._series.vector(event)
+        self._series.complete(time.monotonic() - self._started, 0, "stop")
 
 
 class _GroupStats(Collector):

@@ -48,50 +48,50 @@ def _strings(name: str, value: Any) -> None:
         _list_of(str, "strings, or one string")(name, value)
 
 
-def _later(name: str, value: Any) -> None:
+def later(name: str, value: Any) -> None:
     """Checked where it is used."""
 
 
-_BOOLEAN = _of_type(bool, "true or false")
-_STRING = _of_type(str, "a string")
+boolean = _of_type(bool, "true or false")
+string = _of_type(str, "a string")
 _OBJECT = _of_type(dict, "an object")
 _OBJECTS = _list_of(dict, "objects")
 _POSITIVE = integer_from(1, 2**31 - 1)
 _NOT_NEGATIVE = integer_from(0, 2**31 - 1)
 
 SAMPLING: dict[str, Check] = {
-    "n": _later,
-    "temperature": _later,
-    "top_p": _later,
-    "top_k": _later,
-    "min_p": _later,
-    "presence_penalty": _later,
-    "frequency_penalty": _later,
-    "repetition_penalty": _later,
-    "seed": _later,
+    "n": later,
+    "temperature": later,
+    "top_p": later,
+    "top_k": later,
+    "min_p": later,
+    "presence_penalty": later,
+    "frequency_penalty": later,
+    "repetition_penalty": later,
+    "seed": later,
     "stop": _strings,
     "stop_token_ids": _list_of(int, "token ids"),
-    "include_stop_str_in_output": _BOOLEAN,
-    "min_tokens": _later,
-    "ignore_eos": _BOOLEAN,
-    "prompt_logprobs": _later,
-    "skip_special_tokens": _BOOLEAN,
-    "spaces_between_special_tokens": _BOOLEAN,
+    "include_stop_str_in_output": boolean,
+    "min_tokens": later,
+    "ignore_eos": boolean,
+    "prompt_logprobs": later,
+    "skip_special_tokens": boolean,
+    "spaces_between_special_tokens": boolean,
 }
 """Same name and meaning in SamplingParams."""
 
 _HONOURED: dict[str, Check] = {
     **SAMPLING,
-    "model": _STRING,
-    "stream": _BOOLEAN,
+    "model": string,
+    "stream": boolean,
     "stream_options": _OBJECT,
     "logit_bias": _OBJECT,
-    "echo": _BOOLEAN,
-    "add_special_tokens": _BOOLEAN,
+    "echo": boolean,
+    "add_special_tokens": boolean,
     "priority": integer_from(-(2**31), 2**31 - 1),
-    "cache_salt": _STRING,
-    "request_id": _STRING,
-    "return_token_ids": _BOOLEAN,
+    "cache_salt": string,
+    "request_id": string,
+    "return_token_ids": boolean,
 }
 
 CHAT_HONOURED: dict[str, Check] = {
@@ -99,34 +99,34 @@ CHAT_HONOURED: dict[str, Check] = {
     "messages": _OBJECTS,
     "max_tokens": _POSITIVE,
     "max_completion_tokens": _POSITIVE,
-    "logprobs": _BOOLEAN,
-    "top_logprobs": _later,
+    "logprobs": boolean,
+    "top_logprobs": later,
     "tools": _OBJECTS,
-    "tool_choice": _later,
-    "add_generation_prompt": _BOOLEAN,
-    "continue_final_message": _BOOLEAN,
+    "tool_choice": later,
+    "add_generation_prompt": boolean,
+    "continue_final_message": boolean,
     "chat_template_kwargs": _OBJECT,
 }
 
 COMPLETION_HONOURED: dict[str, Check] = {
     **_HONOURED,
-    "prompt": _later,
+    "prompt": later,
     "max_tokens": _NOT_NEGATIVE,
-    "logprobs": _later,
+    "logprobs": later,
 }
 
 TOKENIZE_HONOURED: dict[str, Check] = {
     **{name: CHAT_HONOURED[name] for name in ("model", "messages", "tools", "add_special_tokens")},
     **{name: CHAT_HONOURED[name] for name in ("add_generation_prompt", "continue_final_message")},
     "chat_template_kwargs": _OBJECT,
-    "prompt": _STRING,
-    "return_token_strs": _BOOLEAN,
+    "prompt": string,
+    "return_token_strs": boolean,
 }
 
 DETOKENIZE_HONOURED: dict[str, Check] = {
-    "model": _STRING,
+    "model": string,
     "tokens": _list_of(int, "token ids"),
-    "skip_special_tokens": _BOOLEAN,
+    "skip_special_tokens": boolean,
 }
 
 STREAM_OPTIONS: dict[str, Check] = {"include_usage": _BOOLEAN}

@@ -57,7 +57,7 @@ class Ask:
 
 def parse_chat(body: Mapping[str, Any]) -> Ask:
     """Body of POST /v1/chat/completions. Raises ClientError or UnsupportedError naming the field."""
-    fields, warnings = _sorted(body, CHAT_HONOURED, CHAT_IGNORED, CHAT_REFUSED)
+    fields, warnings = sort_fields(body, CHAT_HONOURED, CHAT_IGNORED, CHAT_REFUSED)
     check_tools(fields.get("tools"), fields.get("tool_choice"))
     sampling = _sampling(fields)
     limit = fields.get("max_completion_tokens", fields.get("max_tokens"))
@@ -75,7 +75,7 @@ def parse_completion(body: Mapping[str, Any]) -> Ask:
     n = body.get("n")
     if body.get("best_of") == (1 if n is None else n):
         body = {name: value for name, value in body.items() if name != "best_of"}
-    fields, warnings = _sorted(body, COMPLETION_HONOURED, COMPLETION_IGNORED, COMPLETION_REFUSED)
+    fields, warnings = sort_fields(body, COMPLETION_HONOURED, COMPLETION_IGNORED, COMPLETION_REFUSED)
     sampling = _sampling(fields)
     logprobs, echo = fields.get("logprobs"), fields.get("echo", False)
     if logprobs is not None:
@@ -92,7 +92,7 @@ def parse_completion(body: Mapping[str, Any]) -> Ask:
 
 def parse_tokenize(body: Mapping[str, Any]) -> tuple[str, Text | Conversation, bool, tuple[str, ...]]:
     """Body of POST /tokenize: (model, what to tokenise, whether texts of tokens are wanted, ignored fields)."""
-    fields, warnings = _sorted(body, TOKENIZE_HONOURED, {}, {"chat_template": ()})
+    fields, warnings = sort_fields(body, TOKENIZE_HONOURED, {}, {"chat_template": ()})
     if "messages" not in fields and "prompt" not in fields:
         raise ClientError("send prompt (a text) or messages", param="prompt")
     prompt = (
@@ -105,13 +105,13 @@ def parse_tokenize(body: Mapping[str, Any]) -> tuple[str, Text | Conversation, b
 
 def parse_detokenize(body: Mapping[str, Any]) -> tuple[str, list[int], bool, tuple[str, ...]]:
     """Body of POST /detokenize: (model, token ids, whether special tokens are left out, ignored fields)."""
-    fields, warnings = _sorted(body, DETOKENIZE_HONOURED, {}, {})
+    fields, warnings = sort_fields(body, DETOKENIZE_HONOURED, {}, {})
     if "tokens" not in fields:
         raise ClientError("tokens must be a list of token ids", param="tokens")
     return fields.get("model", ""), fields["tokens"], fields.get("skip_special_tokens", False), warnings
 
 
-def _sorted(
+def sort_fields(
     body: Mapping[str, Any],
     honoured: Mapping[str, Check],
     ignored: Mapping[str, Sequence[Any]],
@@ -230,5 +230,5 @@ def _shape(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> dict[str, An
 def _stream_options(options: Mapping[str, Any]) -> tuple[bool, tuple[str, ...]]:
     """(include_usage, ignored fields)."""
     ignored, refused = {"include_obfuscation": (False,)}, {"continuous_usage_stats": (False,)}
-    fields, unknown = _sorted(options, STREAM_OPTIONS, ignored, refused)
+    fields, unknown = sort_fields(options, STREAM_OPTIONS, ignored, refused)
     return fields.get("include_usage", False), tuple(f"stream_options.{name}" for name in unknown)

@@ -12,6 +12,8 @@ from kvasir.cluster.call import Conversation, Text
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ClientError
 from kvasir.engine.hub import default_sampling, locate
+from kvasir.engine.passage import Encoded, Passage, encode_passage
+from kvasir.engine.sentence_transformers import TextRules, read_text_rules
 from kvasir.engine.tokenizer import Tokenizer
 
 INLINE_CHARS = 2000
@@ -29,6 +31,8 @@ class ServedModel:
     """None: token ids in, token ids out (--skip-tokenizer-init)."""
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
     """By the names of `SamplingParams`, from the model's generation_config.json."""
+    rules: TextRules = field(default_factory=TextRules)
+    """Of texts that are embedded."""
 
     @property
     def name(self) -> str:
@@ -44,7 +48,8 @@ class ServedModel:
             tokenizer = Tokenizer.load(source, chat_template=engine.chat_template)
         defaults = default_sampling(folder) if engine.generation_config == "auto" else {}
         names = engine.served_model_name or (engine.model,)
-        return cls(names=tuple(names), tokenizer=tokenizer, sampling_defaults=defaults)
+        rules = read_text_rules(folder)
+        return cls(names=tuple(names), tokenizer=tokenizer, sampling_defaults=defaults, rules=rules)
 
     def need_tokenizer(self, what: str) -> Tokenizer:
         """The tokenizer; `what` is the field that can't be used without one."""
@@ -59,6 +64,16 @@ class ServedModel:
             return self._encode(prompt)
         return await asyncio.get_running_loop().run_in_executor(_threads, self._encode, prompt)
 
+    async def encode_passages(
+        self, inputs: Sequence[Passage | Sequence[int]], limit: int, truncate: int | None, param: str
+    ) -> list[Encoded]:
+        """The inputs of a call for vectors, off the event loop when they are long."""
+        texts = [one for one in inputs if isinstance(one, Passage)]
+        if sum(len(one.text) + len(one.pair or "") for one in texts) <= INLINE_CHARS:
+            return self._encode_passages(inputs, limit, truncate, param)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(_threads, self._encode_passages, inputs, limit, truncate, param)
+
     async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Text of `ids`, off the event loop when they are many."""
         tokenizer = self.need_tokenizer("tokens")
@@ -66,6 +81,15 @@ class ServedModel:
             return tokenizer.decode(ids, skip_special_tokens)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(_threads, tokenizer.decode, ids, skip_special_tokens)
+
+    def _encode_passages(
+        self, inputs: Sequence[Passage | Sequence[int]], limit: int, truncate: int | None, param: str
+    ) -> list[Encoded]:
+        names = [param] if len(inputs) == 1 else [f"{param}[{i}]" for i in range(len(inputs))]
+        return [
+            encode_passage(one, self.tokenizer, self.rules, limit=limit, truncate=truncate, param=name)
+            for one, name in zip(inputs, names, strict=True)
+        ]
 
     def _encode(self, prompt: Text | Conversation) -> list[int]:
         if isinstance(prompt, Text):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvasir.engine.errors import ConfigError
-from kvasir.engine.event import Finished, Timing
+from kvasir.engine.event import Finished, Pooled, Timing
 from kvasir.engine.request import Request
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ REQUEST_TOP_P = "gen_ai.request.top_p"
 REQUEST_TOP_K = "gen_ai.request.top_k"
 REQUEST_SEED = "gen_ai.request.seed"
 REQUEST_CHOICE_COUNT = "gen_ai.request.choice.count"
+REQUEST_DIMENSIONS = "gen_ai.embeddings.dimension.count"
 RESPONSE_ID = "gen_ai.response.id"
 RESPONSE_MODEL = "gen_ai.response.model"
 RESPONSE_FINISH_REASONS = "gen_ai.response.finish_reasons"
@@ -150,7 +151,7 @@ class Tracing:
         propagator.inject(carrier, context=set_span_in_context(span))
         return RequestSpan(self._tracer, span, carrier)
 
-    def stages(self, request: Request, finished: Finished) -> None:
+    def stages(self, request: Request, finished: Finished | Pooled) -> None:
         """The group's spans of one continuation: queue and prefill (once per request), decode."""
         if self._tracer is None or not request.trace_context:
             return
@@ -185,13 +186,15 @@ def _provider() -> TracerProvider:
     return provider
 
 
-def _stages(finished: Finished, timing: Timing) -> Iterator[tuple[str, float, float, dict[str, str | int | list[str]]]]:
+def _stages(
+    finished: Finished | Pooled, timing: Timing
+) -> Iterator[tuple[str, float, float, dict[str, str | int | list[str]]]]:
     """(name, start, end, attributes) of the stages that the continuation reached."""
     yield "queue", timing.queued, timing.scheduled or timing.finished, {}
     if timing.scheduled:
         usage = {USAGE_INPUT_TOKENS: finished.prompt_tokens, USAGE_CACHED_TOKENS: finished.cached_tokens}
         yield "prefill", timing.scheduled, timing.first_token or timing.finished, {**usage}
-    if timing.first_token:
+    if timing.first_token and isinstance(finished, Finished):
         facts = {USAGE_OUTPUT_TOKENS: finished.output_tokens, INDEX: finished.index, PREEMPTIONS: finished.preemptions}
         yield "decode", timing.first_token, timing.finished, {**facts, RESPONSE_FINISH_REASONS: [finished.reason]}
 

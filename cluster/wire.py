@@ -13,9 +13,9 @@ from typing import Any, TypeVar, cast
 from google.protobuf.message import Message
 
 from kvasir.engine.errors import ERRORS, ClientError, KvasirError, ServerError
-from kvasir.engine.event import Event, Failed, Finished, FinishReason, Timing, Token, TokenLogprob
+from kvasir.engine.event import Event, Failed, Finished, FinishReason, Pooled, Timing, Token, TokenLogprob
 from kvasir.engine.info import ModelInfo
-from kvasir.engine.request import Request, SamplingParams
+from kvasir.engine.request import PoolingParams, Request, SamplingParams
 from kvasir.engine.scheduler import Stats
 from kvasir.proto import group_pb2 as pb
 
@@ -65,13 +65,17 @@ def encode_request(request: Request, number: int) -> pb.Submit:
         cache_salt=request.cache_salt,
         trace_context=dict(request.trace_context),
         resume_token_ids=request.resume_token_ids,
+        token_type_ids=request.token_type_ids,
     )
+    if request.pooling is not None:
+        message.pooling.CopyFrom(_encode_fields(pb.Pooling(), request.pooling))
     return _set(message, deadline_s=request.deadline_s, adapter=request.adapter)
 
 
 def decode_request(message: pb.Submit, request_id: str) -> Request:
     """The request, under the name the engine knows it by. Raises ClientError as SamplingParams does."""
     sampling = {field.name: _decode_field(message.sampling, field.name) for field in fields(SamplingParams)}
+    pooling = {field.name: _decode_field(message.pooling, field.name) for field in fields(PoolingParams)}
     return Request(
         request_id=request_id,
         prompt_token_ids=list(message.prompt_token_ids),
@@ -81,6 +85,8 @@ def decode_request(message: pb.Submit, request_id: str) -> Request:
         deadline_s=_decode_field(message, "deadline_s"),
         adapter=_decode_field(message, "adapter"),
         trace_context=dict(message.trace_context),
+        pooling=PoolingParams(**pooling) if message.HasField("pooling") else None,
+        token_type_ids=tuple(message.token_type_ids),
         resume_token_ids=tuple(message.resume_token_ids),
     )
 
@@ -97,6 +103,8 @@ def add_event(step: pb.Step, number: int, event: Event) -> None:
             step.events.append(pb.Event(number=number, token=_encode_token(event)))
     elif isinstance(event, Finished):
         step.events.append(pb.Event(number=number, finished=_encode_finished(event)))
+    elif isinstance(event, Pooled):
+        step.events.append(pb.Event(number=number, pooled=_encode_pooled(event)))
     else:
         step.events.append(pb.Event(number=number, failed=pb.Failed(code=event.code, message=event.message)))
 
@@ -209,12 +217,28 @@ def _encode_finished(event: Finished) -> pb.Finished:
     return _set(message, stop_token_id=event.stop_token_id)
 
 
+def _encode_pooled(event: Pooled) -> pb.Pooled:
+    return pb.Pooled(
+        values=event.values,
+        prompt_tokens=event.prompt_tokens,
+        cached_tokens=event.cached_tokens,
+        **{name: getattr(event.timing, name) for name in _TIMES},
+    )
+
+
+def _decode_pooled(message: pb.Pooled, request_id: str) -> Pooled:
+    timing = Timing(**{name: getattr(message, name) for name in _TIMES})
+    return Pooled(request_id, tuple(message.values), message.prompt_tokens, message.cached_tokens, timing)
+
+
 def _decode_event(message: pb.Event, request_id: str) -> Event:
     kind = message.WhichOneof("event")
     if kind == "token":
         return _decode_token(message.token, request_id)
     if kind == "finished":
         return _decode_finished(message.finished, request_id)
+    if kind == "pooled":
+        return _decode_pooled(message.pooled, request_id)
     return Failed(request_id, message.failed.code, message.failed.message)
 
 

@@ -18,17 +18,19 @@ class KVCache:
         bytes_ = num_blocks * self.block_bytes(spec, block_size, dtype)
         self.arena = torch.empty(bytes_, dtype=torch.uint8, device=device)
         depth = len(spec.layers)
-        shape = (depth, 2, num_blocks, spec.kv_heads, block_size, spec.head_dim)
+        self.group_of = [0] * depth
+        kinds = 2 if spec.value_dim else 1
+        shape = (depth, kinds, num_blocks, spec.cache_heads, block_size, spec.key_dim)
         self._blocks = self.arena.view(dtype).view(shape)
         views = self._blocks.transpose(3, 4)
-        self._layers = [(views[i, 0], views[i, 1]) for i in range(depth)]
+        self._layers = [(views[i, 0], views[i, 1] if spec.value_dim else None) for i in range(depth)]
 
     @staticmethod
     def block_bytes(spec: Spec, block_size: int, dtype: torch.dtype) -> int:
         """Bytes of one block: P slots of keys and values in every layer."""
-        return 2 * len(spec.layers) * block_size * spec.kv_heads * spec.head_dim * dtype.itemsize
+        return len(spec.layers) * block_size * spec.cache_heads * (spec.key_dim + spec.value_dim) * dtype.itemsize
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+    def layer(self, index: int) -> tuple[Tensor, Tensor | None]:
         """(keys, values), each [N, P, K, D]; in memory a head's slots are neighbours: [N, K, P, D]."""
         return self._layers[index]
 

@@ -28,14 +28,18 @@ class ChatTemplates:
     @classmethod
     def load(cls, folder: Path, special_tokens: Mapping[str, str], override: str | None = None) -> ChatTemplates:
         """The templates beside the tokenizer in `folder`, or `override` (a file or the template itself) alone."""
-        if override is None:
-            return cls(_sources(folder), special_tokens)
-        source = _override(override)
+        return (
+            cls(_sources(folder), special_tokens) if override is None else cls({}, special_tokens).overridden(override)
+        )
+
+    def overridden(self, value: str) -> ChatTemplates:
+        """The same with one template only: that of the file `value`, or `value` itself."""
+        source = _override(value)
         try:
             _compiled(source)
         except ClientError as error:
             raise ConfigError(f"--chat-template: {error.message}", param="chat_template") from error
-        return cls({"default": source}, special_tokens)
+        return ChatTemplates({"default": source}, self._special_tokens)
 
     def render(
         self,

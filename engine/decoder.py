@@ -1,4 +1,4 @@
-"""One decoder for every Spec: pre-norm blocks of attention over a paged cache and a gated MLP."""
+"""One decoder for every Spec: embedding, blocks of attention over a paged cache and an MLP, output head."""
 
 from __future__ import annotations
 
@@ -8,87 +8,58 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvasir.engine import attention, mlp
+from kvasir.engine.attention import Positional
 from kvasir.engine.cache import KVCache
-from kvasir.engine.layers import Linear, empty, rope_frequencies
-from kvasir.engine.spec import Layer, Rope, Spec
-from kvasir.kernels.activation import gated
-from kvasir.kernels.attention import attention
-from kvasir.kernels.cache import write
+from kvasir.engine.layers import Linear, Norm, empty
+from kvasir.engine.rope import stretched_turning, turning
+from kvasir.engine.spec import Layer, QueryScale, Spec
 from kvasir.kernels.linear import linear, packed
-from kvasir.kernels.norm import rms_norm
 from kvasir.kernels.ragged import Ragged
-from kvasir.kernels.rope import rope_angles, rotate
+from kvasir.kernels.rope import Angles, rope_angles
 
-Angles = dict[Rope, tuple[Tensor, Tensor]]
-"""cos and sin of a step's positions, once per distinct rope."""
-
-
-class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245)."""
-
-    def __init__(self, spec: Spec, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self.spec, self.layer, self.scale = spec, layer, spec.head_dim**-0.5
-        q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-        self.qkv = Linear(spec.hidden, {"q": q, "k": kv, "v": kv}, spec.qkv_bias, dtype, device)
-        self.o = Linear(q, {"o": spec.hidden}, spec.o_bias, dtype, device)
-        self.q_norm = empty(spec.head_dim, dtype=dtype, device=device) if spec.qk_norm else None
-        self.k_norm = empty(spec.head_dim, dtype=dtype, device=device) if spec.qk_norm else None
-
-    def forward(self, x: Tensor, angles: Angles, ragged: Ragged, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        spec = self.spec
-        heads = self.qkv(x).view(len(x), -1, spec.head_dim)
-        qk, v = heads.tensor_split((spec.heads + spec.kv_heads,), 1)
-        qk = self._norm(qk)
-        if self.layer.rope is not None:
-            qk = rotate(qk, *angles[self.layer.rope])
-        q, k = qk.tensor_split((spec.heads,), 1)
-        write(k, v, k_cache, v_cache, ragged)
-        y = attention(q, k_cache, v_cache, ragged, scale=self.scale, window=self.layer.window)
-        out: Tensor = self.o(y.flatten(1))
-        return out
-
-    def _norm(self, qk: Tensor) -> Tensor:
-        if self.q_norm is None or self.k_norm is None:
-            return qk
-        q, k = qk.tensor_split((self.spec.heads,), 1)
-        return torch.cat((rms_norm(q, self.q_norm, self.spec.eps), rms_norm(k, self.k_norm, self.spec.eps)), 1)
-
-
-class MLP(nn.Module):
-    """down(activation(gate) * up)."""
-
-    def __init__(self, spec: Spec, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self.activation = spec.activation
-        self.gate_up = Linear(spec.hidden, {"gate": spec.ffn, "up": spec.ffn}, spec.mlp_bias, dtype, device)
-        self.down = Linear(spec.ffn, {"down": spec.hidden}, spec.mlp_bias, dtype, device)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(gated(self.gate_up(x), self.activation))
-        return out
+BEFORE = ("pre", "sandwich", "parallel", "parallel_two")
+"""Placements that normalise what goes into a branch."""
+TABLES = ("embed", "positions", "token_types", "head")
+"""Plain matrices of the decoder itself; a checkpoint calls them `NAME.weight`."""
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Attention and MLP, each with its norms and the residual around it, in the order that `Spec.placement` says."""
 
     def __init__(self, spec: Spec, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.eps = spec.eps
-        self.attn_norm = empty(spec.hidden, dtype=dtype, device=device)
-        self.attn = Attention(spec, layer, dtype, device)
-        self.mlp_norm = empty(spec.hidden, dtype=dtype, device=device)
-        self.mlp = MLP(spec, dtype, device)
+        self.placement, self.scale = spec.placement, spec.residual_scale
+
+        def norm(*placements: str) -> Norm | None:
+            return Norm(spec, (spec.hidden,), dtype, device) if spec.placement in placements else None
+
+        self.attn_norm = norm(*BEFORE, "after")
+        self.post_attn_norm = norm("post", "sandwich")
+        self.mlp_norm = norm("pre", "sandwich", "parallel_two", "after")
+        self.post_mlp_norm = norm("post", "sandwich")
+        self.attn = attention.module(spec, layer, dtype, device)
+        self.mlp = mlp.module(spec, layer, dtype, device)
 
     def forward(
-        self, x: Tensor, angles: Angles, ragged: Ragged, k_cache: Tensor, v_cache: Tensor, rows: Tensor | None
+        self, x: Tensor, positional: Positional, ragged: Ragged, cache: tuple[Tensor, Tensor], rows: Tensor | None
     ) -> Tensor:
         """x[T, M] -> [T, M], or [R, M] when only some rows are wanted: the others end with their keys and values."""
-        x = x + self.attn(rms_norm(x, self.attn_norm, self.eps), angles, ragged, k_cache, v_cache)
+        before = self.placement in BEFORE
+        h = _normed(self.attn_norm, x) if before else x
+        y = _normed(self.post_attn_norm, self.attn(h, positional, ragged, *cache))
         if rows is not None:
-            x = x.index_select(0, rows)
-        out: Tensor = x + self.mlp(rms_norm(x, self.mlp_norm, self.eps))
-        return out
+            x, y, h = (t.index_select(0, rows) for t in (x, y, h))
+        if self.placement.startswith("parallel"):
+            h = h if self.mlp_norm is None else self.mlp_norm(x)
+            out: Tensor = x + y * self.scale + self.mlp(h) * self.scale
+            return out
+        x = x + y if self.scale == 1 else x + y * self.scale
+        if self.placement == "after":
+            x = _normed(self.attn_norm, x)
+            return _normed(self.mlp_norm, x + self.mlp(x) * self.scale)
+        y = _normed(self.post_mlp_norm, self.mlp(_normed(self.mlp_norm, x)))
+        return x + y if self.scale == 1 else x + y * self.scale
 
 
 class Decoder(nn.Module):
@@ -97,39 +68,122 @@ class Decoder(nn.Module):
     def __init__(self, spec: Spec, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.spec, self.dtype, self.device = spec, dtype, device
-        self.embed = empty(spec.vocab, spec.hidden, dtype=dtype, device=device)
-        self.blocks = nn.ModuleList(Block(spec, layer, dtype, device) for layer in spec.layers)
-        self.norm = empty(spec.hidden, dtype=dtype, device=device)
-        self.head: Tensor = self.embed if spec.tied else empty(spec.vocab, spec.hidden, dtype=dtype, device=device)
-        ropes = {layer.rope for layer in spec.layers if layer.rope is not None}
-        self.frequencies = {rope: rope_frequencies(rope, spec.head_dim).to(device) for rope in ropes}
+        width = spec.embed_dim or spec.hidden
 
-    @torch.inference_mode()
+        def table(rows: int, columns: int = spec.hidden) -> nn.Parameter | None:
+            return empty(rows, columns, dtype=dtype, device=device) if rows else None
+
+        def projection(name: str, inputs: int, outputs: int) -> Linear | None:
+            return Linear(inputs, {name: outputs}, False, dtype, device) if spec.embed_dim else None
+
+        self.embed = empty(spec.vocab, width, dtype=dtype, device=device)
+        self.positions, self.token_types = table(spec.positions), table(spec.token_types)
+        self.embed_norm = Norm(spec, (spec.hidden,), dtype, device) if spec.embed_norm else None
+        self.project_in = projection("project_in", width, spec.hidden)
+        self.project_out = projection("project_out", spec.hidden, width)
+        self.blocks = nn.ModuleList(Block(spec, layer, dtype, device) for layer in spec.layers)
+        self.norm = Norm(spec, (spec.hidden,), dtype, device) if spec.final_norm else None
+        self.head: Tensor | None = self.embed if spec.tied else table(spec.vocab, width)
+        if not spec.lm_head:
+            self.head = None
+        self.head_bias = empty(spec.vocab, dtype=dtype, device=device) if spec.head_bias else None
+        ropes = {layer.rope for layer in spec.layers if layer.rope is not None}
+        self.turnings = {
+            rope: (turning(rope).to(device), stretched_turning(rope, spec.max_len).to(device)) for rope in ropes
+        }
+        self.query_scales = {layer.query_scale for layer in spec.layers if layer.query_scale is not None}
+
     def forward(self, tokens: Tensor, ragged: Ragged, cache: KVCache, rows: Tensor) -> Tensor:
         """tokens[T] int64, rows[R] int64 -> float32 logits[R, V] of those rows; keys and values go into the cache."""
-        x = F.embedding(tokens, self.embed)
-        angles = {rope: rope_angles(ragged.positions, f, x.dtype) for rope, f in self.frequencies.items()}
+        return self.logits(self.hidden(tokens, ragged, cache, rows))
+
+    @torch.inference_mode()
+    def hidden(
+        self,
+        tokens: Tensor,
+        ragged: Ragged,
+        cache: KVCache,
+        rows: Tensor | None = None,
+        token_types: Tensor | None = None,
+    ) -> Tensor:
+        """The last hidden states [R, M] of those rows, or [T, M] of all; token_types[T] are segments, 0 by default."""
+        x = self._embedded(tokens, ragged, token_types)
+        positional = self._positional(ragged, x.dtype)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            x = block(x, angles, ragged, *cache.layer(i), rows if i == last else None)
-        x = rms_norm(x, self.norm, self.spec.eps)
-        return linear(x, self.head).float()
+            x = block(x, positional, ragged.group(cache.group_of[i]), cache.layer(i), rows if i == last else None)
+        return _normed(self.norm, x)
+
+    @torch.inference_mode()
+    def logits(self, x: Tensor) -> Tensor:
+        """x[R, M] of `hidden` -> float32 [R, V]."""
+        assert self.head is not None, "this model has no output head"
+        if self.project_out is not None:
+            x = self.project_out(x)
+        logits = linear(x, self.head, self.head_bias).float()
+        if self.spec.logit_scale != 1:
+            logits *= self.spec.logit_scale
+        cap = self.spec.logit_softcap
+        return logits if cap is None else (logits / cap).tanh() * cap
+
+    def _embedded(self, tokens: Tensor, ragged: Ragged, token_types: Tensor | None) -> Tensor:
+        x = F.embedding(tokens, self.embed)
+        if self.spec.embed_scale != 1:
+            x = x * torch.tensor(self.spec.embed_scale, dtype=x.dtype)  # rounded first, as Gemma was trained
+        if self.project_in is not None:
+            x = self.project_in(x)
+        if self.positions is not None:
+            x = x + F.embedding(ragged.positions + self.spec.position_offset, self.positions)
+        if self.token_types is not None:
+            x = x + F.embedding(torch.zeros_like(tokens) if token_types is None else token_types, self.token_types)
+        return _normed(self.embed_norm, x)
+
+    def _positional(self, ragged: Ragged, dtype: torch.dtype) -> Positional:
+        found: Positional = {
+            rope: rope_angles(ragged, turn, stretched, dtype, interleaved=rope.interleaved)
+            for rope, (turn, stretched) in self.turnings.items()
+        }
+        return found | {scale: _factors(scale, ragged.positions, dtype) for scale in self.query_scales}
 
     def pack(self) -> None:
         """Once filled: give every matrix the order this device reads fastest. A tied head becomes a copy if need be."""
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
-        head = packed(self.head)
-        del self.head
-        self.head = head
+        if self.head is not None:
+            head = packed(self.head)
+            del self.head
+            self.head = head
 
     def places(self) -> Iterator[tuple[str, Tensor]]:
         """(canonical name, view to fill) of every tensor, stacked ones one by one: `blocks.0.attn.q.weight`."""
         for path, module in self.named_modules():
             if isinstance(module, Linear):
                 parent = path.rpartition(".")[0]
-                yield from ((f"{parent}.{name}", view) for name, view in module.places())
+                yield from ((f"{parent}.{name}".lstrip("."), view) for name, view in module.places())
+            elif isinstance(module, Norm):
+                yield from ((path + name, tensor) for name, tensor in module.places())
             else:
                 own = module.named_parameters(prefix=path, recurse=False)
-                yield from ((name + ".weight" * (name in ("embed", "head")), tensor) for name, tensor in own)
+                yield from ((_checkpoint_name(name), tensor) for name, tensor in own)
+
+
+def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
+    """norm(x), or x itself where there is none."""
+    return x if norm is None else norm(x)
+
+
+def _factors(scale: QueryScale, positions: Tensor, dtype: torch.dtype) -> Angles:
+    count = positions.double() + 1
+    if scale.kind == "log":
+        factor = (count.log() / torch.tensor(scale.length).double().log()).clamp_(min=1)
+    else:
+        factor = 1 + scale.factor * (1 + (count / scale.length).floor()).log()
+    found = factor.to(dtype)[:, None, None]
+    return found, found
+
+
+def _checkpoint_name(name: str) -> str:
+    if name == "head_bias":
+        return "head.bias"
+    return name + ".weight" * (name in TABLES or name.endswith(".kv_b"))

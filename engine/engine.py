@@ -23,8 +23,10 @@ from kvasir.engine.event import Event, Failed, FinishReason
 from kvasir.engine.hub import eos_token_ids, locate, read_json
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.memory import keep_freed_memory, plan_memory, resolve_device, resolve_dtype, token_budget
+from kvasir.engine.pooler import Pooler, load_pooler
+from kvasir.engine.pooling import check_dimensions, pooling_of, tasks_of
 from kvasir.engine.rank import Rank, usable_cores
-from kvasir.engine.request import Request, SamplingParams
+from kvasir.engine.request import PoolingParams, Request, SamplingParams
 from kvasir.engine.scheduler import Scheduler, Stats
 from kvasir.engine.step import NewSequence, Slice, Step
 from kvasir.engine.weights import load_decoder, weight_bytes
@@ -44,6 +46,8 @@ class Loaded:
     decoder: Decoder
     cache: KVCache
     info: ModelInfo
+    pooler: Pooler | None = None
+    """None: it can only generate."""
 
 
 def load(config: EngineConfig) -> Loaded:
@@ -57,6 +61,8 @@ def load(config: EngineConfig) -> Loaded:
     keep_freed_memory()
     plan = plan_memory(config, spec, dtype=dtype, device=device, weight_bytes=weight_bytes(spec, dtype, device))
     decoder = load_decoder(folder, spec, dtype=dtype, device=device, progress=sys.stderr.isatty())
+    pooling = pooling_of(config_json, spec, folder)
+    pooler = load_pooler(pooling, {}, device, hidden=spec.hidden, token_types=spec.token_types)
     cache = KVCache(spec, plan.num_blocks, config.block_size, dtype, device)
     info = ModelInfo(
         name=(config.served_model_name or (config.model,))[0],
@@ -69,8 +75,10 @@ def load(config: EngineConfig) -> Loaded:
         device=str(device),
         max_num_seqs=config.max_num_seqs,
         memory_report=plan.report,
+        tasks=tasks_of(spec, pooling),
+        labels=pooling.labels.names if pooling.labels else (),
     )
-    return Loaded(decoder, cache, info)
+    return Loaded(decoder, cache, info, pooler)
 
 
 class Engine:
@@ -84,8 +92,13 @@ class Engine:
         loaded = loaded or load(config)
         self.config, self.info = config, loaded.info
         self._deliver = deliver
+        self._pooler, self._token_types = loaded.pooler, loaded.decoder.spec.token_types
         self._rank = Rank(
-            loaded.decoder, loaded.cache, max_num_seqs=config.max_num_seqs, max_model_len=loaded.info.max_model_len
+            loaded.decoder,
+            loaded.cache,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=loaded.info.max_model_len,
+            pooler=loaded.pooler,
         )
         self.pool = BlockPool(loaded.cache.num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching)
         self._scheduler = Scheduler(
@@ -110,8 +123,10 @@ class Engine:
 
     def start(self) -> None:
         """Run one token through the model, so that no request pays for first-time set-up, then begin the loop."""
-        first = NewSequence(0, (0,), 1, SamplingParams(temperature=0), 0, ())
-        self._rank.run(Step(0, new=(first,), blocks=((0, (0,)),), slices=(Slice(0, 0, 1, True),)))
+        pool = "generate" not in self.info.tasks
+        pooling = PoolingParams() if pool else None
+        first = NewSequence(0, (0,), 1, SamplingParams(temperature=0), 0, (), pooling=pooling)
+        self._rank.run(Step(0, new=(first,), blocks=((0, (0,)),), slices=(Slice(0, 0, 1, not pool, pool=pool),)))
         self._thread.start()
 
     def shutdown(self) -> None:
@@ -143,6 +158,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raise ClientError when the request can never run here."""
+        self._check_task(request)
         self._check_tokens(request)
         self._scheduler.check(request)
 
@@ -155,6 +171,26 @@ class Engine:
     def stats(self) -> Stats:
         """Load, at most 0.2 s old."""
         return self._stats
+
+    def _check_task(self, request: Request) -> None:
+        params, name = request.pooling, self.info.name
+        task = params.task if params else "generate"
+        if task not in self.info.tasks:
+            doing = ", ".join(self.info.tasks)
+            raise ClientError(f"model {name!r} can't {task}; what it can do: {doing}", param="model")
+        if params is None or self._pooler is None:
+            return
+        pooling, wanted = self._pooler.pooling, params.dimensions
+        if wanted is not None:
+            check_dimensions(pooling, wanted, name)
+        segments = request.token_type_ids
+        if segments and len(segments) != len(request.prompt_token_ids):
+            counts = f"{len(segments)} for {len(request.prompt_token_ids)} tokens"
+            raise ClientError(
+                f"token_type_ids must be as many as the prompt's tokens, got {counts}", param="token_type_ids"
+            )
+        if segments and self._token_types > 1 and not 0 <= min(segments) <= max(segments) < self._token_types:
+            raise ClientError(f"token_type_ids must be 0 to {self._token_types - 1}", param="token_type_ids")
 
     def _check_tokens(self, request: Request) -> None:
         for place, ids in (("prompt", request.prompt_token_ids), ("resume_token_ids", request.resume_token_ids)):

@@ -1,7 +1,7 @@
-"""The one stream type from an engine to its clients: `Token | Finished | Failed`. Standard library only.
+"""The one stream type from an engine to its clients: `Token | Finished | Pooled | Failed`. Standard library only.
 
 Every accepted request gets, for each of its n continuations, any number of `Token`s and exactly one `Finished`; or, for
-the request as a whole, one `Failed` (index -1) after which nothing follows.
+the request as a whole, one `Failed` (index -1) after which nothing follows. One that asks for pooling gets one `Pooled`.
 """
 
 from __future__ import annotations
@@ -65,6 +65,18 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
+class Pooled:
+    """The vector of a request with `pooling`; nothing follows."""
+
+    request_id: str
+    values: Sequence[float]
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    timing: Timing = field(default_factory=Timing)
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The request as a whole failed; `code` is a key of `errors.ERRORS`."""
 
@@ -74,4 +86,4 @@ class Failed:
     index: int = -1
 
 
-Event = Union[Token, Finished, Failed]
+Event = Union[Token, Finished, Pooled, Failed]

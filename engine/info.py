@@ -20,5 +20,9 @@ class ModelInfo:
     dtype: str = ""
     device: str = ""
     max_num_seqs: int = 0
+    tasks: tuple[str, ...] = ("generate",)
+    """What requests may ask for: generate, embed, classify, score."""
+    labels: tuple[str, ...] = ()
+    """Names of what a classifier tells apart."""
     memory_report: str = ""
     """What took how much memory, for people."""

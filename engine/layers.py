@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from kvasir.engine.spec import Rope
+from kvasir.engine.spec import Spec
 from kvasir.kernels.linear import linear, packed
+from kvasir.kernels.norm import layer_norm, rms_norm
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
     """An unfilled parameter that takes no gradient."""
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+
+class Norm(nn.Module):
+    """x[..., M] -> [..., M], by the spec's kind of norm. `shape` is the weight's: (M,), or (H, M) for a norm per head."""
+
+    def __init__(self, spec: Spec, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.rms, self.eps, self.offset = spec.norm == "rms", spec.eps, spec.norm_offset
+        self.weight = empty(*shape, dtype=dtype, device=device)
+        self.bias = empty(*shape, dtype=dtype, device=device) if spec.norm_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rms:
+            return rms_norm(x, self.weight, self.eps, self.offset)
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def places(self) -> Iterator[tuple[str, Tensor]]:
+        """(name behind the module's own, the tensor to fill)."""
+        yield from ((f".{name}", tensor) for name, tensor in self.named_parameters())
 
 
 class Linear(nn.Module):
@@ -46,14 +65,3 @@ class Linear(nn.Module):
                 if tensor is not None:
                     yield f"{part}.{kind}", tensor[first : first + rows]
             first += rows
-
-
-def rope_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """Radians per position [D / 2] in float32: theta^(-2i / D), stretched as the rope says."""
-    plain = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2).float() / head_dim) / rope.factor
-    if rope.llama3 is None:
-        return plain
-    s = rope.llama3
-    turns = s.original_len * plain / (2 * math.pi)
-    kept = ((turns - s.low) / (s.high - s.low)).clamp(0, 1)
-    return plain / s.factor * (1 - kept) + plain * kept

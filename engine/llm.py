@@ -17,11 +17,23 @@ from tqdm import tqdm
 
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.engine import Engine
-from kvasir.engine.errors import ClientError, ConfigError, OverloadedError
-from kvasir.engine.event import Event
+from kvasir.engine.errors import ERRORS, ClientError, ConfigError, OverloadedError, ServerError
+from kvasir.engine.event import Event, Failed, Pooled
 from kvasir.engine.hub import default_sampling, locate
-from kvasir.engine.output import RequestOutput, request_output
-from kvasir.engine.request import Request, SamplingParams
+from kvasir.engine.output import (
+    ClassificationOutput,
+    ClassificationRequestOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    RequestOutput,
+    ScoringOutput,
+    ScoringRequestOutput,
+    pooling_output,
+    request_output,
+)
+from kvasir.engine.passage import Encoded, Passage, encode_passage, role_passage, similarity
+from kvasir.engine.request import PoolingParams, Request, SamplingParams
+from kvasir.engine.sentence_transformers import TextRules, read_text_rules
 from kvasir.engine.tokenizer import Tokenizer
 from kvasir.engine.transcript import Transcript
 
@@ -49,6 +61,7 @@ class TextModel:
         if not config.skip_tokenizer_init:
             source = locate(config.tokenizer) if config.tokenizer else self.folder
             self.tokenizer = Tokenizer.load(source, chat_template=config.chat_template)
+        self.rules: TextRules = read_text_rules(self.folder)
         self.defaults = default_sampling(self.folder) if config.generation_config == "auto" else {}
 
     def sampling(self, given: SamplingParams | None) -> SamplingParams:
@@ -63,12 +76,22 @@ class TextModel:
         text, ids = self._parse(prompt)
         return Request(request_id=request_id, prompt_token_ids=ids, sampling=self.sampling(sampling), **fields), text
 
+    def passage(self, prompt: Prompt, prompt_name: str | None = None) -> Passage | Sequence[int]:
+        """A prompt for a vector: a text behind one of the model's prompts, or token ids."""
+        found = self._plain(prompt)
+        return Passage(text=found, prompt_name=prompt_name) if isinstance(found, str) else found
+
     def render(self, messages: Sequence[Message], **options: Any) -> list[int]:
         """Token ids of a conversation as the chat template writes it."""
         tokenizer = self._needed("chat")
         return tokenizer.encode(tokenizer.render_chat(messages, **options), add_special_tokens=False)
 
     def _parse(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
+        found = self._plain(prompt)
+        return (found, self._needed("text prompts").encode(found)) if isinstance(found, str) else (None, found)
+
+    def _plain(self, prompt: Prompt) -> str | Sequence[int]:
+        """Text or token ids."""
         if isinstance(prompt, Mapping):
             keys = [key for key in ("prompt_token_ids", "prompt") if key in prompt]
             if len(keys) != 1 or len(prompt) != 1:
@@ -77,9 +100,9 @@ class TextModel:
                 )
             prompt = prompt[keys[0]]
         if isinstance(prompt, str):
-            return prompt, self._needed("text prompts").encode(prompt)
+            return prompt
         if isinstance(prompt, Sequence) and all(isinstance(token, int) for token in prompt):
-            return None, cast("Sequence[int]", prompt)
+            return cast("Sequence[int]", prompt)
         raise ClientError(f"a prompt is text or a list of token ids, got {prompt!r:.60}", param="prompt")
 
     def _needed(self, what: str) -> Tokenizer:
@@ -159,6 +182,71 @@ class LLM:
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | None = None,
+        *,
+        prompt_name: str | None = None,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """A vector of each prompt. `prompt_name`: which of the model's prompts (query, document, ...) stands before the
+        texts. Prompts that are too long are an error unless `truncate_prompt_tokens` says where to cut (-1: at the
+        model's limit)."""
+        passages = [self._text.passage(prompt, prompt_name) for prompt in _as_list(prompts)]
+        done = self._pool(passages, pooling_params or PoolingParams(), "embed", truncate_prompt_tokens, use_tqdm)
+        return [pooling_output(request, event, EmbeddingOutput(list(event.values))) for request, event in done]
+
+    def classify(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | None = None,
+        *,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+    ) -> list[ClassificationRequestOutput]:
+        """The probability of each of the model's labels, for each prompt."""
+        passages = [self._text.passage(prompt) for prompt in _as_list(prompts)]
+        params = pooling_params or PoolingParams(task="classify")
+        done = self._pool(passages, params, "classify", truncate_prompt_tokens, use_tqdm)
+        return [pooling_output(request, event, ClassificationOutput(list(event.values))) for request, event in done]
+
+    def score(
+        self,
+        queries: str | Sequence[str],
+        documents: str | Sequence[str],
+        pooling_params: PoolingParams | None = None,
+        *,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+    ) -> list[ScoringRequestOutput]:
+        """How well each document fits its query, or the only query there is: by a cross-encoder that reads both, or
+        else by comparing their vectors."""
+        left, right = _pairs(queries, documents)
+        params = pooling_params or PoolingParams(task="score")
+        if "score" in self.engine.info.tasks or "embed" not in self.engine.info.tasks:
+            pairs = [Passage(text=a, pair=b) for a, b in zip(left, right, strict=True)]
+            done = self._pool(pairs, params, "score", truncate_prompt_tokens, use_tqdm)
+            return [pooling_output(request, event, ScoringOutput(event.values[0])) for request, event in done]
+        return self._compared(left, right, truncate_prompt_tokens, use_tqdm)
+
+    def _compared(
+        self, queries: Sequence[str], documents: Sequence[str], truncate: int | None, use_tqdm: bool
+    ) -> list[ScoringRequestOutput]:
+        """Each distinct text is embedded once."""
+        rules = self._text.rules
+        left = [role_passage(text, "query", rules) for text in queries]
+        right = [role_passage(text, "document", rules) for text in documents]
+        distinct = list(dict.fromkeys([*left, *right]))
+        found = dict(zip(distinct, self._pool(distinct, PoolingParams(), "embed", truncate, use_tqdm), strict=True))
+        outputs = []
+        for query, document in zip(left, right, strict=True):
+            request, vector = found[document]
+            score = ScoringOutput(similarity(found[query][1].values, vector.values, rules.similarity))
+            outputs.append(pooling_output(request, vector, score))
+        return outputs
+
     def shutdown(self) -> None:
         """End the engine's thread; the model is freed with the object."""
         self.engine.shutdown()
@@ -170,6 +258,46 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.shutdown()
+
+    def _pool(
+        self,
+        passages: Sequence[Passage | Sequence[int]],
+        params: PoolingParams,
+        task: str,
+        truncate: int | None,
+        use_tqdm: bool,
+    ) -> list[tuple[Request, Pooled]]:
+        """Every passage's vector, in their order. Bad input raises before anything runs."""
+        if params.task != task:
+            raise ClientError(f"PoolingParams(task={params.task!r}) were given to {task}", param="pooling_params")
+        limit, text = self.engine.info.max_model_len, self._text
+        encoded = [encode_passage(p, text.tokenizer, text.rules, limit=limit, truncate=truncate) for p in passages]
+        requests = [_pooling_request(str(next(self._ids)), one, params) for one in encoded]
+        for request in requests:
+            self.engine.check(request)
+        with self._one_at_a_time:
+            found = self._pool_alone(requests, use_tqdm)
+        return [(request, found[request.request_id]) for request in requests]
+
+    def _pool_alone(self, requests: Sequence[Request], use_tqdm: bool) -> dict[str, Pooled]:
+        found: dict[str, Pooled] = {}
+        mine, waiting = {request.request_id for request in requests}, collections.deque(requests)
+        try:
+            with tqdm(total=len(requests), desc="prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
+                self._submit(waiting)
+                while len(found) < len(requests):
+                    for event in self._events.get():
+                        if isinstance(event, Failed) and event.request_id in mine:
+                            raise ERRORS.get(event.code, ServerError)(event.message)
+                        if isinstance(event, Pooled) and event.request_id in mine:
+                            found[event.request_id] = event
+                            bar.update()
+                    self._submit(waiting)
+        except BaseException:
+            for request_id in mine:
+                self.engine.abort(request_id)
+            raise
+        return found
 
     def _run(self, made: Sequence[tuple[Request, str | None]], use_tqdm: bool) -> list[RequestOutput]:
         """Keep the queue filled, but not over its limit, until all have ended."""
@@ -223,6 +351,27 @@ def _by_request(events: Sequence[Event]) -> Iterable[tuple[str, list[Event]]]:
     for event in events:
         grouped.setdefault(event.request_id, []).append(event)
     return grouped.items()
+
+
+def _pooling_request(request_id: str, encoded: Encoded, params: PoolingParams) -> Request:
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=encoded.ids,
+        sampling=SamplingParams(),
+        pooling=params,
+        token_type_ids=encoded.segments,
+    )
+
+
+def _pairs(queries: str | Sequence[str], documents: str | Sequence[str]) -> tuple[list[str], list[str]]:
+    """As many queries as documents: one query counts for all."""
+    left = [queries] if isinstance(queries, str) else list(queries)
+    right = [documents] if isinstance(documents, str) else list(documents)
+    if len(left) == 1:
+        left *= len(right)
+    if len(left) != len(right):
+        raise ClientError(f"{len(left)} queries don't pair with {len(right)} documents", param="queries")
+    return left, right
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

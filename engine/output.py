@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from kvasir.engine.event import Timing, TokenLogprob
+from kvasir.engine.event import Pooled, Timing, TokenLogprob
+from kvasir.engine.request import Request
 from kvasir.engine.tokenizer import Tokenizer
 from kvasir.engine.transcript import Output, Transcript
 
@@ -47,6 +49,61 @@ class RequestOutput:
     num_cached_tokens: int
     metrics: Timing
     """Of the first continuation."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingOutput:
+    """A text as a vector."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        return len(self.embedding)
+
+
+@dataclass(frozen=True, slots=True)
+class ClassificationOutput:
+    """How well each label fits; in the order of the model's labels."""
+
+    probs: list[float]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.probs)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringOutput:
+    """How well two texts fit."""
+
+    score: float
+
+
+T = TypeVar("T", EmbeddingOutput, ClassificationOutput, ScoringOutput)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingRequestOutput(Generic[T]):
+    """A prompt and what its vector means."""
+
+    request_id: str
+    outputs: T
+    prompt_token_ids: list[int]
+    num_cached_tokens: int
+    metrics: Timing
+    finished: bool = True
+
+
+EmbeddingRequestOutput = PoolingRequestOutput[EmbeddingOutput]
+ClassificationRequestOutput = PoolingRequestOutput[ClassificationOutput]
+ScoringRequestOutput = PoolingRequestOutput[ScoringOutput]
+
+
+def pooling_output(request: Request, event: Pooled, outputs: T) -> PoolingRequestOutput[T]:
+    """`outputs` of a request, with what is known about it."""
+    ids = list(request.prompt_token_ids)
+    return PoolingRequestOutput(request.request_id, outputs, ids, event.cached_tokens, event.timing)
 
 
 def request_output(transcript: Transcript, prompt: str | None, tokenizer: Tokenizer | None) -> RequestOutput:

@@ -13,6 +13,7 @@ from kvasir.engine.batch import Batch, Ints, Rows, send
 from kvasir.engine.cache import KVCache
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.event import TokenLogprob
+from kvasir.engine.pooler import Pooler
 from kvasir.engine.sampler import Sampler, score_rows
 from kvasir.engine.step import NewSequence, Result, Slice, Step
 
@@ -22,8 +23,16 @@ LEAST_LOGITS = 256
 class Rank:
     """A decoder, its KV cache, and the state of max_num_seqs seats."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, *, max_num_seqs: int, max_model_len: int) -> None:
-        self.decoder, self.cache = decoder, cache
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        pooler: Pooler | None = None,
+    ) -> None:
+        self.decoder, self.cache, self.pooler = decoder, cache, pooler
         self.max_logits = max(max_num_seqs, LEAST_LOGITS)
         self.batch = Batch(max_num_seqs, max_model_len, cache.block_size, decoder.device)
         self.sampler = Sampler(max_num_seqs, decoder.spec.vocab, decoder.device)
@@ -42,8 +51,12 @@ class Rank:
         token_ids: list[int] = []
         scores: list[TokenLogprob | None] = []
         prompt_scores: dict[int, Sequence[TokenLogprob]] = {}
+        pooled: dict[int, Sequence[float]] = {}
         for slices in portions(step.slices, self.max_logits):
             rows = self.batch.rows(slices)
+            if slices[0].pool:
+                pooled |= self._pool(slices, rows)
+                continue
             logits = self.decoder(rows.tokens, rows.ragged, self.cache, rows.logits)
             for part, where, ids in rows.scored:
                 found = self._score(logits[where], part.seat, ids)
@@ -51,12 +64,21 @@ class Rank:
             sampled, own_scores = self._sample(logits, rows)
             token_ids += sampled
             scores += own_scores or [None] * len(sampled)
-        return Result(step.id, token_ids, scores if any(scores) else (), prompt_scores)
+        return Result(step.id, token_ids, scores if any(scores) else (), prompt_scores, pooled)
 
     def _enter(self, new: NewSequence) -> None:
+        if self.pooler is not None and new.pooling is not None:
+            self.pooler.enter(new)
+            return
         self.sampler.enter(new)
         if new.sampling.prompt_logprobs is not None:
             self._top_prompt[new.seat] = new.sampling.prompt_logprobs
+
+    def _pool(self, slices: Sequence[Slice], rows: Rows) -> dict[int, Sequence[float]]:
+        assert self.pooler is not None, "a vector is wanted of a model that was loaded without a pooler"
+        wanted, segments = self.pooler.rows(slices), self.pooler.token_types(slices)
+        x = self.decoder.hidden(rows.tokens, rows.ragged, self.cache, wanted, segments)
+        return self.pooler.take(slices, x, self.decoder.logits)
 
     def _sample(self, logits: Tensor, rows: Rows) -> tuple[list[int], list[TokenLogprob | None]]:
         if not len(rows.sampled):
@@ -75,8 +97,19 @@ class Rank:
 
 
 def portions(slices: Sequence[Slice], limit: int) -> Iterator[Sequence[Slice]]:
-    """A step's slices, cut so that no forward wants the logits of more than `limit` rows: those of 8192 rows of a scored
-    prompt would take 4 GB with a vocabulary of 128k."""
+    """A step's slices by what is wanted of them: first those that are pooled, then those whose logits are wanted."""
+    pooled = [part for part in slices if part.pool]
+    if not pooled:
+        yield from _bounded(slices, limit)
+        return
+    yield pooled
+    if len(pooled) < len(slices):
+        yield from _bounded([part for part in slices if not part.pool], limit)
+
+
+def _bounded(slices: Sequence[Slice], limit: int) -> Iterator[Sequence[Slice]]:
+    """Cut so that no forward wants the logits of more than `limit` rows: those of 8192 rows of a scored prompt would
+    take 4 GB with a vocabulary of 128k."""
     if not any(part.prompt_logprobs for part in slices):
         yield slices
         return

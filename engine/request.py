@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from kvasir.engine.errors import ClientError
 
@@ -98,6 +99,22 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PoolingParams:
+    """What is wanted instead of tokens: one vector for the prompt."""
+
+    task: Literal["embed", "classify", "score"] = "embed"
+    """embed: a vector; classify: a number per label; score: how well a pair of texts fits, one number."""
+    dimensions: int | None = None
+    """Only the first so many, normalised again (Matryoshka, Kusupati et al. 2022, arXiv:2205.13147)."""
+    normalize: bool | None = None
+    """Scale vectors to length 1, or turn labels' logits into probabilities; None: as the model's files say."""
+
+    def __post_init__(self) -> None:
+        if self.dimensions is not None:
+            _whole("dimensions", self.dimensions, 1, None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """One prompt for one model. The engine answers with `Event`s that carry `request_id`."""
 
@@ -113,6 +130,10 @@ class Request:
     adapter: str | None = None
     trace_context: Mapping[str, str] = field(default_factory=dict)
     """W3C headers (traceparent, tracestate) of the span that sent this."""
+    pooling: PoolingParams | None = None
+    """Set: the request ends with `Pooled` once its prompt is computed, and `sampling` means nothing."""
+    token_type_ids: Sequence[int] = ()
+    """Segment of each prompt token, for encoders that read pairs; empty: all 0."""
     resume_token_ids: Sequence[int] = ()
     """Tokens already delivered by another group: the sequence goes on behind them (n must be 1)."""
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvasir.engine.event import TokenLogprob
-from kvasir.engine.request import SamplingParams
+from kvasir.engine.request import PoolingParams, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,10 @@ class NewSequence:
     stop_token_ids: Sequence[int]
     """End-of-sequence and stop ids: masked until sampling.min_tokens outputs exist."""
     adapter: str | None = None
+    pooling: PoolingParams | None = None
+    token_type_ids: Sequence[int] = ()
+    stretched: bool = False
+    """It is longer than the model's ropes were trained for (`Rope.original_len`), so its angles are the long ones'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,8 @@ class Slice:
     """The last row's logits give the next token, which every rank appends to the seat's tokens."""
     prompt_logprobs: bool = False
     """Also score the prompt tokens behind these rows."""
+    pool: bool = False
+    """These rows count for the sequence's vector; the slice that ends its prompt yields it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +71,5 @@ class Result:
     """As many as `token_ids`, or empty when no sequence asked."""
     prompt_logprobs: dict[int, Sequence[TokenLogprob]] = field(default_factory=dict)
     """seat -> scores of the prompt tokens start + 1 .. start + count (those inside the prompt)."""
+    pooled: dict[int, Sequence[float]] = field(default_factory=dict)
+    """seat -> the vector of a sequence whose prompt ended in this step."""

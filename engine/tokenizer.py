@@ -12,6 +12,7 @@ import tokenizers
 
 from kvasir.engine.chat_template import ChatTemplates
 from kvasir.engine.errors import ClientError, ConfigError
+from kvasir.engine.gguf_tokenizer import read_gguf_tokenizer
 from kvasir.engine.hub import eos_token_ids, read_json
 
 Piece = Union[str, bytes, None]
@@ -47,10 +48,37 @@ class Tokenizer:
         templates = ChatTemplates.load(folder, special, override=chat_template)
         return cls(_load_backend(folder), eos=eos_token_ids(folder), special=special, templates=templates)
 
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], chat_template: str | None = None) -> Tokenizer:
+        """The tokenizer that a GGUF file's metadata (key -> value) describes; `chat_template` as in `load`."""
+        found = read_gguf_tokenizer(metadata)
+        templates = ChatTemplates(found.chat_templates, found.special_tokens)
+        if chat_template is not None:
+            templates = templates.overridden(chat_template)
+        return cls(found.backend, eos=found.eos_token_ids, special=found.special_tokens, templates=templates)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; with `add_special_tokens` as the model wants a plain prompt (often a BOS in front).
         Rendered chats have theirs already: encode those without."""
         return list(self._backend.encode(_checked_text(text), add_special_tokens=add_special_tokens).ids)
+
+    def encode_within(
+        self, text: str, pair: str | None = None, *, limit: int | None = None, add_special_tokens: bool = True
+    ) -> tuple[list[int], list[int]]:
+        """(ids, segment of each) of a text or of two that are read together, as the model's own template joins them.
+        Of what exceeds `limit` tokens the end is cut off: a pair's second text first."""
+        backend = self._backend
+        parts = [backend.encode(_checked_text(t), add_special_tokens=False) for t in (text, pair) if t is not None]
+        if limit is not None:
+            over = sum(map(len, parts)) - limit
+            over += backend.num_special_tokens_to_add(pair is not None) if add_special_tokens else 0
+            for part in reversed(parts):
+                cut = min(max(over, 0), len(part))
+                part.truncate(len(part) - cut)
+                over -= cut
+        second = parts[1] if pair is not None else None
+        joined = backend.post_process(parts[0], second, add_special_tokens)
+        return list(joined.ids), list(joined.type_ids)
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """`encode` of many texts, on all cores."""

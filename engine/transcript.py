@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kvasir.engine.errors import ERRORS, ServerError
-from kvasir.engine.event import Event, Failed, Finished, FinishReason, Timing, Token, TokenLogprob
+from kvasir.engine.event import Event, Failed, Finished, FinishReason, Pooled, Timing, Token, TokenLogprob
 from kvasir.engine.request import Request
 from kvasir.engine.tokenizer import DecodeStream, Tokenizer
 
@@ -106,6 +106,7 @@ class Transcript:
         for event in events:
             if isinstance(event, Failed):
                 raise ERRORS.get(event.code, ServerError)(event.message)
+            assert not isinstance(event, Pooled), "a request for a vector has no transcript"
             delta = self._token(event) if isinstance(event, Token) else self._finish(event)
             if delta is not None:
                 before = deltas.get(event.index)

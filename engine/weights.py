@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from kvasir.engine.errors import ConfigError
 from kvasir.engine.spec import Spec
 from kvasir.kernels.linear import reorders
 
-NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
+NOT_WEIGHTS = r"rotary_emb\.inv_freq$"
 """Buffers that old checkpoints carry along: computed, not learned."""
 
 
@@ -36,7 +36,8 @@ def load_decoder(
     total = sum(file.stat().st_size for file in files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=not progress) as bar:
         for name, tensor in chain.from_iterable(map(_tensors, files)):
-            _fill(places, canonical(name, spec.names), name, tensor, spec, extra)
+            for part, piece in spec.split(name, tensor, spec) if spec.split else ((name, tensor),):
+                _fill(places, canonical(part, spec), name, piece, spec, extra)
             bar.update(tensor.nbytes)
         bar.update(total - bar.n)  # the files' headers
     _complain(folder, "lacks", list(places))
@@ -59,19 +60,20 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def canonical(name: str, names: Mapping[str, str]) -> str:
-    """A checkpoint's tensor name in ours: all fragments are replaced in one pass, the longest first.
+def canonical(name: str, spec: Spec) -> str:
+    """A checkpoint's tensor name in ours: without its prefix, all fragments replaced in one pass, the longest first.
 
     One by one they would meet each other's results (`mlp.gate` is a router in some models, `gate_proj` becomes `gate`).
     """
-    fragments = "|".join(re.escape(f) for f in sorted(names, key=len, reverse=True))
-    return re.sub(fragments, lambda match: names[match[0]], name) if fragments else name
+    name = name.removeprefix(next((prefix for prefix in spec.prefixes if name.startswith(prefix)), ""))
+    fragments = "|".join(re.escape(f) for f in sorted(spec.names, key=len, reverse=True))
+    return re.sub(fragments, lambda match: spec.names[match[0]], name) if fragments else name
 
 
 def weight_bytes(spec: Spec, dtype: torch.dtype, device: torch.device) -> int:
     """Bytes that the loaded model takes, known before anything is loaded."""
     decoder = Decoder(spec, dtype, torch.device("meta"))
-    tied_copy = decoder.head.nbytes if spec.tied and reorders(dtype, device) else 0
+    tied_copy = decoder.embed.nbytes if spec.tied and spec.lm_head and reorders(dtype, device) else 0
     return sum(p.nbytes for p in decoder.parameters()) + tied_copy
 
 
@@ -102,7 +104,8 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _fill(places: dict[str, Tensor], name: str, original: str, tensor: Tensor, spec: Spec, extra: list[str]) -> None:
     if name not in places:
-        if not NOT_WEIGHTS.search(original) and not (spec.tied and name == "head.weight"):
+        ignored = any(re.search(pattern, original) for pattern in (NOT_WEIGHTS, *spec.ignored))
+        if not ignored and not (name == "head.weight" and (spec.tied or not spec.lm_head)):
             extra.append(original)
         return
     place = places.pop(name)

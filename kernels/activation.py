@@ -1,4 +1,4 @@
-"""Gated activations (Shazeer 2020, arXiv:2002.05202)."""
+"""Activations of an MLP, plain or gated (Shazeer 2020, arXiv:2002.05202)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,23 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
 }
 
 
-def gated(x: Tensor, activation: str) -> Tensor:
-    """activation(gate) * up -> [T, F], where x[T, 2 F] holds gate in its first half and up in its second."""
+def plain(x: Tensor, activation: str) -> Tensor:
+    """activation(x[T, F]) -> [T, F]."""
+    return ACTIVATIONS[activation](x)
+
+
+def gated(x: Tensor, activation: str, limit: float | None = None) -> Tensor:
+    """activation(gate) * up -> [T, F], where x[T, 2 F] holds gate in its first half and up in its second.
+
+    "clamped": gate up to `limit` and up within +-limit, then gate * sigmoid(1.702 gate) * (up + 1).
+    """
     gate, up = x.chunk(2, -1)
-    return ACTIVATIONS[activation](gate) * up
+    if activation != "clamped":
+        return ACTIVATIONS[activation](gate) * up
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * (gate * 1.702).sigmoid() * (up + 1)

@@ -13,45 +13,102 @@ from kvasir.kernels.op import op
 from kvasir.kernels.ragged import Ragged
 
 
+Sparse = tuple[int, int, int]
+"""(positions per block, blocks that are always seen, stride of the others): see `_sparse`."""
+
+
 @op("cpu")
 def attention(
     q: Tensor,
     k_cache: Tensor,
-    v_cache: Tensor,
+    v_cache: Tensor | None,
     ragged: Ragged,
     *,
     scale: float,
     window: int | None = None,
+    chunk: int | None = None,
     softcap: float | None = None,
+    causal: bool = True,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    sparse: Sparse | None = None,
+    value_dim: int | None = None,
 ) -> Tensor:
     """q[T, H, D] over k_cache and v_cache[N, P, K, D] -> [T, H, D]: each row attends to its sequence up to itself.
 
-    window: only to the last `window` positions, its own included. softcap: scores become cap * tanh(score / cap).
-    Slots that no row may attend to are never read, so whatever lies there (NaN too) has no effect.
+    window: only to the last `window` positions, its own included. chunk: only from the last multiple of `chunk` on.
+    softcap: scores become cap * tanh(score / cap). causal False: a row sees its whole sequence. sinks[H]: a logit more in
+    each head's softmax, without a value. slopes[H]: scores fall by slope * distance. v_cache None: the first `value_dim`
+    numbers of the keys are the values -> [T, H, value_dim].
+    Blocks that no row may attend to are never read, so whatever lies there (NaN too) has no effect.
     """
-    out = torch.empty_like(q)
-    for s, length in enumerate(ragged.host_lengths):
+    dim = q.shape[-1] if value_dim is None else value_dim
+    out = q.new_empty(*q.shape[:2], dim)
+    for s, length in enumerate(ragged.host_lengths.tolist()):
         rows = slice(int(ragged.host_starts[s]), int(ragged.host_starts[s + 1]))
-        k = _read(k_cache, ragged.table[s], int(length))
-        v = _read(v_cache, ragged.table[s], int(length))
-        out[rows] = _attend(q[rows], k, v, scale, window, softcap)
+        start = length - (rows.stop - rows.start)
+        first = max(0, start - (window or length) + 1, start // chunk * chunk if chunk else 0)
+        first = first // k_cache.shape[1] * k_cache.shape[1] if causal else 0
+        k = _read(k_cache, ragged.table[s], first, length)
+        v = k[..., :dim] if v_cache is None else _read(v_cache, ragged.table[s], first, length)
+        seen = _seen(start, first, length, q, window=window, chunk=chunk, causal=causal)
+        if sparse is not None:
+            seen = seen & _sparse(start, first, length, q, sparse)
+        out[rows] = _attend(q[rows], k, v, seen, start - first, scale, softcap, sinks, slopes)
     return out
 
 
-def _read(cache: Tensor, table: Tensor, length: int) -> Tensor:
-    """The first `length` slots [length, K, D] of the blocks in table[B]."""
-    return cache[table.long()].flatten(0, 1)[:length]
+def _read(cache: Tensor, table: Tensor, first: int, length: int) -> Tensor:
+    """Slots first..length - 1 [length - first, K, D] of the blocks in table[B]; `first` is a block's first slot."""
+    size = cache.shape[1]
+    return cache[table[first // size : -(-length // size)].long()].flatten(0, 1)[: length - first]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
-    """The last rows q[n, H, D] of one sequence over all its k and v[L, K, D], in float32."""
+def _seen(start: int, first: int, length: int, q: Tensor, *, window: int | None, chunk: int | None, causal: bool) -> Tensor:
+    """[1, n, L]: whether the row at `start` + i sees the key at `first` + j."""
+    key = torch.arange(first, length, device=q.device)
+    row = torch.arange(start, length, device=q.device)[:, None]
+    distance = row - key if causal else (row - key).abs()
+    seen = (distance >= 0) & (distance < (window or length))
+    if chunk:
+        seen &= torch.div(key, chunk, rounding_mode="floor") == torch.div(row, chunk, rounding_mode="floor")
+    return seen[None]
+
+
+def _sparse(start: int, first: int, length: int, q: Tensor, sparse: Sparse) -> Tensor:
+    """[H, n, L]: near blocks, and those of a head's stride (arXiv:2404.14219)."""
+    size, local, stride = sparse
+    heads = q.shape[1]
+    key = torch.arange(first, length, device=q.device) // size
+    row = torch.arange(start, length, device=q.device)[:, None] // size
+    head = torch.arange(heads, device=q.device)[:, None, None] * max(1, stride // heads)
+    return (row - key < local) | ((key + head + 1) % stride == 0)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    ahead: int,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+) -> Tensor:
+    """Rows q[n, H, D], the first of which is key `ahead`, over k and v[L, K, D], in float32."""
     group = q.shape[1] // k.shape[1]
     k, v = k.float().repeat_interleave(group, 1), v.float().repeat_interleave(group, 1)
     scores = torch.einsum("qhd,khd->hqk", q.float(), k) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    key = torch.arange(len(k), device=q.device)
-    behind = key[len(k) - len(q) :, None] - key
-    hidden = (behind < 0) | (behind >= (window or len(k)))
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    if slopes is not None:
+        row = torch.arange(ahead, ahead + len(q), device=q.device)[:, None]
+        scores = scores - slopes[:, None, None] * (row - torch.arange(len(k), device=q.device)).abs()
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        column = sinks.float()[:, None, None].expand(-1, len(q), 1)
+        weights = torch.cat((scores, column), -1).softmax(-1)[..., :-1]
     return torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)

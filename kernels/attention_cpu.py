@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvasir.kernels import attention as reference
 from kvasir.kernels.ragged import Ragged
 
 ROWS = 64
@@ -54,14 +55,36 @@ class Batch:
 def attention(
     q: Tensor,
     k_cache: Tensor,
-    v_cache: Tensor,
+    v_cache: Tensor | None,
     ragged: Ragged,
     *,
     scale: float,
     window: int | None = None,
+    chunk: int | None = None,
     softcap: float | None = None,
+    causal: bool = True,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    sparse: reference.Sparse | None = None,
+    value_dim: int | None = None,
 ) -> Tensor:
     """As the definition says. bfloat16 scores are rounded once, the softmax between the products is float32."""
+    if v_cache is None or chunk or not causal or sinks is not None or slopes is not None or sparse is not None:
+        return reference.attention.reference(
+            q,
+            k_cache,
+            v_cache,
+            ragged,
+            scale=scale,
+            window=window,
+            chunk=chunk,
+            softcap=softcap,
+            causal=causal,
+            sinks=sinks,
+            slopes=slopes,
+            sparse=sparse,
+            value_dim=value_dim,
+        )
     key = ("attention", window, q.dtype)
     batches = ragged.plans.get(key)
     if batches is None:

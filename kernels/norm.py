@@ -1,12 +1,29 @@
-"""Root-mean-square normalisation (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+"""Normalisation of rows: by the root of the mean square (Zhang & Sennrich 2019, arXiv:1910.07467), or LayerNorm."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x[..., M] / rms(x) in float32, rounded to x.dtype, then times weight[M]: the order in which Llama was trained."""
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
+    """x[..., M] / rms(x) in float32, rounded to x.dtype, then times weight[M]: the order in which Llama was trained.
+
+    With an offset the stored weight is smaller by that much, and the product is rounded instead: Gemma's order. A weight
+    [H, M] holds for the last two dimensions; None is all ones.
+    """
     y = x.float()
-    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return y.to(x.dtype)
+    return (y * (weight.float() + offset)).to(x.dtype) if offset else y.to(x.dtype) * weight
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """(x[..., M] - mean) / standard deviation, times weight, plus bias, in float32 and rounded once (arXiv:1607.06450).
+    A weight [H, M] holds for the last two dimensions."""
+    if weight is None or weight.dim() == 1:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    y = F.layer_norm(x.float(), x.shape[-1:], eps=eps) * weight.float()
+    return (y if bias is None else y + bias.float()).to(x.dtype)

@@ -31,5 +31,13 @@ class Ragged:
     host_starts: npt.NDArray[np.int32]
     """starts on the host, so that no kernel has to wait for the device."""
     host_lengths: npt.NDArray[np.int32]
+    stretched: Tensor | None = None
+    """[T] bool: the row's sequence is longer than its ropes were trained for; None: no row's is."""
+    others: tuple[Ragged, ...] = ()
+    """The same rows in the blocks of the other layer groups."""
     plans: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """What kernels work out from the rest once per step, by their own keys; every layer finds it here."""
+
+    def group(self, number: int) -> Ragged:
+        """The rows as the layers of this group find them."""
+        return self if number == 0 else self.others[number - 1]

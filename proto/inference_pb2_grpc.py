@@ -49,6 +49,11 @@ class InferenceStub:
                 request_serializer=kvasir_dot_proto_dot_inference__pb2.ChatRequest.SerializeToString,
                 response_deserializer=kvasir_dot_proto_dot_inference__pb2.GenerateReply.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/kvasir.v1.Inference/Embed',
+                request_serializer=kvasir_dot_proto_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=kvasir_dot_proto_dot_inference__pb2.EmbedReply.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/kvasir.v1.Inference/Tokenize',
                 request_serializer=kvasir_dot_proto_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -88,6 +93,13 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Texts -> a vector of each.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Text or conversation -> token ids.
         """
@@ -121,6 +133,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Chat,
                     request_deserializer=kvasir_dot_proto_dot_inference__pb2.ChatRequest.FromString,
                     response_serializer=kvasir_dot_proto_dot_inference__pb2.GenerateReply.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=kvasir_dot_proto_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=kvasir_dot_proto_dot_inference__pb2.EmbedReply.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -197,6 +214,33 @@ class Inference:
             '/kvasir.v1.Inference/Chat',
             kvasir_dot_proto_dot_inference__pb2.ChatRequest.SerializeToString,
             kvasir_dot_proto_dot_inference__pb2.GenerateReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvasir.v1.Inference/Embed',
+            kvasir_dot_proto_dot_inference__pb2.EmbedRequest.SerializeToString,
+            kvasir_dot_proto_dot_inference__pb2.EmbedReply.FromString,
             options,
             channel_credentials,
             insecure,

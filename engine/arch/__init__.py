@@ -11,6 +11,10 @@ from kvasir.engine.errors import ConfigError
 from kvasir.engine.spec import Spec
 
 
+ALIASES = {"RefinedWeb": "falcon", "RefinedWebModel": "falcon", "Yi": "llama", "yi": "llama", "PhiMoE": "phimoe"}
+"""model_type in older files -> the file here."""
+
+
 def supported() -> list[str]:
     """Every model_type there is a file for."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
@@ -18,11 +22,11 @@ def supported() -> list[str]:
 
 def load_spec(config: Mapping[str, Any]) -> Spec:
     """The facts in a parsed config.json; ConfigError names what is unknown, missing or not supported."""
-    kind = config.get("model_type")
+    kind = ALIASES.get(config.get("model_type", ""), config.get("model_type"))
     if kind not in supported():
         raise ConfigError(f"config.json: model_type {kind!r} is not supported; supported are {', '.join(supported())}")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method not in (None, "fp8", "mxfp4"):
         raise ConfigError(f"config.json: quantization_config (quant_method {method!r}) is not supported")
     architecture = importlib.import_module(f"{__name__}.{kind}")
     try:

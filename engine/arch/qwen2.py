@@ -1,4 +1,4 @@
-"""Qwen 1.5, 2 and 2.5: Llama with biased q, k, v, and windows on upper layers (Qwen Team 2024, arXiv:2407.10671)."""
+"""Qwen 1.5, 2, 2.5 and QwQ: Llama with biased q, k, v, and windows on upper layers (arXiv:2407.10671)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvasir.engine.arch import llama
-from kvasir.engine.errors import ConfigError
+from kvasir.engine.config_json import layer_kinds, rope
 from kvasir.engine.spec import Layer, Spec
+
+ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen2Model", "Qwen2ForSequenceClassification", "Qwen2ForRewardModel")
 
 
 def spec(c: Mapping[str, Any]) -> Spec:
     """Llama's facts; only the projections into attention have a bias."""
-    return llama.spec(c, qkv_bias=True, o_bias=False, layers=layers(c))
+    return llama.spec(c, qkv_bias=True, o_bias=False, layers=layers(c), causal=c.get("is_causal", True))
 
 
 def layers(c: Mapping[str, Any]) -> tuple[Layer, ...]:
@@ -20,11 +22,6 @@ def layers(c: Mapping[str, Any]) -> tuple[Layer, ...]:
     depth = c["num_hidden_layers"]
     window = c.get("sliding_window") if c.get("use_sliding_window") else None
     first = c.get("max_window_layers", depth)
-    kinds = c.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(depth)]
-    unknown = sorted(set(kinds) - {"sliding_attention", "full_attention"})
-    if unknown:
-        raise ConfigError(f"config.json: layer_types {unknown} are not supported")
-    if len(kinds) != depth:
-        raise ConfigError(f"config.json: layer_types has {len(kinds)} entries for {depth} layers")
-    rope = llama.rope(c)
-    return tuple(Layer(rope, window if kind == "sliding_attention" else None) for kind in kinds)
+    default = ["sliding_attention" if i >= first else "full_attention" for i in range(depth)]
+    kinds = {"full_attention": Layer(rope(c)), "sliding_attention": Layer(rope(c), window)}
+    return layer_kinds(c, kinds, default)

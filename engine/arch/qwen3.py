@@ -8,7 +8,9 @@ from typing import Any
 from kvasir.engine.arch import llama, qwen2
 from kvasir.engine.spec import Spec
 
+ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3Model", "Qwen3ForSequenceClassification")
+
 
 def spec(c: Mapping[str, Any]) -> Spec:
     """Llama's facts, Qwen 2's windows."""
-    return llama.spec(c, qk_norm=True, layers=qwen2.layers(c))
+    return llama.spec(c, qk_norm="head", layers=qwen2.layers(c))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from kvasir.engine.cache import KVCache
+from kvasir.engine.decoder import Decoder
 from kvasir.kernels.ragged import Ragged
 
 Part = tuple[Sequence[int], int, int]
@@ -36,6 +39,35 @@ def ragged() -> Callable[[Sequence[Part], int], Ragged]:
 
 
 @pytest.fixture(scope="session")
+def in_chunks(ragged: Any) -> Callable[..., list[torch.Tensor]]:
+    """`in_chunks(decoder, prompts, block_size, seed)`: logits of every row of every prompt, computed in steps of random
+    chunks of random sequences, in blocks in random order."""
+
+    def run(decoder: Decoder, prompts: list[list[int]], block_size: int, seed: int) -> list[torch.Tensor]:
+        rng = random.Random(seed)
+        per = [-(-len(p) // block_size) for p in prompts]
+        blocks = rng.sample(range(sum(per) + 3), sum(per))
+        tables = [[blocks.pop() for _ in range(n)] for n in per]
+        cache = KVCache(decoder.spec, sum(per) + 3, block_size, decoder.dtype, torch.device("cpu"))
+        cache.arena.fill_(255)  # NaN in every type: what was never written must have no effect
+        done = [0] * len(prompts)
+        logits: list[list[torch.Tensor]] = [[] for _ in prompts]
+        while any(d < len(p) for d, p in zip(done, prompts, strict=True)):
+            behind = [s for s, p in enumerate(prompts) if done[s] < len(p)]
+            chosen = rng.sample(behind, rng.randint(1, len(behind)))
+            counts = [min(rng.choice([1, 1, 2, 7, 30]), len(prompts[s]) - done[s]) for s in chosen]
+            step = ragged([(tables[s], done[s], n) for s, n in zip(chosen, counts, strict=True)], block_size)
+            tokens = [t for s, n in zip(chosen, counts, strict=True) for t in prompts[s][done[s] : done[s] + n]]
+            rows = decoder(torch.tensor(tokens), step, cache, torch.arange(len(tokens)))
+            for s, n, out in zip(chosen, counts, rows.split(counts), strict=True):
+                logits[s].append(out)
+                done[s] += n
+        return [torch.cat(parts) for parts in logits]
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Any]]:
     """`checkpoint("Llama", **config)`: (folder saved by transformers, its float32 model), of random weights."""
     transformers = pytest.importorskip("transformers")
@@ -49,13 +81,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[
         "max_position_embeddings": 256,
     }
 
-    def build(family: str, *, max_shard_size: str = "1GB", **changes: Any) -> tuple[Path, Any]:
+    def build(
+        family: str, *, max_shard_size: str = "1GB", attention: str = "eager", norm: float = 1.0, **changes: Any
+    ) -> tuple[Path, Any]:
         torch.manual_seed(0)
         config = getattr(transformers, f"{family}Config")(**{**small, **changes})
-        model = getattr(transformers, f"{family}ForCausalLM")._from_config(config, attn_implementation="eager")
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
         model = model.float().eval()
         for name, p in model.named_parameters():
-            p.data = torch.randn_like(p) * 0.2 + (1.0 if "norm" in name else 0.0)
+            p.data = torch.randn_like(p) * 0.2 + (norm if p.dim() == 1 and "norm" in name and "bias" not in name else 0.0)
         folder = tmp_path_factory.mktemp(family)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         return folder, model

@@ -8,7 +8,7 @@ import pytest
 
 from kvasir.engine.arch import load_spec, supported
 from kvasir.engine.errors import ConfigError
-from kvasir.engine.spec import Llama3Scaling, Rope
+from kvasir.engine.spec import Linear, Llama3, Rope
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -27,25 +27,28 @@ def test_defaults_are_llama_s() -> None:
     spec = load_spec(LLAMA)
     assert (spec.kv_heads, spec.head_dim, spec.max_len, spec.activation) == (8, 8, 512, "silu")
     assert not any((spec.tied, spec.qkv_bias, spec.o_bias, spec.mlp_bias, spec.qk_norm))
-    assert {layer.rope for layer in spec.layers} == {Rope(10000.0)}
+    assert {layer.rope for layer in spec.layers} == {Rope(10000.0, 8)}
     assert {layer.window for layer in spec.layers} == {None}
 
 
 @pytest.mark.parametrize(
     ("spelling", "rope"),
     [
-        ({"rope_theta": 5e5}, Rope(5e5)),
-        ({"rope_theta": 5e5, "rope_scaling": None}, Rope(5e5)),
-        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, Rope(5e5)),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, Rope(1e4, factor=2.0)),
-        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2}}, Rope(1e4, factor=2.0)),
+        ({"rope_theta": 5e5}, Rope(5e5, 8)),
+        ({"rope_theta": 5e5, "rope_scaling": None}, Rope(5e5, 8)),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, Rope(5e5, 8)),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, Rope(1e4, 8, scaling=Linear(2.0))),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2}},
+            Rope(1e4, 8, scaling=Linear(2.0)),
+        ),
         (
             {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **SCALING}},
-            Rope(5e5, llama3=Llama3Scaling(8.0, 1.0, 4.0, 8192)),
+            Rope(5e5, 8, scaling=Llama3(8.0, 1.0, 4.0, 8192)),
         ),
         (
             {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **SCALING}},
-            Rope(5e5, llama3=Llama3Scaling(8.0, 1.0, 4.0, 8192)),
+            Rope(5e5, 8, scaling=Llama3(8.0, 1.0, 4.0, 8192)),
         ),
     ],
 )
@@ -56,12 +59,11 @@ def test_rope_in_both_spellings(spelling: dict[str, Any], rope: Rope) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported are llama, qwen2, qwen3"),
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported are .*llama, .*qwen2, .*qwen3"),
         ({"model_type": None}, "model_type None"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "rope_type 'dynamic'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_type 'yarn'"),
-        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
-        ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
+        ({"rope_scaling": {"rope_type": "proportional", "factor": 2}}, "rope_type 'proportional'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_type 'linear' needs 'factor'"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_type 'longrope' needs 'long_factor'"),
         ({"hidden_act": "relu2"}, "hidden_act 'relu2'"),
         ({"num_key_value_heads": 3}, "8 heads can't share 3 kv heads"),
         ({"num_hidden_layers": 0}, "layers must be a positive integer"),
@@ -95,4 +97,4 @@ def test_qwen2_biases_and_windows() -> None:
 
 
 def test_supported_lists_every_file() -> None:
-    assert supported() == ["llama", "qwen2", "qwen3"]
+    assert {"llama", "qwen2", "qwen3", "deepseek_v3"} <= set(supported())

@@ -31,7 +31,7 @@ SPEC = Spec(
     ffn=48,
     eps=1e-5,
     max_len=256,
-    layers=(Layer(Rope(10000.0)),) * 2,
+    layers=(Layer(Rope(10000.0, 8)),) * 2,
 )
 BLOCKS, BLOCK = 40, 4
 

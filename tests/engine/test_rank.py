@@ -25,7 +25,7 @@ SPEC = Spec(
     ffn=48,
     eps=1e-5,
     max_len=64,
-    layers=(Layer(Rope(10000.0)),) * 2,
+    layers=(Layer(Rope(10000.0, 8)),) * 2,
 )
 GREEDY = SamplingParams(temperature=0, max_tokens=None)
 SCORED = SamplingParams(temperature=0, logprobs=2, prompt_logprobs=3)

@@ -1,24 +1,64 @@
+"""Rotation of pairs, as complex numbers would turn."""
+
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
 import torch
 
-from kvasir.kernels.rope import rope_angles, rotate
+from kvasir.kernels.ragged import Ragged
+from kvasir.kernels.rope import Turning, rope_angles, rotate
 
 
-def test_rotates_pairs_like_complex_numbers() -> None:
-    """(x[i], x[i + D / 2]) as one complex number, times e^(i position frequency)."""
-    x, positions, frequencies = torch.randn(6, 3, 8), torch.tensor([0, 1, 2, 100, 7, 3]), torch.rand(4)
-    turned = (
-        torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones(6, 4), positions[:, None] * frequencies)[:, None]
+def rows(positions: list[int]) -> Ragged:
+    """A step over rows at these positions; nothing else of it matters here."""
+    none: Any = torch.empty(0)
+    return Ragged(torch.tensor(positions), none, none, none, none, np.empty(0, np.int32), np.empty(0, np.int32))
+
+
+POSITIONS = [0, 1, 2, 100, 7, 3]
+PLAIN = Turning(torch.tensor([1.0, 0.3, 0.1, 0.01]))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotates_pairs_like_complex_numbers(interleaved: bool) -> None:
+    x = torch.randn(6, 3, 8)
+    first, second = (x[..., ::2], x[..., 1::2]) if interleaved else (x[..., :4], x[..., 4:])
+    turns = torch.polar(torch.ones(6, 4), torch.tensor(POSITIONS)[:, None] * PLAIN.frequencies)
+    want = torch.complex(first, second) * turns[:, None]
+    got = rotate(
+        x, rope_angles(rows(POSITIONS), PLAIN, PLAIN, x.dtype, interleaved=interleaved), interleaved=interleaved
     )
-    got = rotate(x, *rope_angles(positions, frequencies, torch.float32))
-    torch.testing.assert_close(got, torch.cat((turned.real, turned.imag), -1))
+    first, second = (got[..., ::2], got[..., 1::2]) if interleaved else (got[..., :4], got[..., 4:])
+    torch.testing.assert_close(torch.complex(first, second), want, atol=1e-5, rtol=0)
+
+
+def test_only_the_first_dimensions_turn() -> None:
+    x = torch.randn(6, 3, 12)
+    angles = rope_angles(rows(POSITIONS), PLAIN, PLAIN, x.dtype)
+    got = rotate(x, angles)
+    assert torch.equal(got[..., 8:], x[..., 8:])
+    assert torch.equal(got[..., :8], rotate(x[..., :8], angles))
+
+
+def test_rows_of_stretched_sequences_turn_otherwise() -> None:
+    x = torch.randn(6, 3, 8)
+    slow = Turning(PLAIN.frequencies / 4, magnitude=1.5)
+    stretched = torch.tensor([True, False] * 3)
+    ragged = replace(rows(POSITIONS), stretched=stretched)
+    got = rotate(x, rope_angles(ragged, PLAIN, slow, x.dtype))
+    want = [rotate(x, rope_angles(rows(POSITIONS), turning, turning, x.dtype)) for turning in (PLAIN, slow)]
+    torch.testing.assert_close(got, torch.where(stretched[:, None, None], want[1], want[0]))
+    torch.testing.assert_close(got[0], 1.5 * x[0])
 
 
 def test_angles_are_float32_until_the_end() -> None:
     """bfloat16 positions would be wrong from 257 on."""
-    cos, sin = rope_angles(torch.tensor([4097]), torch.tensor([1.0]), torch.bfloat16)
-    assert cos.dtype == sin.dtype == torch.bfloat16
+    one = Turning(torch.tensor([1.0]))
+    cos, sin = rope_angles(rows([4097]), one, one, torch.bfloat16)
     angle = torch.tensor(4097.0)
-    torch.testing.assert_close(cos.flatten()[0], angle.cos().bfloat16())
-    torch.testing.assert_close(sin.flatten(), torch.stack((-angle.sin(), angle.sin())).bfloat16())
+    assert cos[0, 0, 0] == angle.cos().bfloat16()
+    assert sin[0, 0].tolist() == [-angle.sin().bfloat16(), angle.sin().bfloat16()]

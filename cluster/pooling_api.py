@@ -1,0 +1,144 @@
+"""/v1/embeddings, /classify, /rerank and /score: each answer comes in one piece."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+from starlette.types import Receive, Scope, Send
+
+from kvasir.cluster.call import request_id_from
+from kvasir.cluster.desk import Desk
+from kvasir.cluster.http_front import header_map, read_json, send_bytes, until_gone, warning_header
+from kvasir.cluster.pooling_schema import (
+    Body,
+    InputsAsk,
+    PairsAsk,
+    parse_classify,
+    parse_embeddings,
+    parse_rerank,
+    parse_score,
+)
+from kvasir.cluster.vectors import PoolingCall
+from kvasir.engine.passage import Passage, role_passage, similarity
+from kvasir.engine.request import PoolingParams
+
+Ask = Any
+"""InputsAsk or PairsAsk: what `parse` gives, `answer` takes."""
+Answer = Callable[[Desk, Ask, str, Mapping[str, str]], Awaitable[dict[str, Any]]]
+_JSON = (b"content-type", b"application/json")
+
+
+class PoolingEndpoint:
+    """A POST route, an ASGI application by itself."""
+
+    def __init__(self, desk: Desk, parse: Callable[[Body], Ask], answer: Answer, max_body_bytes: int) -> None:
+        self._desk, self._parse, self._answer = desk, parse, answer
+        self._max_body_bytes = max_body_bytes
+
+    @classmethod
+    def routes(cls, desk: Desk, max_body_bytes: int) -> dict[str, PoolingEndpoint]:
+        """Path -> endpoint."""
+        rerank = cls(desk, parse_rerank, _rerank, max_body_bytes)
+        score = cls(desk, parse_score, _score, max_body_bytes)
+        classify = cls(desk, parse_classify, _classify, max_body_bytes)
+        return {
+            "/v1/embeddings": cls(desk, parse_embeddings, _embeddings, max_body_bytes),
+            **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), rerank),
+            **dict.fromkeys(("/score", "/v1/score"), score),
+            **dict.fromkeys(("/classify", "/v1/classify"), classify),
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ask = self._parse(await read_json(scope, receive, self._max_body_bytes))
+        headers = header_map(scope)
+        if ask.request_id is not None and "x-request-id" not in headers:
+            scope["state"]["request_id"] = request_id_from(ask.request_id, "request_id")
+        await until_gone(receive, self._reply(ask, scope["state"]["request_id"], headers, send))
+
+    async def _reply(self, ask: Ask, request_id: str, headers: Mapping[str, str], send: Send) -> None:
+        body = await self._answer(self._desk, ask, request_id, headers)
+        dumped = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+        await send_bytes(send, 200, dumped, (_JSON, *warning_header(ask.warnings)))
+
+
+async def _embeddings(desk: Desk, ask: InputsAsk, request_id: str, headers: Mapping[str, str]) -> dict[str, Any]:
+    vectors, events = await desk.pool(ask.call, request_id, headers)
+    data = [
+        {"object": "embedding", "index": i, "embedding": _written(event.values, ask.base64)}
+        for i, event in enumerate(events)
+    ]
+    return _listing("embd", request_id, vectors.model.name, data, vectors.prompt_tokens)
+
+
+async def _classify(desk: Desk, ask: InputsAsk, request_id: str, headers: Mapping[str, str]) -> dict[str, Any]:
+    vectors, events = await desk.pool(ask.call, request_id, headers)
+    labels = vectors.info.labels
+    data = [
+        {"index": i, "label": _best(labels, event.values), "probs": event.values, "num_classes": len(event.values)}
+        for i, event in enumerate(events)
+    ]
+    return _listing("classify", request_id, vectors.model.name, data, vectors.prompt_tokens)
+
+
+async def _rerank(desk: Desk, ask: PairsAsk, request_id: str, headers: Mapping[str, str]) -> dict[str, Any]:
+    model, scores, tokens = await _scores(desk, ask, request_id, headers)
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])[: ask.top_n or None]
+    results: list[dict[str, Any]] = [{"index": i, "relevance_score": scores[i]} for i in order]
+    if ask.return_documents:
+        for result in results:
+            result["document"] = {"text": ask.documents[result["index"]]}
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"id": f"rerank-{request_id}", "model": model, "usage": usage, "results": results}
+
+
+async def _score(desk: Desk, ask: PairsAsk, request_id: str, headers: Mapping[str, str]) -> dict[str, Any]:
+    model, scores, tokens = await _scores(desk, ask, request_id, headers)
+    data = [{"object": "score", "index": i, "score": score} for i, score in enumerate(scores)]
+    return _listing("score", request_id, model, data, tokens)
+
+
+async def _scores(
+    desk: Desk, ask: PairsAsk, request_id: str, headers: Mapping[str, str]
+) -> tuple[str, list[float], int]:
+    """(model, a score for each pair, tokens read): by a cross-encoder that reads both texts, or by their vectors."""
+    model = desk.model(ask.model)
+    tasks = desk.info(model).tasks
+    call = {"model": ask.model, "operation": ask.operation, "param": ask.param, **ask.shared}
+    if "score" in tasks or "embed" not in tasks:
+        pairs = [Passage(text=a, pair=b) for a, b in zip(ask.queries, ask.documents, strict=True)]
+        read, events = await desk.pool(PoolingCall(inputs=pairs, params=ask.params, **call), request_id, headers)
+        return model.name, [event.values[0] for event in events], read.prompt_tokens
+    queries = [role_passage(text, "query", model.rules) for text in ask.queries]
+    documents = [role_passage(text, "document", model.rules) for text in ask.documents]
+    distinct = list(dict.fromkeys([*queries, *documents]))
+    read, events = await desk.pool(PoolingCall(inputs=distinct, params=PoolingParams(), **call), request_id, headers)
+    found = {passage: event.values for passage, event in zip(distinct, events, strict=True)}
+    kind = model.rules.similarity
+    scores = [similarity(found[a], found[b], kind) for a, b in zip(queries, documents, strict=True)]
+    return model.name, scores, read.prompt_tokens
+
+
+def _listing(prefix: str, request_id: str, model: str, data: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
+    """OpenAI's list, with vLLM's additions."""
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0, "prompt_tokens_details": None}
+    facts = {"id": f"{prefix}-{request_id}", "object": "list", "created": int(time.time()), "model": model}
+    return {**facts, "data": data, "usage": usage}
+
+
+def _written(values: Sequence[float], as_base64: bool) -> str | npt.NDArray[np.float32]:
+    """As numbers of float32's own length, or as their bytes, little-endian."""
+    vector = np.asarray(values, "<f4")
+    return base64.b64encode(vector.tobytes()).decode() if as_base64 else vector
+
+
+def _best(labels: Sequence[str], values: Sequence[float]) -> str | None:
+    """The likeliest label's name; a single one has no rival."""
+    if len(labels) != len(values):
+        return None
+    return cast(str, labels[max(range(len(values)), key=values.__getitem__)])

@@ -1,0 +1,146 @@
+"""Attention of one layer over the paged cache: grouped-query heads, or a shared latent (MLA)."""
+
+from __future__ import annotations
+
+import math
+from typing import Union
+
+import torch
+from torch import Tensor, nn
+
+from kvasir.engine.layers import Linear, Norm, empty
+from kvasir.engine.spec import Latent, Layer, QueryScale, Rope, Spec
+from kvasir.kernels.attention import attention
+from kvasir.kernels.cache import write
+from kvasir.kernels.norm import rms_norm
+from kvasir.kernels.ragged import Ragged
+from kvasir.kernels.rope import Angles, rotate
+
+Positional = dict[Union[Rope, QueryScale], Angles]
+"""What depends on a step's positions alone: the angles of each distinct rope; a scale is (factors[T, 1, 1], same)."""
+
+
+def module(spec: Spec, layer: Layer, dtype: torch.dtype, device: torch.device) -> Attention | LatentAttention:
+    """The kind of attention that the spec asks for."""
+    if spec.latent is not None:
+        return LatentAttention(spec, spec.latent, layer, dtype, device)
+    return Attention(spec, layer, dtype, device)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245)."""
+
+    def __init__(self, spec: Spec, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.spec, self.layer = spec, layer
+        self.scale = spec.head_dim**-0.5 if spec.attn_scale is None else spec.attn_scale
+        q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        self.qkv = Linear(spec.hidden, {"q": q, "k": kv, "v": kv}, spec.qkv_bias, dtype, device)
+        self.o = Linear(q, {"o": spec.hidden}, spec.o_bias, dtype, device)
+        self.q_norm = self._norm(spec.heads, dtype, device)
+        self.k_norm = self._norm(spec.kv_heads, dtype, device)
+        self.sinks = empty(spec.heads, dtype=dtype, device=device) if spec.sinks else None
+        slopes = torch.tensor(alibi_slopes(spec.heads)) * spec.alibi if spec.alibi else None
+        self.slopes = slopes if slopes is None or device.type == "meta" else slopes.to(device)
+        s = layer.sparse
+        self.sparse = None if s is None else (s.block, s.local, s.stride)
+
+    def _norm(self, heads: int, dtype: torch.dtype, device: torch.device) -> Norm | None:
+        dim = self.spec.head_dim
+        shapes = {"head": (dim,), "row": (heads * dim,), "each_head": (heads, dim)}
+        shape = shapes.get(self.spec.qk_norm or "")
+        return Norm(self.spec, shape, dtype, device) if shape else None
+
+    def forward(self, x: Tensor, positional: Positional, ragged: Ragged, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """x[T, M] -> [T, M]."""
+        spec, layer = self.spec, self.layer
+        x = self.qkv(x)
+        if spec.clip_qkv is not None:
+            x = x.clamp(-spec.clip_qkv, spec.clip_qkv)
+        heads = x.view(len(x), -1, spec.head_dim)
+        qk, v = heads.tensor_split((spec.heads + spec.kv_heads,), 1)
+        q, k = self._turned(qk, positional).tensor_split((spec.heads,), 1)
+        if layer.query_scale is not None:
+            q = q * positional[layer.query_scale][0]
+        write(k, v, k_cache, v_cache, ragged)
+        y = attention(
+            q,
+            k_cache,
+            v_cache,
+            ragged,
+            scale=self.scale,
+            window=layer.window,
+            chunk=layer.chunk,
+            softcap=spec.attn_softcap,
+            causal=spec.causal,
+            sinks=self.sinks,
+            slopes=self.slopes,
+            sparse=self.sparse,
+        )
+        out: Tensor = self.o(y.flatten(1))
+        return out
+
+    def _turned(self, qk: Tensor, positional: Positional) -> Tensor:
+        """Normalised and rotated qk[T, H + K, D]."""
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.tensor_split((self.spec.heads,), 1)
+            if self.spec.qk_norm == "row":
+                q, k = (norm(t.flatten(1)).view_as(t) for norm, t in ((self.q_norm, q), (self.k_norm, k)))
+            else:
+                q, k = self.q_norm(q), self.k_norm(k)
+            qk = torch.cat((q, k), 1)
+        if self.layer.rope is None:
+            return qk
+        rope = self.layer.rope
+        qk = rotate(qk, positional[rope], interleaved=rope.interleaved)
+        return rms_norm(qk, None, self.spec.eps) if self.spec.qk_norm == "l2" else qk
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention, absorbed: heads attend to the latent itself, as if it were one wide key head, and what
+    expands it to keys and values is applied to queries and outputs (DeepSeek-V2, arXiv:2405.04434, 2.1)."""
+
+    def __init__(self, spec: Spec, latent: Latent, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.spec, self.latent, self.layer = spec, latent, layer
+        head = latent.nope_dim + latent.rope_dim
+        self.scale = head**-0.5 if spec.attn_scale is None else spec.attn_scale
+        first = spec.heads * head if latent.q_rank is None else latent.q_rank
+        name = "q" if latent.q_rank is None else "q_a"
+        self.inputs = (first, latent.kv_rank, latent.rope_dim)
+        parts = {name: first, "kv_a": latent.kv_rank + latent.rope_dim}
+        self.down = Linear(spec.hidden, parts, spec.qkv_bias, dtype, device)
+        self.kv_a_norm = Norm(spec, (latent.kv_rank,), dtype, device)
+        self.q_a_norm = self.up = None
+        if latent.q_rank is not None:
+            self.q_a_norm = Norm(spec, (latent.q_rank,), dtype, device)
+            self.up = Linear(latent.q_rank, {"q_b": spec.heads * head}, False, dtype, device)
+        self.kv_b = empty(spec.heads * (latent.nope_dim + latent.v_dim), latent.kv_rank, dtype=dtype, device=device)
+        self.o = Linear(spec.heads * latent.v_dim, {"o": spec.hidden}, spec.o_bias, dtype, device)
+
+    def forward(self, x: Tensor, positional: Positional, ragged: Ragged, k_cache: Tensor, v_cache: None) -> Tensor:
+        """x[T, M] -> [T, M]."""
+        rows, latent = len(x), self.latent
+        q, compressed, k_turn = self.down(x).split(self.inputs, -1)
+        if self.q_a_norm is not None and self.up is not None:
+            q = self.up(self.q_a_norm(q))
+        q, q_turn = q.view(rows, self.spec.heads, -1).split((latent.nope_dim, latent.rope_dim), -1)
+        turning = torch.cat((q_turn, k_turn[:, None]), 1)
+        if self.layer.rope is not None:
+            rope = self.layer.rope
+            turning = rotate(turning, positional[rope], interleaved=rope.interleaved)
+        to_key, to_value = self.kv_b.view(self.spec.heads, -1, latent.kv_rank).split((latent.nope_dim, latent.v_dim), 1)
+        q = torch.cat((torch.bmm(q.transpose(0, 1), to_key).transpose(0, 1), turning[:, :-1]), -1)
+        write(torch.cat((self.kv_a_norm(compressed)[:, None], turning[:, -1:]), -1), None, k_cache, None, ragged)
+        y = attention(q, k_cache, None, ragged, scale=self.scale, window=self.layer.window, value_dim=latent.kv_rank)
+        y = torch.bmm(y.transpose(0, 1), to_value.transpose(1, 2)).transpose(0, 1)
+        out: Tensor = self.o(y.reshape(rows, -1))
+        return out
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """2^(-8 i / H) for a power of two; otherwise the next lower power's, then every second of the next higher's
+    (Press et al. 2021, arXiv:2108.12409)."""
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
+    return slopes + [2 ** (-4 * i / power) for i in range(1, 2 * (heads - power), 2)]

@@ -1,0 +1,35 @@
+"""Taking apart tensors that a checkpoint stores fused: shared by the files in `arch`. Views, no copies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from kvasir.engine.spec import Spec
+
+
+def stacked(name: str, tensor: Any, fused: str, rows: Mapping[str, int]) -> Iterator[tuple[str, Any]]:
+    """tensor[sum(rows), ...] as its parts, one upon the other; `fused` in the name becomes each part's own fragment."""
+    for part, piece in zip(rows, tensor.split(list(rows.values()), 0), strict=True):
+        yield name.replace(fused, part), piece
+
+
+def qkv_rows(spec: Spec, q: str, k: str, v: str) -> dict[str, int]:
+    """The rows of queries, keys and values under these fragments."""
+    kv = spec.kv_heads * spec.head_dim
+    return {q: spec.heads * spec.head_dim, k: kv, v: kv}
+
+
+def grouped(name: str, tensor: Any, fused: str, spec: Spec, q: str, k: str, v: str) -> Iterator[tuple[str, Any]]:
+    """tensor[K * (H / K + 2) * D, ...]: for each kv head its queries, its key and its value."""
+    queries = spec.heads // spec.kv_heads
+    groups = tensor.view(spec.kv_heads, queries + 2, spec.head_dim, *tensor.shape[1:])
+    parts = {q: groups[:, :queries], k: groups[:, queries : queries + 1], v: groups[:, queries + 1 :]}
+    for part, piece in parts.items():
+        yield name.replace(fused, part), piece.reshape(-1, *tensor.shape[1:])
+
+
+def per_expert(name: str, tensor: Any, fragment: str) -> Iterator[tuple[str, Any]]:
+    """tensor[E, ...] as one tensor for each expert: `fragment` with its {} filled in replaces `experts` in the name."""
+    for number, expert in enumerate(tensor.unbind(0)):
+        yield name.replace("experts", fragment.format(number), 1), expert

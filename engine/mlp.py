@@ -1,0 +1,71 @@
+"""The half of a layer without memory: one MLP, or a mixture of experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kvasir.engine.layers import Linear, empty
+from kvasir.engine.spec import Experts, Layer, Spec
+from kvasir.kernels.activation import gated, plain
+from kvasir.kernels.moe import experts, route
+
+
+def module(spec: Spec, layer: Layer, dtype: torch.dtype, device: torch.device) -> MLP | Mixture:
+    """What this layer has."""
+    if layer.experts and spec.experts is not None:
+        return Mixture(spec, spec.experts, dtype, device)
+    return MLP(spec, spec.ffn, spec.mlp_bias, dtype, device)
+
+
+class MLP(nn.Module):
+    """down(activation(gate) * up), or down(activation(up))."""
+
+    def __init__(self, spec: Spec, ffn: int, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.activation, self.limit, self.gated = spec.activation, spec.activation_limit, spec.gated
+        parts = {"gate": ffn, "up": ffn} if spec.gated else {"up": ffn}
+        self.up = Linear(spec.hidden, parts, bias, dtype, device)
+        self.down = Linear(ffn, {"down": spec.hidden}, bias, dtype, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x[T, M] -> [T, M]."""
+        x = self.up(x)
+        x = gated(x, self.activation, self.limit) if self.gated else plain(x, self.activation)
+        out: Tensor = self.down(x)
+        return out
+
+
+class Mixture(nn.Module):
+    """A few of many MLPs for each row (Shazeer et al. 2017, arXiv:1701.06538), and one that all rows share."""
+
+    def __init__(self, spec: Spec, facts: Experts, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.facts = facts
+        # float32: a rounding of the router decides between experts
+        self.router = Linear(spec.hidden, {"router": facts.count}, facts.router_bias, torch.float32, device)
+        self.choice_bias = empty(facts.count, dtype=torch.float32, device=device) if facts.choice_bias else None
+        self.experts = nn.ModuleList(MLP(spec, facts.ffn, facts.bias, dtype, device) for _ in range(facts.count))
+        self.shared = MLP(spec, facts.shared_ffn, facts.bias, dtype, device) if facts.shared_ffn else None
+        self.shared_gate = Linear(spec.hidden, {"shared_gate": 1}, False, dtype, device) if facts.shared_gate else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x[T, M] -> [T, M]."""
+        facts = self.facts
+        index, weight = route(
+            self.router(x.float()),
+            per_token=facts.per_token,
+            scoring=facts.scoring,
+            renormalise=facts.renormalise,
+            scale=facts.scale,
+            groups=facts.groups,
+            groups_used=facts.groups_used,
+            group_score=facts.group_score,
+            choice_bias=self.choice_bias,
+            jitter=facts.jitter,
+        )
+        out = experts(x, index, weight, lambda e, rows: self.experts[e](rows), on_input=facts.on_input)
+        if self.shared is None:
+            return out
+        shared: Tensor = self.shared(x)
+        return out + (shared if self.shared_gate is None else shared * self.shared_gate(x).sigmoid())

@@ -1,0 +1,77 @@
+"""Mixture of experts: who computes which row (Shazeer et al. 2017, arXiv:1701.06538)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def route(
+    logits: Tensor,
+    *,
+    per_token: int,
+    scoring: str = "softmax",
+    renormalise: bool = True,
+    scale: float = 1.0,
+    groups: int = 1,
+    groups_used: int = 1,
+    group_score: str = "max",
+    choice_bias: Tensor | None = None,
+    jitter: float = 0.01,
+) -> tuple[Tensor, Tensor]:
+    """logits[T, E] of a router -> the chosen experts' index[T, k] and weight[T, k] float32, the best first."""
+    if scoring == "sparsemixer":
+        return _sparsemixer(logits.float(), jitter)
+    scores = logits.float().softmax(-1) if scoring == "softmax" else logits.float().sigmoid()
+    choice = scores if choice_bias is None else scores + choice_bias
+    if groups > 1:
+        choice = _best_groups(choice, groups, groups_used, group_score)
+    index = choice.sort(dim=-1, descending=True, stable=True)[1][:, :per_token]
+    weight = scores.gather(-1, index)
+    if renormalise:
+        weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
+    return index, weight * scale
+
+
+def _best_groups(choice: Tensor, groups: int, used: int, score: str) -> Tensor:
+    """choice[T, E] with 0 for the experts of all groups but the best (DeepSeek-V2, arXiv:2405.04434, 2.2.2)."""
+    grouped = choice.view(len(choice), groups, -1)
+    best = grouped.amax(-1) if score == "max" else grouped.topk(2, -1)[0].sum(-1)
+    chosen = best.sort(dim=-1, descending=True, stable=True)[1][:, :used]
+    kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, chosen, True)
+    return grouped.masked_fill(~kept[..., None], 0.0).flatten(1)
+
+
+def _sparsemixer(logits: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
+    """The best two, each weighed among those experts that come close to it (arXiv:2310.00811)."""
+    indices, weights = [], []
+    for _ in range(2):
+        best, index = logits.max(-1, keepdim=True)
+        far = (best - logits) / logits.abs().clamp(min=best) > 2 * jitter
+        weights.append(logits.masked_fill(far, -torch.inf).softmax(-1).gather(-1, index))
+        indices.append(index)
+        logits = logits.scatter(-1, index, -torch.inf)
+    return torch.cat(indices, -1), torch.cat(weights, -1)
+
+
+def experts(
+    x: Tensor, index: Tensor, weight: Tensor, run: Callable[[int, Tensor], Tensor], *, on_input: bool = False
+) -> Tensor:
+    """Sum over k of weight[T, k] times expert index[T, k] of x[T, M] -> [T, M]; `run(e, rows)` is expert e.
+
+    Each expert runs once, over all of its rows. A row's k results are added in the order of `index`, whatever the batch.
+    """
+    k = index.shape[1]
+    flat, weight = index.flatten(), weight.to(x.dtype)
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat).tolist()
+    rows = x[order // k]
+    if on_input:
+        rows = rows * weight.flatten()[order, None]
+    parts = [run(e, part) for e, part in enumerate(rows.split(counts)) if len(part)]
+    out = torch.empty_like(rows).index_copy_(0, order, torch.cat(parts)).view(len(x), k, -1)
+    if on_input:
+        return out.sum(1)
+    return (out * weight[..., None]).sum(1)
