@@ -150,7 +150,7 @@ class Desk:
         with span.stage("admit"):
             self._check_open()
             info, suffix = self.info(model), uuid.uuid4().hex[:8]
-            encoded = await model.encode_passages(call.inputs, info.max_model_len, call.truncate, call.param)
+            encoded = await model.encode_passages(call.inputs, call.places, info.max_model_len, call.truncate)
             requests = [
                 Request(
                     request_id=f"{request_id}-{number}-{suffix}",
@@ -165,8 +165,8 @@ class Desk:
                 )
                 for number, one in enumerate(encoded)
             ]
-            for request in requests:
-                _check_range(call.param, request.prompt_token_ids, info)
+            for place, one in zip(call.places, encoded, strict=True):
+                _check_range(place, one.ids, info)
         record = self.metrics.call(model.name, call.operation, requests, started)
         return Vectors(model, info, requests, lambda: self.directory.find(model.name), span=span, record=record)
 

@@ -22,7 +22,9 @@ from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.grpc_schema import (
     call_of_chat,
+    call_of_embed,
     call_of_generate,
+    embed_reply,
     opening_reply,
     prompt_of_tokenize,
     write_delta,
@@ -73,6 +75,15 @@ class Inference(InferenceServicer):
 
     async def Chat(self, request: pb.ChatRequest, context: Context) -> None:  # noqa: N802
         await self._answer(lambda: call_of_chat(request), request.return_prompt_token_ids, context)
+
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedReply:  # noqa: N802
+        headers = _metadata(context)
+        async with _as_status(context):
+            request_id = request_id_from(headers.get("x-request-id"), "x-request-id")
+            await context.send_initial_metadata((("x-request-id", request_id),))
+            call = dataclasses.replace(call_of_embed(request), deadline_s=context.time_remaining())
+            vectors, events = await self._desk.pool(call, request_id, headers)
+            return embed_reply(vectors, events, request_id)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeReply:  # noqa: N802
         async with _as_status(context):

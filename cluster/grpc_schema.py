@@ -10,8 +10,11 @@ from google.protobuf.json_format import MessageToDict
 from kvasir.cluster.call import Call, Conversation, Prompt, Text, check_tools, check_variables
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.openai_logprobs import token_text
+from kvasir.cluster.vectors import PoolingCall, Vectors
 from kvasir.engine.errors import ClientError
-from kvasir.engine.event import TokenLogprob
+from kvasir.engine.event import Pooled, TokenLogprob
+from kvasir.engine.passage import Passage
+from kvasir.engine.request import PoolingParams
 from kvasir.engine.tokenizer import Tokenizer
 from kvasir.engine.transcript import Delta
 from kvasir.proto import inference_pb2 as pb
@@ -56,6 +59,36 @@ def call_of_chat(request: pb.ChatRequest) -> Call:
         priority=request.priority,
         cache_salt=request.cache_salt,
     )
+
+
+def call_of_embed(request: pb.EmbedRequest) -> PoolingCall:
+    """Raises ClientError."""
+    given = _set(request, ("add_special_tokens", "prompt_name"))
+    return PoolingCall(
+        model=request.model,
+        inputs=[_embed_input(one, given) for one in request.inputs],
+        params=PoolingParams(**_set(request, ("dimensions", "normalize"))),
+        operation="embeddings",
+        param="inputs",
+        truncate=request.truncate_prompt_tokens if request.HasField("truncate_prompt_tokens") else None,
+        priority=request.priority,
+    )
+
+
+def _embed_input(message: pb.EmbedInput, given: dict[str, Any]) -> Passage | Sequence[int]:
+    kind = message.WhichOneof("input")
+    if kind is None:
+        raise ClientError("every input must have text or token_ids", param="inputs")
+    return Passage(text=message.text, **given) if kind == "text" else list(message.token_ids.ids)
+
+
+def embed_reply(vectors: Vectors, events: Sequence[Pooled], request_id: str) -> pb.EmbedReply:
+    """The whole answer."""
+    reply = pb.EmbedReply(request_id=request_id, model=vectors.model.name)
+    for event in events:
+        reply.embeddings.add(values=event.values, prompt_tokens=event.prompt_tokens)
+    reply.usage.prompt_tokens, reply.usage.cached_tokens = vectors.prompt_tokens, vectors.cached_tokens
+    return reply
 
 
 _CONVERSATION = ("add_generation_prompt", "continue_final_message", "add_special_tokens")

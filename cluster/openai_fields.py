@@ -129,7 +129,7 @@ DETOKENIZE_HONOURED: dict[str, Check] = {
     "skip_special_tokens": boolean,
 }
 
-STREAM_OPTIONS: dict[str, Check] = {"include_usage": _BOOLEAN}
+STREAM_OPTIONS: dict[str, Check] = {"include_usage": boolean}
 
 _IGNORED: Neutral = {
     "user": (),

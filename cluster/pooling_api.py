@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from kvasir.cluster.pooling_schema import (
     parse_score,
 )
 from kvasir.cluster.vectors import PoolingCall
+from kvasir.engine.errors import ClientError
 from kvasir.engine.passage import Passage, role_passage, similarity
 from kvasir.engine.request import PoolingParams
 
@@ -114,6 +115,9 @@ async def _scores(
         pairs = [Passage(text=a, pair=b) for a, b in zip(ask.queries, ask.documents, strict=True)]
         read, events = await desk.pool(PoolingCall(inputs=pairs, params=ask.params, **call), request_id, headers)
         return model.name, [event.values[0] for event in events], read.prompt_tokens
+    if ask.params.normalize is not None:
+        text = f"use_activation is for models with labels; {model.name!r} compares vectors"
+        raise ClientError(text, param="use_activation")
     queries = [role_passage(text, "query", model.rules) for text in ask.queries]
     documents = [role_passage(text, "document", model.rules) for text in ask.documents]
     distinct = list(dict.fromkeys([*queries, *documents]))
@@ -141,4 +145,4 @@ def _best(labels: Sequence[str], values: Sequence[float]) -> str | None:
     """The likeliest label's name; a single one has no rival."""
     if len(labels) != len(values):
         return None
-    return cast(str, labels[max(range(len(values)), key=values.__getitem__)])
+    return labels[max(range(len(values)), key=values.__getitem__)]

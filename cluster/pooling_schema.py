@@ -167,7 +167,7 @@ def _pairs(
 
 def _inputs(fields: Mapping[str, Any]) -> list[Passage | Sequence[int]]:
     """A text, a list of texts, a list of token ids or a list of lists of token ids."""
-    given = fields.get("input")
+    given: Any = fields.get("input")
     options = {"add_special_tokens": fields.get("add_special_tokens", True), "prompt_name": fields.get("prompt_name")}
     if isinstance(given, str):
         return [Passage(text=given, **options)]

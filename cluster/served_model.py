@@ -65,14 +65,14 @@ class ServedModel:
         return await asyncio.get_running_loop().run_in_executor(_threads, self._encode, prompt)
 
     async def encode_passages(
-        self, inputs: Sequence[Passage | Sequence[int]], limit: int, truncate: int | None, param: str
+        self, inputs: Sequence[Passage | Sequence[int]], places: Sequence[str], limit: int, truncate: int | None
     ) -> list[Encoded]:
-        """The inputs of a call for vectors, off the event loop when they are long."""
+        """The inputs of a call for vectors, each called by its place in errors; off the event loop when they are long."""
         texts = [one for one in inputs if isinstance(one, Passage)]
         if sum(len(one.text) + len(one.pair or "") for one in texts) <= INLINE_CHARS:
-            return self._encode_passages(inputs, limit, truncate, param)
+            return self._encode_passages(inputs, places, limit, truncate)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(_threads, self._encode_passages, inputs, limit, truncate, param)
+        return await loop.run_in_executor(_threads, self._encode_passages, inputs, places, limit, truncate)
 
     async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Text of `ids`, off the event loop when they are many."""
@@ -83,12 +83,11 @@ class ServedModel:
         return await loop.run_in_executor(_threads, tokenizer.decode, ids, skip_special_tokens)
 
     def _encode_passages(
-        self, inputs: Sequence[Passage | Sequence[int]], limit: int, truncate: int | None, param: str
+        self, inputs: Sequence[Passage | Sequence[int]], places: Sequence[str], limit: int, truncate: int | None
     ) -> list[Encoded]:
-        names = [param] if len(inputs) == 1 else [f"{param}[{i}]" for i in range(len(inputs))]
         return [
-            encode_passage(one, self.tokenizer, self.rules, limit=limit, truncate=truncate, param=name)
-            for one, name in zip(inputs, names, strict=True)
+            encode_passage(one, self.tokenizer, self.rules, limit=limit, truncate=truncate, param=place)
+            for one, place in zip(inputs, places, strict=True)
         ]
 
     def _encode(self, prompt: Text | Conversation) -> list[int]:

@@ -49,6 +49,12 @@ class PoolingCall:
             text = f"{self.param} holds {len(self.inputs)} inputs; at most {MAX_INPUTS} in one request"
             raise ClientError(text, param=self.param)
 
+    @property
+    def places(self) -> list[str]:
+        """What an error calls each input."""
+        count = len(self.inputs)
+        return [self.param] if count == 1 else [f"{self.param}[{number}]" for number in range(count)]
+
 
 class Vectors:
     """What runs for one call. `run` gives every input's vector, in their order; `close` in any case."""

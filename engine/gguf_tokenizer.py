@@ -252,6 +252,7 @@ def _end_ids(fields: _Fields) -> Iterator[int]:
 
 def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
     """name -> template: tokenizer.chat_template is "default", tokenizer.chat_template.NAME the others."""
-    prefix = "tokenizer.chat_template"
-    found = {key[len(prefix) + 1 :] or "default": value for key, value in metadata.items() if key.startswith(prefix)}
+    name = "tokenizer.chat_template"
+    found = {key[len(name) + 1 :]: value for key, value in metadata.items() if key.startswith(name + ".")}
+    found["default"] = metadata.get(name)
     return {name: value for name, value in found.items() if isinstance(value, str)}

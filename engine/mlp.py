@@ -26,7 +26,9 @@ class MLP(nn.Module):
         self.activation, self.limit, self.gated = spec.activation, spec.activation_limit, spec.gated
         parts = {"gate": ffn, "up": ffn} if spec.gated else {"up": ffn}
         self.up = Linear(spec.hidden, parts, bias, dtype, device)
-        self.down = Linear(ffn, {"down": spec.hidden}, bias, dtype, device)
+        self.down = Linear(
+            ffn, {"down": spec.hidden}, bias if spec.down_bias is None else spec.down_bias, dtype, device
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x[T, M] -> [T, M]."""

@@ -214,6 +214,8 @@ class Spec:
     gated: bool = True
     """down(activation(gate) * up); otherwise down(activation(up))."""
     mlp_bias: bool = False
+    down_bias: bool | None = None
+    """Of the matrix that leads out of the MLP; None: as mlp_bias."""
     experts: Experts | None = None
 
     # norms and residuals

@@ -46,7 +46,7 @@ class Tekken:
     def build(self) -> tokenizers.Tokenizer:
         """The backend; BOS isn't added by itself."""
         pre = PreTokenizer((self.pattern,), whole_words=True)
-        return rank_pairs(self.ranks, dict.fromkeys(self.special, True), pre, self.special, self.offset)
+        return rank_pairs(self.ranks, pre, self.special, dict.fromkeys(self.special, True), self.offset)
 
 
 def read_ranks(data: bytes) -> Ranks:
@@ -86,18 +86,21 @@ def read_tekken(data: bytes) -> Tekken:
 
 
 def rank_pairs(
-    ranks: Ranks, added: Mapping[str, bool], pre: PreTokenizer, ids: Mapping[str, int], offset: int = 0
+    ranks: Ranks, pre: PreTokenizer, ids: Mapping[str, int], special: Mapping[str, bool], offset: int = 0
 ) -> tokenizers.Tokenizer:
     """Byte-level BPE that joins the neighbours of the lowest joint rank first, as tiktoken does. Ids are rank +
-    `offset`; `added` token -> whether it is special, at `ids`."""
+    `offset`; added tokens are at `ids` and `special` or the user's own."""
     letters = byte_characters()
     by_id = {rank + offset: token.decode("latin-1").translate(letters) for token, rank in ranks.items()}
     by_id |= {i: token for token, i in ids.items()}
     size = max(by_id) + 1
+    if size > 2 * len(by_id) + 1000:
+        raise ConfigError(f"{len(by_id)} tokens have ids up to {size - 1}", param="tokenizer")
     tokens = [by_id.get(i, f"[EMPTY_{i}]") for i in range(size)]
     types = [NORMAL] * size
-    for token, special in added.items():
-        types[ids[token]] = CONTROL if special else USER_DEFINED
+    for token, i in ids.items():
+        types[i] = CONTROL if special[token] else USER_DEFINED
     words = [tokens[rank + offset] for rank in sorted(ranks.values())]
     parts = dict.fromkeys(words)
-    return byte_pairs(Vocabulary(tokens, types=types), (merge for word in words for merge in splits(word, parts)), pre)
+    merges = (merge for word in words for merge in splits(word, parts))
+    return byte_pairs(Vocabulary(tokens, types=types), merges, pre)

@@ -13,13 +13,14 @@ import tokenizers
 from kvasir.engine.chat_template import ChatTemplates
 from kvasir.engine.errors import ClientError, ConfigError
 from kvasir.engine.gguf_tokenizer import read_gguf_tokenizer
-from kvasir.engine.hub import eos_token_ids, read_json
+from kvasir.engine.hub import eos_token_ids
+from kvasir.engine.tokenizer_files import load_tokenizer
+from kvasir.engine.tokenizer_models import byte_characters
 
 Piece = Union[str, bytes, None]
 """What a token adds to the text: whole characters, bytes that don't end on a character's border, or nothing at all."""
 
 _DECODERS = frozenset({"ByteLevel", "ByteFallback", "Replace", "Fuse", "Strip", "Metaspace", "WordPiece"})
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
@@ -44,9 +45,11 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path, chat_template: str | None = None) -> Tokenizer:
         """The tokenizer in `folder`; `chat_template` (a file or the template itself) replaces the model's own."""
-        special = _special_tokens(folder)
-        templates = ChatTemplates.load(folder, special, override=chat_template)
-        return cls(_load_backend(folder), eos=eos_token_ids(folder), special=special, templates=templates)
+        loaded = load_tokenizer(folder)
+        templates = ChatTemplates.load(folder, loaded.special, override=chat_template)
+        eos = loaded.backend.token_to_id(loaded.special.get("eos_token", ""))
+        ids = dict.fromkeys((*eos_token_ids(folder), *([] if eos is None else [eos])))
+        return cls(loaded.backend, eos=tuple(ids), special=loaded.special, templates=templates)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], chat_template: str | None = None) -> Tokenizer:
@@ -98,9 +101,11 @@ class Tokenizer:
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
     ) -> DecodeStream:
-        """Decoder of what follows `prompt_ids`. `spaces_between_special_tokens` changes nothing: as in transformers it
-        only ever mattered to tokenizers written in Python, which aren't used here."""
-        return DecodeStream(self._plain if skip_special_tokens else self._all, prompt_ids)
+        """Decoder of what follows `prompt_ids`. Without `spaces_between_special_tokens` an added token that follows
+        another one is written without the space that decoders of whole words (WordPiece) put before each token."""
+        if skip_special_tokens or spaces_between_special_tokens:
+            return DecodeStream(self._plain if skip_special_tokens else self._all, prompt_ids)
+        return _TightStream(self._all, prompt_ids)
 
     def token_id(self, token: str | None) -> int | None:
         """Id of the token that is written `token` in the vocabulary."""
@@ -181,6 +186,25 @@ class DecodeStream:
         return text
 
 
+class _TightStream(DecodeStream):
+    """Writes added tokens in a row without anything between them."""
+
+    __slots__ = ("_after_added",)
+
+    def __init__(self, pieces: _Pieces, prompt_ids: Sequence[int] = ()) -> None:
+        self._after_added = False
+        super().__init__(pieces, prompt_ids)
+
+    def push(self, ids: Sequence[int]) -> str:
+        """As `DecodeStream.push`."""
+        text = ""
+        for token in ids:
+            content = self._pieces.added.get(token)
+            text += self.finish() + content if content and self._after_added else super().push([token])
+            self._after_added = content is not None
+        return text
+
+
 class _Pieces(dict[int, Piece]):
     """Token id -> what the token adds to a text that has begun already. Filled as tokens are met."""
 
@@ -190,8 +214,10 @@ class _Pieces(dict[int, Piece]):
         kinds = _decoder_kinds(backend)
         self._byte_level = "ByteLevel" in kinds
         self._byte_fallback = "ByteFallback" in kinds
-        self._alphabet = _byte_alphabet() if self._byte_level else {}
+        self._alphabet = {char: byte for byte, char in byte_characters().items()} if self._byte_level else {}
         added = backend.get_added_tokens_decoder()
+        self.added = {token: entry.content for token, entry in added.items()}
+        """Tokens that aren't the model's own words: id -> text."""
         self._skipped = {token for token, entry in added.items() if entry.special and skip_special_tokens}
         self._anchor = -1 if self._byte_level else _anchor(backend, added)
         self.errors: Literal["replace", "kvasir_each_byte"] = "kvasir_each_byte" if self._byte_fallback else "replace"
@@ -257,13 +283,6 @@ def _tail(pieces: _Pieces, prompt_ids: Sequence[int]) -> list[int]:
     return tail[::-1]
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable character -> byte (Radford et al. 2019): bytes that don't print are moved to U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    moved = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(moved)}
-
-
 def _anchor(backend: tokenizers.Tokenizer, added: Mapping[int, Any]) -> int:
     """A token that is plain text by itself: what another one adds is measured behind it."""
     for token in range(backend.get_vocab_size(with_added_tokens=True)):
@@ -293,43 +312,3 @@ def _checked_text(text: object) -> str:
     except UnicodeEncodeError as error:
         raise ClientError(f"the text isn't valid Unicode: {error.reason} at {error.start}", param="prompt") from error
     return text
-
-
-def _special_tokens(folder: Path) -> dict[str, str]:
-    """bos_token, eos_token, ... -> text, from tokenizer_config.json, else special_tokens_map.json."""
-    found: dict[str, str] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        config = read_json(folder / name)
-        for key in _SPECIAL_TOKENS:
-            value = config.get(key)
-            content = value.get("content") if isinstance(value, dict) else value
-            if isinstance(content, str):
-                found[key] = content
-    return found
-
-
-def _load_backend(folder: Path) -> tokenizers.Tokenizer:
-    """tokenizer.json, or what transformers converts other formats to (imported for those only)."""
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        try:
-            return tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises Exception itself for a malformed file
-            raise ConfigError(f"{path} can't be read: {error}", param="tokenizer") from error
-    return _convert(folder)
-
-
-def _convert(folder: Path) -> tokenizers.Tokenizer:
-    from transformers import AutoTokenizer
-
-    try:
-        converted = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        text = f"{folder} has no tokenizer.json, and transformers can't convert another tokenizer there: {reason}"
-        raise ConfigError(f"{text}; pass --tokenizer FOLDER or --skip-tokenizer-init", param="tokenizer") from error
-    backend = getattr(converted, "backend_tokenizer", None)
-    if not isinstance(backend, tokenizers.Tokenizer):
-        name = type(converted).__name__
-        raise ConfigError(f"{folder}: {name} runs in Python only; a tokenizer.json is needed", param="tokenizer")
-    return backend

@@ -284,7 +284,11 @@ def _writers(request: Request, tokenizer: Tokenizer, eos: frozenset[int]) -> lis
     min_tokens = sampling.min_tokens - len(resumed)
     return [
         _Writer(
-            tokenizer.stream(context, skip_special_tokens=sampling.skip_special_tokens),
+            tokenizer.stream(
+                context,
+                skip_special_tokens=sampling.skip_special_tokens,
+                spaces_between_special_tokens=sampling.spaces_between_special_tokens,
+            ),
             stops,
             ends,
             include=include,

@@ -10,7 +10,6 @@ from typing import Any, cast
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.spec import Spec
 
-
 ALIASES = {"RefinedWeb": "falcon", "RefinedWebModel": "falcon", "Yi": "llama", "yi": "llama", "PhiMoE": "phimoe"}
 """model_type in older files -> the file here."""
 
@@ -22,7 +21,8 @@ def supported() -> list[str]:
 
 def load_spec(config: Mapping[str, Any]) -> Spec:
     """The facts in a parsed config.json; ConfigError names what is unknown, missing or not supported."""
-    kind = ALIASES.get(config.get("model_type", ""), config.get("model_type"))
+    kind = str(config.get("model_type")).replace("-", "_")
+    kind = ALIASES.get(kind, kind)
     if kind not in supported():
         raise ConfigError(f"config.json: model_type {kind!r} is not supported; supported are {', '.join(supported())}")
     method = (config.get("quantization_config") or {}).get("quant_method")

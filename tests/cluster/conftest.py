@@ -30,7 +30,7 @@ from kvasir.cluster.group_service import GroupService
 from kvasir.cluster.telemetry import Tracing
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ConfigError, ContextLengthError, UnavailableError
-from kvasir.engine.event import Event, Failed, Finished, Timing, Token, TokenLogprob
+from kvasir.engine.event import Event, Failed, Finished, Pooled, Timing, Token, TokenLogprob
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.request import Request
 from kvasir.engine.scheduler import Stats
@@ -219,6 +219,8 @@ class FakeGroup:
         self.alive = True
         self.last_error = None
         self.script = lambda request, index: [*b"Hello, w\xc3\xb6rld!", END]
+        self.vector = lambda request: [float(len(request.prompt_token_ids)), 0.5]
+        """What a request for a vector gets."""
         self.step_s = 0.0
         self.refusal = None
         """Raised by submit."""
@@ -257,6 +259,12 @@ class FakeGroup:
 
     async def _run(self, request: Request, stream: Stream) -> None:
         name, live, began = request.request_id, self._live[request.request_id], time.time()
+        if request.pooling is not None:
+            await asyncio.sleep(self.step_s)
+            live.clear()
+            timing = Timing(began, began, time.time(), time.time())
+            stream._push(Pooled(name, self.vector(request), len(request.prompt_token_ids), 1, timing))
+            return
         outputs = {index: [*self.script(request, index)] for index in live}
         for step in itertools.count():
             await asyncio.sleep(self.step_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 
@@ -109,6 +110,41 @@ def test_generate_from_ids_and_by_default_model(gateway, client):
     assert [r.prompt_token_ids for r in replies[1:]] == [[]] * (len(replies) - 1)
     assert "".join(reply.text for reply in replies) == "Hel"
     assert [reply.finish_reason for reply in replies if reply.finish_reason] == [2]
+
+
+def test_embed(gateway, client, monkeypatch):
+    monkeypatch.setattr(gateway.group, "info", dataclasses.replace(gateway.group.info, tasks=("embed",)))
+    gateway.group.vector = lambda request: [float(len(request.prompt_token_ids)), 0.25]
+    inputs = [{"text": "abc"}, {"token_ids": {"ids": [5, 6]}}]
+    body = {"model": "bytes", "inputs": inputs, "dimensions": 2, "normalize": False, "priority": 4}
+    reply = client.call("Embed", body, metadata=(("x-request-id", "mine"),))
+    assert [list(one.values) for one in reply.embeddings] == [[3.0, 0.25], [2.0, 0.25]]
+    assert [one.prompt_tokens for one in reply.embeddings] == [3, 2]
+    assert (reply.request_id, reply.model) == ("mine", "bytes")
+    assert (reply.usage.prompt_tokens, reply.usage.cached_tokens, reply.usage.completion_tokens) == (5, 2, 0)
+    request = gateway.group.requests[-1]
+    assert (request.pooling.dimensions, request.pooling.normalize, request.priority) == (2, False, 4)
+    assert 9 < request.deadline_s < 10.5
+    client.call("Embed", {"inputs": [{"text": "x" * 5000}], "truncate_prompt_tokens": -1})
+    assert len(gateway.group.requests[-1].prompt_token_ids) == 4096
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "inputs"),
+        ({"inputs": [{}]}, "inputs"),
+        ({"inputs": [{"text": "a"}, {"token_ids": {}}]}, "inputs[1]"),
+        ({"inputs": [{"text": "a"}, {"token_ids": {"ids": [9999]}}]}, "inputs[1]"),
+        ({"inputs": [{"text": "a"}], "dimensions": 0}, "dimensions"),
+        ({"inputs": [{"text": "a"}], "prompt_name": "query"}, "prompt_name"),
+        ({"inputs": [{"text": "x" * 5000}]}, "inputs"),
+    ],
+)
+def test_embed_refusals(client, body, param):
+    error = refused(client.call, "Embed", body)
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert dict(error.trailing_metadata())["kvasir-param"] == param
 
 
 def test_chat(gateway, client):

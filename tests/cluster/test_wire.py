@@ -8,9 +8,9 @@ import pytest
 
 from kvasir.cluster import wire
 from kvasir.engine.errors import ClientError, ContextLengthError, OverloadedError
-from kvasir.engine.event import Failed, Finished, Timing, Token, TokenLogprob
+from kvasir.engine.event import Failed, Finished, Pooled, Timing, Token, TokenLogprob
 from kvasir.engine.info import ModelInfo
-from kvasir.engine.request import Request, SamplingParams
+from kvasir.engine.request import PoolingParams, Request, SamplingParams
 from kvasir.engine.scheduler import Stats
 from kvasir.proto import group_pb2 as pb
 
@@ -22,6 +22,7 @@ EVENTS = [
     Token("a", 0, (10,), logprobs=[TokenLogprob(-3.0, 77)], prompt_logprobs=[None, BEST, BEST]),
     Finished("a", 0, "stop", 2, 11, 4, 3, 1, Timing(1.5, 2.5, 3.5, 4.5)),
     Finished("a", 1, "length"),
+    Pooled("a", (0.5, -2.0, 1.25), 7, 3, Timing(1.5, 2.5, 0.0, 4.5)),
     Failed("a", "deadline_exceeded", "too late"),
 ]
 
@@ -63,6 +64,19 @@ def test_request_survives():
     message = sent(wire.encode_request(request, 77))
     assert message.number == 77
     assert wire.decode_request(message, "link/r") == dataclasses.replace(request, request_id="link/r")
+
+
+@pytest.mark.parametrize(
+    "pooling",
+    [PoolingParams(), PoolingParams(task="score", dimensions=7, normalize=False), PoolingParams(normalize=True)],
+)
+def test_pooling_survives(pooling):
+    request = Request(
+        request_id="r", prompt_token_ids=[1, 2], sampling=SamplingParams(), pooling=pooling, token_type_ids=(0, 1)
+    )
+    assert wire.decode_request(sent(wire.encode_request(request, 1)), "r") == request
+    names = {field.name for field in pb.Pooling.DESCRIPTOR.fields}
+    assert names == {field.name for field in dataclasses.fields(PoolingParams)}
 
 
 def test_every_sampling_field_is_sent():
@@ -114,7 +128,7 @@ def test_unknown_error_is_ours():
 
 
 def test_info_and_stats_survive():
-    info = ModelInfo(name="m", max_model_len=9, vocab_size=8, eos_token_ids=(2, 3), memory_report="much")
+    info = ModelInfo(name="m", max_model_len=9, vocab_size=8, eos_token_ids=(2, 3), memory_report="much", labels=("a",))
     assert wire.decode_info(sent(wire.encode_info(info))) == info
     values = {field.name: number + 1 for number, field in enumerate(dataclasses.fields(Stats))}
     stats = Stats(**values)

@@ -82,14 +82,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[
     }
 
     def build(
-        family: str, *, max_shard_size: str = "1GB", attention: str = "eager", norm: float = 1.0, **changes: Any
+        family: str,
+        *,
+        max_shard_size: str = "1GB",
+        attention: str = "eager",
+        norm: float = 1.0,
+        auto: str = "AutoModelForCausalLM",
+        **changes: Any,
     ) -> tuple[Path, Any]:
         torch.manual_seed(0)
         config = getattr(transformers, f"{family}Config")(**{**small, **changes})
-        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        model = getattr(transformers, auto).from_config(config, attn_implementation=attention)
         model = model.float().eval()
         for name, p in model.named_parameters():
-            p.data = torch.randn_like(p) * 0.2 + (norm if p.dim() == 1 and "norm" in name and "bias" not in name else 0.0)
+            p.data = torch.randn_like(p) * 0.2 + (
+                norm if p.dim() == 1 and "norm" in name.lower() and "bias" not in name else 0.0
+            )
         folder = tmp_path_factory.mktemp(family)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         return folder, model

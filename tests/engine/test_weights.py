@@ -56,9 +56,7 @@ def same(a: Decoder, b: Decoder) -> bool:
     return all(
         torch.equal(x.to_dense() if x.is_mkldnn else x, y.to_dense() if y.is_mkldnn else y)
         for m, n in zip(a.modules(), b.modules(), strict=True)
-        for x, y in [
-            (getattr(m, k), getattr(n, k)) for k in ("weight", "head", "embed") if hasattr(m, k)
-        ]
+        for x, y in [(getattr(m, k), getattr(n, k)) for k in ("weight", "head", "embed") if hasattr(m, k)]
     )
 
 

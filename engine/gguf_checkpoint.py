@@ -1,0 +1,186 @@
+"""A GGUF file as a checkpoint: its tensors under canonical names, one by one, each able to fill its place.
+
+What llama.cpp's converter did is undone on the way: fused and stacked tensors are taken apart, q and k of the Llama
+family get their rows back in order, Gemma's norms their offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvasir.engine import gguf_config, gguf_names
+from kvasir.engine.errors import ConfigError
+from kvasir.engine.gguf import BlockType, StoredTensor, read_gguf
+from kvasir.engine.gguf_blocks import fill
+from kvasir.engine.spec import Latent, Spec
+
+View = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """data[..., bytes of a row]: a part of a stored tensor."""
+
+    data: npt.NDArray[np.uint8]
+    type: BlockType
+    single: bool = False
+    """A vector: one row."""
+
+    def part(self, start: int, stop: int) -> Rows:
+        """Some rows, or some numbers of a vector."""
+        width = self.type.nbytes if self.single else 1
+        return Rows(self.data[start * width : stop * width], self.type, self.single)
+
+    def reshaped(self, *shape: int) -> Rows:
+        """With these dimensions before the bytes."""
+        return Rows(self.data.reshape(*shape, -1), self.type)
+
+    def unbound(self) -> Iterator[Rows]:
+        """One for each of the first dimension."""
+        for data in self.data:
+            yield Rows(data, self.type, data.ndim == 1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.data.shape[:-1], self.data.shape[-1] // self.type.nbytes * self.type.size)
+
+
+@dataclass(frozen=True)
+class Filler:
+    """One tensor of the model. Nothing is read before `copy_to`."""
+
+    name: str
+    """Canonical."""
+    original: str
+    """As the file says, for messages."""
+    shape: tuple[int, ...]
+    pieces: tuple[tuple[Rows, View], ...]
+    """Where each part of the file goes: a view of the place that has the part's shape."""
+    shift: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """In the file."""
+        return sum(rows.data.nbytes for rows, _ in self.pieces)
+
+    def copy_to(self, place: Tensor) -> None:
+        """Dequantises in small pieces straight into `place`, of any dtype, strides and device."""
+        if tuple(place.shape) != self.shape:
+            raise ConfigError(f"{self.original} has shape {list(self.shape)}, the model needs {list(place.shape)}")
+        exact = torch.empty(self.shape, dtype=torch.float32, device=place.device) if self.shift else place
+        for rows, view in self.pieces:
+            fill(view(exact), torch.from_numpy(rows.data), rows.type)
+        if self.shift:  # before it is rounded
+            place.copy_(exact.add_(self.shift))
+
+
+class GGUFCheckpoint:
+    """A model in GGUF. Opening reads metadata alone."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = read_gguf(path)
+        self.metadata: Mapping[str, Any] = self.file.metadata
+        self.total_bytes = sum(tensor.nbytes for tensor in self.file.tensors.values())
+
+    def config(self) -> dict[str, Any]:
+        """What config.json would say, in Hugging Face's naming."""
+        return gguf_config.config(self.file)
+
+    def tensors(self, spec: Spec) -> Iterator[Filler]:
+        """Every tensor that a text model may use; one that llama.cpp doesn't name goes by its own name."""
+        arch, stored = gguf_config.architecture(self.file), self.file.tensors
+        for name, tensor in stored.items():
+            block = gguf_names.block_of(name)
+            if gguf_names.FACTS.fullmatch(name) or (block is not None and block >= len(spec.layers)):
+                continue
+            two_norms = f"blk.{block}.attn_norm_2.weight" in stored and arch == "falcon"
+            ours = gguf_names.canonical(name, arch, two_norms=two_norms)
+            rows = Rows(tensor.rows, tensor.type, len(tensor.shape) == 1)
+            if ours is not None and ours.endswith(".attn.k_b.weight") and spec.latent:
+                yield _latent(ours, tensor, stored, spec, spec.latent)
+            elif ours is None or not ours.endswith(".attn.v_b.weight"):
+                yield from _fillers(ours or name, name, rows, spec, arch)
+
+
+def _fillers(ours: str, original: str, rows: Rows, spec: Spec, arch: str) -> Iterator[Filler]:
+    stem, _, part = ours.removesuffix(".weight").removesuffix(".bias").rpartition(".")
+    suffix = ours[len(f"{stem}.{part}") :]
+    shift = -spec.norm_offset if ours.endswith("norm.weight") else 0.0
+    match part:
+        case "qkv":
+            for each, piece in _stacked(rows, _qkv_rows(spec)):
+                yield from _fillers(f"{stem}.{each}{suffix}", original, piece, spec, arch)
+        case ("q" | "k") if arch in gguf_names.PERMUTED:
+            yield _permuted(ours, original, rows, spec.heads if part == "q" else spec.kv_heads, spec.head_dim)
+        case ("gate" | "up" | "down" | "gate_up") if stem.endswith(".experts"):
+            for number, expert in enumerate(rows.unbound()):
+                yield from _fillers(f"{stem}.{number}.{part}{suffix}", original, expert, spec, arch)
+        case "gate_up" | "up" if _fused_gate(part, rows, spec):
+            half = rows.shape[0] // 2
+            for each, piece in _stacked(rows, {"gate": half, "up": half}):
+                yield _plain(f"{stem}.{each}{suffix}", original, piece)
+        case "shared_gate":
+            yield _plain(ours, original, rows.reshaped(1))
+        case _:
+            yield _plain(ours, original, rows, shift)
+
+
+def _plain(name: str, original: str, rows: Rows, shift: float = 0.0) -> Filler:
+    return Filler(name, original, rows.shape, ((rows, lambda place: place),), shift)
+
+
+def _fused_gate(part: str, rows: Rows, spec: Spec) -> bool:
+    """Gate and up in one: Phi-3, Jina's encoders."""
+    return part == "gate_up" or (spec.gated and rows.shape[0] == 2 * spec.ffn)
+
+
+def _qkv_rows(spec: Spec) -> dict[str, int]:
+    kv = spec.kv_heads * spec.head_dim
+    return {"q": spec.heads * spec.head_dim, "k": kv, "v": kv}
+
+
+def _stacked(rows: Rows, parts: Mapping[str, int]) -> Iterator[tuple[str, Rows]]:
+    start = 0
+    for name, count in parts.items():
+        yield name, rows.part(start, start + count)
+        start += count
+
+
+def _permuted(name: str, original: str, rows: Rows, heads: int, head_dim: int) -> Filler:
+    """Row 2 i + j of a head in the file is row i + j * head_dim / 2 of ours."""
+    half = head_dim // 2
+    if rows.shape[0] != heads * head_dim:
+        return _plain(name, original, rows)
+    pairs = rows.reshaped(heads, half) if rows.single else rows.reshaped(heads, half, 2)
+    return Filler(name, original, rows.shape, ((pairs, lambda x: x.unflatten(0, (heads, 2, half)).transpose(1, 2)),))
+
+
+def _latent(name: str, keys: StoredTensor, stored: Mapping[str, StoredTensor], spec: Spec, facts: Latent) -> Filler:
+    """kv_b from its halves k_b[H, rank, nope], which is transposed, and v_b[H, v, rank]."""
+    other = keys.name.replace("attn_k_b", "attn_v_b")
+    if other not in stored:
+        raise ConfigError(f"the file has {keys.name}, but lacks {other}")
+    values, width = stored[other], facts.nope_dim + facts.v_dim
+    expected = (spec.heads, facts.kv_rank, facts.nope_dim), (spec.heads, facts.v_dim, facts.kv_rank)
+    for tensor, shape in zip((keys, values), expected, strict=True):
+        if tensor.shape != shape:
+            raise ConfigError(f"{tensor.name} has shape {list(tensor.shape)}, the model needs {list(shape)}")
+
+    def heads(place: Tensor) -> Tensor:
+        return place.unflatten(0, (spec.heads, width))
+
+    pieces: tuple[tuple[Rows, View], ...] = (
+        (Rows(keys.rows, keys.type), lambda place: heads(place)[:, : facts.nope_dim].transpose(1, 2)),
+        (Rows(values.rows, values.type), lambda place: heads(place)[:, facts.nope_dim :]),
+    )
+    shape = (spec.heads * width, facts.kv_rank)
+    return Filler(name.replace("k_b", "kv_b"), f"{keys.name} with {other}", shape, pieces)

@@ -1,0 +1,74 @@
+"""Encoders equal transformers: every row sees its whole text, whoever else is in the step."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvasir.engine.arch import load_spec
+from kvasir.engine.cache import KVCache
+from kvasir.engine.decoder import Decoder
+from kvasir.engine.weights import load_decoder
+
+CPU = torch.device("cpu")
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("Bert", {}),
+    "bert-relu": ("Bert", {"hidden_act": "relu", "type_vocab_size": 1}),
+    "roberta": ("Roberta", {"pad_token_id": 1}),
+    "xlm-roberta": ("XLMRoberta", {"pad_token_id": 1}),
+    "nomic-bert": ("NomicBert", {}),
+    "jina-v3": ("JinaEmbeddingsV3", {}),
+    "qwen2-bidirectional": ("Qwen2", {"is_causal": False}),
+    "mistral-embedder": ("Mistral", {"sliding_window": 9}),
+}
+
+
+def hidden(
+    decoder: Decoder, prompts: list[list[int]], ragged: Any, types: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """Last hidden states of these prompts, all computed in one step."""
+    blocks = iter(range(1, 100))
+    tables = [[next(blocks) for _ in range(-(-len(p) // 16))] for p in prompts]
+    cache = KVCache(decoder.spec, 100, 16, decoder.dtype, CPU)
+    cache.arena.fill_(255)
+    step = ragged([(table, 0, len(p)) for table, p in zip(tables, prompts, strict=True)], 16)
+    x = decoder.hidden(torch.tensor([t for p in prompts for t in p]), step, cache, None, types)
+    return list(x.split([len(p) for p in prompts]))
+
+
+@pytest.fixture(scope="module")
+def encoder(checkpoint: Callable[..., tuple[Path, Any]]) -> Callable[..., tuple[Decoder, Any]]:
+    def build(family: str, **changes: Any) -> tuple[Decoder, Any]:
+        folder, model = checkpoint(family, auto="AutoModel", **changes)
+        config = json.loads((folder / "config.json").read_text())
+        return load_decoder(folder, load_spec(config | changes), dtype=torch.float32, device=CPU), model
+
+    return build
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hidden_states_equal(case: str, encoder: Callable[..., tuple[Decoder, Any]], ragged: Any) -> None:
+    family, changes = CASES[case]
+    decoder, model = encoder(family, **changes)
+    rng = random.Random(case)
+    prompts = [[rng.randrange(3, 97) for _ in range(n)] for n in (70, 1, 33, 16, 12)]
+    for prompt, got in zip(prompts, hidden(decoder, prompts, ragged), strict=True):
+        with torch.no_grad():
+            want = model(torch.tensor([prompt])).last_hidden_state[0]
+        assert (got - want).abs().max() <= 1e-4
+
+
+def test_segments_of_a_pair(encoder: Callable[..., tuple[Decoder, Any]], ragged: Any) -> None:
+    decoder, model = encoder("Bert")
+    prompt, types = list(range(10, 30)), torch.tensor([0] * 8 + [1] * 12)
+    with torch.no_grad():
+        want = model(torch.tensor([prompt]), token_type_ids=types[None]).last_hidden_state[0]
+    (got,) = hidden(decoder, [prompt], ragged, types)
+    assert (got - want).abs().max() <= 1e-4
+    assert (got - hidden(decoder, [prompt], ragged)[0]).abs().max() > 0.01
