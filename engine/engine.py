@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 import threading
@@ -28,6 +29,7 @@ from kvasir.engine.pooling import check_dimensions, pooling_of, tasks_of
 from kvasir.engine.rank import Rank, usable_cores
 from kvasir.engine.request import PoolingParams, Request, SamplingParams
 from kvasir.engine.scheduler import Scheduler, Stats
+from kvasir.engine.sentence_transformers import read_text_rules
 from kvasir.engine.step import NewSequence, Slice, Step
 from kvasir.engine.weights import load_decoder, weight_bytes
 
@@ -55,14 +57,17 @@ def load(config: EngineConfig) -> Loaded:
     folder = locate(config.model, config.revision)
     config_json = read_json(folder / "config.json")
     spec = load_spec(config_json)
+    if trained := read_text_rules(folder).max_len:
+        spec = dataclasses.replace(spec, max_len=min(spec.max_len, trained))
     device = resolve_device(config)
     dtype = resolve_dtype(config, config_json, device)
     torch.set_num_threads(config.num_threads or usable_cores())  # Ray sets OMP_NUM_THREADS, which is torch's default
     keep_freed_memory()
     plan = plan_memory(config, spec, dtype=dtype, device=device, weight_bytes=weight_bytes(spec, dtype, device))
-    decoder = load_decoder(folder, spec, dtype=dtype, device=device, progress=sys.stderr.isatty())
     pooling = pooling_of(config_json, spec, folder)
-    pooler = load_pooler(pooling, {}, device, hidden=spec.hidden, token_types=spec.token_types)
+    head: dict[str, torch.Tensor] | None = {} if pooling.labels else None
+    decoder = load_decoder(folder, spec, dtype=dtype, device=device, progress=sys.stderr.isatty(), head=head)
+    pooler = load_pooler(pooling, head or {}, device, hidden=spec.hidden, token_types=spec.token_types)
     cache = KVCache(spec, plan.num_blocks, config.block_size, dtype, device)
     info = ModelInfo(
         name=(config.served_model_name or (config.model,))[0],

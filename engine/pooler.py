@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,6 @@ from kvasir.engine.step import NewSequence, Slice
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
-HEAD = re.compile(
-    r"(?:^|\.)((?:pooler\.dense|pre_classifier|classifier(?:\.dense|\.out_proj)?|score)\.(?:weight|bias))$"
-)
-"""Tensors of a checkpoint that belong to no decoder but to what stands behind it; group 1 is their name here."""
 BODIES = {"pooler.dense": "Tanh", "classifier.dense": "Tanh", "pre_classifier": "ReLU"}
 """Layers between the pooled row and the labels: BERT's, RoBERTa's, DistilBERT's; and their activations."""
 ENDS = ("classifier.out_proj", "classifier", "score")
@@ -179,7 +174,7 @@ class Pooler:
 def load_pooler(
     pooling: Pooling, head: Mapping[str, Tensor], device: torch.device, *, hidden: int, token_types: int = 0
 ) -> Pooler:
-    """`head` holds the checkpoint's tensors that match HEAD, by the names there. ConfigError says what doesn't fit."""
+    """`head` holds the checkpoint's tensors that match pooling.HEAD, by the names there. ConfigError says what doesn't fit."""
     if pooling.labels is None:
         stages = [_dense(module) for module in pooling.dense]
     else:

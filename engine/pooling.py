@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,10 @@ Activation = Literal["identity", "sigmoid", "softmax"]
 Task = Literal["generate", "embed", "classify", "score"]
 ACTIVATIONS: dict[str, Activation] = {"Identity": "identity", "Sigmoid": "sigmoid", "Softmax": "softmax"}
 """Last part of a torch class's path."""
+HEAD = re.compile(
+    r"(?:^|\.)((?:pooler\.dense|pre_classifier|classifier(?:\.dense|\.out_proj)?|score)\.(?:weight|bias))$"
+)
+"""Tensors of a checkpoint that belong to no decoder but to what stands behind it; group 1 is their name here."""
 GGUF_WAYS: dict[str, Way] = {"mean": "mean", "cls": "cls", "last": "last"}
 
 

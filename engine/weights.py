@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.errors import ConfigError
+from kvasir.engine.pooling import HEAD
 from kvasir.engine.spec import Spec
 from kvasir.kernels.linear import reorders
 
@@ -23,9 +24,16 @@ NOT_WEIGHTS = r"rotary_emb\.inv_freq$"
 
 
 def load_decoder(
-    folder: Path, spec: Spec, *, dtype: torch.dtype, device: torch.device, progress: bool = False
+    folder: Path,
+    spec: Spec,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: bool = False,
+    head: dict[str, Tensor] | None = None,
 ) -> Decoder:
     """The model in `folder`, ready to run. ConfigError names tensors that are missing, left over or misshapen.
+    `head`, where it is given, takes what stands behind the decoder of a classifier (`pooling.HEAD`).
 
     Files are memory-mapped and each tensor is copied to its place at once, so the peak is one tensor above the weights.
     """
@@ -36,6 +44,9 @@ def load_decoder(
     total = sum(file.stat().st_size for file in files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=not progress) as bar:
         for name, tensor in chain.from_iterable(map(_tensors, files)):
+            if head is not None and (behind := HEAD.search(name)):
+                head[behind[1]] = tensor.clone()
+                continue
             for part, piece in spec.split(name, tensor, spec) if spec.split else ((name, tensor),):
                 _fill(places, canonical(part, spec), name, piece, spec, extra)
             bar.update(tensor.nbytes)

@@ -37,7 +37,7 @@ def route(
 
 def _best_groups(choice: Tensor, groups: int, used: int, score: str) -> Tensor:
     """choice[T, E] with 0 for the experts of all groups but the best (DeepSeek-V2, arXiv:2405.04434, 2.2.2)."""
-    grouped = choice.view(len(choice), groups, -1)
+    grouped = choice.view(len(choice), groups, choice.shape[1] // groups)
     best = grouped.amax(-1) if score == "max" else grouped.topk(2, -1)[0].sum(-1)
     chosen = best.sort(dim=-1, descending=True, stable=True)[1][:, :used]
     kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, chosen, True)
@@ -63,6 +63,8 @@ def experts(
 
     Each expert runs once, over all of its rows. A row's k results are added in the order of `index`, whatever the batch.
     """
+    if not len(x):  # a chunk of a prompt of which no row's logits are wanted
+        return x
     k = index.shape[1]
     flat, weight = index.flatten(), weight.to(x.dtype)
     order = flat.argsort(stable=True)

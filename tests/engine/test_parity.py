@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from kvasir.engine.arch import load_spec
+from kvasir.engine.llm import LLM
+from kvasir.engine.request import SamplingParams
 from kvasir.engine.weights import load_decoder
 
 CPU = torch.device("cpu")
@@ -181,3 +183,28 @@ def test_logits_equal(case: str, checkpoint: Callable[..., tuple[Path, Any]], in
             with torch.no_grad():
                 want = model(torch.tensor([prompt])).logits[0]
             assert (got - want).abs().max() <= TOLERANCE, f"{len(prompt)} tokens, max logit {want.abs().max():.1f}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_tokens_equal(case: str, checkpoint: Callable[..., tuple[Path, Any]]) -> None:
+    """Through the whole engine: prompts cut into odd chunks, two at a time, then again out of the prefix cache."""
+    family, changes = CASES[case]
+    folder, model = checkpoint(family, **changes)
+    rng = random.Random(case)
+    common = [rng.randrange(97) for _ in range(21)]
+    prompts = [[*common, 5], [*common, 7, 8, 9]]
+    options: dict[str, Any] = {"dtype": "float32", "block_size": 4, "max_num_batched_tokens": 7, "num_threads": 1}
+    llm = LLM(str(folder), skip_tokenizer_init=True, kv_cache_memory_bytes=1 << 22, **options)
+    wanted = [greedy(model, prompt, 12) for prompt in prompts]
+    for _ in range(2):
+        found = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True), use_tqdm=False)
+        assert [list(output.outputs[0].token_ids) for output in found] == wanted
+    assert (found[0].num_cached_tokens or 0) > 0
+
+
+def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    ids = list(prompt)
+    with torch.no_grad():
+        while len(ids) < len(prompt) + count:
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]

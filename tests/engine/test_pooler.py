@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from kvasir.engine.errors import ClientError, ConfigError
-from kvasir.engine.pooler import HEAD, load_pooler
-from kvasir.engine.pooling import Labels, Pooling, check_dimensions, pooling_of, tasks_of
+from kvasir.engine.pooler import load_pooler
+from kvasir.engine.pooling import HEAD, Labels, Pooling, check_dimensions, pooling_of, tasks_of
 from kvasir.engine.request import PoolingParams, SamplingParams
 from kvasir.engine.sentence_transformers import WAYS, Dense
 from kvasir.engine.spec import Layer, Spec
