@@ -210,7 +210,7 @@ class Waste:
             del self.tokens[seat], self.blocks[seat]
         for new in step.new:
             self.tokens[new.seat], self.blocks[new.seat] = len(new.token_ids), 0
-        for seat, blocks in step.blocks:
+        for seat, _, blocks in step.blocks:
             self.blocks[seat] += len(blocks)
         self.held += sum(self.blocks.values()) * BLOCK
         self.used += sum(self.tokens.values())

@@ -28,6 +28,7 @@ from kvasir.cluster.http_front import error_body
 from kvasir.cluster.local_desk import local_desk
 from kvasir.cluster.openai_reply import ChatReply, CompletionReply, Reply
 from kvasir.cluster.openai_schema import parse_chat, parse_completion
+from kvasir.cluster.pooling_api import ROUTES
 from kvasir.cluster.rank_actor import MakeEngine, load_engine
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ClientError, ConfigError, KvasirError, ServerError, UnavailableError
@@ -94,6 +95,11 @@ async def _run(
 
 async def _ask(desk: Desk, url: str, body: Json) -> Json:
     """As the HTTP endpoint of that name answers."""
+    if url in ROUTES:
+        parse, pool = ROUTES[url]
+        inputs = parse(body)
+        found = await pool(desk, inputs, uuid.uuid4().hex, {})
+        return found | {"warnings": list(inputs.warnings)} if inputs.warnings else found
     ask = (parse_chat if url == CHAT else parse_completion)(body)
     if ask.stream:
         raise ClientError("stream must be false in a batch", param="stream")
@@ -275,7 +281,7 @@ class Output:
 
     def append(self, entry: Json) -> None:
         """One whole line at a time, so that a crash leaves at most one broken."""
-        self.file.write(orjson.dumps(entry) + b"\n")
+        self.file.write(orjson.dumps(entry, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
         self.file.flush()
         if time.monotonic() - self.synced > SYNC_S:
             self._sync()
@@ -355,8 +361,9 @@ def _openai_line(value: Json, number: int, label: Json) -> _Line:
         raise ClientError("custom_id is missing")
     if value.get("method", "POST") != "POST":
         raise ClientError(f"method must be POST, got {value['method']!r:.60}")
-    if value.get("url") not in (CHAT, COMPLETION):
-        raise ClientError(f"url must be {CHAT} or {COMPLETION}, got {value.get('url')!r:.60}")
+    if value.get("url") not in (CHAT, COMPLETION, *ROUTES):
+        known = ", ".join((CHAT, COMPLETION, *ROUTES))
+        raise ClientError(f"url must be one of {known}; got {value.get('url')!r:.60}")
     if not isinstance(value.get("body"), dict):
         raise ClientError("body must be an object")
     return _Line(number, value["url"], value["body"], label, simple=False)

@@ -45,15 +45,7 @@ class PoolingEndpoint:
     @classmethod
     def routes(cls, desk: Desk, max_body_bytes: int) -> dict[str, PoolingEndpoint]:
         """Path -> endpoint."""
-        rerank = cls(desk, parse_rerank, _rerank, max_body_bytes)
-        score = cls(desk, parse_score, _score, max_body_bytes)
-        classify = cls(desk, parse_classify, _classify, max_body_bytes)
-        return {
-            "/v1/embeddings": cls(desk, parse_embeddings, _embeddings, max_body_bytes),
-            **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), rerank),
-            **dict.fromkeys(("/score", "/v1/score"), score),
-            **dict.fromkeys(("/classify", "/v1/classify"), classify),
-        }
+        return {path: cls(desk, parse, answer, max_body_bytes) for path, (parse, answer) in ROUTES.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         ask = self._parse(await read_json(scope, receive, self._max_body_bytes))
@@ -94,8 +86,7 @@ async def _rerank(desk: Desk, ask: PairsAsk, request_id: str, headers: Mapping[s
     if ask.return_documents:
         for result in results:
             result["document"] = {"text": ask.documents[result["index"]]}
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return {"id": f"rerank-{request_id}", "model": model, "usage": usage, "results": results}
+    return {"id": f"rerank-{request_id}", "model": model, "usage": _usage(tokens), "results": results}
 
 
 async def _score(desk: Desk, ask: PairsAsk, request_id: str, headers: Mapping[str, str]) -> dict[str, Any]:
@@ -130,9 +121,12 @@ async def _scores(
 
 def _listing(prefix: str, request_id: str, model: str, data: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
     """OpenAI's list, with vLLM's additions."""
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0, "prompt_tokens_details": None}
     facts = {"id": f"{prefix}-{request_id}", "object": "list", "created": int(time.time()), "model": model}
-    return {**facts, "data": data, "usage": usage}
+    return {**facts, "data": data, "usage": _usage(tokens)}
+
+
+def _usage(tokens: int) -> dict[str, Any]:
+    return {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0, "prompt_tokens_details": None}
 
 
 def _written(values: Sequence[float], as_base64: bool) -> str | npt.NDArray[np.float32]:
@@ -146,3 +140,12 @@ def _best(labels: Sequence[str], values: Sequence[float]) -> str | None:
     if len(labels) != len(values):
         return None
     return labels[max(range(len(values)), key=values.__getitem__)]
+
+
+ROUTES: dict[str, tuple[Callable[[Body], Ask], Answer]] = {
+    "/v1/embeddings": (parse_embeddings, _embeddings),
+    **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), (parse_rerank, _rerank)),
+    **dict.fromkeys(("/score", "/v1/score"), (parse_score, _score)),
+    **dict.fromkeys(("/classify", "/v1/classify"), (parse_classify, _classify)),
+}
+"""Path -> how its body is read, and how it is answered."""

@@ -1,4 +1,4 @@
-"""One replica of Kvasir: `from kvasir.engine import LLM, AsyncLLM, SamplingParams`.
+"""One replica of Kvasir: `from kvasir.engine import LLM, AsyncLLM, PoolingParams, SamplingParams`.
 
 `LLM` and `AsyncLLM` are loaded on first use: a gateway imports this package without paying for torch.
 """
@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvasir.engine.config import EngineConfig
-from kvasir.engine.request import Request, SamplingParams
+from kvasir.engine.request import PoolingParams, Request, SamplingParams
 
 if TYPE_CHECKING:
     from kvasir.engine.async_llm import AsyncLLM
     from kvasir.engine.llm import LLM
 
-__all__ = ["LLM", "AsyncLLM", "EngineConfig", "Request", "SamplingParams"]
+__all__ = ["LLM", "AsyncLLM", "EngineConfig", "PoolingParams", "Request", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:

@@ -37,27 +37,32 @@ class Rows:
 
 
 class Batch:
-    """tokens[seat, position] and table[seat, block]. Rows that are never used cost no memory (zeroed by the system)."""
+    """tokens[seat, position] and table[group, seat, block]. Rows that are never used cost no memory (zeroed by the
+    system)."""
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device, groups: int = 1
+    ) -> None:
         self.block_size, self.device = block_size, device
         self.tokens = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
-        self.table = np.zeros((max_num_seqs, -(-max_model_len // block_size) + 1), np.int32)
+        self.table = np.zeros((groups, max_num_seqs, -(-max_model_len // block_size) + 1), np.int32)
         self.lengths = np.zeros(max_num_seqs, np.int64)
         self.prompt_lengths = np.zeros(max_num_seqs, np.int64)
-        self.held = np.zeros(max_num_seqs, np.int64)
-        """Blocks in a seat's table."""
+        self.held = np.zeros((groups, max_num_seqs), np.int64)
+        """Blocks in a seat's tables."""
+        self.stretched = np.zeros(max_num_seqs, np.bool_)
 
     def apply(self, step: Step) -> None:
         """Take in a step's differences."""
         for new in step.new:
             length = len(new.token_ids)
             self.tokens[new.seat, :length] = new.token_ids
-            self.lengths[new.seat], self.prompt_lengths[new.seat], self.held[new.seat] = length, new.prompt_len, 0
-        for seat, blocks in step.blocks:
-            held = self.held[seat]
-            self.table[seat, held : held + len(blocks)] = blocks
-            self.held[seat] = held + len(blocks)
+            self.lengths[new.seat], self.prompt_lengths[new.seat], self.held[:, new.seat] = length, new.prompt_len, 0
+            self.stretched[new.seat] = new.stretched
+        for seat, group, blocks in step.blocks:
+            held = self.held[group, seat]
+            self.table[group, seat, held : held + len(blocks)] = blocks
+            self.held[group, seat] = held + len(blocks)
 
     def rows(self, slices: Sequence[Slice]) -> Rows:
         """Lay out the rows of these slices, one sequence after the other."""
@@ -68,21 +73,34 @@ class Batch:
         owner = np.repeat(np.arange(len(slices)), count)
         positions = np.arange(starts[-1]) - starts[owner] + start[owner]
         lengths = start + count
-        table = self.table[seats, : -(-int(lengths.max()) // self.block_size)]
-        slots = table[owner, positions // self.block_size].astype(np.int64) * self.block_size
-        slots += positions % self.block_size
-        host_starts, host_lengths = starts.astype(np.int32), lengths.astype(np.int32)
-        ragged = Ragged(
-            positions=send(positions, self.device),
-            slots=send(slots, self.device),
-            starts=send(host_starts, self.device),
-            lengths=send(host_lengths, self.device),
-            table=send(table, self.device),
-            host_starts=host_starts,
-            host_lengths=host_lengths,
-        )
+        ragged = self._ragged(seats, owner, positions, starts, lengths)
         tokens = send(self.tokens[seats[owner], positions].astype(np.int64), self.device)
         return self._wanted(slices, seats, starts, lengths, tokens, ragged)
+
+    def _ragged(self, seats: Ints, owner: Ints, positions: Ints, starts: Ints, lengths: Ints) -> Ragged:
+        host_starts, host_lengths = starts.astype(np.int32), lengths.astype(np.int32)
+        stretched = self.stretched[seats]
+        blocks = -(-int(lengths.max()) // self.block_size)
+        sent = send(positions, self.device), send(host_starts, self.device), send(host_lengths, self.device)
+        turned = send(stretched[owner], self.device) if stretched.any() else None
+
+        def group(number: int, others: tuple[Ragged, ...] = ()) -> Ragged:
+            table = self.table[number, seats, :blocks]
+            slots = table[owner, positions // self.block_size].astype(np.int64) * self.block_size
+            slots += positions % self.block_size
+            return Ragged(
+                positions=sent[0],
+                slots=send(slots, self.device),
+                starts=sent[1],
+                lengths=sent[2],
+                table=send(table, self.device),
+                host_starts=host_starts,
+                host_lengths=host_lengths,
+                stretched=turned,
+                others=others,
+            )
+
+        return group(0, tuple(map(group, range(1, len(self.table)))))
 
     def _wanted(
         self, slices: Sequence[Slice], seats: Ints, starts: Ints, lengths: Ints, tokens: Tensor, ragged: Ragged

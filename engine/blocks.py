@@ -66,6 +66,10 @@ class BlockPool:
             matched.append(block)
         return matched
 
+    def knows(self, content: ContentId) -> bool:
+        """Some block has this content."""
+        return content in self._found
+
     def count_free(self, blocks: Iterable[int]) -> int:
         """How many of `blocks` are on the free list, so that holding them takes from it."""
         return sum(1 for block in blocks if not self._holders[block])

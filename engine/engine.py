@@ -68,7 +68,7 @@ def load(config: EngineConfig) -> Loaded:
     head: dict[str, torch.Tensor] | None = {} if pooling.labels else None
     decoder = load_decoder(folder, spec, dtype=dtype, device=device, progress=sys.stderr.isatty(), head=head)
     pooler = load_pooler(pooling, head or {}, device, hidden=spec.hidden, token_types=spec.token_types)
-    cache = KVCache(spec, plan.num_blocks, config.block_size, dtype, device)
+    cache = KVCache(spec, plan.num_blocks, config.block_size, dtype, device, plan.layout)
     info = ModelInfo(
         name=(config.served_model_name or (config.model,))[0],
         max_model_len=plan.max_model_len,
@@ -105,15 +105,21 @@ class Engine:
             max_model_len=loaded.info.max_model_len,
             pooler=loaded.pooler,
         )
-        self.pool = BlockPool(loaded.cache.num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching)
+        spec = loaded.decoder.spec
+        caching = config.enable_prefix_caching and spec.causal
+        self.pool = BlockPool(loaded.cache.num_blocks, config.block_size, prefix_caching=caching)
         self._scheduler = Scheduler(
             block_pool=self.pool,
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=token_budget(config, loaded.decoder.device),
+            max_num_batched_tokens=token_budget(config, spec, loaded.decoder.device),
             max_model_len=loaded.info.max_model_len,
             eos_token_ids=loaded.info.eos_token_ids,
             default_seed=config.seed,
             salt=salted(Path(config.model).name, config.revision or "", loaded.info.dtype),
+            layout=loaded.cache.layout,
+            whole_prompts=not spec.causal,
+            pool_last=loaded.pooler is not None and loaded.pooler.pooling.ways == ("last",),
+            stretch_len=spec.stretch_len,
         )
         self._wake = threading.Condition()
         self._inbox: deque[Request | tuple[str, int | None, FinishReason]] = deque()
@@ -131,7 +137,8 @@ class Engine:
         pool = "generate" not in self.info.tasks
         pooling = PoolingParams() if pool else None
         first = NewSequence(0, (0,), 1, SamplingParams(temperature=0), 0, (), pooling=pooling)
-        self._rank.run(Step(0, new=(first,), blocks=((0, (0,)),), slices=(Slice(0, 0, 1, not pool, pool=pool),)))
+        blocks = tuple((0, group, (0,)) for group in range(len(self._rank.cache.layout.groups)))
+        self._rank.run(Step(0, new=(first,), blocks=blocks, slices=(Slice(0, 0, 1, not pool, pool=pool),)))
         self._thread.start()
 
     def shutdown(self) -> None:

@@ -41,7 +41,9 @@ def fill(place: Tensor, rows: Tensor, kind: BlockType) -> None:
             part.copy_(DEQUANTISE[kind.name](blocks).view(part.shape))
         return
     plain = rows.view(PLAIN[kind.name])
-    if kind.name == "F16" and place.dtype is torch.bfloat16:  # torch has no direct way: by float32 it is four times as fast
+    if (
+        kind.name == "F16" and place.dtype is torch.bfloat16
+    ):  # torch has no direct way: by float32 it is four times as fast
         for part, half in _chunks(place, plain):
             part.copy_(half.float())
     else:
@@ -56,7 +58,7 @@ def _chunks(place: Tensor, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
     if each > CHUNK and place.dim() > 2:
         return [pair for outer, raw in zip(place, rows, strict=True) for pair in _chunks(outer, raw)]
     step = max(1, CHUNK // each)
-    return list(zip(place.split(step), rows.split(step), strict=True))
+    return [(place[i : i + step], rows[i : i + step]) for i in range(0, len(place), step)]
 
 
 @cache

@@ -102,6 +102,8 @@ class GGUFCheckpoint:
             block = gguf_names.block_of(name)
             if gguf_names.FACTS.fullmatch(name) or (block is not None and block >= len(spec.layers)):
                 continue
+            if name.startswith("output.") and not spec.lm_head:
+                continue
             two_norms = f"blk.{block}.attn_norm_2.weight" in stored and arch == "falcon"
             ours = gguf_names.canonical(name, arch, two_norms=two_norms)
             rows = Rows(tensor.rows, tensor.type, len(tensor.shape) == 1)
@@ -119,12 +121,12 @@ def _fillers(ours: str, original: str, rows: Rows, spec: Spec, arch: str) -> Ite
         case "qkv":
             for each, piece in _stacked(rows, _qkv_rows(spec)):
                 yield from _fillers(f"{stem}.{each}{suffix}", original, piece, spec, arch)
-        case ("q" | "k") if arch in gguf_names.PERMUTED:
+        case "q" | "k" if arch in gguf_names.PERMUTED:
             yield _permuted(ours, original, rows, spec.heads if part == "q" else spec.kv_heads, spec.head_dim)
-        case ("gate" | "up" | "down" | "gate_up") if stem.endswith(".experts"):
+        case "gate" | "up" | "down" | "gate_up" if stem.endswith(".experts"):
             for number, expert in enumerate(rows.unbound()):
                 yield from _fillers(f"{stem}.{number}.{part}{suffix}", original, expert, spec, arch)
-        case "gate_up" | "up" if _fused_gate(part, rows, spec):
+        case "gate_up" | "up" if part == "gate_up" or _holds_gate(stem, rows, spec):
             half = rows.shape[0] // 2
             for each, piece in _stacked(rows, {"gate": half, "up": half}):
                 yield _plain(f"{stem}.{each}{suffix}", original, piece)
@@ -138,9 +140,9 @@ def _plain(name: str, original: str, rows: Rows, shift: float = 0.0) -> Filler:
     return Filler(name, original, rows.shape, ((rows, lambda place: place),), shift)
 
 
-def _fused_gate(part: str, rows: Rows, spec: Spec) -> bool:
-    """Gate and up in one: Phi-3, Jina's encoders."""
-    return part == "gate_up" or (spec.gated and rows.shape[0] == 2 * spec.ffn)
+def _holds_gate(stem: str, rows: Rows, spec: Spec) -> bool:
+    """Phi-3 and some of Jina's encoders have the gate's rows before those of up."""
+    return stem.endswith(".mlp") and spec.gated and rows.shape[0] == 2 * spec.ffn
 
 
 def _qkv_rows(spec: Spec) -> dict[str, int]:
@@ -160,8 +162,12 @@ def _permuted(name: str, original: str, rows: Rows, heads: int, head_dim: int) -
     half = head_dim // 2
     if rows.shape[0] != heads * head_dim:
         return _plain(name, original, rows)
+
+    def in_pairs(place: Tensor) -> Tensor:
+        return place.view(heads, 2, half, *place.shape[1:]).transpose(1, 2)
+
     pairs = rows.reshaped(heads, half) if rows.single else rows.reshaped(heads, half, 2)
-    return Filler(name, original, rows.shape, ((pairs, lambda x: x.unflatten(0, (heads, 2, half)).transpose(1, 2)),))
+    return Filler(name, original, rows.shape, ((pairs, in_pairs),))
 
 
 def _latent(name: str, keys: StoredTensor, stored: Mapping[str, StoredTensor], spec: Spec, facts: Latent) -> Filler:
@@ -171,16 +177,17 @@ def _latent(name: str, keys: StoredTensor, stored: Mapping[str, StoredTensor], s
         raise ConfigError(f"the file has {keys.name}, but lacks {other}")
     values, width = stored[other], facts.nope_dim + facts.v_dim
     expected = (spec.heads, facts.kv_rank, facts.nope_dim), (spec.heads, facts.v_dim, facts.kv_rank)
-    for tensor, shape in zip((keys, values), expected, strict=True):
-        if tensor.shape != shape:
-            raise ConfigError(f"{tensor.name} has shape {list(tensor.shape)}, the model needs {list(shape)}")
+    for tensor, needed in zip((keys, values), expected, strict=True):
+        if tensor.shape != needed:
+            raise ConfigError(f"{tensor.name} has shape {list(tensor.shape)}, the model needs {list(needed)}")
 
-    def heads(place: Tensor) -> Tensor:
-        return place.unflatten(0, (spec.heads, width))
+    def for_keys(place: Tensor) -> Tensor:
+        return place.view(spec.heads, width, -1)[:, : facts.nope_dim].transpose(1, 2)
 
-    pieces: tuple[tuple[Rows, View], ...] = (
-        (Rows(keys.rows, keys.type), lambda place: heads(place)[:, : facts.nope_dim].transpose(1, 2)),
-        (Rows(values.rows, values.type), lambda place: heads(place)[:, facts.nope_dim :]),
+    def for_values(place: Tensor) -> Tensor:
+        return place.view(spec.heads, width, -1)[:, facts.nope_dim :]
+
+    pieces = (Rows(keys.rows, keys.type), for_keys), (Rows(values.rows, values.type), for_values)
+    return Filler(
+        name.replace(".k_b.", ".kv_b."), f"{keys.name} with {other}", (spec.heads * width, facts.kv_rank), pieces
     )
-    shape = (spec.heads * width, facts.kv_rank)
-    return Filler(name.replace("k_b", "kv_b"), f"{keys.name} with {other}", shape, pieces)

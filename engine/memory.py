@@ -15,6 +15,7 @@ import torch
 from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ConfigError
+from kvasir.engine.layout import Layout, Room, layout
 from kvasir.engine.spec import Spec
 
 CPU_SHARE = 0.4
@@ -29,6 +30,7 @@ class MemoryPlan:
     num_blocks: int
     max_model_len: int
     report: str
+    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -89,21 +91,31 @@ def plan_memory(
     When one sequence of the model's own max_model_len doesn't fit, it is shrunk and the report says so; a length the
     user asked for is never shrunk: ConfigError says what took what.
     """
-    block = KVCache.block_bytes(spec, config.block_size, dtype)
-    wanted = _wanted_len(config, spec)
+    wanted, rows = _wanted_len(config, spec), token_budget(config, spec, device)
+    shape = layout(spec, wanted)
+    block = KVCache.block_bytes(spec, config.block_size, dtype, shape.height)
     budget = _budget(config, spec, dtype, device, weight_bytes)
     fitting = max(0, budget.free) // block
-    if fitting * config.block_size < min(wanted, config.max_model_len or 1):
-        raise ConfigError(_too_small(config, budget, wanted, fitting, block), param="max_model_len")
-    length = min(wanted, fitting * config.block_size)
-    useful = config.max_num_seqs * _ceil(length, config.block_size)
+    held = Room(shape, config.block_size, rows)
+    length = held.longest(fitting, wanted)
+    if length < min(wanted, config.max_model_len or 1):
+        raise ConfigError(
+            _too_small(config, budget, wanted, length, held.blocks(wanted) * block), param="max_model_len"
+        )
+    useful = config.max_num_seqs * held.blocks(length)
+    if not spec.causal:  # nothing outlives its step
+        useful = -(-rows // config.block_size) + config.max_num_seqs
     num_blocks = fitting if config.kv_cache_memory_bytes is not None else min(fitting, useful)
-    return MemoryPlan(num_blocks, length, _report(config, budget, num_blocks, block, wanted, length))
+    return MemoryPlan(num_blocks, length, _report(config, budget, num_blocks, block, wanted, length, held), shape)
 
 
-def token_budget(config: EngineConfig, device: torch.device) -> int:
-    """--max-num-batched-tokens, or its default for the device."""
-    return config.max_num_batched_tokens or (8192 if device.type == "cuda" else 256)
+def token_budget(config: EngineConfig, spec: Spec, device: torch.device) -> int:
+    """--max-num-batched-tokens, or its default for the device; a model that reads whole prompts needs at least its own
+    length, so a chosen one that is smaller is what prompts are held to."""
+    if config.max_num_batched_tokens is not None:
+        return config.max_num_batched_tokens
+    default = 8192 if device.type == "cuda" else 256
+    return default if spec.causal else max(default, config.max_model_len or spec.max_len)
 
 
 def activation_bytes(config: EngineConfig, spec: Spec, dtype: torch.dtype, device: torch.device) -> int:
@@ -111,7 +123,7 @@ def activation_bytes(config: EngineConfig, spec: Spec, dtype: torch.dtype, devic
     heads = spec.heads + 2 * spec.kv_heads
     row = 6 * spec.hidden + 3 * heads * spec.head_dim + 4 * spec.ffn
     logits = 4 * spec.vocab * torch.float32.itemsize
-    rows = token_budget(config, device)
+    rows = token_budget(config, spec, device)
     return rows * row * dtype.itemsize + min(rows, config.max_num_seqs) * logits
 
 
@@ -183,21 +195,27 @@ def _budget(config: EngineConfig, spec: Spec, dtype: torch.dtype, device: torch.
     return Budget(int(rest * CPU_SHARE), (("available RAM", available), *taken, ("left", rest)))
 
 
-def _report(config: EngineConfig, budget: Budget, num_blocks: int, block: int, wanted: int, length: int) -> str:
-    size = config.block_size
+def _report(
+    config: EngineConfig, budget: Budget, num_blocks: int, block: int, wanted: int, length: int, room: Room
+) -> str:
+    size, groups = config.block_size, len(room.layout.groups)
     lines = _table((*budget.lines, ("KV cache", num_blocks * block)))
-    lines.append(f"{num_blocks} blocks of {size} tokens ({_human(block)} each) hold {num_blocks * size} tokens")
+    blocks = f"{num_blocks} blocks of {size} tokens ({_human(block)} each)"
+    if groups == 1:
+        lines.append(f"{blocks} hold {num_blocks * size} tokens")
+    else:
+        most = room.blocks(length)
+        lines.append(f"{blocks}; layers form {groups} groups, and a sequence of {length} tokens takes {most} blocks")
     if length < wanted:
         lines.append(f"max_model_len is {length} instead of the model's {wanted}: more doesn't fit")
     return "\n".join(lines)
 
 
-def _too_small(config: EngineConfig, budget: Budget, wanted: int, fitting: int, block: int) -> str:
-    needed = _ceil(wanted, config.block_size) * block
+def _too_small(config: EngineConfig, budget: Budget, wanted: int, fitting: int, needed: int) -> str:
     rows = (*budget.lines, ("free for the KV cache", budget.free), (f"one sequence of {wanted} tokens", needed))
     return "\n".join(
         (
-            f"the KV cache has room for {fitting * config.block_size} tokens, not for one sequence of {wanted}:",
+            f"the KV cache has room for {fitting} tokens, not for one sequence of {wanted}:",
             *_table(rows),
             "lower --max-model-len or --max-num-seqs, or raise --kv-cache-memory-bytes"
             " (on CUDA: --gpu-memory-utilization)",
@@ -214,7 +232,3 @@ def _human(size: int) -> str:
     if abs(size) >= 1 << 30:
         return f"{size / (1 << 30):.2f} GiB"
     return f"{size / (1 << 20):.1f} MiB" if abs(size) >= 1 << 20 else f"{size / 1024:.1f} KiB"
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)

@@ -34,7 +34,7 @@ class Rank:
     ) -> None:
         self.decoder, self.cache, self.pooler = decoder, cache, pooler
         self.max_logits = max(max_num_seqs, LEAST_LOGITS)
-        self.batch = Batch(max_num_seqs, max_model_len, cache.block_size, decoder.device)
+        self.batch = Batch(max_num_seqs, max_model_len, cache.block_size, decoder.device, len(cache.layout.groups))
         self.sampler = Sampler(max_num_seqs, decoder.spec.vocab, decoder.device)
         self._top_prompt: dict[int, int] = {}
         """seat -> how many likeliest tokens its prompt logprobs list"""

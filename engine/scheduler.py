@@ -9,19 +9,21 @@ among those that lack more, so that neither a long prompt stalls streams nor a s
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
-from kvasir.engine.blocks import BlockPool, ContentId, content_id, salted
-from kvasir.engine.errors import ClientError, ContextLengthError
-from kvasir.engine.event import Event, Failed, Finished, FinishReason, Timing, Token, TokenLogprob
+from kvasir.engine.admission import Limits, check, seed_of
+from kvasir.engine.blocks import BlockPool
+from kvasir.engine.errors import ClientError
+from kvasir.engine.event import Event, Failed, Finished, FinishReason, Pooled, Timing, Token, TokenLogprob
+from kvasir.engine.layout import LayerGroup, Layout
 from kvasir.engine.request import Request
 from kvasir.engine.sequence import Order, Sequence
 from kvasir.engine.step import NewSequence, Result, Slice, Step
+from kvasir.engine.tables import Grown, Tables, all_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,16 @@ class Job:
     live: dict[int, Sequence] = field(default_factory=dict)
 
 
+ONE_GROUP = Layout((LayerGroup((0,)),), 1)
+
+
 class Scheduler:
-    """Owns the block pool and the seats. Not thread-safe: one loop calls it."""
+    """Owns the block pool and the seats. Not thread-safe: one loop calls it.
+
+    whole_prompts: a prompt is computed in one step or not at all (encoders). pool_last: a vector needs the last token's
+    row alone, so prompts that are pooled may begin in the prefix cache. stretch_len: sequences longer than this turn by
+    other angles from their first token on (`Rope.original_len`).
+    """
 
     def __init__(
         self,
@@ -67,18 +77,25 @@ class Scheduler:
         eos_token_ids: Seq[int] = (),
         default_seed: int = 0,
         salt: bytes = b"",
+        layout: Layout = ONE_GROUP,
+        whole_prompts: bool = False,
+        pool_last: bool = False,
+        stretch_len: int | None = None,
     ) -> None:
-        self.pool, self.max_model_len = block_pool, max_model_len
-        self.budget = max_num_batched_tokens
+        self.pool, self.budget = block_pool, max_num_batched_tokens
+        self.tables = Tables(block_pool, layout, self.budget, salt)
+        longest = self.tables.room.longest(block_pool.num_blocks, max_model_len)
+        self._limits = Limits(max_model_len, longest, self.budget if whole_prompts else None, self.pool.block_size)
         self.eos_token_ids = frozenset(eos_token_ids)
-        self._default_seed, self._salt = default_seed, salt
+        self._default_seed, self._whole_prompts, self._pool_last = default_seed, whole_prompts, pool_last
+        self._stretch_len = math.inf if stretch_len is None else stretch_len
         self._jobs: dict[str, Job] = {}
         self._waiting: list[tuple[Order, Sequence]] = []
         self._running: list[tuple[Order, Sequence]] = []
         self._seats = list(range(max_num_seqs - 1, -1, -1))
         self._freed: list[int] = []
         self._new: list[NewSequence] = []
-        self._grown: list[tuple[int, Seq[int]]] = []
+        self._grown: list[tuple[int, int, Seq[int]]] = []
         self._copies: list[tuple[int, int]] = []
         self._deadlines: list[tuple[float, str]] = []
         self._in_flight: list[Sequence] = []
@@ -206,7 +223,10 @@ class Scheduler:
                 continue
             if slice_.prompt_logprobs and sequence.prompt_scores is not None:
                 sequence.prompt_scores += result.prompt_logprobs.get(slice_.seat, ())
-            self._advance(sequence, slice_.count)
+            before, sequence.computed = sequence.computed, sequence.computed + slice_.count
+            self.tables.advance(sequence, before)
+            if slice_.pool and not sequence.remaining:
+                events += self._end(sequence, _pooled(sequence, result.pooled[slice_.seat], now))
             if slice_.sample:
                 score = result.logprobs[number] if result.logprobs else None
                 events += self._append(sequence, result.token_ids[number], score, now)
@@ -226,25 +246,33 @@ class Scheduler:
             streams.sort(key=lambda sequence: sequence.order)
         for sequence in streams:  # most important first, so that nobody loses blocks to a less important one
             if sequence.seat is not None:
-                self._grow(sequence)
+                self._grow(sequence, sequence.computed + 1)
         return [self._slice(sequence, 1) for sequence in streams if sequence.seat is not None]
 
     def _plan_prompts(self, prompts: list[Sequence], left: int) -> list[Slice]:
         """Even shares of `left` tokens; what one sequence doesn't need, the others get."""
-        slices = []
+        shares: list[tuple[Order, int, Sequence]] = []
         for number, sequence in enumerate(sorted(prompts, key=lambda s: (s.remaining, s.order))):
             share = min(sequence.remaining, -(-left // (len(prompts) - number)))
+            if self._whole_prompts:
+                share = sequence.remaining if sequence.remaining <= left else 0
             if share > 0:
-                slices.append(self._slice(sequence, share))
+                shares.append((sequence.order, share, sequence))
                 left -= share
-        return slices
+        for _, share, sequence in sorted(shares, key=lambda entry: entry[0]):
+            if sequence.seat is not None:
+                self._grow(sequence, sequence.computed + share)
+        ready = [(share, sequence) for _, share, sequence in shares if sequence.seat is not None]
+        return [self._slice(sequence, share) for share, sequence in ready]
 
     def _slice(self, sequence: Sequence, count: int) -> Slice:
         assert sequence.seat is not None
         sequence.in_flight = True
         self._in_flight.append(sequence)
         scores = sequence.prompt_scores is not None and sequence.computed < sequence.prompt_len - 1
-        return Slice(sequence.seat, sequence.computed, count, count == sequence.remaining, scores)
+        pool = sequence.request.pooling is not None
+        sample = count == sequence.remaining and not pool
+        return Slice(sequence.seat, sequence.computed, count, sample, scores, pool)
 
     def _admit(self, room: int, now: float) -> set[int]:
         """Seat waiting sequences, strictly in order: one that lacks blocks isn't overtaken, or it might wait for ever."""
@@ -253,22 +281,21 @@ class Scheduler:
             sequence = self._waiting[0][1]
             if self._still_blocked(sequence):
                 break
-            matched = self._match(sequence)
-            need = self._blocks_for(len(sequence.tokens)) - len(matched)
-            spare = len(self._running)  # every running sequence will want another block before long
-            if need + spare > self.pool.num_free - self.pool.count_free(matched):
+            matched, tables = self._match(sequence)
+            need = self.tables.need(sequence, matched)
+            spare = sum(self.tables.due(other) for _, other in self._running)
+            if need + spare > self.pool.num_free - sum(self.pool.count_free(table) for table in tables):
                 self._blocked = (sequence.order, self.pool.num_free)
                 break
             del self._waiting[0]
-            self.pool.hold(matched)
-            sequence.computed = len(matched) * self.pool.block_size
+            sequence.computed = matched * self.pool.block_size
             if not sequence.scheduled:
                 sequence.scheduled = now
             if not sequence.preemptions and not sequence.index:  # what its own prompt left behind is no hit
                 sequence.cached = min(sequence.computed, sequence.prompt_len)
                 self._totals["prefix_queries"] += len(sequence.tokens)
                 self._totals["prefix_hits"] += sequence.computed
-            self._seat(sequence, matched + self.pool.take(need))
+            self._seat(sequence, self.tables.begin(sequence, tables))
             admitted.add(id(sequence))
         return admitted
 
@@ -280,37 +307,20 @@ class Scheduler:
         self._blocked = (sequence.order, self.pool.num_free)
         return True
 
-    def _match(self, sequence: Sequence) -> list[int]:
-        """Blocks of the longest cached prefix; at least one token is left to compute, since its logits are needed."""
-        if not self.pool.prefix_caching or sequence.prompt_scores is not None:
-            return []
-        full = (len(sequence.tokens) - 1) // self.pool.block_size
-        return self.pool.match(self._content(sequence, i) for i in range(full))
+    def _match(self, sequence: Sequence) -> tuple[int, list[list[int]]]:
+        """(blocks, tables) of the longest cached prefix; at least one token is left to compute, since its row is needed."""
+        stretched = len(sequence.tokens) > self._stretch_len
+        if stretched != sequence.stretched:
+            sequence.stretched, sequence.contents = stretched, []
+        whole = sequence.prompt_scores is not None or (sequence.request.pooling is not None and not self._pool_last)
+        most = 0 if whole or not self.pool.prefix_caching else (len(sequence.tokens) - 1) // self.pool.block_size
+        return self.tables.match(sequence, most)
 
     # -- seats and blocks
 
-    def _blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self.pool.block_size)
-
-    def _content(self, sequence: Sequence, block: int) -> ContentId:
-        """Content id of a full block of the sequence; each is hashed once."""
-        size, contents = self.pool.block_size, sequence.contents
-        while len(contents) <= block:
-            start = len(contents) * size
-            contents.append(
-                content_id(
-                    contents[-1] if contents else self._chain(sequence.request), sequence.tokens[start : start + size]
-                )
-            )
-        return contents[block]
-
-    def _chain(self, request: Request) -> ContentId:
-        return salted(self._salt, request.cache_salt, request.adapter or "")
-
-    def _seat(self, sequence: Sequence, blocks: list[int]) -> None:
+    def _seat(self, sequence: Sequence, grown: Grown) -> None:
         """The ranks learn of the sequence with the next step."""
         seat = sequence.seat = self._seats.pop()
-        sequence.blocks = blocks
         request = sequence.request
         stops = tuple(sequence.stop_token_ids)
         self._new.append(
@@ -322,31 +332,37 @@ class Scheduler:
                 sequence.seed,
                 stops,
                 request.adapter,
+                request.pooling,
+                request.token_type_ids,
+                sequence.stretched,
             )
         )
-        self._grown.append((seat, tuple(blocks)))
+        self._grown += ((seat, group, blocks) for group, blocks in grown)
         insort(self._running, (sequence.order, sequence))
 
-    def _grow(self, sequence: Sequence) -> None:
-        """Room for one more token; when there is no free block, the least important sequence gives up its own."""
-        if sequence.computed < len(sequence.blocks) * self.pool.block_size:
-            return
-        while not self.pool.num_free:
-            victim = self._running[-1][1]
+    def _grow(self, sequence: Sequence, tokens: int) -> None:
+        """Slots for its first `tokens` tokens; when free blocks are too few, the least important sequence that this step
+        doesn't compute gives up its own, at last this one itself."""
+        lacking = self.tables.lacking(sequence, tokens)
+        while lacking > self.pool.num_free:
+            victim = next(other for _, other in reversed(self._running) if not other.in_flight)
             self._preempt(victim)
             if victim is sequence:
                 return
-        block = self.pool.take(1)
-        sequence.blocks += block
-        assert sequence.seat is not None
-        self._grown.append((sequence.seat, block))
+        if lacking:
+            assert sequence.seat is not None
+            self._grown += ((sequence.seat, group, blocks) for group, blocks in self.tables.grow(sequence, tokens))
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to waiting, with its output: it will be recomputed, or found in the cache."""
-        self._leave(sequence)
-        sequence.computed = 0
+        self._again(sequence)
         sequence.preemptions += 1
         self._totals["preemptions"] += 1
+
+    def _again(self, sequence: Sequence) -> None:
+        """Back to waiting: all of it is to be computed once more."""
+        self._leave(sequence)
+        sequence.computed = 0
         if sequence.prompt_scores is not None:
             sequence.prompt_scores = [None]
         insort(self._waiting, (sequence.order, sequence))
@@ -361,52 +377,18 @@ class Scheduler:
             self._freed.append(seat)
         self._grown = [grown for grown in self._grown if grown[0] != seat]
         if self._copies:
-            own = set(sequence.blocks)
+            own = all_blocks(sequence)
             self._copies = [pair for pair in self._copies if pair[1] not in own]
         self._seats.append(seat)
         sequence.seat = None
-        self.pool.free(sequence.blocks)
-        sequence.blocks = []
+        self.tables.release(sequence)
         _remove(self._running, sequence)
 
     # -- the life of a sequence
 
     def check(self, request: Request) -> None:
         """Raise `ClientError` when the request can never run. Reads nothing that changes: any thread may call it."""
-        prompt, limit = len(request.prompt_token_ids), self.max_model_len
-        if not prompt:
-            raise ClientError("the prompt is empty; send at least one token", param="prompt")
-        wanted = request.sampling.max_tokens
-        if prompt >= limit or (wanted is not None and prompt + wanted > limit):
-            asked = f"{prompt} prompt tokens" + (
-                f" + max_tokens {wanted}" if wanted is not None else " and at least one more"
-            )
-            raise ContextLengthError(
-                f"{asked} exceed the context of {limit} tokens (--max-model-len); shorten the prompt or lower max_tokens",
-                param="max_tokens" if wanted is not None and prompt < limit else "prompt",
-            )
-        if self._blocks_for(prompt + (wanted or 1)) > self.pool.num_blocks:
-            raise ContextLengthError(
-                f"{prompt + (wanted or 1)} tokens exceed the KV cache of {self.pool.num_blocks * self.pool.block_size} tokens;"
-                " raise --kv-cache-memory-bytes or --gpu-memory-utilization",
-                param="prompt",
-            )
-        if request.resume_token_ids and request.sampling.n != 1:
-            raise ClientError("resume_token_ids needs n = 1", param="resume_token_ids")
-        if wanted is not None and len(request.resume_token_ids) >= wanted:
-            raise ClientError("resume_token_ids leave nothing of max_tokens to generate", param="resume_token_ids")
-        given, longest = prompt + len(request.resume_token_ids), self._longest
-        if given >= longest:
-            raise ContextLengthError(
-                f"{given} tokens of prompt and resume_token_ids leave no room in {longest} tokens"
-                " (--max-model-len, or the KV cache if that is smaller)",
-                param="resume_token_ids",
-            )
-
-    @property
-    def _longest(self) -> int:
-        """Most tokens that a sequence can have: those of the context, if the cache holds them."""
-        return min(self.max_model_len, self.pool.num_blocks * self.pool.block_size)
+        check(request, self._limits)
 
     def _sequence(self, job: Job, index: int, order: Order, now: float) -> Sequence:
         request, sampling = job.request, job.request.sampling
@@ -416,9 +398,9 @@ class Scheduler:
             request=request,
             index=index,
             order=order,
-            seed=(self._seed(request) + index) % 2**64,
+            seed=(seed_of(request, self._default_seed) + index) % 2**64,
             stop_token_ids=stops,
-            max_len=self._longest if sampling.max_tokens is None else prompt + sampling.max_tokens,
+            max_len=self._limits.longest if sampling.max_tokens is None else prompt + sampling.max_tokens,
             tokens=list(request.prompt_token_ids),
             prompt_len=prompt,
             queued=now,
@@ -426,21 +408,6 @@ class Scheduler:
         if sampling.prompt_logprobs is not None and index == 0:
             sequence.prompt_scores = [None]
         return sequence
-
-    def _seed(self, request: Request) -> int:
-        """The request's own, or one that it would get again wherever it is resubmitted."""
-        if request.sampling.seed is not None:
-            return request.sampling.seed
-        text = f"{self._default_seed}/{request.request_id}".encode()
-        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-
-    def _advance(self, sequence: Sequence, count: int) -> None:
-        """`count` more tokens are computed; blocks that this filled can be found from now on."""
-        size, before = self.pool.block_size, sequence.computed
-        sequence.computed += count
-        if self.pool.prefix_caching:
-            for block in range(before // size, sequence.computed // size):
-                self.pool.commit(sequence.blocks[block], self._content(sequence, block))
 
     def _append(self, sequence: Sequence, token: int, score: TokenLogprob | None, now: float) -> list[Event]:
         sequence.tokens.append(token)
@@ -453,6 +420,8 @@ class Scheduler:
             self._branch(sequence, now)
         ending = sequence.ending()
         if ending is None:
+            if not sequence.stretched and len(sequence.tokens) > self._stretch_len:
+                self._again(sequence)
             return [event]
         return [event, *self._end(sequence, sequence.finished(ending[0], now, ending[1]))]
 
@@ -461,22 +430,19 @@ class Scheduler:
         last one, which both will write, is copied: only the last prompt token is computed again, for its logits."""
         forks, parent.forks = parent.forks, []
         job = self._jobs[parent.request.request_id]
-        full, inside = divmod(parent.prompt_len - 1, self.pool.block_size)
         for index in forks:
             child = self._sequence(job, index, (parent.order[0], parent.order[1], index), parent.queued)
-            child.contents = parent.contents[: parent.prompt_len // self.pool.block_size]
             child.cached = parent.cached
-            if parent.seat is None or parent.computed < parent.prompt_len or not self._seats or not self.pool.num_free:
+            room = self._seats and self.pool.num_free >= len(parent.blocks)
+            if parent.seat is None or parent.computed < parent.prompt_len or not room:
                 insort(self._waiting, (child.order, child))
                 continue
-            child.scheduled = now
-            shared = parent.blocks[:full]
-            self.pool.hold(shared)
-            (own,) = self.pool.take(1)
-            if inside:
-                self._copies.append((parent.blocks[full], own))
+            child.contents = parent.contents[: parent.prompt_len // self.pool.block_size]
+            child.scheduled, child.stretched = now, parent.stretched
+            grown, copies = self.tables.fork(parent, child)
+            self._copies += copies
             child.computed = parent.prompt_len - 1
-            self._seat(child, [*shared, own])
+            self._seat(child, grown)
 
     def _end(self, sequence: Sequence, event: Event | None) -> list[Event]:
         """The sequence is over. Blocks of one that is being computed are given back when that step is committed."""
@@ -496,6 +462,11 @@ class Scheduler:
         """The end of a continuation that never began."""
         timing = Timing(queued=parent.queued, finished=now)
         return Finished(parent.request.request_id, index, reason, prompt_tokens=parent.prompt_len, timing=timing)
+
+
+def _pooled(sequence: Sequence, values: Seq[float], now: float) -> Pooled:
+    timing = Timing(sequence.queued, sequence.scheduled, now, now)
+    return Pooled(sequence.request.request_id, values, sequence.prompt_len, sequence.cached, timing)
 
 
 def _remove(entries: list[tuple[Order, Sequence]], sequence: Sequence) -> None:

@@ -8,6 +8,7 @@ from kvasir.engine.blocks import ContentId
 from kvasir.engine.event import Finished, FinishReason, Timing, TokenLogprob
 from kvasir.engine.request import Request
 
+GONE = -1
 Order = tuple[int, int, int]
 """(priority, arrival, index): who comes first. The smallest is the most important, and no two are equal."""
 
@@ -27,7 +28,12 @@ class Sequence:
     prompt_len: int
     queued: float
     computed: int = 0
-    blocks: list[int] = field(default_factory=list)
+    blocks: list[list[int]] = field(default_factory=list)
+    """A table per layer group. GONE: given back, since no later row sees it."""
+    near_from: list[int] = field(default_factory=list)
+    """How many blocks at the head of each table are gone."""
+    stretched: bool = False
+    """It turns by the angles of long sequences (`Rope.original_len`)."""
     contents: list[ContentId] = field(default_factory=list)
     """Content ids of its full blocks, hashed once."""
     seat: int | None = None

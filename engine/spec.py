@@ -270,6 +270,12 @@ class Spec:
             raise ConfigError("config.json: layers have experts, but nothing says how many")
 
     @property
+    def stretch_len(self) -> int | None:
+        """Sequences longer than this turn by other angles from their first token on; None: all turn alike."""
+        lengths = [layer.rope.original_len for layer in self.layers if layer.rope is not None]
+        return min((length for length in lengths if length is not None and length < self.max_len), default=None)
+
+    @property
     def cache_heads(self) -> int:
         """K of the KV cache."""
         return 1 if self.latent else self.kv_heads

@@ -54,8 +54,8 @@ class Step:
     freed: Sequence[int] = ()
     """Seats whose sequences left."""
     new: Sequence[NewSequence] = ()
-    blocks: Sequence[tuple[int, Sequence[int]]] = ()
-    """(seat, block ids to append to its table)"""
+    blocks: Sequence[tuple[int, int, Sequence[int]]] = ()
+    """(seat, layer group, block ids to append to the seat's table for these layers); negative ones are never read."""
     copies: Sequence[tuple[int, int]] = ()
     """(source block, target block): copy-on-write, done before the forward."""
     slices: Sequence[Slice] = ()

@@ -24,6 +24,7 @@ from kvasir.engine.tokenizer_models import (
     wordpiece,
 )
 
+_MAX_ID = 2**24
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -72,9 +73,11 @@ def _settings(folder: Path) -> _Settings:
             content = value.get("content") if isinstance(value, dict) else value
             if isinstance(content, str):
                 special[key] = content
-    added = {i: {"content": token, "special": False} for token, i in read_json(folder / "added_tokens.json").items()}
-    added |= {int(i): entry for i, entry in config.get("added_tokens_decoder", {}).items()}
-    for entry in added.values():
+    added = {i: {"content": token} for token, i in read_json(folder / "added_tokens.json").items()}
+    added |= {int(i) if i.isdigit() else -1: entry for i, entry in config.get("added_tokens_decoder", {}).items()}
+    for i, entry in added.items():
+        if not isinstance(i, int) or not 0 <= i < _MAX_ID or not isinstance(entry.get("content"), str):
+            raise ConfigError(f"{folder}: the added token {i!r} ({entry}) must have an id and a content")
         entry["special"] = entry.get("special", False) or entry["content"] in special.values()
     return _Settings(folder, config, special, added)
 
@@ -308,7 +311,7 @@ def _extended(vocabulary: Vocabulary, settings: _Settings, special: Iterable[str
 
 
 def _by_id(vocab: Mapping[str, Any], path: Path) -> Vocabulary:
-    ids = {i: token for token, i in vocab.items() if isinstance(i, int) and 0 <= i < 2**24}
+    ids = {i: token for token, i in vocab.items() if isinstance(i, int) and 0 <= i < _MAX_ID}
     if len(ids) != len(vocab):
         raise ConfigError(f"{path} must map tokens to ids, each id once", param="tokenizer")
     return Vocabulary([ids.get(i, f"[EMPTY_{i}]") for i in range(max(ids) + 1)])

@@ -106,6 +106,10 @@ class FakeEngine:
 
     def _advance(self, name: str) -> list[Event]:
         request, counts, began = self.requests[name]
+        if request.pooling is not None:
+            del self.requests[name]
+            timing = Timing(queued=began, scheduled=began + 0.001, first_token=time.time(), finished=time.time())
+            return [Pooled(name, (0.5, -1.0), len(request.prompt_token_ids), timing=timing)]
         events: list[Event] = []
         for index in [*counts]:
             events.append(Token(name, index, (65 + counts[index] % 26,)))

@@ -101,7 +101,7 @@ def test_all_kinds_of_lines(tmp_path: Path, out: Path) -> None:
         ({}, "must hold prompt, or messages"),
         ({"prompt": "a", "messages": []}, "must hold prompt, or messages"),
         ({"url": "/v1/completions", "body": {}}, "custom_id is missing"),
-        ({"custom_id": "a", "url": "/v1/embeddings", "body": {}}, "url must be"),
+        ({"custom_id": "a", "url": "/v1/images", "body": {}}, "url must be"),
         ({"custom_id": "a", "url": "/v1/completions", "method": "GET", "body": {}}, "method must be POST"),
         ({"custom_id": "a", "url": "/v1/completions", "body": 3}, "body must be an object"),
         ({"id": [1], "prompt": "a"}, "id must be a string or an integer"),

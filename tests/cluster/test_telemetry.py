@@ -12,15 +12,20 @@ from kvasir.cluster import telemetry
 from kvasir.cluster.group_client import GroupClient
 from kvasir.cluster.telemetry import Tracing
 from kvasir.engine.errors import ConfigError
-from kvasir.engine.event import Finished
-from kvasir.engine.request import Request, SamplingParams
+from kvasir.engine.event import Finished, Pooled
+from kvasir.engine.request import PoolingParams, Request, SamplingParams
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
 
 
-async def one_request(group, tracing, headers, n=1):
-    span = tracing.request("chat", "m", headers, {telemetry.REQUEST_MAX_TOKENS: 4, telemetry.REQUEST_SEED: None})
+async def one_request(group, tracing, headers, n=1, pooling=None):
+    span = tracing.request(
+        "embeddings" if pooling else "chat",
+        "m",
+        headers,
+        {telemetry.REQUEST_MAX_TOKENS: 4, telemetry.REQUEST_SEED: None},
+    )
     client = GroupClient(group.endpoint)
     client.start()
     with span.stage("admit"):
@@ -31,10 +36,11 @@ async def one_request(group, tracing, headers, n=1):
         prompt_token_ids=[1, 2, 3],
         sampling=SamplingParams(max_tokens=4, n=n),
         trace_context=span.trace_context,
+        pooling=pooling,
     )
     with span.stage("route"):
         stream = await client.submit(request)
-    ends = [event async for event in stream if isinstance(event, Finished)]
+    ends = [event async for event in stream if isinstance(event, (Finished, Pooled))]
     span.end(response_id="x", finish_reasons=["length"], input_tokens=3, output_tokens=4 * n)
     await client.close()
     return ends
@@ -62,6 +68,23 @@ def test_one_tree_per_request(group_of_fakes, otlp_receiver, monkeypatch):
     assert telemetry.REQUEST_SEED not in facts
     decoded = [otlp_receiver.attributes(span)[telemetry.USAGE_OUTPUT_TOKENS] for span in spans if span.name == "decode"]
     assert sum(decoded) == facts[telemetry.USAGE_OUTPUT_TOKENS] == 8
+
+
+def test_a_vector_has_no_decode(group_of_fakes, otlp_receiver, monkeypatch):
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", otlp_receiver.endpoint)
+    tracing = Tracing.from_environment({"OTEL_EXPORTER_OTLP_ENDPOINT": otlp_receiver.endpoint})
+
+    async def main():
+        async with group_of_fakes(tracing) as group:
+            (event,) = await one_request(group, tracing, {}, pooling=PoolingParams())
+            assert tuple(event.values) == (0.5, -1.0)
+            assert group.service._running == {}
+
+    asyncio.run(main())
+    tracing.shutdown()
+    spans = {span.name: span for span in otlp_receiver.spans}
+    assert sorted(spans) == ["admit", "embeddings m", "prefill", "queue", "route"]
+    assert otlp_receiver.attributes(spans["prefill"])[telemetry.USAGE_INPUT_TOKENS] == 3
 
 
 def test_the_sampler_is_honoured(group_of_fakes, otlp_receiver, monkeypatch):

@@ -60,7 +60,7 @@ def test_rope_in_both_spellings(spelling: dict[str, Any], rope: Rope) -> None:
     ("changes", "message"),
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported are .*llama, .*qwen2, .*qwen3"),
-        ({"model_type": None}, "model_type None"),
+        ({"model_type": None}, "model_type 'None'"),
         ({"rope_scaling": {"rope_type": "proportional", "factor": 2}}, "rope_type 'proportional'"),
         ({"rope_scaling": {"type": "linear"}}, "rope_type 'linear' needs 'factor'"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_type 'longrope' needs 'long_factor'"),

@@ -22,7 +22,11 @@ def batch() -> Batch:
     """Blocks of 4; seat 2 holds 10 tokens in blocks 7, 3, 5, seat 0 holds 3 tokens in block 1."""
     made = Batch(4, 32, 4, CPU)
     made.apply(
-        Step(1, new=(new(2, list(range(100, 110))), new(0, [1, 2, 3])), blocks=((2, (7, 3)), (0, (1,)), (2, (5,))))
+        Step(
+            1,
+            new=(new(2, list(range(100, 110))), new(0, [1, 2, 3])),
+            blocks=((2, 0, (7, 3)), (0, 0, (1,)), (2, 0, (5,))),
+        )
     )
     return made
 
@@ -51,7 +55,7 @@ def test_a_sampled_token_is_the_next_input(batch: Batch) -> None:
 
 
 def test_a_new_owner_of_a_seat_starts_afresh(batch: Batch) -> None:
-    batch.apply(Step(2, freed=(2,), new=(new(2, [9, 8, 7]),), blocks=((2, (6,)),)))
+    batch.apply(Step(2, freed=(2,), new=(new(2, [9, 8, 7]),), blocks=((2, 0, (6,)),)))
     rows = batch.rows([Slice(2, 0, 3, True)])
     assert rows.tokens.tolist() == [9, 8, 7]
     assert rows.ragged.slots.tolist() == [24, 25, 26]
@@ -78,5 +82,5 @@ def test_prompt_scores_meet_every_prompt_token_once(batch: Batch, cut: tuple[int
 def test_a_long_context_costs_no_memory_until_it_is_used() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     batch = Batch(256, 2**20, 16, CPU)  # more than a GB
-    batch.apply(Step(1, new=(new(200, [1, 2]),), blocks=((200, (0,)),)))
+    batch.apply(Step(1, new=(new(200, [1, 2]),), blocks=((200, 0, (0,)),)))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000

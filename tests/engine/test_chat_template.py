@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvasir.engine import template_sandbox
+from kvasir.engine import template_budget
 from kvasir.engine.chat_template import ChatTemplates
 from kvasir.engine.errors import ClientError, ConfigError, UnsupportedError
 
@@ -228,7 +228,7 @@ def test_templates_at_fault(source: str, match: str) -> None:
 
 
 def test_renders_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_sandbox, "RENDER_S", 0.05)
+    monkeypatch.setattr(template_budget, "RENDER_S", 0.05)
     for source in (
         "{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
         "{% for a in range(99999) %}{% for b in range(99999) if b < 0 %}{% endfor %}{% endfor %}",
@@ -236,8 +236,8 @@ def test_renders_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(ClientError, match="longer than"):
             _render(source)
-    monkeypatch.setattr(template_sandbox, "MAX_CHARS", 1000)
-    monkeypatch.setattr(template_sandbox, "RENDER_S", 5.0)
+    monkeypatch.setattr(template_budget, "MAX_CHARS", 1000)
+    monkeypatch.setattr(template_budget, "RENDER_S", 5.0)
     with pytest.raises(ClientError, match="longer than 1000 characters"):
         _render("{% for a in range(9999) %}{{ a }}{% endfor %}")
 

@@ -76,12 +76,12 @@ def greedy(logprobs: Callable[[Sequence[int]], torch.Tensor], prompt: Sequence[i
 
 def test_chunks_then_decode(rank: Rank, logprobs: Callable[[Sequence[int]], torch.Tensor]) -> None:
     expected = greedy(logprobs, PROMPT, 4)
-    start = Step(1, new=(new(3, PROMPT),), blocks=((3, (9, 2)), (3, (5,))), slices=(Slice(3, 0, 7, False),))
+    start = Step(1, new=(new(3, PROMPT),), blocks=((3, 0, (9, 2)), (3, 0, (5,))), slices=(Slice(3, 0, 7, False),))
     assert list(rank.run(start).token_ids) == []
     got = list(rank.run(Step(2, slices=(Slice(3, 7, 3, True),))).token_ids)
     got += rank.run(Step(3, slices=(Slice(3, 10, 1, True),))).token_ids
     got += rank.run(Step(4, slices=(Slice(3, 11, 1, True),))).token_ids
-    got += rank.run(Step(5, blocks=((3, (11,)),), slices=(Slice(3, 12, 1, True),))).token_ids
+    got += rank.run(Step(5, blocks=((3, 0, (11,)),), slices=(Slice(3, 12, 1, True),))).token_ids
     assert got == expected
 
 
@@ -92,24 +92,24 @@ def test_sequences_share_a_step_and_seats_are_reused(
     first = Step(
         1,
         new=(new(0, PROMPT), new(1, other)),
-        blocks=((0, (0, 1, 2)), (1, (3,))),
+        blocks=((0, 0, (0, 1, 2)), (1, 0, (3,))),
         slices=(Slice(0, 0, 10, True), Slice(1, 0, 3, True)),
     )
     assert list(rank.run(first).token_ids) == greedy(logprobs, PROMPT, 1) + greedy(logprobs, other, 1)
     resumed = other + greedy(logprobs, other, 2)  # as after a preemption, now in the other's seat
     second = Step(
-        2, freed=(0, 1), new=(new(0, resumed, prompt_len=3),), blocks=((0, (1, 0)),), slices=(Slice(0, 0, 5, True),)
+        2, freed=(0, 1), new=(new(0, resumed, prompt_len=3),), blocks=((0, 0, (1, 0)),), slices=(Slice(0, 0, 5, True),)
     )
     assert list(rank.run(second).token_ids) == greedy(logprobs, other, 3)[-1:]
     assert rank.run(Step(3, freed=(0,))).token_ids == ()
 
 
 def test_copied_blocks_branch_a_sequence(rank: Rank, logprobs: Callable[[Sequence[int]], torch.Tensor]) -> None:
-    rank.run(Step(1, new=(new(0, PROMPT),), blocks=((0, (0, 1, 2)),), slices=(Slice(0, 0, 10, True),)))
+    rank.run(Step(1, new=(new(0, PROMPT),), blocks=((0, 0, (0, 1, 2)),), slices=(Slice(0, 0, 10, True),)))
     branch = Step(
         2,
         new=(new(1, PROMPT),),
-        blocks=((1, (0, 1, 6)),),
+        blocks=((1, 0, (0, 1, 6)),),
         copies=((2, 6),),
         slices=(Slice(0, 10, 1, True), Slice(1, 9, 1, True)),
     )
@@ -123,9 +123,9 @@ def test_scores_of_prompt_and_output(
 ) -> None:
     rank.max_logits = limit
     exact = logprobs(PROMPT)
-    rank.run(Step(0, new=(new(1, [5]),), blocks=((1, (9,)),), slices=(Slice(1, 0, 1, True),)))
+    rank.run(Step(0, new=(new(1, [5]),), blocks=((1, 0, (9,)),), slices=(Slice(1, 0, 1, True),)))
     found, start = [], 0
-    step = Step(1, new=(new(2, PROMPT, SCORED),), blocks=((2, (0, 1, 2)),))
+    step = Step(1, new=(new(2, PROMPT, SCORED),), blocks=((2, 0, (0, 1, 2)),))
     rank.run(step)
     for turn, count in enumerate(cut, 1):
         last = start + count == 10

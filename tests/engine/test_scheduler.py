@@ -11,9 +11,10 @@ import pytest
 
 from kvasir.engine.blocks import BlockPool
 from kvasir.engine.errors import ClientError
-from kvasir.engine.event import Event, Failed, Finished, Token, TokenLogprob
-from kvasir.engine.request import Request, SamplingParams
-from kvasir.engine.scheduler import Scheduler
+from kvasir.engine.event import Event, Failed, Finished, Pooled, Token, TokenLogprob
+from kvasir.engine.layout import LayerGroup, Layout
+from kvasir.engine.request import PoolingParams, Request, SamplingParams
+from kvasir.engine.scheduler import ONE_GROUP, Scheduler
 from kvasir.engine.step import Result, Step
 
 VOCABULARY = 50
@@ -44,15 +45,18 @@ class Seat:
     tokens: list[int]
     prompt_len: int
     seed: int
-    table: list[int] = field(default_factory=list)
+    pools: bool
+    stretched: bool
+    tables: list[list[int]]
 
 
 class FakeRank:
-    """Keeps, for every slot, all the tokens that led to what was written there; reads fail on anything else."""
+    """Keeps, for every slot, the group and all the tokens that led to what was written there; reads fail on anything
+    else."""
 
-    def __init__(self, block_size: int) -> None:
-        self.size = block_size
-        self.slots: dict[int, tuple[int, ...]] = {}
+    def __init__(self, block_size: int, layout: Layout) -> None:
+        self.size, self.groups = block_size, layout.groups
+        self.slots: dict[int, object] = {}
         self.seats: dict[int, Seat] = {}
         self.tokens = 0
 
@@ -61,9 +65,11 @@ class FakeRank:
             del self.seats[seat]
         for new in step.new:
             assert new.seat not in self.seats
-            self.seats[new.seat] = Seat(list(new.token_ids), new.prompt_len, new.seed)
-        for seat, blocks in step.blocks:
-            self.seats[seat].table += blocks
+            tables: list[list[int]] = [[] for _ in self.groups]
+            pools = new.pooling is not None
+            self.seats[new.seat] = Seat(list(new.token_ids), new.prompt_len, new.seed, pools, new.stretched, tables)
+        for seat, group, blocks in step.blocks:
+            self.seats[seat].tables[group] += blocks
         copied = [
             (target * self.size + i, self.slots.get(source * self.size + i))
             for source, target in step.copies
@@ -73,42 +79,66 @@ class FakeRank:
             self.slots.pop(slot, None)
             if content is not None:
                 self.slots[slot] = content
-        sampled, scores = [], {}
+        sampled, scores, pooled = [], {}, {}
         for part in step.slices:
             seat_ = self.seats[part.seat]
             for position in range(part.start, part.start + part.count):
-                self.slots[self.slot(seat_, position)] = tuple(seat_.tokens[: position + 1])
+                for group in range(len(self.groups)):
+                    self.slots[self.slot(seat_, group, position)] = self.stamp(seat_, group, position)
             self.tokens += part.count
         for part in step.slices:  # all rows are written before any is read, as in a layer
             seat_ = self.seats[part.seat]
             end = part.start + part.count
-            for position in range(end):
-                assert self.slots.get(self.slot(seat_, position)) == tuple(seat_.tokens[: position + 1])
+            for number, group_ in enumerate(self.groups):
+                for position in range(group_.first_seen(part.start), end):
+                    assert self.slots.get(self.slot(seat_, number, position)) == self.stamp(seat_, number, position)
             if part.prompt_logprobs:
                 last = min(end, seat_.prompt_len - 1)
                 scores[part.seat] = [TokenLogprob(-float(p + 1), 1) for p in range(part.start, last)]
+            assert part.pool == seat_.pools
+            if part.pool and end == len(seat_.tokens):
+                pooled[part.seat] = [float(sum(seat_.tokens))]
             if part.sample:
                 assert end == len(seat_.tokens)
                 sampled.append(model(seat_.tokens, seat_.seed))
         for part, token in zip([p for p in step.slices if p.sample], sampled, strict=True):
             self.seats[part.seat].tokens.append(token)
-        return Result(step.id, sampled, prompt_logprobs=scores)
+        return Result(step.id, sampled, prompt_logprobs=scores, pooled=pooled)
 
-    def slot(self, seat: Seat, position: int) -> int:
-        return seat.table[position // self.size] * self.size + position % self.size
+    def stamp(self, seat: Seat, group: int, position: int) -> object:
+        return group, seat.stretched, tuple(seat.tokens[: position + 1])
+
+    def slot(self, seat: Seat, group: int, position: int) -> int:
+        block = seat.tables[group][position // self.size]
+        assert block >= 0, "a block that was given back is read"
+        return block * self.size + position % self.size
 
 
 class World:
     """A scheduler, its rank, and what came out."""
 
     def __init__(
-        self, blocks: int = 64, size: int = 4, seats: int = 8, budget: int = 16, limit: int = 100, **options: bool
+        self,
+        blocks: int = 64,
+        size: int = 4,
+        seats: int = 8,
+        budget: int = 16,
+        limit: int = 100,
+        prefix_caching: bool = True,
+        layout: Layout = ONE_GROUP,
+        **options: Any,
     ) -> None:
-        self.pool = BlockPool(blocks, size, **options)
+        self.pool = BlockPool(blocks, size, prefix_caching=prefix_caching)
         self.scheduler = Scheduler(
-            block_pool=self.pool, max_num_seqs=seats, max_num_batched_tokens=budget, max_model_len=limit, eos_token_ids=(END,)
-        )  # fmt: skip
-        self.rank, self.limit, self.now, self.budget = FakeRank(size), limit, 1000.0, budget
+            block_pool=self.pool,
+            max_num_seqs=seats,
+            max_num_batched_tokens=budget,
+            max_model_len=limit,
+            eos_token_ids=(END,),
+            layout=layout,
+            **options,
+        )
+        self.rank, self.limit, self.now, self.budget = FakeRank(size, layout), limit, 1000.0, budget
         self.events: list[Event] = []
         self.requests: dict[str, Request] = {}
 
@@ -120,11 +150,12 @@ class World:
         priority: int = 0,
         salt: str = "",
         resume: Seq[int] = (),
+        pooling: PoolingParams | None = None,
         **sampling: object,
     ) -> None:
         request = Request(
             request_id=name, prompt_token_ids=prompt, sampling=SamplingParams(seed=3, **sampling),  # type: ignore[arg-type]
-            deadline_s=deadline_s, priority=priority, cache_salt=salt, resume_token_ids=resume,
+            deadline_s=deadline_s, priority=priority, cache_salt=salt, resume_token_ids=resume, pooling=pooling,
         )  # fmt: skip
         self.scheduler.add(request, self.now)
         self.requests[name] = request
@@ -164,6 +195,10 @@ class World:
     def check(self, name: str) -> None:
         request = self.requests[name]
         ends = self.ends(name)
+        if request.pooling is not None:
+            pooled = [e.values for e in self.events if isinstance(e, Pooled) and e.request_id == name]
+            assert pooled == [[float(sum(request.prompt_token_ids))]] or [e.reason for e in ends] == ["abort"]  # type: ignore[union-attr]
+            return
         assert sorted(e.index for e in ends) == list(range(request.sampling.n)), ends
         for end in ends:
             assert isinstance(end, Finished)
@@ -172,13 +207,22 @@ class World:
             assert got == (wanted if end.reason != "abort" else wanted[: len(got)])
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_outputs_do_not_depend_on_sizes_order_or_memory(seed: int) -> None:
+WINDOWS = Layout((LayerGroup((0,)), LayerGroup((1,), window=9), LayerGroup((2,), window=9)), 1)
+CHUNKS = Layout((LayerGroup((0, 1)), LayerGroup((2, 3), chunk=7), LayerGroup((4,), window=20)), 2)
+ALL_NEAR = Layout((LayerGroup((0,), window=6), LayerGroup((1,), window=1)), 1)
+
+
+@pytest.mark.parametrize("layout", [ONE_GROUP, WINDOWS, CHUNKS, ALL_NEAR], ids=["one", "windows", "chunks", "near"])
+@pytest.mark.parametrize("seed", range(30))
+def test_outputs_do_not_depend_on_sizes_order_or_memory(seed: int, layout: Layout) -> None:
     draw = random.Random(seed)
-    size = draw.choice((1, 2, 4, 16))
+    size, budget = draw.choice((1, 2, 4, 16)), draw.choice((1, 3, 16, 200))
+    blocks = draw.choice((100, 140, 400)) // size + 1
+    if layout is not ONE_GROUP:
+        blocks = max(blocks, layout.peak(90, size, budget) + draw.choice((0, 1, 5)))
     world = World(
-        blocks=draw.choice((100, 140, 400)) // size + 1, size=size, seats=draw.choice((1, 2, 5, 20)),
-        budget=draw.choice((1, 3, 16, 200)), limit=90, prefix_caching=draw.random() < 0.8,
+        blocks=blocks, size=size, seats=draw.choice((1, 2, 5, 20)), budget=budget, limit=90,
+        prefix_caching=draw.random() < 0.8, layout=layout, stretch_len=draw.choice((None, None, 30)), pool_last=True,
     )  # fmt: skip
     trunk = [draw.randrange(VOCABULARY) for _ in range(40)]
     waiting = [f"r{i}" for i in range(25)]
@@ -186,6 +230,9 @@ def test_outputs_do_not_depend_on_sizes_order_or_memory(seed: int) -> None:
     for _ in range(30000):
         if waiting and draw.random() < 0.3:
             prompt = trunk[: draw.randrange(41)] + [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 15))]
+            if draw.random() < 0.1:
+                world.add(waiting.pop(), prompt, pooling=PoolingParams())
+                continue
             wanted = draw.choice((1, 2, 8, 30))
             resume = [1, 2][: draw.choice((0, 0, 2))] if wanted > 2 else []
             world.add(
@@ -527,3 +574,59 @@ def test_a_newcomer_leaves_a_block_for_each_running_sequence() -> None:
     assert world.scheduler.num_waiting == 1
     world.run()
     assert world.scheduler.stats().preemptions == 0
+
+
+def test_what_no_row_sees_is_given_back() -> None:
+    """A prompt of 400 tokens in a model of which only one of ten groups sees everything."""
+    near = tuple(LayerGroup((i,), window=16) for i in range(1, 10))
+    layout = Layout((LayerGroup((0,)), *near), 1)
+    world = World(blocks=200, size=4, budget=16, limit=440, layout=layout)
+    world.add("long", [random.Random(0).randrange(9, 40) for _ in range(400)], max_tokens=20, ignore_eos=True)
+    most = 0
+    while world.scheduler.has_work:
+        world.step()
+        most = max(most, world.pool.num_used)
+    assert most <= 105 + 9 * 9
+    world.check("long")
+    assert all(isinstance(e, Finished) and not e.preemptions for e in world.ends("long"))
+
+
+def test_a_hit_needs_only_what_later_rows_see() -> None:
+    world = World(blocks=400, size=4, budget=16, limit=200, layout=WINDOWS)
+    prompt = [random.Random(0).randrange(9, 40) for _ in range(100)]
+    world.add("first", prompt, max_tokens=1)
+    world.run()
+    world.add("again", [*prompt, 1, 2, 3], max_tokens=1)
+    world.run()
+    (end,) = world.ends("again")
+    assert isinstance(end, Finished)
+    assert end.cached_tokens == 100
+    world.check("again")
+
+
+def test_whole_prompts_are_computed_in_one_step() -> None:
+    world = World(blocks=60, size=4, budget=32, limit=100, prefix_caching=False, whole_prompts=True)
+    for name, length in (("a", 20), ("b", 30), ("c", 1), ("d", 12), ("e", 32)):
+        world.add(name, [5] * length, pooling=PoolingParams())
+    with pytest.raises(ClientError, match="33 prompt tokens exceed the 32 tokens of a step .--max-num-batched-tokens"):
+        world.add("too-long", [5] * 33, pooling=PoolingParams())
+    while world.scheduler.has_work:
+        step = world.step()
+        assert step is not None
+        assert all(part.start == 0 and part.pool and not part.sample for part in step.slices)
+    for name in "abcde":
+        world.check(name)
+
+
+def test_a_sequence_that_grows_too_long_starts_again_stretched() -> None:
+    world = World(blocks=60, size=4, budget=64, limit=100, stretch_len=20)
+    world.add("a", [5] * 16, max_tokens=10, ignore_eos=True)
+    stretched = []
+    while world.scheduler.has_work:
+        step = world.step()
+        stretched += [new.stretched for new in step.new] if step else []
+    assert stretched == [False, True]
+    world.check("a")
+    (end,) = world.ends("a")
+    assert isinstance(end, Finished)
+    assert end.preemptions == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -243,6 +244,24 @@ def test_special_tokens_are_text_only_on_demand(backends: dict[str, tokenizers.T
     assert tokenizer.eos_token_id == tokenizer.eos_token_ids[0]
     assert tokenizer.bos_token_id is not None
     assert tokenizer.token_text(tokenizer.bos_token_id) == "<｜odd▁one｜>"
+
+
+def test_spaces_between_added_tokens(backends: dict[str, tokenizers.Tokenizer]) -> None:
+    def text(kind: str, spaces: bool, written: str = "a<|end|><think><|end|>a<|end|>") -> str:
+        tokenizer = _wrapped(backends[kind])
+        ids = [tokenizer.token_id(token) or 0 for token in re.findall(r"<.*?>|a", written)]
+        stream = tokenizer.stream(skip_special_tokens=False, spaces_between_special_tokens=spaces)
+        return "".join(stream.push([i]) for i in ids) + stream.finish()
+
+    assert text("wordpiece", True) == "a <|end|> <think> <|end|> a <|end|>"
+    assert text("wordpiece", False) == "a <|end|><think><|end|> a <|end|>"
+    assert text("byte_level", False) == text("byte_level", True) == "a<|end|><think><|end|>a<|end|>"
+    tokenizer = _wrapped(backends["wordpiece"])
+    end = tokenizer.encode("<|end|>")
+    after = tokenizer.stream(end, skip_special_tokens=False, spaces_between_special_tokens=False)
+    assert after.push(end) == "<|end|>"
+    skipped = tokenizer.stream(end, spaces_between_special_tokens=False)
+    assert skipped.push([*end, *end]) == ""
 
 
 def test_bos_comes_from_the_post_processor() -> None:

@@ -1,0 +1,69 @@
+"""Real GGUF files: a trained model's equals its safetensors, and what llama.cpp calls tensors in published models is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvasir.engine.arch import load_spec
+from kvasir.engine.decoder import Decoder
+from kvasir.engine.gguf_checkpoint import GGUFCheckpoint
+from kvasir.engine.gguf_families import FAMILIES
+from kvasir.engine.gguf_names import canonical
+from kvasir.engine.llm import LLM
+from kvasir.engine.request import SamplingParams
+from kvasir.engine.weights import load_decoder
+
+CPU = torch.device("cpu")
+Data = Callable[[str], Path]
+SCHEMAS = {
+    "deepseek-v3.1": "deepseek2",
+    "gemma-3-4b-it": "gemma3",
+    "gpt-oss-120b": "gpt-oss",
+    "meta-llama-3.1-70b-instruct": "llama",
+    "qwen3-0.6b": "qwen3",
+    "qwen3-14b": "qwen3",
+}
+"""Those of our families."""
+
+
+def test_a_trained_model_has_the_same_tensors(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Decoder, "pack", lambda decoder: None)  # packed weights can't be read
+    checkpoint = GGUFCheckpoint(data("model-stories260k/stories260k.f32.gguf"))
+    spec = load_spec(checkpoint.config())
+    folder = data("model-stories260k/hf")
+    theirs = load_spec(json.loads((folder / "config.json").read_text()))
+    assert spec == dataclasses.replace(theirs, tied=False)  # the file repeats the embedding as head
+    expected = dict(load_decoder(folder, theirs, dtype=torch.float32, device=CPU).places())
+    expected["head.weight"] = expected["embed.weight"]
+    places = dict(Decoder(spec, torch.float32, CPU).places())
+    for filler in checkpoint.tensors(spec):
+        filler.copy_to(places[filler.name])
+        assert torch.equal(places.pop(filler.name), expected[filler.name]), filler.name
+    assert not places
+
+
+def test_a_trained_model_says_what_is_documented(data: Data) -> None:
+    wanted = json.loads(data("model-stories260k/greedy_256.json").read_text())
+    llm = LLM(str(data("model-stories260k/stories260k.f32.gguf")), dtype="float32", num_threads=1)
+    params = SamplingParams(temperature=0, max_tokens=256, ignore_eos=True)
+    output = llm.generate([[1]], params, use_tqdm=False)[0].outputs[0]
+    ids = wanted if isinstance(wanted, list) else next(value for value in wanted.values() if isinstance(value, list))
+    assert list(output.token_ids) == ids[-256:]
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_names_of_published_models(name: str, data: Data) -> None:
+    """The schemas list the tensors of a model that are quantised otherwise than most of it."""
+    content = data(f"gguf-tensor-schemas/{name}.schema").read_text()
+    names = set(re.findall(r"^(\S+\.(?:weight|bias)) \S+$", content, re.M))
+    assert names
+    unknown = {tensor for tensor in names if canonical(tensor, SCHEMAS[name]) is None}
+    assert not unknown
+    assert SCHEMAS[name] in FAMILIES
