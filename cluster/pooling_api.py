@@ -7,8 +7,6 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import orjson
 from starlette.types import Receive, Scope, Send
 
@@ -26,7 +24,7 @@ from kvasir.cluster.pooling_schema import (
 )
 from kvasir.cluster.vectors import PoolingCall
 from kvasir.engine.errors import ClientError
-from kvasir.engine.passage import Passage, role_passage, similarity
+from kvasir.engine.passage import Passage, as_float32, role_passage, similarity
 from kvasir.engine.request import PoolingParams
 
 Ask = Any
@@ -129,9 +127,9 @@ def _usage(tokens: int) -> dict[str, Any]:
     return {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0, "prompt_tokens_details": None}
 
 
-def _written(values: Sequence[float], as_base64: bool) -> str | npt.NDArray[np.float32]:
-    """As numbers of float32's own length, or as their bytes, little-endian."""
-    vector = np.asarray(values, "<f4")
+def _written(values: Sequence[float], as_base64: bool) -> Any:
+    """As numbers, or as the bytes of their float32."""
+    vector = as_float32(values)
     return base64.b64encode(vector.tobytes()).decode() if as_base64 else vector
 
 

@@ -14,6 +14,7 @@ from kvasir.engine.template_sandbox import compile_template, render_template
 
 _CUT = "\ue000continue-here\ue001"
 _CONTENT = ("probe one", "probe two")
+_PROBE_S = 2.0
 
 Message = Mapping[str, Any]
 
@@ -81,9 +82,9 @@ class _Template:
     def __init__(self, source: str) -> None:
         self._template = compile_template(source)
 
-    def render(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
+    def render(self, messages: Sequence[Message], variables: Mapping[str, Any], seconds: float | None = None) -> str:
         """The output for prepared `messages`."""
-        return render_template(self._template, {**variables, "messages": messages})
+        return render_template(self._template, {**variables, "messages": messages}, seconds)
 
     def prepare(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """A copy of the messages in the forms that this template reads: content as text or as parts, arguments of tool
@@ -143,7 +144,8 @@ class _Template:
 
     def _probe(self, messages: Sequence[Message]) -> str:
         try:
-            return self.render(messages, {"add_generation_prompt": False, "bos_token": "", "eos_token": ""})
+            variables = {"add_generation_prompt": False, "bos_token": "", "eos_token": ""}
+            return self.render(messages, variables, _PROBE_S)
         except ClientError:
             return ""
 

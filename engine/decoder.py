@@ -150,10 +150,17 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
-        if self.head is not None:
+        if self.head is not None and not self.head.is_mkldnn:
             head = packed(self.head)
             del self.head
             self.head = head
+
+    def stacked(self) -> Iterator[tuple[Linear, list[str]]]:
+        """Every matrix with the canonical names of its parts."""
+        for path, module in self.named_modules():
+            if isinstance(module, Linear):
+                parent = path.rpartition(".")[0]
+                yield module, [f"{parent}.{name}".lstrip(".") for name, _ in module.places()]
 
     def places(self) -> Iterator[tuple[str, Tensor]]:
         """(canonical name, view to fill) of every tensor, stacked ones one by one: `blocks.0.attn.q.weight`."""

@@ -17,6 +17,7 @@ import torch
 from kvasir.engine.arch import load_spec
 from kvasir.engine.blocks import BlockPool, salted
 from kvasir.engine.cache import KVCache
+from kvasir.engine.checkpoint import open_checkpoint
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.errors import ClientError, KvasirError, OverloadedError, UnavailableError
@@ -65,9 +66,10 @@ def load(config: EngineConfig) -> Loaded:
     keep_freed_memory()
     plan = plan_memory(config, spec, dtype=dtype, device=device, weight_bytes=weight_bytes(spec, dtype, device))
     pooling = pooling_of(config_json, spec, folder)
-    head: dict[str, torch.Tensor] | None = {} if pooling.labels else None
-    decoder = load_decoder(folder, spec, dtype=dtype, device=device, progress=sys.stderr.isatty(), head=head)
-    pooler = load_pooler(pooling, head or {}, device, hidden=spec.hidden, token_types=spec.token_types)
+    checkpoint = open_checkpoint(folder)
+    decoder = load_decoder(checkpoint, spec, dtype=dtype, device=device, progress=sys.stderr.isatty())
+    head = checkpoint.head() if pooling.labels else {}
+    pooler = load_pooler(pooling, head, device, hidden=spec.hidden, token_types=spec.token_types)
     cache = KVCache(spec, plan.num_blocks, config.block_size, dtype, device, plan.layout)
     info = ModelInfo(
         name=(config.served_model_name or (config.model,))[0],

@@ -99,6 +99,27 @@ REFUSED_TYPES = {
 }
 
 
+class Mapped:
+    """A file in memory, copy on write: torch wants memory it may write to, the file stays as it is."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            with path.open("rb") as file:
+                self.memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except OSError as error:
+            _fail(path, error.strerror or str(error))
+        except ValueError:
+            _fail(path, "it is empty")
+        self.bytes = np.frombuffer(self.memory, np.uint8)
+
+    def release(self, part: npt.NDArray[np.uint8]) -> None:
+        """These bytes of it won't be needed soon: they needn't count as this process's memory any longer."""
+        if hasattr(self.memory, "madvise"):
+            start = part.ctypes.data - self.bytes.ctypes.data
+            page = start // mmap.PAGESIZE * mmap.PAGESIZE
+            self.memory.madvise(mmap.MADV_DONTNEED, page, start + part.nbytes - page)
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """Where a tensor lies: `shape` has rows first, as torch has it (the file lists dimensions the other way round)."""
@@ -107,8 +128,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     type: BlockType
     start: int
-    mapped: npt.NDArray[np.uint8]
-    """The whole file."""
+    file: Mapped
 
     @property
     def row_bytes(self) -> int:
@@ -121,7 +141,7 @@ class StoredTensor:
     @property
     def rows(self) -> npt.NDArray[np.uint8]:
         """[..., bytes of a row]: the file's own bytes, nothing is read yet."""
-        return self.mapped[self.start : self.start + self.nbytes].reshape(*self.shape[:-1], self.row_bytes)
+        return self.file.bytes[self.start : self.start + self.nbytes].reshape(*self.shape[:-1], self.row_bytes)
 
 
 @dataclass(frozen=True)
@@ -188,23 +208,13 @@ def _fail(path: Path, what: str) -> NoReturn:
     raise ConfigError(f"{path} can't be read as GGUF: {what}")
 
 
-def _map(path: Path) -> mmap.mmap:
-    """Copy on write: torch wants memory it may write to, the file stays as it is."""
-    try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except OSError as error:
-        _fail(path, error.strerror or str(error))
-    except ValueError:
-        _fail(path, "it is empty")
-
-
 class _Reader:
     """Walks through a file's header once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.data = _map(path)
+        self.file = Mapped(path)
+        self.data = self.file.memory
         self.size = len(self.data)
         self.at = 0
 
@@ -247,14 +257,13 @@ class _Reader:
     def _tensors(self, count: int, alignment: int) -> dict[str, StoredTensor]:
         entries = [self._tensor_entry() for _ in range(count)]
         base = -(-self.at // alignment) * alignment
-        mapped = np.frombuffer(self.data, np.uint8)
         tensors: dict[str, StoredTensor] = {}
         for name, shape, kind, offset in entries:
             if name in tensors:
                 self._fail(f"tensor {name!r} is there twice")
             if offset % alignment:
                 self._fail(f"tensor {name!r} starts at {offset}, which isn't a multiple of the alignment {alignment}")
-            tensor = StoredTensor(name, shape, kind, base + offset, mapped)
+            tensor = StoredTensor(name, shape, kind, base + offset, self.file)
             if tensor.start + tensor.nbytes > self.size:
                 end = tensor.start + tensor.nbytes
                 self._fail(
@@ -285,7 +294,7 @@ class _Reader:
     def _check_overlap(self, tensors: dict[str, StoredTensor]) -> None:
         ordered = sorted(tensors.values(), key=lambda tensor: tensor.start)
         for before, after in pairwise(ordered):
-            if False:
+            if before.start + before.nbytes > after.start:
                 self._fail(f"tensors {before.name!r} and {after.name!r} overlap")
 
     def _value(self, kind: int, key: str, depth: int = 0) -> Any:

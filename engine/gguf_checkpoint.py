@@ -6,8 +6,10 @@ family get their rows back in order, Gemma's norms their offset.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from kvasir.engine import gguf_config, gguf_names
 from kvasir.engine.errors import ConfigError
-from kvasir.engine.gguf import BlockType, StoredTensor, read_gguf
+from kvasir.engine.gguf import StoredTensor, read_gguf
 from kvasir.engine.gguf_blocks import fill
 from kvasir.engine.spec import Latent, Spec
 
@@ -29,28 +31,33 @@ View = Callable[[Tensor], Tensor]
 class Rows:
     """data[..., bytes of a row]: a part of a stored tensor."""
 
+    stored: StoredTensor
     data: npt.NDArray[np.uint8]
-    type: BlockType
     single: bool = False
     """A vector: one row."""
 
     def part(self, start: int, stop: int) -> Rows:
         """Some rows, or some numbers of a vector."""
-        width = self.type.nbytes if self.single else 1
-        return Rows(self.data[start * width : stop * width], self.type, self.single)
+        width = self.stored.type.nbytes if self.single else 1
+        return replace(self, data=self.data[start * width : stop * width])
 
     def reshaped(self, *shape: int) -> Rows:
         """With these dimensions before the bytes."""
-        return Rows(self.data.reshape(*shape, -1), self.type)
+        return Rows(self.stored, self.data.reshape(*shape, -1))
 
     def unbound(self) -> Iterator[Rows]:
         """One for each of the first dimension."""
         for data in self.data:
-            yield Rows(data, self.type, data.ndim == 1)
+            yield Rows(self.stored, data, data.ndim == 1)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (*self.data.shape[:-1], self.data.shape[-1] // self.type.nbytes * self.type.size)
+        return (*self.data.shape[:-1], self.data.shape[-1] // self.stored.type.nbytes * self.stored.type.size)
+
+    def fill(self, place: Tensor) -> None:
+        """Dequantises in small pieces straight into `place`, of any dtype, strides and device."""
+        fill(place, torch.from_numpy(self.data), self.stored.type)
+        self.stored.file.release(self.data)
 
 
 @dataclass(frozen=True)
@@ -72,12 +79,12 @@ class Filler:
         return sum(rows.data.nbytes for rows, _ in self.pieces)
 
     def copy_to(self, place: Tensor) -> None:
-        """Dequantises in small pieces straight into `place`, of any dtype, strides and device."""
+        """Reads the file's part and fills `place`, of any dtype, strides and device."""
         if tuple(place.shape) != self.shape:
             raise ConfigError(f"{self.original} has shape {list(self.shape)}, the model needs {list(place.shape)}")
         exact = torch.empty(self.shape, dtype=torch.float32, device=place.device) if self.shift else place
         for rows, view in self.pieces:
-            fill(view(exact), torch.from_numpy(rows.data), rows.type)
+            rows.fill(view(exact))
         if self.shift:  # before it is rounded
             place.copy_(exact.add_(self.shift))
 
@@ -95,6 +102,19 @@ class GGUFCheckpoint:
         """What config.json would say, in Hugging Face's naming."""
         return gguf_config.config(self.file)
 
+    def head(self) -> dict[str, Tensor]:
+        """Classifiers' heads aren't written to GGUF files in a form that is read here."""
+        return {}
+
+    def head(self) -> dict[str, Tensor]:
+        """What stands behind a classifier's body, by Hugging Face's names, in float32."""
+        found: dict[str, Tensor] = {}
+        for name, tensor in self.file.tensors.items():
+            if ours := gguf_names.classifier(name, self.file.tensors):
+                found[ours] = torch.empty(tensor.shape)
+                Rows(tensor, tensor.rows).fill(found[ours])
+        return found
+
     def tensors(self, spec: Spec) -> Iterator[Filler]:
         """Every tensor that a text model may use; one that llama.cpp doesn't name goes by its own name."""
         arch, stored = gguf_config.architecture(self.file), self.file.tensors
@@ -102,15 +122,40 @@ class GGUFCheckpoint:
             block = gguf_names.block_of(name)
             if gguf_names.FACTS.fullmatch(name) or (block is not None and block >= len(spec.layers)):
                 continue
-            if name.startswith("output.") and not spec.lm_head:
+            if name.startswith("cls.") or (name.startswith("output.") and not spec.lm_head):
                 continue
             two_norms = f"blk.{block}.attn_norm_2.weight" in stored and arch == "falcon"
             ours = gguf_names.canonical(name, arch, two_norms=two_norms)
-            rows = Rows(tensor.rows, tensor.type, len(tensor.shape) == 1)
+            rows = Rows(tensor, tensor.rows, len(tensor.shape) == 1)
             if ours is not None and ours.endswith(".attn.k_b.weight") and spec.latent:
                 yield _latent(ours, tensor, stored, spec, spec.latent)
             elif ours is None or not ours.endswith(".attn.v_b.weight"):
                 yield from _fillers(ours or name, name, rows, spec, arch)
+
+
+def fill_all(pairs: Iterable[tuple[Filler, Tensor]]) -> Iterator[Filler]:
+    """Fills these places and gives each filler that is done, in order; asks for pairs little ahead. As many threads as
+    torch has work at once, each alone on a tensor: dequantising is many short operations, and where each of them is
+    spread over threads, a busy machine lets them wait for each other."""
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    running: deque[Future[Filler]] = deque()
+    try:
+        for pair in pairs:
+            running.append(pool.submit(_filled, pair))
+            if len(running) > threads:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _filled(pair: tuple[Filler, Tensor]) -> Filler:
+    filler, place = pair
+    filler.copy_to(place)
+    return filler
 
 
 def _fillers(ours: str, original: str, rows: Rows, spec: Spec, arch: str) -> Iterator[Filler]:
@@ -187,7 +232,7 @@ def _latent(name: str, keys: StoredTensor, stored: Mapping[str, StoredTensor], s
     def for_values(place: Tensor) -> Tensor:
         return place.view(spec.heads, width, -1)[:, facts.nope_dim :]
 
-    pieces = (Rows(keys.rows, keys.type), for_keys), (Rows(values.rows, values.type), for_values)
+    pieces = (Rows(keys, keys.rows), for_keys), (Rows(values, values.rows), for_values)
     return Filler(
         name.replace(".k_b.", ".kv_b."), f"{keys.name} with {other}", (spec.heads * width, facts.kv_rank), pieces
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 
 GLOBAL = {
     "token_embd": "embed",
@@ -82,6 +83,16 @@ def canonical(name: str, arch: str, *, two_norms: bool = False) -> str | None:
     if block[3]:  # files of 2023 have a tensor for each expert
         part = part.replace("mlp.", f"mlp.experts.{block[3]}.")
     return f"blocks.{block[1]}.{part}" + ("" if part in SUFFIXLESS else f".{block[4]}")
+
+
+def classifier(name: str, names: Container[str]) -> str | None:
+    """Hugging Face's name of a part of a classifier's head: RoBERTa's two layers, BERT's one, a decoder's score."""
+    found = re.fullmatch(r"cls(\.output)?\.(weight|bias)", name)
+    if not found:
+        return None
+    two = "cls.weight" in names and "cls.output.weight" in names
+    stem = ("classifier.out_proj" if found[1] else "classifier.dense") if two else "score" if found[1] else "classifier"
+    return f"{stem}.{found[2]}"
 
 
 def block_of(name: str) -> int | None:

@@ -53,6 +53,8 @@ class Linear(nn.Module):
 
     def pack(self) -> None:
         """Give the filled weight the order this device reads fastest; `places` ends here."""
+        if self.weight.is_mkldnn:
+            return
         weight = packed(self.weight)
         del self.weight  # a parameter's name takes no plain tensor
         self.weight = weight

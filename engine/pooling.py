@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from kvasir.engine.errors import ClientError, ConfigError
 from kvasir.engine.hub import read_json
-from kvasir.engine.sentence_transformers import Dense, Modules, Way, read_modules
+from kvasir.engine.sentence_transformers import WAYS, Dense, Modules, Way, read_modules
 from kvasir.engine.spec import Spec
 
 Activation = Literal["identity", "sigmoid", "softmax"]
@@ -21,7 +21,6 @@ HEAD = re.compile(
     r"(?:^|\.)((?:pooler\.dense|pre_classifier|classifier(?:\.dense|\.out_proj)?|score)\.(?:weight|bias))$"
 )
 """Tensors of a checkpoint that belong to no decoder but to what stands behind it; group 1 is their name here."""
-GGUF_WAYS: dict[str, Way] = {"mean": "mean", "cls": "cls", "last": "last"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +66,7 @@ def pooling_of(config: Mapping[str, Any], spec: Spec, folder: Path | None) -> Po
         return Pooling(ways=ways, width=len(labels.names), normalize=True, labels=labels)
     if modules is None or not modules.ways:
         default: Way = "last" if spec.causal else "mean"
-        given = (GGUF_WAYS.get(str(config.get("pooling_type")), default),)
+        given = (WAYS.get(str(config.get("pooling_type")), default),)  # GGUF files say it
         return Pooling(ways=given, width=spec.hidden, matryoshka=_matryoshka(config, own))
     width = modules.dense[-1].outputs if modules.dense else spec.hidden * len(modules.ways)
     return Pooling(

@@ -18,9 +18,11 @@ from jinja2.exceptions import SecurityError
 RENDER_S = 5.0
 MAX_CHARS = 32 * 2**20
 """Of the output, and of any string on the way; an entry of a container counts as 8."""
-MAX_MADE = 2**28
+MAX_MADE = 2**29
 """Of all strings and containers together that a render makes."""
-MAX_NODES = 2**20
+MAX_SHOWN = 2**27
+"""Of all pieces of output, also that of macros and blocks, which Jinja gathers before it joins them."""
+MAX_NODES = 2**18
 MAX_DEPTH = 200
 MAX_WIDTH = 10_000
 
@@ -31,12 +33,13 @@ _WIDE_FORMAT = re.compile(r"%[^A-Za-z%]*(?:\d{5}|\*)|\{[^{}]*:[^{}]*(?:\d{5}|\{)
 class Budget:
     """What is left to one render."""
 
-    __slots__ = ("deadline", "left", "seconds")
+    __slots__ = ("deadline", "left", "left_to_show", "seconds")
 
-    def __init__(self) -> None:
-        self.seconds = RENDER_S
-        self.deadline = time.monotonic() + RENDER_S
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.deadline = time.monotonic() + seconds
         self.left = MAX_MADE
+        self.left_to_show = MAX_SHOWN
 
 
 budget: ContextVar[Budget | None] = ContextVar("budget", default=None)
@@ -63,18 +66,23 @@ def size(value: Any) -> int:
     """About how many characters str() makes of `value`; SecurityError when they or the nesting are too many."""
     if isinstance(value, str):
         return len(value)
-    total = nodes = 0
-    stack = [(value, 0)]
+    chars, nodes, _ = _measure(value)
+    return chars + 8 * nodes
+
+
+def _measure(value: Any) -> tuple[int, int, int]:
+    """(characters in strings, values, depth) of all that `value` holds, counted as often as it is there."""
+    chars = nodes = deepest = 0
+    stack = [(value, 1)]
     while stack:
         item, depth = stack.pop()
         nodes += 1
-        total += len(item) if isinstance(item, str) else 8
-        inside = _inside(item)
-        if inside:
-            stack += [(entry, depth + 1) for entry in inside]
-        if nodes + len(stack) > MAX_NODES or total > MAX_CHARS or depth > MAX_DEPTH:
+        chars += len(item) if isinstance(item, str) else 0
+        deepest = max(deepest, depth)
+        stack += [(entry, depth + 1) for entry in _inside(item)]
+        if nodes + len(stack) > MAX_NODES or chars > MAX_CHARS or depth > MAX_DEPTH:
             raise SecurityError("a value is too large or too nested for a chat template")
-    return total
+    return chars, nodes, deepest
 
 
 def _inside(item: Any) -> Iterable[Any]:
@@ -102,7 +110,11 @@ def counted(value: Any) -> Any:
 def shown(value: Any) -> Any:
     """`value`, which becomes a part of the output."""
     check_time()
-    spend(size(value))
+    chars, current = size(value), budget.get()
+    if current is not None:
+        current.left_to_show -= chars
+        if current.left_to_show < 0:
+            raise SecurityError("it makes too much output")
     return value
 
 
@@ -130,10 +142,13 @@ def check_method(function: Any, arguments: tuple[Any, ...]) -> None:
         _check_width(*arguments[:1])
 
 
-def check_format(text: Any) -> None:
-    """SecurityError for a format string that asks for more than a plain width."""
-    if isinstance(text, str) and _WIDE_FORMAT.search(text):
+def check_format(text: Any, *arguments: Any) -> None:
+    """Measure what a format string makes; SecurityError when it asks for more than a plain width."""
+    if not isinstance(text, str):
+        return
+    if _WIDE_FORMAT.search(text):
         raise SecurityError("a format's width is too large for a chat template, or comes from its arguments")
+    spend(len(text) + (text.count("%") + text.count("{")) * sum(map(size, arguments)))
 
 
 def bounded_filters(filters: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,7 +202,7 @@ def _check_filter(name: str, value: Any, options: list[Any]) -> None:
     if name in ("batch", "center", "round", "slice"):
         _check_width(*options)
     elif name == "tojson":
-        _check_width(*(64 * option for option in options if isinstance(option, int)))
+        _check_json(value, options)
     elif name == "indent":
         widths = [len(option) if isinstance(option, str) else int(option) for option in options]
         spend(size(value) + str(value).count("\n") * max([4, *widths]))
@@ -196,9 +211,16 @@ def _check_filter(name: str, value: Any, options: list[Any]) -> None:
     elif name == "join":
         _check_join(options[0] if options else "", value)
     elif name == "format":
-        check_format(value)
+        check_format(value, *options)
     elif name == "sum" and any(isinstance(option, (list, tuple)) for option in options):
         raise SecurityError("sum is for numbers")
+
+
+def _check_json(value: Any, options: list[Any]) -> None:
+    """The indentation, or what stands between the entries, comes at every entry, as often as that is deep."""
+    wide = sum(option if isinstance(option, int) else size(option) for option in options if option is not None)
+    chars, nodes, depth = _measure(value)
+    spend(chars + nodes * depth * wide)
 
 
 def _check_replace(text: str, old: Any = "", new: Any = "") -> None:

@@ -48,9 +48,10 @@ def compile_template(source: str) -> jinja2.Template:
         raise ClientError(text, param="chat_template") from error
 
 
-def render_template(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
-    """The output; ClientError when the template raises, on purpose or not, or exceeds its bounds."""
-    token = budget.set(Budget())
+def render_template(template: jinja2.Template, variables: Mapping[str, Any], seconds: float | None = None) -> str:
+    """The output; ClientError when the template raises, on purpose or not, or exceeds its bounds (RENDER_S unless
+    `seconds` are given)."""
+    token = budget.set(Budget(limits.RENDER_S if seconds is None else seconds))
     try:
         return _limited(template.generate(variables))
     except _RaisedError as error:
@@ -101,29 +102,34 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().getitem(obj, limits.comparable(argument))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """As in the sandbox, and no method of strings that multiplies."""
-        return attr not in _MULTIPLIERS and super().is_safe_attribute(obj, attr, value)
+        """As in the sandbox, and neither bytes nor methods of strings that multiply."""
+        return attr not in _UNSAFE and super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> Any:
-        """str.format of a string that asks for no great widths."""
-        if getattr(value, "__name__", None) in ("format", "format_map"):
-            limits.check_format(getattr(value, "__self__", None))
-        return super().wrap_str_format(value)
+        """The sandbox's str.format, measured."""
+        inner = super().wrap_str_format(value)
+        if inner is None:
+            return None
+
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            limits.check_format(value.__self__, *args, *kwargs.values())
+            return inner(*args, **kwargs)
+
+        return measured
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree: nodes.Template = _Counting().visit(super()._parse(source, name, filename))
         return tree
 
 
-_MULTIPLIERS = frozenset({"expandtabs", "maketrans", "translate"})
+_UNSAFE = frozenset({"encode", "expandtabs", "from_bytes", "maketrans", "to_bytes", "translate"})
 
 
 def _check_operands(operator: str, left: Any, right: Any) -> None:
     """Measure `left operator right` before it is computed."""
     numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
     if operator == "%":
-        limits.check_format(left)
-        limits.spend(0 if numbers else limits.size(left) + limits.size(right))
+        limits.check_format(left, right)
     elif operator == "**":
         _check_small(numbers and abs(left) <= 2**16 and abs(right) <= 2**6, operator)
     elif operator == "*" and numbers:

@@ -12,7 +12,6 @@ from torch import Tensor
 from kvasir.kernels.op import op
 from kvasir.kernels.ragged import Ragged
 
-
 Sparse = tuple[int, int, int]
 """(positions per block, blocks that are always seen, stride of the others): see `_sparse`."""
 
@@ -64,7 +63,9 @@ def _read(cache: Tensor, table: Tensor, first: int, length: int) -> Tensor:
     return cache[table[first // size : -(-length // size)].long()].flatten(0, 1)[: length - first]
 
 
-def _seen(start: int, first: int, length: int, q: Tensor, *, window: int | None, chunk: int | None, causal: bool) -> Tensor:
+def _seen(
+    start: int, first: int, length: int, q: Tensor, *, window: int | None, chunk: int | None, causal: bool
+) -> Tensor:
     """[1, n, L]: whether the row at `start` + i sees the key at `first` + j."""
     key = torch.arange(first, length, device=q.device)
     row = torch.arange(start, length, device=q.device)[:, None]

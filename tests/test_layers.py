@@ -31,7 +31,21 @@ OTHERS = {
 """Folder -> packages of others that it may import at the top of a module."""
 LAZY = {"engine": {"transformers", "huggingface_hub"}, "cluster": {"torch"}}
 """Only inside functions: slow to import, needed by few."""
-PLAIN = ("errors", "request", "event", "step", "config", "info", "blocks", "sequence", "scheduler")
+PLAIN = (
+    "errors",
+    "request",
+    "event",
+    "step",
+    "config",
+    "info",
+    "blocks",
+    "sequence",
+    "scheduler",
+    "admission",
+    "layout",
+    "tables",
+    "spec",
+)
 """Modules of the engine that a gateway or a test imports without anything installed."""
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from kvasir.engine.arch import load_spec
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.errors import ConfigError
-from kvasir.engine.gguf_checkpoint import GGUFCheckpoint
+from kvasir.engine.gguf_checkpoint import GGUFCheckpoint, fill_all
 from kvasir.engine.rope import turning
 from kvasir.engine.spec import LongRope, Spec
 from kvasir.engine.weights import random_decoder
@@ -277,6 +277,19 @@ def test_quantised(kind: Q, dtype: torch.dtype, tmp_path: Path) -> None:
         assert torch.equal(tensor, torch.from_numpy(np.ascontiguousarray(exact)).to(dtype)), name
 
 
+def test_all_places_at_once(tmp_path: Path) -> None:
+    spec = load_spec({**SIZES, "model_type": "llama"})
+    expected, tensors = stored(spec, permuted)
+    checkpoint, threads = write(tmp_path / "model.gguf", "llama", KEYS, tensors), torch.get_num_threads()
+    places = dict(Decoder(spec, torch.float32, CPU).places())
+    pairs = [(filler, places[filler.name]) for filler in checkpoint.tensors(spec)]
+    assert [filler.name for filler in fill_all(pairs)] == [filler.name for filler, _ in pairs]
+    assert all(torch.equal(place, expected[name]) for name, place in places.items())
+    with pytest.raises(ConfigError, match="the model needs"):
+        list(fill_all([*pairs[:2], (pairs[2][0], torch.empty(3))]))
+    assert torch.get_num_threads() == threads
+
+
 def test_norm_offsets_are_taken_off_before_rounding(tmp_path: Path) -> None:
     """1 + w rounded to bfloat16 would have lost w's last bits."""
     spec = load_spec({**SIZES, "model_type": "gemma", "head_dim": 16})
@@ -348,3 +361,18 @@ def test_pooling_makes_an_embedder(tmp_path: Path) -> None:
     config = checkpoint.config()
     assert (config["architectures"], config["pooling_type"]) == (["Qwen3Model"], "lasttoken")
     loaded(checkpoint, load_spec(config))
+
+
+def test_a_classifiers_head(tmp_path: Path) -> None:
+    spec = load_spec({**SIZES, "model_type": "llama"})
+    tensors = stored(spec, permuted)[1]
+    dense, out, bias = torch.randn(64, 64), torch.randn(3, 64), torch.randn(3)
+    both = {"cls.weight": dense, "cls.output.weight": out, "cls.output.bias": bias}
+    head = write(tmp_path / "two.gguf", "llama", KEYS, tensors | both).head()
+    assert torch.equal(head["classifier.dense.weight"], dense)
+    assert torch.equal(head["classifier.out_proj.bias"], bias)
+    one = write(tmp_path / "one.gguf", "llama", KEYS, tensors | {"cls.weight": out})
+    assert list(one.head()) == ["classifier.weight"]
+    assert not any("cls" in filler.name for filler in one.tensors(spec))
+    score = write(tmp_path / "score.gguf", "llama", KEYS, tensors | {"cls.output.weight": out}).head()
+    assert torch.equal(score["score.weight"], out)

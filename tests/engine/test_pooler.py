@@ -240,6 +240,7 @@ def test_defaults_by_kind_of_model():
     assert pooling_of({}, spec(), None).normalize
     assert pooling_of({}, spec(causal=False), None).ways == ("mean",)
     assert pooling_of({"pooling_type": "cls"}, spec(causal=False), None).ways == ("cls",)
+    assert pooling_of({"pooling_type": "lasttoken"}, spec(causal=False), None).ways == ("last",)
     labels = pooling_of({"architectures": ["LlamaForSequenceClassification"]}, spec(), None)
     assert (labels.ways, labels.labels) == (("last",), Labels(names=("LABEL_0", "LABEL_1"), activation="softmax"))
 

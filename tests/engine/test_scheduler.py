@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -608,7 +608,7 @@ def test_whole_prompts_are_computed_in_one_step() -> None:
     world = World(blocks=60, size=4, budget=32, limit=100, prefix_caching=False, whole_prompts=True)
     for name, length in (("a", 20), ("b", 30), ("c", 1), ("d", 12), ("e", 32)):
         world.add(name, [5] * length, pooling=PoolingParams())
-    with pytest.raises(ClientError, match="33 prompt tokens exceed the 32 tokens of a step .--max-num-batched-tokens"):
+    with pytest.raises(ClientError, match=r"33 prompt tokens exceed the 32 tokens of a step .--max-num-batched-tokens"):
         world.add("too-long", [5] * 33, pooling=PoolingParams())
     while world.scheduler.has_work:
         step = world.step()

@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvasir.engine.arch import load_spec
+from kvasir.engine.checkpoint import canonical
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.spec import Layer, Rope, Spec
-from kvasir.engine.weights import canonical, load_decoder, random_decoder, weight_bytes, weight_files
+from kvasir.engine.tensor_files import files_of
+from kvasir.engine.weights import load_decoder, random_decoder, weight_bytes
 
 CPU = torch.device("cpu")
 Checkpoint = Callable[..., tuple[Path, Any]]
@@ -62,8 +64,8 @@ def same(a: Decoder, b: Decoder) -> bool:
 
 def test_shards_equal_one_file(checkpoint: Checkpoint) -> None:
     one, many = checkpoint("Llama")[0], checkpoint("Llama", max_shard_size="50KB")[0]
-    assert len(weight_files(one)) == 1
-    assert len(weight_files(many)) > 2
+    assert len(files_of(one, "model.safetensors")) == 1
+    assert len(files_of(many, "model.safetensors")) > 2
     assert same(load(one), load(many))
 
 
@@ -97,12 +99,12 @@ def test_known_extras_are_tolerated(checkpoint: Checkpoint, tmp_path: Path) -> N
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"neither model.safetensors nor model.safetensors.index.json"):
-        weight_files(tmp_path)
+        files_of(tmp_path, "model.safetensors")
     index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "one.safetensors").touch()
     with pytest.raises(ConfigError, match=r"lacks two.safetensors"):
-        weight_files(tmp_path)
+        files_of(tmp_path, "model.safetensors")
 
 
 def test_truncated_file_is_an_error(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -1,0 +1,164 @@
+"""Checkpoint: the tensors of a model under canonical names, one by one, whatever files they come from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from kvasir.engine.dequantise import FP8, fp8, mxfp4
+from kvasir.engine.errors import ConfigError
+from kvasir.engine.gguf import is_gguf
+from kvasir.engine.pooling import HEAD
+from kvasir.engine.spec import Spec
+from kvasir.engine.tensor_files import ConsolidatedFiles, NumpyFiles, Safetensors, TensorFiles, TorchFiles, files_of
+
+LoadFormat = Literal["auto", "safetensors", "pt", "npcache", "mistral", "gguf", "dummy"]
+SCALES = ("_scale_inv", "_scale")
+NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.(input|output|k|v|q)_scale$")
+"""What old checkpoints carry along and is computed, and scales of activations, which aren't quantised here."""
+
+
+class Filler(Protocol):
+    """One tensor of the model. Nothing is read before `copy_to`."""
+
+    @property
+    def name(self) -> str:
+        """Canonical."""
+
+    @property
+    def original(self) -> str:
+        """As the file says, for messages."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def nbytes(self) -> int:
+        """In the file."""
+
+    def copy_to(self, place: Tensor) -> None:
+        """Fill `place`, of this shape and of any dtype and device."""
+
+
+class Checkpoint(Protocol):
+    """Opening one reads its headers alone."""
+
+    total_bytes: int
+
+    def tensors(self, spec: Spec) -> Iterator[Filler]:
+        """Every tensor that the model may use; unknown ones by their own names."""
+
+    def head(self) -> dict[str, Tensor]:
+        """What stands behind the decoder of a classifier, by `pooler.HEAD`'s names."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A tensor that is mapped or in memory."""
+
+    name: str
+    original: str
+    tensor: Tensor
+    nbytes: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def copy_to(self, place: Tensor) -> None:
+        place.copy_(self.tensor)
+
+
+class NamedCheckpoint:
+    """Tensors in Hugging Face's or the family's own naming."""
+
+    def __init__(self, files: TensorFiles) -> None:
+        self.files, self.total_bytes = files, files.total_bytes
+
+    def tensors(self, spec: Spec) -> Iterator[Filler]:
+        for name in self.files.names:
+            if NOT_WEIGHTS.search(name) or any(re.search(pattern, name) for pattern in spec.ignored):
+                continue
+            tensor = self._plain(name)
+            if tensor is None:
+                continue
+            name, size = name.removesuffix("_blocks"), tensor.nbytes
+            for part, piece in spec.split(name, tensor, spec) if spec.split else ((name, tensor),):
+                ours = canonical(part, spec)
+                if ours not in ("head.weight", "head.bias") or (spec.lm_head and not spec.tied):
+                    yield Loaded(ours, name, piece, size)
+                size = 0
+
+    def head(self) -> dict[str, Tensor]:
+        found = ((HEAD.search(name), name) for name in self.files.names)
+        return {match[1]: self.files.get(name).clone() for match, name in found if match}
+
+    def _plain(self, name: str) -> Tensor | None:
+        """The tensor, dequantised; None for the scales of another."""
+        if any(name.endswith(s) and name.removesuffix(s) in self.files for s in SCALES):
+            return None
+        if name.endswith("_scales") and f"{name.removesuffix('_scales')}_blocks" in self.files:
+            return None
+        tensor = self.files.get(name)
+        if name.endswith("_blocks") and (scales := f"{name.removesuffix('_blocks')}_scales") in self.files:
+            return mxfp4(name, tensor, self.files.get(scales)).transpose(-1, -2)
+        if tensor.dtype in FP8:
+            scale = next((name + s for s in SCALES if name + s in self.files), None)
+            if scale is None:
+                raise ConfigError(f"{name} is FP8, but the checkpoint lacks its scales ({name}_scale_inv)")
+            return fp8(name, tensor, self.files.get(scale))
+        return tensor
+
+
+def open_checkpoint(path: Path, load_format: str = "auto") -> Checkpoint:
+    """The weights at `path`, a folder or a GGUF file, in this format; auto: the first that is there."""
+    if is_gguf(path):
+        if load_format not in ("auto", "gguf"):
+            raise ConfigError(f"{path} is a GGUF file, --load-format is {load_format}", param="load_format")
+        from kvasir.engine.gguf_checkpoint import GGUFCheckpoint
+
+        return GGUFCheckpoint(path)
+    if load_format == "gguf":
+        raise ConfigError(f"--load-format gguf: {path} is no GGUF file; name the file itself", param="load_format")
+    chosen = load_format if load_format != "auto" else _found_format(path)
+    match chosen:
+        case "safetensors":
+            return NamedCheckpoint(Safetensors(files_of(path, "model.safetensors")))
+        case "pt":
+            return NamedCheckpoint(TorchFiles(files_of(path, "pytorch_model.bin")))
+        case "npcache":
+            return NamedCheckpoint(NumpyFiles(path))
+        case "mistral":
+            return NamedCheckpoint(ConsolidatedFiles(path))
+    raise ConfigError(f"--load-format {load_format!r} is not known", param="load_format")
+
+
+def canonical(name: str, spec: Spec) -> str:
+    """A checkpoint's tensor name in ours: without its prefix, all fragments replaced in one pass, the longest first.
+
+    One by one they would meet each other's results (`mlp.gate` is a router in some models, `gate_proj` becomes `gate`).
+    """
+    name = name.removeprefix(next((prefix for prefix in spec.prefixes if name.startswith(prefix)), ""))
+    fragments = "|".join(re.escape(f) for f in sorted(spec.names, key=len, reverse=True))
+    return re.sub(fragments, lambda match: spec.names[match[0]], name) if fragments else name
+
+
+def _found_format(folder: Path) -> str:
+    """Safetensors if there are any, else the consolidated layout, else PyTorch's own files."""
+    if list(folder.glob("model*.safetensors*")):
+        return "safetensors"
+    if (folder / "params.json").is_file() and list(folder.glob("consolidated*.safetensors")):
+        return "mistral"
+    if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
+        return "pt"
+    has = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+    raise ConfigError(
+        f"{folder} holds no weights: neither model.safetensors (or model.safetensors.index.json), nor"
+        f" consolidated.safetensors, nor pytorch_model.bin; it holds {has}",
+        param="model",
+    )

@@ -1,0 +1,54 @@
+"""Quantised checkpoints as plain numbers: FP8 with scales, and MXFP4."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvasir.engine.errors import ConfigError
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Magnitudes of E2M1 (OCP Microscaling Formats v1.0, 5.3.3); the fourth bit is the sign."""
+
+
+def fp8(name: str, weight: Tensor, scale: Tensor) -> Tensor:
+    """weight[O, I] times its scale: one for all, one a row [O, 1], or one for each square [O / B, I / B] of B x B
+    (DeepSeek-V3, arXiv:2412.19437, 3.3.2) -> bfloat16, which holds every FP8 number."""
+    if scale.numel() == 1:
+        return (weight.float() * scale.float().reshape(())).bfloat16()
+    if weight.dim() != 2 or scale.dim() != 2:
+        raise ConfigError(f"{name} has shape {list(weight.shape)}, its scales have {list(scale.shape)}")
+    rows, columns = (_block(name, n, blocks) for n, blocks in zip(weight.shape, scale.shape, strict=True))
+    out = torch.empty(weight.shape, dtype=torch.bfloat16)
+    for i, line in enumerate(scale.float()):  # row by row of squares: small temporaries
+        part = slice(i * rows, (i + 1) * rows)
+        out[part] = weight[part].float() * line.repeat_interleave(columns)[: weight.shape[1]]
+    return out
+
+
+def mxfp4(name: str, blocks: Tensor, scales: Tensor) -> Tensor:
+    """blocks[E, O, G, 16] of pairs of FP4 numbers, the lower half first, times 2^(scales[E, O, G] - 127) ->
+    bfloat16 [E, O, 32 G] (OCP Microscaling Formats v1.0)."""
+    if blocks.dtype != torch.uint8 or blocks.shape[:-1] != scales.shape:
+        raise ConfigError(f"{name} has shape {list(blocks.shape)}, its scales have {list(scales.shape)}")
+    table = torch.tensor([*FP4, *(-x for x in FP4)], dtype=torch.bfloat16)
+    out = torch.empty((*blocks.shape[:-1], 2 * blocks.shape[-1]), dtype=torch.bfloat16)
+    for expert, packed, exponent in zip(out, blocks, scales, strict=True):
+        expert[..., ::2], expert[..., 1::2] = table[(packed & 15).int()], table[(packed >> 4).int()]
+        expert.copy_(torch.ldexp(expert, exponent.int()[..., None] - 127))
+    return out.flatten(-2)
+
+
+def _block(name: str, size: int, blocks: int) -> int:
+    """Numbers that share a scale along one side: a power of two, of which the last block may be short."""
+    block = 1
+    while blocks * block < size:
+        block *= 2
+    if blocks == size:
+        return 1
+    if blocks == 1:
+        return size
+    if -(-size // block) != blocks:
+        raise ConfigError(f"{name}: {size} numbers don't divide into {blocks} blocks")
+    return block
