@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, overload
 from kvasir.cluster.config import ClusterConfig, GatewayConfig
 from kvasir.cluster.sockets import bound_socket
 from kvasir.engine.errors import UnavailableError
-from kvasir.engine.hub import locate
+from kvasir.engine.model_files import ModelFiles
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -163,7 +163,7 @@ def _prepare(config: ClusterConfig, reserved: contextlib.ExitStack) -> ClusterCo
     """Find what is wrong before anything is started, fetch models that have to be fetched, and hold the ports."""
     config = with_absolute_paths(config)
     for engine in config.engines:
-        locate(engine.model, engine.revision)
+        ModelFiles(engine)
     gateway = config.gateway
     port = _reserve(gateway.host, gateway.port, reserved)
     grpc_port = _reserve(gateway.host, gateway.grpc_port, reserved) if gateway.grpc_port >= 0 else -1
@@ -178,6 +178,7 @@ def with_absolute_paths(config: ClusterConfig) -> ClusterConfig:
             model=_absolute(engine.model),
             tokenizer=_absolute(engine.tokenizer),
             chat_template=_absolute(engine.chat_template),
+            download_dir=engine.download_dir and str(Path(engine.download_dir).expanduser().absolute()),
             served_model_name=engine.served_model_name or (engine.model,),
         )
         for engine in config.engines

@@ -50,14 +50,10 @@ FALSE = (False, "false", "False")
 _PARALLEL = "models run on one device so far"
 _LORA = "adapters are not supported yet"
 _DRAFT = "speculative decoding is not supported yet"
+_TASKS = "a model does all it can: generate, embed, classify or score, as its files say"
 _GRAPHS = "no CUDA graphs are captured yet"
 
 SPELLINGS: dict[str, Renamed | Always | Refused] = {
-    "tokenizer_revision": Refused("the tokenizer comes from the model's --revision"),
-    "trust_remote_code": Always(FALSE, "code from checkpoints is never run"),
-    "download_dir": Refused("downloads go to the hub's cache; set HF_HOME"),
-    "load_format": Always(("auto", "safetensors"), "weights are read from safetensors"),
-    "config_format": Always(("auto", "hf"), "config.json is read"),
     "uvicorn_log_level": Renamed("log_level"),
     "middleware": Refused("middleware is not supported"),
     "max_log_len": Refused("prompts are never logged"),
@@ -91,6 +87,11 @@ SPELLINGS: dict[str, Renamed | Always | Refused] = {
     "speculative_disable_by_batch_size": Refused(_DRAFT),
     "ngram_prompt_lookup_max": Refused(_DRAFT),
     "ngram_prompt_lookup_min": Refused(_DRAFT),
+    "task": Always(("auto", "generate", "embed", "embedding", "classify", "score"), _TASKS),
+    "runner": Always(("auto", "generate", "pooling"), _TASKS),
+    "convert": Always(("auto", "none", "embed"), _TASKS),
+    "pooler_config": Refused("pooling is what the model's files say (1_Pooling/config.json)"),
+    "override_pooler_config": Refused("pooling is what the model's files say (1_Pooling/config.json)"),
     "attention_backend": Refused("the attention kernel is chosen by device"),
 }
 """vLLM's flags that are no option of ours -> what becomes of them."""

@@ -6,6 +6,7 @@ The string under a field is its help text; spellings that users know from elsewh
 from __future__ import annotations
 
 import ast
+import collections.abc
 import dataclasses
 import difflib
 import inspect
@@ -28,8 +29,10 @@ from kvasir.engine.errors import ConfigError
 
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 GROUPS = {
-    "model": ("model", "tokenizer", "revision", "served_model_name", "chat_template", "generation_config",
-              "skip_tokenizer_init", "dtype", "device", "seed", "num_threads"),
+    "model": ("model", "tokenizer", "revision", "tokenizer_revision", "served_model_name", "chat_template",
+              "generation_config", "skip_tokenizer_init", "dtype", "device", "seed", "num_threads"),
+    "files": ("load_format", "config_format", "hf_overrides", "rope_scaling", "rope_theta", "download_dir", "hf_token",
+              "trust_remote_code"),
     "memory and batching": ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "max_queue",
                             "gpu_memory_utilization", "kv_cache_memory_bytes", "enable_prefix_caching"),
     "listening": ("host", "port", "grpc_port", "num_gateways", "allowed_origins", "max_body_bytes",
@@ -70,6 +73,8 @@ class Option:
             return _texts(self, value)
         if self.choices is not None:
             return _choice(self, value)
+        if typing.get_origin(self.kind) is collections.abc.Mapping:
+            return _object(self, value)
         return {bool: _boolean, int: _whole, float: _real, str: _text}[self.kind](self, value)
 
     def wrong(self, expected: str, value: Any) -> ConfigError:
@@ -86,7 +91,8 @@ def options() -> dict[str, Option]:
             name = field.name.removesuffix("_s")
             kind = _without_none(hints[field.name])
             help_ = helps.get(field.name, "")
-            found[name] = Option(name, field.name, kind, field.default, help_, cls is EngineConfig)
+            default = None if field.default is dataclasses.MISSING else field.default
+            found[name] = Option(name, field.name, kind, default, help_, cls is EngineConfig)
     return found
 
 
@@ -163,7 +169,7 @@ def _engine(spec: Mapping[str, Any]) -> EngineConfig:
         option = _known(name)
         if option.of_engine:
             own[option.field] = option.parse(value)
-    return _checked(EngineConfig(**own))
+    return EngineConfig(**own)
 
 
 def _gateway(spec: Mapping[str, Any]) -> GatewayConfig:
@@ -201,18 +207,6 @@ def _checked_gateway(gateway: GatewayConfig) -> GatewayConfig:
         if file and not Path(file).expanduser().is_file():
             raise ConfigError(f"{options()[name].flag} {file}: there is no such file", param=name)
     return gateway
-
-
-def _checked(engine: EngineConfig) -> EngineConfig:
-    """Limits that types don't say."""
-    counts = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "max_queue", "num_threads")
-    for name in (*counts, "kv_cache_memory_bytes"):
-        value = getattr(engine, name)
-        if value is not None and value < 1:
-            raise options()[name].wrong("at least 1", value)
-    if not 0 < engine.gpu_memory_utilization <= 1:
-        raise options()["gpu_memory_utilization"].wrong("above 0 and at most 1", engine.gpu_memory_utilization)
-    return engine
 
 
 def _known(name: str, of_engine: bool = False) -> Option:
@@ -280,6 +274,17 @@ def _json(option: Option, text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         raise option.wrong("a list of texts", text) from None
+
+
+def _object(option: Option, value: Any) -> dict[str, Any]:
+    """A JSON object, as text or as YAML has it."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise option.wrong(f"a JSON object ({error})", value) from None
+    if not isinstance(found, Mapping):
+        raise option.wrong("a JSON object", value)
+    return dict(found)
 
 
 def _choice(option: Option, value: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from kvasir.cluster.call import Conversation, Text
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ClientError
-from kvasir.engine.hub import default_sampling, locate
+from kvasir.engine.model_files import ModelFiles
 from kvasir.engine.passage import Encoded, Passage, encode_passage
 from kvasir.engine.sentence_transformers import TextRules, read_text_rules
 from kvasir.engine.tokenizer import Tokenizer
@@ -41,14 +41,10 @@ class ServedModel:
     @classmethod
     def load(cls, engine: EngineConfig) -> ServedModel:
         """Read the model's folder; fetches it from the hub when it isn't there. ConfigError when something is amiss."""
-        folder = locate(engine.model, engine.revision)
-        tokenizer = None
-        if not engine.skip_tokenizer_init:
-            source = locate(engine.tokenizer) if engine.tokenizer else folder
-            tokenizer = Tokenizer.load(source, chat_template=engine.chat_template)
-        defaults = default_sampling(folder) if engine.generation_config == "auto" else {}
+        files = ModelFiles(engine)
+        tokenizer, defaults = files.tokenizer(), files.default_sampling()
         names = engine.served_model_name or (engine.model,)
-        rules = read_text_rules(folder)
+        rules = read_text_rules(files.path)
         return cls(names=tuple(names), tokenizer=tokenizer, sampling_defaults=defaults, rules=rules)
 
     def need_tokenizer(self, what: str) -> Tokenizer:

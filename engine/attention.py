@@ -107,7 +107,7 @@ class LatentAttention(nn.Module):
         self.scale = head**-0.5 if spec.attn_scale is None else spec.attn_scale
         first = spec.heads * head if latent.q_rank is None else latent.q_rank
         name = "q" if latent.q_rank is None else "q_a"
-        self.inputs = (first, latent.kv_rank, latent.rope_dim)
+        self.inputs = [first, latent.kv_rank, latent.rope_dim]
         parts = {name: first, "kv_a": latent.kv_rank + latent.rope_dim}
         self.down = Linear(spec.hidden, parts, spec.qkv_bias, dtype, device)
         self.kv_a_norm = Norm(spec, (latent.kv_rank,), dtype, device)
@@ -121,15 +121,18 @@ class LatentAttention(nn.Module):
     def forward(self, x: Tensor, positional: Positional, ragged: Ragged, k_cache: Tensor, v_cache: None) -> Tensor:
         """x[T, M] -> [T, M]."""
         rows, latent = len(x), self.latent
-        q, compressed, k_turn = self.down(x).split(self.inputs, -1)
+        q, compressed, k_turn = torch.split(self.down(x), self.inputs, -1)
         if self.q_a_norm is not None and self.up is not None:
             q = self.up(self.q_a_norm(q))
-        q, q_turn = q.view(rows, self.spec.heads, -1).split((latent.nope_dim, latent.rope_dim), -1)
+        q, q_turn = torch.split(
+            q.view(rows, self.spec.heads, latent.nope_dim + latent.rope_dim), [latent.nope_dim, latent.rope_dim], -1
+        )
         turning = torch.cat((q_turn, k_turn[:, None]), 1)
         if self.layer.rope is not None:
             rope = self.layer.rope
             turning = rotate(turning, positional[rope], interleaved=rope.interleaved)
-        to_key, to_value = self.kv_b.view(self.spec.heads, -1, latent.kv_rank).split((latent.nope_dim, latent.v_dim), 1)
+        expand = self.kv_b.view(self.spec.heads, -1, latent.kv_rank)
+        to_key, to_value = torch.split(expand, [latent.nope_dim, latent.v_dim], 1)
         q = torch.cat((torch.bmm(q.transpose(0, 1), to_key).transpose(0, 1), turning[:, :-1]), -1)
         write(torch.cat((self.kv_a_norm(compressed)[:, None], turning[:, -1:]), -1), None, k_cache, None, ragged)
         y = attention(q, k_cache, None, ragged, scale=self.scale, window=self.layer.window, value_dim=latent.kv_rank)

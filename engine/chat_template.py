@@ -244,13 +244,19 @@ def _sources(folder: Path) -> dict[str, str]:
     for name in ("tokenizer_config.json", "chat_template.json"):
         given = read_json(folder / name).get("chat_template")
         if isinstance(given, str):
-            found["default"] = given
-        elif isinstance(given, dict):
-            found |= given
+            given = {"default": given}
         elif isinstance(given, list):
-            found |= {entry["name"]: entry["template"] for entry in given}
+            given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
+        if given is not None and not (isinstance(given, dict) and all(map(_is_text, (*given, *given.values())))):
+            text = f"{folder / name}: chat_template must be a template, or a list of ones with a name and a template"
+            raise ConfigError(text, param="chat_template")
+        found |= given or {}
     more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     found |= {path.stem: path.read_text(encoding="utf-8") for path in more}
     if (folder / "chat_template.jinja").is_file():
         found["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     return found
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)

@@ -5,8 +5,11 @@ Field names are vLLM's flag names. The string under a field is its help text on 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from kvasir.engine.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -17,11 +20,31 @@ class EngineConfig:
     """One replica's engine. `None` and "auto" are settled against model and machine before the first step."""
 
     model: str = "skald"
-    """Folder, Hugging Face hub id, or the name of a bundled model."""
+    """Folder, GGUF file, Hugging Face hub id (OWNER/NAME, OWNER/NAME:FILE.gguf or OWNER/NAME:Q4_K_M), or the name of a
+    bundled model."""
     tokenizer: str | None = None
-    """Folder or hub id of the tokenizer; default: the model's own."""
+    """Folder, GGUF file or hub id of the tokenizer; default: the model's own."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
+    tokenizer_revision: str | None = None
+    """Branch, tag or commit of the tokenizer on the hub; default: the model's revision."""
+    load_format: Literal["auto", "safetensors", "pt", "npcache", "mistral", "gguf", "dummy"] = "auto"
+    """Files that weights are read from; auto: safetensors, else Mistral's consolidated files, else PyTorch's .bin, read
+    without running what they hold. npcache keeps a copy that loads faster; dummy: random weights, for benchmarks."""
+    config_format: Literal["auto", "hf", "mistral"] = "auto"
+    """config.json (hf) or params.json (mistral); auto: config.json if it is there."""
+    hf_overrides: Mapping[str, Any] = field(default_factory=dict)
+    """JSON object that is merged into config.json: '{"max_position_embeddings": 65536}'."""
+    rope_scaling: Mapping[str, Any] = field(default_factory=dict)
+    """JSON object for longer contexts: '{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}'."""
+    rope_theta: float | None = None
+    """Base of the rotary frequencies; default: the model's own."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model when nothing else can read it. Only for models you trust."""
+    download_dir: str | None = None
+    """Where the hub's files are kept; default: huggingface_hub's cache (HF_HOME)."""
+    hf_token: str | None = field(default=None, repr=False)
+    """Token for private and gated models; default: HF_TOKEN, or the one that `hf auth login` stored."""
     served_model_name: tuple[str, ...] = ()
     """Names under which clients ask for the model; default: MODEL as given."""
     dtype: Dtype = "auto"
@@ -31,11 +54,13 @@ class EngineConfig:
     seed: int = 0
     """Seeds requests that bring none."""
     max_model_len: int | None = None
-    """Longest prompt + output in tokens; default: the model's own limit, shrunk (and said so) when memory is short."""
+    """Longest prompt + output in tokens (16k = 16,000, 16K = 16,384); default and auto: the model's own limit, shrunk (and
+    said so) when memory is short."""
     max_num_seqs: int = 256
     """Most sequences in one step."""
     max_num_batched_tokens: int | None = None
-    """Token budget of a step; default: 256 on CPU, 8192 on CUDA. Long prompts are cut into chunks of at most this."""
+    """Token budget of a step; default: 256 on CPU (1024 for encoders), 8192 on CUDA. Long prompts are cut into chunks of
+    at most this."""
     block_size: int = 16
     """Tokens per KV cache block."""
     gpu_memory_utilization: float = 0.9
@@ -54,3 +79,37 @@ class EngineConfig:
     """auto: default sampling parameters from the model's generation_config.json; none: Kvasir's own."""
     num_threads: int | None = None
     """CPU threads for tensor work; default: the cores this process may use."""
+
+    def __post_init__(self) -> None:
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
+                raise _wrong(name, "a whole number", value)
+            if value is not None and value < least:
+                raise _wrong(name, f"at least {least}", value)
+        for name, words in CHOICES.items():
+            if getattr(self, name) not in words:
+                raise _wrong(name, f"one of {', '.join(words)}", getattr(self, name))
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise _wrong("gpu_memory_utilization", "above 0 and at most 1", self.gpu_memory_utilization)
+        if self.rope_theta is not None and self.rope_theta <= 0:
+            raise _wrong("rope_theta", "above 0", self.rope_theta)
+        for name in ("hf_overrides", "rope_scaling"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise _wrong(name, "a JSON object", getattr(self, name))
+
+
+LEAST = {
+    "max_model_len": 1,
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 1,
+    "block_size": 1,
+    "max_queue": 1,
+    "num_threads": 1,
+    "kv_cache_memory_bytes": 1,
+}
+CHOICES = {name: get_args(kind) for name, kind in get_type_hints(EngineConfig).items() if get_origin(kind) is Literal}
+
+
+def _wrong(name: str, expected: str, value: object) -> ConfigError:
+    return ConfigError(f"--{name.replace('_', '-')} must be {expected}, got {value!r:.60}", param=name)

@@ -36,7 +36,8 @@ def head_dim(c: Mapping[str, Any]) -> int:
 
 def lm_head(c: Mapping[str, Any]) -> bool:
     """The checkpoint's class ends in logits over the vocabulary (unlike `...Model`, `...ForSequenceClassification`)."""
-    return not str((c.get("architectures") or [""])[0]).endswith(("Model", "ForSequenceClassification"))
+    name = str((c.get("architectures") or [""])[0])
+    return "classifier_from_token" in c or not name.endswith(("Model", "ForSequenceClassification"))
 
 
 def text(c: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from kvasir.engine.arch import load_spec
 from kvasir.engine.blocks import BlockPool, salted
-from kvasir.engine.cache import KVCache
-from kvasir.engine.checkpoint import open_checkpoint
 from kvasir.engine.config import EngineConfig
-from kvasir.engine.decoder import Decoder
 from kvasir.engine.errors import ClientError, KvasirError, OverloadedError, UnavailableError
 from kvasir.engine.event import Event, Failed, FinishReason
-from kvasir.engine.hub import eos_token_ids, locate, read_json
-from kvasir.engine.info import ModelInfo
-from kvasir.engine.memory import keep_freed_memory, plan_memory, resolve_device, resolve_dtype, token_budget
-from kvasir.engine.pooler import Pooler, load_pooler
-from kvasir.engine.pooling import check_dimensions, pooling_of, tasks_of
-from kvasir.engine.rank import Rank, usable_cores
+from kvasir.engine.load import Loaded, load
+from kvasir.engine.memory import token_budget
+from kvasir.engine.pooling import check_dimensions
+from kvasir.engine.rank import Rank
 from kvasir.engine.request import PoolingParams, Request, SamplingParams
 from kvasir.engine.scheduler import Scheduler, Stats
-from kvasir.engine.sentence_transformers import read_text_rules
 from kvasir.engine.step import NewSequence, Slice, Step
-from kvasir.engine.weights import load_decoder, weight_bytes
 
 logger = logging.getLogger(__name__)
 Deliver = Callable[[Sequence[Event]], None]
@@ -40,52 +27,6 @@ IDLE_S = 0.2
 """The loop turns at least this often, so that its heartbeat shows that it lives."""
 STATS_PERIOD_S = 0.05
 MAX_RETRY_S = 60.0
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model that is ready to run."""
-
-    decoder: Decoder
-    cache: KVCache
-    info: ModelInfo
-    pooler: Pooler | None = None
-    """None: it can only generate."""
-
-
-def load(config: EngineConfig) -> Loaded:
-    """Find, check and load the model. ConfigError says what is wrong and which flag to change."""
-    folder = locate(config.model, config.revision)
-    config_json = read_json(folder / "config.json")
-    spec = load_spec(config_json)
-    if trained := read_text_rules(folder).max_len:
-        spec = dataclasses.replace(spec, max_len=min(spec.max_len, trained))
-    device = resolve_device(config)
-    dtype = resolve_dtype(config, config_json, device)
-    torch.set_num_threads(config.num_threads or usable_cores())  # Ray sets OMP_NUM_THREADS, which is torch's default
-    keep_freed_memory()
-    plan = plan_memory(config, spec, dtype=dtype, device=device, weight_bytes=weight_bytes(spec, dtype, device))
-    pooling = pooling_of(config_json, spec, folder)
-    checkpoint = open_checkpoint(folder)
-    decoder = load_decoder(checkpoint, spec, dtype=dtype, device=device, progress=sys.stderr.isatty())
-    head = checkpoint.head() if pooling.labels else {}
-    pooler = load_pooler(pooling, head, device, hidden=spec.hidden, token_types=spec.token_types)
-    cache = KVCache(spec, plan.num_blocks, config.block_size, dtype, device, plan.layout)
-    info = ModelInfo(
-        name=(config.served_model_name or (config.model,))[0],
-        max_model_len=plan.max_model_len,
-        vocab_size=spec.vocab,
-        eos_token_ids=eos_token_ids(folder),
-        num_blocks=plan.num_blocks,
-        block_size=config.block_size,
-        dtype=str(dtype).removeprefix("torch."),
-        device=str(device),
-        max_num_seqs=config.max_num_seqs,
-        memory_report=plan.report,
-        tasks=tasks_of(spec, pooling),
-        labels=pooling.labels.names if pooling.labels else (),
-    )
-    return Loaded(decoder, cache, info, pooler)
 
 
 class Engine:
@@ -120,7 +61,7 @@ class Engine:
             salt=salted(Path(config.model).name, config.revision or "", loaded.info.dtype),
             layout=loaded.cache.layout,
             whole_prompts=not spec.causal,
-            pool_last=loaded.pooler is not None and loaded.pooler.pooling.ways == ("last",),
+            pool_last=loaded.pooler is not None and loaded.pooler.pooling.from_last,
             stretch_len=spec.stretch_len,
         )
         self._wake = threading.Condition()

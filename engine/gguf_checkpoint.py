@@ -6,9 +6,7 @@ family get their rows back in order, Gemma's norms their offset.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,10 +101,6 @@ class GGUFCheckpoint:
         return gguf_config.config(self.file)
 
     def head(self) -> dict[str, Tensor]:
-        """Classifiers' heads aren't written to GGUF files in a form that is read here."""
-        return {}
-
-    def head(self) -> dict[str, Tensor]:
         """What stands behind a classifier's body, by Hugging Face's names, in float32."""
         found: dict[str, Tensor] = {}
         for name, tensor in self.file.tensors.items():
@@ -131,31 +125,6 @@ class GGUFCheckpoint:
                 yield _latent(ours, tensor, stored, spec, spec.latent)
             elif ours is None or not ours.endswith(".attn.v_b.weight"):
                 yield from _fillers(ours or name, name, rows, spec, arch)
-
-
-def fill_all(pairs: Iterable[tuple[Filler, Tensor]]) -> Iterator[Filler]:
-    """Fills these places and gives each filler that is done, in order; asks for pairs little ahead. As many threads as
-    torch has work at once, each alone on a tensor: dequantising is many short operations, and where each of them is
-    spread over threads, a busy machine lets them wait for each other."""
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    running: deque[Future[Filler]] = deque()
-    try:
-        for pair in pairs:
-            running.append(pool.submit(_filled, pair))
-            if len(running) > threads:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
-
-
-def _filled(pair: tuple[Filler, Tensor]) -> Filler:
-    filler, place = pair
-    filler.copy_to(place)
-    return filler
 
 
 def _fillers(ours: str, original: str, rows: Rows, spec: Spec, arch: str) -> Iterator[Filler]:

@@ -43,6 +43,7 @@ def _ending(f: Facts) -> str:
 
 def common(f: Facts) -> dict[str, Any]:
     """What every family has, in the spelling that most configurations share."""
+    labels = f.get("classifier.output_labels")
     ids = {name: f.file.metadata.get(f"tokenizer.ggml.{name}") for name in ("bos_token_id", "eos_token_id")}
     turning = f.get("rope.dimension_count", f.head_dim)
     return ids | {
@@ -63,5 +64,6 @@ def common(f: Facts) -> dict[str, Any]:
         "attention_bias": f.has("blk.0.attn_q.bias"),
         "mlp_bias": f.has("blk.0.ffn_down.bias"),
         "is_causal": False if f.get("attention.causal") is False else None,
+        "id2label": {str(i): label for i, label in enumerate(labels)} if labels else None,
         "pooling_type": POOLING.get(f.get("pooling_type", 0)),
     }

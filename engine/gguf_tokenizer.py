@@ -139,7 +139,7 @@ class _Fields:
             return frozenset({"<mask>"}), frozenset()
         if "modern-bert" in name:
             return frozenset({"[MASK]"}), frozenset()
-        if "phi-3" in name or "phi3" in name:
+        if self.model == "llama" and (family in ("phi3", "phimoe") or "phi-3" in name or "phi3" in name):
             special = {token for token, kind in zip(tokens, types, strict=False) if kind in (CONTROL, UNKNOWN)}
             return frozenset(), frozenset((special | {"</s>"}) - {"<unk>", "<s>", "<|endoftext|>"})
         return frozenset(), frozenset()

@@ -4,33 +4,55 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kvasir.engine.errors import ClientError, ConfigError
 from kvasir.engine.request import SamplingParams
 
-PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt")
-"""Files that are fetched from the hub; other formats of the same weights are left there."""
+SMALL = ("*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "*.tiktoken")
+"""Files that say what a model is; weights are chosen by their format."""
+WEIGHTS = {
+    "safetensors": ("*.safetensors",),
+    "pt": ("*.bin", "*.pt", "*.pth"),
+    "npcache": ("*.bin", "*.pt", "*.pth"),
+    "mistral": ("consolidated*.safetensors",),
+}
+ELSEWHERE = ("original/*", "onnx/*", "openvino/*", "*/checkpoint-*")
+"""Copies of the same weights that some repositories carry."""
 
 _SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-def locate(model: str, revision: str | None = None) -> Path:
-    """Folder of `model`: a folder as given, a bundled name, or a hub id that is fetched (HF_TOKEN, HF_HUB_OFFLINE and
-    HF_HOME are honoured). ConfigError says what was tried. The folder holds a config.json."""
+def locate(
+    model: str,
+    revision: str | None = None,
+    *,
+    load_format: str = "auto",
+    token: str | None = None,
+    cache: str | None = None,
+) -> Path:
+    """Folder or GGUF file of `model`: a path as given, a bundled name, or a hub id that is fetched in this format
+    (HF_TOKEN, HF_HUB_OFFLINE, HF_HOME and HF_ENDPOINT are honoured; "tokenizer" leaves weights there). ConfigError says
+    what was tried."""
     given = Path(model).expanduser()
     if given.is_dir():
         return _checked(given)
     if given.is_file():
-        raise ConfigError(f"model {model!r} is a file; pass the folder of config.json and the weights", param="model")
+        return _checked_file(given)
     bundled = bundled_models()
     if model in bundled:
         return _checked(bundled[model])
-    if not _is_hub_id(model):
-        raise ConfigError(_not_found(model, "it isn't a hub id (owner/name) either"), param="model")
-    return _checked(_fetch(model, revision))
+    repository, _, file = model.partition(":")
+    if not _is_hub_id(repository):
+        raise ConfigError(_not_found(model, "it isn't a hub id (OWNER/NAME) either"), param="model")
+    source = _Source(repository, revision, token, cache)
+    if file or load_format == "gguf":
+        return _fetch_gguf(source, file)
+    return _checked(_fetch(source, load_format))
 
 
 def bundled_models() -> dict[str, Path]:
@@ -75,7 +97,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in `path`, {} when there is no such file; ConfigError when it isn't a JSON object."""
     try:
         value = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # beside a GGUF file there are none
         return {}
     except ValueError as error:
         raise ConfigError(f"{path} isn't valid JSON: {error}", param="model") from error
@@ -105,13 +127,25 @@ def _ids(value: object) -> Iterator[int]:
 
 
 def _checked(folder: Path) -> Path:
-    if (folder / "config.json").is_file():
+    """The folder if it holds a model, or the one GGUF file in it."""
+    if (folder / "config.json").is_file() or (folder / "params.json").is_file():
         return folder
+    files = sorted(file for file in folder.glob("*.gguf") if not re.search(r"-0*[2-9]\d*-of-\d+\.gguf$", file.name))
+    if len(files) == 1:
+        return files[0]
+    if files:
+        names = ", ".join(file.name for file in files[:8])
+        raise ConfigError(f"{folder} holds several GGUF files; name one of them: {names}", param="model")
     has = sorted(entry.name for entry in folder.iterdir())[:8]
-    if any(name.endswith(".gguf") for name in has):
-        raise ConfigError(f"{folder} holds GGUF files, which aren't supported yet; use safetensors", param="model")
     listing = f"it holds {', '.join(has)}" if has else "it is empty"
     raise ConfigError(f"{folder} has no config.json, so it isn't a model's folder ({listing})", param="model")
+
+
+def _checked_file(file: Path) -> Path:
+    if file.suffix == ".gguf":
+        return file
+    text = f"model {str(file)!r} is a file; pass a GGUF file, or the folder of config.json and the weights"
+    raise ConfigError(text, param="model")
 
 
 def _is_hub_id(model: str) -> bool:
@@ -123,25 +157,74 @@ def _not_found(model: str, hub: str) -> str:
     names = ", ".join(sorted(bundled_models())) or "none"
     return (
         f"model {model!r} was not found: there is no folder {Path(model).expanduser()}, it isn't a bundled model "
-        f"(bundled: {names}), and {hub}. Pass a folder that holds config.json, safetensors files and tokenizer.json"
+        f"(bundled: {names}), and {hub}. Pass a GGUF file, or a folder that holds config.json, weights and a tokenizer"
     )
 
 
-def _fetch(model: str, revision: str | None) -> Path:
-    """Snapshot of a hub repository, from the local cache when it is there (huggingface_hub decides)."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+@dataclass(frozen=True)
+class _Source:
+    """A repository on the hub."""
 
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(PATTERNS)))
-    except LocalEntryNotFoundError as error:
-        offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
-        why = "HF_HUB_OFFLINE is set and" if offline else "the hub can't be reached and"
-        text = _not_found(model, f"{why} the hub's local cache doesn't hold it")
-        raise ConfigError(text, param="model") from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    repository: str
+    revision: str | None
+    token: str | None = field(repr=False)
+    cache: str | None
+
+    def fetch(self, patterns: Iterable[str], ignored: Iterable[str] = ()) -> Path:
+        """Snapshot with the files that match, from the local cache when it is there (huggingface_hub decides)."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(
+                snapshot_download(
+                    self.repository,
+                    revision=self.revision,
+                    cache_dir=self.cache,
+                    token=self.token,
+                    allow_patterns=list(patterns),
+                    ignore_patterns=list(ignored),
+                )
+            )
+        except LocalEntryNotFoundError as error:
+            offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+            why = "HF_HUB_OFFLINE is set and" if offline else "the hub can't be reached and"
+            raise ConfigError(
+                _not_found(self.repository, f"{why} the hub's local cache doesn't hold it"), param="model"
+            ) from error
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise ConfigError(_not_found(self.repository, self._refusal(error)), param="model") from error
+
+    def _refusal(self, error: Exception) -> str:
         reason = str(error).strip().splitlines()[0]
-        at = f" at revision {revision!r}" if revision else ""
-        why = f"the hub doesn't give it{at} ({type(error).__name__}: {reason}; private models need HF_TOKEN)"
-        text = _not_found(model, why)
-        raise ConfigError(text, param="model") from error
+        at = f" at revision {self.revision!r}" if self.revision else ""
+        private = "private and gated models need --hf-token or HF_TOKEN"
+        return f"the hub doesn't give it{at} ({type(error).__name__}: {reason}; {private})"
+
+
+def _fetch(source: _Source, load_format: str) -> Path:
+    """Small files and the weights in this format; auto: the first format that is there."""
+    if load_format in ("tokenizer", "dummy"):
+        return source.fetch(SMALL)
+    if load_format in WEIGHTS:
+        ignored = ELSEWHERE if load_format == "mistral" else (*ELSEWHERE, "consolidated*")
+        return source.fetch((*SMALL, *WEIGHTS[load_format]), ignored)
+    folder = source.fetch((*SMALL, *WEIGHTS["safetensors"]), (*ELSEWHERE, "consolidated*"))
+    for other in ("mistral", "pt"):
+        if list(folder.glob("*.safetensors")):
+            break
+        folder = source.fetch((*SMALL, *WEIGHTS[other]), ELSEWHERE)
+    return folder
+
+
+def _fetch_gguf(source: _Source, file: str) -> Path:
+    """The GGUF file of this name, or of this quantisation (Q4_K_M); all parts of a split one."""
+    pattern = file.replace(".gguf", "*.gguf") if file.endswith(".gguf") else f"*{file}*.gguf"
+    folder = source.fetch((pattern, pattern.lower(), pattern.upper().replace(".GGUF", ".gguf")))
+    found = sorted(path for path in folder.rglob("*.gguf") if file.removesuffix(".gguf").lower() in path.name.lower())
+    firsts = [path for path in found if not re.search(r"-0*([2-9]|[1-9]\d+)-of-\d+\.gguf$", path.name)]
+    if len(firsts) == 1:
+        return firsts[0]
+    names = ", ".join(path.name for path in firsts) or "none"
+    text = f"{source.repository}: {'several GGUF files match' if firsts else 'no GGUF file matches'} {file!r} ({names})"
+    raise ConfigError(f"{text}; name one as OWNER/NAME:FILE.gguf", param="model")

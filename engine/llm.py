@@ -19,7 +19,7 @@ from kvasir.engine.config import EngineConfig
 from kvasir.engine.engine import Engine
 from kvasir.engine.errors import ERRORS, ClientError, ConfigError, OverloadedError, ServerError
 from kvasir.engine.event import Event, Failed, Pooled
-from kvasir.engine.hub import default_sampling, locate
+from kvasir.engine.model_files import ModelFiles
 from kvasir.engine.output import (
     ClassificationOutput,
     ClassificationRequestOutput,
@@ -56,13 +56,10 @@ class TextModel:
     """A model's tokenizer and defaults: from prompts to requests. What `LLM` and `AsyncLLM` share."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self.config, self.folder = config, locate(config.model, config.revision)
-        self.tokenizer: Tokenizer | None = None
-        if not config.skip_tokenizer_init:
-            source = locate(config.tokenizer) if config.tokenizer else self.folder
-            self.tokenizer = Tokenizer.load(source, chat_template=config.chat_template)
-        self.rules: TextRules = read_text_rules(self.folder)
-        self.defaults = default_sampling(self.folder) if config.generation_config == "auto" else {}
+        self.config, files = config, ModelFiles(config)
+        self.tokenizer: Tokenizer | None = files.tokenizer()
+        self.rules: TextRules = read_text_rules(files.path)
+        self.defaults = files.default_sampling()
 
     def sampling(self, given: SamplingParams | None) -> SamplingParams:
         """The given parameters, or the model's own defaults."""

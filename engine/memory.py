@@ -114,8 +114,10 @@ def token_budget(config: EngineConfig, spec: Spec, device: torch.device) -> int:
     length, so a chosen one that is smaller is what prompts are held to."""
     if config.max_num_batched_tokens is not None:
         return config.max_num_batched_tokens
-    default = 8192 if device.type == "cuda" else 256
-    return default if spec.causal else max(default, config.max_model_len or spec.max_len)
+    if spec.causal:
+        return 8192 if device.type == "cuda" else 256
+    # no stream waits for a step to end: 512 texts of 4 to 60 words took MiniLM 1.8 s by 1024 tokens, 2.6 s by 256 (2 cores)
+    return max(8192 if device.type == "cuda" else 1024, config.max_model_len or spec.max_len)
 
 
 def activation_bytes(config: EngineConfig, spec: Spec, dtype: torch.dtype, device: torch.device) -> int:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from kvasir.engine.errors import ClientError, ConfigError
 from kvasir.engine.hub import read_json
-from kvasir.engine.sentence_transformers import WAYS, Dense, Modules, Way, read_modules
+from kvasir.engine.sentence_transformers import WAYS, Dense, Way, read_modules
 from kvasir.engine.spec import Spec
 
 Activation = Literal["identity", "sigmoid", "softmax"]
@@ -57,11 +57,13 @@ class Pooling:
 
 
 def pooling_of(config: Mapping[str, Any], spec: Spec, folder: Path | None) -> Pooling:
-    """What config.json, and sentence-transformers' files beside it, say. Where nothing does: labels by the model's
-    kind, and vectors as vLLM and sentence-transformers make them (last token of a causal model, else the mean)."""
+    """What config.json says, and sentence-transformers' files in `folder` (a GGUF file has none). Where neither does:
+    labels by the model's kind, and vectors by the last token of a causal model, else by the mean."""
+    folder = folder if folder is not None and folder.is_dir() else None
     modules = read_modules(folder) if folder is not None else None
     own = read_json(folder / "config_sentence_transformers.json") if folder is not None else {}
-    if labels := _labels(config, own, modules):
+    tokens = modules.score_tokens if modules else ()
+    if labels := _labels(config, own, tokens or _answers(config, folder)):
         ways: tuple[Way, ...] = ("last",) if spec.causal else ("cls",)
         return Pooling(ways=ways, width=len(labels.names), normalize=True, labels=labels)
     if modules is None or not modules.ways:
@@ -104,8 +106,27 @@ def is_classifier(config: Mapping[str, Any]) -> bool:
     return any("ForSequenceClassification" in name for name in config.get("architectures") or ())
 
 
-def _labels(config: Mapping[str, Any], own: Mapping[str, Any], modules: Modules | None) -> Labels | None:
-    tokens = modules.score_tokens if modules else ()
+def _answers(config: Mapping[str, Any], folder: Path | None) -> tuple[int, ...]:
+    """(yes, no) of a generating model that is asked for one of two words: vLLM's `classifier_from_token` names them the
+    other way round, by --hf-overrides."""
+    words = config.get("classifier_from_token")
+    if words is None:
+        return ()
+    if not isinstance(words, (list, tuple)) or len(words) != 2:
+        raise ConfigError(f"classifier_from_token must be two words, the yes behind the no, got {words!r:.60}")
+    vocab = read_json(folder / "tokenizer.json").get("model", {}).get("vocab") if folder is not None else None
+    no, yes = (_token_id(vocab, word) for word in words)
+    return yes, no
+
+
+def _token_id(vocab: Any, word: Any) -> int:
+    found = vocab.get(word) if isinstance(vocab, dict) else None
+    if not isinstance(found, int):
+        raise ConfigError(f"classifier_from_token: {word!r} isn't one token of tokenizer.json")
+    return found
+
+
+def _labels(config: Mapping[str, Any], own: Mapping[str, Any], tokens: tuple[int, ...]) -> Labels | None:
     if not tokens and not is_classifier(config):
         return None
     count = 1 if tokens else _count(config)

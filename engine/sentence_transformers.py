@@ -107,7 +107,10 @@ def read_modules(folder: Path) -> Modules | None:
 
 
 def read_text_rules(folder: Path) -> TextRules:
-    """What config_sentence_transformers.json and sentence_bert_config.json say; neutral where they don't exist."""
+    """What config_sentence_transformers.json and sentence_bert_config.json say; neutral where they don't exist, as beside
+    a GGUF file."""
+    if not folder.is_dir():
+        return TextRules()
     own, lengths = (
         read_json(folder / "config_sentence_transformers.json"),
         read_json(folder / "sentence_bert_config.json"),

@@ -25,9 +25,12 @@ MAX_INDEX_BYTES = 256 << 20
 class TensorFiles(Protocol):
     """Tensors by name."""
 
-    names: Sequence[str]
-    """In the order in which they are read fastest."""
-    total_bytes: int
+    @property
+    def names(self) -> Sequence[str]:
+        """In the order in which they are read fastest."""
+
+    @property
+    def total_bytes(self) -> int: ...
 
     def get(self, name: str) -> Tensor: ...
 
@@ -42,7 +45,7 @@ class Safetensors:
         self._where: dict[str, Any] = {}
         for file in files:
             try:
-                handle = safe_open(file, framework="pt", device="cpu").__enter__()
+                handle: Any = safe_open(file, framework="pt", device="cpu")
                 keys = handle.offset_keys()
             except (SafetensorError, OSError) as error:
                 raise ConfigError(f"{file} is not a whole safetensors file: {error}", param="model") from error

@@ -73,12 +73,15 @@ def _settings(folder: Path) -> _Settings:
             content = value.get("content") if isinstance(value, dict) else value
             if isinstance(content, str):
                 special[key] = content
-    added = {i: {"content": token} for token, i in read_json(folder / "added_tokens.json").items()}
+    added: dict[int, dict[str, Any]] = {
+        i: {"content": token} for token, i in read_json(folder / "added_tokens.json").items()
+    }
     added |= {int(i) if i.isdigit() else -1: entry for i, entry in config.get("added_tokens_decoder", {}).items()}
     for i, entry in added.items():
-        if not isinstance(i, int) or not 0 <= i < _MAX_ID or not isinstance(entry.get("content"), str):
+        content = entry.get("content") if isinstance(entry, dict) else None
+        if not isinstance(i, int) or not 0 <= i < _MAX_ID or not isinstance(content, str):
             raise ConfigError(f"{folder}: the added token {i!r} ({entry}) must have an id and a content")
-        entry["special"] = entry.get("special", False) or entry["content"] in special.values()
+        entry["special"] = entry.get("special", False) or content in special.values()
     return _Settings(folder, config, special, added)
 
 

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from kvasir.engine.checkpoint import Checkpoint, Filler, open_checkpoint
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.errors import ConfigError
+from kvasir.engine.filling import fill_all
 from kvasir.engine.pooling import HEAD
 from kvasir.engine.spec import Spec
 from kvasir.kernels.linear import reorders
@@ -62,16 +64,7 @@ def _fill(decoder: Decoder, fillers: Iterable[Filler], where: str) -> list[str]:
     waiting = {name: linear for linear, names in decoder.stacked() for name in names}
     left = {linear: len(names) for linear, names in decoder.stacked()}
     extra: list[str] = []
-    for filler in fillers:
-        place = places.pop(filler.name, None)
-        if place is None:
-            if not HEAD.search(filler.original):
-                extra.append(filler.original)
-            continue
-        if tuple(place.shape) != filler.shape:
-            raise ConfigError(f"{filler.original} has shape {list(filler.shape)}, config.json says {list(place.shape)}")
-        filler.copy_to(place)
-        del place  # the last hold on what is packed now
+    for filler in fill_all(_placed(fillers, places, extra)):
         linear = waiting.get(filler.name)
         if linear is not None:
             left[linear] -= 1
@@ -79,6 +72,19 @@ def _fill(decoder: Decoder, fillers: Iterable[Filler], where: str) -> list[str]:
                 linear.pack()
     _complain(where, "lacks", list(places))
     return extra
+
+
+def _placed(fillers: Iterable[Filler], places: dict[str, Tensor], extra: list[str]) -> Iterator[tuple[Filler, Tensor]]:
+    """Each with its place, which nobody else holds any longer when it is packed; names without one go to `extra`."""
+    for filler in fillers:
+        if filler.name not in places:
+            if not HEAD.search(filler.original):
+                extra.append(filler.original)
+            continue
+        shape = list(places[filler.name].shape)
+        if shape != list(filler.shape):
+            raise ConfigError(f"{filler.original} has shape {list(filler.shape)}, config.json says {shape}")
+        yield filler, places.pop(filler.name)
 
 
 def _shown(checkpoint: Checkpoint, spec: Spec, progress: bool) -> Iterator[Filler]:

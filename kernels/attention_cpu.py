@@ -24,6 +24,8 @@ ELEMENTS = 1 << 20
 """Most elements in a temporary, so that it stays in the CPU's cache (measured from 1 << 18 to 1 << 22)."""
 WASTE = 1.2
 """Most that padding to the longest may add to a batch."""
+SLACK = 1 << 14
+"""Scores per head that a batch of whole texts may compute in vain besides: about what another batch's calls cost."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,16 @@ class Batch:
     """S pieces of c rows each, that read B blocks each. A piece's slots l run to L = B * P."""
 
     rows: slice | Tensor
-    """The S * c rows of q."""
+    """The S * c rows of q; a piece that has fewer than c repeats its last one."""
+    kept: Tensor | None
+    """Which of the S * c aren't repeated; None: all."""
     count: int
     blocks: Tensor
     """[S, K, B]: rows of a cache seen as [N * K, P * D]."""
     stale: tuple[Tensor, Tensor]
     """(s, l) of slots beyond their piece's end, where anything may lie: set to zero, because 0 * NaN is NaN."""
     mask: Tensor | None
-    """[S, 1, c, 1, L]: -inf where a row must not look; None when every row may look at everything."""
+    """[S, 1, c or 1, 1, L]: -inf where a row must not look; None when every row may look at everything."""
 
 
 def attention(
@@ -69,7 +73,8 @@ def attention(
     value_dim: int | None = None,
 ) -> Tensor:
     """As the definition says. bfloat16 scores are rounded once, the softmax between the products is float32."""
-    if v_cache is None or chunk or not causal or sinks is not None or slopes is not None or sparse is not None:
+    near = window is not None and not causal
+    if v_cache is None or chunk or near or sinks is not None or slopes is not None or sparse is not None:
         return reference.attention.reference(
             q,
             k_cache,
@@ -85,13 +90,18 @@ def attention(
             sparse=sparse,
             value_dim=value_dim,
         )
-    key = ("attention", window, q.dtype)
+    key = ("attention", window, causal, q.dtype)
     batches = ragged.plans.get(key)
     if batches is None:
-        batches = ragged.plans[key] = _plan(ragged, k_cache, q.shape[1], window, _working(q.dtype))
+        batches = ragged.plans[key] = _plan(ragged, k_cache, q.shape[1], window, _working(q.dtype), causal)
     out = torch.empty_like(q)
     for batch in batches:
-        out[batch.rows] = _attend(q[batch.rows], _heads_first(k_cache), _heads_first(v_cache), batch, scale, softcap)
+        found = _attend(q[batch.rows], _heads_first(k_cache), _heads_first(v_cache), batch, scale, softcap)
+        if batch.kept is None:
+            out[batch.rows] = found
+        else:
+            assert isinstance(batch.rows, Tensor)
+            out[batch.rows[batch.kept]] = found[batch.kept]
     return out
 
 
@@ -143,9 +153,15 @@ def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     return torch.bmm(scores.softmax(-1), flat_v).view(s, heads, c, g, d).transpose(1, 2)
 
 
-def _plan(ragged: Ragged, k_cache: Tensor, heads: int, window: int | None, dtype: torch.dtype) -> list[Batch]:
+def _plan(
+    ragged: Ragged, k_cache: Tensor, heads: int, window: int | None, dtype: torch.dtype, causal: bool
+) -> list[Batch]:
     """Cut sequences into pieces and gather like pieces: once per step, for all layers with this window."""
     _, block_size, kv_heads, head_dim = k_cache.shape
+    if not causal:
+        pieces = sorted(_whole(ragged, block_size, heads // kv_heads), key=lambda p: (len(p.blocks), p.count))
+        most = 4 * ELEMENTS // (block_size * kv_heads * head_dim)
+        return [_whole_batch(group, block_size, kv_heads, dtype) for group in _close(pieces, block_size, most)]
     pieces = sorted(_cut(ragged, block_size, heads // kv_heads, window), key=lambda p: (p.count, len(p.blocks)))
     most = ELEMENTS // (block_size * kv_heads * max(head_dim, heads // kv_heads))
     return [_batch(group, block_size, kv_heads, window, dtype) for group in _alike(pieces, most)]
@@ -162,6 +178,59 @@ def _cut(ragged: Ragged, block_size: int, group: int, window: int | None) -> Ite
             end = length - (stop - row) + count
             first = 0 if window is None else max(0, end - count - window + 1) // block_size
             yield Piece(row, count, end, first * block_size, table[s, first : -(-end // block_size)])
+
+
+def _whole(ragged: Ragged, block_size: int, group: int) -> Iterator[Piece]:
+    """Rows that see all of their sequence: as many at once as their scores leave room for."""
+    table = ragged.table.numpy()
+    for s, (begin, stop) in enumerate(pairwise(ragged.host_starts.tolist())):
+        length = int(ragged.host_lengths[s])
+        rows = max(1, ELEMENTS // (group * length))
+        for row in range(begin, stop, rows):
+            yield Piece(row, min(rows, stop - row), length, 0, table[s, : -(-length // block_size)])
+
+
+def _close(pieces: list[Piece], block_size: int, most: int) -> Iterator[list[Piece]]:
+    """Runs of sorted pieces of similar size: at most `most` blocks, padding included, and few scores in vain."""
+    group: list[Piece] = []
+    real = widest = 0
+    for piece in pieces:
+        scores = piece.count * len(piece.blocks) * block_size
+        rows, blocks = max(widest, piece.count), (len(group) + 1) * len(piece.blocks)
+        fits = blocks <= most and blocks * block_size * rows <= WASTE * (real + scores) + SLACK
+        if group and not fits:
+            yield group
+            group, real, rows = [], 0, piece.count
+        group.append(piece)
+        real, widest = real + scores, rows
+    if group:
+        yield group
+
+
+def _whole_batch(pieces: list[Piece], block_size: int, kv_heads: int, dtype: torch.dtype) -> Batch:
+    """Rows and blocks are padded to the longest; slots beyond a sequence's end are hidden from all rows alike."""
+    counts = np.array([p.count for p in pieces])[:, None]
+    blocks = _blocks(pieces, kv_heads)
+    offsets = np.arange(counts.max())
+    rows = np.array([p.row for p in pieces])[:, None] + np.minimum(offsets, counts - 1)
+    beyond = np.arange(blocks.shape[2] * block_size) >= np.array([p.end for p in pieces])[:, None]
+    stale = beyond.nonzero()
+    return Batch(
+        torch.from_numpy(rows.ravel()),
+        None if (counts == counts.max()).all() else torch.from_numpy((offsets < counts).ravel().nonzero()[0]),
+        int(counts.max()),
+        torch.from_numpy(blocks),
+        (torch.from_numpy(stale[0]), torch.from_numpy(stale[1])),
+        _mask(beyond[:, None], dtype) if beyond.any() else None,
+    )
+
+
+def _blocks(pieces: list[Piece], kv_heads: int) -> npt.NDArray[np.int64]:
+    """[S, K, B]: rows of a cache seen as [N * K, P * D], padded with block 0."""
+    table = np.zeros((len(pieces), max(len(p.blocks) for p in pieces)), np.int64)
+    for line, piece in zip(table, pieces, strict=True):
+        line[: len(piece.blocks)] = piece.blocks
+    return table[:, None] * kv_heads + np.arange(kv_heads)[:, None]
 
 
 def _alike(pieces: list[Piece], most: int) -> Iterator[list[Piece]]:
@@ -182,18 +251,15 @@ def _alike(pieces: list[Piece], most: int) -> Iterator[list[Piece]]:
 
 
 def _batch(pieces: list[Piece], block_size: int, kv_heads: int, window: int | None, dtype: torch.dtype) -> Batch:
-    count, width = pieces[0].count, max(len(p.blocks) for p in pieces)
-    table = np.zeros((len(pieces), width), np.int64)
-    for line, piece in zip(table, pieces, strict=True):
-        line[: len(piece.blocks)] = piece.blocks
+    count, blocks = pieces[0].count, _blocks(pieces, kv_heads)
     ends = np.array([p.end for p in pieces])[:, None, None]
-    slots = np.array([p.first for p in pieces])[:, None, None] + np.arange(width * block_size)
+    slots = np.array([p.first for p in pieces])[:, None, None] + np.arange(blocks.shape[2] * block_size)
     behind = ends - count + np.arange(count)[:, None] - slots
     hidden = (behind < 0) | (behind >= (window or ends.max()))
     stale = (slots >= ends)[:, 0].nonzero()
-    blocks = table[:, None] * kv_heads + np.arange(kv_heads)[:, None]
     return Batch(
         _rows(pieces, count),
+        None,
         count,
         torch.from_numpy(blocks),
         (torch.from_numpy(stale[0]), torch.from_numpy(stale[1])),

@@ -72,7 +72,7 @@ def experts(
     rows = x[order // k]
     if on_input:
         rows = rows * weight.flatten()[order, None]
-    parts = [run(e, part) for e, part in enumerate(rows.split(counts)) if len(part)]
+    parts = [run(e, part) for e, part in enumerate(torch.split(rows, counts)) if len(part)]
     out = torch.empty_like(rows).index_copy_(0, order, torch.cat(parts)).view(len(x), k, -1)
     if on_input:
         return out.sum(1)

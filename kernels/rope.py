@@ -49,5 +49,5 @@ def rotate(x: Tensor, angles: Angles, *, interleaved: bool = False) -> Tensor:
     dim = cos.shape[-1]
     if dim < x.shape[-1]:
         return torch.cat((rotate(x[..., :dim], angles, interleaved=interleaved), x[..., dim:]), -1)
-    partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else x.roll(dim // 2, -1)
+    partner = x.reshape(*x.shape[:-1], -1, 2).flip(-1).flatten(-2) if interleaved else x.roll(dim // 2, -1)
     return torch.addcmul(x * cos, partner, sin)

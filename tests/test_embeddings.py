@@ -87,11 +87,13 @@ def test_embed_equals_sentence_transformers(llm, expected):
         assert output.outputs.embedding[:6] == pytest.approx(first, abs=1e-5)
 
 
-def test_the_length_it_was_trained_for_is_the_limit(llm):
+def test_the_length_it_was_trained_for_is_the_limit(llm, minilm):
     """256 tokens (sentence_bert_config.json), though it has 512 positions."""
     assert llm.engine.info.max_model_len == 256
     with pytest.raises(ContextLengthError, match="602 tokens and the model takes 256"):
         llm.embed(LONG, use_tqdm=False)
+    with LLM(str(minilm), max_num_seqs=4, max_model_len=300) as longer:  # whoever wants more says so
+        assert longer.engine.info.max_model_len == 300
     exactly = [101, *[2000] * 254, 102]
     assert len(llm.embed(exactly, use_tqdm=False)[0].outputs.embedding) == 384
 

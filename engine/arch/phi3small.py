@@ -41,10 +41,10 @@ def spec(c: Mapping[str, Any]) -> Spec:
 
 
 def _layers(c: Mapping[str, Any]) -> tuple[Layer, ...]:
-    dense = c.get("dense_attention_every_n_layers")
+    dense = int(c.get("dense_attention_every_n_layers") or 0)
     pattern = BlockSparse(c["blocksparse_block_size"], c["blocksparse_num_local_blocks"], c["blocksparse_vert_stride"])
     turning = rope(c)
-    every = (bool(dense) and (i + 1) % dense == 0 for i in range(c["num_hidden_layers"]))
+    every = (dense > 0 and (i + 1) % dense == 0 for i in range(c["num_hidden_layers"]))
     return tuple(Layer(turning, sparse=None if full else pattern) for full in every)
 
 

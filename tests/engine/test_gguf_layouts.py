@@ -18,7 +18,8 @@ from torch import Tensor
 from kvasir.engine.arch import load_spec
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.errors import ConfigError
-from kvasir.engine.gguf_checkpoint import GGUFCheckpoint, fill_all
+from kvasir.engine.filling import fill_all
+from kvasir.engine.gguf_checkpoint import GGUFCheckpoint
 from kvasir.engine.rope import turning
 from kvasir.engine.spec import LongRope, Spec
 from kvasir.engine.weights import random_decoder

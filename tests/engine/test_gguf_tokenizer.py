@@ -182,6 +182,14 @@ def test_ends_of_an_answer_and_templates() -> None:
     assert (ids, found.decode(ids)) == ([2, 7, 4], "ab<user>")
 
 
+def test_some_kinds_know_whole_words_and_begin_with_bos() -> None:
+    fields = {"tokens": ["a", "b", "c", "ab", "abc", "<s>"], "token_type": [1, 1, 1, 1, 1, 3], "bos_token_id": 5}
+    assert Tokenizer.from_gguf(_bpe(pre="llama-bpe", **fields)).encode("abc") == [5, 4]
+    assert Tokenizer.from_gguf(_bpe(pre="gpt-2", **fields)).encode("abc") == [3, 2]
+    asked = Tokenizer.from_gguf(_bpe(pre="llama-bpe", add_bos_token=False, add_eos_token=True, **fields))
+    assert asked.encode("abc") == [4, 3]
+
+
 def test_gemma4_writes_bytes_and_runs_of_spaces() -> None:
     tokens = ["<bos>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "▁a"]
     fields = _bpe(model="gemma4", pre=None, tokens=tokens, token_type=[3] + [6] * 256 + [1] * 3, merges=["▁ a"])

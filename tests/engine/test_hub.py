@@ -39,7 +39,7 @@ def test_a_folder(tmp_path: Path) -> None:
     [
         ([], r"has no config.json, so it isn't a model's folder \(it is empty\)"),
         (["tokenizer.json"], "it holds tokenizer.json"),
-        (["model.gguf"], "GGUF"),
+        (["a.gguf", "b.gguf"], r"several GGUF files; name one of them: a\.gguf, b\.gguf"),
     ],
 )
 def test_a_folder_that_is_no_model(tmp_path: Path, files: list[str], match: str) -> None:
@@ -51,7 +51,7 @@ def test_a_folder_that_is_no_model(tmp_path: Path, files: list[str], match: str)
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="is a file; pass the folder"):
+    with pytest.raises(ConfigError, match="is a file; pass a GGUF file, or the folder"):
         hub.locate(str(tmp_path / "config.json"))
 
 
@@ -69,22 +69,14 @@ def test_what_was_tried_is_said(bundled: Path, name: str) -> None:
     if name:
         assert f"model {name!r} was not found" in caught.value.message
         assert "bundled: skald, skald-draft" in caught.value.message
-        assert "Pass a folder" in caught.value.message
+        assert "Pass a GGUF file, or a folder" in caught.value.message
 
 
-def test_a_hub_id(bundled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    asked: list[Any] = []
-
-    def fake(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((repo, revision))
-        assert "*.safetensors" in allow_patterns
-        return str(_write(bundled / "snapshot", config={}))
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
-    assert hub.locate("owner/name", revision="v1") == bundled / "snapshot"
-    assert asked == [("owner/name", "v1")]
+def test_the_gguf_file_of_a_folder(tmp_path: Path) -> None:
+    for name in ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf"):
+        (tmp_path / name).touch()
+    assert hub.locate(str(tmp_path)) == tmp_path / "m-00001-of-00002.gguf"
+    assert hub.locate(str(tmp_path / "m-00002-of-00002.gguf")) == tmp_path / "m-00002-of-00002.gguf"
 
 
 @pytest.mark.parametrize("offline", [True, False])

@@ -185,9 +185,16 @@ def test_sentence_transformers_folder(made):
         close([llm.score("a", "c d", **QUIET)[0].outputs.score], query @ document[:, None])
 
 
-def test_reranker_that_says_yes_or_no(made):
+@pytest.mark.parametrize("told", ["modules", "config"])
+def test_reranker_that_says_yes_or_no(made, told):
+    """By sentence-transformers' module, or as vLLM's users write it into --hf-overrides."""
     folder, model = made("Qwen3", pairs=False)
-    modules(folder, ("LogitScore", {"true_token_id": 9, "false_token_id": 5}))
+    if told == "modules":
+        modules(folder, ("LogitScore", {"true_token_id": 9, "false_token_id": 5}))
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        more = {"architectures": ["Qwen3ForSequenceClassification"], "classifier_from_token": [WORDS[5], WORDS[9]]}
+        (folder / "config.json").write_text(json.dumps(config | more))
     with start(folder) as llm, torch.no_grad():
         (output,) = llm.score("a b", "c d", **QUIET)
         logits = model(torch.tensor([ids("a b c d")])).logits[0, -1]
@@ -200,6 +207,15 @@ def test_a_missing_head_is_named(made):
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["BertForSequenceClassification"]}))
     with pytest.raises(ConfigError, match=r"lacks classifier\.out_proj\.weight or classifier\.weight"):
         start(folder)
+
+
+def test_answers_that_are_no_token(made):
+    folder, _ = made("Qwen3", pairs=False)
+    config = json.loads((folder / "config.json").read_text())
+    for words, why in ((["a", "nay"], "'nay' isn't one token"), (["a"], "must be two words")):
+        (folder / "config.json").write_text(json.dumps(config | {"classifier_from_token": words}))
+        with pytest.raises(ConfigError, match=why):
+            start(folder)
 
 
 def test_bad_calls(made):

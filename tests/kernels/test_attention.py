@@ -47,8 +47,10 @@ def test_cpu_equals_definition(seed: int, paged: Callable[..., Any], monkeypatch
     dtype = rng.choice(list(TOLERANCE))
     batch = paged(parts, rng.choice([1, 3, 8, 16, 32]), kv_heads * group, kv_heads, rng.choice([8, 64]), dtype, seed)
     facts = {"scale": 0.2, "window": rng.choice([None, None, 1, 7, 64]), "softcap": rng.choice([None, None, 3.0])}
+    facts["causal"] = rng.random() < 0.6
     monkeypatch.setattr(attention_cpu, "ELEMENTS", rng.choice([1 << 12, 1 << 21]))
     monkeypatch.setattr(attention_cpu, "ROWS", rng.choice([4, 64]))
+    monkeypatch.setattr(attention_cpu, "SLACK", rng.choice([0, 1 << 14]))
     got = attention_cpu.attention(batch.q, batch.k_cache, batch.v_cache, batch.ragged, **facts)
     want = attention.reference(batch.q, batch.k_cache, batch.v_cache, batch.ragged, **facts)
     assert got.dtype == dtype
@@ -75,3 +77,19 @@ def test_padding_is_bounded(paged: Callable[..., Any]) -> None:
     attention(batch.q, batch.k_cache, batch.v_cache, batch.ragged, scale=1.0)
     (plan,) = batch.ragged.plans.values()
     assert sum(b.blocks[:, 0].numel() for b in plan) <= attention_cpu.WASTE * (30 + 25)
+
+
+@pytest.mark.parametrize("lengths", [[8] * 30 + [400], [3, 60, 61, 7, 7, 120, 1]])
+def test_whole_texts_are_batched(lengths: list[int], paged: Callable[..., Any]) -> None:
+    """Texts of which every row sees all go together by size: few batches, few scores in vain."""
+    batch = paged([(length, length) for length in lengths])
+    for run in (attention, attention.reference):
+        got = run(batch.q, batch.k_cache, batch.v_cache, batch.ragged, scale=0.3, causal=False)
+        if run is attention:
+            found = got
+    torch.testing.assert_close(found, got, atol=2e-6, rtol=0)
+    (plan,) = batch.ragged.plans.values()
+    assert len(plan) <= 3
+    scores = sum(b.blocks.shape[0] * b.count * b.blocks.shape[2] * 16 for b in plan)
+    real = sum(length * (-(-length // 16) * 16) for length in lengths)
+    assert scores <= attention_cpu.WASTE * real + len(plan) * attention_cpu.SLACK

@@ -1,0 +1,78 @@
+"""From an EngineConfig to a model that is ready to run."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from kvasir.engine.arch import load_spec
+from kvasir.engine.cache import KVCache
+from kvasir.engine.config import EngineConfig
+from kvasir.engine.decoder import Decoder
+from kvasir.engine.info import ModelInfo
+from kvasir.engine.memory import keep_freed_memory, plan_memory, resolve_device, resolve_dtype
+from kvasir.engine.model_files import ModelFiles
+from kvasir.engine.pooler import Pooler, load_pooler
+from kvasir.engine.pooling import Pooling, pooling_of, tasks_of
+from kvasir.engine.rank import usable_cores
+from kvasir.engine.sentence_transformers import read_text_rules
+from kvasir.engine.spec import Spec
+from kvasir.engine.weights import load_decoder, random_decoder, weight_bytes
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to run."""
+
+    decoder: Decoder
+    cache: KVCache
+    info: ModelInfo
+    pooler: Pooler | None = None
+    """None: it can only generate."""
+
+
+def load(config: EngineConfig) -> Loaded:
+    """Find, check and load the model. ConfigError says what is wrong and which flag to change."""
+    files = ModelFiles(config)
+    spec = load_spec(files.config)
+    if config.max_model_len is None and (trained := read_text_rules(files.path).max_len):
+        spec = dataclasses.replace(spec, max_len=min(spec.max_len, trained))
+    device = resolve_device(config)
+    dtype = resolve_dtype(config, files.config, device)
+    torch.set_num_threads(config.num_threads or usable_cores())  # Ray sets OMP_NUM_THREADS, which is torch's default
+    keep_freed_memory()
+    plan = plan_memory(config, spec, dtype=dtype, device=device, weight_bytes=weight_bytes(spec, dtype, device))
+    pooling = pooling_of(files.config, spec, files.path)
+    decoder, pooler = _weights(config, files, spec, pooling, dtype, device)
+    cache = KVCache(spec, plan.num_blocks, config.block_size, dtype, device, plan.layout)
+    info = ModelInfo(
+        name=(config.served_model_name or (config.model,))[0],
+        max_model_len=plan.max_model_len,
+        vocab_size=spec.vocab,
+        eos_token_ids=files.eos_token_ids,
+        num_blocks=plan.num_blocks,
+        block_size=config.block_size,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        max_num_seqs=config.max_num_seqs,
+        memory_report=plan.report,
+        tasks=tasks_of(spec, pooling),
+        labels=pooling.labels.names if pooling.labels else (),
+    )
+    return Loaded(decoder, cache, info, pooler)
+
+
+def _weights(
+    config: EngineConfig, files: ModelFiles, spec: Spec, pooling: Pooling, dtype: torch.dtype, device: torch.device
+) -> tuple[Decoder, Pooler | None]:
+    if config.load_format == "dummy":
+        decoder = random_decoder(spec, dtype, device, config.seed)
+        labels = pooling.labels is not None
+        return decoder, None if labels else load_pooler(pooling, {}, device, hidden=spec.hidden)
+    checkpoint = files.checkpoint()
+    decoder = load_decoder(checkpoint, spec, dtype=dtype, device=device, progress=sys.stderr.isatty())
+    head = checkpoint.head() if pooling.labels else {}
+    return decoder, load_pooler(pooling, head, device, hidden=spec.hidden, token_types=spec.token_types)
