@@ -20,9 +20,15 @@ from kvasir.engine.errors import ConfigError, KvasirError
 
 if TYPE_CHECKING:
     from kvasir.cluster.config import ClusterConfig
+    from kvasir.engine.config import EngineConfig
 
-REQUEST = """curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '
-  {{"model": "{model}", "messages": [{{"role": "user", "content": "Who are you?"}}]}}'"""
+EXAMPLES = {
+    "generate": ("/v1/chat/completions", '"messages": [{"role": "user", "content": "Who are you?"}]'),
+    "embed": ("/v1/embeddings", '"input": "Who are you?"'),
+    "score": ("/v1/rerank", '"query": "Who are you?", "documents": ["I am a reranker.", "It rains."]'),
+    "classify": ("/v1/classify", '"input": "Who are you?"'),
+}
+"""What a model can do, best first -> a path, and the fields of a request."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -91,7 +97,25 @@ def _banner(config: ClusterConfig, url: str, grpc_address: str | None, seconds: 
     key = " -H 'Authorization: Bearer YOUR_KEY'" if guarded else ""
     print(f"ready after {seconds:.1f} s: HTTP {url}" + (f", gRPC {grpc_address}" if grpc_address else ""))
     model = (engine.served_model_name or (engine.model,))[0]
-    print(REQUEST.format(url=url, key=key, model=model), flush=True)
+    path, fields = EXAMPLES[next(task for task in EXAMPLES if task in _tasks(engine))]
+    print(
+        f"curl {url}{path} -H 'Content-Type: application/json'{key} -d '\n  {{\"model\": \"{model}\", {fields}}}'",
+        flush=True,
+    )
+
+
+def _tasks(engine: EngineConfig) -> Sequence[str]:
+    """What the model can do, as its files say; one that runs by transformers' code generates."""
+    from kvasir.engine.arch import load_spec
+    from kvasir.engine.model_files import ModelFiles
+    from kvasir.engine.pooling import pooling_of, tasks_of
+
+    try:
+        files = ModelFiles(engine)
+        spec = load_spec(files.config)
+    except ConfigError:
+        return ("generate",)
+    return tasks_of(spec, pooling_of(files.config, spec, files.path))
 
 
 def chat(args: argparse.Namespace) -> int:

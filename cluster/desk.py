@@ -150,6 +150,7 @@ class Desk:
         with span.stage("admit"):
             self._check_open()
             info, suffix = self.info(model), uuid.uuid4().hex[:8]
+            info.need(call.params.task)
             encoded = await model.encode_passages(call.inputs, call.places, info.max_model_len, call.truncate)
             requests = [
                 Request(
@@ -181,6 +182,7 @@ class Desk:
         """One request per prompt, and the facts they were checked against."""
         sampling, chosen = _sampling(call, model)
         info = self.info(model)
+        info.need("generate")
         _check_ids(sampling, info)
         prompts = [await _token_ids(model, prompt, info) for prompt in call.prompts]
         suffix = uuid.uuid4().hex[:8]  # clients may use an id twice, groups need them unique

@@ -49,6 +49,8 @@ class Checkpoint(Protocol):
     """Opening one reads its headers alone."""
 
     total_bytes: int
+    dequantises: bool
+    """Filling a place is more than a copy."""
 
     def tensors(self, spec: Spec) -> Iterator[Filler]:
         """Every tensor that the model may use; unknown ones by their own names."""
@@ -76,6 +78,8 @@ class Loaded:
 
 class NamedCheckpoint:
     """Tensors in Hugging Face's or the family's own naming."""
+
+    dequantises = False  # what is quantised here is so few large tensors that each takes all threads
 
     def __init__(self, files: TensorFiles) -> None:
         self.files, self.total_bytes = files, files.total_bytes

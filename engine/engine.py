@@ -128,16 +128,13 @@ class Engine:
         return self._stats
 
     def _check_task(self, request: Request) -> None:
-        params, name = request.pooling, self.info.name
-        task = params.task if params else "generate"
-        if task not in self.info.tasks:
-            doing = ", ".join(self.info.tasks)
-            raise ClientError(f"model {name!r} can't {task}; what it can do: {doing}", param="model")
+        params = request.pooling
+        self.info.need(params.task if params else "generate")
         if params is None or self._pooler is None:
             return
         pooling, wanted = self._pooler.pooling, params.dimensions
         if wanted is not None:
-            check_dimensions(pooling, wanted, name)
+            check_dimensions(pooling, wanted, self.info.name)
         segments = request.token_type_ids
         if segments and len(segments) != len(request.prompt_token_ids):
             counts = f"{len(segments)} for {len(request.prompt_token_ids)} tokens"

@@ -21,18 +21,34 @@ def fill_all(pairs: Iterable[tuple[Filler, Tensor]]) -> Iterator[Filler]:
     and where torch spreads each of them over threads, they wait for each other on a busy machine (40 s instead of 4).
     """
     threads = torch.get_num_threads()
+    if threads == 1:
+        for filler, place in pairs:
+            filler.copy_to(place)
+            del place  # whoever packs it now must be the last to hold it
+            yield filler
+        return
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     running: deque[Future[Filler]] = deque()
     try:
         for filler, place in pairs:
             running.append(pool.submit(_filled, filler, place))
-            if len(running) > threads:
+            del place  # what is filled is packed, and then nobody may hold it any longer
+            if len(running) >= threads:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
+
+
+def fill_each(pairs: Iterable[tuple[Filler, Tensor]]) -> Iterator[Filler]:
+    """The same one by one, where all there is to do is a copy: torch spreads a large one over its threads, and the next
+    matrix is put where the last one was (2 GB in 0.8 s instead of 2.8)."""
+    for filler, place in pairs:
+        filler.copy_to(place)
+        del place
+        yield filler
 
 
 def _filled(filler: Filler, place: Tensor) -> Filler:

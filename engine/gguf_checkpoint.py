@@ -90,6 +90,8 @@ class Filler:
 class GGUFCheckpoint:
     """A model in GGUF. Opening reads metadata alone."""
 
+    dequantises = True
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.file = read_gguf(path)

@@ -76,46 +76,59 @@ def read_gguf_tokenizer(metadata: Mapping[str, Any]) -> GgufTokenizer:
     )
 
 
+def gguf_eos_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """Ids that end an answer, without building the tokenizer; empty where the file has none."""
+    if _PREFIX + "model" not in metadata:
+        return ()
+    return tuple(dict.fromkeys(_end_ids(_Fields(metadata))))
+
+
 class _Fields:
     """Checked access to the metadata."""
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         self._metadata = metadata
         self.model = str(metadata.get(_PREFIX + "model", ""))
-        self.pre = str(metadata.get(_PREFIX + "pre") or "default")
+        self.pre = str(self.get("pre") or "default")
         if not self.model:
             raise ConfigError("the GGUF file has no tokenizer (tokenizer.ggml.model); pass --tokenizer FOLDER")
         self.special = self._special() if self.model in _KINDS else {}
         self.vocabulary = self._vocabulary() if self.model in _KINDS else Vocabulary(())
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """Value of tokenizer.ggml.`name`."""
-        value = self._metadata.get(_PREFIX + name)
-        return default if value is None else value
+    def get(self, name: str) -> Any:
+        """Value of tokenizer.ggml.`name`, numbers as Python's own."""
+        value: Any = self._metadata.get(_PREFIX + name)
+        return value.tolist() if hasattr(value, "tolist") else value
 
-    def array(self, name: str, kind: type, length: int | None = None) -> list[Any]:
-        """The array of tokenizer.ggml.`name`, [] when there is none; ConfigError when it isn't `length` of `kind`."""
+    def integer(self, name: str) -> int | None:
+        """The number tokenizer.ggml.`name`; ConfigError when it is something else."""
         value = self.get(name)
-        if value is None:
-            return []
-        items = (
-            value.tolist() if hasattr(value, "tolist") else list(value) if isinstance(value, (list, tuple)) else None
-        )
-        if items is None or not all(isinstance(item, kind) for item in items):
-            raise ConfigError(f"GGUF: {_PREFIX}{name} must be an array of {kind.__name__}", param="tokenizer")
-        if length is not None and len(items) < length:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ConfigError(f"GGUF: {_PREFIX}{name} must be an integer, got {value!r}", param="tokenizer")
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        """The boolean tokenizer.ggml.`name`; ConfigError when it is something else."""
+        value = self.get(name)
+        if value is not None and not isinstance(value, int):
+            raise ConfigError(f"GGUF: {_PREFIX}{name} must be true or false, got {value!r}", param="tokenizer")
+        return default if value is None else bool(value)
+
+    def array(self, name: str, *kinds: type, length: int | None = None) -> list[Any]:
+        """The array tokenizer.ggml.`name`, [] when there is none; ConfigError when it isn't `length` of `kinds`."""
+        value = self.get(name)
+        items = [] if value is None else list(value) if isinstance(value, (list, tuple)) else None
+        if items is None or not all(isinstance(item, kinds) for item in items):
+            raise ConfigError(f"GGUF: {_PREFIX}{name} must be an array of {kinds[0].__name__}", param="tokenizer")
+        if length is not None and value is not None and len(items) < length:
             text = f"GGUF: {_PREFIX}{name} has {len(items)} entries for {length} tokens"
             raise ConfigError(text, param="tokenizer")
         return items
 
-    def flag(self, name: str, default: bool) -> bool:
-        """The boolean tokenizer.ggml.`name`."""
-        return bool(self.get(name, default))
-
     def _special(self) -> dict[str, int]:
         """bos_token, ... -> id; an id beyond the vocabulary counts as absent, as in llama.cpp."""
         ids = dict(_DEFAULT_IDS.get(self.model, {}))
-        ids |= {name: int(self.get(key)) for name, key in _SPECIAL.items() if self.get(key) is not None}
+        ids |= {name: i for name, key in _SPECIAL.items() if (i := self.integer(key)) is not None}
         if self.model == "bert":
             ids["bos_token"] = ids.setdefault("cls_token", ids["bos_token"])
         count = len(self.array("tokens", str))
@@ -125,8 +138,8 @@ class _Fields:
         tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(self.array("tokens", str))]
         if not tokens:
             raise ConfigError("GGUF: tokenizer.ggml.tokens is missing or empty", param="tokenizer")
-        scores = [float(score) for score in self.array("scores", (int, float), len(tokens))]  # type: ignore[arg-type]
-        types = self.array("token_type", int, len(tokens))
+        scores = [float(score) for score in self.array("scores", float, int, length=len(tokens))]
+        types = self.array("token_type", int, length=len(tokens))
         if types:
             types = [CONTROL if token in _MARKERS else kind for token, kind in zip(tokens, types, strict=False)]
         return Vocabulary(tokens, scores, types, *self._strips(tokens, types))
@@ -238,8 +251,8 @@ def _bert_token(token: str, kind: int) -> str:
 def _end_ids(fields: _Fields) -> Iterator[int]:
     """Ids that end an answer: EOS, EOT and EOM as named, and tokens known for it. Harmony's <|end|> only ends a part."""
     count = len(fields.vocabulary.tokens)
-    named = [fields.special.get("eos_token"), fields.get("eot_token_id"), fields.get("eom_token_id")]
-    yield from (int(i) for i in named if i is not None and 0 <= int(i) < count)
+    named = [fields.special.get("eos_token"), fields.integer("eot_token_id"), fields.integer("eom_token_id")]
+    yield from (i for i in named if i is not None and 0 <= i < count)
     ids = fields.vocabulary.ids
     found = set(_MARKERS) & ids.keys()
     found |= {word for word in _WORDS if word in ids and fields.vocabulary.type(ids[word]) == CONTROL}

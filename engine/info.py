@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvasir.engine.errors import ClientError
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelInfo:
@@ -26,3 +28,9 @@ class ModelInfo:
     """Names of what a classifier tells apart."""
     memory_report: str = ""
     """What took how much memory, for people."""
+
+    def need(self, task: str) -> None:
+        """ClientError unless the model can do `task`."""
+        if task not in self.tasks:
+            text = f"model {self.name!r} can't {task}; what it can do: {', '.join(self.tasks)}"
+            raise ClientError(text, param="model")

@@ -11,7 +11,9 @@ from kvasir.engine import hub
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.gguf import GGUF, is_gguf, read_gguf
+from kvasir.engine.gguf_tokenizer import gguf_eos_token_ids
 from kvasir.engine.tokenizer import Tokenizer
+from kvasir.engine.tokenizer_files import own_eos_token_ids
 
 if TYPE_CHECKING:  # torch, which a gateway does without
     from kvasir.engine.checkpoint import Checkpoint
@@ -49,8 +51,8 @@ class ModelFiles:
     def eos_token_ids(self) -> tuple[int, ...]:
         """Ids that end a sequence."""
         if self._gguf is not None:
-            return Tokenizer.from_gguf(self._gguf.metadata).eos_token_ids
-        return hub.eos_token_ids(self.path)
+            return gguf_eos_token_ids(self._gguf.metadata)
+        return hub.eos_token_ids(self.path) or own_eos_token_ids(self.path)
 
     def default_sampling(self) -> dict[str, Any]:
         """Sampling defaults, unless --generation-config none."""

@@ -54,14 +54,30 @@ class _Settings:
 
 def load_tokenizer(folder: Path) -> Loaded:
     """The tokenizer in `folder`; ConfigError says which files were looked for, or what is wrong with the one there."""
-    settings = _settings(folder)
+    path, load = _find(folder)
+    if path is None:
+        names = ", ".join(pattern for pattern, _ in _FORMATS)
+        text = f"{folder} has no tokenizer (looked for {names}); pass --tokenizer FOLDER or --skip-tokenizer-init"
+        raise ConfigError(text, param="tokenizer")
+    return load(path, _settings(folder))
+
+
+def own_eos_token_ids(folder: Path) -> tuple[int, ...]:
+    """Id of the end that a SentencePiece, tekken or tiktoken file knows by itself, where no JSON file names one."""
+    path, load = _find(folder)
+    if path is None or load is _tokenizer_json:
+        return ()
+    loaded = load(path, _settings(folder))
+    token = loaded.backend.token_to_id(loaded.special.get("eos_token", ""))
+    return () if token is None else (token,)
+
+
+def _find(folder: Path) -> tuple[Path | None, Callable[[Path, _Settings], Loaded]]:
     for pattern, load in _FORMATS:
         found = sorted(path for path in folder.glob(pattern) if path.is_file())
         if found:
-            return load(found[-1], settings)
-    names = ", ".join(pattern for pattern, _ in _FORMATS)
-    text = f"{folder} has no tokenizer (looked for {names}); pass --tokenizer FOLDER or --skip-tokenizer-init"
-    raise ConfigError(text, param="tokenizer")
+            return found[-1], load
+    return None, _tokenizer_json
 
 
 def _settings(folder: Path) -> _Settings:

@@ -3,6 +3,8 @@ unigram, WordPiece. No file is read here."""
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -79,7 +81,10 @@ class Spaces:
 
     def normalizer(self) -> normalizers.Normalizer:
         """Spaces as U+2581, after the replacements; the prefix too, unless it comes once."""
-        steps: list[normalizers.Normalizer] = [normalizers.Precompiled(self.charsmap)] if self.charsmap else []
+        steps: list[normalizers.Normalizer] = []
+        if self.charsmap:
+            _check_charsmap(self.charsmap)
+            steps.append(normalizers.Precompiled(self.charsmap))
         if self.collapse:
             steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
         if self.prefix and not self.prefix_once:
@@ -125,6 +130,8 @@ def sentencepiece_bpe(vocabulary: Vocabulary, spaces: Spaces, unknown: int | Non
 
 def unigram(vocabulary: Vocabulary, spaces: Spaces, unknown: int | None) -> tokenizers.Tokenizer:
     """SentencePiece's unigram model: the tokens whose scores add up best (Kudo 2018, arXiv:1804.10959)."""
+    if unknown is None:
+        raise ConfigError("a unigram tokenizer needs a token for unknown characters", param="tokenizer")
     scored = [
         (token, 0.0 if vocabulary.type(i) == USER_DEFINED else vocabulary.score(i))
         for i, token in enumerate(vocabulary.tokens)
@@ -197,6 +204,28 @@ def _bpe(ids: dict[str, int], merges: list[Merge], **options: Any) -> models.BPE
         if left not in ids or right not in ids or left + right not in ids:
             raise ConfigError(f"the merge {left!r} + {right!r} isn't made of tokens", param="tokenizer")
     return models.BPE(ids, merges, **options)
+
+
+def _check_charsmap(data: bytes) -> None:
+    """ConfigError unless every walk through the table stays in it: `tokenizers` doesn't look. It is the length of a
+    double array (Yata's darts-clone), the array, and the texts that its leaves point into, each ended by a zero."""
+    size = int.from_bytes(data[:4], "little")
+    units, texts = array("I", data[4 : 4 + size // 4 * 4]), data[4 + size :]
+    if sys.byteorder == "big":
+        units.byteswap()
+    good = size % 4 == 0 and len(units) * 4 == size > 0 and texts.endswith(b"\0")
+    for i, unit in enumerate(units if good else ()):
+        if unit >> 31:
+            continue  # a leaf, looked at from its parent
+        child = i ^ (unit >> 10) << ((unit & 1 << 9) >> 6)
+        good = good and child | 255 < len(units)
+        if good and unit >> 8 & 1:
+            text = units[child] & 0x7FFFFFFF
+            good = text < len(texts) and texts[text] & 0xC0 != 0x80
+    if not good:
+        raise ConfigError(
+            "the tokenizer's table of replacements (precompiled_charsmap) is malformed", param="tokenizer"
+        )
 
 
 def _space_runs(vocabulary: Vocabulary) -> Iterator[AddedToken]:

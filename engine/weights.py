@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,10 +12,12 @@ from tqdm import tqdm
 from kvasir.engine.checkpoint import Checkpoint, Filler, open_checkpoint
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.errors import ConfigError
-from kvasir.engine.filling import fill_all
+from kvasir.engine.filling import fill_all, fill_each
 from kvasir.engine.pooling import HEAD
 from kvasir.engine.spec import Spec
 from kvasir.kernels.linear import reorders
+
+Fill = Callable[[Iterable[tuple[Filler, Tensor]]], Iterator[Filler]]
 
 
 def load_decoder(
@@ -29,7 +31,8 @@ def load_decoder(
     checkpoint = open_checkpoint(source) if isinstance(source, Path) else source
     decoder = Decoder(spec, dtype, device).eval()
     where = str(source) if isinstance(source, Path) else "the checkpoint"
-    extra = _fill(decoder, _shown(checkpoint, spec, progress), where)
+    fill = fill_all if checkpoint.dequantises else fill_each
+    extra = _fill(decoder, _shown(checkpoint, spec, progress), where, fill)
     _complain(where, "has, but the model doesn't use,", extra)
     decoder.pack()
     return decoder
@@ -58,13 +61,13 @@ def random_decoder(
     return decoder
 
 
-def _fill(decoder: Decoder, fillers: Iterable[Filler], where: str) -> list[str]:
+def _fill(decoder: Decoder, fillers: Iterable[Filler], where: str, fill: Fill) -> list[str]:
     """Fill every place; the names of tensors that have none."""
     places = dict(decoder.places())
     waiting = {name: linear for linear, names in decoder.stacked() for name in names}
     left = {linear: len(names) for linear, names in decoder.stacked()}
     extra: list[str] = []
-    for filler in fill_all(_placed(fillers, places, extra)):
+    for filler in fill(_placed(fillers, places, extra)):
         linear = waiting.get(filler.name)
         if linear is not None:
             left[linear] -= 1

@@ -112,8 +112,15 @@ def test_generate_from_ids_and_by_default_model(gateway, client):
     assert [reply.finish_reason for reply in replies if reply.finish_reason] == [2]
 
 
-def test_embed(gateway, client, monkeypatch):
+@pytest.fixture
+def embedder(gateway, monkeypatch):
+    """The group's model can embed, and nothing else."""
     monkeypatch.setattr(gateway.group, "info", dataclasses.replace(gateway.group.info, tasks=("embed",)))
+    return gateway
+
+
+def test_embed(embedder, client):
+    gateway = embedder
     gateway.group.vector = lambda request: [float(len(request.prompt_token_ids)), 0.25]
     inputs = [{"text": "abc"}, {"token_ids": {"ids": [5, 6]}}]
     body = {"model": "bytes", "inputs": inputs, "dimensions": 2, "normalize": False, "priority": 4}
@@ -141,7 +148,7 @@ def test_embed(gateway, client, monkeypatch):
         ({"inputs": [{"text": "x" * 5000}]}, "inputs"),
     ],
 )
-def test_embed_refusals(client, body, param):
+def test_embed_refusals(embedder, client, body, param):
     error = refused(client.call, "Embed", body)
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert dict(error.trailing_metadata())["kvasir-param"] == param

@@ -359,8 +359,18 @@ def test_score_refusals(reader, fields):
     assert wrong(post(reader, "/score", **fields))["param"] == "text_1"
 
 
-def test_a_model_that_can_do_neither_is_asked_and_refuses(gateway):
-    """The group knows best: it refuses the task by name."""
+def test_tasks_that_the_model_cannot_do_are_refused(gateway):
+    """Before anything is tokenised, rendered or sent."""
     gateway.group.info = dataclasses.replace(gateway.group.info, tasks=("classify",), labels=("a", "b"))
-    gateway.group.refusal = ClientError("model 'bytes' can't score; what it can do: classify", param="model")
-    assert "can't score" in wrong(post(gateway, "/score", text_1="a", text_2="b"))["message"]
+    bodies = {
+        "/score": {"text_1": "a", "text_2": "b"},
+        "/rerank": {"query": "a", "documents": ["b"]},
+        "/v1/embeddings": {"input": "a"},
+        "/v1/completions": {"prompt": "a"},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
+    }
+    for path, body in bodies.items():
+        error = wrong(post(gateway, path, **body))
+        assert error["param"] == "model"
+        assert "what it can do: classify" in error["message"]
+    assert not gateway.group.requests

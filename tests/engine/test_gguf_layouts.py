@@ -18,7 +18,6 @@ from torch import Tensor
 from kvasir.engine.arch import load_spec
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.errors import ConfigError
-from kvasir.engine.filling import fill_all
 from kvasir.engine.gguf_checkpoint import GGUFCheckpoint
 from kvasir.engine.rope import turning
 from kvasir.engine.spec import LongRope, Spec
@@ -276,19 +275,6 @@ def test_quantised(kind: Q, dtype: torch.dtype, tmp_path: Path) -> None:
         own = kind if tensor.dim() > 1 else Q.F32
         exact = gguf.quants.dequantize(gguf.quants.quantize(expected[name].numpy(), own), own)
         assert torch.equal(tensor, torch.from_numpy(np.ascontiguousarray(exact)).to(dtype)), name
-
-
-def test_all_places_at_once(tmp_path: Path) -> None:
-    spec = load_spec({**SIZES, "model_type": "llama"})
-    expected, tensors = stored(spec, permuted)
-    checkpoint, threads = write(tmp_path / "model.gguf", "llama", KEYS, tensors), torch.get_num_threads()
-    places = dict(Decoder(spec, torch.float32, CPU).places())
-    pairs = [(filler, places[filler.name]) for filler in checkpoint.tensors(spec)]
-    assert [filler.name for filler in fill_all(pairs)] == [filler.name for filler, _ in pairs]
-    assert all(torch.equal(place, expected[name]) for name, place in places.items())
-    with pytest.raises(ConfigError, match="the model needs"):
-        list(fill_all([*pairs[:2], (pairs[2][0], torch.empty(3))]))
-    assert torch.get_num_threads() == threads
 
 
 def test_norm_offsets_are_taken_off_before_rounding(tmp_path: Path) -> None:

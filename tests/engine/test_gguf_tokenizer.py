@@ -13,7 +13,7 @@ import pytest
 
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.gguf import read_gguf
-from kvasir.engine.gguf_tokenizer import read_gguf_tokenizer
+from kvasir.engine.gguf_tokenizer import gguf_eos_token_ids, read_gguf_tokenizer
 from kvasir.engine.tokenizer import Tokenizer
 
 VOCABULARIES = ["bert-bge", "gpt-2", "phi-3", "qwen2"]
@@ -171,6 +171,7 @@ def _bpe(**more: Any) -> Metadata:
 def test_ends_of_an_answer_and_templates() -> None:
     harmony = read_gguf_tokenizer(_bpe())
     assert harmony.eos_token_ids == (3, 5, 6)  # Harmony's <|end|> ends a part of it only
+    assert (gguf_eos_token_ids(_bpe()), gguf_eos_token_ids({})) == ((3, 5, 6), ())
     assert read_gguf_tokenizer(_bpe(eot_token_id=1, eom_token_id=99)).eos_token_ids == (3, 1, 5, 6)
     templates = {"tokenizer.chat_template": "plain", "tokenizer.chat_template.tool_use": "tools"}
     found = Tokenizer.from_gguf({**_bpe(), **templates, "tokenizer.chat_templates": ["tool_use"]})

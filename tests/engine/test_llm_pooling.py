@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import json
+import random
+import threading
 
 import pytest
 import tokenizers
 import torch
 from safetensors.torch import save_file
 
-from kvasir.engine import LLM, PoolingParams, SamplingParams
+from kvasir.engine import LLM, EngineConfig, PoolingParams, Request, SamplingParams
+from kvasir.engine.engine import Engine
 from kvasir.engine.errors import ClientError, ConfigError, ContextLengthError
+from kvasir.engine.event import Finished, Pooled, Token
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefghijklmnopqrstuvwxyz", *(f"w{i}" for i in range(60)), ":", "query"]
 CLS, SEP = 1, 2
@@ -238,3 +244,47 @@ def test_more_prompts_than_the_queue_holds(made):
         outputs = llm.embed([f"w{i % 60}" for i in range(200)], **QUIET)
     assert [output.prompt_token_ids[1] for output in outputs] == [ids(f"w{i % 60}")[0] for i in range(200)]
     close(outputs[7].outputs.embedding, unit(last_hidden(model, outputs[7].prompt_token_ids).mean(0)))
+
+
+def test_vectors_and_tokens_share_a_crowded_engine(made):
+    """Generations and means of long prompts in a cache that holds few of them, some aborted: every request ends once, and
+    what isn't aborted gets what it gets alone."""
+    rng = random.Random(5)
+    folder, _ = made("Llama", pairs=False)
+    modules(folder, ("Pooling", {"pooling_mode": "mean"}), ("Normalize", {}))
+    prompts = [[rng.randrange(4, 97) for _ in range(rng.choice([1, 9, 40, 90]))] for _ in range(60)]
+    greedy = SamplingParams(temperature=0, max_tokens=40)
+    with start(folder) as llm:
+        tokens = [output.outputs[0].token_ids for output in llm.generate(prompts, greedy, **QUIET)]
+        vectors = [output.outputs.embedding for output in llm.embed(prompts, **QUIET)]
+    block = 2 * 3 * 16 * 2 * 16 * 4
+    ended, done = collections.defaultdict(list), threading.Event()
+
+    def deliver(events):
+        for event in events:
+            if not isinstance(event, Token):
+                ended[event.request_id].append(event)
+        if len(ended) == len(prompts):
+            done.set()
+
+    config = EngineConfig(model=str(folder), num_threads=1, max_num_seqs=8, kv_cache_memory_bytes=10 * block)
+    engine = Engine(dataclasses.replace(config, max_num_batched_tokens=32, max_model_len=140), deliver)
+    engine.start()
+    for number, prompt in enumerate(prompts):
+        pooling = PoolingParams() if number % 2 else None
+        engine.submit(Request(request_id=str(number), prompt_token_ids=prompt, sampling=greedy, pooling=pooling))
+        if rng.random() < 0.2:
+            engine.abort(str(rng.randrange(number + 1)))
+    assert done.wait(60)
+    engine.shutdown()
+    assert engine.stats().preemptions > 0
+    assert engine.pool.check() == []
+    assert engine.pool.num_used == 0
+    for number, vector in enumerate(vectors):
+        (event,) = ended[str(number)]
+        if isinstance(event, Pooled):
+            close(event.values, torch.tensor(vector))
+        else:
+            assert event.reason == "abort" or event.output_tokens == len(tokens[number])
+    kinds = [type(events[0]) for events in ended.values()]
+    assert min(kinds.count(Pooled), kinds.count(Finished)) > 20

@@ -18,6 +18,7 @@ from kvasir.engine.gguf import read_gguf
 from kvasir.engine.sentencepiece_model import read_sentencepiece
 from kvasir.engine.tiktoken_file import read_ranks, read_tekken
 from kvasir.engine.tokenizer import Tokenizer
+from kvasir.engine.tokenizer_files import own_eos_token_ids
 
 Fixtures = list[tuple[str, list[int]]]
 
@@ -144,6 +145,7 @@ def test_tekken(data: Callable[[str], Path], fixtures: Callable[[str], Fixtures]
     assert tokenizer.encode("[INST]a[/INST]") == [1, 3, 64 + 1000, 4]
     assert (tokenizer.vocab_size, tokenizer.eos_token_ids, tokenizer.bos_token_id) == (5000, (2,), 1)
     assert tokenizer.token_text(999) == "<SPECIAL_999>"
+    assert own_eos_token_ids(tmp_path) == (2,)
     texts = [text for text, expected in fixtures("qwen2") if expected and max(expected) < 4000 and "'" not in text]
     assert len(texts) > 10
     for text, expected in fixtures("qwen2"):
@@ -218,6 +220,7 @@ def test_bert_word_pieces(
 
 
 def test_a_folder_without_a_tokenizer_names_what_was_looked_for(tmp_path: Path) -> None:
+    assert own_eos_token_ids(tmp_path) == ()
     with pytest.raises(ConfigError, match=r"looked for tokenizer.json, tekken.json, .* pass --tokenizer FOLDER"):
         Tokenizer.load(tmp_path)
 

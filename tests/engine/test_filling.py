@@ -1,0 +1,68 @@
+"""Many places are filled at once: in order, little ahead, and torch's threads are what they were."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvasir.engine.filling import fill_all
+
+
+@dataclass
+class Number:
+    """Fills its place with a number, and remembers with how many of torch's threads."""
+
+    value: int
+    fails: bool = False
+    threads: list[int] = field(default_factory=list)
+    name: str = "x"
+    original: str = "x"
+    shape: tuple[int, ...] = (3,)
+    nbytes: int = 12
+
+    def copy_to(self, place: Tensor) -> None:
+        if self.fails:
+            raise ValueError("broken")
+        self.threads.append(torch.get_num_threads())
+        place.fill_(self.value)
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_every_place_is_filled_in_order(threads: int) -> None:
+    fillers, places = [Number(i) for i in range(20)], [torch.zeros(3) for _ in range(20)]
+    assert list(fill_all(zip(fillers, places, strict=True))) == fillers
+    assert [place.tolist() for place in places] == [[i] * 3 for i in range(20)]
+    assert {filler.threads[0] for filler in fillers} == {1}
+    assert torch.get_num_threads() == threads
+
+
+def test_no_more_is_asked_for_than_is_worked_on(threads: int) -> None:
+    asked: list[int] = []
+
+    def pairs() -> Iterator[tuple[Number, Tensor]]:
+        for i in range(20):
+            asked.append(i)
+            yield Number(i), torch.zeros(3)
+
+    for done, _ in enumerate(fill_all(pairs())):
+        assert len(asked) <= done + threads
+
+
+def test_an_error_ends_it(threads: int) -> None:
+    pairs = [(Number(i, fails=i == 2), torch.zeros(3)) for i in range(9)]
+    with pytest.raises(ValueError, match="broken"):
+        list(fill_all(pairs))
+    assert torch.get_num_threads() == threads
+    assert threading.active_count() < 30
