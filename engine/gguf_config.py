@@ -20,10 +20,10 @@ RANK = 4
 def architecture(file: GGUF) -> str:
     """general.architecture; ConfigError names the supported ones."""
     arch = file.metadata.get("general.architecture")
-    if arch not in FAMILIES:
+    if not isinstance(arch, str) or arch not in FAMILIES:
         supported = ", ".join(sorted(FAMILIES))
-        raise ConfigError(f"{file.path}: general.architecture {arch!r} is not supported; supported are {supported}")
-    return str(arch)
+        raise ConfigError(f"{file.path}: general.architecture {arch!r:.40} is not supported; supported are {supported}")
+    return arch
 
 
 def config(file: GGUF) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def _ending(f: Facts) -> str:
 
 def common(f: Facts) -> dict[str, Any]:
     """What every family has, in the spelling that most configurations share."""
-    labels = f.get("classifier.output_labels")
+    labels = f.texts("classifier.output_labels")
     ids = {name: f.file.metadata.get(f"tokenizer.ggml.{name}") for name in ("bos_token_id", "eos_token_id")}
     turning = f.get("rope.dimension_count", f.head_dim)
     return ids | {
@@ -53,12 +53,12 @@ def common(f: Facts) -> dict[str, Any]:
         "num_key_value_heads": f.get("attention.head_count_kv", f.heads),
         "head_dim": f.head_dim,
         "intermediate_size": f.get("feed_forward_length"),
-        "max_position_embeddings": f.need("context_length"),
+        "max_position_embeddings": f.count("context_length"),
         "vocab_size": f.tensor("token_embd.weight").shape[0],
         "rms_norm_eps": f.get("attention.layer_norm_rms_epsilon"),
         "layer_norm_eps": f.get("attention.layer_norm_epsilon"),
         "rope_theta": f.get("rope.freq_base", 10000.0),
-        "rope_scaling": rope_scaling(f.file, f.arch, f.head_dim),
+        "rope_scaling": rope_scaling(f),
         "partial_rotary_factor": None if turning == f.head_dim else turning / f.head_dim,
         "tie_word_embeddings": not f.has("output.weight"),
         "attention_bias": f.has("blk.0.attn_q.bias"),

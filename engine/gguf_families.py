@@ -36,7 +36,7 @@ def _llama(f: Facts) -> dict[str, Any]:
 
 
 def _experts(f: Facts) -> dict[str, Any]:
-    return {"num_local_experts": f.need("expert_count"), "num_experts_per_tok": f.need("expert_used_count")}
+    return {"num_local_experts": f.experts, "num_experts_per_tok": f.count("expert_used_count")}
 
 
 def _llama4(f: Facts) -> dict[str, Any]:
@@ -46,10 +46,10 @@ def _llama4(f: Facts) -> dict[str, Any]:
     return _experts(f) | {
         "model_type": "llama4_text",
         "class": "Llama4",
-        "intermediate_size": f.need("expert_feed_forward_length"),
-        "intermediate_size_mlp": f.need("feed_forward_length"),
-        "interleave_moe_layer_step": f.need("interleave_moe_layer_step"),
-        "use_qk_norm": f.need("expert_count") != 128,
+        "intermediate_size": f.count("expert_feed_forward_length"),
+        "intermediate_size_mlp": f.count("feed_forward_length"),
+        "interleave_moe_layer_step": f.count("interleave_moe_layer_step"),
+        "use_qk_norm": f.experts != 128,
     }
 
 
@@ -76,8 +76,8 @@ def _sparse(f: Facts) -> dict[str, Any]:
     first = mixed.index(True) if True in mixed else f.fail("no layer has a router (ffn_gate_inp)")
     width = f.get("expert_feed_forward_length") or f.tensor(f"blk.{first}.ffn_up_exps.weight").shape[1]
     return {
-        "num_experts": f.need("expert_count"),
-        "num_experts_per_tok": f.need("expert_used_count"),
+        "num_experts": f.experts,
+        "num_experts_per_tok": f.count("expert_used_count"),
         "moe_intermediate_size": width,
         "mlp_only_layers": [i for i, sparse in enumerate(mixed) if not sparse],
     }
@@ -137,15 +137,15 @@ def _gemma3(f: Facts) -> dict[str, Any]:
 def _layer_types(f: Facts) -> list[str] | None:
     """Where the file lists which layers slide."""
     slides = f.per_layer("attention.sliding_window_pattern")
-    return ["sliding_attention" if each else "full_attention" for each in slides[: f.depth]] if slides else None
+    return ["sliding_attention" if each else "full_attention" for each in slides] if slides else None
 
 
 def _deepseek2(f: Facts) -> dict[str, Any]:
     """V2, V2-Lite, V3, R1. Older files list an attention's lengths before absorption, and no groups of experts."""
     sigmoid = f.get("expert_gating_func") == SIGMOID or f.has(f"blk.{f.depth - 1}.exp_probs_b.bias")
-    turning = f.need("rope.dimension_count")
-    groups = f.get("expert_group_count") or {160: 8, 256: 8}.get(f.need("expert_count"), 1)
-    used = f.get("expert_group_used_count") or {160: 3, 256: 4}.get(f.need("expert_count"), 1)
+    absorbed = "_mla" if f.get("attention.key_length_mla") else ""
+    groups = f.get("expert_group_count") or {160: 8, 256: 8}.get(f.experts, 1)
+    used = f.get("expert_group_used_count") or {160: 3, 256: 4}.get(f.experts, 1)
     return {
         "model_type": "deepseek_v3" if sigmoid else "deepseek_v2",
         "class": "DeepseekV3" if sigmoid else "DeepseekV2",
@@ -153,14 +153,14 @@ def _deepseek2(f: Facts) -> dict[str, Any]:
         "partial_rotary_factor": None,
         "num_key_value_heads": f.heads,
         "q_lora_rank": f.get("attention.q_lora_rank"),
-        "kv_lora_rank": f.need("attention.kv_lora_rank"),
-        "qk_rope_head_dim": turning,
-        "qk_nope_head_dim": (f.get("attention.key_length_mla") or f.need("attention.key_length")) - turning,
-        "v_head_dim": f.get("attention.value_length_mla") or f.need("attention.value_length"),
-        "n_routed_experts": f.need("expert_count"),
-        "num_experts_per_tok": f.need("expert_used_count"),
+        "kv_lora_rank": f.count("attention.kv_lora_rank"),
+        "qk_rope_head_dim": f.count("rope.dimension_count"),
+        "qk_nope_head_dim": _without_rope(f, f"attention.key_length{absorbed}"),
+        "v_head_dim": f.count(f"attention.value_length{absorbed}"),
+        "n_routed_experts": f.experts,
+        "num_experts_per_tok": f.count("expert_used_count"),
         "n_shared_experts": f.get("expert_shared_count", 0),
-        "moe_intermediate_size": f.need("expert_feed_forward_length"),
+        "moe_intermediate_size": f.count("expert_feed_forward_length"),
         "first_k_dense_replace": f.get("leading_dense_block_count", 0),
         "routed_scaling_factor": f.get("expert_weights_scale", 1.0),
         "norm_topk_prob": f.get("expert_weights_norm", False),
@@ -168,6 +168,12 @@ def _deepseek2(f: Facts) -> dict[str, Any]:
         "n_group": groups,
         "topk_group": used,
     }
+
+
+def _without_rope(f: Facts, key: str) -> int:
+    """Dimensions of a key that don't turn, given how many it has."""
+    nope = f.count(key) - f.count("rope.dimension_count")
+    return nope if nope > 0 else f.fail(f"{f.arch}.{key} must be more than rope.dimension_count")
 
 
 def _phi3(f: Facts) -> dict[str, Any]:
@@ -204,17 +210,17 @@ def _cohere2(f: Facts) -> dict[str, Any]:
 
 
 def _dbrx(f: Facts) -> dict[str, Any]:
-    attention = {"kv_n_heads": f.need("attention.head_count_kv"), "clip_qkv": f.get("attention.clamp_kqv")}
-    experts = {"moe_num_experts": f.need("expert_count"), "moe_top_k": f.need("expert_used_count")}
+    attention = {"kv_n_heads": f.count("attention.head_count_kv"), "clip_qkv": f.get("attention.clamp_kqv")}
+    experts = {"moe_num_experts": f.experts, "moe_top_k": f.count("expert_used_count")}
     return {
         "model_type": "dbrx",
         "class": "Dbrx",
         "d_model": f.hidden,
         "n_heads": f.heads,
         "n_layers": f.depth,
-        "max_seq_len": f.need("context_length"),
+        "max_seq_len": f.count("context_length"),
         "attn_config": attention | {"rope_theta": f.get("rope.freq_base", 10000.0)},
-        "ffn_config": experts | {"ffn_hidden_size": f.need("feed_forward_length")},
+        "ffn_config": experts | {"ffn_hidden_size": f.count("feed_forward_length")},
     }
 
 
@@ -226,7 +232,7 @@ def _falcon(f: Facts) -> dict[str, Any]:
         "num_kv_heads": f.get("attention.head_count_kv", 1),
         "new_decoder_architecture": True,
         "num_ln_in_parallel_attn": 2 if f.has("blk.0.attn_norm_2.weight") else 1,
-        "ffn_hidden_size": f.need("feed_forward_length"),
+        "ffn_hidden_size": f.count("feed_forward_length"),
         "layer_norm_epsilon": f.need("attention.layer_norm_epsilon"),
         "bias": f.has("blk.0.attn_qkv.bias"),
     }
@@ -245,7 +251,7 @@ def _gpt2(f: Facts) -> dict[str, Any]:
         "n_head": f.heads,
         "n_layer": f.depth,
         "n_positions": f.tensor("position_embd.weight").shape[0],
-        "n_inner": f.need("feed_forward_length"),
+        "n_inner": f.count("feed_forward_length"),
         "layer_norm_epsilon": f.need("attention.layer_norm_epsilon"),
     }
 
@@ -263,16 +269,15 @@ def _minicpm(f: Facts) -> dict[str, Any]:
 
 def _minicpm3(f: Facts) -> dict[str, Any]:
     """The factors are those of the one published model: the file leaves them out."""
-    turning = f.need("rope.dimension_count")
-    nope = f.need("attention.key_length") - turning
+    nope = _without_rope(f, "attention.key_length")
     return {
         "model_type": "minicpm3",
         "class": "MiniCPM3",
         "head_dim": None,
         "partial_rotary_factor": None,
         "q_lora_rank": f.get("attention.q_lora_rank"),
-        "kv_lora_rank": f.need("attention.kv_lora_rank"),
-        "qk_rope_head_dim": turning,
+        "kv_lora_rank": f.count("attention.kv_lora_rank"),
+        "qk_rope_head_dim": f.count("rope.dimension_count"),
         "qk_nope_head_dim": nope,
         "v_head_dim": f.tensor("blk.0.attn_kv_b.weight").shape[0] // f.heads - nope,
         "scale_emb": 12.0,
@@ -308,7 +313,7 @@ def _gpt_oss(f: Facts) -> dict[str, Any]:
     return _experts(f) | {
         "model_type": "gpt_oss",
         "class": "GptOss",
-        "intermediate_size": f.need("expert_feed_forward_length"),
+        "intermediate_size": f.count("expert_feed_forward_length"),
         "sliding_window": f.need("attention.sliding_window"),
         "layer_types": _layer_types(f),
     }
@@ -335,7 +340,7 @@ def _nomic_bert(f: Facts) -> dict[str, Any]:
 
 def _jina_v2(f: Facts) -> dict[str, Any]:
     """llama.cpp's tensors tell the gated MLP by a gate, or by `up` of twice the width."""
-    doubled = f.tensor("blk.0.ffn_up.weight").shape[0] == 2 * f.need("feed_forward_length")
+    doubled = f.tensor("blk.0.ffn_up.weight").shape[0] == 2 * f.count("feed_forward_length")
     return {
         "model_type": "bert",
         "class": "JinaBert",

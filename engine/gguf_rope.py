@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvasir.engine.errors import ConfigError
-from kvasir.engine.gguf import GGUF
+from kvasir.engine.gguf_facts import Facts
 
 LLAMA3_TURNS = ((1.0, 4.0), (1.0, 1.0))
 """low_freq_factor and high_freq_factor of Llama 3 and of Llama 4 Scout."""
@@ -23,50 +22,49 @@ LOG_FACTOR = 0.1
 """deepseek2 files hold YaRN's mscale_all_dim times this."""
 
 
-def rope_scaling(file: GGUF, arch: str, head_dim: int) -> dict[str, Any] | None:
+def rope_scaling(f: Facts) -> dict[str, Any] | None:
     """The fields of config.json, None for a plain rope. Some scalings stand in tensors: a divisor for each frequency."""
-
-    def get(key: str, default: Any = None) -> Any:
-        return file.metadata.get(f"{arch}.rope.scaling.{key}", default)
-
-    if "rope_freqs.weight" in file.tensors:
-        theta = float(file.metadata.get(f"{arch}.rope.freq_base", 10000.0))
-        return _divided(_numbers(file, "rope_freqs.weight"), theta, head_dim)
-    original = get("original_context_length")
-    if "rope_factors_long.weight" in file.tensors:
+    if f.has("rope_freqs.weight"):
+        return _divided(_numbers(f, "rope_freqs.weight"), f.get("rope.freq_base", 10000.0), f.head_dim)
+    original = f.get("rope.scaling.original_context_length")
+    if f.has("rope_factors_long.weight"):
+        magnitude = f.get("rope.scaling.attn_factor")
         return {
             "rope_type": "longrope",
-            "long_factor": _numbers(file, "rope_factors_long.weight").tolist(),
-            "short_factor": _numbers(file, "rope_factors_short.weight").tolist(),
-            "original_max_position_embeddings": original or file.metadata.get(f"{arch}.context_length"),
-        } | ({} if get("attn_factor") is None else {"attention_factor": get("attn_factor")})
-    factor = get("factor") or file.metadata.get(f"{arch}.rope.scale_linear")
-    match get("type", "linear" if factor else "none"):
+            "long_factor": _numbers(f, "rope_factors_long.weight").tolist(),
+            "short_factor": _numbers(f, "rope_factors_short.weight").tolist(),
+            "original_max_position_embeddings": original or f.count("context_length"),
+        } | ({} if magnitude is None else {"attention_factor": magnitude})
+    factor = f.get("rope.scaling.factor") or f.get("rope.scale_linear")
+    kind = f.text("rope.scaling.type", "linear" if factor else "none")
+    match kind:
         case "none" | "longrope":
             return None
         case "linear":
             return {"rope_type": "linear", "factor": factor} if factor and factor != 1 else None
-        case "yarn" if factor:
-            return _yarn(get("yarn_log_multiplier"), factor, original, arch) | {
-                theirs: get(ours) for ours, theirs in YARN_KEYS.items() if get(ours) is not None
-            }
-    raise ConfigError(f"{file.path}: {arch}.rope.scaling.type {get('type')!r} is not supported, or lacks its factor")
+        case "yarn" if factor and original:
+            return _yarn(f, factor, original)
+    return f.fail(f"{f.arch}.rope.scaling.type {kind!r:.40} is not supported, or lacks its factor or original length")
 
 
-def _numbers(file: GGUF, name: str) -> npt.NDArray[np.float32]:
-    tensor = file.tensors.get(name)
-    if tensor is None or tensor.type.name != "F32":
-        raise ConfigError(f"{file.path}: tensor {name} of type F32 is missing")
+def _numbers(f: Facts, name: str) -> npt.NDArray[np.float32]:
+    tensor = f.tensor(name)
+    if tensor.type.name != "F32":
+        f.fail(f"tensor {name} has type {tensor.type.name}, F32 is needed")
     return tensor.rows.reshape(-1).view(np.float32)
 
 
-def _yarn(multiplier: float | None, factor: float, original: int | None, arch: str) -> dict[str, Any]:
+def _yarn(f: Facts, factor: float, original: int) -> dict[str, Any]:
     """DeepSeek's two mscales are equal in every published model; the file has one. gpt-oss rounds no border."""
     made = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-    if multiplier and arch == "deepseek2":
+    multiplier = f.get("rope.scaling.yarn_log_multiplier")
+    if multiplier and f.arch == "deepseek2":
         scale = round(multiplier / LOG_FACTOR, 6)
         made |= {"mscale": scale, "mscale_all_dim": scale}
-    return made | ({"truncate": False} if arch == "gpt-oss" else {})
+    if f.arch == "gpt-oss":
+        made["truncate"] = False
+    given = ((theirs, f.get(f"rope.scaling.{ours}")) for ours, theirs in YARN_KEYS.items())
+    return made | {key: value for key, value in given if value is not None}
 
 
 def _divided(divisors: npt.NDArray[np.float32], theta: float, head_dim: int) -> dict[str, Any] | None:

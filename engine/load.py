@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from kvasir.engine.arch import load_spec
+from kvasir.engine.arch import load_spec, module_name, supported
 from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.decoder import Decoder
@@ -22,12 +23,15 @@ from kvasir.engine.sentence_transformers import read_text_rules
 from kvasir.engine.spec import Spec
 from kvasir.engine.weights import load_decoder, random_decoder, weight_bytes
 
+if TYPE_CHECKING:  # transformers, which is slow to import and seldom needed
+    from kvasir.engine.fallback import Fallback
+
 
 @dataclass(frozen=True)
 class Loaded:
     """A model that is ready to run."""
 
-    decoder: Decoder
+    decoder: Decoder | Fallback
     cache: KVCache
     info: ModelInfo
     pooler: Pooler | None = None
@@ -37,16 +41,22 @@ class Loaded:
 def load(config: EngineConfig) -> Loaded:
     """Find, check and load the model. ConfigError says what is wrong and which flag to change."""
     files = ModelFiles(config)
-    spec = load_spec(files.config)
+    ours = module_name(files.config) in supported()
+    spec = load_spec(files.config) if ours else _fallback_spec(config, files)
     if config.max_model_len is None and (trained := read_text_rules(files.path).max_len):
         spec = dataclasses.replace(spec, max_len=min(spec.max_len, trained))
     device = resolve_device(config)
     dtype = resolve_dtype(config, files.config, device)
     torch.set_num_threads(config.num_threads or usable_cores())  # Ray sets OMP_NUM_THREADS, which is torch's default
     keep_freed_memory()
-    plan = plan_memory(config, spec, dtype=dtype, device=device, weight_bytes=weight_bytes(spec, dtype, device))
+    size = weight_bytes(spec, dtype, device) if ours else _fallback_bytes(config, files, dtype)
+    plan = plan_memory(config, spec, dtype=dtype, device=device, weight_bytes=size)
     pooling = pooling_of(files.config, spec, files.path)
-    decoder, pooler = _weights(config, files, spec, pooling, dtype, device)
+    decoder: Decoder | Fallback
+    if ours:
+        decoder, pooler = _weights(config, files, spec, pooling, dtype, device)
+    else:
+        decoder, pooler = _fallback(config, files, spec, dtype, device), None
     cache = KVCache(spec, plan.num_blocks, config.block_size, dtype, device, plan.layout)
     info = ModelInfo(
         name=(config.served_model_name or (config.model,))[0],
@@ -59,7 +69,7 @@ def load(config: EngineConfig) -> Loaded:
         device=str(device),
         max_num_seqs=config.max_num_seqs,
         memory_report=plan.report,
-        tasks=tasks_of(spec, pooling),
+        tasks=tasks_of(spec, pooling) if ours else ("generate",),
         labels=pooling.labels.names if pooling.labels else (),
     )
     return Loaded(decoder, cache, info, pooler)
@@ -76,3 +86,24 @@ def _weights(
     decoder = load_decoder(checkpoint, spec, dtype=dtype, device=device, progress=sys.stderr.isatty())
     head = checkpoint.head() if pooling.labels else {}
     return decoder, load_pooler(pooling, head, device, hidden=spec.hidden, token_types=spec.token_types)
+
+
+def _fallback_spec(config: EngineConfig, files: ModelFiles) -> Spec:
+    from kvasir.engine.fallback import fallback_spec
+
+    return fallback_spec(files.config, files.path, trust_remote_code=config.trust_remote_code)
+
+
+def _fallback_bytes(config: EngineConfig, files: ModelFiles, dtype: torch.dtype) -> int:
+    from kvasir.engine.fallback import fallback_bytes
+
+    return fallback_bytes(files.config, files.path, dtype, trust_remote_code=config.trust_remote_code)
+
+
+def _fallback(
+    config: EngineConfig, files: ModelFiles, spec: Spec, dtype: torch.dtype, device: torch.device
+) -> Fallback:
+    from kvasir.engine.fallback import load_fallback
+
+    trusted = config.trust_remote_code
+    return load_fallback(files.path, spec, files.config, dtype=dtype, device=device, trust_remote_code=trusted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from kvasir.engine.pooler import Pooler
 from kvasir.engine.sampler import Sampler, score_rows
 from kvasir.engine.step import NewSequence, Result, Slice, Step
 
+if TYPE_CHECKING:  # transformers, which is slow to import and seldom needed
+    from kvasir.engine.fallback import Fallback
+
 LEAST_LOGITS = 256
 
 
@@ -25,7 +29,7 @@ class Rank:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Decoder | Fallback,
         cache: KVCache,
         *,
         max_num_seqs: int,

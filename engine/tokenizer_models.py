@@ -83,8 +83,7 @@ class Spaces:
         """Spaces as U+2581, after the replacements; the prefix too, unless it comes once."""
         steps: list[normalizers.Normalizer] = []
         if self.charsmap:
-            _check_charsmap(self.charsmap)
-            steps.append(normalizers.Precompiled(self.charsmap))
+            steps.append(_replacements(self.charsmap))
         if self.collapse:
             steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
         if self.prefix and not self.prefix_once:
@@ -206,26 +205,33 @@ def _bpe(ids: dict[str, int], merges: list[Merge], **options: Any) -> models.BPE
     return models.BPE(ids, merges, **options)
 
 
-def _check_charsmap(data: bytes) -> None:
-    """ConfigError unless every walk through the table stays in it: `tokenizers` doesn't look. It is the length of a
-    double array (Yata's darts-clone), the array, and the texts that its leaves point into, each ended by a zero."""
+def _replacements(data: bytes) -> normalizers.Normalizer:
+    """SentencePiece's table: the length of a double array (Yata's darts-clone), the array, and the texts that its leaves
+    point into, each ended by a zero. ConfigError unless every walk stays inside: `tokenizers` doesn't look."""
     size = int.from_bytes(data[:4], "little")
-    units, texts = array("I", data[4 : 4 + size // 4 * 4]), data[4 + size :]
+    good = size % 4 == 0 and 0 < size < len(data) - 4 and data.endswith(b"\0")
+    units, texts = array("I", data[4 : 4 + size] if good else b""), data[4 + size :]
     if sys.byteorder == "big":
         units.byteswap()
-    good = size % 4 == 0 and len(units) * 4 == size > 0 and texts.endswith(b"\0")
-    for i, unit in enumerate(units if good else ()):
-        if unit >> 31:
-            continue  # a leaf, looked at from its parent
-        child = i ^ (unit >> 10) << ((unit & 1 << 9) >> 6)
-        good = good and child | 255 < len(units)
-        if good and unit >> 8 & 1:
-            text = units[child] & 0x7FFFFFFF
-            good = text < len(texts) and texts[text] & 0xC0 != 0x80
-    if not good:
+    if not good or not all(_stays_inside(i, units, texts) for i in range(len(units))):
         raise ConfigError(
             "the tokenizer's table of replacements (precompiled_charsmap) is malformed", param="tokenizer"
         )
+    try:
+        return normalizers.Precompiled(data)
+    except Exception as error:  # tokenizers raises Exception itself
+        raise ConfigError(f"the tokenizer's precompiled_charsmap is malformed: {error}", param="tokenizer") from error
+
+
+def _stays_inside(i: int, units: array[int], texts: bytes) -> bool:
+    unit = units[i]
+    if unit >> 31 and i:
+        return True  # a leaf, looked at from its parent; the root is none
+    child = i ^ ((unit >> 10) << ((unit & 0x200) >> 6))
+    if child | 0xFF >= len(units):
+        return False
+    text = units[child] & 0x7FFFFFFF
+    return not unit & 0x100 or (text < len(texts) and texts[text] & 0xC0 != 0x80)
 
 
 def _space_runs(vocabulary: Vocabulary) -> Iterator[AddedToken]:

@@ -12,6 +12,7 @@ import grpc
 import httpx
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from kvasir.cluster.batch_file import run_batch
 from kvasir.cluster.config import GatewayConfig
@@ -180,3 +181,45 @@ def test_batch_file(minilm, expected, tmp_path):
         close(item["embedding"], expected[text])
     assert found["r"]["body"]["results"][0]["index"] == 1
     assert (found["x"]["status_code"], found["x"]["body"]["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_gguf(minilm, expected, tmp_path):
+    """The same model as llama.cpp's converter writes it: vocabulary, pooling and limits come from the one file."""
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "all-minilm.gguf"
+    write_gguf(gguf, minilm, path)
+    with LLM(str(path), max_num_seqs=32) as llm:
+        assert llm.engine.info.tasks == ("embed",)
+        for text, output in zip(TEXTS, llm.embed(TEXTS, use_tqdm=False), strict=True):
+            close(output.outputs.embedding, expected[text])
+
+
+def write_gguf(gguf, folder, path):
+    config = json.loads((folder / "config.json").read_text())
+    writer = gguf.GGUFWriter(path, "bert")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_layer_norm_eps(config["layer_norm_eps"])
+    writer.add_causal_attention(False)
+    writer.add_pooling_type(gguf.PoolingType.MEAN)
+    words = (folder / "vocab.txt").read_text().splitlines()
+    special = [word.startswith("[") and word.endswith("]") for word in words]
+    plain = [word[2:] if word.startswith("##") else "\u2581" + word for word in words]
+    writer.add_tokenizer_model("bert")
+    writer.add_tokenizer_pre("jina-v2-en")
+    writer.add_token_list([word if own else text for word, text, own in zip(words, plain, special, strict=True)])
+    writer.add_token_types([3 if own else 1 for own in special])
+    writer.add_token_type_count(2)
+    for add, name in (("unk", "[UNK]"), ("sep", "[SEP]"), ("pad", "[PAD]"), ("mask", "[MASK]")):
+        getattr(writer, f"add_{add}_token_id")(words.index(name))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.BERT, config["num_hidden_layers"])
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if not name.startswith("pooler.") and not name.endswith("position_ids"):
+            writer.add_tensor(names.get_name(name, (".weight", ".bias")), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -19,10 +19,15 @@ def supported() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
+def module_name(config: Mapping[str, Any]) -> str:
+    """The file that a config.json asks for, whether it is there or not."""
+    kind = str(config.get("model_type")).replace("-", "_")
+    return ALIASES.get(kind, kind)
+
+
 def load_spec(config: Mapping[str, Any]) -> Spec:
     """The facts in a parsed config.json; ConfigError names what is unknown, missing or not supported."""
-    kind = str(config.get("model_type")).replace("-", "_")
-    kind = ALIASES.get(kind, kind)
+    kind = module_name(config)
     if kind not in supported():
         raise ConfigError(f"config.json: model_type {kind!r} is not supported; supported are {', '.join(supported())}")
     method = (config.get("quantization_config") or {}).get("quant_method")

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Q
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from kvasir.engine.arch import load_spec
@@ -204,10 +206,14 @@ def write(
 ) -> GGUFCheckpoint:
     writer = gguf.GGUFWriter(path, arch)
     for key, value in [*((f"{arch}.{key}", value) for key, value in metadata.items()), *whole.items()]:
-        add: Callable[[str, Any], None] = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[
-            type(value)
-        ]
-        add(key, value)
+        add: Mapping[type, Callable[[str, Any], None]] = {
+            bool: writer.add_bool,
+            int: writer.add_int64,
+            float: writer.add_float32,
+            str: writer.add_string,
+            list: writer.add_array,
+        }
+        add[type(value)](key, value)
     for name, tensor in tensors.items():
         own = kind if tensor.dim() > 1 else Q.F32
         writer.add_tensor(name, gguf.quants.quantize(tensor.contiguous().numpy(), own), raw_dtype=own)
@@ -321,7 +327,12 @@ def test_a_place_of_another_shape(tmp_path: Path) -> None:
     [
         ({"attention.head_count": None}, r"llama\.attention\.head_count is missing"),
         ({"context_length": None}, r"llama\.context_length is missing"),
-        ({"rope.scaling.factor": 2.0, "rope.scaling.type": 7}, "rope.scaling.type 7 is not supported"),
+        ({"rope.scaling.factor": 2.0, "rope.scaling.type": 7}, r"rope\.scaling\.type must be a text, it is 7"),
+        ({"block_count": 2**31 - 1}, r"block_count says 2147483647 layers, there are \d+ tensors"),
+        ({"embedding_length": 0}, r"embedding_length must be a positive integer, it is 0"),
+        ({"rope.freq_base": float("nan")}, r"rope\.freq_base must be a number, it is nan"),
+        ({"attention.head_count_kv": [2, 1]}, "head_count_kv differs from layer to layer"),
+        ({"expert_count": 7}, "must be a positive integer|is missing"),
         ({"attention.temperature_scale": 0.5}, "Ministral 3"),
     ],
 )
@@ -363,3 +374,29 @@ def test_a_classifiers_head(tmp_path: Path) -> None:
     assert not any("cls" in filler.name for filler in one.tensors(spec))
     score = write(tmp_path / "score.gguf", "llama", KEYS, tensors | {"cls.output.weight": out}).head()
     assert torch.equal(score["score.weight"], out)
+
+
+VALUES = st.one_of(
+    st.sampled_from(
+        [0, -1, 1, 2, 7, 2**31, 2**62, 0.0, -1.0, 1e38, float("nan"), float("inf"), True, False, "", "yarn"]
+    ),
+    st.lists(st.integers(-3, 9), min_size=1, max_size=3),
+    st.lists(st.just("word"), min_size=1, max_size=3),
+)
+SOURCES = [("llama", KEYS), ("deepseek2", {**KEYS, **LATENT_KEYS}), ("gemma3", {**KEYS, "attention.sliding_window": 4})]
+FURTHER = ("rope.scaling.type", "rope.scaling.factor", "attention.key_length", "nextn_predict_layers", "pooling_type")
+
+
+@settings(max_examples=150, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(SOURCES), st.data())
+def test_any_metadata_is_read_or_refused(
+    tmp_path: Path, source: tuple[str, dict[str, Any]], data: st.DataObject
+) -> None:
+    arch, keys = source
+    changed = data.draw(st.dictionaries(st.sampled_from([*keys, *FURTHER]), VALUES, min_size=1, max_size=3))
+    tensors = {"token_embd.weight": torch.zeros(4, 64), "blk.0.attn_norm.weight": torch.zeros(64)}
+    checkpoint = write(tmp_path / "model.gguf", arch, {**keys, **changed}, tensors)
+    try:
+        load_spec(checkpoint.config())
+    except ConfigError:
+        return

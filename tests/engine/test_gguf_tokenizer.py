@@ -216,10 +216,45 @@ def test_gemma4_writes_bytes_and_runs_of_spaces() -> None:
         (_bpe(add_bos_token=True, bos_token_id=99), "names no bos_token"),
         (_bpe(model="bert"), "unknown_token_id"),
         (_unigram(scores=np.zeros(3, np.float32)), "scores has 3 entries for 9 tokens"),
-        (_unigram(precompiled_charsmap=np.array([1, 2], np.uint8)), "unigram vocabulary is malformed"),
+        (_unigram(precompiled_charsmap=np.array([1, 2], np.uint8)), "precompiled_charsmap. is malformed"),
         (_unigram(tokens="x"), "tokens must be an array"),
+        (_unigram(unknown_token_id=99), "needs a token for unknown characters"),
+        (_bpe(bos_token_id="x"), "bos_token_id must be an integer, got 'x'"),
+        (_bpe(add_bos_token=[1]), r"add_bos_token must be true or false, got \[1\]"),
     ],
 )
 def test_what_is_refused(fields: Metadata, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         Tokenizer.from_gguf(fields)
+
+
+def test_any_metadata_gives_a_tokenizer_or_a_clear_error() -> None:
+    draw = random.Random(0)
+    odd: list[Any] = [None, 0, -1, 2**40, "x", "", [], [1, 2], ["a"] * 9, ["a", "b", "", "", "c", "d", "e", "f", "g"]]
+    odd += [
+        [1.5] * 9,
+        True,
+        {},
+        b"x",
+        float("nan"),
+        [None],
+        [[1]],
+        [" a"],
+        np.zeros(9, np.int32),
+        np.uint32(3),
+        [2**70] * 9,
+    ]
+    keys = ["model", "pre", "tokens", "scores", "token_type", "merges", "bos_token_id", "eos_token_id", "add_bos_token"]
+    keys += ["unknown_token_id", "add_sep_token", "precompiled_charsmap", "add_space_prefix", "eot_token_id"]
+    worked = 0
+    for _ in range(1500):
+        fields = draw.choice([_bpe(), _unigram(), {**_unigram(), "tokenizer.ggml.model": "llama"}])
+        for _ in range(draw.randrange(1, 3)):
+            fields[f"tokenizer.ggml.{draw.choice(keys)}"] = draw.choice(odd)
+        try:
+            tokenizer = Tokenizer.from_gguf(fields)
+            assert isinstance(tokenizer.decode(tokenizer.encode("a b\nab<|im_end|>")), str)
+            worked += 1
+        except ConfigError:
+            pass
+    assert 100 < worked < 1400

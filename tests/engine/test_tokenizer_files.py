@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import shutil
 import struct
 import time
@@ -19,6 +20,7 @@ from kvasir.engine.sentencepiece_model import read_sentencepiece
 from kvasir.engine.tiktoken_file import read_ranks, read_tekken
 from kvasir.engine.tokenizer import Tokenizer
 from kvasir.engine.tokenizer_files import own_eos_token_ids
+from kvasir.engine.tokenizer_models import Spaces
 
 Fixtures = list[tuple[str, list[int]]]
 
@@ -259,3 +261,33 @@ def test_broken_sentencepiece_models_end_in_a_clear_error() -> None:
             read_sentencepiece(_sentencepiece(["a"], [0], [1], kind=kind))
     with pytest.raises(ConfigError, match="holds no tokens"):
         read_sentencepiece(b"")
+
+
+def _charsmap() -> bytes:
+    """A table that replaces "a" by "bc", as SentencePiece compiles it: one block of units, the root first."""
+    units = [0] * 512
+    units[0] = 256 << 10  # children of the root begin at 256
+    units[256 ^ ord("a")] = ord("a") | 0x100 | (ord("a") << 10)  # is a leaf too, whose unit lies at 256
+    units[256] = 1 << 31 | 0
+    table = b"".join(unit.to_bytes(4, "little") for unit in units)
+    return len(table).to_bytes(4, "little") + table + b"bc\0"
+
+
+def test_tables_of_replacements_can_not_be_walked_out_of() -> None:
+    good = _charsmap()
+    assert Spaces(prefix=False, charsmap=good).normalizer().normalize_str("xay") == "xbcy"
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(400):
+        broken = bytearray(good)
+        for _ in range(draw.choice([1, 9])):
+            at = draw.choice([draw.randrange(8), draw.randrange(1028, len(good)), draw.randrange(len(good))])
+            broken[at] = draw.randrange(256)
+        try:
+            Spaces(charsmap=bytes(broken)).normalizer().normalize_str("xayabcdefgh")
+        except ConfigError:
+            refused += 1
+    assert refused > 100
+    for broken in (b"\0", good[:40], good[:-1], good[:4] + good[8:], b"\0\0\0\0\0"):
+        with pytest.raises(ConfigError, match="precompiled_charsmap"):
+            Spaces(charsmap=broken).normalizer()
