@@ -148,6 +148,20 @@ def bench_engine(args: argparse.Namespace) -> int:
     return run_bench(_engine_config(args), args)
 
 
+def models(args: argparse.Namespace) -> int:
+    """List what is supported."""
+    from kvasir.cluster.model_commands import models as list_models
+
+    return list_models(as_json=args.json)
+
+
+def show(args: argparse.Namespace) -> int:
+    """Print a model's facts."""
+    from kvasir.cluster.model_commands import show as show_model
+
+    return show_model(_engine_config(args), batch=args.batch, template=args.template, as_json=args.json)
+
+
 def doctor(args: argparse.Namespace) -> int:
     """Look at this machine."""
     from kvasir.cluster.doctor import doctor as run_doctor
@@ -191,6 +205,10 @@ def _parser() -> argparse.ArgumentParser:
     _bench_engine_parser(
         _command(kinds, "engine", bench_engine, "tokens per second of the engine in this process", "[MODEL] [flags]")
     )
+    models_parser = _command(commands, "models", models, "list the architectures and models that run here")
+    models_parser.add_argument("--json", action="store_true", help="print the list as JSON")
+    text = "print a model's facts and the memory that it takes, without reading its weights"
+    _show_parser(_command(commands, "show", show, text, "[MODEL] [flags]"))
     doctor_parser = _command(commands, "doctor", doctor, "what this machine can do, and what is wrong with it")
     doctor_parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser
@@ -235,7 +253,10 @@ def _batch_parser(parser: argparse.ArgumentParser) -> None:
         "output", type=Path, metavar="OUT", help="one answer per line; lines answered there already are skipped"
     )
     parser.add_argument(
-        "--model", dest="positional_model", metavar="MODEL", help="folder, hub id or bundled name (default: skald)"
+        "--model",
+        dest="positional_model",
+        metavar="MODEL",
+        help="folder, GGUF file, hub id or bundled name (default: skald)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     _add_options(parser, [option for option in options().values() if option.of_engine])
@@ -277,6 +298,16 @@ def _bench_engine_parser(parser: argparse.ArgumentParser) -> None:
     _add_options(parser, [option for option in options().values() if option.of_engine])
 
 
+def _show_parser(parser: argparse.ArgumentParser) -> None:
+    _model_argument(parser)
+    parser.add_argument(
+        "--batch", type=_count, metavar="N", default=1, help="sequences of --max-model-len tokens at once (default: 1)"
+    )
+    parser.add_argument("--template", action="store_true", help="print the chat template, and nothing else")
+    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+    _add_options(parser, [option for option in options().values() if option.of_engine])
+
+
 def _count(text: str) -> int:
     """For argparse: a whole number from 1."""
     if not text.isdecimal() or int(text) < 1:
@@ -294,7 +325,10 @@ def _rate(text: str) -> float:
 
 def _model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "positional_model", nargs="?", metavar="MODEL", help="folder, hub id or bundled name (default: skald)"
+        "positional_model",
+        nargs="?",
+        metavar="MODEL",
+        help="folder, GGUF file, hub id or bundled name (default: skald)",
     )
 
 

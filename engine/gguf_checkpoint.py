@@ -45,6 +45,10 @@ class Rows:
 
     def unbound(self) -> Iterator[Rows]:
         """One for each of the first dimension."""
+        if self.single:
+            raise ConfigError(
+                f"{self.stored.name} has shape {list(self.stored.shape)}, a row for each expert is needed"
+            )
         for data in self.data:
             yield Rows(self.stored, data, data.ndim == 1)
 

@@ -13,8 +13,9 @@ from typing import Any
 from kvasir.engine.errors import ClientError, ConfigError
 from kvasir.engine.request import SamplingParams
 
-SMALL = ("*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "*.tiktoken")
-"""Files that say what a model is; weights are chosen by their format."""
+SMALL = ("*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "*.tiktoken", "[0-9]_*/*.bin")
+"""Files that say what a model is, layers behind an embedder (2_Dense/pytorch_model.bin) among them; its weights are chosen by
+their format."""
 WEIGHTS = {
     "safetensors": ("*.safetensors",),
     "pt": ("*.bin", "*.pt", "*.pth"),

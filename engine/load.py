@@ -80,8 +80,8 @@ def _weights(
 ) -> tuple[Decoder, Pooler | None]:
     if config.load_format == "dummy":
         decoder = random_decoder(spec, dtype, device, config.seed)
-        labels = pooling.labels is not None
-        return decoder, None if labels else load_pooler(pooling, {}, device, hidden=spec.hidden)
+        head = {"score.weight": torch.zeros(pooling.width, spec.hidden)}
+        return decoder, load_pooler(pooling, head, device, hidden=spec.hidden, token_types=spec.token_types)
     checkpoint = files.checkpoint()
     decoder = load_decoder(checkpoint, spec, dtype=dtype, device=device, progress=sys.stderr.isatty())
     head = checkpoint.head() if pooling.labels else {}

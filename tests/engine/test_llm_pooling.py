@@ -215,6 +215,14 @@ def test_a_missing_head_is_named(made):
         start(folder)
 
 
+def test_dummy_weights(made):
+    """For benchmarks: a classifier of random weights and a head that prefers nothing."""
+    folder, _ = made("Bert", "ForSequenceClassification", num_labels=4)
+    (folder / "model.safetensors").unlink()
+    with start(folder, load_format="dummy") as llm:
+        close(llm.classify("a b", **QUIET)[0].outputs.probs, torch.full((4,), 0.25))
+
+
 def test_answers_that_are_no_token(made):
     folder, _ = made("Qwen3", pairs=False)
     config = json.loads((folder / "config.json").read_text())

@@ -1,0 +1,96 @@
+"""`kvasir models`: what runs here. `kvasir show`: a model's facts, before its weights are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+
+from kvasir.engine.config import EngineConfig
+from kvasir.engine.hub import bundled_models
+from kvasir.engine.model_facts import Family, ModelFacts, families, model_facts
+
+FALLBACK = (
+    "Other architectures run by transformers' own code over Kvasir's cache, if their attention can be replaced there:"
+    " slower, and a line in the log says so."
+)
+
+
+def models(*, as_json: bool) -> int:
+    """Print what is supported."""
+    found, bundled = families(), sorted(bundled_models())
+    if as_json:
+        print(json.dumps({"families": [asdict(family) for family in found], "bundled": bundled}, indent=1))
+        return 0
+    print(f"Bundled: {', '.join(bundled) or 'none'}\n")
+    print(_table(("model_type", "architectures", "about"), map(_row, found)))
+    print(f"\n{FALLBACK}")
+    return 0
+
+
+def show(engine: EngineConfig, *, batch: int, template: bool, as_json: bool) -> int:
+    """Print a model's facts, or its chat template alone."""
+    facts = model_facts(engine, batch)
+    if template:
+        print(facts.template or f"{facts.model} has no chat template")
+        return 0 if facts.template else 1
+    if as_json:
+        print(json.dumps(asdict(facts) | {"memory": asdict(facts.memory) | {"total": facts.memory.total}}, indent=1))
+        return 0
+    print(_table(None, _lines(facts)))
+    return 0
+
+
+def _row(family: Family) -> tuple[str, str, str]:
+    return family.model_type, ", ".join(family.architectures[:2]), family.about
+
+
+def _lines(facts: ModelFacts) -> Iterable[tuple[str, ...]]:
+    memory = facts.memory
+    active = "" if facts.active_parameters == facts.parameters else f", {_count(facts.active_parameters)} per token"
+    types = ", ".join(f"{count} {name}" for name, count in facts.tensor_types.items())
+    yield "model", facts.model
+    yield "path", facts.path
+    yield "family", facts.family
+    yield "architecture", ", ".join(facts.architectures) or facts.model_type
+    yield "can", ", ".join(facts.tasks)
+    yield "parameters", f"{_count(facts.parameters)}{active}"
+    yield "layers", facts.layers
+    yield "attention", facts.attention
+    yield "width", str(facts.hidden)
+    yield "context", f"{facts.context} tokens"
+    yield "positions", facts.rope
+    yield "vocabulary", str(facts.vocabulary)
+    yield "tokenizer", facts.tokenizer
+    yield "chat template", "yes (--template prints it)" if facts.chat_template else "no"
+    yield "weight files", _bytes(facts.disk) if facts.disk else "not here; they are fetched when the model is served"
+    if types:
+        yield "tensor types", types
+    yield "runs as", facts.dtype
+    if facts.generation:
+        yield "defaults", ", ".join(f"{name} {value}" for name, value in facts.generation.items())
+    yield "memory", f"{_bytes(memory.total)} for {memory.batch} x {memory.max_model_len} tokens"
+    yield "", f"{_bytes(memory.weights)} weights"
+    yield "", f"{_bytes(memory.kv_cache)} KV cache ({_bytes(memory.kv_cache_per_sequence)} a sequence)"
+    yield "", f"{_bytes(memory.activations)} activations (estimate)"
+
+
+def _table(heading: tuple[str, ...] | None, rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [*([heading] if heading else []), *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]) - 1)]
+    padded = ([f"{cell:<{width}}" for cell, width in zip(line, [*widths, 0], strict=True)] for line in lines)
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)
+
+
+def _count(number: int) -> str:
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
+
+
+def _bytes(size: int) -> str:
+    for unit, step in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= step:
+            return f"{size / step:.2f} {unit}"
+    return f"{size} B"

@@ -1,0 +1,133 @@
+"""`kvasir models` and `kvasir show`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvasir.cluster.cli import main
+from kvasir.engine.arch import supported
+
+MIXTRAL = {
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "torch_dtype": "bfloat16",
+}
+GEMMA = {
+    "model_type": "gemma3_text",
+    "architectures": ["Gemma3ForCausalLM"],
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "vocab_size": 262144,
+    "sliding_window": 512,
+    "max_position_embeddings": 32768,
+    "torch_dtype": "bfloat16",
+}
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert not end.value.code
+    return capsys.readouterr().out
+
+
+def folder(tmp_path: Path, config: dict[str, Any]) -> str:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return str(tmp_path)
+
+
+def facts(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(shown(capsys, "show", *arguments, "--json"))
+    return found
+
+
+def test_every_family_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(shown(capsys, "models", "--json"))
+    assert [family["model_type"] for family in found["families"]] == supported()
+    assert all(family["architectures"] and len(family["about"]) > 20 for family in found["families"])
+    assert "skald" in found["bundled"]
+    text = shown(capsys, "models")
+    assert "DeepseekV3ForCausalLM" in text
+    assert "transformers' own code" in text
+
+
+def test_the_bundled_model(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, "show")
+    assert "3.25 M" in text
+    assert "Qwen 3: Llama with RMS-normalised heads" in text
+    assert "{%" in shown(capsys, "show", "skald", "--template")
+
+
+def test_experts_count_once_per_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Mixtral 8x7B: 46.7 B parameters, 12.9 B of them for one token (arXiv:2401.04088)."""
+    found = facts(capsys, folder(tmp_path, MIXTRAL), "--dtype", "bfloat16", "--max-model-len", "4k", "--batch", "3")
+    assert round(found["parameters"] / 1e9, 1) == 46.7
+    assert round(found["active_parameters"] / 1e9, 1) == 12.9
+    assert "2 of 8 experts" in found["layers"]
+    each = 4000 * 32 * 8 * 128 * 2 * 2
+    assert found["memory"]["kv_cache_per_sequence"] == each
+    assert found["memory"]["kv_cache"] == 3 * each
+    assert found["memory"]["weights"] >= 2 * found["parameters"]
+    assert found["tokenizer"].startswith("none (")
+
+
+def test_layers_that_slide_take_less(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = facts(capsys, folder(tmp_path, GEMMA), "--dtype", "bfloat16")
+    assert found["layers"] == "26 (22 see 512 tokens, 4 see all)"
+    everything = 32768 * 26 * 256 * 2 * 2
+    assert found["memory"]["kv_cache_per_sequence"] < everything / 4
+    assert "base 10000" in found["rope"]
+    assert "base 1e+06" in found["rope"]
+
+
+def test_a_gguf_file(data: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    found = facts(capsys, str(data("model-stories260k/stories260k.f32.gguf")))
+    assert found["tensor_types"] == {"F32": 48}
+    assert found["context"] == 512
+    assert found["tasks"] == ["generate", "embed"]
+
+
+def test_what_transformers_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}  # fmt: skip
+    found = facts(capsys, folder(tmp_path, {**small, "model_type": "arcee", "architectures": ["ArceeForCausalLM"]}))
+    assert found["family"] == "runs by transformers' own code"
+    assert found["parameters"] > 0
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({}, "has no config.json"),
+        ({"config.json": "{"}, "isn't valid JSON"),
+        ({"config.json": '{"model_type": "llamma"}'}, "nearest known is 'llama'"),
+        ({"config.json": '{"model_type": "llama"}'}, "is missing"),
+    ],
+)
+def test_what_is_no_model(files: dict[str, str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit) as end:
+        main(["show", str(tmp_path)])
+    assert end.value.code == 1
+    assert says in capsys.readouterr().err
