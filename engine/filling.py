@@ -22,10 +22,7 @@ def fill_all(pairs: Iterable[tuple[Filler, Tensor]]) -> Iterator[Filler]:
     """
     threads = torch.get_num_threads()
     if threads == 1:
-        for filler, place in pairs:
-            filler.copy_to(place)
-            del place  # whoever packs it now must be the last to hold it
-            yield filler
+        yield from fill_each(pairs)
         return
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     running: deque[Future[Filler]] = deque()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import torch
 from kvasir.engine.arch import load_spec
 from kvasir.engine.checkpoint import Checkpoint, open_checkpoint
 from kvasir.engine.decoder import Decoder
+from kvasir.engine.errors import ConfigError
+from kvasir.engine.gguf import read_gguf
 from kvasir.engine.gguf_checkpoint import GGUFCheckpoint
 from kvasir.engine.gguf_families import FAMILIES
 from kvasir.engine.gguf_names import canonical
@@ -74,3 +78,26 @@ def test_names_of_published_models(name: str, data: Data) -> None:
     unknown = {tensor for tensor in names if canonical(tensor, SCHEMAS[name]) is None}
     assert not unknown
     assert SCHEMAS[name] in FAMILIES
+
+
+def test_a_damaged_model_is_refused_or_loaded(data: Data, tmp_path: Path) -> None:
+    """Bytes of its header flipped: metadata, names, shapes, types, offsets. Nothing but ConfigError, nothing for long."""
+    content = data("model-stories260k/stories260k.f32.gguf").read_bytes()
+    tensors = read_gguf(data("model-stories260k/stories260k.f32.gguf")).tensors.values()
+    header, path, rng = min(tensor.start for tensor in tensors), tmp_path / "damaged.gguf", random.Random(0)
+    refused, start = 0, time.perf_counter()
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(rng.choice((0, header - 3000)), header)
+            damaged[at] = rng.choice((0, 1, 2, 8, 9, 127, 128, 255))
+        path.write_bytes(damaged)
+        try:
+            checkpoint = GGUFCheckpoint(path)
+            spec = load_spec(checkpoint.config())
+            for filler in checkpoint.tensors(spec):
+                filler.copy_to(torch.empty(filler.shape))
+        except ConfigError:
+            refused += 1
+    assert 100 < refused < 300
+    assert time.perf_counter() - start < 60
