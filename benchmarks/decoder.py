@@ -17,14 +17,14 @@ from torch import Tensor
 
 from kvasir.engine.cache import KVCache
 from kvasir.engine.decoder import Decoder
-from kvasir.engine.layers import rope_frequencies
 from kvasir.engine.memory import keep_freed_memory
+from kvasir.engine.rope import turning
 from kvasir.engine.spec import Layer, Rope, Spec
 from kvasir.engine.weights import random_decoder
 from kvasir.kernels.ragged import Ragged
 
 CPU = torch.device("cpu")
-ROPE = Rope(10000.0)
+ROPE = Rope(10000.0, dim=64)
 BLOCK = 16
 SHAPES = {
     "1B": {"hidden": 2048, "ffn": 8192, "heads": 32, "kv_heads": 8, "depth": 16},
@@ -46,7 +46,7 @@ class Plain:
         self.spec, self.w = spec, weights
         shape = (len(spec.layers), batch, spec.kv_heads, longest, spec.head_dim)
         self.k, self.v = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
-        self.inv = rope_frequencies(ROPE, spec.head_dim)
+        self.inv = turning(ROPE).frequencies
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         return F.rms_norm(x, (self.spec.hidden,), self.w[name], self.spec.eps)
@@ -73,16 +73,16 @@ class Plain:
         x = F.embedding(tokens, w["embed.weight"])
         for i in range(len(self.spec.layers)):
             p = f"blocks.{i}."
-            h = self.norm(x, f"{p}attn_norm")
+            h = self.norm(x, f"{p}attn_norm.weight")
             q, k, v = (F.linear(h, w[f"{p}attn.{m}.weight"]).view(s, n, -1, d).transpose(1, 2) for m in "qkv")
             self.k[i][:, :, start : start + n] = self.rotate(k, cos, sin)
             self.v[i][:, :, start : start + n] = v
             y = self.attend(self.rotate(q, cos, sin), self.k[i][:, :, : start + n], self.v[i][:, :, : start + n])
             x = x + F.linear(y.transpose(1, 2).reshape(s, n, -1), w[f"{p}attn.o.weight"])
-            h = self.norm(x, f"{p}mlp_norm")
+            h = self.norm(x, f"{p}mlp_norm.weight")
             h = F.silu(F.linear(h, w[f"{p}mlp.gate.weight"])) * F.linear(h, w[f"{p}mlp.up.weight"])
             x = x + F.linear(h, w[f"{p}mlp.down.weight"])
-        return F.linear(self.norm(x[:, -1], "norm"), w["embed.weight"]).float()
+        return F.linear(self.norm(x[:, -1], "norm.weight"), w["embed.weight"]).float()
 
 
 class Paged:

@@ -5,6 +5,8 @@ Keys: gguf-py's constants.py.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from typing import Any
 
 from kvasir.engine.errors import ConfigError
@@ -15,6 +17,7 @@ from kvasir.engine.gguf_rope import rope_scaling
 
 POOLING = {1: "mean", 2: "cls", 3: "lasttoken", 4: "rank"}
 RANK = 4
+DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16"}
 
 
 def architecture(file: GGUF) -> str:
@@ -68,4 +71,13 @@ def common(f: Facts) -> dict[str, Any]:
         "is_causal": False if f.get("attention.causal") is False else None,
         "id2label": {str(i): label for i, label in enumerate(labels)} if labels else None,
         "pooling_type": POOLING.get(f.get("pooling_type", 0)),
+        "torch_dtype": _dtype(f.file),
     }
+
+
+def _dtype(file: GGUF) -> str:
+    """What most of the numbers are stored in; bfloat16 for blocks, whose few bits fit into it."""
+    counts: Counter[str] = Counter()
+    for tensor in file.tensors.values():
+        counts[DTYPES.get(tensor.type.name, "bfloat16")] += math.prod(tensor.shape)
+    return counts.most_common(1)[0][0]

@@ -276,6 +276,7 @@ def test_quantised(kind: Q, dtype: torch.dtype, tmp_path: Path) -> None:
     spec = load_spec({**SIZES, "model_type": "llama"})
     expected, tensors = stored(spec, permuted)
     checkpoint = write(tmp_path / "model.gguf", "llama", KEYS, tensors, kind)
+    assert checkpoint.config()["torch_dtype"] == ("float16" if kind is Q.F16 else "bfloat16")
     assert checkpoint.total_bytes == sum(filler.nbytes for filler in checkpoint.tensors(spec))
     for name, tensor in loaded(checkpoint, spec, dtype).items():
         own = kind if tensor.dim() > 1 else Q.F32
