@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from kvasir.engine.errors import ERRORS, ClientError, KvasirError, ServerError
 from kvasir.engine.event import Event, Failed, Finished, FinishReason, Pooled, Timing, Token, TokenLogprob
 from kvasir.engine.info import ModelInfo
-from kvasir.engine.request import PoolingParams, Request, SamplingParams
+from kvasir.engine.request import PoolingParams, Request, SamplingParams, StructuredOutput
 from kvasir.engine.scheduler import Stats
 from kvasir.proto import group_pb2 as pb
 
@@ -74,8 +74,11 @@ def encode_request(request: Request, number: int) -> pb.Submit:
 
 def decode_request(message: pb.Submit, request_id: str) -> Request:
     """The request, under the name the engine knows it by. Raises ClientError as SamplingParams does."""
-    sampling = {field.name: _decode_field(message.sampling, field.name) for field in fields(SamplingParams)}
-    pooling = {field.name: _decode_field(message.pooling, field.name) for field in fields(PoolingParams)}
+    sampling = _decode_fields(message.sampling, SamplingParams)
+    if message.sampling.HasField("structured_outputs"):
+        found = _decode_fields(message.sampling.structured_outputs, StructuredOutput)
+        sampling["structured_outputs"] = StructuredOutput(**found)
+    pooling = _decode_fields(message.pooling, PoolingParams)
     return Request(
         request_id=request_id,
         prompt_token_ids=list(message.prompt_token_ids),
@@ -143,7 +146,7 @@ def encode_info(info: ModelInfo) -> pb.ModelInfo:
 
 def decode_info(message: pb.ModelInfo) -> ModelInfo:
     """The same on the gateway's side."""
-    return ModelInfo(**{field.name: _decode_field(message, field.name) for field in fields(ModelInfo)})
+    return ModelInfo(**_decode_fields(message, ModelInfo))
 
 
 def encode_stats(stats: Stats) -> pb.Stats:
@@ -153,7 +156,7 @@ def encode_stats(stats: Stats) -> pb.Stats:
 
 def decode_stats(message: pb.Stats) -> Stats:
     """The same on the gateway's side."""
-    return Stats(**{field.name: _decode_field(message, field.name) for field in fields(Stats)})
+    return Stats(**_decode_fields(message, Stats))
 
 
 def _encode_fields(message: M, source: object) -> M:
@@ -164,17 +167,24 @@ def _encode_fields(message: M, source: object) -> M:
             getattr(message, name).update(value)
         elif isinstance(value, (tuple, list)):
             getattr(message, name).extend(value)
+        elif isinstance(value, StructuredOutput):
+            _encode_fields(getattr(message, name), value)
         else:
             _set(message, **{name: value})
     return message
 
 
+def _decode_fields(message: Any, kind: type) -> dict[str, Any]:
+    """What `kind`, a dataclass with fields of the same names, is made from."""
+    return {field.name: _decode_field(message, field.name) for field in fields(kind)}
+
+
 def _decode_field(message: Any, name: str) -> Any:
-    """A field's value; None for an absent optional one."""
+    """A field's value; None for an absent optional one, and for a message."""
     kind = message.DESCRIPTOR.fields_by_name[name]
     value = getattr(message, name)
     if kind.message_type is not None:
-        return dict(value)
+        return dict(value) if kind.is_repeated else None
     if kind.is_repeated:
         return tuple(value)
     return None if kind.has_presence and not message.HasField(name) else value

@@ -16,6 +16,36 @@ MAX_N = 128
 
 
 @dataclass(frozen=True, kw_only=True)
+class StructuredOutput:
+    """What the output must look like: exactly one of the first six is set."""
+
+    json: str | None = None
+    """A JSON Schema, as JSON text."""
+    json_object: bool = False
+    """Any JSON object."""
+    regex: str | None = None
+    choice: Sequence[str] = ()
+    """One of these texts."""
+    grammar: str | None = None
+    """A context-free grammar: GBNF (llama.cpp), EBNF or Lark."""
+    structural_tag: str | None = None
+    """Tags between which a schema holds, outside of which text is free, as JSON text."""
+    after: Sequence[int] = ()
+    """Holds only behind the first occurrence of these token ids (the end of a model's thoughts); empty: from the start."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "choice", tuple(self.choice))
+        object.__setattr__(self, "after", tuple(self.after))
+        kinds = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
+        chosen = [name for name in kinds if getattr(self, name) not in (None, False, ())]
+        if len(chosen) != 1:
+            got = " and ".join(chosen) or "none"
+            raise ClientError(
+                f"structured output takes exactly one of {', '.join(kinds)}; got {got}", param="structured_outputs"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How tokens are chosen and when to stop. Ranges are checked by construction; errors name field and range."""
 
@@ -50,6 +80,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     detokenize: bool = True
+    structured_outputs: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):

@@ -10,7 +10,7 @@ from kvasir.cluster import wire
 from kvasir.engine.errors import ClientError, ContextLengthError, OverloadedError
 from kvasir.engine.event import Failed, Finished, Pooled, Timing, Token, TokenLogprob
 from kvasir.engine.info import ModelInfo
-from kvasir.engine.request import PoolingParams, Request, SamplingParams
+from kvasir.engine.request import PoolingParams, Request, SamplingParams, StructuredOutput
 from kvasir.engine.scheduler import Stats
 from kvasir.proto import group_pb2 as pb
 
@@ -42,6 +42,9 @@ def sent(message):
             logprobs=0, prompt_logprobs=20, skip_special_tokens=False, spaces_between_special_tokens=False,
         ),
         SamplingParams(detokenize=False),
+        SamplingParams(structured_outputs=StructuredOutput(json='{"type": "object"}', after=[5, 6])),
+        SamplingParams(structured_outputs=StructuredOutput(choice=["yes", "no"])),
+        SamplingParams(structured_outputs=StructuredOutput(json_object=True)),
     ],
 )  # fmt: skip
 def test_sampling_survives(sampling):
