@@ -47,7 +47,6 @@ def _gib(value: Any) -> int:
 
 TRUE = (True, "true", "True")
 FALSE = (False, "false", "False")
-_PARALLEL = "models run on one device so far"
 _LORA = "adapters are not supported yet"
 _DRAFT = "speculative decoding is not supported yet"
 _TASKS = "a model does all it can: generate, embed, classify or score, as its files say"
@@ -58,10 +57,7 @@ SPELLINGS: dict[str, Renamed | Always | Refused] = {
     "middleware": Refused("middleware is not supported"),
     "max_log_len": Refused("prompts are never logged"),
     "disable_log_requests": Always(TRUE, "requests are logged only with --enable-log-requests"),
-    "tensor_parallel_size": Always((1, "1"), _PARALLEL),
-    "pipeline_parallel_size": Always((1, "1"), _PARALLEL),
-    "data_parallel_size": Always((1, "1"), _PARALLEL),
-    "distributed_executor_backend": Always(("ray",), "ranks are Ray actors"),
+    "expert_parallel": Renamed("enable_expert_parallel"),
     "ray_workers_use_nsight": Always(FALSE, "profiling under Nsight is not supported"),
     "device_memory_utilization": Renamed("gpu_memory_utilization"),
     "swap_space": Always((0, "0", 0.0), "blocks are not swapped out yet"),
@@ -108,6 +104,7 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "VLLM_LOGGING_LEVEL": ("log_level", str.lower),
     "VLLM_CPU_KVCACHE_SPACE": ("kv_cache_memory_bytes", _gib),
     "VLLM_TARGET_DEVICE": ("device", str.lower),
+    "VLLM_PP_LAYER_PARTITION": ("pipeline_layer_partition", str),
 }
 """vLLM's variables -> (option, how its value reads). VLLM_API_KEY is read with KVASIR_API_KEY, never shown."""
 

@@ -35,6 +35,8 @@ GROUPS = {
               "trust_remote_code"),
     "memory and batching": ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "max_queue",
                             "gpu_memory_utilization", "kv_cache_memory_bytes", "enable_prefix_caching"),
+    "parallelism": ("tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel", "data_parallel_size",
+                    "pipeline_layer_partition", "distributed_executor_backend", "collective_timeout"),
     "listening": ("host", "port", "grpc_port", "num_gateways", "allowed_origins", "max_body_bytes",
                   "max_stream_buffer", "drain_timeout"),
     "security": ("api_key", "api_key_file", "insecure", "ssl_keyfile", "ssl_certfile"),
@@ -70,7 +72,8 @@ class Option:
         if value is None and self.default is None:
             return None
         if self.is_list:
-            return _texts(self, value)
+            found = _texts(self, value)
+            return found if typing.get_args(self.kind)[0] is str else tuple(_whole(self, part) for part in found)
         if self.choices is not None:
             return _choice(self, value)
         if typing.get_origin(self.kind) is collections.abc.Mapping:

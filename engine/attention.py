@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kvasir.engine.layers import Linear, Norm, empty
+from kvasir.engine.share import Share
 from kvasir.engine.spec import Latent, Layer, QueryScale, Rope, Spec
 from kvasir.kernels.attention import attention
 from kvasir.kernels.cache import write
@@ -20,19 +21,20 @@ Positional = dict[Union[Rope, QueryScale], Angles]
 """What depends on a step's positions alone: the angles of each distinct rope; a scale is (factors[T, 1, 1], same)."""
 
 
-def module(spec: Spec, layer: Layer, dtype: torch.dtype, device: torch.device) -> Attention | LatentAttention:
-    """The kind of attention that the spec asks for."""
-    if spec.latent is not None:
-        return LatentAttention(spec, spec.latent, layer, dtype, device)
-    return Attention(spec, layer, dtype, device)
+def module(share: Share, layer: Layer, dtype: torch.dtype, device: torch.device) -> Attention | LatentAttention:
+    """The kind of attention that the spec asks for, of this rank's heads: what it gives is this rank's part of a sum."""
+    if share.spec.latent is not None:
+        return LatentAttention(share.spec, share.spec.latent, layer, dtype, device)
+    return Attention(share, layer, dtype, device)
 
 
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245)."""
 
-    def __init__(self, spec: Spec, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, share: Share, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.spec, self.layer = spec, layer
+        spec = share.spec
+        self.spec, self.layer, self.share = spec, layer, share
         self.scale = spec.head_dim**-0.5 if spec.attn_scale is None else spec.attn_scale
         q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         self.qkv = Linear(spec.hidden, {"q": q, "k": kv, "v": kv}, spec.qkv_bias, dtype, device)
@@ -40,10 +42,12 @@ class Attention(nn.Module):
         self.q_norm = self._norm(spec.heads, dtype, device)
         self.k_norm = self._norm(spec.kv_heads, dtype, device)
         self.sinks = empty(spec.heads, dtype=dtype, device=device) if spec.sinks else None
-        slopes = torch.tensor(alibi_slopes(spec.heads)) * spec.alibi if spec.alibi else None
+        own = slice(share.heads.start, share.heads.stop)
+        slopes = torch.tensor(alibi_slopes(share.full.heads)[own]) * spec.alibi if spec.alibi else None
         self.slopes = slopes if slopes is None or device.type == "meta" else slopes.to(device)
         s = layer.sparse
-        self.sparse = None if s is None else (s.block, s.local, s.stride)
+        shift = 0 if s is None else max(1, s.stride // share.full.heads)
+        self.sparse = None if s is None else (s.block, s.local, s.stride, shift, share.heads.start)
 
     def _norm(self, heads: int, dtype: torch.dtype, device: torch.device) -> Norm | None:
         dim = self.spec.head_dim
@@ -85,7 +89,8 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.tensor_split((self.spec.heads,), 1)
             if self.spec.qk_norm == "row":
-                q, k = (norm(t.flatten(1)).view_as(t) for norm, t in ((self.q_norm, q), (self.k_norm, k)))
+                q, k = self._whole_rows(self.q_norm, self.k_norm, q.flatten(1), k.flatten(1))
+                q, k = (t.view(len(t), -1, self.spec.head_dim) for t in (q, k))
             else:
                 q, k = self.q_norm(q), self.k_norm(k)
             qk = torch.cat((q, k), 1)
@@ -94,6 +99,16 @@ class Attention(nn.Module):
         rope = self.layer.rope
         qk = rotate(qk, positional[rope], interleaved=rope.interleaved)
         return rms_norm(qk, None, self.spec.eps) if self.spec.qk_norm == "l2" else qk
+
+    def _whole_rows(self, q_norm: Norm, k_norm: Norm, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q[T, H * D] and k[T, K * D], normalised over the heads of all ranks."""
+        share, full = self.share, self.share.full
+        if share.mesh.tensor is None:
+            return q_norm(q), k_norm(k)
+        sums = [q.float().square().sum(-1), k.float().square().sum(-1) / share.kv_copies]
+        squares = share.mesh.reduce(torch.stack(sums, -1))
+        squares = squares / torch.tensor([full.heads, full.kv_heads], device=q.device) / full.head_dim
+        return q_norm.part(q, squares[:, :1]), k_norm.part(k, squares[:, 1:])
 
 
 class LatentAttention(nn.Module):

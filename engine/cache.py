@@ -18,7 +18,8 @@ Views = tuple[Tensor, Union[Tensor, None]]
 class KVCache:
     """N blocks of P slots. Nothing is written until it is used: on a CPU, untouched blocks cost no memory.
 
-    A block holds slots of as many layers as a group of the layout has; without a layout all layers are one group.
+    A block holds slots of as many layers as a group of the layout has; without a layout all layers are one group. A rank
+    of several keeps its own heads in the `layers` of its stage: the spec is its share's.
     """
 
     def __init__(
@@ -29,8 +30,10 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         layout: Layout | None = None,
+        layers: range | None = None,
     ) -> None:
         depth = len(spec.layers)
+        here = range(depth) if layers is None else layers
         self.num_blocks, self.block_size = num_blocks, block_size
         self.layout = layout or Layout((LayerGroup(tuple(range(depth))),), depth)
         bytes_ = num_blocks * self.block_bytes(spec, block_size, dtype, self.layout.height)
@@ -42,7 +45,7 @@ class KVCache:
         self.group_of = [0] * depth
         self._layers: list[Views] = [(views[0, 0], None)] * depth
         for number, group in enumerate(self.layout.groups):
-            for place, layer in enumerate(group.layers):
+            for place, layer in enumerate(layer for layer in group.layers if layer in here):
                 self.group_of[layer] = number
                 self._layers[layer] = (views[place, 0], views[place, 1] if spec.value_dim else None)
 

@@ -14,6 +14,7 @@ from kvasir.engine.dequantise import FP8, fp8, mxfp4
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.gguf import is_gguf
 from kvasir.engine.pooling import HEAD
+from kvasir.engine.share import Cut
 from kvasir.engine.spec import Spec
 from kvasir.engine.tensor_files import ConsolidatedFiles, NumpyFiles, Safetensors, TensorFiles, TorchFiles, files_of
 
@@ -41,8 +42,8 @@ class Filler(Protocol):
     def nbytes(self) -> int:
         """In the file."""
 
-    def copy_to(self, place: Tensor) -> None:
-        """Fill `place`, of this shape and of any dtype and device."""
+    def copy_to(self, place: Tensor, cut: Cut | None = None) -> None:
+        """Fill `place`, of this shape, or that of the cut, and of any dtype and device."""
 
 
 class Checkpoint(Protocol):
@@ -72,8 +73,8 @@ class Loaded:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.tensor.shape)
 
-    def copy_to(self, place: Tensor) -> None:
-        place.copy_(self.tensor)
+    def copy_to(self, place: Tensor, cut: Cut | None = None) -> None:
+        place.copy_(self.tensor if cut is None else self.tensor.narrow(cut.dim, cut.part.start, len(cut.part)))
 
 
 class NamedCheckpoint:

@@ -78,7 +78,22 @@ class EngineConfig:
     generation_config: Literal["auto", "none"] = "auto"
     """auto: default sampling parameters from the model's generation_config.json; none: Kvasir's own."""
     num_threads: int | None = None
-    """CPU threads for tensor work; default: the cores this process may use."""
+    """CPU threads of each rank for tensor work; default: the cores this process may use, shared by the ranks of a node."""
+    tensor_parallel_size: int = 1
+    """Ranks that hold a slice of every layer each, and add up their results twice per layer."""
+    pipeline_parallel_size: int = 1
+    """Stages of consecutive layers; ranks = tensor-parallel size x stages."""
+    enable_expert_parallel: bool = False
+    """Deal out experts whole over the tensor-parallel ranks, instead of a slice of each."""
+    pipeline_layer_partition: tuple[int, ...] = ()
+    """Layers of each stage (20,20,24); default: balanced by what a layer costs."""
+    data_parallel_size: int = 1
+    """Copies of the model, each with ranks of its own; requests go to the one with least to do."""
+    distributed_executor_backend: Literal["auto", "uni", "mp", "ray"] = "auto"
+    """Who runs the ranks: uni, this process (one rank); mp, processes on this node; ray, actors wherever the cluster has
+    room; auto: uni for one rank, ray under `kvasir serve`, else mp."""
+    collective_timeout: float = 30.0
+    """Seconds after which an exchange between ranks that hangs counts as failed, at start and later."""
 
     def __post_init__(self) -> None:
         for name, least in LEAST.items():
@@ -92,11 +107,24 @@ class EngineConfig:
                 raise _wrong(name, f"one of {', '.join(words)}", getattr(self, name))
         if not 0 < self.gpu_memory_utilization <= 1:
             raise _wrong("gpu_memory_utilization", "above 0 and at most 1", self.gpu_memory_utilization)
+        if not self.collective_timeout > 0:
+            raise _wrong("collective_timeout", "above 0", self.collective_timeout)
+        if self.distributed_executor_backend == "uni" and self.ranks > 1:
+            raise ConfigError(
+                f"--distributed-executor-backend uni runs one rank, --tensor-parallel-size {self.tensor_parallel_size} x"
+                f" --pipeline-parallel-size {self.pipeline_parallel_size} are {self.ranks}; use mp or ray",
+                param="distributed_executor_backend",
+            )
         if self.rope_theta is not None and self.rope_theta <= 0:
             raise _wrong("rope_theta", "above 0", self.rope_theta)
         for name in ("hf_overrides", "rope_scaling"):
             if not isinstance(getattr(self, name), Mapping):
                 raise _wrong(name, "a JSON object", getattr(self, name))
+
+    @property
+    def ranks(self) -> int:
+        """Processes that hold one copy of the model together."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
 LEAST = {
@@ -106,6 +134,9 @@ LEAST = {
     "block_size": 1,
     "max_queue": 1,
     "num_threads": 1,
+    "tensor_parallel_size": 1,
+    "pipeline_parallel_size": 1,
+    "data_parallel_size": 1,
     "kv_cache_memory_bytes": 1,
 }
 CHOICES = {name: get_args(kind) for name, kind in get_type_hints(EngineConfig).items() if get_origin(kind) is Literal}

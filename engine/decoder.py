@@ -13,6 +13,7 @@ from kvasir.engine.attention import Positional
 from kvasir.engine.cache import KVCache
 from kvasir.engine.layers import Linear, Norm, empty
 from kvasir.engine.rope import stretched_turning, turning
+from kvasir.engine.share import Share, share_of
 from kvasir.engine.spec import Layer, QueryScale, Spec
 from kvasir.kernels.linear import linear, packed
 from kvasir.kernels.ragged import Ragged
@@ -27,9 +28,10 @@ TABLES = ("embed", "positions", "token_types", "head")
 class Block(nn.Module):
     """Attention and MLP, each with its norms and the residual around it, in the order that `Spec.placement` says."""
 
-    def __init__(self, spec: Spec, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, share: Share, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.placement, self.scale = spec.placement, spec.residual_scale
+        spec = share.spec
+        self.placement, self.scale, self.mesh = spec.placement, spec.residual_scale, share.mesh
 
         def norm(*placements: str) -> Norm | None:
             return Norm(spec, (spec.hidden,), dtype, device) if spec.placement in placements else None
@@ -38,8 +40,8 @@ class Block(nn.Module):
         self.post_attn_norm = norm("post", "sandwich")
         self.mlp_norm = norm("pre", "sandwich", "parallel_two", "after")
         self.post_mlp_norm = norm("post", "sandwich")
-        self.attn = attention.module(spec, layer, dtype, device)
-        self.mlp = mlp.module(spec, layer, dtype, device)
+        self.attn = attention.module(share, layer, dtype, device)
+        self.mlp = mlp.module(share, layer, dtype, device)
 
     def forward(
         self, x: Tensor, positional: Positional, ragged: Ragged, cache: tuple[Tensor, Tensor], rows: Tensor | None
@@ -47,28 +49,38 @@ class Block(nn.Module):
         """x[T, M] -> [T, M], or [R, M] when only some rows are wanted: the others end with their keys and values."""
         before = self.placement in BEFORE
         h = _normed(self.attn_norm, x) if before else x
-        y = _normed(self.post_attn_norm, self.attn(h, positional, ragged, *cache))
+        y = self.attn(h, positional, ragged, *cache)
         if rows is not None:
             x, y, h = (t.index_select(0, rows) for t in (x, y, h))
-        if self.placement.startswith("parallel"):
+        if self.placement.startswith("parallel"):  # one sum over ranks for both
             h = h if self.mlp_norm is None else self.mlp_norm(x)
-            out: Tensor = x + y * self.scale + self.mlp(h) * self.scale
-            return out
-        x = x + y if self.scale == 1 else x + y * self.scale
+            return self._added(x, self.mesh.reduce(y + self.mlp(h)))
+        x = self._added(x, _normed(self.post_attn_norm, self.mesh.reduce(y)))
         if self.placement == "after":
             x = _normed(self.attn_norm, x)
-            return _normed(self.mlp_norm, x + self.mlp(x) * self.scale)
-        y = _normed(self.post_mlp_norm, self.mlp(_normed(self.mlp_norm, x)))
+            return _normed(self.mlp_norm, self._added(x, self.mesh.reduce(self.mlp(x))))
+        y = self.mesh.reduce(self.mlp(_normed(self.mlp_norm, x)))
+        return self._added(x, _normed(self.post_mlp_norm, y))
+
+    def _added(self, x: Tensor, y: Tensor) -> Tensor:
+        """The residual."""
         return x + y if self.scale == 1 else x + y * self.scale
 
 
 class Decoder(nn.Module):
-    """tokens[T] of any number of sequences, at any positions, to logits. Parameters are unfilled until loaded."""
+    """tokens[T] of any number of sequences, at any positions, to logits. Parameters are unfilled until loaded.
 
-    def __init__(self, spec: Spec, dtype: torch.dtype, device: torch.device) -> None:
+    With a `share` only that rank's part: its stage's layers, and its slice of their matrices, of the embedding and the
+    head, whose rows are dealt out by vocabulary.
+    """
+
+    def __init__(self, spec: Spec, dtype: torch.dtype, device: torch.device, share: Share | None = None) -> None:
         super().__init__()
         self.spec, self.dtype, self.device = spec, dtype, device
-        width = spec.embed_dim or spec.hidden
+        self.share = share = share or share_of(spec)
+        self.mesh = share.mesh
+        width, vocab = spec.embed_dim or spec.hidden, len(share.vocab)
+        first, last = share.first, share.last
 
         def table(rows: int, columns: int = spec.hidden) -> nn.Parameter | None:
             return empty(rows, columns, dtype=dtype, device=device) if rows else None
@@ -76,26 +88,34 @@ class Decoder(nn.Module):
         def projection(name: str, inputs: int, outputs: int) -> Linear | None:
             return Linear(inputs, {name: outputs}, False, dtype, device) if spec.embed_dim else None
 
-        self.embed = empty(spec.vocab, width, dtype=dtype, device=device)
-        self.positions, self.token_types = table(spec.positions), table(spec.token_types)
-        self.embed_norm = Norm(spec, (spec.hidden,), dtype, device) if spec.embed_norm else None
-        self.project_in = projection("project_in", width, spec.hidden)
-        self.project_out = projection("project_out", spec.hidden, width)
-        self.blocks = nn.ModuleList(Block(spec, layer, dtype, device) for layer in spec.layers)
-        self.norm = Norm(spec, (spec.hidden,), dtype, device) if spec.final_norm else None
-        self.head: Tensor | None = self.embed if spec.tied else table(spec.vocab, width)
-        if not spec.lm_head:
-            self.head = None
-        self.head_bias = empty(spec.vocab, dtype=dtype, device=device) if spec.head_bias else None
-        ropes = {layer.rope for layer in spec.layers if layer.rope is not None}
+        def norm(wanted: bool) -> Norm | None:
+            return Norm(spec, (spec.hidden,), dtype, device) if wanted else None
+
+        tied = spec.tied and spec.lm_head
+        self.embed = table(vocab, width) if first or (last and tied) else None
+        self.positions, self.token_types = table(spec.positions * first), table(spec.token_types * first)
+        self.embed_norm = norm(spec.embed_norm and first)
+        self.project_in = projection("project_in", width, spec.hidden) if first else None
+        self.project_out = projection("project_out", spec.hidden, width) if last else None
+        layers = [(number, spec.layers[number]) for number in share.layers]
+        self.blocks = nn.ModuleDict({str(number): Block(share, layer, dtype, device) for number, layer in layers})
+        self.norm = norm(spec.final_norm and last)
+        self.head: Tensor | None = None
+        if last and spec.lm_head:
+            self.head = self.embed if tied else table(vocab, width)
+        self.vocab_widths = share.vocab_widths
+        self.head_bias = empty(vocab, dtype=dtype, device=device) if spec.head_bias and last else None
+        ropes = {layer.rope for _, layer in layers if layer.rope is not None}
         self.turnings = {
             rope: (turning(rope).to(device), stretched_turning(rope, spec.max_len).to(device)) for rope in ropes
         }
-        self.query_scales = {layer.query_scale for layer in spec.layers if layer.query_scale is not None}
+        self.query_scales = {layer.query_scale for _, layer in layers if layer.query_scale is not None}
 
-    def forward(self, tokens: Tensor, ragged: Ragged, cache: KVCache, rows: Tensor) -> Tensor:
-        """tokens[T] int64, rows[R] int64 -> float32 logits[R, V] of those rows; keys and values go into the cache."""
-        return self.logits(self.hidden(tokens, ragged, cache, rows))
+    def forward(self, tokens: Tensor, ragged: Ragged, cache: KVCache, rows: Tensor) -> Tensor | None:
+        """tokens[T] int64, rows[R] int64 -> float32 logits[R, V] of those rows, None on a stage that isn't the last; keys
+        and values go into the cache."""
+        x = self.hidden(tokens, ragged, cache, rows)
+        return self.logits(x) if self.share.last else None
 
     @torch.inference_mode()
     def hidden(
@@ -106,12 +126,22 @@ class Decoder(nn.Module):
         rows: Tensor | None = None,
         token_types: Tensor | None = None,
     ) -> Tensor:
-        """The last hidden states [R, M] of those rows, or [T, M] of all; token_types[T] are segments, 0 by default."""
-        x = self._embedded(tokens, ragged, token_types)
+        """The last hidden states [R, M] of those rows, or [T, M] of all; token_types[T] are segments, 0 by default.
+
+        A stage that isn't the last hands its own [T, M] on to the next, and the result means nothing.
+        """
+        if self.share.first:
+            x = self._embedded(tokens, ragged, token_types)
+        else:
+            x = self.mesh.receive(len(tokens), self.spec.hidden, self.dtype, self.device)
         positional = self._positional(ragged, x.dtype)
-        last = len(self.blocks) - 1
-        for i, block in enumerate(self.blocks):
-            x = block(x, positional, ragged.group(cache.group_of[i]), cache.layer(i), rows if i == last else None)
+        layers = self.share.layers
+        for i, block in zip(layers, self.blocks.values(), strict=True):
+            chosen = rows if self.share.last and i == layers[-1] else None
+            x = block(x, positional, ragged.group(cache.group_of[i]), cache.layer(i), chosen)
+        if not self.share.last:
+            self.mesh.send(x)
+            return x
         return _normed(self.norm, x)
 
     @torch.inference_mode()
@@ -120,14 +150,14 @@ class Decoder(nn.Module):
         assert self.head is not None, "this model has no output head"
         if self.project_out is not None:
             x = self.project_out(x)
-        logits = linear(x, self.head, self.head_bias).float()
+        logits = self.mesh.gather(linear(x, self.head, self.head_bias).float(), self.vocab_widths)
         if self.spec.logit_scale != 1:
             logits *= self.spec.logit_scale
         cap = self.spec.logit_softcap
         return logits if cap is None else (logits / cap).tanh() * cap
 
     def _embedded(self, tokens: Tensor, ragged: Ragged, token_types: Tensor | None) -> Tensor:
-        x = F.embedding(tokens, self.embed)
+        x = self._looked_up(tokens)
         if self.spec.embed_scale != 1:
             x = x * torch.tensor(self.spec.embed_scale, dtype=x.dtype)  # rounded first, as Gemma was trained
         if self.project_in is not None:
@@ -137,6 +167,15 @@ class Decoder(nn.Module):
         if self.token_types is not None:
             x = x + F.embedding(torch.zeros_like(tokens) if token_types is None else token_types, self.token_types)
         return _normed(self.embed_norm, x)
+
+    def _looked_up(self, tokens: Tensor) -> Tensor:
+        assert self.embed is not None
+        own = self.share.vocab
+        if len(own) == self.spec.vocab:
+            return F.embedding(tokens, self.embed)
+        here = (tokens >= own.start) & (tokens < own.stop)
+        x = F.embedding((tokens - own.start).clamp(0, len(own) - 1), self.embed)
+        return self.mesh.reduce(x * here[:, None])
 
     def _positional(self, ragged: Ragged, dtype: torch.dtype) -> Positional:
         found: Positional = {
@@ -154,6 +193,8 @@ class Decoder(nn.Module):
             head = packed(self.head)
             del self.head
             self.head = head
+        if not self.share.first:  # it was there for the tied head
+            self.embed = None
 
     def stacked(self) -> Iterator[tuple[Linear, list[str]]]:
         """Every matrix with the canonical names of its parts."""

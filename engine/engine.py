@@ -13,10 +13,10 @@ from kvasir.engine.blocks import BlockPool, salted
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ClientError, KvasirError, OverloadedError, UnavailableError
 from kvasir.engine.event import Event, Failed, FinishReason
-from kvasir.engine.load import Loaded, load
+from kvasir.engine.executor import Executor, LocalExecutor, executor_of
+from kvasir.engine.load import Loaded
 from kvasir.engine.memory import token_budget
 from kvasir.engine.pooling import check_dimensions
-from kvasir.engine.rank import Rank
 from kvasir.engine.request import PoolingParams, Request, SamplingParams
 from kvasir.engine.scheduler import Scheduler, Stats
 from kvasir.engine.step import NewSequence, Slice, Step
@@ -36,18 +36,19 @@ class Engine:
     hosts an engine watches `failure` and `heartbeat`.
     """
 
-    def __init__(self, config: EngineConfig, deliver: Deliver, loaded: Loaded | None = None) -> None:
-        loaded = loaded or load(config)
+    def __init__(
+        self,
+        config: EngineConfig,
+        deliver: Deliver,
+        loaded: Loaded | None = None,
+        executor: Executor | None = None,
+    ) -> None:
+        if executor is None:
+            executor = executor_of(config) if loaded is None else LocalExecutor(config, loaded)
+        self._executor, loaded = executor, executor.loaded
         self.config, self.info = config, loaded.info
         self._deliver = deliver
         self._pooler, self._token_types = loaded.pooler, loaded.decoder.spec.token_types
-        self._rank = Rank(
-            loaded.decoder,
-            loaded.cache,
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=loaded.info.max_model_len,
-            pooler=loaded.pooler,
-        )
         spec = loaded.decoder.spec
         caching = config.enable_prefix_caching and spec.causal
         self.pool = BlockPool(loaded.cache.num_blocks, config.block_size, prefix_caching=caching)
@@ -63,7 +64,10 @@ class Engine:
             whole_prompts=not spec.causal,
             pool_last=loaded.pooler is not None and loaded.pooler.pooling.from_last,
             stretch_len=spec.stretch_len,
+            depth=executor.depth,
         )
+        self._flying: deque[Step] = deque()
+        self._groups = len(loaded.cache.layout.groups)
         self._wake = threading.Condition()
         self._inbox: deque[Request | tuple[str, int | None, FinishReason]] = deque()
         self._accepted: set[str] = set()
@@ -80,8 +84,9 @@ class Engine:
         pool = "generate" not in self.info.tasks
         pooling = PoolingParams() if pool else None
         first = NewSequence(0, (0,), 1, SamplingParams(temperature=0), 0, (), pooling=pooling)
-        blocks = tuple((0, group, (0,)) for group in range(len(self._rank.cache.layout.groups)))
-        self._rank.run(Step(0, new=(first,), blocks=blocks, slices=(Slice(0, 0, 1, not pool, pool=pool),)))
+        blocks = tuple((0, group, (0,)) for group in range(self._groups))
+        self._executor.launch(Step(0, new=(first,), blocks=blocks, slices=(Slice(0, 0, 1, not pool, pool=pool),)))
+        self._executor.collect()
         self._thread.start()
 
     def shutdown(self) -> None:
@@ -92,6 +97,7 @@ class Engine:
         if self._thread.is_alive() and self._thread is not threading.current_thread():  # a finaliser runs anywhere
             self._thread.join()
         self._fail_all("unavailable", "the engine was shut down")
+        self._executor.close()
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises ClientError, OverloadedError or UnavailableError at once; no event follows then."""
@@ -186,9 +192,15 @@ class Engine:
         events = self._take_in()
         now = time.time()
         events += self._scheduler.expire(now)
-        step = self._scheduler.plan(now)
+        full = len(self._flying) == self._executor.depth
+        step = None if full else self._scheduler.plan(now)
         if step is not None:
-            events += self._scheduler.commit(step, self._rank.run(step), time.time())
+            self._executor.launch(step)
+            self._flying.append(step)
+        if self._flying and (step is None or len(self._flying) == self._executor.depth):
+            oldest = self._flying.popleft()
+            events += self._scheduler.commit(oldest, self._executor.collect(), time.time())
+            step = oldest
         self._hand_out(events)
         if step is None:
             with self._wake:

@@ -20,6 +20,7 @@ from kvasir.engine import gguf_config, gguf_names
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.gguf import StoredTensor, read_gguf
 from kvasir.engine.gguf_blocks import fill
+from kvasir.engine.share import Cut
 from kvasir.engine.spec import Latent, Spec
 
 View = Callable[[Tensor], Tensor]
@@ -80,8 +81,18 @@ class Filler:
         """In the file."""
         return sum(rows.data.nbytes for rows, _ in self.pieces)
 
-    def copy_to(self, place: Tensor) -> None:
-        """Reads the file's part and fills `place`, of any dtype, strides and device."""
+    def copy_to(self, place: Tensor, cut: Cut | None = None) -> None:
+        """Reads the file's part and fills `place`, of any dtype, strides and device. Some rows of a plain tensor are read
+        alone; else what is cut out comes from the whole."""
+        if cut is not None:
+            part = self._rows(cut)
+            if part is not None:
+                part.copy_to(place)
+            else:
+                whole = torch.empty(self.shape, dtype=place.dtype)
+                self.copy_to(whole)
+                place.copy_(whole.narrow(cut.dim, cut.part.start, len(cut.part)))
+            return
         if tuple(place.shape) != self.shape:
             raise ConfigError(f"{self.original} has shape {list(self.shape)}, the model needs {list(place.shape)}")
         exact = torch.empty(self.shape, dtype=torch.float32, device=place.device) if self.shift else place
@@ -89,6 +100,15 @@ class Filler:
             rows.fill(view(exact))
         if self.shift:  # before it is rounded
             place.copy_(exact.add_(self.shift))
+
+    def _rows(self, cut: Cut) -> Filler | None:
+        """The cut as a filler of its own, where it is a run of whole rows of the file."""
+        (rows, view), *others = self.pieces
+        packed = rows.single and rows.stored.type.size > 1
+        if others or view is not _as_it_is or cut.dim or packed:
+            return None
+        part = rows.part(cut.part.start, cut.part.stop)
+        return replace(self, shape=part.shape, pieces=((part, view),))
 
 
 class GGUFCheckpoint:
@@ -157,7 +177,11 @@ def _fillers(ours: str, original: str, rows: Rows, spec: Spec, arch: str) -> Ite
 
 
 def _plain(name: str, original: str, rows: Rows, shift: float = 0.0) -> Filler:
-    return Filler(name, original, rows.shape, ((rows, lambda place: place),), shift)
+    return Filler(name, original, rows.shape, ((rows, _as_it_is),), shift)
+
+
+def _as_it_is(place: Tensor) -> Tensor:
+    return place
 
 
 def _holds_gate(stem: str, rows: Rows, spec: Spec) -> bool:

@@ -31,6 +31,11 @@ class Norm(nn.Module):
             return rms_norm(x, self.weight, self.eps, self.offset)
         return layer_norm(x, self.weight, self.bias, self.eps)
 
+    def part(self, x: Tensor, mean_square: Tensor) -> Tensor:
+        """x[T, W] is a part of rows whose mean_square[T, 1] is known; the weight is the same part's."""
+        assert self.rms, "LayerNorm over parts of rows isn't needed by any family"
+        return rms_norm(x, self.weight, self.eps, self.offset, mean_square)
+
     def places(self) -> Iterator[tuple[str, Tensor]]:
         """(name behind the module's own, the tensor to fill)."""
         yield from ((f".{name}", tensor) for name, tensor in self.named_parameters())

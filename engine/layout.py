@@ -37,7 +37,7 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class Layout:
-    """The groups of a model. A block has room for `height` layers."""
+    """The groups of a model. A block has room for `height` layers of each stage."""
 
     groups: tuple[LayerGroup, ...]
     height: int
@@ -75,19 +75,22 @@ class Room:
         return min(limit, low * self.block_size)
 
 
-def layout(spec: Spec, max_len: int) -> Layout:
-    """The groups of a model that is served up to `max_len` tokens; a window that long is none."""
+def layout(spec: Spec, max_len: int, stages: Sequence[range] = ()) -> Layout:
+    """The groups of a model that is served up to `max_len` tokens; a window that long is none. Each group has about as
+    many layers in every stage, so that no stage's part of a block lies empty."""
     kinds: dict[tuple[int | None, int | None], list[int]] = {}
     for number, layer in enumerate(spec.layers):
         near = [
             None if size is None or size >= max_len or not spec.causal else size for size in (layer.window, layer.chunk)
         ]
         kinds.setdefault((near[0], near[1]), []).append(number)
-    height = _height([len(layers) for layers in kinds.values()])
+    parts = stages or [range(len(spec.layers))]
+    staged = {kind: [[n for n in layers if n in part] for part in parts] for kind, layers in kinds.items()}
+    height = _height([max(map(len, by_stage)) for by_stage in staged.values()])
     groups = [
-        LayerGroup(tuple(part), window, chunk)
-        for (window, chunk), layers in sorted(kinds.items(), key=lambda kind: kind[0] != (None, None))
-        for part in _parts(layers, height)
+        LayerGroup(part, window, chunk)
+        for (window, chunk), by_stage in sorted(staged.items(), key=lambda kind: kind[0] != (None, None))
+        for part in _parts(by_stage, height)
     ]
     return Layout(tuple(groups), height)
 
@@ -102,8 +105,9 @@ def _height(counts: Sequence[int]) -> int:
     return min(range(max(counts), 0, -1), key=waste)
 
 
-def _parts(layers: Sequence[int], height: int) -> list[Sequence[int]]:
-    """As few runs of at most `height` layers as there can be, of nearly equal length."""
-    count = -(-len(layers) // height)
-    borders = [len(layers) * i // count for i in range(count + 1)]
-    return [layers[a:b] for a, b in pairwise(borders)]
+def _parts(by_stage: Sequence[Sequence[int]], height: int) -> list[tuple[int, ...]]:
+    """As few parts of at most `height` layers of each stage as there can be, of nearly equal length."""
+    count = max(-(-len(layers) // height) for layers in by_stage)
+    runs = [[len(layers) * i // count for i in range(count + 1)] for layers in by_stage]
+    cut = [[layers[a:b] for a, b in pairwise(run)] for layers, run in zip(by_stage, runs, strict=True)]
+    return [tuple(layer for stage in cut for layer in stage[i]) for i in range(count)]

@@ -13,13 +13,16 @@ from kvasir.engine.arch import load_spec, module_name, supported
 from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.decoder import Decoder
+from kvasir.engine.errors import ConfigError
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.memory import keep_freed_memory, plan_memory, resolve_device, resolve_dtype
+from kvasir.engine.mesh import Mesh
 from kvasir.engine.model_files import ModelFiles
 from kvasir.engine.pooler import Pooler, load_pooler
 from kvasir.engine.pooling import Pooling, pooling_of, tasks_of
 from kvasir.engine.rank import usable_cores
 from kvasir.engine.sentence_transformers import read_text_rules
+from kvasir.engine.share import Share, share_of
 from kvasir.engine.spec import Spec
 from kvasir.engine.weights import load_decoder, random_decoder, weight_bytes
 
@@ -38,26 +41,37 @@ class Loaded:
     """None: it can only generate."""
 
 
-def load(config: EngineConfig) -> Loaded:
-    """Find, check and load the model. ConfigError says what is wrong and which flag to change."""
+def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
+    """Find, check and load the model, or this rank's share of it; all ranks call it at once. ConfigError says what is
+    wrong and which flag to change."""
+    mesh = mesh or Mesh()
     files = ModelFiles(config)
     ours = module_name(files.config) in supported()
     spec = load_spec(files.config) if ours else _fallback_spec(config, files)
     if config.max_model_len is None and (trained := read_text_rules(files.path).max_len):
         spec = dataclasses.replace(spec, max_len=min(spec.max_len, trained))
-    device = resolve_device(config)
+    device = resolve_device(config, mesh.place.device_index)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dtype = resolve_dtype(config, files.config, device)
-    torch.set_num_threads(config.num_threads or usable_cores())  # Ray sets OMP_NUM_THREADS, which is torch's default
+    cores = max(1, usable_cores() // mesh.place.local_ranks)
+    torch.set_num_threads(config.num_threads or cores)  # Ray sets OMP_NUM_THREADS, which is torch's default
     keep_freed_memory()
-    size = weight_bytes(spec, dtype, device) if ours else _fallback_bytes(config, files, dtype)
-    plan = plan_memory(config, spec, dtype=dtype, device=device, weight_bytes=size)
+    if not ours and mesh.place.size > 1:
+        kind = files.config.get("model_type")
+        message = f"model_type {kind!r} runs by transformers' own code, on one rank only: leave the parallel sizes at 1"
+        raise ConfigError(message, param="tensor_parallel_size" if mesh.place.tp > 1 else "pipeline_parallel_size")
+    partition, dealt = config.pipeline_layer_partition, config.enable_expert_parallel
+    share = share_of(spec, mesh, expert_parallel=dealt, partition=partition)
+    size = weight_bytes(spec, dtype, device, share) if ours else _fallback_bytes(config, files, dtype)
+    plan = plan_memory(config, share, dtype=dtype, device=device, weight_bytes=size)
     pooling = pooling_of(files.config, spec, files.path)
     decoder: Decoder | Fallback
     if ours:
-        decoder, pooler = _weights(config, files, spec, pooling, dtype, device)
+        decoder, pooler = _weights(config, files, share, pooling, dtype, device)
     else:
         decoder, pooler = _fallback(config, files, spec, dtype, device), None
-    cache = KVCache(spec, plan.num_blocks, config.block_size, dtype, device, plan.layout)
+    cache = KVCache(share.spec, plan.num_blocks, config.block_size, dtype, device, plan.layout, share.layers)
     info = ModelInfo(
         name=(config.served_model_name or (config.model,))[0],
         max_model_len=plan.max_model_len,
@@ -76,14 +90,16 @@ def load(config: EngineConfig) -> Loaded:
 
 
 def _weights(
-    config: EngineConfig, files: ModelFiles, spec: Spec, pooling: Pooling, dtype: torch.dtype, device: torch.device
+    config: EngineConfig, files: ModelFiles, share: Share, pooling: Pooling, dtype: torch.dtype, device: torch.device
 ) -> tuple[Decoder, Pooler | None]:
+    spec = share.full
     if config.load_format == "dummy":
-        decoder = random_decoder(spec, dtype, device, config.seed)
+        decoder = random_decoder(spec, dtype, device, config.seed, share=share)
         head = {"score.weight": torch.zeros(pooling.width, spec.hidden)}
         return decoder, load_pooler(pooling, head, device, hidden=spec.hidden, token_types=spec.token_types)
     checkpoint = files.checkpoint()
-    decoder = load_decoder(checkpoint, spec, dtype=dtype, device=device, progress=sys.stderr.isatty())
+    progress = sys.stderr.isatty() and share.mesh.place.rank == 0
+    decoder = load_decoder(checkpoint, spec, dtype=dtype, device=device, progress=progress, share=share)
     head = checkpoint.head() if pooling.labels else {}
     return decoder, load_pooler(pooling, head, device, hidden=spec.hidden, token_types=spec.token_types)
 

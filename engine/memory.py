@@ -16,6 +16,7 @@ from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.layout import Layout, Room, layout
+from kvasir.engine.share import Share, stages
 from kvasir.engine.spec import Spec
 
 CPU_SHARE = 0.4
@@ -41,12 +42,19 @@ class Budget:
     lines: tuple[tuple[str, int], ...]
 
 
-def resolve_device(config: EngineConfig) -> torch.device:
-    """auto: cuda when there is one, else cpu. cuda where there is none is a ConfigError."""
+def resolve_device(config: EngineConfig, index: int = 0) -> torch.device:
+    """auto: cuda when there is one, this process's GPU `index`, else cpu. cuda where there is none is a ConfigError."""
     has_cuda = torch.cuda.is_available()
     if config.device == "cuda" and not has_cuda:
         raise ConfigError("--device cuda: torch finds no CUDA device here; use --device cpu", param="device")
-    return torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
+    if not has_cuda or config.device == "cpu":
+        return torch.device("cpu")
+    if index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"{index + 1} ranks on this node need a GPU each, torch finds {torch.cuda.device_count()}",
+            param="tensor_parallel_size",
+        )
+    return torch.device("cuda", index)
 
 
 def resolve_dtype(config: EngineConfig, config_json: Mapping[str, Any], device: torch.device) -> torch.dtype:
@@ -84,18 +92,19 @@ def cpu_flags() -> set[str]:
 
 
 def plan_memory(
-    config: EngineConfig, spec: Spec, *, dtype: torch.dtype, device: torch.device, weight_bytes: int
+    config: EngineConfig, share: Share, *, dtype: torch.dtype, device: torch.device, weight_bytes: int
 ) -> MemoryPlan:
-    """Blocks for the KV cache, computed before the weights (`weight_bytes`) are loaded.
+    """Blocks for the KV cache, computed before the weights (`weight_bytes`) are loaded; the least that any rank can have.
 
     When one sequence of the model's own max_model_len doesn't fit, it is shrunk and the report says so; a length the
     user asked for is never shrunk: ConfigError says what took what.
     """
+    spec, mesh = share.full, share.mesh
     wanted, rows = _wanted_len(config, spec), token_budget(config, spec, device)
-    shape = layout(spec, wanted)
-    block = KVCache.block_bytes(spec, config.block_size, dtype, shape.height)
-    budget = _budget(config, spec, dtype, device, weight_bytes)
-    fitting = max(0, budget.free) // block
+    shape = layout(spec, wanted, stages(spec, mesh.place.pp, config.pipeline_layer_partition))
+    block = KVCache.block_bytes(share.spec, config.block_size, dtype, shape.height)
+    budget = _budget(config, share, dtype, device, weight_bytes)
+    (fitting,) = mesh.least(max(0, budget.free) // block)
     held = Room(shape, config.block_size, rows)
     length = held.longest(fitting, wanted)
     if length < min(wanted, config.max_model_len or 1):
@@ -121,7 +130,8 @@ def token_budget(config: EngineConfig, spec: Spec, device: torch.device) -> int:
 
 
 def activation_bytes(config: EngineConfig, spec: Spec, dtype: torch.dtype, device: torch.device) -> int:
-    """An upper estimate of what a step holds besides weights and cache: rows in the widest layer, and logits."""
+    """An upper estimate of what a step holds besides weights and cache: rows in the widest layer, and logits. `spec` is
+    a rank's own."""
     heads = spec.heads + 2 * spec.kv_heads
     row = 6 * spec.hidden + 3 * heads * spec.head_dim + 4 * spec.ffn
     logits = 4 * spec.vocab * torch.float32.itemsize
@@ -182,8 +192,8 @@ def _wanted_len(config: EngineConfig, spec: Spec) -> int:
     return config.max_model_len
 
 
-def _budget(config: EngineConfig, spec: Spec, dtype: torch.dtype, device: torch.device, weight_bytes: int) -> Budget:
-    activations = activation_bytes(config, spec, dtype, device)
+def _budget(config: EngineConfig, share: Share, dtype: torch.dtype, device: torch.device, weight_bytes: int) -> Budget:
+    activations = activation_bytes(config, share.spec, dtype, device)
     taken = (("weights", weight_bytes), ("activations (estimate)", activations))
     if config.kv_cache_memory_bytes is not None:
         return Budget(config.kv_cache_memory_bytes, taken)
@@ -192,7 +202,7 @@ def _budget(config: EngineConfig, spec: Spec, dtype: torch.dtype, device: torch.
         usable = int(total * config.gpu_memory_utilization)
         lines = ((f"GPU memory x {config.gpu_memory_utilization:g}", usable), ("used by others", total - free), *taken)
         return Budget(usable - (total - free) - weight_bytes - activations, lines)
-    available = available_ram()
+    available = available_ram() // share.mesh.place.local_ranks
     rest = available - weight_bytes - activations
     return Budget(int(rest * CPU_SHARE), (("available RAM", available), *taken, ("left", rest)))
 

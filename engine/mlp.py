@@ -6,29 +6,40 @@ import torch
 from torch import Tensor, nn
 
 from kvasir.engine.layers import Linear, empty
+from kvasir.engine.share import Share
 from kvasir.engine.spec import Experts, Layer, Spec
 from kvasir.kernels.activation import gated, plain
 from kvasir.kernels.moe import experts, route
 
 
-def module(spec: Spec, layer: Layer, dtype: torch.dtype, device: torch.device) -> MLP | Mixture:
-    """What this layer has."""
+def module(share: Share, layer: Layer, dtype: torch.dtype, device: torch.device) -> MLP | Mixture:
+    """What this layer has on this rank: what it gives is this rank's part of a sum."""
+    spec = share.spec
     if layer.experts and spec.experts is not None:
-        return Mixture(spec, spec.experts, dtype, device)
+        return Mixture(share, spec.experts, dtype, device)
     return MLP(spec, spec.ffn, spec.mlp_bias, dtype, device)
 
 
 class MLP(nn.Module):
     """down(activation(gate) * up), or down(activation(up))."""
 
-    def __init__(self, spec: Spec, ffn: int, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        ffn: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        down_bias: bool | None = None,
+    ) -> None:
         super().__init__()
         self.activation, self.limit, self.gated = spec.activation, spec.activation_limit, spec.gated
         parts = {"gate": ffn, "up": ffn} if spec.gated else {"up": ffn}
         self.up = Linear(spec.hidden, parts, bias, dtype, device)
-        self.down = Linear(
-            ffn, {"down": spec.hidden}, bias if spec.down_bias is None else spec.down_bias, dtype, device
-        )
+        if down_bias is None:
+            down_bias = bias if spec.down_bias is None else spec.down_bias
+        self.down = Linear(ffn, {"down": spec.hidden}, down_bias, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:
         """x[T, M] -> [T, M]."""
@@ -41,14 +52,21 @@ class MLP(nn.Module):
 class Mixture(nn.Module):
     """A few of many MLPs for each row (Shazeer et al. 2017, arXiv:1701.06538), and one that all rows share."""
 
-    def __init__(self, spec: Spec, facts: Experts, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, share: Share, facts: Experts, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
+        spec = share.spec
         self.facts = facts
+        alone = share.mesh.place.tp_rank == 0
+        down_bias = facts.bias and (alone or share.expert_parallel)
         # float32: a rounding of the router decides between experts
         self.router = Linear(spec.hidden, {"router": facts.count}, facts.router_bias, torch.float32, device)
         self.choice_bias = empty(facts.count, dtype=torch.float32, device=device) if facts.choice_bias else None
-        self.experts = nn.ModuleList(MLP(spec, facts.ffn, facts.bias, dtype, device) for _ in range(facts.count))
-        self.shared = MLP(spec, facts.shared_ffn, facts.bias, dtype, device) if facts.shared_ffn else None
+        self.experts = nn.ModuleDict(
+            {str(e): MLP(spec, facts.ffn, facts.bias, dtype, device, down_bias=down_bias) for e in share.experts}
+        )
+        self.shared = None
+        if facts.shared_ffn:
+            self.shared = MLP(spec, facts.shared_ffn, facts.bias, dtype, device, down_bias=facts.bias and alone)
         self.shared_gate = Linear(spec.hidden, {"shared_gate": 1}, False, dtype, device) if facts.shared_gate else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,8 +84,14 @@ class Mixture(nn.Module):
             choice_bias=self.choice_bias,
             jitter=facts.jitter,
         )
-        out = experts(x, index, weight, lambda e, rows: self.experts[e](rows), on_input=facts.on_input)
+        out = experts(x, index, weight, self._run, on_input=facts.on_input)
         if self.shared is None:
             return out
         shared: Tensor = self.shared(x)
         return out + (shared if self.shared_gate is None else shared * self.shared_gate(x).sigmoid())
+
+    def _run(self, expert: int, rows: Tensor) -> Tensor | None:
+        """rows[R, M] through this expert; None where another rank has it."""
+        own = str(expert)
+        out: Tensor | None = self.experts[own](rows) if own in self.experts else None
+        return out

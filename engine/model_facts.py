@@ -139,7 +139,7 @@ def _parameters(spec: Spec) -> tuple[int, int]:
     idle = 0
     for module in decoder.modules():
         if isinstance(module, Mixture):
-            expert = sum(parameter.numel() for parameter in module.experts[0].parameters())
+            expert = sum(parameter.numel() for parameter in module.experts["0"].parameters())
             idle += (module.facts.count - module.facts.per_token) * expert
     return total, total - idle
 

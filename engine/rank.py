@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,10 @@ LEAST_LOGITS = 256
 
 
 class Rank:
-    """A decoder, its KV cache, and the state of max_num_seqs seats."""
+    """A decoder, its KV cache, and the state of max_num_seqs seats.
+
+    Of several ranks each runs its share of every step; one of them samples, and the others `learn` what.
+    """
 
     def __init__(
         self,
@@ -37,21 +41,25 @@ class Rank:
         pooler: Pooler | None = None,
     ) -> None:
         self.decoder, self.cache, self.pooler = decoder, cache, pooler
+        self.place = decoder.mesh.place
         self.max_logits = max(max_num_seqs, LEAST_LOGITS)
         self.batch = Batch(max_num_seqs, max_model_len, cache.block_size, decoder.device, len(cache.layout.groups))
-        self.sampler = Sampler(max_num_seqs, decoder.spec.vocab, decoder.device)
+        self.sampler = Sampler(max_num_seqs, decoder.spec.vocab, decoder.device) if self.place.samples else None
+        self._awaited: dict[int, Ints] = {}
+        """step -> seats whose next token it samples"""
         self._top_prompt: dict[int, int] = {}
         """seat -> how many likeliest tokens its prompt logprobs list"""
 
     @torch.inference_mode()
     def run(self, step: Step) -> Result:
-        """Apply the step's differences, compute its rows, sample."""
+        """Apply the step's differences, compute its rows, sample. Ranks that don't sample have an empty result."""
         self.cache.copy(step.copies)
         self.batch.apply(step)
         for new in step.new:
             self._enter(new)
         if not step.slices:
             return Result(step.id, ())
+        seats: list[Ints] = []
         token_ids: list[int] = []
         scores: list[TokenLogprob | None] = []
         prompt_scores: dict[int, Sequence[TokenLogprob]] = {}
@@ -61,20 +69,37 @@ class Rank:
             if slices[0].pool:
                 pooled |= self._pool(slices, rows)
                 continue
+            seats.append(rows.seats)
             logits = self.decoder(rows.tokens, rows.ragged, self.cache, rows.logits)
+            if logits is None or not self.place.samples:
+                continue
             for part, where, ids in rows.scored:
                 found = self._score(logits[where], part.seat, ids)
                 prompt_scores[part.seat] = [*prompt_scores.get(part.seat, ()), *found]
             sampled, own_scores = self._sample(logits, rows)
             token_ids += sampled
             scores += own_scores or [None] * len(sampled)
-        return Result(step.id, token_ids, scores if any(scores) else (), prompt_scores, pooled)
+        if any(map(len, seats)):
+            self._awaited[step.id] = np.concatenate(seats)
+        if not self.place.samples:
+            return Result(step.id, ())
+        result = Result(step.id, token_ids, scores if any(scores) else (), prompt_scores, pooled)
+        if self.place.size == 1:
+            self.learn(result)
+        return result
+
+    def learn(self, result: Result) -> None:
+        """Append the tokens that a step sampled to their sequences."""
+        seats = self._awaited.pop(result.step, None)
+        if seats is not None:
+            self.batch.append(seats, result.token_ids)
 
     def _enter(self, new: NewSequence) -> None:
         if self.pooler is not None and new.pooling is not None:
             self.pooler.enter(new)
             return
-        self.sampler.enter(new)
+        if self.sampler is not None:
+            self.sampler.enter(new)
         if new.sampling.prompt_logprobs is not None:
             self._top_prompt[new.seat] = new.sampling.prompt_logprobs
 
@@ -82,18 +107,20 @@ class Rank:
         assert self.pooler is not None, "a vector is wanted of a model that was loaded without a pooler"
         wanted, segments = self.pooler.rows(slices), self.pooler.token_types(slices)
         x = self.decoder.hidden(rows.tokens, rows.ragged, self.cache, wanted, segments)
+        if not self.place.last:
+            return {}
         return self.pooler.take(slices, x, self.decoder.logits)
 
     def _sample(self, logits: Tensor, rows: Rows) -> tuple[list[int], list[TokenLogprob | None]]:
         if not len(rows.sampled):
             return [], []
+        assert self.sampler is not None
         if len(rows.sampled) < len(logits):
             logits = logits[send(rows.sampled, logits.device)]
         tokens = self.sampler.sample(logits, rows.seats, rows.positions)
         self.sampler.remember(rows.seats, tokens)
         scores = self.sampler.score_sampled(logits, rows.seats, tokens)
         token_ids: list[int] = tokens.tolist()
-        self.batch.append(rows.seats, token_ids)
         return token_ids, scores
 
     def _score(self, logits: Tensor, seat: int, predicted: Ints) -> list[TokenLogprob]:

@@ -64,7 +64,8 @@ class Scheduler:
 
     whole_prompts: a prompt is computed in one step or not at all (encoders). pool_last: a vector needs the last token's
     row alone, so prompts that are pooled may begin in the prefix cache. stretch_len: sequences longer than this turn by
-    other angles from their first token on (`Rope.original_len`).
+    other angles from their first token on (`Rope.original_len`). depth: so many steps are executed at once, each of
+    other sequences (pipeline stages); streams are dealt out among them.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Scheduler:
         whole_prompts: bool = False,
         pool_last: bool = False,
         stretch_len: int | None = None,
+        depth: int = 1,
     ) -> None:
         self.pool, self.budget = block_pool, max_num_batched_tokens
         self.tables = Tables(block_pool, layout, self.budget, salt)
@@ -98,7 +100,10 @@ class Scheduler:
         self._grown: list[tuple[int, int, Seq[int]]] = []
         self._copies: list[tuple[int, int]] = []
         self._deadlines: list[tuple[float, str]] = []
-        self._in_flight: list[Sequence] = []
+        self._depth = depth
+        self._in_flight: dict[int, list[Sequence]] = {}
+        """step -> what it computes, in the order of its slices"""
+        self._planned: list[Sequence] = []
         self._blocked: tuple[Order, int] | None = None
         self._arrivals = self._steps = self._turn = 0
         self._totals = dict.fromkeys(
@@ -196,8 +201,8 @@ class Scheduler:
 
     def plan(self, now: float) -> Step | None:
         """The next step, or None when there is nothing to compute. `computed` advances in `commit`."""
-        assert not self._in_flight, "the last step isn't committed"
-        prompts = sum(sequence.remaining > 1 for _, sequence in self._running)
+        assert len(self._in_flight) < self._depth, "a step has to be committed first"
+        prompts = sum(sequence.remaining > 1 and not sequence.in_flight for _, sequence in self._running)
         slices = self._plan_streams(prompts > 0)
         left = self.budget - len(slices)
         admitted = self._admit(left - prompts, now)
@@ -207,14 +212,15 @@ class Scheduler:
             return None
         self._steps += 1
         step = Step(self._steps, self._freed, self._new, self._grown, self._copies, slices)
+        self._in_flight[step.id], self._planned = self._planned, []
         self._freed, self._new, self._grown, self._copies = [], [], [], []
         return step
 
     def commit(self, step: Step, result: Result, now: float) -> list[Event]:
-        """Take in what a step produced."""
+        """Take in what a step, the oldest that is executed, produced."""
         events: list[Event] = []
         sampled = 0
-        for sequence, slice_ in zip(self._in_flight, step.slices, strict=True):
+        for sequence, slice_ in zip(self._in_flight.pop(step.id), step.slices, strict=True):
             number, sampled = sampled, sampled + slice_.sample
             sequence.in_flight = False
             self._totals["step_tokens"] += slice_.count
@@ -230,15 +236,17 @@ class Scheduler:
             if slice_.sample:
                 score = result.logprobs[number] if result.logprobs else None
                 events += self._append(sequence, result.token_ids[number], score, now)
-        self._in_flight = []
         return events
 
     def _plan_streams(self, prompts: bool) -> list[Slice]:
         """One token for every sequence that lacks one; when there are more than fit, they take turns."""
         streams = [sequence for _, sequence in self._running if sequence.remaining == 1]
-        room = self.budget
+        room = self.budget if self._depth == 1 else min(self.budget, -(-len(streams) // self._depth))
+        streams = [sequence for sequence in streams if not sequence.in_flight]
         if prompts or (self._waiting and self._seats):
-            room -= max(1, self.budget // 4)  # prompts make progress however many streams there are
+            room = min(
+                room, self.budget - max(1, self.budget // 4)
+            )  # prompts make progress however many streams there are
         room = max(room, 1)
         if len(streams) > room:
             self._turn = (self._turn + room) % len(streams)
@@ -268,7 +276,7 @@ class Scheduler:
     def _slice(self, sequence: Sequence, count: int) -> Slice:
         assert sequence.seat is not None
         sequence.in_flight = True
-        self._in_flight.append(sequence)
+        self._planned.append(sequence)
         scores = sequence.prompt_scores is not None and sequence.computed < sequence.prompt_len - 1
         pool = sequence.request.pooling is not None
         sample = count == sequence.remaining and not pool

@@ -12,8 +12,9 @@ from torch import Tensor
 from kvasir.kernels.op import op
 from kvasir.kernels.ragged import Ragged
 
-Sparse = tuple[int, int, int]
-"""(positions per block, blocks that are always seen, stride of the others): see `_sparse`."""
+Sparse = tuple[int, int, int, int, int]
+"""(positions per block, blocks that are always seen, stride of the others, by how many blocks the next head's are shifted,
+number of the first head): see `_sparse`."""
 
 
 @op("cpu")
@@ -78,11 +79,10 @@ def _seen(
 
 def _sparse(start: int, first: int, length: int, q: Tensor, sparse: Sparse) -> Tensor:
     """[H, n, L]: near blocks, and those of a head's stride (arXiv:2404.14219)."""
-    size, local, stride = sparse
-    heads = q.shape[1]
+    size, local, stride, shift, first_head = sparse
     key = torch.arange(first, length, device=q.device) // size
     row = torch.arange(start, length, device=q.device)[:, None] // size
-    head = torch.arange(heads, device=q.device)[:, None, None] * max(1, stride // heads)
+    head = torch.arange(first_head, first_head + q.shape[1], device=q.device)[:, None, None] * shift
     return (row - key < local) | ((key + head + 1) % stride == 0)
 
 

@@ -57,9 +57,10 @@ def _sparsemixer(logits: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
 
 
 def experts(
-    x: Tensor, index: Tensor, weight: Tensor, run: Callable[[int, Tensor], Tensor], *, on_input: bool = False
+    x: Tensor, index: Tensor, weight: Tensor, run: Callable[[int, Tensor], Tensor | None], *, on_input: bool = False
 ) -> Tensor:
-    """Sum over k of weight[T, k] times expert index[T, k] of x[T, M] -> [T, M]; `run(e, rows)` is expert e.
+    """Sum over k of weight[T, k] times expert index[T, k] of x[T, M] -> [T, M]; `run(e, rows)` is expert e, None where it
+    adds nothing because it lives elsewhere.
 
     Each expert runs once, over all of its rows. A row's k results are added in the order of `index`, whatever the batch.
     """
@@ -72,8 +73,13 @@ def experts(
     rows = x[order // k]
     if on_input:
         rows = rows * weight.flatten()[order, None]
-    parts = [run(e, part) for e, part in enumerate(torch.split(rows, counts)) if len(part)]
+    parts = [_run(run, e, part) for e, part in enumerate(torch.split(rows, counts)) if len(part)]
     out = torch.empty_like(rows).index_copy_(0, order, torch.cat(parts)).view(len(x), k, -1)
     if on_input:
         return out.sum(1)
     return (out * weight[..., None]).sum(1)
+
+
+def _run(run: Callable[[int, Tensor], Tensor | None], expert: int, rows: Tensor) -> Tensor:
+    found = run(expert, rows)
+    return torch.zeros_like(rows) if found is None else found

@@ -7,14 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, mean_square: Tensor | None = None
+) -> Tensor:
     """x[..., M] / rms(x) in float32, rounded to x.dtype, then times weight[M]: the order in which Llama was trained.
 
     With an offset the stored weight is smaller by that much, and the product is rounded instead: Gemma's order. A weight
-    [H, M] holds for the last two dimensions; None is all ones.
+    [H, M] holds for the last two dimensions; None is all ones. mean_square[..., 1] is given where x is a part of the rows.
     """
     y = x.float()
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    y = y * torch.rsqrt((y.square().mean(-1, keepdim=True) if mean_square is None else mean_square) + eps)
     if weight is None:
         return y.to(x.dtype)
     return (y * (weight.float() + offset)).to(x.dtype) if offset else y.to(x.dtype) * weight

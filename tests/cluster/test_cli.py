@@ -61,10 +61,8 @@ def test_the_model_is_named_either_way(arguments: tuple[str, ...]) -> None:
 
 
 def test_underscores_and_short_flags() -> None:
-    with pytest.warns(CompatibilityWarning, match="--tensor-parallel-size is not needed"):
-        config = parsed(
-            "--max_model_len=2k", "-tp", "1", "--no-enable-prefix-caching", "--api-key", "a", "--api-key", "b"
-        )
+    config = parsed("--max_model_len=2k", "-tp", "2", "--no-enable-prefix-caching", "--api-key", "a", "--api-key", "b")
+    assert config.engines[0].tensor_parallel_size == 2  # type: ignore[attr-defined]
     assert config.engines[0].max_model_len == 2000  # type: ignore[attr-defined]
     assert config.engines[0].enable_prefix_caching is False  # type: ignore[attr-defined]
     assert config.gateway.api_key == ("a", "b")  # type: ignore[attr-defined]
@@ -76,7 +74,7 @@ def test_underscores_and_short_flags() -> None:
         (["serve", "--max-modle-len", "4"], 2, "did you mean --max-model-len"),
         (["serve", "--port", "many"], 1, "--port must be a whole number"),
         (["serve", "--quantization", "awq"], 1, "--quantization: quantised weights are not supported yet"),
-        (["serve", "-tp", "2"], 1, "--tensor-parallel-size 2: not supported yet"),
+        (["serve", "-tp", "0"], 1, "--tensor-parallel-size must be at least 1"),
         (["serve", "a", "--model", "b"], 1, "differ"),
         (["serve", "--host", "0.0.0.0"], 1, "--insecure"),
         (["serve", "--config", "nothing.yaml"], 1, "nothing.yaml"),
@@ -86,7 +84,7 @@ def test_underscores_and_short_flags() -> None:
         (["batch", "missing.jsonl", "out.jsonl"], 1, "missing.jsonl"),
         (["batch", "a", "b", "c"], 2, "one argument too many: 'c'"),
         (["batch", "a", "b", "--quantization", "awq"], 1, "--quantization: quantised weights"),
-        (["run", "-tp", "2"], 1, "--tensor-parallel-size 2: not supported yet"),
+        (["run", "-pp", "x"], 1, "--pipeline-parallel-size must be a whole number"),
         (["run", "--port", "1"], 2, "unknown flag --port"),
         (["serve", "--no-enable-chunked-prefill"], 1, "always cut into chunks"),
         (["bench", "engine", "--sequences", "0"], 2, "at least 1"),

@@ -73,7 +73,11 @@ def test_values(name: str, given: Any, wanted: Any) -> None:
         ({"log_level": "loud"}, "one of debug, info, warning, error"),
         ({"served_model_name": {"a": 1}}, "a list of texts"),
         ({"served_model_name": "[a"}, "a list of texts"),
-        ({"tensor_parallel_size": 2}, "--tensor-parallel-size 2: not supported yet"),
+        ({"tensor_parallel_size": 0}, "--tensor-parallel-size must be at least 1"),
+        ({"distributed_executor_backend": "uni", "pipeline_parallel_size": 2}, "uni runs one rank"),
+        ({"pipeline_layer_partition": "3,x"}, "--pipeline-layer-partition must be a whole number"),
+        ({"collective_timeout": 0}, "--collective-timeout must be above 0"),
+        ({"distributed_executor_backend": "external_launcher"}, "one of auto, uni, mp, ray"),
         ({"quantization": "awq"}, "--quantization: quantised weights"),
         ({"enable_lora": True}, "adapters are not supported yet"),
         ({"models": []}, "at least one model"),
@@ -102,7 +106,7 @@ def test_what_is_wrong_is_named(spec: dict[str, Any], says: str) -> None:
 
 def test_mapped_spellings_warn_once_each() -> None:
     with pytest.warns(CompatibilityWarning) as found:
-        config = parse_spec({"uvicorn_log_level": "error", "enforce_eager": True, "tensor_parallel_size": 1})
+        config = parse_spec({"uvicorn_log_level": "error", "enforce_eager": True, "expert_parallel": False})
     assert config.gateway.log_level == "error"
     assert len(found) == 3
 
@@ -161,5 +165,6 @@ def test_an_empty_yaml_file_is_fine(tmp_path: Path) -> None:
 
 def test_variables_that_mean_nothing_are_named() -> None:
     environ = {"KVASIR_MAX_MODLE_LEN": "1", "KVASIR_DATA": "/x", "KVASIR_PORT": "tcp://1:2", "KVASIR_SERVICE_HOST": "1"}
-    with pytest.warns(CompatibilityWarning, match="^KVASIR_MAX_MODLE_LEN, VLLM_PP_LAYER_PARTITION: no meaning"):
-        assert from_environment(environ | {"VLLM_PP_LAYER_PARTITION": "1,2"}) == {}
+    with pytest.warns(CompatibilityWarning, match="^KVASIR_MAX_MODLE_LEN, VLLM_DP_RANK: no meaning"):
+        assert from_environment(environ | {"VLLM_DP_RANK": "1"}) == {}
+    assert from_environment({"VLLM_PP_LAYER_PARTITION": "1,2"}) == {"pipeline_layer_partition": (1, 2)}

@@ -25,7 +25,7 @@ class Number:
     shape: tuple[int, ...] = (3,)
     nbytes: int = 12
 
-    def copy_to(self, place: Tensor) -> None:
+    def copy_to(self, place: Tensor, cut: object = None) -> None:
         if self.fails:
             raise ValueError("broken")
         self.threads.append(torch.get_num_threads())
@@ -42,7 +42,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 def test_every_place_is_filled_in_order(threads: int) -> None:
     fillers, places = [Number(i) for i in range(20)], [torch.zeros(3) for _ in range(20)]
-    assert list(fill_all(zip(fillers, places, strict=True))) == fillers
+    assert list(fill_all(zip(fillers, places, [None] * 20, strict=True))) == fillers
     assert [place.tolist() for place in places] == [[i] * 3 for i in range(20)]
     assert {filler.threads[0] for filler in fillers} == {1}
     assert torch.get_num_threads() == threads
@@ -51,18 +51,18 @@ def test_every_place_is_filled_in_order(threads: int) -> None:
 def test_no_more_is_asked_for_than_is_worked_on(threads: int) -> None:
     asked: list[int] = []
 
-    def pairs() -> Iterator[tuple[Number, Tensor]]:
+    def placed() -> Iterator[tuple[Number, Tensor, None]]:
         for i in range(20):
             asked.append(i)
-            yield Number(i), torch.zeros(3)
+            yield Number(i), torch.zeros(3), None
 
-    for done, _ in enumerate(fill_all(pairs())):
+    for done, _ in enumerate(fill_all(placed())):
         assert len(asked) <= done + threads
 
 
 def test_an_error_ends_it(threads: int) -> None:
-    pairs = [(Number(i, fails=i == 2), torch.zeros(3)) for i in range(9)]
+    placed = [(Number(i, fails=i == 2), torch.zeros(3), None) for i in range(9)]
     with pytest.raises(ValueError, match="broken"):
-        list(fill_all(pairs))
+        list(fill_all(placed))
     assert torch.get_num_threads() == threads
     assert threading.active_count() < 30

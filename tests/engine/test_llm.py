@@ -214,7 +214,7 @@ def exact(llm: LLM, ragged: Callable[..., Any]) -> Callable[[Sequence[int]], tor
     """Log probabilities [T, V] after each token, from one forward over all of them in a cache of its own."""
 
     def compute(tokens: Sequence[int]) -> torch.Tensor:
-        decoder = llm.engine._rank.decoder
+        decoder = llm.engine._executor.loaded.decoder
         blocks = -(-len(tokens) // 16)
         cache = KVCache(decoder.spec, blocks, 16, DTYPES["float32"], torch.device("cpu"))
         rows = ragged([(range(blocks), 0, len(tokens))], 16)
@@ -358,7 +358,7 @@ def test_default_sampling_comes_from_the_model(llm: LLM, folder: str) -> None:
 def test_the_engine_ends_with_its_owner(folder: str) -> None:
     llm = LLM(folder, num_threads=1)
     thread = llm.engine._thread
-    decoder = weakref.ref(llm.engine._rank.decoder)
+    decoder = weakref.ref(llm.engine._executor.loaded.decoder)
     del llm
     gc.collect()
     assert not thread.is_alive()

@@ -12,6 +12,7 @@ from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.memory import plan_memory, resolve_device, resolve_dtype
+from kvasir.engine.share import share_of
 from kvasir.engine.spec import Layer, Spec
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -36,7 +37,7 @@ def ram(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan(config: EngineConfig, device: torch.device = CPU) -> memory.MemoryPlan:
-    return plan_memory(config, SPEC, dtype=torch.bfloat16, device=device, weight_bytes=2 * GIB)
+    return plan_memory(config, share_of(SPEC), dtype=torch.bfloat16, device=device, weight_bytes=2 * GIB)
 
 
 @pytest.mark.usefixtures("ram")
@@ -106,7 +107,10 @@ def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="--device cuda"):
         resolve_device(EngineConfig(device="cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert resolve_device(EngineConfig()) == CUDA
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device(EngineConfig(), 1) == torch.device("cuda:1")
+    with pytest.raises(ConfigError, match="3 ranks on this node need a GPU each, torch finds 2"):
+        resolve_device(EngineConfig(), 2)
     assert resolve_device(EngineConfig(device="cpu")) == CPU
 
 

@@ -73,7 +73,7 @@ def test_parts_lie_in_order(checkpoint: Checkpoint) -> None:
     """q, k, v and gate, up are stacked; `places` gives each its view under its canonical name."""
     decoder = Decoder(SPEC, torch.float32, CPU)
     places = dict(decoder.places())
-    block = decoder.blocks[0]
+    block = decoder.blocks["0"]
     assert places["blocks.0.attn.k.weight"].shape == (16, 32)
     assert places["blocks.0.attn.k.weight"].data_ptr() == block.attn.qkv.weight[32:].data_ptr()  # type: ignore[union-attr,operator]
     assert places["blocks.1.mlp.up.weight"].shape == (48, 32)

@@ -1,0 +1,338 @@
+"""Control: what rank 0 and the other ranks of a group tell each other, over one TCP connection each.
+
+Rank 0 listens, the others connect. A frame is its length (4 bytes), its kind (1 byte) and its content: JSON, or a step or
+result in `codec`'s form. Nothing that arrives can run, and nothing is believed before the group's token was shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import queue
+import secrets
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from kvasir.engine.errors import ConfigError, ServerError
+
+Kind = Literal["hello", "welcome", "ready", "step", "result", "failed", "beat"]
+KINDS: tuple[Kind, ...] = ("hello", "welcome", "ready", "step", "result", "failed", "beat")
+HEAD = struct.Struct("<IB")
+MAX_FRAME = 1 << 30
+MAX_HELLO = 4096
+BEAT_S = 0.25
+"""How often a rank says that it lives, and how often rank 0 looks."""
+SILENCE_S = 10.0
+"""A rank that says nothing for this long is lost: its node or its network is gone."""
+VERDICT_S = 0.5
+"""When one rank dies the others' exchanges with it fail at the same moment: so long is waited for who it was."""
+
+
+class RankError(ServerError):
+    """A rank of the group died, hung or could not start; the message is a block of text for its reader."""
+
+
+@dataclass
+class Peer:
+    """What rank 0 knows of another rank."""
+
+    rank: int
+    host: str
+    pid: int
+    connection: socket.socket
+    heard: float = field(default_factory=time.monotonic)
+    ready: bool = False
+    stopped_since: float | None = None
+    buffer: bytearray = field(default_factory=bytearray)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (pid {self.pid} on {self.host})"
+
+
+class Hub:
+    """Rank 0's end. `results` come in the order of the steps; `failure` is set once, when the group can't go on.
+
+    ended(rank): how the process of a rank that is gone ended, in words, or None when that isn't known.
+    """
+
+    def __init__(self, host: str, size: int, *, ended: Callable[[int], str | None] = lambda rank: None) -> None:
+        self.host, self.size = host, size
+        self.token = secrets.token_hex(32)
+        self.on_failure: Callable[[], None] = lambda: None
+        """Called once, in the hub's thread, when `failure` is set: it frees whoever waits for a rank that is gone."""
+        self.failure: RankError | ConfigError | None = None
+        self._ended = ended
+        self._listener = socket.create_server((host, 0), backlog=size)
+        self._peers: dict[int, Peer] = {}
+        self._changed = threading.Condition()
+        self._results: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._selector = selectors.DefaultSelector()
+        self._closing = False
+        self._watching = False
+        self._suspect: tuple[float, str] | None = None
+        self._listener.setblocking(False)
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._watch, name="kvasir-control", daemon=True)
+        self._thread.start()
+
+    @property
+    def address(self) -> str:
+        """Where ranks connect: HOST:PORT."""
+        return f"{self.host}:{self._listener.getsockname()[1]}"
+
+    def meet(self, timeout_s: float) -> Mapping[int, str]:
+        """Wait until every rank has connected -> its host, by rank. RankError says which are missing."""
+        if not self._until(lambda: len(self._peers) == self.size - 1, timeout_s):
+            missing = sorted(set(range(1, self.size)) - set(self._peers))
+            names = ", ".join(map(str, missing))
+            raise RankError(
+                f"rank {names} of {self.size} didn't connect to {self.address} within {timeout_s:g} s"
+                " (--collective-timeout): it didn't start, or its node can't reach this one"
+            )
+        return {0: self.host} | {rank: peer.host for rank, peer in self._peers.items()}
+
+    def welcome(self, rank: int, said: Mapping[str, Any]) -> None:
+        """Tell one rank its place."""
+        _send(self._peers[rank].connection, "welcome", json.dumps(said).encode())
+
+    def all_ready(self) -> None:
+        """Wait until every rank has loaded its share; from then on silence is death."""
+        self._until(lambda: all(peer.ready for peer in self._peers.values()), None)
+        self._watching = True
+
+    def step(self, frame: bytes) -> None:
+        """Send a step to every rank."""
+        for peer in self._peers.values():
+            try:
+                _send(peer.connection, "step", frame)
+            except OSError as error:
+                raise self.verdict(f"{peer} can't be reached: {error}") from error
+
+    def result(self) -> bytes:
+        """The next step's result. RankError when the group failed."""
+        found = self._results.get()
+        if found is None or self.failure is not None:
+            self._results.put(None)
+            raise self.failure or RankError("the group was shut down")
+        return found
+
+    def verdict(self, symptom: str) -> RankError | ConfigError:
+        """What to raise after `symptom`, which may be but the echo of another rank's death."""
+        with contextlib.suppress(RankError, ConfigError):
+            self._until(lambda: False, 2 * VERDICT_S)
+        if self.failure is None:
+            self._fail(RankError(symptom))
+        assert self.failure is not None
+        return self.failure
+
+    def close(self) -> None:
+        """End: the other ranks see it and exit."""
+        self._closing = True
+        with contextlib.suppress(OSError):  # wakes the thread
+            socket.create_connection(self._listener.getsockname()[:2], 1).close()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # -- the hub's thread
+
+    def _watch(self) -> None:
+        while not self._closing:
+            for key, _ in self._selector.select(BEAT_S):
+                if key.fileobj is self._listener:
+                    self._accept()
+                else:
+                    self._read(key.data)
+            if self._watching:
+                self._look()
+            if self._suspect is not None and time.monotonic() - self._suspect[0] > VERDICT_S:
+                self._fail(RankError(self._suspect[1]))
+        for peer in self._peers.values():
+            peer.connection.close()
+        self._selector.close()
+        self._listener.close()
+        self._results.put(None)
+
+    def _accept(self) -> None:
+        connection, address = self._listener.accept()
+        connection.settimeout(5.0)
+        try:
+            kind, content = receive(connection, MAX_HELLO)
+            said = json.loads(content) if kind == "hello" else {}
+            known = hmac.compare_digest(str(said.get("token")).encode(), self.token.encode())
+            rank = said.get("rank")
+            if not known or not isinstance(rank, int) or not 0 < rank < self.size or rank in self._peers:
+                raise ValueError("this is no rank of the group")
+        except (OSError, ValueError, EOFError):
+            connection.close()
+            return
+        _tune(connection)
+        peer = Peer(rank, address[0], int(said["pid"]), connection)
+        self._selector.register(connection, selectors.EVENT_READ, peer)
+        with self._changed:
+            self._peers[rank] = peer
+            self._changed.notify_all()
+
+    def _read(self, peer: Peer) -> None:
+        try:
+            data = peer.connection.recv(1 << 20, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            data = b""
+            self._lost(peer, str(error))
+            return
+        if not data:
+            self._lost(peer, "its connection was closed")
+            return
+        peer.heard = time.monotonic()
+        peer.buffer += data
+        while len(peer.buffer) >= HEAD.size:
+            size, kind = HEAD.unpack_from(peer.buffer)
+            if len(peer.buffer) < HEAD.size + size:
+                break
+            content = bytes(peer.buffer[HEAD.size : HEAD.size + size])
+            del peer.buffer[: HEAD.size + size]
+            self._take(peer, KINDS[kind], content)
+
+    def _take(self, peer: Peer, kind: Kind, content: bytes) -> None:
+        if kind == "result":
+            self._results.put(content)
+        elif kind == "ready":
+            with self._changed:
+                peer.ready = True
+                self._changed.notify_all()
+        elif kind == "failed":
+            said = json.loads(content)
+            if said.get("final"):
+                self._fail(ConfigError(said["why"], param=said.get("param")))
+            elif self._suspect is None:  # it may only have felt the death of another
+                self._suspect = time.monotonic(), f"{peer} failed: {said['why']}"
+
+    def _lost(self, peer: Peer, how: str) -> None:
+        self._selector.unregister(peer.connection)
+        if self._closing:
+            return
+        if self._suspect is not None and self._suspect[1].startswith(str(peer)):
+            self._fail(RankError(self._suspect[1]))
+            return
+        deadline = time.monotonic() + VERDICT_S  # its parent reaps it a little later
+        while (ended := self._ended(peer.rank)) is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self._fail(RankError(f"{peer} died: {ended or how}"))
+
+    def _look(self) -> None:
+        """Whether a rank stands still."""
+        now = time.monotonic()
+        for peer in self._peers.values():
+            if now - peer.heard > SILENCE_S:
+                self._fail(RankError(f"{peer} has said nothing for {SILENCE_S:.0f} s: it hangs, or its node is gone"))
+            if peer.host == self.host and _stopped(peer.pid):
+                peer.stopped_since = peer.stopped_since or now
+                if now - peer.stopped_since >= BEAT_S:
+                    self._fail(RankError(f"{peer} was stopped (SIGSTOP)"))
+            else:
+                peer.stopped_since = None
+
+    def _fail(self, error: RankError | ConfigError) -> None:
+        if self.failure is not None or self._closing:
+            return
+        with self._changed:
+            self.failure = error
+            self._changed.notify_all()
+        self._results.put(None)
+        self.on_failure()
+
+    def _until(self, condition: Callable[[], bool], timeout_s: float | None) -> bool:
+        """Wait for `condition`, whose change is notified. Raises the group's failure."""
+        with self._changed:
+            met = self._changed.wait_for(lambda: self.failure is not None or condition(), timeout_s)
+        if self.failure is not None:
+            raise self.failure
+        return met
+
+
+class Spoke:
+    """Another rank's end: says hello, and every BEAT_S that it lives. When rank 0 is gone, `gone` is called."""
+
+    def __init__(self, address: str, token: str, rank: int, pid: int, *, gone: Callable[[], None]) -> None:
+        host, _, port = address.rpartition(":")
+        self._connection = socket.create_connection((host, int(port)), 10.0)
+        self.host = self._connection.getsockname()[0]
+        """This node's address, as rank 0's node sees it."""
+        self._connection.settimeout(None)
+        _tune(self._connection)
+        self._lock = threading.Lock()
+        self._gone = gone
+        self.send("hello", json.dumps({"token": token, "rank": rank, "pid": pid}).encode())
+        threading.Thread(target=self._beat, name="kvasir-heartbeat", daemon=True).start()
+
+    def send(self, kind: Kind, content: bytes = b"") -> None:
+        """Any thread."""
+        with self._lock:
+            _send(self._connection, kind, content)
+
+    def receive(self) -> tuple[Kind, bytes]:
+        """The next frame. EOFError when rank 0 is gone."""
+        return receive(self._connection)
+
+    def _beat(self) -> None:
+        while True:
+            time.sleep(BEAT_S)
+            try:
+                self.send("beat")
+            except OSError:
+                self._gone()
+                return
+
+
+def receive(connection: socket.socket, limit: int = MAX_FRAME) -> tuple[Kind, bytes]:
+    """One frame. EOFError at the connection's end, ValueError when it is no frame of ours."""
+    size, kind = HEAD.unpack(_exactly(connection, HEAD.size))
+    if size > limit or kind >= len(KINDS):
+        raise ValueError(f"a frame of kind {kind} and {size} bytes isn't ours")
+    return KINDS[kind], _exactly(connection, size)
+
+
+def _exactly(connection: socket.socket, count: int) -> bytes:
+    data = bytearray(count)
+    view = memoryview(data)
+    while view:
+        try:
+            got = connection.recv_into(view)
+        except ConnectionError as error:
+            raise EOFError(str(error)) from error
+        if not got:
+            raise EOFError("the connection was closed")
+        view = view[got:]
+    return bytes(data)
+
+
+def _send(connection: socket.socket, kind: Kind, content: bytes) -> None:
+    connection.sendall(HEAD.pack(len(content), KINDS.index(kind)) + content)
+
+
+def _tune(connection: socket.socket) -> None:
+    """Small frames go out at once, and a node that vanished is noticed."""
+    connection.settimeout(None)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _stopped(pid: int) -> bool:
+    """The process of this node stands still because of a signal (Linux)."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[:1] in (["T"], ["t"])

@@ -1,0 +1,146 @@
+"""Executor: runs steps on the ranks of a group, one or many."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from kvasir.engine.codec import decode_result, encode_step
+from kvasir.engine.config import EngineConfig
+from kvasir.engine.control import Hub
+from kvasir.engine.errors import KvasirError
+from kvasir.engine.load import Loaded, load
+from kvasir.engine.memory import resolve_device
+from kvasir.engine.mesh import Mesh, Place, host_store, join
+from kvasir.engine.processes import Processes
+from kvasir.engine.rank import Rank
+from kvasir.engine.step import Result, Step
+
+LOCALHOST = "127.0.0.1"
+
+
+class Executor(Protocol):
+    """`launch` steps, at most `depth` at once, and `collect` their results in the same order."""
+
+    loaded: Loaded
+    depth: int
+
+    def launch(self, step: Step) -> None: ...
+    def collect(self) -> Result: ...
+    def close(self) -> None: ...
+
+
+class LocalExecutor:
+    """One rank: this process."""
+
+    depth = 1
+
+    def __init__(self, config: EngineConfig, loaded: Loaded) -> None:
+        self.loaded = loaded
+        self.rank = rank_of(config, loaded)
+        self._done: deque[Result] = deque()
+
+    def launch(self, step: Step) -> None:
+        self._done.append(self.rank.run(step))
+
+    def collect(self) -> Result:
+        return self._done.popleft()
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class GroupExecutor:
+    """Rank 0 of several: this process. The others connect to `hub`; `kill` ends them at once, whatever they do."""
+
+    def __init__(self, config: EngineConfig, hub: Hub, kill: Callable[[], None], *, own_gpus: bool) -> None:
+        self._hub, self._kill = hub, kill
+        self._mesh = Mesh()
+        hub.on_failure = self._free
+        try:
+            self._mesh = _meet(config, hub, own_gpus)
+            self.loaded = load(config, self._mesh)
+            self.rank = rank_of(config, self.loaded)
+            hub.all_ready()
+        except KvasirError:
+            self.close()
+            raise
+        except RuntimeError as error:  # torch's, when another rank is gone
+            verdict = hub.verdict(f"rank 0 failed: {type(error).__name__}: {error}")
+            self.close()
+            raise verdict from error
+        self.depth = config.pipeline_parallel_size
+        self._samples = self.rank.place.samples
+        self._own: deque[Result] = deque()
+        self._news: list[Result] = []
+
+    def launch(self, step: Step) -> None:
+        self._hub.step(encode_step(step, self._news))
+        self._news = []
+        try:
+            self._own.append(self.rank.run(step))
+        except RuntimeError as error:
+            raise self._hub.verdict(f"rank 0 failed: {type(error).__name__}: {error}") from error
+
+    def collect(self) -> Result:
+        own = self._own.popleft()
+        result = own if self._samples else decode_result(self._hub.result())
+        self.rank.learn(result)
+        self._news.append(result)
+        return result
+
+    def close(self) -> None:
+        self._hub.close()
+        self._kill()
+
+    def _free(self) -> None:
+        """The group failed: whoever waits for the rank that is gone, this process included, gets an error."""
+        self._kill()
+        self._mesh.abort()
+
+
+def executor_of(config: EngineConfig) -> Executor:
+    """All ranks on this node. ConfigError and RankError say what is wrong."""
+    if config.ranks == 1:
+        return LocalExecutor(config, load(config))
+    started: list[Processes] = []
+    hub = Hub(LOCALHOST, config.ranks, ended=lambda rank: started[0].ended(rank) if started else None)
+    started.append(Processes(config, hub.address, hub.token))
+    return GroupExecutor(config, hub, started[0].kill, own_gpus=False)
+
+
+def rank_of(config: EngineConfig, loaded: Loaded) -> Rank:
+    """The rank of this process."""
+    return Rank(
+        loaded.decoder,
+        loaded.cache,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=loaded.info.max_model_len,
+        pooler=loaded.pooler,
+    )
+
+
+def places(config: EngineConfig, hosts: Mapping[int, str], *, own_gpus: bool) -> list[Place]:
+    """Every rank's place. own_gpus: each process sees its GPU alone, as number 0."""
+    on = Counter(hosts.values())
+    seen: Counter[str] = Counter()
+    found = []
+    for rank in range(config.ranks):
+        host = hosts[rank]
+        index = 0 if own_gpus else seen[host]
+        seen[host] += 1
+        sizes = {"tp": config.tensor_parallel_size, "pp": config.pipeline_parallel_size}
+        found.append(Place(rank=rank, local_ranks=on[host], device_index=index, **sizes))
+    return found
+
+
+def _meet(config: EngineConfig, hub: Hub, own_gpus: bool) -> Mesh:
+    """Rank 0's place among those that have connected."""
+    timeout = config.collective_timeout
+    found = places(config, hub.meet(timeout), own_gpus=own_gpus)
+    store, port = host_store(hub.host, config.ranks, timeout)
+    for place in found[1:]:
+        said = {name: getattr(place, name) for name in ("tp", "pp", "local_ranks", "device_index")}
+        hub.welcome(place.rank, {"place": said, "store": [hub.host, port]})
+    return join(found[0], store, resolve_device(config, found[0].device_index), hub.host, timeout)

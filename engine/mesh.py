@@ -1,0 +1,192 @@
+"""Mesh: a rank's place among the ranks that hold one model, and how it exchanges tensors with them.
+
+Ranks are numbered stage by stage: rank = stage * tp + tp_rank. Tensor-parallel ranks hold slices of the same layers and
+add up their partial results (Shoeybi et al. 2019, arXiv:1909.08053); stages hold consecutive layers and hand on the
+hidden states (Huang et al. 2018, arXiv:1811.06965).
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which rank of how many."""
+
+    tp: int = 1
+    pp: int = 1
+    rank: int = 0
+    local_ranks: int = 1
+    """Ranks on this node, which share its cores and memory."""
+    device_index: int = 0
+    """Of the GPU that is this rank's."""
+
+    @property
+    def size(self) -> int:
+        return self.tp * self.pp
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tp
+
+    @property
+    def stage(self) -> int:
+        return self.rank // self.tp
+
+    @property
+    def first(self) -> bool:
+        """It embeds tokens."""
+        return self.stage == 0
+
+    @property
+    def last(self) -> bool:
+        """It knows the last hidden states."""
+        return self.stage == self.pp - 1
+
+    @property
+    def samples(self) -> bool:
+        """It is the one rank that has all logits."""
+        return self.rank == (self.pp - 1) * self.tp
+
+
+ALONE = Place()
+c10d: Any = torch.distributed  # most of what is used of it has no types
+SENDING = 4
+"""Hidden states on their way to the next stage, of which it may not have taken the first: then this one waits, or memory
+would fill up."""
+
+
+@dataclass
+class Traffic:
+    """What a rank has exchanged: calls, and bytes of its own tensors that went into them."""
+
+    calls: int = 0
+    bytes: int = 0
+
+    def note(self, tensor: Tensor) -> None:
+        self.calls += 1
+        self.bytes += tensor.nbytes
+
+
+class Mesh:
+    """`place`, and the process groups that belong to it; without any, every operation is the identity."""
+
+    def __init__(self, place: Place = ALONE, world: Any = None, tensor: Any = None) -> None:
+        self.place = place
+        self.world, self.tensor = world, tensor
+        """torch's ProcessGroups of all ranks, and of those of this stage."""
+        self.traffic = Traffic()
+        self._sending: deque[tuple[Any, Tensor]] = deque()
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """The sum of the stage's partial results, in place; every rank gets the same bits."""
+        if self.tensor is not None and x.numel():
+            x = x.contiguous()
+            self.traffic.note(x)
+            self.tensor.allreduce([x]).wait()
+        return x
+
+    def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
+        """x[R, W] of every rank of the stage, widths[r] columns of rank r -> [R, sum(widths)] side by side on its first
+        rank; what the others get means nothing."""
+        if self.tensor is None or not len(x):
+            return x.new_empty(len(x), sum(widths)) if self.tensor is not None else x
+        own = F.pad(x, (0, max(widths) - x.shape[1])).contiguous()  # equal shapes: that is what collectives take
+        self.traffic.note(own)
+        if self.place.tp_rank:
+            self.tensor.gather([], [own], _options()).wait()
+            return x.new_empty(len(x), sum(widths))
+        parts = [torch.empty_like(own) for _ in widths]
+        self.tensor.gather([parts], [own], _options()).wait()
+        return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], 1)
+
+    def send(self, x: Tensor) -> None:
+        """x[T, M] to this rank's like in the next stage, which takes it while this one goes on."""
+        while len(self._sending) >= SENDING:
+            self._sending.popleft()[0].wait()
+        x = x.contiguous()
+        self.traffic.note(x)
+        self._sending.append((self.world.send([x], self.place.rank + self.place.tp, 0), x))
+
+    def receive(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """x[T, M] that the stage before sent."""
+        x = torch.empty(rows, width, dtype=dtype, device=device)
+        self.world.recv([x], self.place.rank - self.place.tp, 0).wait()
+        return x
+
+    def least(self, *values: int) -> list[int]:
+        """The least that any rank says, value by value."""
+        found = torch.tensor(values, dtype=torch.int64)
+        if self.world is not None:
+            options = c10d.AllreduceOptions()
+            options.reduceOp = c10d.ReduceOp.MIN
+            found = found.to(self.device)
+            self.world.allreduce([found], options).wait()
+        return [int(value) for value in found]
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors must be to be exchanged."""
+        cuda = self.world is not None and "nccl" in self.world.name()
+        return torch.device("cuda", self.place.device_index) if cuda else torch.device("cpu")
+
+    def abort(self) -> None:
+        """Any thread: whatever waits for another rank gets an error."""
+        for group in (self.tensor, self.world):
+            if group is not None:
+                group.abort()
+
+
+def join(place: Place, store: Any, device: torch.device, host: str, timeout_s: float) -> Mesh:
+    """Meet the other ranks at `store`, listening on this node's address `host` alone. RuntimeError when they don't come
+    within `timeout_s`; an exchange that hangs for so long raises it, too.
+
+    The groups are this mesh's own, not torch's default ones, so that a process may hold several models.
+    """
+    if place.size == 1:
+        return Mesh(place)
+
+    def group(name: str, rank: int, size: int) -> Any:
+        prefixed, timeout = c10d.PrefixStore(name, store), timedelta(seconds=timeout_s)
+        if device.type == "cuda":
+            nccl = c10d.ProcessGroupNCCL.Options()
+            nccl._timeout = timeout
+            return c10d.ProcessGroupNCCL(prefixed, rank, size, nccl)
+        gloo = c10d.ProcessGroupGloo._Options()
+        gloo._timeout = timeout
+        gloo._devices = [c10d.ProcessGroupGloo.create_device(hostname=host)]
+        return c10d.ProcessGroupGloo(prefixed, rank, size, gloo)
+
+    tensor = group(f"stage {place.stage}", place.tp_rank, place.tp) if place.tp > 1 else None
+    return Mesh(place, group("world", place.rank, place.size), tensor)
+
+
+def host_store(host: str, size: int, timeout_s: float) -> tuple[Any, int]:
+    """(a store where ranks find each other, its port), listening on `host` alone."""
+    listener = socket.create_server((host, 0), backlog=size)
+    port: int = listener.getsockname()[1]
+    timeout = timedelta(seconds=timeout_s)
+    store = c10d.TCPStore(host, port, size, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach())
+    return store, port
+
+
+def reach_store(host: str, port: int, size: int, timeout_s: float) -> Any:
+    """The same from another rank."""
+    return c10d.TCPStore(host, port, size, False, timedelta(seconds=timeout_s), wait_for_workers=False)
+
+
+def _options() -> Any:
+    options = c10d.GatherOptions()
+    options.rootRank = 0
+    return options

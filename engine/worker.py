@@ -1,0 +1,94 @@
+"""Worker: a rank other than 0. Connects to rank 0, loads its share of the model, then executes what it is told.
+
+`python -m kvasir.engine.worker` reads what it needs to know as JSON from its standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from kvasir.engine.config import EngineConfig
+from kvasir.engine.errors import KvasirError
+
+if TYPE_CHECKING:
+    from kvasir.engine.control import Spoke
+
+
+def run(config: EngineConfig, address: str, token: str, rank: int, *, gone: Callable[[], None]) -> None:
+    """Serve as this rank until rank 0 is done (returns) or gone (`gone` is called, in another thread). What fails here is
+    told to rank 0 and raised."""
+    from kvasir.engine.control import Spoke
+
+    spoke = Spoke(address, token, rank, os.getpid(), gone=gone)
+    try:
+        _serve(config, spoke, rank)
+    except EOFError:
+        return
+    except Exception as error:  # whatever it is, rank 0 must hear of it
+        spoke.send("failed", json.dumps(_explained(error)).encode())
+        raise
+
+
+def _serve(config: EngineConfig, spoke: Spoke, number: int) -> None:
+    from kvasir.engine.codec import decode_step, encode_result
+    from kvasir.engine.load import load
+    from kvasir.engine.memory import resolve_device
+    from kvasir.engine.mesh import Place, join, reach_store
+    from kvasir.engine.rank import Rank
+
+    kind, content = spoke.receive()
+    assert kind == "welcome"
+    said = json.loads(content)
+    place = Place(rank=number, **said["place"])
+    host, port = said["store"]
+    store = reach_store(host, port, place.size, config.collective_timeout)
+    device = resolve_device(config, place.device_index)
+    mesh = join(place, store, device, spoke.host, config.collective_timeout)
+    loaded = load(config, mesh)
+    lengths = {"max_num_seqs": config.max_num_seqs, "max_model_len": loaded.info.max_model_len}
+    rank = Rank(loaded.decoder, loaded.cache, pooler=loaded.pooler, **lengths)
+    spoke.send("ready")
+    while True:
+        kind, content = spoke.receive()
+        step, results = decode_step(content)
+        for result in results:
+            rank.learn(result)
+        found = rank.run(step)
+        if place.samples:
+            spoke.send("result", encode_result(found))
+
+
+def config_of(said: Mapping[str, Any]) -> EngineConfig:
+    """The configuration that `json_of` wrote."""
+    lists = {name: tuple(value) for name, value in said.items() if isinstance(value, list)}
+    return EngineConfig(**{**said, **lists})
+
+
+def json_of(config: EngineConfig) -> dict[str, Any]:
+    """As JSON has it."""
+    return asdict(config)
+
+
+def _explained(error: BaseException) -> dict[str, Any]:
+    """`final`: the configuration is to blame."""
+    if isinstance(error, KvasirError):
+        return {"why": error.message, "final": True, "param": error.param}
+    where = traceback.extract_tb(error.__traceback__)
+    at = f" (at {os.path.basename(where[-1].filename)}:{where[-1].lineno})" if where else ""
+    return {"why": f"{type(error).__name__}: {error}{at}", "final": False}
+
+
+def main() -> None:
+    """The process of a local rank; `processes` starts it."""
+    said = json.load(sys.stdin)
+    run(config_of(said["config"]), said["address"], said["token"], said["rank"], gone=lambda: os._exit(1))
+
+
+if __name__ == "__main__":
+    main()
