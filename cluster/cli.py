@@ -344,11 +344,16 @@ def _add_options(parser: argparse.ArgumentParser, chosen: list[Option]) -> None:
                     parser.add_argument("--model", dest="model", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
                 continue
             assert group is not None
-            group.add_argument(option.flag, dest=option.name, default=argparse.SUPPRESS, **_shape(option))
+            flags = (*_short(option.flag), option.flag)
+            group.add_argument(*flags, dest=option.name, default=argparse.SUPPRESS, **_shape(option))
     for name in SPELLINGS:
         switch: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if name in SWITCHES else {}
-        short = [letters for letters, flag in SHORT.items() if flag == _flag(name)]
-        parser.add_argument(*short, _flag(name), dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **switch)
+        flags = (*_short(_flag(name)), _flag(name))
+        parser.add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **switch)
+
+
+def _short(flag: str) -> list[str]:
+    return [letters for letters, long in SHORT.items() if long == flag]
 
 
 def _shape(option: Option) -> dict[str, Any]:
