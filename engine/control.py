@@ -271,6 +271,7 @@ class Spoke:
         _tune(self._connection)
         self._lock = threading.Lock()
         self._gone = gone
+        self._closing = threading.Event()
         self.send("hello", json.dumps({"token": token, "rank": rank, "pid": pid}).encode())
         threading.Thread(target=self._beat, name="kvasir-heartbeat", daemon=True).start()
 
@@ -283,13 +284,18 @@ class Spoke:
         """The next frame. EOFError when rank 0 is gone."""
         return receive(self._connection)
 
+    def close(self) -> None:
+        """End: rank 0 sees it."""
+        self._closing.set()
+        self._connection.close()
+
     def _beat(self) -> None:
-        while True:
-            time.sleep(BEAT_S)
+        while not self._closing.wait(BEAT_S):
             try:
                 self.send("beat")
             except OSError:
-                self._gone()
+                if not self._closing.is_set():
+                    self._gone()
                 return
 
 

@@ -182,9 +182,14 @@ class Engine:
                 self._turn()
             self._fail_all("unavailable", "the engine was shut down")
         except Exception as error:  # the process's border: whatever a step raises, no client may be left waiting
-            logger.exception("a step failed")
+            if isinstance(error, KvasirError):  # a rank that is gone: the message says all
+                logger.error("%s", error)
+            else:
+                logger.exception("a step failed")
             self.failure = error
-            self._fail_all("unavailable", f"the engine failed: {type(error).__name__}: {error}")
+            why = str(error) if isinstance(error, KvasirError) else f"{type(error).__name__}: {error}"
+            self._fail_all("unavailable", f"the engine failed: {why}")
+            self._executor.close()
 
     def _turn(self) -> None:
         self.heartbeat = time.monotonic()

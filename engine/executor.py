@@ -9,8 +9,7 @@ from typing import Protocol
 from kvasir.engine.codec import decode_result, encode_step
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.control import Hub
-from kvasir.engine.errors import KvasirError
-from kvasir.engine.load import Loaded, load
+from kvasir.engine.load import Loaded, check_ranks, load
 from kvasir.engine.memory import resolve_device
 from kvasir.engine.mesh import Mesh, Place, host_store, join
 from kvasir.engine.processes import Processes
@@ -55,7 +54,7 @@ class GroupExecutor:
     """Rank 0 of several: this process. The others connect to `hub`; `kill` ends them at once, whatever they do."""
 
     def __init__(self, config: EngineConfig, hub: Hub, kill: Callable[[], None], *, own_gpus: bool) -> None:
-        self._hub, self._kill = hub, kill
+        self._config, self._hub, self._kill = config, hub, kill
         self._mesh = Mesh()
         hub.on_failure = self._free
         try:
@@ -63,13 +62,13 @@ class GroupExecutor:
             self.loaded = load(config, self._mesh)
             self.rank = rank_of(config, self.loaded)
             hub.all_ready()
-        except KvasirError:
-            self.close()
-            raise
         except RuntimeError as error:  # torch's, when another rank is gone
-            verdict = hub.verdict(f"rank 0 failed: {type(error).__name__}: {error}")
+            verdict = hub.verdict(_symptom(error, config))
             self.close()
             raise verdict from error
+        except Exception:
+            self.close()
+            raise
         self.depth = config.pipeline_parallel_size
         self._samples = self.rank.place.samples
         self._own: deque[Result] = deque()
@@ -81,7 +80,7 @@ class GroupExecutor:
         try:
             self._own.append(self.rank.run(step))
         except RuntimeError as error:
-            raise self._hub.verdict(f"rank 0 failed: {type(error).__name__}: {error}") from error
+            raise self._hub.verdict(_symptom(error, self._config)) from error
 
     def collect(self) -> Result:
         own = self._own.popleft()
@@ -93,6 +92,7 @@ class GroupExecutor:
     def close(self) -> None:
         self._hub.close()
         self._kill()
+        self._mesh.close()
 
     def _free(self) -> None:
         """The group failed: whoever waits for the rank that is gone, this process included, gets an error."""
@@ -104,6 +104,7 @@ def executor_of(config: EngineConfig) -> Executor:
     """All ranks on this node. ConfigError and RankError say what is wrong."""
     if config.ranks == 1:
         return LocalExecutor(config, load(config))
+    check_ranks(config)
     started: list[Processes] = []
     hub = Hub(LOCALHOST, config.ranks, ended=lambda rank: started[0].ended(rank) if started else None)
     started.append(Processes(config, hub.address, hub.token))
@@ -144,3 +145,10 @@ def _meet(config: EngineConfig, hub: Hub, own_gpus: bool) -> Mesh:
         said = {name: getattr(place, name) for name in ("tp", "pp", "local_ranks", "device_index")}
         hub.welcome(place.rank, {"place": said, "store": [hub.host, port]})
     return join(found[0], store, resolve_device(config, found[0].device_index), hub.host, timeout)
+
+
+def _symptom(error: RuntimeError, config: EngineConfig) -> str:
+    if "timed out" in str(error).lower():
+        limit = config.collective_timeout
+        return f"an exchange between ranks took longer than {limit:g} s (--collective-timeout): a rank or a link hangs"
+    return f"rank 0 failed: {type(error).__name__}: {error}"

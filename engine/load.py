@@ -16,7 +16,7 @@ from kvasir.engine.decoder import Decoder
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.memory import keep_freed_memory, plan_memory, resolve_device, resolve_dtype
-from kvasir.engine.mesh import Mesh
+from kvasir.engine.mesh import Mesh, Place
 from kvasir.engine.model_files import ModelFiles
 from kvasir.engine.pooler import Pooler, load_pooler
 from kvasir.engine.pooling import Pooling, pooling_of, tasks_of
@@ -58,9 +58,7 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
     torch.set_num_threads(config.num_threads or cores)  # Ray sets OMP_NUM_THREADS, which is torch's default
     keep_freed_memory()
     if not ours and mesh.place.size > 1:
-        kind = files.config.get("model_type")
-        message = f"model_type {kind!r} runs by transformers' own code, on one rank only: leave the parallel sizes at 1"
-        raise ConfigError(message, param="tensor_parallel_size" if mesh.place.tp > 1 else "pipeline_parallel_size")
+        _refuse_ranks(config, files)
     partition, dealt = config.pipeline_layer_partition, config.enable_expert_parallel
     share = share_of(spec, mesh, expert_parallel=dealt, partition=partition)
     size = weight_bytes(spec, dtype, device, share) if ours else _fallback_bytes(config, files, dtype)
@@ -87,6 +85,25 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
         labels=pooling.labels.names if pooling.labels else (),
     )
     return Loaded(decoder, cache, info, pooler)
+
+
+def check_ranks(config: EngineConfig) -> None:
+    """Raise ConfigError when the model can't be held by so many ranks; before they are started. Of a model on the hub this
+    fetches the files, once for all."""
+    files = ModelFiles(config)
+    if module_name(files.config) not in supported():
+        _refuse_ranks(config, files)
+    expert, partition = config.enable_expert_parallel, config.pipeline_layer_partition
+    place = Place(config.tensor_parallel_size, config.pipeline_parallel_size)
+    share_of(load_spec(files.config), Mesh(place), expert_parallel=expert, partition=partition)
+
+
+def _refuse_ranks(config: EngineConfig, files: ModelFiles) -> None:
+    kind = files.config.get("model_type")
+    raise ConfigError(
+        f"model_type {kind!r} runs by transformers' own code, on one rank only: leave the parallel sizes at 1",
+        param="tensor_parallel_size" if config.tensor_parallel_size > 1 else "pipeline_parallel_size",
+    )
 
 
 def _weights(

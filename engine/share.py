@@ -18,9 +18,6 @@ from kvasir.engine.errors import ConfigError
 from kvasir.engine.mesh import Mesh
 from kvasir.engine.spec import Experts, Spec
 
-UNIT = 64
-"""Columns are dealt out in units of this, if there are enough: products are fastest in whole registers."""
-
 
 @dataclass(frozen=True)
 class Cut:
@@ -241,11 +238,10 @@ def dealt(count: int, rank: int, size: int, unit: int = 1) -> range:
 
 
 def _unit(count: int, size: int) -> int:
-    """The largest power of two up to UNIT of which every rank can have some."""
-    unit = UNIT
-    while unit > 1 and (count % unit or count // unit < size):
-        unit //= 2
-    return unit
+    """The largest power of two up to 64 (products are fastest in whole registers) that deals out evenly, or nearly so."""
+    units = [unit for unit in (64, 32, 16, 8, 4, 2) if count % unit == 0]
+    even = [unit for unit in units if count % (unit * size) == 0]
+    return next(iter(even or [unit for unit in units if count // unit >= 8 * size]), 1)
 
 
 def _times(part: range, factor: int) -> range:

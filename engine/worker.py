@@ -19,6 +19,9 @@ from kvasir.engine.errors import KvasirError
 if TYPE_CHECKING:
     from kvasir.engine.control import Spoke
 
+ECHOES = ("closed by peer", "reset by peer", "is gone", "imed out")
+"""What an exchange says when another rank is to blame: no traceback is worth printing then."""
+
 
 def run(config: EngineConfig, address: str, token: str, rank: int, *, gone: Callable[[], None]) -> None:
     """Serve as this rank until rank 0 is done (returns) or gone (`gone` is called, in another thread). What fails here is
@@ -33,6 +36,8 @@ def run(config: EngineConfig, address: str, token: str, rank: int, *, gone: Call
     except Exception as error:  # whatever it is, rank 0 must hear of it
         spoke.send("failed", json.dumps(_explained(error)).encode())
         raise
+    finally:
+        spoke.close()
 
 
 def _serve(config: EngineConfig, spoke: Spoke, number: int) -> None:
@@ -87,7 +92,14 @@ def _explained(error: BaseException) -> dict[str, Any]:
 def main() -> None:
     """The process of a local rank; `processes` starts it."""
     said = json.load(sys.stdin)
-    run(config_of(said["config"]), said["address"], said["token"], said["rank"], gone=lambda: os._exit(1))
+    try:
+        run(config_of(said["config"]), said["address"], said["token"], said["rank"], gone=lambda: os._exit(1))
+    except KvasirError:  # rank 0 says it
+        sys.exit(1)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ECHOES):
+            raise
+        sys.exit(1)
 
 
 if __name__ == "__main__":

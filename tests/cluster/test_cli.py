@@ -22,7 +22,6 @@ from aiohttp import web
 from kvasir.cluster import doctor as doctor_module
 from kvasir.cluster.bench_serve import Stream, summary
 from kvasir.cluster.cli import _cluster_config, _normal, _parser
-from kvasir.cluster.compatibility import CompatibilityWarning
 
 KVASIR = [sys.executable, "-m", "kvasir.cluster.cli"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from kvasir.engine.cache import KVCache
 from kvasir.engine.decoder import Decoder
+from kvasir.engine.mesh import Mesh, Place, join
 from kvasir.kernels.ragged import Ragged
 
 Part = tuple[Sequence[int], int, int]
@@ -48,7 +50,8 @@ def in_chunks(ragged: Any) -> Callable[..., list[torch.Tensor]]:
         per = [-(-len(p) // block_size) for p in prompts]
         blocks = rng.sample(range(sum(per) + 3), sum(per))
         tables = [[blocks.pop() for _ in range(n)] for n in per]
-        cache = KVCache(decoder.spec, sum(per) + 3, block_size, decoder.dtype, torch.device("cpu"))
+        share, cpu = decoder.share, torch.device("cpu")
+        cache = KVCache(share.spec, sum(per) + 3, block_size, decoder.dtype, cpu, layers=share.layers)
         cache.arena.fill_(255)  # NaN in every type: what was never written must have no effect
         done = [0] * len(prompts)
         logits: list[list[torch.Tensor]] = [[] for _ in prompts]
@@ -59,10 +62,33 @@ def in_chunks(ragged: Any) -> Callable[..., list[torch.Tensor]]:
             step = ragged([(tables[s], done[s], n) for s, n in zip(chosen, counts, strict=True)], block_size)
             tokens = [t for s, n in zip(chosen, counts, strict=True) for t in prompts[s][done[s] : done[s] + n]]
             rows = decoder(torch.tensor(tokens), step, cache, torch.arange(len(tokens)))
+            if rows is None:  # a stage that isn't the last
+                rows = torch.empty(len(tokens), 0)
             for s, n, out in zip(chosen, counts, rows.split(counts), strict=True):
                 logits[s].append(out)
                 done[s] += n
         return [torch.cat(parts) for parts in logits]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def on_ranks() -> Callable[..., list[Any]]:
+    """`on_ranks(tp, pp, work)`: what `work(mesh)` gives on every rank, each in a thread of its own, joined by gloo."""
+
+    def run(tp: int, pp: int, work: Callable[[Mesh], Any]) -> list[Any]:
+        store, cpu = torch.distributed.HashStore(), torch.device("cpu")
+
+        meshes = []  # none may be gone before all are done
+
+        def rank(number: int) -> Any:
+            torch.set_num_threads(1)
+            mesh = join(Place(tp, pp, number), store, cpu, "127.0.0.1", 60.0)
+            meshes.append(mesh)
+            return work(mesh)
+
+        with ThreadPoolExecutor(tp * pp) as pool:
+            return list(pool.map(rank, range(tp * pp)))
 
     return run
 

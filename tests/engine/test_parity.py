@@ -13,7 +13,9 @@ import torch
 
 from kvasir.engine.arch import load_spec
 from kvasir.engine.llm import LLM
+from kvasir.engine.mesh import Mesh
 from kvasir.engine.request import SamplingParams
+from kvasir.engine.share import share_of
 from kvasir.engine.weights import load_decoder
 
 CPU = torch.device("cpu")
@@ -183,6 +185,31 @@ def test_logits_equal(case: str, checkpoint: Callable[..., tuple[Path, Any]], in
             with torch.no_grad():
                 want = model(torch.tensor([prompt])).logits[0]
             assert (got - want).abs().max() <= TOLERANCE, f"{len(prompt)} tokens, max logit {want.abs().max():.1f}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_on_many_ranks(
+    case: str, checkpoint: Callable[..., tuple[Path, Any]], in_chunks: Any, on_ranks: Any
+) -> None:
+    """Heads, columns and vocabulary that don't divide evenly; more ranks than kv heads; stages; whole experts."""
+    family, changes = CASES[case]
+    folder, model = checkpoint(family, **changes)
+    spec = load_spec(json.loads((folder / "config.json").read_text()))
+    rng = random.Random(case)
+    prompts = [[rng.randrange(97) for _ in range(n)] for n in (40, 1, 33)]
+    with torch.no_grad():
+        wanted = [model(torch.tensor([prompt])).logits[0] for prompt in prompts]
+
+    def logits(mesh: Mesh) -> list[torch.Tensor]:
+        share = share_of(spec, mesh, expert_parallel=spec.experts is not None and mesh.place.pp == 2)
+        decoder = load_decoder(folder, spec, dtype=torch.float32, device=CPU, share=share)
+        found: list[torch.Tensor] = in_chunks(decoder, prompts, 16, seed=3)
+        return found
+
+    for tp, pp in ((2, 2), (3, 1)):
+        found = on_ranks(tp, pp, logits)[tp * (pp - 1)]
+        for got, want in zip(found, wanted, strict=True):
+            assert (got - want).abs().max() <= TOLERANCE, f"{tp} x {pp} ranks"
 
 
 OUTGROWN = {

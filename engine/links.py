@@ -1,0 +1,113 @@
+"""Links: a TCP connection between every two ranks of a stage, for sums of CPU tensors.
+
+A sum of 8 x 2048 bfloat16 over two ranks of one machine takes gloo 260 us (three threads hand it on in each process) and
+the same bytes over a connection of our own 50 us; a step of a small model makes dozens. gloo keeps what is large and goes
+to many. GPUs don't come here: NCCL does all of theirs.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 16
+"""What every system's socket buffers hold: a rank sends so much before it reads, so no two wait for each other."""
+TOKEN_BYTES = 32
+
+
+class Links:
+    """Connections of rank `own` of `size`. RuntimeError when another rank is gone or silent for `timeout_s`."""
+
+    def __init__(self, store: Any, own: int, size: int, host: str, timeout_s: float) -> None:
+        self.own, self.size = own, size
+        self._peers: dict[int, socket.socket] = {}
+        with socket.create_server((host, 0), backlog=size) as listener:
+            listener.settimeout(timeout_s)
+            store.set(f"link {own}", f"{host}:{listener.getsockname()[1]}")
+            for rank in range(own):  # higher ranks connect to lower ones
+                where, _, port = store.get(f"link {rank}").decode().rpartition(":")
+                self._peers[rank] = connection = socket.create_connection((where, int(port)), timeout_s)
+                connection.sendall(store.get("token") + bytes([own]))
+            if own == 0:
+                store.set("token", secrets.token_bytes(TOKEN_BYTES))
+            while len(self._peers) < size - 1:
+                self._accept(listener, store.get("token"))
+        for connection in self._peers.values():
+            _tune(connection, timeout_s)
+
+    def exchange(self, x: Tensor) -> Sequence[Tensor]:
+        """Every rank's x, by rank; all have the same shape and dtype."""
+        found = [x if rank == self.own else torch.empty_like(x) for rank in range(self.size)]
+        own = _bytes(x)
+        others = [(connection, _bytes(found[rank])) for rank, connection in self._peers.items()]
+        for start in range(0, len(own), CHUNK):
+            part = slice(start, start + CHUNK)
+            try:
+                for connection, _ in others:
+                    connection.sendall(own[part])
+                for connection, view in others:
+                    _read(connection, view[part])
+            except OSError as error:
+                raise RuntimeError(_why(error)) from error
+        return found
+
+    def abort(self) -> None:
+        """Any thread: whoever waits here gets an error."""
+        for connection in self._peers.values():
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:  # the other end was faster
+                continue
+
+    def close(self) -> None:
+        """Nobody uses it any longer."""
+        for connection in self._peers.values():
+            connection.close()
+
+    def _accept(self, listener: socket.socket, token: bytes) -> None:
+        connection, _ = listener.accept()
+        connection.settimeout(5.0)
+        hello = bytearray(TOKEN_BYTES + 1)
+        try:
+            _read(connection, memoryview(hello))
+        except OSError:
+            connection.close()
+            return
+        if hmac.compare_digest(bytes(hello[:-1]), token) and hello[-1] not in self._peers:
+            self._peers[hello[-1]] = connection
+        else:
+            connection.close()
+
+
+def _bytes(x: Tensor) -> memoryview:
+    return memoryview(x.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _read(connection: socket.socket, view: memoryview) -> None:
+    while view:
+        got = connection.recv_into(view)
+        if not got:
+            raise ConnectionResetError("the connection was closed")
+        view = view[got:]
+
+
+def _tune(connection: socket.socket, timeout_s: float) -> None:
+    """The system's own time limit: Python's would cost a further call per exchange."""
+    connection.settimeout(None)
+    limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _why(error: OSError) -> str:
+    if isinstance(error, BlockingIOError):
+        return "timed out: another rank of the stage says nothing"
+    return f"another rank of the stage is gone: {error}"

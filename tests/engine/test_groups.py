@@ -1,0 +1,282 @@
+"""Groups of ranks in processes of their own: the same answers as one rank, and a death that is a message."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvasir.engine.config import EngineConfig
+from kvasir.engine.control import Hub, RankError, Spoke
+from kvasir.engine.errors import ConfigError, UnavailableError
+from kvasir.engine.event import Event
+from kvasir.engine.executor import GroupExecutor, executor_of, places
+from kvasir.engine.llm import LLM
+from kvasir.engine.request import Request, SamplingParams
+
+LAYOUTS = [(2, 1), (1, 2), (2, 2)]
+GREEDY = SamplingParams(temperature=0, max_tokens=256, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def stories(data: Callable[[str], Path]) -> dict[str, Any]:
+    options = {"dtype": "float32", "num_threads": 1, "block_size": 8, "kv_cache_memory_bytes": 1 << 21}
+    return {"model": str(data("model-stories260k/hf")), **options}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: f"tp{layout[0]}pp{layout[1]}")
+def group(request: pytest.FixtureRequest, stories: dict[str, Any]) -> Iterator[LLM]:
+    tp, pp = request.param
+    llm = LLM(**stories, tensor_parallel_size=tp, pipeline_parallel_size=pp, max_num_batched_tokens=48)
+    yield llm
+    llm.shutdown()
+
+
+@pytest.fixture(scope="module")
+def alone(stories: dict[str, Any]) -> LLM:
+    return LLM(**stories, max_num_batched_tokens=48)
+
+
+def pids(llm: LLM) -> dict[int, int]:
+    executor = llm.engine._executor
+    assert isinstance(executor, GroupExecutor)
+    return {rank: peer.pid for rank, peer in executor._hub._peers.items()}
+
+
+def gone(pid: int, seconds: float = 5.0) -> bool:
+    limit = time.monotonic() + seconds
+    while os.path.exists(f"/proc/{pid}") and time.monotonic() < limit:
+        time.sleep(0.02)
+    return not os.path.exists(f"/proc/{pid}")
+
+
+def test_documented_tokens(group: LLM, data: Callable[[str], Path]) -> None:
+    known = json.loads(data("model-stories260k/greedy_256.json").read_text())
+    (output,) = group.generate([known["prompt_ids"]], GREEDY, use_tqdm=False)
+    assert [*known["prompt_ids"], *output.outputs[0].token_ids][: len(known["greedy_ids"])] == known["greedy_ids"]
+
+
+def test_a_mixed_batch(group: LLM, alone: LLM) -> None:
+    """Chunked prompts, hits in the prefix cache, branches, every kind of sampling, scores; twice, the second time cached."""
+    long = "Once upon a time there was a little girl. " * 4
+    prompts = [long + "She", long + "Her dog", "The", "One day, Tom", "x", "Lily and Tom"]
+    params = [
+        SamplingParams(temperature=0, max_tokens=30),
+        SamplingParams(temperature=1.0, seed=1, n=4, max_tokens=20, ignore_eos=True),
+        SamplingParams(temperature=0.8, seed=2, top_k=5, top_p=0.9, max_tokens=25, repetition_penalty=1.3),
+        SamplingParams(temperature=0, max_tokens=12, logprobs=3, prompt_logprobs=2),
+        SamplingParams(temperature=1.5, seed=3, min_p=0.05, max_tokens=40, min_tokens=10, logit_bias={300: 5.0}),
+        SamplingParams(temperature=0, max_tokens=9, presence_penalty=1.0, stop=["the"]),
+    ]
+    for _ in range(2):
+        ours, wanted = (llm.generate(prompts, params, use_tqdm=False) for llm in (group, alone))
+        for got, want in zip(ours, wanted, strict=True):
+            assert [each.token_ids for each in got.outputs] == [each.token_ids for each in want.outputs]
+            assert [each.finish_reason for each in got.outputs] == [each.finish_reason for each in want.outputs]
+        assert close(ours[3].outputs[0].logprobs, wanted[3].outputs[0].logprobs)
+        assert close(ours[3].prompt_logprobs, wanted[3].prompt_logprobs)
+    assert (ours[0].num_cached_tokens or 0) >= 40
+
+
+def close(ours: Any, wanted: Any) -> bool:
+    assert len(ours) == len(wanted)
+    pairs = [(a[token].logprob, b[token].logprob) for a, b in zip(ours, wanted, strict=True) if b for token in b]
+    return all(abs(a - b) < 1e-4 for a, b in pairs) and len(pairs) > 0
+
+
+def test_preempted_and_cancelled(stories: dict[str, Any], alone: LLM) -> None:
+    """A cache for a few sequences: others wait, give up their blocks and come back; some are cancelled in between."""
+    options = {**stories, "kv_cache_memory_bytes": 120_000, "tensor_parallel_size": 2}
+    llm = LLM(**options, pipeline_parallel_size=2, max_model_len=160, enable_prefix_caching=False)
+    try:
+        sampling = SamplingParams(temperature=1.0, seed=5, max_tokens=100, ignore_eos=True)
+        prompts = [f"Number {i}: once there" for i in range(12)]
+        ours = llm.generate(prompts, sampling, use_tqdm=False)
+        wanted = alone.generate(prompts, sampling, use_tqdm=False)
+        assert [o.outputs[0].token_ids for o in ours] == [o.outputs[0].token_ids for o in wanted]
+        assert llm.engine.stats().preemptions > 0
+        _cancelled(llm)
+        assert list(llm.engine.pool.check()) == []
+        assert llm.engine.pool.num_used == 0
+    finally:
+        llm.shutdown()
+
+
+def _cancelled(llm: LLM) -> None:
+    ended: list[Event] = []
+    done = threading.Event()
+    deliver = llm.engine._deliver
+
+    def take(events: Any) -> None:
+        ended.extend(event for event in events if type(event).__name__ == "Finished")
+        if len(ended) == 6:
+            done.set()
+
+    llm.engine._deliver = take
+    try:
+        for i in range(6):
+            sampling = SamplingParams(temperature=0, max_tokens=100 if i % 2 else 20, ignore_eos=True)
+            llm.engine.submit(Request(request_id=f"c{i}", prompt_token_ids=[1, 2, 3 + i], sampling=sampling))
+        for i in (1, 3, 5):
+            llm.engine.abort(f"c{i}")
+        assert done.wait(30)
+    finally:
+        llm.engine._deliver = deliver
+    assert sorted(event.reason for event in ended) == ["abort"] * 3 + ["length"] * 3  # type: ignore[union-attr]
+
+
+def test_vectors(checkpoint: Any) -> None:
+    """An encoder over two stages of two ranks."""
+    folder, _ = checkpoint("Bert", auto="AutoModel", vocab_size=97, num_key_value_heads=None)
+    options: dict[str, Any] = {"dtype": "float32", "skip_tokenizer_init": True, "num_threads": 1}
+    prompts = [[5, 6, 7], [8] * 30, [9]]
+    alone = LLM(str(folder), **options).embed(prompts, use_tqdm=False)
+    llm = LLM(str(folder), **options, tensor_parallel_size=2, pipeline_parallel_size=2)
+    try:
+        found = llm.embed(prompts, use_tqdm=False)
+    finally:
+        llm.shutdown()
+    for got, want in zip(found, alone, strict=True):
+        pairs = zip(got.outputs.embedding, want.outputs.embedding, strict=True)
+        assert max(abs(a - b) for a, b in pairs) < 1e-5
+
+
+def on_and_on(llm: LLM, sampling: SamplingParams) -> None:
+    for _ in range(1000):
+        llm.generate(["Once"] * 4, sampling, use_tqdm=False)
+
+
+DEATHS = {
+    "killed": (lambda llm, pid: os.kill(pid, signal.SIGKILL), "died: killed by SIGKILL"),
+    "stopped": (lambda llm, pid: os.kill(pid, signal.SIGSTOP), "was stopped"),
+    "raised": (lambda llm, pid: llm.engine._executor._hub.step(b"\xff\xff\xff\xff"), "failed: ValueError"),
+}
+
+
+@pytest.mark.parametrize(("layout", "how"), [((2, 1), "killed"), ((1, 2), "stopped"), ((2, 2), "raised")])
+def test_a_death_ends_every_request(stories: dict[str, Any], layout: tuple[int, int], how: str) -> None:
+    strike, says = DEATHS[how]
+    llm = LLM(**stories, tensor_parallel_size=layout[0], pipeline_parallel_size=layout[1])
+    others = pids(llm)
+    sampling = SamplingParams(temperature=1, seed=1, max_tokens=450, ignore_eos=True)
+    timer = threading.Timer(0.3, lambda: strike(llm, others[max(others)]))
+    timer.start()
+    with pytest.raises(UnavailableError, match=says):
+        on_and_on(llm, sampling)
+    timer.join()
+    assert all(gone(pid) for pid in others.values())
+    with pytest.raises(UnavailableError):
+        llm.generate(["Once"], sampling, use_tqdm=False)
+    llm.shutdown()
+
+
+def test_an_exchange_that_hangs(stories: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(**stories, tensor_parallel_size=2, collective_timeout=3.0)
+    others = pids(llm)
+    monkeypatch.setattr(llm.engine._executor._hub, "step", lambda frame: None)  # type: ignore[attr-defined]
+    with pytest.raises(UnavailableError, match=r"longer than 3 s .--collective-timeout.: a rank or a link hangs"):
+        llm.generate(["Once"], GREEDY, use_tqdm=False)
+    assert all(gone(pid) for pid in others.values())
+
+
+SCRIPT = """
+import json, os, sys, time
+from kvasir.engine import LLM
+llm = LLM(**json.loads(sys.argv[1]), tensor_parallel_size=2)
+print(*(peer.pid for peer in llm.engine._executor._hub._peers.values()), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_ranks_end_with_their_rank_0(stories: dict[str, Any], number: int) -> None:
+    with subprocess.Popen([sys.executable, "-c", SCRIPT, json.dumps(stories)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        others = [int(pid) for pid in process.stdout.readline().split()]
+        process.send_signal(number)
+    assert len(others) == 1
+    assert all(gone(pid) for pid in others)
+
+
+def test_a_fault_of_the_configuration_is_told_as_one(stories: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"9: this model has 8 heads, so 1 to 8 work"):
+        LLM(**stories, tensor_parallel_size=9)
+    with pytest.raises(ConfigError, match=r"holds neither|no config"):
+        LLM(**{**stories, "model": str(tmp_path)}, tensor_parallel_size=2)
+
+
+def test_a_rank_that_doesnt_come_is_named() -> None:
+    hub = Hub("127.0.0.1", 3)
+    try:
+        spoke = Spoke(hub.address, hub.token, 2, os.getpid(), gone=lambda: None)
+        with pytest.raises(RankError, match=r"rank 1 of 3 didn't connect to 127.0.0.1:.* within 0.3 s"):
+            hub.meet(0.3)
+    finally:
+        hub.close()
+    spoke.close()
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 64, b'\x14\x00\x00\x00\x00{"token": "no", "r": 1}']
+)
+def test_strangers_are_turned_away(said: bytes) -> None:
+    hub = Hub("127.0.0.1", 2)
+    try:
+        host, _, port = hub.address.rpartition(":")
+        with socket.create_connection((host, int(port)), 5) as connection:
+            with contextlib.suppress(OSError):  # it may already be closed
+                connection.sendall(said)
+                connection.shutdown(socket.SHUT_WR)
+                assert connection.recv(1) == b""
+        spoke = Spoke(hub.address, hub.token, 1, os.getpid(), gone=lambda: None)
+        assert hub.meet(5) == {0: "127.0.0.1", 1: "127.0.0.1"}
+    finally:
+        hub.close()
+    spoke.close()
+
+
+def test_places_go_by_node() -> None:
+    config = EngineConfig(tensor_parallel_size=2, pipeline_parallel_size=2)
+    found = places(config, {0: "a", 1: "a", 2: "b", 3: "a"}, own_gpus=False)
+    assert [(p.tp_rank, p.stage, p.local_ranks, p.device_index) for p in found] == [
+        (0, 0, 3, 0), (1, 0, 3, 1), (0, 1, 1, 0), (1, 1, 3, 2),
+    ]  # fmt: skip
+    assert [p.samples for p in found] == [False, False, True, False]
+
+
+@pytest.mark.slow
+def test_chaos(stories: dict[str, Any]) -> None:
+    """Thirty groups die: any rank, at any moment, in any way. Every request ends, and nothing is left behind."""
+    import random
+
+    rng = random.Random(0)
+    before = set(os.listdir("/dev/shm"))
+    for _ in range(30):
+        tp, pp = rng.choice(LAYOUTS)
+        llm = LLM(**stories, tensor_parallel_size=tp, pipeline_parallel_size=pp)
+        others = pids(llm)
+        how = rng.choice(sorted(DEATHS))
+        timer = threading.Timer(rng.random() * 0.5, DEATHS[how][0], (llm, rng.choice(sorted(others.values()))))
+        timer.start()
+        with pytest.raises(UnavailableError):
+            on_and_on(llm, SamplingParams(max_tokens=60, seed=1, ignore_eos=True))
+        timer.join()
+        assert all(gone(pid) for pid in others.values()), how
+        llm.shutdown()
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_executor_of_one_rank_is_this_process(stories: dict[str, Any]) -> None:
+    executor = executor_of(EngineConfig(**stories))
+    assert (executor.depth, executor.loaded.decoder.mesh.place.size) == (1, 1)
