@@ -14,7 +14,7 @@ from kvasir.cluster.vectors import PoolingCall, Vectors
 from kvasir.engine.errors import ClientError
 from kvasir.engine.event import Pooled, TokenLogprob
 from kvasir.engine.passage import Passage
-from kvasir.engine.request import PoolingParams
+from kvasir.engine.request import PoolingParams, StructuredOutput
 from kvasir.engine.tokenizer import Tokenizer
 from kvasir.engine.transcript import Delta
 from kvasir.proto import inference_pb2 as pb
@@ -145,10 +145,17 @@ def _sampling(message: pb.Sampling) -> dict[str, Any]:
     given |= {name: list(values) for name in _LISTS if (values := getattr(message, name))}
     if message.logit_bias:
         given["logit_bias"] = dict(message.logit_bias)
+    if message.HasField("structured_outputs"):
+        given["structured_outputs"] = _structure(message.structured_outputs)
     return given
 
 
-_SCALARS = tuple(field.name for field in pb.Sampling.DESCRIPTOR.fields if field.has_presence)
+def _structure(message: pb.StructuredOutput) -> StructuredOutput:
+    given = _set(message, ("json", "json_object", "regex", "grammar", "structural_tag"))
+    return StructuredOutput(**given, choice=list(message.choice), after=list(message.after))
+
+
+_SCALARS = tuple(f.name for f in pb.Sampling.DESCRIPTOR.fields if f.has_presence and f.message_type is None)
 
 
 def _set(message: Any, names: Sequence[str]) -> dict[str, Any]:

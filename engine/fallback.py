@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kvasir.engine.arch import supported
 from kvasir.engine.cache import KVCache
 from kvasir.engine.errors import ConfigError
-from kvasir.engine.mesh import Mesh
+from kvasir.engine.share import share_of
 from kvasir.engine.spec import Layer, Spec
 from kvasir.kernels.attention import attention
 from kvasir.kernels.cache import write
@@ -39,7 +39,8 @@ class Fallback(nn.Module):
     def __init__(self, model: Any, spec: Spec, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.model, self.spec, self.dtype, self.device = model, spec, dtype, device
-        self.mesh = Mesh()
+        self.share = share_of(spec)
+        self.mesh = self.share.mesh
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, ragged: Ragged, cache: KVCache, rows: Tensor) -> Tensor:

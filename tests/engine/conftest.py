@@ -88,7 +88,10 @@ def on_ranks() -> Callable[..., list[Any]]:
             return work(mesh)
 
         with ThreadPoolExecutor(tp * pp) as pool:
-            return list(pool.map(rank, range(tp * pp)))
+            found = list(pool.map(rank, range(tp * pp)))
+        for mesh in meshes:
+            mesh.close()
+        return found
 
     return run
 

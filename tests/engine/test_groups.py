@@ -234,11 +234,11 @@ def test_strangers_are_turned_away(said: bytes) -> None:
     hub = Hub("127.0.0.1", 2)
     try:
         host, _, port = hub.address.rpartition(":")
-        with socket.create_connection((host, int(port)), 5) as connection:
-            with contextlib.suppress(OSError):  # it may already be closed
-                connection.sendall(said)
-                connection.shutdown(socket.SHUT_WR)
-                assert connection.recv(1) == b""
+        connection = socket.create_connection((host, int(port)), 5)
+        with connection, contextlib.suppress(OSError):  # it may already be closed
+            connection.sendall(said)
+            connection.shutdown(socket.SHUT_WR)
+            assert connection.recv(1) == b""
         spoke = Spoke(hub.address, hub.token, 1, os.getpid(), gone=lambda: None)
         assert hub.meet(5) == {0: "127.0.0.1", 1: "127.0.0.1"}
     finally:
