@@ -116,8 +116,10 @@ def original_len(c: Mapping[str, Any], p: Mapping[str, Any]) -> int:
 
 def max_len(c: Mapping[str, Any]) -> int:
     """Positions that the model can be served with: a rope that says by how much it was stretched may say more than
-    max_position_embeddings does (YaRN by flag, dynamic NTK)."""
+    max_position_embeddings does (YaRN by flag, dynamic NTK), and one that needs dual chunk attention beyond its original
+    length ends there."""
     own, p = int(c["max_position_embeddings"]), rope_fields(c)
+    own = min(own, (c.get("dual_chunk_attention_config") or {}).get("original_max_position_embeddings", own))
     kind = scaling(c, p) if not any(isinstance(value, Mapping) for value in p.values()) else None
     if isinstance(kind, (Yarn, Dynamic)):
         return max(own, int(kind.original_len * kind.factor))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvasir.engine.arch import llama
-from kvasir.engine.config_json import rope, same
+from kvasir.engine.config_json import max_len, rope, same
 from kvasir.engine.spec import Layer, Spec
 
 ARCHITECTURES = ("CohereForCausalLM", "CohereModel")
@@ -23,6 +23,7 @@ def spec(c: Mapping[str, Any], **changes: Any) -> Spec:
         "logit_scale": c["logit_scale"],
         "qk_norm": "each_head" if c.get("use_qk_norm") else None,
         "mlp_bias": False,
+        "max_len": int(c.get("model_max_length") or max_len(c)),
     }
     if "layers" not in changes:
         facts["layers"] = same(c, Layer(rope(c, interleaved=True)))

@@ -13,7 +13,8 @@ ARCHITECTURES = ("MiniCPM3ForCausalLM", "MiniCPM3Model")
 
 
 def spec(c: Mapping[str, Any]) -> Spec:
-    """Halves of the rotating part pair, unlike in DeepSeek."""
+    """Halves of the rotating part pair, unlike in DeepSeek; values are as wide as the heads divide the model."""
+    c = {"v_head_dim": c["hidden_size"] // c["num_attention_heads"], **c}
     return llama.spec(
         c,
         **deepseek_v2.latent(c),

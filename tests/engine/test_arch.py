@@ -98,3 +98,23 @@ def test_qwen2_biases_and_windows() -> None:
 
 def test_supported_lists_every_file() -> None:
     assert {"llama", "qwen2", "qwen3", "deepseek_v3"} <= set(supported())
+
+
+def test_command_r_says_its_length_elsewhere() -> None:
+    cohere = {**LLAMA, "model_type": "cohere", "architectures": ["CohereForCausalLM"]}
+    assert load_spec({**cohere, "max_position_embeddings": 8192, "model_max_length": 131072}).max_len == 131072
+    assert load_spec(cohere).max_len == 512
+
+
+def test_minicpm3_has_values_as_wide_as_its_heads() -> None:
+    """Its published file doesn't say."""
+    latent = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 4, "qk_rope_head_dim": 8}
+    spec = load_spec({**LLAMA, **latent, "model_type": "minicpm3", "architectures": ["MiniCPM3ForCausalLM"]})
+    assert spec.latent is not None
+    assert spec.latent.v_dim == 8
+
+
+def test_what_needs_dual_chunk_attention_ends_where_that_begins() -> None:
+    dual = {"dual_chunk_attention_config": {"chunk_size": 64, "local_size": 8, "original_max_position_embeddings": 128}}
+    spec = load_spec({**LLAMA, **dual, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]})
+    assert spec.max_len == 128
