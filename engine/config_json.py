@@ -119,7 +119,7 @@ def max_len(c: Mapping[str, Any]) -> int:
     max_position_embeddings does (YaRN by flag, dynamic NTK), and one that needs dual chunk attention beyond its original
     length ends there."""
     own, p = int(c["max_position_embeddings"]), rope_fields(c)
-    own = min(own, (c.get("dual_chunk_attention_config") or {}).get("original_max_position_embeddings", own))
+    own = min(own, int((c.get("dual_chunk_attention_config") or {}).get("original_max_position_embeddings", own)))
     kind = scaling(c, p) if not any(isinstance(value, Mapping) for value in p.values()) else None
     if isinstance(kind, (Yarn, Dynamic)):
         return max(own, int(kind.original_len * kind.factor))

@@ -37,6 +37,8 @@ class Piece:
     end: int
     first: int
     blocks: npt.NDArray[np.int32]
+    position: int
+    """Of its first row."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,34 @@ class Batch:
     """(s, l) of slots beyond their piece's end, where anything may lie: set to zero, because 0 * NaN is NaN."""
     mask: Tensor | None
     """[S, 1, c or 1, 1, L]: -inf where a row must not look; None when every row may look at everything."""
+    distance: Tensor | None = None
+    """[S, 1, c, 1, L]: how far slots are from a row, when scores fall with that."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What rows see of their sequence: layers of one kind share a step's plan."""
+
+    window: int | None
+    chunk: int | None
+    causal: bool
+    sloped: bool
+    dtype: torch.dtype
+    """That is computed in."""
+
+    def first(self, row: int) -> int:
+        """The first position that the row at this position sees."""
+        near = 0 if self.window is None else max(0, row - self.window + 1)
+        return near if self.chunk is None else max(near, row // self.chunk * self.chunk)
+
+    def hidden(self, rows: npt.NDArray[np.int64], slots: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Whether rows must not look at slots, both positions that broadcast."""
+        found = slots > rows
+        if self.window is not None:
+            found |= rows - slots >= self.window
+        if self.chunk is not None:
+            found |= slots < rows // self.chunk * self.chunk
+        return found
 
 
 def attention(
@@ -73,8 +103,8 @@ def attention(
     value_dim: int | None = None,
 ) -> Tensor:
     """As the definition says. bfloat16 scores are rounded once, the softmax between the products is float32."""
-    near = window is not None and not causal
-    if v_cache is None or chunk or near or sinks is not None or slopes is not None or sparse is not None:
+    near = (window is not None or chunk is not None) and not causal
+    if near or sparse is not None:
         return reference.attention.reference(
             q,
             k_cache,
@@ -90,13 +120,17 @@ def attention(
             sparse=sparse,
             value_dim=value_dim,
         )
-    key = ("attention", window, causal, q.dtype)
-    batches = ragged.plans.get(key)
+    # falling scores are too far apart for bfloat16
+    dtype = torch.float32 if slopes is not None else _working(q.dtype)
+    kind = Kind(window, chunk, causal, slopes is not None, dtype)
+    batches = ragged.plans.get(kind)
     if batches is None:
-        batches = ragged.plans[key] = _plan(ragged, k_cache, q.shape[1], window, _working(q.dtype), causal)
-    out = torch.empty_like(q)
+        batches = ragged.plans[kind] = _plan(ragged, k_cache, q.shape[1], kind)
+    scoring = Scoring(scale, softcap, sinks, slopes)
+    v_rows = None if v_cache is None else _heads_first(v_cache)
+    out = q.new_empty(*q.shape[:2], q.shape[-1] if value_dim is None else value_dim)
     for batch in batches:
-        found = _attend(q[batch.rows], _heads_first(k_cache), _heads_first(v_cache), batch, scale, softcap)
+        found = _attend(q[batch.rows].to(dtype), _heads_first(k_cache), v_rows, batch, scoring, out)
         if batch.kept is None:
             out[batch.rows] = found
         else:
@@ -116,18 +150,39 @@ def _heads_first(cache: Tensor) -> Tensor:
     return cache.transpose(1, 2).view(n * k, p, d)
 
 
-def _attend(q: Tensor, k_rows: Tensor, v_rows: Tensor, batch: Batch, scale: float, softcap: float | None) -> Tensor:
-    """The batch's rows q[S * c, H, D] -> [S * c, H, D], a few kv heads at a time when scores would get too large."""
+@dataclass(frozen=True)
+class Scoring:
+    """How products become weights."""
+
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
+    """[H]"""
+    slopes: Tensor | None
+    """[H]"""
+
+    def of_heads(self, first: int, stop: int, kv_heads: int) -> Scoring:
+        """For the query heads of kv heads first..stop alone, [stop - first, G]."""
+        own = (None if t is None else t.view(kv_heads, -1)[first:stop] for t in (self.sinks, self.slopes))
+        return Scoring(self.scale, self.softcap, *own)
+
+
+def _attend(q: Tensor, k_rows: Tensor, v_rows: Tensor | None, batch: Batch, scoring: Scoring, like: Tensor) -> Tensor:
+    """The batch's rows q[S * c, H, D] -> [S * c, H, V] of the type and width of `like`, a few kv heads at a time when scores
+    would get too large."""
     pieces, kv_heads, blocks = batch.blocks.shape
-    queries = q.to(_working(q.dtype)).view(pieces, batch.count, kv_heads, -1, q.shape[-1]).transpose(1, 2)
+    width = like.shape[-1]
+    queries = q.view(pieces, batch.count, kv_heads, -1, q.shape[-1]).transpose(1, 2)
     scores = pieces * batch.count * queries.shape[3] * blocks * k_rows.shape[1]
     step = max(1, min(kv_heads, ELEMENTS // scores))
-    out = torch.empty_like(q)
-    heads = out.view(pieces, batch.count, kv_heads, -1, q.shape[-1])
+    out = like.new_empty(len(q), q.shape[1], width)
+    heads = out.view(pieces, batch.count, kv_heads, -1, width)
     for h in range(0, kv_heads, step):
         index = batch.blocks[:, h : h + step]
-        k, v = (_gather(rows, index, batch.stale).to(queries.dtype) for rows in (k_rows, v_rows))
-        heads[:, :, h : h + step] = _products(queries[:, h : h + step], k, v, batch.mask, scale, softcap)
+        k = _gather(k_rows, index, batch.stale).to(q.dtype)
+        v = k[..., :width] if v_rows is None else _gather(v_rows, index, batch.stale).to(q.dtype)
+        own = scoring.of_heads(h, h + step, kv_heads)
+        heads[:, :, h : h + step] = _products(queries[:, h : h + step], k, v, batch, own)
     return out
 
 
@@ -140,34 +195,38 @@ def _gather(rows: Tensor, index: Tensor, stale: tuple[Tensor, Tensor]) -> Tensor
     return out
 
 
-def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    """q[S, K, c, G, D] over k and v[S, K, L, D] -> [S, c, K, G, D]."""
+def _products(q: Tensor, k: Tensor, v: Tensor, batch: Batch, scoring: Scoring) -> Tensor:
+    """q[S, K, c, G, D] over k[S, K, L, D] and v[S, K, L, V] -> [S, c, K, G, V]."""
     s, heads, c, g, d = q.shape
     flat_k, flat_v = k.flatten(0, 1), v.flatten(0, 1)
     flat_q = q.reshape(s * heads, c * g, d)
-    scores = torch.baddbmm(flat_q.new_empty(()), flat_q, flat_k.transpose(1, 2), beta=0, alpha=scale)
-    if softcap is not None:
-        scores.div_(softcap).tanh_().mul_(softcap)
-    if mask is not None:
-        scores.view(s, heads, c, g, -1).add_(mask)
-    return torch.bmm(scores.softmax(-1), flat_v).view(s, heads, c, g, d).transpose(1, 2)
+    scores = torch.baddbmm(flat_q.new_empty(()), flat_q, flat_k.transpose(1, 2), beta=0, alpha=scoring.scale)
+    if scoring.softcap is not None:
+        scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
+    if scoring.slopes is not None and batch.distance is not None:
+        scores.view(s, heads, c, g, -1).addcmul_(scoring.slopes.view(heads, 1, g, 1), batch.distance, value=-1)
+    if batch.mask is not None:
+        scores.view(s, heads, c, g, -1).add_(batch.mask)
+    out = torch.bmm(scores.softmax(-1), flat_v).view(s, heads, c, g, -1)
+    if scoring.sinks is not None:  # what is left of the softmax beside one logit more
+        total = scores.float().logsumexp(-1).view(s, heads, c, g)
+        out *= (total - scoring.sinks.float().view(heads, 1, g)).sigmoid()[..., None]
+    return out.transpose(1, 2)
 
 
-def _plan(
-    ragged: Ragged, k_cache: Tensor, heads: int, window: int | None, dtype: torch.dtype, causal: bool
-) -> list[Batch]:
-    """Cut sequences into pieces and gather like pieces: once per step, for all layers with this window."""
+def _plan(ragged: Ragged, k_cache: Tensor, heads: int, kind: Kind) -> list[Batch]:
+    """Cut sequences into pieces and gather like pieces: once per step, for all layers of this kind."""
     _, block_size, kv_heads, head_dim = k_cache.shape
-    if not causal:
+    if not kind.causal:
         pieces = sorted(_whole(ragged, block_size, heads // kv_heads), key=lambda p: (len(p.blocks), p.count))
         most = 4 * ELEMENTS // (block_size * kv_heads * head_dim)
-        return [_whole_batch(group, block_size, kv_heads, dtype) for group in _close(pieces, block_size, most)]
-    pieces = sorted(_cut(ragged, block_size, heads // kv_heads, window), key=lambda p: (p.count, len(p.blocks)))
+        return [_whole_batch(group, block_size, kv_heads, kind) for group in _close(pieces, block_size, most)]
+    pieces = sorted(_cut(ragged, block_size, heads // kv_heads, kind), key=lambda p: (p.count, len(p.blocks)))
     most = ELEMENTS // (block_size * kv_heads * max(head_dim, heads // kv_heads))
-    return [_batch(group, block_size, kv_heads, window, dtype) for group in _alike(pieces, most)]
+    return [_batch(group, block_size, kv_heads, kind) for group in _alike(pieces, most)]
 
 
-def _cut(ragged: Ragged, block_size: int, group: int, window: int | None) -> Iterator[Piece]:
+def _cut(ragged: Ragged, block_size: int, group: int, kind: Kind) -> Iterator[Piece]:
     """Chunks of rows: short ones near the start of a sequence, where later keys needn't be scored; never too large."""
     table = ragged.table.numpy()
     for s, (begin, stop) in enumerate(pairwise(ragged.host_starts.tolist())):
@@ -176,8 +235,8 @@ def _cut(ragged: Ragged, block_size: int, group: int, window: int | None) -> Ite
         for row in range(begin, stop, rows):
             count = min(rows, stop - row)
             end = length - (stop - row) + count
-            first = 0 if window is None else max(0, end - count - window + 1) // block_size
-            yield Piece(row, count, end, first * block_size, table[s, first : -(-end // block_size)])
+            first = kind.first(end - count) // block_size
+            yield Piece(row, count, end, first * block_size, table[s, first : -(-end // block_size)], end - count)
 
 
 def _whole(ragged: Ragged, block_size: int, group: int) -> Iterator[Piece]:
@@ -187,7 +246,8 @@ def _whole(ragged: Ragged, block_size: int, group: int) -> Iterator[Piece]:
         length = int(ragged.host_lengths[s])
         rows = max(1, ELEMENTS // (group * length))
         for row in range(begin, stop, rows):
-            yield Piece(row, min(rows, stop - row), length, 0, table[s, : -(-length // block_size)])
+            blocks = table[s, : -(-length // block_size)]
+            yield Piece(row, min(rows, stop - row), length, 0, blocks, length - (stop - row))
 
 
 def _close(pieces: list[Piece], block_size: int, most: int) -> Iterator[list[Piece]]:
@@ -207,7 +267,7 @@ def _close(pieces: list[Piece], block_size: int, most: int) -> Iterator[list[Pie
         yield group
 
 
-def _whole_batch(pieces: list[Piece], block_size: int, kv_heads: int, dtype: torch.dtype) -> Batch:
+def _whole_batch(pieces: list[Piece], block_size: int, kv_heads: int, kind: Kind) -> Batch:
     """Rows and blocks are padded to the longest; slots beyond a sequence's end are hidden from all rows alike."""
     counts = np.array([p.count for p in pieces])[:, None]
     blocks = _blocks(pieces, kv_heads)
@@ -215,13 +275,15 @@ def _whole_batch(pieces: list[Piece], block_size: int, kv_heads: int, dtype: tor
     rows = np.array([p.row for p in pieces])[:, None] + np.minimum(offsets, counts - 1)
     beyond = np.arange(blocks.shape[2] * block_size) >= np.array([p.end for p in pieces])[:, None]
     stale = beyond.nonzero()
+    positions = np.array([p.position for p in pieces])[:, None, None] + offsets[:, None]
     return Batch(
         torch.from_numpy(rows.ravel()),
         None if (counts == counts.max()).all() else torch.from_numpy((offsets < counts).ravel().nonzero()[0]),
         int(counts.max()),
         torch.from_numpy(blocks),
         (torch.from_numpy(stale[0]), torch.from_numpy(stale[1])),
-        _mask(beyond[:, None], dtype) if beyond.any() else None,
+        _mask(beyond[:, None], kind.dtype) if beyond.any() else None,
+        _distance(positions - np.arange(beyond.shape[1])) if kind.sloped else None,
     )
 
 
@@ -250,12 +312,12 @@ def _alike(pieces: list[Piece], most: int) -> Iterator[list[Piece]]:
         yield group
 
 
-def _batch(pieces: list[Piece], block_size: int, kv_heads: int, window: int | None, dtype: torch.dtype) -> Batch:
+def _batch(pieces: list[Piece], block_size: int, kv_heads: int, kind: Kind) -> Batch:
     count, blocks = pieces[0].count, _blocks(pieces, kv_heads)
     ends = np.array([p.end for p in pieces])[:, None, None]
     slots = np.array([p.first for p in pieces])[:, None, None] + np.arange(blocks.shape[2] * block_size)
-    behind = ends - count + np.arange(count)[:, None] - slots
-    hidden = (behind < 0) | (behind >= (window or ends.max()))
+    positions = ends - count + np.arange(count)[:, None]
+    hidden = kind.hidden(positions, slots)
     stale = (slots >= ends)[:, 0].nonzero()
     return Batch(
         _rows(pieces, count),
@@ -263,7 +325,8 @@ def _batch(pieces: list[Piece], block_size: int, kv_heads: int, window: int | No
         count,
         torch.from_numpy(blocks),
         (torch.from_numpy(stale[0]), torch.from_numpy(stale[1])),
-        _mask(hidden, dtype) if hidden.any() else None,
+        _mask(hidden, kind.dtype) if hidden.any() else None,
+        _distance(positions - slots) if kind.sloped else None,
     )
 
 
@@ -273,6 +336,11 @@ def _rows(pieces: list[Piece], count: int) -> slice | Tensor:
     if (np.diff(rows) == count).all():
         return slice(int(rows[0]), int(rows[0]) + count * len(rows))
     return torch.from_numpy((rows[:, None] + np.arange(count)).ravel())
+
+
+def _distance(behind: npt.NDArray[np.int64]) -> Tensor:
+    """behind[S, c, L] -> [S, 1, c, 1, L] float32."""
+    return torch.from_numpy(np.abs(behind).astype(np.float32))[:, None, :, None]
 
 
 def _mask(hidden: npt.NDArray[np.bool_], dtype: torch.dtype) -> Tensor:
