@@ -133,7 +133,7 @@ def serve_mounted(config: ClusterConfig, rate: float, port: int) -> str:
     ray.init("local", num_cpus=4, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"enable_access_log": False})
     setup = RankSetup(MakeSynthetic(rate), host="127.0.0.1")
-    group = group_deployment("synthetic", 0, "info").bind(config.engines[0], "synthetic", 0, setup)
+    group = group_deployment("synthetic", config.engines[0], 0, "info").bind(config.engines[0], "synthetic", 0, setup)
     quiet = {"log_level": "ERROR", "enable_access_log": False}
     mounted = serve.deployment(serve.ingress()(Mounted)).options(
         name="Gateway", max_ongoing_requests=4096, logging_config=quiet, ray_actor_options={"num_cpus": 0.1}, **COMMON

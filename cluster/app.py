@@ -69,6 +69,7 @@ def run(config: ClusterConfig, *, address: str | None = None, make_engine: MakeE
         config = _prepare(config, reserved)
     try:
         _start_ray(config, address)
+        _check_room(config, own=address is None)
         _deploy(config, "127.0.0.1" if address is None else None, make_engine)
         addresses = wait_until_ready(APP)
     except BaseException:
@@ -223,7 +224,8 @@ def _start_ray(config: ClusterConfig, address: str | None) -> None:
     importer = threading.Thread(target=importlib.import_module, args=("kvasir.cluster.application",))
     importer.start()
     if address is None:
-        cpus = max(os.cpu_count() or 1, PROCESSES, len(config.engines) + config.gateway.num_gateways)
+        ranks = sum(engine.ranks * engine.data_parallel_size for engine in config.engines)
+        cpus = max(os.cpu_count() or 1, PROCESSES, ranks + config.gateway.num_gateways)
         local: dict[str, Any] = {
             "num_cpus": cpus,
             "include_dashboard": False,
@@ -234,6 +236,25 @@ def _start_ray(config: ClusterConfig, address: str | None) -> None:
     else:
         ray.init(address, logging_level=logging.ERROR)
     importer.join()
+
+
+def _check_room(config: ClusterConfig, *, own: bool) -> None:
+    """Say so when the ranks' bundles can't be placed now. A Ray of our own won't grow: StartError."""
+    import ray
+
+    from kvasir.cluster.application import room
+
+    has: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    asked = room(config)
+    lacking = {kind: count for kind, count in asked.items() if count > has.get(kind, 0)}
+    if not lacking:
+        return
+    wanted = ", ".join(f"{count:g} {kind}" for kind, count in lacking.items())
+    there = ", ".join(f"{has.get(kind, 0):g} {kind}" for kind in lacking)
+    text = f"the models' ranks ask for {wanted}, the cluster has {there}"
+    if own:
+        raise StartError(f"{text}; lower --tensor-parallel-size, --pipeline-parallel-size or --data-parallel-size")
+    logging.getLogger(__name__).warning("%s: waiting for more nodes", text)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from kvasir.cluster import telemetry
 from kvasir.cluster.auth import KEY_VARIABLES
 from kvasir.cluster.config import ClusterConfig
 from kvasir.cluster.gateway_replica import Gateway
-from kvasir.cluster.group import Group
+from kvasir.cluster.group import Group, bundles
 from kvasir.cluster.rank_actor import MakeEngine, RankSetup, load_engine
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ConfigError
@@ -48,7 +49,9 @@ def application(
     keys = {name: environ[name] for name in KEY_VARIABLES if name in environ}
     gpus, level = _gpus(config), config.gateway.log_level
     groups = [
-        group_deployment(name, gpus, level).bind(engine, name, gpus, RankSetup(make_engine, otel, level, group_host))
+        group_deployment(name, engine, gpus, level).bind(
+            engine, name, gpus, RankSetup(make_engine, otel, level, group_host)
+        )
         for name, engine in zip(names, config.engines, strict=True)
     ]
     gateway: Deployment = serve.deployment(Gateway).options(  # type: ignore[attr-defined]
@@ -61,11 +64,13 @@ def application(
     return gateway.bind(config, otel | keys, *groups)
 
 
-def group_deployment(name: str, gpus: float, log_level: str) -> Deployment:
-    """One group: a coordinator and, in the same placement group, its rank."""
+def group_deployment(name: str, engine: EngineConfig, gpus: float, log_level: str) -> Deployment:
+    """Groups of one model: in each a coordinator and, in the same placement group, its ranks; `gpus` per rank."""
     deployment: Deployment = serve.deployment(Group).options(  # type: ignore[attr-defined]
         name="Group-" + re.sub(r"[^\w.-]+", "-", name),
-        placement_group_bundles=[{"CPU": 1.0, "GPU": gpus} if gpus else {"CPU": 1.0}],
+        num_replicas=engine.data_parallel_size,
+        placement_group_bundles=bundles(engine, gpus),
+        placement_group_strategy="PACK",
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=10,
         logging_config=serve_logging(log_level),
@@ -74,16 +79,27 @@ def group_deployment(name: str, gpus: float, log_level: str) -> Deployment:
     return deployment
 
 
+def room(config: ClusterConfig) -> Counter[str]:
+    """What all groups ask of the cluster together."""
+    gpus, asked = _gpus(config), Counter[str]()
+    for engine in config.engines:
+        for bundle in bundles(engine, gpus) * engine.data_parallel_size:
+            asked.update(bundle)  # shares of a GPU add up, too
+    return asked
+
+
 def model_name(engine: EngineConfig) -> str:
     """First of the names under which a model is served."""
     return engine.served_model_name[0] if engine.served_model_name else engine.model
 
 
 def _gpus(config: ClusterConfig) -> float:
-    """GPUs per model: one each; a share when there are fewer than models; none where there are none."""
-    wanting = sum(engine.device != "cpu" for engine in config.engines)
+    """GPUs per rank: one each; a share when there are fewer than ranks; none where there are none."""
+    wanting = sum(engine.ranks * engine.data_parallel_size for engine in config.engines if engine.device != "cpu")
     known: dict[str, float] = ray.cluster_resources() if ray.is_initialized() else {}  # type: ignore[no-untyped-call]
     there = known.get("GPU", 0.0)
     if any(engine.device == "cuda" for engine in config.engines):
         there = max(there, 1.0)
+    if there and any(engine.ranks > 1 for engine in config.engines):
+        return 1.0  # ranks that exchange tensors by NCCL can't share a GPU
     return min(1.0, there / wanting) if wanting else 0.0

@@ -1,28 +1,35 @@
-"""Group: the Serve deployment that stands for one copy of a model. Starts its rank, watches it, replaces it.
+"""Group: the Serve deployment that stands for one copy of a model. Starts its ranks, watches them, replaces them.
 
-The replica (the coordinator) and the rank share the replica's placement group, which Serve makes and removes. Tokens
-don't pass through here.
+The replica (the coordinator) and the ranks share the replica's placement group, which Serve makes and removes. Tokens
+don't pass through here. When one rank ends, all are replaced: each holds a part of the model.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import re
+import signal
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from kvasir.cluster import telemetry
-from kvasir.cluster.rank_actor import Failure, RankActor, RankSetup
+from kvasir.cluster.rank_actor import Failure, FollowerActor, RankActor, RankSetup
 from kvasir.cluster.wire import Endpoint
 from kvasir.engine.config import EngineConfig
+from kvasir.engine.control import stopped
 
 log = logging.getLogger(__name__)
 
 RESTART_PAUSE_S = (0.2, 30.0)
 """First and longest pause before a rank is started again."""
+LOOK_S = 0.25
+"""How often the coordinator looks whether rank 0, on its node, stands still."""
 MAX_RESTARTS = 3
 """Failed starts in a row, after which Serve is asked to replace the replica, perhaps on another node."""
 
@@ -45,8 +52,14 @@ class Group:
     ) -> None:
         telemetry.log_to_stderr(setup.log_level)
         self._name = name
+        self._config = config
         self._options = {"num_cpus": 1, "num_gpus": gpus, "max_concurrency": 16, "max_restarts": 0}
+        if not spread(config):
+            self._options |= {"num_cpus": config.ranks, "num_gpus": gpus * config.ranks}
         self._arguments = (config, setup)
+        self._processes: list[tuple[str, int]] = []
+        self._followers: dict[int, Any] = {}
+        self._runs: dict[int, Any] = {}
         self._watcher: asyncio.Task[None] | None = None
         self._why = "the model is loading"
         self._endpoint: Endpoint | None = None
@@ -62,7 +75,11 @@ class Group:
 
     async def rank_pid(self) -> int:
         """Process id of rank 0 (tests kill it)."""
-        return int(await self._rank.pid.remote())
+        return self._processes[0][1]
+
+    async def rank_pids(self) -> list[int]:
+        """Process ids of all ranks that are actors."""
+        return [pid for _, pid in self._processes]
 
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
@@ -79,35 +96,73 @@ class Group:
             await asyncio.wait_for(self._rank.stop.remote(), 5.0)
         except (RayActorError, asyncio.TimeoutError):
             log.warning("rank 0 of %r didn't end by itself", self._name)
-        ray.kill(self._rank)
+        self._kill()
 
     async def _start(self) -> Failure | None:
-        """A new rank, that takes the place of the last; None when it serves."""
+        """New ranks, that take the place of the last; None when they serve."""
         actor: Any = ray.remote(RankActor)
-        self._rank = actor.options(**self._options).remote(*self._arguments)
+        self._rank = actor.options(**self._options, **on_bundle(0)).remote(*self._arguments)
         try:
+            self._processes = [await self._rank.where.remote()]
+            if spread(self._config):
+                await self._start_followers()
             result = await self._rank.start.remote()
         except RayActorError as error:
             result = Failure(_died(error))
         if isinstance(result, Failure):
-            ray.kill(self._rank)
+            self._kill()
             return result
         self._endpoint = result
         return None
 
+    async def _start_followers(self) -> None:
+        address, token = await self._rank.open.remote()
+        actor: Any = ray.remote(FollowerActor)
+        for rank, bundle in enumerate(by_node(self._config.ranks)):
+            if rank:
+                follower = actor.options(**self._options | {"max_concurrency": 2}, **on_bundle(bundle))
+                self._followers[rank] = follower = follower.remote(*self._arguments)
+                self._processes.append(await follower.where.remote())
+                self._runs[rank] = asyncio.ensure_future(follower.run.remote(rank, address, token))
+
+    def _kill(self) -> None:
+        """All ranks, whatever they do: an actor that stands still wouldn't hear of Ray's kill."""
+        for actor in (self._rank, *self._followers.values()):
+            ray.kill(actor)
+        for node, pid in self._processes:
+            if node == ray.get_runtime_context().get_node_id():
+                _kill_process(pid)
+            else:
+                there = NodeAffinitySchedulingStrategy(node, soft=False)
+                ray.remote(_kill_process).options(num_cpus=0, scheduling_strategy=there).remote(pid)
+        self._processes = []
+        for run in self._runs.values():
+            run.cancel()
+        self._followers, self._runs = {}, {}
+
     async def _watch(self) -> None:
         """Replace the rank whenever it ends."""
         while True:
-            try:
-                failure = await self._rank.run.remote()
-            except RayActorError as error:
-                failure = Failure(_died(error))
+            run = asyncio.ensure_future(self._rank.run.remote())
+            while not run.done() and not stopped(self._processes[0][1]):
+                await asyncio.wait([run], timeout=LOOK_S)
+            failure = await self._end_of(run)
             self._endpoint = None
             await self._restart(failure)
 
+    async def _end_of(self, run: asyncio.Future[Failure]) -> Failure:
+        if not run.done():
+            run.cancel()
+            return Failure("rank 0 was stopped (SIGSTOP)")
+        try:
+            return run.result()
+        except RayActorError as error:
+            return Failure(_died(error))
+
     async def _restart(self, failure: Failure | None) -> None:
-        """Until a rank serves again."""
-        ray.kill(self._rank)
+        """Until the ranks serve again."""
+        failure = await self._with_deaths(failure)
+        self._kill()
         pause = RESTART_PAUSE_S[0]
         while failure is not None:
             self._why = f"rank 0 is being restarted; it ended: {failure.why}"
@@ -117,6 +172,52 @@ class Group:
             pause = min(2 * pause, RESTART_PAUSE_S[1])
             failure = await self._start()
             self._failed_starts = 0 if failure is None else self._failed_starts + 1
+
+    async def _with_deaths(self, failure: Failure | None) -> Failure | None:
+        """The failure, and what Ray knows of other ranks' ends."""
+        if failure is None or not self._runs:
+            return failure
+        await asyncio.wait(self._runs.values(), timeout=0.5)
+        deaths = [
+            f"rank {rank}: {_died(run.exception())}"
+            for rank, run in self._runs.items()
+            if run.done() and not run.cancelled() and isinstance(run.exception(), RayActorError)
+        ]
+        return Failure("\n".join([failure.why, *deaths]), failure.final)
+
+
+def _kill_process(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def spread(config: EngineConfig) -> bool:
+    """Whether each rank is an actor of its own; else those besides rank 0 are processes of its node."""
+    return config.ranks > 1 and config.distributed_executor_backend in ("auto", "ray")
+
+
+def bundles(config: EngineConfig, gpus: float) -> list[dict[str, float]]:
+    """What a group asks of the cluster: a bundle per rank, or one where all ranks are on a node."""
+    count, size = (config.ranks, 1) if spread(config) else (1, config.ranks)
+    return [{"CPU": float(size), "GPU": gpus * size} if gpus else {"CPU": float(size)} for _ in range(count)]
+
+
+def on_bundle(index: int) -> dict[str, Any]:
+    """Options of an actor in this bundle of the replica's placement group."""
+    group = ray.util.get_current_placement_group()
+    if group is None:
+        return {}
+    return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)}
+
+
+def by_node(count: int) -> list[int]:
+    """Bundles in the order of the ranks: node by node, the one of bundle 0, where the coordinator is, first."""
+    group = ray.util.get_current_placement_group()
+    if group is None:
+        return list(range(count))
+    nodes = ray.util.placement_group_table(group)["bundles_to_node_id"]
+    first = {node: min(i for i in range(count) if nodes[i] == node) for node in nodes.values()}
+    return sorted(range(count), key=lambda bundle: (first[nodes[bundle]], bundle))
 
 
 def _died(error: RayActorError) -> str:

@@ -1,4 +1,5 @@
-"""Rank 0 of a group: a Ray actor whose process hosts the engine and the group service; the only one to load torch."""
+"""The ranks of a group as Ray actors. Rank 0's process hosts the engine and the group service; these and the other ranks'
+are the only ones to load torch."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 import ray
 
@@ -20,6 +22,9 @@ from kvasir.cluster.wire import Endpoint
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import KvasirError
 from kvasir.engine.event import Event
+
+if TYPE_CHECKING:
+    from kvasir.engine.control import Hub
 
 WATCH_PERIOD_S = 0.1
 
@@ -42,6 +47,15 @@ def load_engine(config: EngineConfig, deliver: Callable[[Sequence[Event]], None]
     from kvasir.engine.engine import Engine
 
     engine: OwnedEngine = Engine(config, deliver)
+    return engine
+
+
+def lead_engine(hub: Hub, config: EngineConfig, deliver: Callable[[Sequence[Event]], None]) -> OwnedEngine:
+    """The real engine over ranks that connect to `hub`."""
+    from kvasir.engine.engine import Engine
+    from kvasir.engine.executor import remote_executor
+
+    engine: OwnedEngine = Engine(config, deliver, executor=remote_executor(config, hub))
     return engine
 
 
@@ -72,6 +86,14 @@ class RankActor:
         telemetry.log_to_stderr(setup.log_level)
         self._config = config
         self._setup = setup
+        self._hub: Hub | None = None
+
+    async def open(self) -> tuple[str, str]:
+        """Listen for the other ranks: (address, the token that lets them in)."""
+        from kvasir.engine.control import Hub
+
+        self._hub = Hub(self._host(), self._config.ranks)
+        return self._hub.address, self._hub.token
 
     async def start(self) -> Endpoint | Failure:
         """Load, then listen. Failures are told by value: Ray would wrap exceptions in its own tracebacks."""
@@ -79,10 +101,10 @@ class RankActor:
         try:
             self._tracing = Tracing.from_environment(setup.environ)
             self._service = GroupService(self._tracing)
-            self._engine = await asyncio.to_thread(setup.make_engine, self._config, self._service.deliver)
-            self._engine.start()
-            host = setup.host or ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-            return await self._service.start(self._engine, host)
+            make = setup.make_engine if self._hub is None else partial(lead_engine, self._hub)
+            self._engine = await asyncio.to_thread(make, self._config, self._service.deliver)
+            await asyncio.to_thread(self._engine.start)
+            return await self._service.start(self._engine, self._host())
         except KvasirError as error:
             return Failure(_with_param(error), final=True)
         except Exception as error:  # the process's one broad handler: whatever it is, the coordinator must hear of it
@@ -102,9 +124,31 @@ class RankActor:
         await asyncio.to_thread(self._engine.shutdown)
         await asyncio.to_thread(self._tracing.shutdown)
 
-    def pid(self) -> int:
-        """Of this process."""
-        return os.getpid()
+    def where(self) -> tuple[str, int]:
+        """(node id, process id)"""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    def _host(self) -> str:
+        found: str = self._setup.host or ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        return found
+
+
+class FollowerActor:
+    """A rank other than 0."""
+
+    def __init__(self, config: EngineConfig, setup: RankSetup) -> None:
+        telemetry.log_to_stderr(setup.log_level)
+        self._config = config
+
+    def run(self, rank: int, address: str, token: str) -> None:
+        """Serve as this rank, until rank 0 is done. What fails is told to rank 0."""
+        from kvasir.engine import worker
+
+        worker.run(self._config, address, token, rank, gone=lambda: os._exit(1))
+
+    def where(self) -> tuple[str, int]:
+        """(node id, process id)"""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
 
 
 def explain(error: BaseException) -> str:

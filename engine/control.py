@@ -234,7 +234,7 @@ class Hub:
         for peer in self._peers.values():
             if now - peer.heard > SILENCE_S:
                 self._fail(RankError(f"{peer} has said nothing for {SILENCE_S:.0f} s: it hangs, or its node is gone"))
-            if peer.host == self.host and _stopped(peer.pid):
+            if peer.host == self.host and stopped(peer.pid):
                 peer.stopped_since = peer.stopped_since or now
                 if now - peer.stopped_since >= BEAT_S:
                     self._fail(RankError(f"{peer} was stopped (SIGSTOP)"))
@@ -335,7 +335,7 @@ def _tune(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _stopped(pid: int) -> bool:
+def stopped(pid: int) -> bool:
     """The process of this node stands still because of a signal (Linux)."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()

@@ -111,6 +111,16 @@ def executor_of(config: EngineConfig) -> Executor:
     return GroupExecutor(config, hub, started[0].kill, own_gpus=False)
 
 
+def remote_executor(config: EngineConfig, hub: Hub) -> Executor:
+    """Rank 0 of ranks that somebody else starts, and ends, each where it sees its own GPU alone."""
+    try:
+        check_ranks(config)
+    except Exception:
+        hub.close()
+        raise
+    return GroupExecutor(config, hub, lambda: None, own_gpus=True)
+
+
 def rank_of(config: EngineConfig, loaded: Loaded) -> Rank:
     """The rank of this process."""
     return Rank(

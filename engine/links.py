@@ -30,10 +30,11 @@ class Links:
         self._peers: dict[int, socket.socket] = {}
         with socket.create_server((host, 0), backlog=size) as listener:
             listener.settimeout(timeout_s)
+            self._host = host
             store.set(f"link {own}", f"{host}:{listener.getsockname()[1]}")
             for rank in range(own):  # higher ranks connect to lower ones
                 where, _, port = store.get(f"link {rank}").decode().rpartition(":")
-                self._peers[rank] = connection = socket.create_connection((where, int(port)), timeout_s)
+                self._peers[rank] = connection = _connected(where, int(port), timeout_s, f"rank {own} to rank {rank}")
                 connection.sendall(store.get("token") + bytes([own]))
             if own == 0:
                 store.set("token", secrets.token_bytes(TOKEN_BYTES))
@@ -72,7 +73,13 @@ class Links:
             connection.close()
 
     def _accept(self, listener: socket.socket, token: bytes) -> None:
-        connection, _ = listener.accept()
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError as error:
+            missing = ", ".join(str(rank) for rank in range(self.own + 1, self.size) if rank not in self._peers)
+            raise RuntimeError(
+                f"rank {missing} of the stage didn't connect to rank {self.own} on {self._host}"
+            ) from error
         connection.settimeout(5.0)
         hello = bytearray(TOKEN_BYTES + 1)
         try:
@@ -84,6 +91,13 @@ class Links:
             self._peers[hello[-1]] = connection
         else:
             connection.close()
+
+
+def _connected(host: str, port: int, timeout_s: float, which: str) -> socket.socket:
+    try:
+        return socket.create_connection((host, port), timeout_s)
+    except OSError as error:
+        raise RuntimeError(f"no connection from {which} of the stage at {host}:{port}: {error}") from error
 
 
 def _bytes(x: Tensor) -> memoryview:

@@ -29,7 +29,7 @@ def deployed(serve_on_ray, make_engine):
     def deploy(model, wait=True):
         engine = EngineConfig(model=model)
         setup = RankSetup(make_engine, host="127.0.0.1")
-        target = application.group_deployment(model, 0, "info").bind(engine, model, 0, setup)
+        target = application.group_deployment(model, engine, 0, "info").bind(engine, model, 0, setup)
         run = RunTarget(target, name="test", route_prefix=None)
         serve_on_ray.run_many([run], wait_for_applications_running=wait)
         return serve_on_ray.get_app_handle("test")
@@ -120,8 +120,7 @@ def test_nothing_is_left_behind(deployed, serve_on_ray):
     pid = handle.broadcast("rank_pid").results()[0]
     serve_on_ray.delete("test")
     until(lambda: not os.path.exists(f"/proc/{pid}"))
-    groups = ray.util.placement_group_table().values()
-    until(lambda: not [g for g in groups if g["state"] != "REMOVED"])
+    until(lambda: all(group["state"] == "REMOVED" for group in ray.util.placement_group_table().values()))
 
 
 def test_block_reads_well():

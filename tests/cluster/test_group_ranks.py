@@ -1,0 +1,170 @@
+"""Groups of real ranks as Ray actors: one rank's answers, deaths that are messages, nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+import ray
+from ray.serve import RunTarget
+
+from kvasir.cluster import app, application
+from kvasir.cluster.group_client import GroupClient
+from kvasir.cluster.rank_actor import RankSetup
+from kvasir.engine.config import EngineConfig
+from kvasir.engine.errors import KvasirError
+from kvasir.engine.event import Failed, Finished, Token
+from kvasir.engine.request import Request, SamplingParams
+
+pytestmark = pytest.mark.ray
+LONG = SamplingParams(temperature=1.0, seed=1, max_tokens=480, ignore_eos=True)
+
+
+@pytest.fixture
+def deployed(serve_on_ray, data):
+    """`deployed(tensor_parallel_size=2, ...)`: a handle of the Group of a small trained model, running."""
+
+    def deploy(wait=True, **options):
+        options = {"dtype": "float32", "num_threads": 1, "kv_cache_memory_bytes": 1 << 22} | options
+        engine = EngineConfig(model=str(data("model-stories260k/hf")), **options)
+        setup = RankSetup(host="127.0.0.1")
+        target = application.group_deployment("stories", engine, 0, "info").bind(engine, "stories", 0, setup)
+        run = RunTarget(target, name="test", route_prefix=None)
+        serve_on_ray.run_many([run], wait_for_applications_running=wait)
+        return serve_on_ray.get_app_handle("test")
+
+    yield deploy
+    serve_on_ray.delete("test")
+
+
+def endpoints(handle):
+    answers = handle.broadcast("endpoint").results(timeout_s=5, return_exceptions=True)
+    return [answer[0] for answer in answers if isinstance(answer, tuple) and answer[0] is not None]
+
+
+def pids(handle):
+    return handle.broadcast("rank_pids").results(timeout_s=5)[0]
+
+
+def until(condition, timeout=30.0):
+    began = time.monotonic()
+    while not (found := condition()):
+        assert time.monotonic() - began < timeout, "it didn't happen in time"
+        time.sleep(0.02)
+    return found
+
+
+async def connected(where):
+    client = GroupClient(where)
+    client.start()
+    while not client.alive:
+        await asyncio.sleep(0.01)
+    return client
+
+
+async def tokens(client, prompt, sampling):
+    """(token ids, the last event)"""
+    request = Request(request_id=str(random.random()), prompt_token_ids=prompt, sampling=sampling)
+    stream = await client.submit(request)
+    events = [event async for event in stream]
+    return [token for event in events if isinstance(event, Token) for token in event.token_ids], events[-1]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor_parallel_size": 2},
+        {"pipeline_parallel_size": 2},
+        {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
+    ],
+)
+def test_documented_tokens(deployed, data, layout):
+    known = json.loads(data("model-stories260k/greedy_256.json").read_text())
+    handle = deployed(**layout)
+
+    where = endpoints(handle)[0]
+
+    async def main():
+        client = await connected(where)
+        found, last = await tokens(client, known["prompt_ids"], SamplingParams(temperature=0, max_tokens=256))
+        assert isinstance(last, Finished)
+        await client.close()
+        return found
+
+    found = asyncio.run(main())
+    assert [*known["prompt_ids"], *found][: len(known["greedy_ids"])] == known["greedy_ids"]
+
+
+def test_copies_of_a_model(deployed):
+    """--data-parallel-size: groups of their own, each with ranks of its own."""
+    handle = deployed(data_parallel_size=2, pipeline_parallel_size=2)
+    found = until(lambda: len(both := endpoints(handle)) == 2 and both)
+    assert found[0].incarnation != found[1].incarnation
+    everyone = {pid for ranks in handle.broadcast("rank_pids").results(timeout_s=5) for pid in ranks}
+    assert len(everyone) == 4
+
+
+def test_any_rank_s_death_is_told_and_mended(deployed):
+    """A rank is killed, then another one stopped: streams fail at once and say why, new ranks serve, the old are gone."""
+    handle = deployed(tensor_parallel_size=2, pipeline_parallel_size=2)
+    for number, why in ((signal.SIGKILL, "died"), (signal.SIGSTOP, "stopped")):
+        where, ranks = endpoints(handle)[0], pids(handle)
+
+        async def main(where=where, ranks=ranks, number=number):
+            client = await connected(where)
+            running = [asyncio.ensure_future(tokens(client, [1, 5 + i], LONG)) for i in range(4)]
+            await asyncio.sleep(0.3)
+            os.kill(ranks[-1], number)
+            began = time.monotonic()
+            ends = [last for _, last in await asyncio.gather(*running)]
+            assert time.monotonic() - began < 3.0
+            await client.close()
+            return ends
+
+        ends = asyncio.run(main())
+        assert all(isinstance(end, Failed) and end.code == "unavailable" for end in ends)
+        assert any(why in end.message or "gone" in end.message for end in ends)
+        until(lambda ranks=ranks: not any(os.path.exists(f"/proc/{pid}") for pid in ranks))
+        until(lambda where=where: (now := endpoints(handle)) and now[0] != where)
+    assert ends
+
+
+def test_sizes_that_dont_work_are_told_plainly(deployed, serve_on_ray):
+    deployed(wait=False, pipeline_parallel_size=6)
+    until(lambda: serve_on_ray.status().applications["test"].status == "DEPLOY_FAILED", timeout=60)
+    text = app.failure_text(serve_on_ray.status().applications["test"])
+    assert "this model has 5 layers, so 1 to 5 work (see --pipeline-parallel-size)" in text
+
+
+@pytest.mark.slow
+def test_chaos(deployed):
+    """Thirty deaths: any rank, at any moment, in any way. Every request ends once, and the group serves again."""
+    handle = deployed(tensor_parallel_size=2, pipeline_parallel_size=2)
+    rng = random.Random(1)
+    ours = set(os.listdir("/dev/shm"))
+    for _ in range(30):
+        where = until(lambda: endpoints(handle))[0]
+        ranks = pids(handle)
+        victim, number = rng.choice(ranks), rng.choice([signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, signal.SIGABRT])
+        delay = rng.random() * 0.4
+
+        async def main(where=where, victim=victim, number=number, delay=delay):
+            client = await connected(where)
+            running = [asyncio.ensure_future(tokens(client, [1, 5 + i], LONG)) for i in range(3)]
+            await asyncio.sleep(delay)
+            os.kill(victim, number)
+            ends = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), 20)
+            await client.close()
+            return ends
+
+        ends = asyncio.run(main())
+        assert all(isinstance(end, KvasirError) or isinstance(end[1], (Failed, Finished)) for end in ends)
+        until(lambda ranks=ranks: not any(os.path.exists(f"/proc/{pid}") for pid in ranks))
+        until(lambda where=where: (now := endpoints(handle)) and now[0] != where, timeout=60)
+    assert len([g for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]) == 1
+    assert {name for name in os.listdir("/dev/shm") if "torch" in name or "gloo" in name} <= ours
