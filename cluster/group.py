@@ -81,6 +81,10 @@ class Group:
         """Process ids of all ranks that are actors."""
         return [pid for _, pid in self._processes]
 
+    async def rank_nodes(self) -> list[str]:
+        """Node of each rank that is an actor, in their order."""
+        return [node for node, _ in self._processes]
+
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
         if self._failed_starts > MAX_RESTARTS:
