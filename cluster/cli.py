@@ -162,6 +162,13 @@ def show(args: argparse.Namespace) -> int:
     return show_model(_engine_config(args), batch=args.batch, template=args.template, as_json=args.json)
 
 
+def plan(args: argparse.Namespace) -> int:
+    """Say how a model would lie on GPUs."""
+    from kvasir.cluster.model_commands import plan as plan_model
+
+    return plan_model(_engine_config(args), args.gpu, args.gpus, streams=args.streams, as_json=args.json)
+
+
 def doctor(args: argparse.Namespace) -> int:
     """Look at this machine."""
     from kvasir.cluster.doctor import doctor as run_doctor
@@ -209,6 +216,8 @@ def _parser() -> argparse.ArgumentParser:
     models_parser.add_argument("--json", action="store_true", help="print the list as JSON")
     text = "print a model's facts and the memory that it takes, without reading its weights"
     _show_parser(_command(commands, "show", show, text, "[MODEL] [flags]"))
+    text = "how a model would lie on GPUs: memory, context, speed and traffic of every layout, and which to pick"
+    _plan_parser(_command(commands, "plan", plan, text, "MODEL --gpus N --gpu NAME [flags]"))
     doctor_parser = _command(commands, "doctor", doctor, "what this machine can do, and what is wrong with it")
     doctor_parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser
@@ -229,6 +238,15 @@ def _serve_parser(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--address", help="Ray cluster to run in (default: RAY_ADDRESS, else a Ray of our own)")
     _add_options(parser, list(options().values()))
+
+
+def _plan_parser(parser: argparse.ArgumentParser) -> None:
+    _model_argument(parser)
+    parser.add_argument("--gpus", type=_count, metavar="N", default=1, help="how many (default: 1)")
+    parser.add_argument("--gpu", metavar="NAME", default="H100-80GB", help="which (default: H100-80GB)")
+    parser.add_argument("--streams", type=_count, metavar="N", default=64, help="streams at once (default: 64)")
+    parser.add_argument("--json", action="store_true", help="print the layouts as JSON")
+    _add_options(parser, [option for option in options().values() if option.of_engine])
 
 
 def _run_parser(parser: argparse.ArgumentParser) -> None:

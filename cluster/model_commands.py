@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.hub import bundled_models
 from kvasir.engine.model_facts import Family, ModelFacts, families, model_facts
 
+if TYPE_CHECKING:
+    from kvasir.engine.parallel_plan import Plan
+
+LENGTH = 4096
+"""Tokens of a sequence, when nothing is said and the model allows more."""
 FALLBACK = (
     "Other architectures run by transformers' own code over Kvasir's cache, if their attention can be replaced there:"
     " slower, and a line in the log says so."
@@ -39,6 +45,58 @@ def show(engine: EngineConfig, *, batch: int, template: bool, as_json: bool) -> 
         return 0
     print(_table(None, _lines(facts)))
     return 0
+
+
+def plan(engine: EngineConfig, gpu: str, gpus: int, *, streams: int, as_json: bool) -> int:
+    """Print every layout of so many GPUs, the best first."""
+    import torch
+
+    from kvasir.engine.arch import load_spec
+    from kvasir.engine.memory import DTYPES
+    from kvasir.engine.model_files import ModelFiles
+    from kvasir.engine.parallel_plan import find_device, plans
+
+    device = find_device(gpu)
+    spec = load_spec(ModelFiles(replace(engine, load_format="dummy")).config)
+    length = engine.max_model_len or min(spec.max_len, LENGTH)
+    dtype = DTYPES.get(engine.dtype, torch.bfloat16)
+    found = plans(engine, spec, dtype, device, gpus, streams=streams, length=length)
+    if as_json:
+        print(json.dumps([asdict(one) for one in found], indent=1))
+        return 0
+    heads = (
+        "",
+        "tensor",
+        "stages",
+        "copies",
+        "weights",
+        "KV/token",
+        "context",
+        "sequences",
+        "step",
+        "tok/s",
+        "sent/token",
+    )
+    print(
+        f"{engine.model} in {str(dtype).removeprefix('torch.')} on {gpus} x {gpu}; {streams} streams of {length} tokens:\n"
+    )
+    print(_table(heads, (_layout(one, best=one is found[0] and one.fits) for one in found)))
+    print("\nPer rank, at the devices' published limits: bounds, not measurements.")
+    if not found[0].fits:
+        print("No layout has room for one sequence: use more or larger GPUs, or lower --max-model-len.")
+        return 1
+    best = found[0]
+    print(f"kvasir serve {engine.model} -tp {best.tp} -pp {best.pp} -dp {best.dp}")
+    return 0
+
+
+def _layout(one: Plan, *, best: bool) -> tuple[str, ...]:
+    sizes = f"{one.weights / 1e9:.1f} GB", f"{one.kv_per_token / 1e3:.1f} kB"
+    if not one.fits:
+        return "", str(one.tp), str(one.pp), str(one.dp), *sizes, str(one.context), "don't fit", "", "", ""
+    speed = f"{one.step_s * 1e3:.1f} ms", f"{one.tokens_s:.0f}", f"{one.traffic / 1e3:.0f} kB"
+    mark = "*" if best else ""
+    return mark, str(one.tp), str(one.pp), str(one.dp), *sizes, str(one.context), str(one.sequences), *speed
 
 
 def _row(family: Family) -> tuple[str, str, str]:

@@ -131,3 +131,16 @@ def test_what_is_no_model(files: dict[str, str], says: str, tmp_path: Path, caps
         main(["show", str(tmp_path)])
     assert end.value.code == 1
     assert says in capsys.readouterr().err
+
+
+def test_how_a_model_lies_on_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder(tmp_path, MIXTRAL)
+    text = shown(capsys, "plan", path, "--gpus", "4")
+    assert f"kvasir serve {path} -tp " in text
+    assert "bounds, not measurements" in text
+    layouts = json.loads(shown(capsys, "plan", path, "--gpus", "4", "--json"))
+    assert {one["tp"] * one["pp"] * one["dp"] for one in layouts} == {4}
+    with pytest.raises(SystemExit) as end:
+        main(["plan", path, "--gpu", "L4-24GB"])
+    assert end.value.code == 1
+    assert "use more or larger GPUs" in capsys.readouterr().out
