@@ -173,7 +173,7 @@ def doctor(args: argparse.Namespace) -> int:
     """Look at this machine."""
     from kvasir.cluster.doctor import doctor as run_doctor
 
-    return run_doctor(as_json=args.json)
+    return run_doctor(as_json=args.json, cluster=args.cluster)
 
 
 # -- flags
@@ -219,6 +219,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "how a model would lie on GPUs: memory, context, speed and traffic of every layout, and which to pick"
     _plan_parser(_command(commands, "plan", plan, text, "MODEL --gpus N --gpu NAME [flags]"))
     doctor_parser = _command(commands, "doctor", doctor, "what this machine can do, and what is wrong with it")
+    text = "also sum tensors between every two nodes of the Ray cluster at this address (default: auto), and name the culprit"
+    doctor_parser.add_argument("--cluster", metavar="ADDRESS", nargs="?", const="auto", help=text)
     doctor_parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser
 

@@ -33,9 +33,13 @@ class Finding:
     text: str
 
 
-def doctor(*, as_json: bool) -> int:
-    """Print all findings; 1 when something is wrong."""
+def doctor(*, as_json: bool, cluster: str | None = None) -> int:
+    """Print all findings; 1 when something is wrong. `cluster`: look at the links of the Ray cluster at this address, too."""
     findings = [finding for look in LOOKS for finding in look()]
+    if cluster is not None:
+        from kvasir.cluster.doctor_cluster import look as look_at_cluster
+
+        findings += look_at_cluster(cluster)
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:
