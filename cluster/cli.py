@@ -1,4 +1,5 @@
-"""`kvasir`: serve, run, batch, bench, models, show, plan, doctor. What a command needs is imported when it runs: --help is quick."""
+"""`kvasir`: serve, run, batch, bench, models, show, plan, doctor. What a command needs is imported when it runs: --help is
+quick."""
 
 from __future__ import annotations
 

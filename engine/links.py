@@ -7,8 +7,8 @@ to many. GPUs don't come here: NCCL does all of theirs.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
-import secrets
 import socket
 import struct
 from collections.abc import Sequence
@@ -19,13 +19,14 @@ from torch import Tensor
 
 CHUNK = 1 << 16
 """What every system's socket buffers hold: a rank sends so much before it reads, so no two wait for each other."""
-TOKEN_BYTES = 32
 
 
 class Links:
-    """Connections of rank `own` of `size`. RuntimeError when another rank is gone or silent for `timeout_s`."""
+    """Connections of rank `own` of `size`, who all know `secret`. RuntimeError when another rank is gone or silent for
+    `timeout_s`."""
 
-    def __init__(self, store: Any, own: int, size: int, host: str, timeout_s: float) -> None:
+    def __init__(self, store: Any, own: int, size: int, host: str, timeout_s: float, secret: str) -> None:
+        token = hashlib.sha256(secret.encode()).digest()
         self.own, self.size = own, size
         self._peers: dict[int, socket.socket] = {}
         with socket.create_server((host, 0), backlog=size) as listener:
@@ -35,11 +36,9 @@ class Links:
             for rank in range(own):  # higher ranks connect to lower ones
                 where, _, port = store.get(f"link {rank}").decode().rpartition(":")
                 self._peers[rank] = connection = _connected(where, int(port), timeout_s, f"rank {own} to rank {rank}")
-                connection.sendall(store.get("token") + bytes([own]))
-            if own == 0:
-                store.set("token", secrets.token_bytes(TOKEN_BYTES))
+                connection.sendall(token + bytes([own]))
             while len(self._peers) < size - 1:
-                self._accept(listener, store.get("token"))
+                self._accept(listener, token)
         for connection in self._peers.values():
             _tune(connection, timeout_s)
 
@@ -81,7 +80,7 @@ class Links:
                 f"rank {missing} of the stage didn't connect to rank {self.own} on {self._host}"
             ) from error
         connection.settimeout(5.0)
-        hello = bytearray(TOKEN_BYTES + 1)
+        hello = bytearray(len(token) + 1)
         try:
             _read(connection, memoryview(hello))
         except OSError:

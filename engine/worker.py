@@ -30,7 +30,7 @@ def run(config: EngineConfig, address: str, token: str, rank: int, *, gone: Call
 
     spoke = Spoke(address, token, rank, os.getpid(), gone=gone)
     try:
-        _serve(config, spoke, rank)
+        _serve(config, spoke, rank, token)
     except EOFError:
         return
     except Exception as error:  # whatever it is, rank 0 must hear of it
@@ -40,7 +40,7 @@ def run(config: EngineConfig, address: str, token: str, rank: int, *, gone: Call
         spoke.close()
 
 
-def _serve(config: EngineConfig, spoke: Spoke, number: int) -> None:
+def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
     from kvasir.engine.codec import decode_step, encode_result
     from kvasir.engine.load import load
     from kvasir.engine.memory import resolve_device
@@ -54,7 +54,7 @@ def _serve(config: EngineConfig, spoke: Spoke, number: int) -> None:
     host, port = said["store"]
     store = reach_store(host, port, place.size, config.collective_timeout)
     device = resolve_device(config, place.device_index)
-    mesh = join(place, store, device, spoke.host, config.collective_timeout)
+    mesh = join(place, store, device, spoke.host, config.collective_timeout, token)
     loaded = load(config, mesh)
     lengths = {"max_num_seqs": config.max_num_seqs, "max_model_len": loaded.info.max_model_len}
     rank = Rank(loaded.decoder, loaded.cache, pooler=loaded.pooler, **lengths)
