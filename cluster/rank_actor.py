@@ -9,7 +9,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -43,10 +43,12 @@ MakeEngine = Callable[[EngineConfig, Callable[[Sequence[Event]], None]], OwnedEn
 
 
 def load_engine(config: EngineConfig, deliver: Callable[[Sequence[Event]], None]) -> OwnedEngine:
-    """The real engine."""
+    """The real engine, of one copy of the model."""
     from kvasir.engine.engine import Engine
 
-    engine: OwnedEngine = Engine(config, deliver)
+    backend = config.distributed_executor_backend
+    alone = replace(config, data_parallel_size=1, distributed_executor_backend="auto" if backend == "ray" else backend)
+    engine: OwnedEngine = Engine(alone, deliver)
     return engine
 
 

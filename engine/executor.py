@@ -9,6 +9,7 @@ from typing import Protocol
 from kvasir.engine.codec import decode_result, encode_step
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.control import Hub
+from kvasir.engine.errors import ConfigError
 from kvasir.engine.load import Loaded, check_ranks, load
 from kvasir.engine.memory import resolve_device
 from kvasir.engine.mesh import Mesh, Place, host_store, join
@@ -102,6 +103,17 @@ class GroupExecutor:
 
 def executor_of(config: EngineConfig) -> Executor:
     """All ranks on this node. ConfigError and RankError say what is wrong."""
+    if config.data_parallel_size > 1:
+        raise ConfigError(
+            f"--data-parallel-size {config.data_parallel_size}: copies of a model are groups of `kvasir serve`; an engine in"
+            " this process is one",
+            param="data_parallel_size",
+        )
+    if config.distributed_executor_backend == "ray":
+        raise ConfigError(
+            "--distributed-executor-backend ray needs `kvasir serve`; an engine in this process runs its ranks with mp",
+            param="distributed_executor_backend",
+        )
     if config.ranks == 1:
         return LocalExecutor(config, load(config))
     check_ranks(config)

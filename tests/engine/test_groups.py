@@ -216,6 +216,18 @@ def test_a_fault_of_the_configuration_is_told_as_one(stories: dict[str, Any], tm
         LLM(**{**stories, "model": str(tmp_path)}, tensor_parallel_size=2)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"data_parallel_size": 2}, "copies of a model are groups of `kvasir serve`"),
+        ({"distributed_executor_backend": "ray", "tensor_parallel_size": 2}, "runs its ranks with mp"),
+    ],
+)
+def test_what_needs_a_cluster_is_refused_in_process(stories: dict[str, Any], options: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        LLM(**stories, **options)
+
+
 def test_a_rank_that_doesnt_come_is_named() -> None:
     hub = Hub("127.0.0.1", 3)
     try:
