@@ -68,6 +68,7 @@ def run(config: ClusterConfig, *, address: str | None = None, make_engine: MakeE
     if address is None:
         config = _prepare(config, reserved)
     try:
+        reserved.enter_context(_neutral_folder())
         _start_ray(config, address)
         _check_room(config, own=address is None)
         _deploy(config, "127.0.0.1" if address is None else None, make_engine)
@@ -212,13 +213,9 @@ def _reserve(host: str, port: int, reserved: contextlib.ExitStack) -> int:
 
 
 def _start_ray(config: ClusterConfig, address: str | None) -> None:
-    """Ray, and what we need of its modules, at the same time.
-
-    From a neutral folder: Ray puts ours on every worker's sys.path, where our `kernels` and `proto` mustn't lie bare.
-    """
+    """Ray, and what we need of its modules, at the same time."""
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    os.chdir(tempfile.mkdtemp(prefix="kvasir-"))
     import ray
 
     importer = threading.Thread(target=importlib.import_module, args=("kvasir.cluster.application",))
@@ -236,6 +233,18 @@ def _start_ray(config: ClusterConfig, address: str | None) -> None:
     else:
         ray.init(address, logging_level=logging.ERROR)
     importer.join()
+
+
+@contextlib.contextmanager
+def _neutral_folder() -> Iterator[None]:
+    """Work in an empty folder: Ray puts ours on every worker's sys.path, where our `kernels` and `proto` mustn't lie bare."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory(prefix="kvasir-", ignore_cleanup_errors=True) as folder:
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(before)
 
 
 def _check_room(config: ClusterConfig, *, own: bool) -> None:

@@ -130,15 +130,15 @@ class Group:
                 self._runs[rank] = asyncio.ensure_future(follower.run.remote(rank, address, token))
 
     def _kill(self) -> None:
-        """All ranks, whatever they do: an actor that stands still wouldn't hear of Ray's kill."""
+        """All ranks, whatever they do: one that stands still wouldn't hear of Ray's kill."""
         for actor in (self._rank, *self._followers.values()):
             ray.kill(actor)
         for node, pid in self._processes:
             if node == ray.get_runtime_context().get_node_id():
-                _kill_process(pid)
+                _kill_stopped(pid)
             else:
                 there = NodeAffinitySchedulingStrategy(node, soft=False)
-                ray.remote(_kill_process).options(num_cpus=0, scheduling_strategy=there).remote(pid)
+                ray.remote(_kill_stopped).options(num_cpus=0, scheduling_strategy=there).remote(pid)
         self._processes = []
         for run in self._runs.values():
             run.cancel()
@@ -190,9 +190,10 @@ class Group:
         return Failure("\n".join([failure.why, *deaths]), failure.final)
 
 
-def _kill_process(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+def _kill_stopped(pid: int) -> None:
+    if stopped(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def spread(config: EngineConfig) -> bool:

@@ -107,7 +107,8 @@ class Engine:
                 raise UnavailableError("the engine has stopped")
             if request.request_id in self._accepted:
                 raise ClientError(f"request id {request.request_id!r} is in use", param="request_id")
-            waiting = len(self._inbox) + self._scheduler.num_waiting
+            asked = sum(isinstance(message, Request) for message in self._inbox)
+            waiting = asked + self._scheduler.num_waiting
             if waiting >= self.config.max_queue:
                 raise OverloadedError(
                     f"{waiting} requests are waiting, the limit is {self.config.max_queue} (--max-queue); ask again later",
