@@ -14,7 +14,7 @@ from kvasir.cluster.vectors import PoolingCall, Vectors
 from kvasir.engine.errors import ClientError
 from kvasir.engine.event import Pooled, TokenLogprob
 from kvasir.engine.passage import Passage
-from kvasir.engine.request import PoolingParams
+from kvasir.engine.request import PoolingParams, StructuredOutput
 from kvasir.engine.tokenizer import Tokenizer
 from kvasir.engine.transcript import Delta
 from kvasir.proto import inference_pb2 as pb
@@ -145,10 +145,22 @@ def _sampling(message: pb.Sampling) -> dict[str, Any]:
     given |= {name: list(values) for name in _LISTS if (values := getattr(message, name))}
     if message.logit_bias:
         given["logit_bias"] = dict(message.logit_bias)
+    if (wanted := _structured(message.structured_outputs)) is not None:
+        given["structured_outputs"] = wanted
     return given
 
 
-_SCALARS = tuple(field.name for field in pb.Sampling.DESCRIPTOR.fields if field.has_presence)
+def _structured(message: pb.StructuredOutputs) -> StructuredOutput | None:
+    """None: nothing is set."""
+    given = {field.name: value for field, value in message.ListFields()}
+    if "choice" in given:
+        given["choice"] = tuple(given["choice"].texts)
+    return StructuredOutput(**given) if any(given.values()) else None
+
+
+_SCALARS = tuple(
+    field.name for field in pb.Sampling.DESCRIPTOR.fields if field.has_presence and field.message_type is None
+)
 
 
 def _set(message: Any, names: Sequence[str]) -> dict[str, Any]:
