@@ -47,7 +47,7 @@ class _Writer:
 
     def _of(self, form: Any) -> str:
         kinds = {
-            "json_schema": lambda f: self._rule(f"%json {json.dumps(f.get('json_schema', {}))}"),
+            "json_schema": self._schema,
             "const_string": lambda f: self._rule(self._literal(_text(f, "value"))),
             "regex": lambda f: self._token(f"/{_text(f, 'pattern').replace('/', chr(92) + '/')}/"),
             "any_text": lambda f: self._token(r"/(.|\n)*/"),
@@ -61,6 +61,12 @@ class _Writer:
         if kind not in kinds:
             raise UnsupportedError(f"structural tag: type {kind!r:.60}; known: {', '.join(kinds)}", param=PARAM)
         return kinds[kind](form)
+
+    def _schema(self, form: Any) -> str:
+        schema = form.get("json_schema", {})
+        if not isinstance(schema, (dict, bool)) or (isinstance(schema, dict) and "x-guidance" in schema):
+            raise ClientError(f"structural tag: json_schema must be a JSON Schema, got {schema!r:.60}", param=PARAM)
+        return self._rule(f"%json {json.dumps(schema)}")
 
     def _tag(self, tag: Any) -> str:
         return self._rule(f"{self._literal(_text(tag, 'begin'))} {self._rest(tag)}")
