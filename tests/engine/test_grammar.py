@@ -163,6 +163,7 @@ def test_preemption_and_resumption_give_the_same_tokens(llm, write):
     cache = llm.engine._rank.cache
     room = 13 * cache.arena.nbytes // cache.num_blocks
     with LLM("skald", max_num_seqs=8, kv_cache_memory_bytes=room, max_model_len=190) as small:
+        wanted = StructuredOutput(regex="([a-z]{2} ){40}")
         many = SamplingParams(max_tokens=150, seed=5, n=6, structured_outputs=wanted)
         crowded = small.generate(["Hello"], many, use_tqdm=False)[0].outputs
         assert small.engine._scheduler.stats().preemptions > 0
