@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from kvasir.cluster.structured_fields import FIELDS as STRUCTURED
+from kvasir.cluster.structured_fields import check_backend
 from kvasir.engine.errors import ClientError
 
 Check = Callable[[str, Any], None]
@@ -82,6 +84,8 @@ SAMPLING: dict[str, Check] = {
 
 _HONOURED: dict[str, Check] = {
     **SAMPLING,
+    **dict.fromkeys(STRUCTURED, later),
+    "guided_decoding_backend": check_backend,
     "model": string,
     "stream": boolean,
     "stream_options": _OBJECT,
@@ -156,16 +160,7 @@ COMPLETION_IGNORED: Neutral = dict(_IGNORED)
 
 _REFUSED: Neutral = {
     "best_of": (1,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": ({},),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json_object": (False,),
-    "guided_decoding_backend": (),
     "guided_whitespace_pattern": (),
-    "structural_tag": (),
     "json_schema": (),
     "grammar": ("",),
     "regex": (),

@@ -26,6 +26,7 @@ from kvasir.cluster.openai_fields import (
     Check,
     integer_from,
 )
+from kvasir.cluster.structured_fields import structured_output
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.request import MAX_LOGPROBS
 
@@ -148,6 +149,8 @@ def _sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
     sampling = {name: fields[name] for name in SAMPLING if name in fields}
     if bias := fields.get("logit_bias"):
         sampling["logit_bias"] = {_token_id(key): value for key, value in bias.items()}
+    if (wanted := structured_output(fields)) is not None:
+        sampling["structured_outputs"] = wanted
     return sampling
 
 

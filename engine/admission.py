@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from kvasir.engine.errors import ClientError, ContextLengthError, UnsupportedError
+from kvasir.engine.errors import ClientError, ContextLengthError
 from kvasir.engine.request import Request
 
 
@@ -26,8 +26,6 @@ def check(request: Request, limits: Limits) -> None:
     """Raise `ClientError` when the request can never run."""
     if not request.prompt_token_ids:
         raise ClientError("the prompt is empty; send at least one token", param="prompt")
-    if request.sampling.structured_outputs is not None:
-        raise UnsupportedError("structured output isn't supported yet", param="structured_outputs")
     if request.pooling is not None:
         _check_pooled(request, limits)
         return

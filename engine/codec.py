@@ -120,6 +120,7 @@ def encode_result(result: Result) -> bytes:
     out.json([_score(score) for score in result.logprobs])
     out.json({seat: [_score(score) for score in scores] for seat, scores in result.prompt_logprobs.items()})
     out.json(result.pooled)
+    out.json(result.ended)
     return out.bytes()
 
 
@@ -130,7 +131,8 @@ def decode_result(data: bytes | memoryview) -> Result:
     scores = [_scored(score) for score in read.json() or ()]
     prompts: dict[int, Sequence[TokenLogprob]]
     prompts = {int(seat): [_must(score) for score in found] for seat, found in (read.json() or {}).items()}
-    return Result(number, tokens, scores, prompts, {int(seat): values for seat, values in (read.json() or {}).items()})
+    pooled, ended = ({int(key): value for key, value in (read.json() or {}).items()} for _ in range(2))
+    return Result(number, tokens, scores, prompts, ended, pooled)
 
 
 def _new(new: NewSequence) -> dict[str, Any]:

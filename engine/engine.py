@@ -14,6 +14,7 @@ from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ClientError, KvasirError, OverloadedError, UnavailableError
 from kvasir.engine.event import Event, Failed, FinishReason
 from kvasir.engine.executor import Executor, LocalExecutor, executor_of
+from kvasir.engine.grammar_queue import Compiling
 from kvasir.engine.load import Loaded
 from kvasir.engine.memory import token_budget
 from kvasir.engine.pooling import check_dimensions
@@ -49,6 +50,8 @@ class Engine:
         self.config, self.info = config, loaded.info
         self._deliver = deliver
         self._pooler, self._token_types = loaded.pooler, loaded.decoder.spec.token_types
+        self._grammars = executor.grammars
+        self._compiling = Compiling(self._grammars)
         spec = loaded.decoder.spec
         caching = config.enable_prefix_caching and spec.causal
         self.pool = BlockPool(loaded.cache.num_blocks, config.block_size, prefix_caching=caching)
@@ -96,6 +99,7 @@ class Engine:
             self._wake.notify()
         if self._thread.is_alive() and self._thread is not threading.current_thread():  # a finaliser runs anywhere
             self._thread.join()
+        self._grammars.shutdown()
         self._fail_all("unavailable", "the engine was shut down")
         self._executor.close()
 
@@ -108,14 +112,23 @@ class Engine:
             if request.request_id in self._accepted:
                 raise ClientError(f"request id {request.request_id!r} is in use", param="request_id")
             asked = sum(isinstance(message, Request) for message in self._inbox)
-            waiting = asked + self._scheduler.num_waiting
+            waiting = len(self._compiling) + asked + self._scheduler.num_waiting
             if waiting >= self.config.max_queue:
                 raise OverloadedError(
                     f"{waiting} requests are waiting, the limit is {self.config.max_queue} (--max-queue); ask again later",
                     retry_after_s=self._retry_after(waiting),
                 )
             self._accepted.add(request.request_id)
-            self._inbox.append(request)
+            if (wanted := request.sampling.structured_outputs) is not None:
+                self._compiling.add(request, time.time())
+            else:
+                self._inbox.append(request)
+            self._wake.notify()
+        if wanted is not None:
+            self._grammars.compile(wanted).add_done_callback(self._compiled)
+
+    def _compiled(self, _: object) -> None:
+        with self._wake:
             self._wake.notify()
 
     def check(self, request: Request) -> None:
@@ -217,8 +230,9 @@ class Engine:
         """What clients asked since the last turn."""
         with self._wake:
             messages, self._inbox = self._inbox, deque()
-        events: list[Event] = []
-        now = time.time()
+            now = time.time()
+            ready, events = self._compiling.take(now)
+        messages.extend(ready)
         for message in messages:
             if isinstance(message, Request):
                 try:
@@ -226,6 +240,9 @@ class Engine:
                 except KvasirError as error:
                     events.append(Failed(message.request_id, error.code, error.message))
             else:
+                whole = message[1] is None  # one continuation alone isn't there before the grammar is
+                if whole and (held := self._compiling.pop(message[0])) is not None:
+                    self._scheduler.add(held, now)
                 events += self._scheduler.abort(*message, now=now)
         return events
 

@@ -10,6 +10,7 @@ from kvasir.engine.codec import decode_result, encode_step
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.control import Hub
 from kvasir.engine.errors import ConfigError
+from kvasir.engine.grammar import Grammars
 from kvasir.engine.load import Loaded, check_ranks, load
 from kvasir.engine.memory import resolve_device
 from kvasir.engine.mesh import Mesh, Place, host_store, join
@@ -25,6 +26,7 @@ class Executor(Protocol):
 
     loaded: Loaded
     depth: int
+    grammars: Grammars
 
     def launch(self, step: Step) -> None: ...
     def collect(self) -> Result: ...
@@ -37,8 +39,8 @@ class LocalExecutor:
     depth = 1
 
     def __init__(self, config: EngineConfig, loaded: Loaded) -> None:
-        self.loaded = loaded
-        self.rank = rank_of(config, loaded)
+        self.loaded, self.grammars = loaded, grammars_of(loaded)
+        self.rank = rank_of(config, loaded, self.grammars)
         self._done: deque[Result] = deque()
 
     def launch(self, step: Step) -> None:
@@ -61,7 +63,8 @@ class GroupExecutor:
         try:
             self._mesh = _meet(config, hub, own_gpus)
             self.loaded = load(config, self._mesh)
-            self.rank = rank_of(config, self.loaded)
+            self.grammars = grammars_of(self.loaded)
+            self.rank = rank_of(config, self.loaded, self.grammars)
             hub.all_ready()
         except RuntimeError as error:  # torch's, when another rank is gone
             verdict = hub.verdict(_symptom(error, config))
@@ -133,7 +136,12 @@ def remote_executor(config: EngineConfig, hub: Hub) -> Executor:
     return GroupExecutor(config, hub, lambda: None, own_gpus=True)
 
 
-def rank_of(config: EngineConfig, loaded: Loaded) -> Rank:
+def grammars_of(loaded: Loaded) -> Grammars:
+    """Of the model's vocabulary."""
+    return Grammars(loaded.tokenizer, loaded.info.vocab_size, loaded.info.eos_token_ids)
+
+
+def rank_of(config: EngineConfig, loaded: Loaded, grammars: Grammars) -> Rank:
     """The rank of this process."""
     return Rank(
         loaded.decoder,
@@ -141,6 +149,7 @@ def rank_of(config: EngineConfig, loaded: Loaded) -> Rank:
         max_num_seqs=config.max_num_seqs,
         max_model_len=loaded.info.max_model_len,
         pooler=loaded.pooler,
+        grammars=grammars,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ from kvasir.engine.rank import usable_cores
 from kvasir.engine.sentence_transformers import read_text_rules
 from kvasir.engine.share import Share, share_of
 from kvasir.engine.spec import Spec
+from kvasir.engine.tokenizer import Tokenizer
 from kvasir.engine.weights import load_decoder, random_decoder, weight_bytes
 
 if TYPE_CHECKING:  # transformers, which is slow to import and seldom needed
@@ -39,6 +41,8 @@ class Loaded:
     info: ModelInfo
     pooler: Pooler | None = None
     """None: it can only generate."""
+    tokenizer: Callable[[], Tokenizer | None] = lambda: None
+    """Reads the model's tokenizer, which the engine needs for grammars alone."""
 
 
 def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
@@ -84,7 +88,7 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
         tasks=tasks_of(spec, pooling) if ours else ("generate",),
         labels=pooling.labels.names if pooling.labels else (),
     )
-    return Loaded(decoder, cache, info, pooler)
+    return Loaded(decoder, cache, info, pooler, files.tokenizer)
 
 
 def check_ranks(config: EngineConfig) -> None:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from kvasir.engine.batch import Batch, Ints, Rows, send
 from kvasir.engine.cache import KVCache
+from kvasir.engine.constraint import Constraint
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.event import TokenLogprob
+from kvasir.engine.grammar import Grammars
 from kvasir.engine.pooler import Pooler
 from kvasir.engine.sampler import Sampler, score_rows
 from kvasir.engine.step import NewSequence, Result, Slice, Step
@@ -39,8 +41,9 @@ class Rank:
         max_num_seqs: int,
         max_model_len: int,
         pooler: Pooler | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
-        self.decoder, self.cache, self.pooler = decoder, cache, pooler
+        self.decoder, self.cache, self.pooler, self._grammars = decoder, cache, pooler, grammars
         self.place = decoder.mesh.place
         self.max_logits = max(max_num_seqs, LEAST_LOGITS)
         self.batch = Batch(max_num_seqs, max_model_len, cache.block_size, decoder.device, len(cache.layout.groups))
@@ -64,6 +67,7 @@ class Rank:
         scores: list[TokenLogprob | None] = []
         prompt_scores: dict[int, Sequence[TokenLogprob]] = {}
         pooled: dict[int, Sequence[float]] = {}
+        ended: dict[int, str | None] = {}
         for slices in portions(step.slices, self.max_logits):
             rows = self.batch.rows(slices)
             if slices[0].pool:
@@ -77,13 +81,16 @@ class Rank:
                 found = self._score(logits[where], part.seat, ids)
                 prompt_scores[part.seat] = [*prompt_scores.get(part.seat, ()), *found]
             sampled, own_scores = self._sample(logits, rows)
+            assert self.sampler is not None
+            over = self.sampler.constraints.advance(rows.seats.tolist(), sampled) if sampled else {}
+            ended |= {len(token_ids) + row: why for row, why in over.items()}
             token_ids += sampled
             scores += own_scores or [None] * len(sampled)
         if any(map(len, seats)):
             self._awaited[step.id] = np.concatenate(seats)
         if not self.place.samples:
             return Result(step.id, ())
-        result = Result(step.id, token_ids, scores if any(scores) else (), prompt_scores, pooled)
+        result = Result(step.id, token_ids, scores if any(scores) else (), prompt_scores, ended, pooled)
         if self.place.size == 1:
             self.learn(result)
         return result
@@ -99,9 +106,17 @@ class Rank:
             self.pooler.enter(new)
             return
         if self.sampler is not None:
-            self.sampler.enter(new)
+            self.sampler.enter(new, self._constraint(new))
         if new.sampling.prompt_logprobs is not None:
             self._top_prompt[new.seat] = new.sampling.prompt_logprobs
+
+    def _constraint(self, new: NewSequence) -> Constraint | None:
+        """Replays what a sequence said before it came (again)."""
+        wanted, grammars = new.sampling.structured_outputs, self._grammars
+        if wanted is None:
+            return None
+        assert grammars is not None, "a grammar is asked of a rank that was made without any"
+        return Constraint(new, lambda: grammars.matcher(wanted), grammars.vocabulary().eos_token_id)
 
     def _pool(self, slices: Sequence[Slice], rows: Rows) -> dict[int, Sequence[float]]:
         assert self.pooler is not None, "a vector is wanted of a model that was loaded without a pooler"

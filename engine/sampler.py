@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from kvasir.engine.batch import Ints, send
+from kvasir.engine.constraint import Constraint, Constraints
 from kvasir.engine.event import TokenLogprob
 from kvasir.engine.request import SamplingParams
 from kvasir.engine.step import NewSequence
+from kvasir.kernels.bitmask import allow
 from kvasir.kernels.sample import draw, greedy, penalise, score, uniform
 
 NEUTRAL = {
@@ -47,11 +49,13 @@ class Sampler:
         """seat -> (stop tokens, the position from which they may appear)"""
         self.counted: set[int] = set()
         """Seats with a penalty."""
+        self.constraints = Constraints(vocab)
         self.in_prompt: Tensor | None = None
         self.counts: Tensor | None = None
 
-    def enter(self, new: NewSequence) -> None:
+    def enter(self, new: NewSequence, constraint: Constraint | None = None) -> None:
         """A sequence takes a seat."""
+        self.constraints.enter(new.seat, constraint)
         seat, sampling = new.seat, new.sampling
         for name, array in self.values.items():
             array[seat] = getattr(sampling, name)
@@ -66,14 +70,14 @@ class Sampler:
         if sampling.logit_bias:
             self.biased[seat] = list(sampling.logit_bias), list(sampling.logit_bias.values())
         stops = [token for token in new.stop_token_ids if token < self.vocab]
-        if sampling.min_tokens and stops:
+        if sampling.min_tokens and stops and constraint is None:
             self.muted[seat] = stops, new.prompt_len + sampling.min_tokens
         if _penalized(sampling):
             self._count(new)
 
     def sample(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
         """logits[R, V] of the sequences in seats[R] -> token ids[R] for positions[R]. `logits` stay as they are."""
-        logits = self._adjust(logits, seats, positions)
+        logits = self._constrain(self._adjust(logits, seats, positions), seats, positions)
         cold = self.values["temperature"][seats] == 0
         if cold.all():
             return greedy(logits)
@@ -132,6 +136,13 @@ class Sampler:
         if biased or muted:
             logits = self._add(logits, biased + muted)
         return self._penalise(logits, seats)
+
+    def _constrain(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
+        """Only what the grammars allow."""
+        rows, masks = self.constraints.masks(seats.tolist(), positions.tolist())
+        if not rows:
+            return logits
+        return allow(logits, self._tensor(np.array(rows)), self._tensor(masks))
 
     def _penalise(self, logits: Tensor, seats: Ints) -> Tensor:
         """Only rows with a penalty cost anything."""

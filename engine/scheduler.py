@@ -236,6 +236,8 @@ class Scheduler:
             if slice_.sample:
                 score = result.logprobs[number] if result.logprobs else None
                 events += self._append(sequence, result.token_ids[number], score, now)
+                if number in result.ended and not sequence.ended:
+                    events += self._end_grammar(sequence, result.ended[number], now)
         return events
 
     def _plan_streams(self, prompts: bool) -> list[Slice]:
@@ -432,6 +434,13 @@ class Scheduler:
                 self._again(sequence)
             return [event]
         return [event, *self._end(sequence, sequence.finished(ending[0], now, ending[1]))]
+
+    def _end_grammar(self, sequence: Sequence, why: str | None, now: float) -> list[Event]:
+        """Its grammar allows nothing more, or (with a reason) has become too complex to go on."""
+        if why is None:
+            return self._end(sequence, sequence.finished("stop", now))
+        message = f"structured output can't go on: {' '.join(why.split())[:300]}"
+        return self.fail(sequence.request.request_id, "invalid_request_error", message)
 
     def _branch(self, parent: Sequence, now: float) -> None:
         """Start the other continuations. While the parent's prompt is there, its full blocks are shared by reference and the

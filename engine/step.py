@@ -71,5 +71,7 @@ class Result:
     """As many as `token_ids`, or empty when no sequence asked."""
     prompt_logprobs: dict[int, Sequence[TokenLogprob]] = field(default_factory=dict)
     """seat -> scores of the prompt tokens start + 1 .. start + count (those inside the prompt)."""
+    ended: dict[int, str | None] = field(default_factory=dict)
+    """Number in `token_ids` -> None when that token ends its sequence's grammar, or else why the grammar can't go on."""
     pooled: dict[int, Sequence[float]] = field(default_factory=dict)
     """seat -> the vector of a sequence whose prompt ended in this step."""

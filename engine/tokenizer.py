@@ -40,6 +40,8 @@ class Tokenizer:
         self.eos_token_ids = tuple(eos)
         self.bos_token_id = self.token_id(special.get("bos_token"))
         self.eos_token_id = self.token_id(special.get("eos_token"))
+        self.added_tokens: Mapping[int, str] = self._all.added
+        """Tokens that aren't the model's own words: id -> text."""
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
 
     @classmethod

@@ -42,10 +42,10 @@ def run(config: EngineConfig, address: str, token: str, rank: int, *, gone: Call
 
 def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
     from kvasir.engine.codec import decode_step, encode_result
+    from kvasir.engine.executor import grammars_of, rank_of
     from kvasir.engine.load import load
     from kvasir.engine.memory import resolve_device
     from kvasir.engine.mesh import Place, join, reach_store
-    from kvasir.engine.rank import Rank
 
     kind, content = spoke.receive()
     assert kind == "welcome"
@@ -56,8 +56,7 @@ def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
     device = resolve_device(config, place.device_index)
     mesh = join(place, store, device, spoke.host, config.collective_timeout, token)
     loaded = load(config, mesh)
-    lengths = {"max_num_seqs": config.max_num_seqs, "max_model_len": loaded.info.max_model_len}
-    rank = Rank(loaded.decoder, loaded.cache, pooler=loaded.pooler, **lengths)
+    rank = rank_of(config, loaded, grammars_of(loaded))
     spoke.send("ready")
     while True:
         kind, content = spoke.receive()

@@ -53,6 +53,7 @@ RESULTS = st.builds(
     token_ids=TOKENS,
     logprobs=st.lists(st.none() | SCORES, max_size=3),
     prompt_logprobs=st.dictionaries(SMALL, st.lists(SCORES, max_size=3), max_size=2),
+    ended=st.dictionaries(SMALL, st.none() | st.text(max_size=5), max_size=2),
     pooled=st.dictionaries(SMALL, st.lists(NUMBERS, max_size=4), max_size=2),
 )
 

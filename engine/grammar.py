@@ -1,0 +1,130 @@
+"""Grammars: a `StructuredOutput` compiled for one vocabulary, and what a sequence may say next under it.
+
+llguidance does the parsing: on the official JSON Schema suite it accepts no invalid instance and names the keywords that
+it can't enforce; masks are computed lazily, so that compiling stays cheap (benchmarks/grammar.py).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+
+from kvasir.engine.errors import ClientError, UnsupportedError
+from kvasir.engine.grammar_text import grammar_text
+from kvasir.engine.request import StructuredOutput
+from kvasir.engine.tokenizer import Tokenizer
+
+CACHED = 256
+"""Compiled grammars that are kept; the least recently used goes first."""
+THREADS = 2
+"""Grammars that are compiled at once: a heavy one leaves a thread to the others."""
+COMPILE_LIMIT_S = 10.0
+"""A request whose grammar isn't ready after this fails."""
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=2_000_000,
+    step_lexer_fuel=200_000,
+    step_max_items=50_000,
+    max_lexer_states=50_000,
+    max_grammar_size=500_000,
+    verbose_errors=False,
+)
+"""What bounds a grammar's work in compilation (about 40 ms of regex building) and in each step."""
+
+
+class Vocabulary:
+    """The bytes of every token, as llguidance wants them. Added and special tokens stand outside of every text."""
+
+    def __init__(self, tokenizer: Tokenizer, size: int, ends: Sequence[int]) -> None:
+        self.size = size
+        self.tokens = [tokenizer.token_bytes(token) for token in range(size)]
+        self.special_token_ids = sorted(token for token in tokenizer.added_tokens if token < size)
+        self.names = {text: token for token, text in tokenizer.added_tokens.items() if token < size}
+        self.eos_token_id = next((token for token in ends if token < size), self._none())
+        self.bos_token_id = None
+        for token in self.special_token_ids:
+            self.tokens[token] = b"\xff<" + tokenizer.added_tokens[token].encode() + b">"
+        self._encode = tokenizer.encode
+        self.compiled = LLTokenizer(TokenizerWrapper(self), n_vocab=size, eos_token=self.eos_token_id)
+
+    def _none(self) -> int:
+        """A token that no text holds, for models without an end: the first special one."""
+        return self.special_token_ids[0] if self.special_token_ids else self.size - 1
+
+    def __call__(self, text: str) -> list[int]:
+        return self._encode(text, add_special_tokens=False)
+
+
+class Grammars:
+    """Compiles off the caller's thread, each content once. `tokenizer` is called when the first grammar is asked for."""
+
+    def __init__(self, tokenizer: Callable[[], Tokenizer | None], vocab: int, ends: Sequence[int]) -> None:
+        self._tokenizer, self._vocab, self._ends = tokenizer, vocab, tuple(ends)
+        self._vocabulary: Vocabulary | None = None
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="kvasir-grammar")
+        self._found: OrderedDict[StructuredOutput, Future[LLMatcher]] = OrderedDict()
+        self._lock, self._loading = threading.Lock(), threading.Lock()
+
+    def compile(self, wanted: StructuredOutput) -> Future[LLMatcher]:
+        """The grammar, not to be advanced itself. The future raises ClientError or UnsupportedError."""
+        key = without_after(wanted)
+        with self._lock:
+            future = self._found.get(key)
+            if future is None:
+                future = self._found[key] = self._threads.submit(self._compile, key)
+            self._found.move_to_end(key)
+            while len(self._found) > CACHED:
+                self._found.popitem(last=False)
+        return future
+
+    def matcher(self, wanted: StructuredOutput) -> LLMatcher:
+        """A sequence's own state, at the grammar's beginning."""
+        return self.compile(wanted).result().deep_copy()
+
+    def shutdown(self) -> None:
+        """No grammar is waited for any more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def vocabulary(self) -> Vocabulary:
+        """Built once."""
+        with self._loading:
+            if self._vocabulary is None:
+                tokenizer = self._tokenizer()
+                if tokenizer is None:
+                    raise UnsupportedError(
+                        "structured output needs the model's tokenizer, but skip_tokenizer_init is set",
+                        param="structured_outputs",
+                    )
+                self._vocabulary = Vocabulary(tokenizer, self._vocab, self._ends)
+            return self._vocabulary
+
+    def _compile(self, wanted: StructuredOutput) -> LLMatcher:
+        vocabulary = self.vocabulary()
+        matcher = LLMatcher(vocabulary.compiled, grammar_text(wanted, vocabulary.names), log_level=0, limits=LIMITS)
+        if matcher.is_error():
+            raise refusal(wanted, matcher.get_error())
+        return matcher
+
+
+def without_after(wanted: StructuredOutput) -> StructuredOutput:
+    """What the grammar itself depends on."""
+    return StructuredOutput(
+        json=wanted.json,
+        json_object=wanted.json_object,
+        regex=wanted.regex,
+        choice=wanted.choice,
+        grammar=wanted.grammar,
+        structural_tag=wanted.structural_tag,
+    )
+
+
+def refusal(wanted: StructuredOutput, why: str) -> ClientError:
+    """Of a grammar that can't be compiled: what it is, and the library's reason in one line."""
+    reason = " ".join(why.split("<state>")[0].split())[:500]
+    kinds = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
+    kind = next(name for name in kinds if getattr(wanted, name) not in (None, False, ()))
+    cause = UnsupportedError if "nimplemented" in reason or "not supported" in reason else ClientError
+    return cause(f"structured output: this {kind} can't be enforced: {reason}", param="structured_outputs")

@@ -1,0 +1,100 @@
+"""A `StructuredOutput` as the text that llguidance compiles. ClientError and UnsupportedError say what can't be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from llguidance import LLMatcher
+from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+
+from kvasir.engine.errors import ClientError
+from kvasir.engine.request import StructuredOutput
+from kvasir.engine.structural_tag import tag_grammar
+
+if TYPE_CHECKING:  # only its stubs know it
+    from llguidance._lib import JsonCompileOptions
+
+MAX_BYTES = 1 << 20
+"""Of a schema, regex, grammar or all choices."""
+MAX_DEPTH = 64
+"""Of a schema's nesting."""
+JSON_RULES: JsonCompileOptions = {
+    "lenient": False,
+    "coerce_one_of": False,
+    "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}",
+}
+"""Whatever a schema says about how it is read: no keyword is skipped over, and whitespace doesn't go on for ever."""
+
+
+def grammar_text(wanted: StructuredOutput, special: Mapping[str, int]) -> str:
+    """`special`: added tokens by their text, which structural tags may name."""
+    check_size(wanted)
+    if wanted.json is not None:
+        return LLMatcher.grammar_from_json_schema(json.dumps(parse_schema(wanted.json)), overrides=JSON_RULES)
+    if wanted.json_object:
+        return LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides=JSON_RULES)
+    if wanted.regex is not None:
+        return LLMatcher.grammar_from_regex(wanted.regex)
+    if wanted.choice:
+        return LLMatcher.grammar_from_lark("start: " + " | ".join(quoted(text) for text in wanted.choice))
+    if wanted.structural_tag is not None:
+        return tag_grammar(_parsed(wanted.structural_tag, "structural_tag"), special)
+    return _context_free(wanted.grammar or "")
+
+
+def parse_schema(text: str) -> dict[str, Any]:
+    """A JSON Schema that isn't false; `true` is `{}`."""
+    schema = _parsed(text, "json")
+    if schema is True:
+        return {}
+    if not isinstance(schema, dict):
+        raise ClientError(f"a JSON Schema is an object or true, got {text!r:.60}", param="structured_outputs")
+    if "x-guidance" in schema:
+        raise ClientError("x-guidance isn't a keyword of JSON Schema", param="structured_outputs")
+    check_depth(schema)
+    return schema
+
+
+def check_size(wanted: StructuredOutput) -> None:
+    """ClientError when it is longer than MAX_BYTES."""
+    texts = (wanted.json, wanted.regex, wanted.grammar, wanted.structural_tag, *wanted.choice)
+    size = sum(len(text.encode(errors="replace")) for text in texts if text)
+    if size > MAX_BYTES:
+        raise ClientError(f"structured output takes {MAX_BYTES} bytes at most, got {size}", param="structured_outputs")
+
+
+def check_depth(schema: Any) -> None:
+    """ClientError when it is nested deeper than MAX_DEPTH."""
+    level, depth = [schema], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise ClientError(f"a schema is nested {MAX_DEPTH} levels at most", param="structured_outputs")
+        inner = [child for value in level for child in _children(value)]
+        level, depth = [child for child in inner if isinstance(child, (dict, list))], depth + 1
+
+
+def quoted(text: str) -> str:
+    """A literal of Lark's."""
+    return json.dumps(text)
+
+
+def _children(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else list(value)
+
+
+def _parsed(text: str, kind: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ClientError(f"structured output: {kind} isn't JSON: {error}", param="structured_outputs") from error
+
+
+def _context_free(text: str) -> str:
+    """GBNF and EBNF are turned into Lark."""
+    try:
+        return LLMatcher.grammar_from_lark(any_to_lark(text))
+    except (GbnfToLarkError, ValueError, KeyError, IndexError, RecursionError) as error:
+        message = f"structured output: the grammar can't be read: {error}"
+        raise ClientError(message, param="structured_outputs") from error

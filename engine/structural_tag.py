@@ -1,0 +1,147 @@
+"""Structural tags (vLLM's and xgrammar's JSON) as a Lark grammar: free text, in which tags hold a schema each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvasir.engine.errors import ClientError, UnsupportedError
+
+PARAM = "structured_outputs"
+
+
+def tag_grammar(spec: Any, special: Mapping[str, int]) -> str:
+    """`{"structures": [...], "triggers": [...]}` or `{"format": {...}}`. Tags may begin and end with special tokens."""
+    return _Writer(special).write(_format(spec))
+
+
+def _format(spec: Any) -> Any:
+    if not isinstance(spec, dict):
+        raise ClientError("a structural tag is an object", param=PARAM)
+    if "format" in spec:
+        return spec["format"]
+    tags = [
+        {
+            "begin": one.get("begin"),
+            "end": one.get("end"),
+            "content": {"type": "json_schema", "json_schema": one.get("schema", one.get("json_schema", {}))},
+        }
+        for one in _list(spec, "structures")
+        if isinstance(one, dict)
+    ]
+    return {"type": "triggered_tags", "triggers": spec.get("triggers"), "tags": tags}
+
+
+class _Writer:
+    """Collects rules; a format becomes the name of one."""
+
+    def __init__(self, special: Mapping[str, int]) -> None:
+        self._special = special
+        self._rules: list[str] = []
+        self._count = 0
+
+    def write(self, form: Any) -> str:
+        start = self._of(form)
+        return "\n".join([f"start: {start}", *self._rules]) + "\n"
+
+    def _of(self, form: Any) -> str:
+        kinds = {
+            "json_schema": self._schema,
+            "const_string": lambda f: self._rule(self._literal(_text(f, "value"))),
+            "regex": lambda f: self._token(f"/{_text(f, 'pattern').replace('/', chr(92) + '/')}/"),
+            "any_text": lambda f: self._token(r"/(.|\n)*/"),
+            "sequence": lambda f: self._rule(" ".join(self._of(one) for one in _list(f, "elements"))),
+            "or": lambda f: self._rule(" | ".join(self._of(one) for one in _list(f, "elements"))),
+            "tag": self._tag,
+            "triggered_tags": self._triggered,
+            "tags_with_separator": self._separated,
+        }
+        kind = form.get("type") if isinstance(form, dict) else None
+        if kind not in kinds:
+            raise UnsupportedError(f"structural tag: type {kind!r:.60}; known: {', '.join(kinds)}", param=PARAM)
+        return kinds[kind](form)
+
+    def _schema(self, form: Any) -> str:
+        schema = form.get("json_schema", {})
+        if not isinstance(schema, (dict, bool)) or (isinstance(schema, dict) and "x-guidance" in schema):
+            raise ClientError(f"structural tag: json_schema must be a JSON Schema, got {schema!r:.60}", param=PARAM)
+        return self._rule(f"%json {json.dumps(schema)}")
+
+    def _tag(self, tag: Any) -> str:
+        return self._rule(f"{self._literal(_text(tag, 'begin'))} {self._rest(tag)}")
+
+    def _rest(self, tag: Any) -> str:
+        """What stands between the begin and the end, and the end."""
+        return f"{self._of(tag.get('content', {'type': 'json_schema'}))} {self._literal(_text(tag, 'end'))}"
+
+    def _triggered(self, form: Any) -> str:
+        triggers = [one for one in _list(form, "triggers") if isinstance(one, str) and one]
+        text = self._token(r"/(.|\n)*/")
+        tags = [self._behind(tag, triggers, text) for tag in _list(form, "tags")]
+        if not tags:
+            raise ClientError("structural tag: tags must not be empty", param=PARAM)
+        some = self._rule(" | ".join(tags))
+        if form.get("stop_after_first"):
+            return self._rule(some if form.get("at_least_one") else f"{some} | {text}")
+        return self._rule(f"{some}{'+' if form.get('at_least_one') else '*'} {text}")
+
+    def _behind(self, tag: Any, triggers: Sequence[str], text: str) -> str:
+        """Free text up to a tag's trigger, then the tag."""
+        begin = _text(tag, "begin")
+        trigger = next((one for one in triggers if begin.startswith(one)), None)
+        if trigger is None:
+            raise ClientError(f"structural tag: no trigger begins {begin!r:.60}", param=PARAM)
+        token = next((name for name in self._special if begin.startswith(name)), None)
+        if token is not None:
+            head = self._literal(begin)
+            return self._rule(f"{text} {head} {self._rest(tag)}")
+        self._count += 1
+        head = f"lead_{self._count}"
+        self._rules.append(f"{head}[lazy]: /(.|\\n)*/ {json.dumps(trigger)}")
+        return self._rule(f"{head} {self._literal(begin[len(trigger) :])} {self._rest(tag)}")
+
+    def _separated(self, form: Any) -> str:
+        one = self._rule(" | ".join(self._tag(tag) for tag in _list(form, "tags")))
+        if form.get("stop_after_first"):
+            return one
+        many = self._rule(f"{one} ({self._literal(_text(form, 'separator'))} {one})*")
+        return many if form.get("at_least_one") else self._rule(f"{many}?")
+
+    def _literal(self, text: str) -> str:
+        """Special tokens by their number, what is between them as text."""
+        parts, left = [], text
+        while left:
+            at, name = min(
+                ((left.find(name), name) for name in self._special if name and name in left),
+                key=lambda found: (found[0], -len(found[1])),
+                default=(len(left), ""),
+            )
+            parts += [json.dumps(left[:at])] if at else []
+            parts += [f"<[{self._special[name]}]>"] if name else []
+            left = left[at + len(name) :]
+        return " ".join(parts)
+
+    def _rule(self, body: str) -> str:
+        self._count += 1
+        self._rules.append(f"rule_{self._count}: {body}")
+        return f"rule_{self._count}"
+
+    def _token(self, body: str) -> str:
+        self._count += 1
+        self._rules.append(f"TOKEN_{self._count}: {body}")
+        return f"TOKEN_{self._count}"
+
+
+def _text(form: Any, key: str) -> str:
+    value = form.get(key, "") if isinstance(form, dict) else None
+    if not isinstance(value, str):
+        raise ClientError(f"structural tag: {key} must be a text, got {value!r:.60}", param=PARAM)
+    return value
+
+
+def _list(form: Any, key: str) -> list[Any]:
+    value = form.get(key)
+    if not isinstance(value, list) or not value:
+        raise ClientError(f"structural tag: {key} must be a list that isn't empty, got {value!r:.60}", param=PARAM)
+    return value

@@ -1,0 +1,13 @@
+"""Which tokens a row may take, as packed bits. Letters: R rows, V vocabulary, W = ceil(V / 32) words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def allow(logits: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
+    """logits[R, V] with -inf in rows[N] wherever bit v % 32 of word v // 32 of mask[N, W] int32 is 0."""
+    bit = torch.ones(32, dtype=torch.int32, device=mask.device) << torch.arange(32, device=mask.device).int()
+    barred = ((mask[:, :, None] & bit) == 0).flatten(1)[:, : logits.shape[1]]
+    return logits.index_copy(0, rows, logits[rows].masked_fill_(barred, -torch.inf))

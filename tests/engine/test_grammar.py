@@ -1,0 +1,205 @@
+"""Structured output through the real engine: what ends fits, what can't be enforced is refused, nobody else waits."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import threading
+import time
+
+import jsonschema
+import pytest
+import torch
+
+from kvasir.engine import LLM, SamplingParams
+from kvasir.engine.errors import ClientError, UnsupportedError
+from kvasir.engine.request import Request, StructuredOutput
+from kvasir.kernels.bitmask import allow
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 130},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+TAGGED = {
+    "type": "structural_tag",
+    "format": {
+        "type": "triggered_tags",
+        "triggers": ["<f="],
+        "at_least_one": True,
+        "stop_after_first": True,
+        "tags": [
+            {"begin": "<f=a>", "content": {"type": "json_schema", "json_schema": {"enum": [1, 2]}}, "end": "</f>"}
+        ],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM("skald", max_num_seqs=8) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def write(llm):
+    """`write(StructuredOutput | None, ...)`: outputs of one request at temperature 1."""
+
+    def run(wanted, **given):
+        sampling = SamplingParams(**{"max_tokens": 150, "seed": 1, **given}, structured_outputs=wanted)
+        return llm.generate(["Hello"], sampling, use_tqdm=False)[0].outputs
+
+    return run
+
+
+def test_only_allowed_tokens_keep_their_logits():
+    logits = torch.randn(3, 70)
+    masks = torch.zeros(2, 3, dtype=torch.int32)
+    masks[0, 0], masks[1, 2], masks[1, 0] = 1 << 5, 1 << 3, -(1 << 31)
+    out = allow(logits, torch.tensor([2, 0]), masks)
+    assert torch.equal(out[1], logits[1])
+    assert (out[2] > -torch.inf).nonzero().flatten().tolist() == [5]
+    assert (out[0] > -torch.inf).nonzero().flatten().tolist() == [31, 67]
+
+
+def test_every_output_that_ends_fits_its_schema(write):
+    ended = 0
+    for seed in range(10):
+        for output in write(StructuredOutput(json=json.dumps(PERSON)), seed=seed, n=2):
+            if output.finish_reason == "stop":
+                jsonschema.validate(json.loads(output.text), PERSON)
+                ended += 1
+    assert ended >= 10
+
+
+@pytest.mark.parametrize(
+    ("wanted", "pattern"),
+    [
+        (StructuredOutput(regex="[0-9]{3}-[a-f]{4}"), "[0-9]{3}-[a-f]{4}"),
+        (StructuredOutput(choice=["yes", 'n"ö"', "a|b"]), r'yes|n"ö"|a\|b'),
+        (StructuredOutput(grammar='root ::= "a" [0-9] [0-9] "z"'), "a[0-9]{2}z"),
+        (StructuredOutput(grammar='start: "k" /[0-9]{4}/'), "k[0-9]{4}"),
+        (StructuredOutput(structural_tag=json.dumps(TAGGED)), "(.|\n)*"),
+        (StructuredOutput(regex=""), ""),
+    ],
+)
+@pytest.mark.parametrize(
+    "given", [{}, {"min_tokens": 30}, {"ignore_eos": True}, {"temperature": 0}, {"repetition_penalty": 1.3}]
+)
+def test_kinds_and_combinations(write, wanted, pattern, given):
+    for output in write(wanted, n=2, **given):
+        tagged = wanted.structural_tag is not None
+        if output.finish_reason == "stop":
+            assert re.fullmatch(pattern, output.text)
+            assert not tagged or re.search("<f=a>[12]</f>", output.text)
+        else:
+            assert tagged
+
+
+def test_special_tokens_are_never_produced_inside(llm, write):
+    special = set(llm.get_tokenizer().added_tokens) - set(llm.engine.info.eos_token_ids)
+    bias = dict.fromkeys(special, 100.0)
+    (output,) = write(StructuredOutput(regex="(.|\n){40}"), logit_bias=bias)
+    assert not special & set(output.token_ids)
+
+
+def test_max_tokens_cuts_and_raw_logprobs_stay(write):
+    (output,) = write(StructuredOutput(regex="[a-z]{80}"), max_tokens=3, logprobs=2)
+    assert output.finish_reason == "length"
+    assert len(output.logprobs) == 3
+    assert any(len(entry) == 3 for entry in output.logprobs)  # what was likely without the grammar is told, too
+
+
+def test_stop_strings_end_it_before_the_grammar_does(write):
+    (output,) = write(StructuredOutput(choice=["one two three"]), stop=["two"])
+    assert (output.text, output.finish_reason) == ("one ", "stop")
+
+
+def test_a_grammar_begins_behind_the_tokens_of_after(llm, write):
+    free = write(None, max_tokens=12)[0].token_ids
+    marker = free[4:6]
+    (output,) = write(StructuredOutput(choice=["!done!"], after=marker))
+    assert list(output.token_ids[:6]) == list(free[:6])
+    assert llm.get_tokenizer().decode(output.token_ids[6:]) == "!done!"
+    assert output.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "error", "text"),
+    [
+        (StructuredOutput(json='{"type": "array", "uniqueItems": true}'), UnsupportedError, "uniqueItems"),
+        (StructuredOutput(json='{"if": {"type": "string"}, "then": false}'), UnsupportedError, "if"),
+        (StructuredOutput(json='{"x-guidance": {"lenient": true}}'), ClientError, "x-guidance"),
+        (StructuredOutput(json="{"), ClientError, "isn't JSON"),
+        (StructuredOutput(json="[" * 100_000), ClientError, "isn't JSON"),
+        (StructuredOutput(json='{"items":' * 90 + "{}" + "}" * 90), ClientError, "levels"),
+        (StructuredOutput(regex="(a"), ClientError, "unclosed"),
+        (StructuredOutput(regex="(?=a)b"), ClientError, "look-around"),
+        (StructuredOutput(grammar='root ::= "a'), ClientError, "grammar"),
+        (StructuredOutput(structural_tag="{}"), ClientError, "structures"),
+        (StructuredOutput(structural_tag='{"format": {"type": "x"}}'), UnsupportedError, "type 'x'"),
+    ],
+)
+def test_what_cant_be_enforced_is_refused_by_name(write, wanted, error, text):
+    with pytest.raises(ClientError, match=text) as caught:
+        write(wanted)
+    assert isinstance(caught.value, error)
+
+
+def test_preemption_and_resumption_give_the_same_tokens(llm, write):
+    wanted = StructuredOutput(json=json.dumps(PERSON))
+    (whole,) = write(wanted, seed=5)
+    ids = list(whole.token_ids)
+    sampling = SamplingParams(max_tokens=150, seed=5, structured_outputs=wanted)
+    prompt = llm.get_tokenizer().encode("Hello")
+    request = Request(request_id="r", prompt_token_ids=prompt, sampling=sampling, resume_token_ids=ids[:4])
+    (resumed,) = llm._run([(request, None)], False)
+    assert list(resumed.outputs[0].token_ids) in (ids, ids[4:])
+    cache = llm.engine._executor.loaded.cache
+    room = 13 * cache.arena.nbytes // cache.num_blocks
+    with LLM("skald", max_num_seqs=8, kv_cache_memory_bytes=room, max_model_len=190) as small:
+        wanted = StructuredOutput(regex="([a-z]{2} ){40}")
+        many = SamplingParams(max_tokens=150, seed=5, n=6, structured_outputs=wanted)
+        crowded = small.generate(["Hello"], many, use_tqdm=False)[0].outputs
+        assert small.engine._scheduler.stats().preemptions > 0
+    alone = write(wanted, seed=5, n=6)
+    assert [o.token_ids for o in crowded] == [o.token_ids for o in alone]
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        StructuredOutput(json=json.dumps({"enum": [f"{i:x}" * 9 for i in range(30_000)]})),
+        StructuredOutput(regex="(a|aa)*(b|[a-c]{1,900}){1,900}" * 20),
+        StructuredOutput(regex="((a{1,100}){1,100}){1,100}"),
+        StructuredOutput(json=json.dumps({"anyOf": [{"$ref": "#"}, {"$ref": "#"}]})),
+    ],
+)
+def test_a_pathological_grammar_costs_its_sender_only(llm, write, wanted):
+    write(None, max_tokens=5)
+    done, slowest = threading.Event(), [0.0]
+
+    def watch():
+        while not done.wait(0.05):
+            slowest.append(time.monotonic() - llm.engine.heartbeat)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with contextlib.suppress(ClientError):
+        write(wanted, max_tokens=5)
+    done.set()
+    watcher.join()
+    assert max(slowest) < 1.0  # the loop went on turning: its idle turn takes 0.2 s
+
+
+def test_without_a_tokenizer_it_is_refused():
+    with (
+        LLM("skald", skip_tokenizer_init=True) as llm,
+        pytest.raises(UnsupportedError, match="skip_tokenizer_init"),
+    ):
+        llm.generate([[1, 2]], SamplingParams(structured_outputs=StructuredOutput(json_object=True)), use_tqdm=False)
