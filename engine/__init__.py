@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvasir.engine.config import EngineConfig
-from kvasir.engine.request import PoolingParams, Request, SamplingParams
+from kvasir.engine.request import PoolingParams, Request, SamplingParams, StructuredOutput
 
 if TYPE_CHECKING:
     from kvasir.engine.async_llm import AsyncLLM
     from kvasir.engine.llm import LLM
 
-__all__ = ["LLM", "AsyncLLM", "EngineConfig", "PoolingParams", "Request", "SamplingParams"]
+__all__ = ["LLM", "AsyncLLM", "EngineConfig", "PoolingParams", "Request", "SamplingParams", "StructuredOutput"]
 
 
 def __getattr__(name: str) -> Any:

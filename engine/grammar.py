@@ -24,6 +24,10 @@ THREADS = 2
 """Grammars that are compiled at once: a heavy one leaves a thread to the others."""
 COMPILE_LIMIT_S = 10.0
 """A request whose grammar isn't ready after this fails."""
+MARK = "\x02"
+"""A character that joins with no other."""
+LONGEST = 64
+"""Bytes of the longest token that is looked for."""
 LIMITS = LLParserLimits(
     initial_lexer_fuel=2_000_000,
     step_lexer_fuel=200_000,
@@ -48,6 +52,7 @@ class Vocabulary:
         for token in self.special_token_ids:
             self.tokens[token] = b"\xff<" + tokenizer.added_tokens[token].encode() + b">"
         self._encode = tokenizer.encode
+        self._ids: dict[bytes, int] = {}
         self.compiled = LLTokenizer(TokenizerWrapper(self), n_vocab=size, eos_token=self.eos_token_id)
 
     def _none(self) -> int:
@@ -55,7 +60,21 @@ class Vocabulary:
         return self.special_token_ids[0] if self.special_token_ids else self.size - 1
 
     def __call__(self, text: str) -> list[int]:
-        return self._encode(text, add_special_tokens=False)
+        """Inside of a text: SentencePiece begins every text with a space, which must not be taken for a part of it."""
+        before, ids = (self._encode(MARK + rest, add_special_tokens=False) for rest in ("", text))
+        return ids[len(before) :] if ids[: len(before)] == before else self._longest(text.encode())
+
+    def _longest(self, data: bytes) -> list[int]:
+        """Always the longest token that fits."""
+        self._ids = self._ids or {data: token for token, data in enumerate(self.tokens)}
+        found: list[int] = []
+        while data:
+            size = next((n for n in range(min(len(data), LONGEST), 0, -1) if data[:n] in self._ids), 0)
+            if not size:
+                return found
+            found.append(self._ids[data[:size]])
+            data = data[size:]
+        return found
 
 
 class Grammars:

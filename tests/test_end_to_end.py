@@ -22,6 +22,7 @@ from typing import Any
 
 import grpc
 import httpx
+import jsonschema
 import openai
 import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
@@ -224,6 +225,65 @@ def test_openai_sampling(skald: Server) -> None:
     cut = chat(skald, "Who are you?", temperature=0, stop=[stop]).choices[0]
     assert cut.message.content == whole[: whole.index(stop)]
     assert cut.finish_reason == "stop"
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def test_structured_output(skald: Server) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
+    fields = {"temperature": 1, "seed": 7, "max_tokens": 100, "response_format": wanted}
+    whole = chat(skald, "Who are you?", **fields)
+    jsonschema.validate(json.loads(whole.choices[0].message.content), SCHEMA)
+    assert whole.choices[0].finish_reason == "stop"
+    chunks = chat(skald, "Who are you?", stream=True, **fields)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
+    two = chat(skald, "Yes?", n=2, temperature=1, extra_body={"guided_choice": ["yes", "no"]})
+    assert {choice.message.content for choice in two.choices} <= {"yes", "no"}
+    number = chat(skald, "A number", temperature=1, extra_body={"guided_regex": "[0-9]{3}"})
+    assert re.fullmatch("[0-9]{3}", number.choices[0].message.content)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"guided_json": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
+        ({"guided_regex": "(a"}, "unclosed group"),
+        ({"guided_grammar": "root ::= missing"}, "missing"),
+        ({"guided_regex": "a", "guided_choice": ["b"]}, "ask for different structured outputs"),
+    ],
+)
+def test_what_can_t_be_enforced_is_refused(skald: Server, stream: bool, body: Any, says: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=says):
+        chat(skald, "Hi", stream=stream, extra_body=body)
+
+
+def test_a_heavy_grammar_costs_its_sender_alone(skald: Server) -> None:
+    heavy = {"guided_regex": "((a|b|c){1,200}x(d|e){1,200}){1,200}"}
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        slow = [pool.submit(chat, skald, "Hi", max_tokens=5, extra_body=heavy) for _ in range(3)]
+        began = time.monotonic()
+        assert chat(skald, "Who are you?", temperature=0, max_tokens=40).choices[0].message.content
+        assert time.monotonic() - began < 10
+        for future in slow:
+            with contextlib.suppress(openai.BadRequestError):
+                assert set(future.result(60).choices[0].message.content) <= set("abcdex")
+
+
+def test_structured_output_over_grpc(skald: Server) -> None:
+    with Reflected(skald.grpc_address) as client:
+        body = {"text": "Yes or no?", "sampling": {"structured_outputs": {"choice": ["yes", "no"]}}}
+        replies = list(client.call("Generate", {"model": "skald", **body}))
+        assert "".join(reply.text for reply in replies) in ("yes", "no")
 
 
 def test_grpc_by_reflection(skald: Server) -> None:

@@ -7,6 +7,8 @@ import json
 import re
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -15,6 +17,7 @@ import torch
 from kvasir.engine import LLM, SamplingParams
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.request import Request, StructuredOutput
+from kvasir.engine.tokenizer import Tokenizer
 from kvasir.kernels.bitmask import allow
 
 PERSON = {
@@ -203,3 +206,12 @@ def test_without_a_tokenizer_it_is_refused():
         pytest.raises(UnsupportedError, match="skip_tokenizer_init"),
     ):
         llm.generate([[1, 2]], SamplingParams(structured_outputs=StructuredOutput(json_object=True)), use_tqdm=False)
+
+
+def test_a_text_s_first_space_is_no_part_of_what_is_forced(data: Callable[[str], Path]) -> None:
+    """SentencePiece writes one before every text; inside of a grammar it would be a token that doesn't fit."""
+    tokenizer = Tokenizer.load(data("model-stories260k/hf"))
+    vocabulary = Vocabulary(tokenizer, 512, (2,))
+    assert [tokenizer.token_bytes(token) for token in vocabulary("{")] == [b"{"]
+    assert vocabulary.compiled.tokenize_str("{") == vocabulary("{")
+    assert b"".join(tokenizer.token_bytes(token) for token in vocabulary._longest(b'{"once": 1}')) == b'{"once": 1}'

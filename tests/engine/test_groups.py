@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from kvasir.engine.errors import ConfigError, UnavailableError
 from kvasir.engine.event import Event
 from kvasir.engine.executor import GroupExecutor, executor_of, places
 from kvasir.engine.llm import LLM
-from kvasir.engine.request import Request, SamplingParams
+from kvasir.engine.request import Request, SamplingParams, StructuredOutput
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2)]
 GREEDY = SamplingParams(temperature=0, max_tokens=256, ignore_eos=True)
@@ -87,6 +88,20 @@ def test_a_mixed_batch(group: LLM, alone: LLM) -> None:
         assert close(ours[3].outputs[0].logprobs, wanted[3].outputs[0].logprobs)
         assert close(ours[3].prompt_logprobs, wanted[3].prompt_logprobs)
     assert (ours[0].num_cached_tokens or 0) >= 40
+
+
+def test_grammars_where_tokens_are_sampled(group: LLM, alone: LLM) -> None:
+    """The rank that samples may be another process than the one that compiled."""
+    kinds = [{"regex": "[a-z]{3,9}[.]"}, {"choice": ["once", "upon"]}, {"json_object": True}]
+    params = [
+        SamplingParams(temperature=1.0, seed=4, max_tokens=40, n=2, structured_outputs=StructuredOutput(**kind))
+        for kind in kinds
+    ]
+    ours, wanted = (llm.generate(["Once", "The", "A"], params, use_tqdm=False) for llm in (group, alone))
+    for got, want in zip(ours, wanted, strict=True):
+        assert [each.token_ids for each in got.outputs] == [each.token_ids for each in want.outputs]
+    assert all(re.fullmatch("[a-z]{3,9}[.]", each.text) for each in ours[0].outputs)
+    assert {each.text for each in ours[1].outputs} <= {"once", "upon"}
 
 
 def close(ours: Any, wanted: Any) -> bool:
