@@ -22,7 +22,7 @@ OURS = {
 OTHERS = {
     "proto": {"google", "grpc", "grpc_tools"},
     "kernels": {"torch", "numpy"},
-    "engine": {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "tqdm"},
+    "engine": {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "llguidance", "tqdm"},
     "cluster": {
         "aiohttp", "fastapi", "google", "grpc", "grpc_health", "grpc_reflection", "opentelemetry", "orjson",
         "prometheus_client", "ray", "starlette", "tqdm", "uvicorn", "uvloop", "yaml",

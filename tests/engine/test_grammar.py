@@ -16,6 +16,7 @@ import torch
 
 from kvasir.engine import LLM, SamplingParams
 from kvasir.engine.errors import ClientError, UnsupportedError
+from kvasir.engine.grammar import Vocabulary
 from kvasir.engine.request import Request, StructuredOutput
 from kvasir.engine.tokenizer import Tokenizer
 from kvasir.kernels.bitmask import allow
