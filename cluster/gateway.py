@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from kvasir.cluster import metrics
+from kvasir.cluster.anthropic_api import anthropic_routes
 from kvasir.cluster.auth import check_exposure, load_keys
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.desk import Desk
@@ -35,8 +36,9 @@ def create_app(desk: Desk, config: GatewayConfig) -> FastAPI:
     so that nothing lies between them and the socket."""
     check_exposure(config, os.environ)
     app = FastAPI(title="Kvasir", openapi_url=None, docs_url=None, redoc_url=None)
-    ollama = ollama_routes(desk, config.max_body_bytes)
-    app.router.routes.extend([*_openai_routes(desk, config), *ollama, *_operator_routes(desk)])
+    limit = config.max_body_bytes
+    others = [*ollama_routes(desk, limit), *anthropic_routes(desk, limit)]
+    app.router.routes.extend([*_openai_routes(desk, config), *others, *_operator_routes(desk)])
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
     app.add_middleware(Front, keys=load_keys(config, os.environ))

@@ -39,7 +39,7 @@ OPTIONS_IGNORED: Neutral = {
 }
 """Where and how the model runs: the same tokens come out."""
 OPTIONS_REFUSED: Neutral = {
-    **{name: neutral for name, neutral in CHAT_REFUSED.items() if name not in OPTIONS},
+    **{name: neutral for name, neutral in CHAT_REFUSED.items() if name not in {**OPTIONS, **OPTIONS_IGNORED}},
     **SAMPLER_LACKS,
     "vocab_only": (False,),
     "logits_all": (False,),
