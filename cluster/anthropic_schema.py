@@ -41,16 +41,17 @@ _MESSAGES: dict[str, Check] = {
 }
 _IGNORED: Neutral = {
     "service_tier": ("auto", "standard_only"),
-    "inference_geo": (),
+    **dict.fromkeys(("inference_geo", "user_profile_id", "workspace_id", "diagnostics"), ()),
+    "speed": ("standard",),
 }
 _REFUSED: Neutral = {
     **{name: neutral for name, neutral in CHAT_REFUSED.items() if name not in _MESSAGES},
     "container": (),
     "context_management": (),
     "mcp_servers": ([],),
-    "speed": ("standard",),
     "fallbacks": ([],),
 }
+EFFORTS = ("low", "medium", "high", "xhigh", "max")
 _CHOICES = ("auto", "any", "tool", "none")
 
 
@@ -76,6 +77,8 @@ def parse_messages(body: Body) -> MessagesAsk:
     if "metadata" in fields:
         warnings += _metadata(fields["metadata"])
     found, cached = _conversation(fields)
+    if "reasoning_effort" in found.variables:
+        warnings += ("output_config.effort (but by chat templates that know reasoning_effort)",)
     if cached or fields.get("cache_control"):
         warnings += ("cache_control (prefixes are cached without it)",)
     call = Call(model=fields.get("model", ""), prompts=(found,), sampling=sampling)
@@ -103,7 +106,7 @@ def _conversation(fields: Mapping[str, Any], *, enforced: bool = True) -> tuple[
         tools=tools or None,
         add_generation_prompt=not prefilled,
         continue_final_message=prefilled,
-        variables=_variables(fields.get("thinking")),
+        variables={**_variables(fields.get("thinking")), **_effort(fields)},
     )
     return found, cached or more
 
@@ -156,12 +159,22 @@ def _variables(thinking: Any) -> Json:
     return {"enable_thinking": False, "thinking": False}
 
 
+def _effort(fields: Mapping[str, Any]) -> Json:
+    """What output_config.effort tells the chat template; most know no such thing."""
+    config = fields.get("output_config")
+    effort = config.get("effort") if isinstance(config, dict) else None
+    if effort is not None and effort not in EFFORTS:
+        text = f"output_config.effort must be {', '.join(EFFORTS)}; got {effort!r:.60}"
+        raise ClientError(text, param="output_config")
+    return {} if effort is None else {"reasoning_effort": effort}
+
+
 def _schema(fields: Mapping[str, Any]) -> Json | None:
     """The JSON schema that output_config.format or its predecessor output_format asks for."""
     config = fields.get("output_config", {})
     if not isinstance(config, dict):
         raise ClientError(f"output_config must be an object, got {config!r:.60}", param="output_config")
-    if other := [name for name, value in config.items() if name != "format" and value is not None]:
+    if other := [name for name, value in config.items() if name not in ("format", "effort") and value is not None]:
         raise UnsupportedError(f"output_config.{other[0]} isn't supported", param="output_config")
     form = fields.get("output_format", config.get("format"))
     if form is None:

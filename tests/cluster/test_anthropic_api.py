@@ -113,10 +113,13 @@ def test_conversation(gateway):
 
 def test_warnings(gateway):
     system = [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]
-    reply = send(gateway, system=system, metadata={"user_id": "me"}, odd=1, service_tier="auto")
+    reply = send(
+        gateway, system=system, metadata={"user_id": "me"}, odd=1, service_tier="auto",
+        output_config={"effort": "high"},
+    )  # fmt: skip
     assert reply.status_code == 200
     warned = reply.headers["x-kvasir-warning"]
-    assert all(word in warned for word in ("cache_control", "metadata.user_id", "odd"))
+    assert all(word in warned for word in ("cache_control", "metadata.user_id", "odd", "effort"))
     assert "service_tier" not in warned
 
 
@@ -142,7 +145,7 @@ def test_warnings(gateway):
         ({"container": "x"}, "container"),
         ({"mcp_servers": [{}]}, "mcp_servers"),
         ({"guided_json": {}}, "guided_json"),
-        ({"output_config": {"effort": "low"}}, "effort"),
+        ({"output_config": {"effort": "some"}}, "effort"),
         ({"output_format": {"type": "yaml"}}, "output format"),
     ],
 )
