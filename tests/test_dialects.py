@@ -104,7 +104,8 @@ def test_langchain_ollama(url):
 
 def test_anthropic_client(url):
     with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as client:
-        call = {"model": "skald", "max_tokens": 40, "messages": SUM, "extra_body": {"temperature": 0}}
+        facts = "You answer sums with nothing but the result, in digits, as shortly as you can."
+        call = {"model": "skald", "system": facts, "max_tokens": 40, "messages": SUM, "extra_body": {"temperature": 0}}
         whole = client.messages.create(**call)
         assert "85" in whole.content[0].text
         assert whole.stop_reason == "end_turn"
@@ -112,7 +113,7 @@ def test_anthropic_client(url):
             assert "".join(stream.text_stream) == whole.content[0].text
         usage = stream.get_final_message().usage
         assert usage.cache_read_input_tokens > 0  # the whole prompt but its last block was there
-        counted = client.messages.count_tokens(model="skald", messages=SUM).input_tokens
+        counted = client.messages.count_tokens(model="skald", messages=SUM, system=facts).input_tokens
         assert usage.input_tokens + usage.cache_read_input_tokens == counted
         prefilled = client.messages.create(**call | {"messages": [*SUM, {"role": "assistant", "content": "47 + 38"}]})
         assert "85" in prefilled.content[0].text

@@ -39,8 +39,8 @@ def examples(folder):
     for file in sorted(folder.rglob("*.md*")):
         for block in BLOCK.findall(file.read_text()):
             for command in re.split(r"(?m)^\s*(?=curl )", block):
-                if (url := URL.search(command)) and "blobs" not in url[1]:
-                    words = shlex.split(command.partition("\n\n")[0] if "-d" not in command else command)
+                if command.startswith("curl") and (url := URL.search(command)) and "blobs" not in url[1]:
+                    words = [word.strip() for word in shlex.split(command)]  # a line's end that is escaped stays
                     body = words[words.index("-d") + 1] if "-d" in words else None
                     yield "DELETE" if "DELETE" in words else "POST" if body else "GET", url[1], body
 
