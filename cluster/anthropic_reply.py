@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,6 +97,12 @@ class _Blocks:
             self._index, self._open = self._index + 1, block["type"]
             out += event("content_block_start", {"index": self._index, "content_block": block})
         return out + event("content_block_delta", {"index": self._index, "delta": delta})
+
+
+def model_card(name: str, created: int) -> Json:
+    """An entry of the list of models."""
+    date = datetime.datetime.fromtimestamp(created, datetime.timezone.utc).isoformat().replace("+00:00", "Z")
+    return {"type": "model", "id": name, "display_name": name, "created_at": date}
 
 
 def event(kind: str, fields: Json) -> bytes:

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from kvasir.cluster.anthropic_reply import model_card
 from kvasir.cluster.call import request_id_from
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.error_shapes import openai_error
@@ -25,6 +26,9 @@ from kvasir.cluster.openai_reply import ChatReply, CompletionReply, Reply
 from kvasir.cluster.openai_schema import Ask, parse_chat, parse_completion, parse_detokenize, parse_tokenize
 from kvasir.cluster.reply_stream import SSE, stream
 from kvasir.engine.errors import KvasirError
+
+_ANTHROPIC = "anthropic-version"
+"""A header that all of Anthropic's clients send."""
 
 Body = Mapping[str, Any]
 MakeReply = Callable[[Ask, Generation, str, str], Reply]
@@ -106,7 +110,7 @@ class Detokenize:
 
 
 class Models:
-    """GET /v1/models and /v1/models/{name}; a name may hold slashes."""
+    """GET /v1/models and /v1/models/{name}; a name may hold slashes. In Anthropic's shape for Anthropic's clients."""
 
     def __init__(self, desk: Desk, created: int) -> None:
         self._desk = desk
@@ -114,12 +118,15 @@ class Models:
 
     async def list(self, request: Request) -> Response:
         names = [name for model in self._desk.models for name in model.names]
+        if _ANTHROPIC in request.headers:
+            cards = [model_card(name, self._created) for name in names]
+            return _json({"data": cards, "has_more": False, "first_id": names[0], "last_id": names[-1]})
         return _json({"object": "list", "data": [self._card(name) for name in names]})
 
     async def get(self, request: Request) -> Response:
         name = request.path_params["name"]
         self._desk.model(name)
-        return _json(self._card(name))
+        return _json(model_card(name, self._created) if _ANTHROPIC in request.headers else self._card(name))
 
     def _card(self, name: str) -> dict[str, Any]:
         model = self._desk.model(name)

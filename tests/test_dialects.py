@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
+import subprocess
 import threading
+from pathlib import Path
 
 import anthropic
 import httpx
@@ -55,6 +58,20 @@ class Server:
 def url():
     with Server() as server:
         yield server.url
+
+
+def test_commands_of_the_readme(url):
+    """They are run as they are written, but for the port."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    commands = re.findall(
+        r"^curl http://127\.0\.0\.1:8000/(?:api|v1/messages).*?\}'$", readme, re.DOTALL | re.MULTILINE
+    )
+    assert len(commands) == 2
+    for command in commands:
+        here = command.replace("http://127.0.0.1:8000", url).replace("curl", "curl -sSf", 1)
+        run = subprocess.run(["bash", "-c", here], capture_output=True, text=True, check=True)
+        texts = re.findall(r'"(?:content|text)":\s?"([^"]*)"', run.stdout)
+        assert "skald" in "".join(texts).lower()
 
 
 def test_ollama_client(url):

@@ -197,6 +197,11 @@ def test_client_stream(client):
     assert (final.content[0].text, final.stop_reason, final.usage.output_tokens) == (TEXT, "end_turn", 15)
 
 
+def test_client_models(client):
+    assert [model.id for model in client.models.list()] == ["bytes", "alias/bytes"]
+    assert client.models.retrieve("bytes").display_name == "bytes"
+
+
 def test_client_errors(client):
     with pytest.raises(anthropic.NotFoundError, match="isn't served here") as caught:
         client.messages.create(**BODY | {"model": "other"})
