@@ -90,6 +90,8 @@ class Running:
         """Such as http://127.0.0.1:8000."""
         self.grpc_address = addresses.grpc
         """Such as 127.0.0.1:9000; None when gRPC is off."""
+        self.ollama_address = addresses.ollama
+        """Such as http://127.0.0.1:11434; None without --ollama-port."""
         self._drain_timeout_s = config.drain_timeout_s
         self._own_ray = own_ray
         self._reserved = reserved
@@ -169,7 +171,8 @@ def _prepare(config: ClusterConfig, reserved: contextlib.ExitStack) -> ClusterCo
     gateway = config.gateway
     port = _reserve(gateway.host, gateway.port, reserved)
     grpc_port = _reserve(gateway.host, gateway.grpc_port, reserved) if gateway.grpc_port >= 0 else -1
-    return replace(config, gateway=replace(gateway, port=port, grpc_port=grpc_port))
+    ollama_port = _reserve(gateway.host, gateway.ollama_port, reserved) if gateway.ollama_port >= 0 else -1
+    return replace(config, gateway=replace(gateway, port=port, grpc_port=grpc_port, ollama_port=ollama_port))
 
 
 def with_absolute_paths(config: ClusterConfig) -> ClusterConfig:

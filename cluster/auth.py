@@ -31,12 +31,15 @@ class ApiKeys:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def check(self, authorization: str | None) -> None:
-        """Raise UnauthenticatedError unless the header's value is `Bearer KEY` with one of the keys."""
+    def check(self, authorization: str | None, x_api_key: str | None = None) -> None:
+        """Raise UnauthenticatedError unless the header's value is `Bearer KEY` with one of the keys, or that of
+        `x-api-key` (Anthropic's clients) is one where there is no other."""
         if not self._digests:
             return
+        if not authorization and x_api_key:
+            authorization = f"Bearer {x_api_key}"
         if not authorization:
-            raise UnauthenticatedError("no API key; send the header Authorization: Bearer KEY")
+            raise UnauthenticatedError("no API key; send the header Authorization: Bearer KEY, or x-api-key: KEY")
         scheme, _, key = authorization.partition(" ")
         given = _digest(key.strip())
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]  # all of them: no early way out

@@ -24,7 +24,7 @@ import orjson
 from tqdm import tqdm
 
 from kvasir.cluster.desk import Desk
-from kvasir.cluster.http_front import error_body
+from kvasir.cluster.error_shapes import openai_error
 from kvasir.cluster.local_desk import local_desk
 from kvasir.cluster.openai_reply import ChatReply, CompletionReply, Reply
 from kvasir.cluster.openai_schema import parse_chat, parse_completion
@@ -371,7 +371,7 @@ def _openai_line(value: Json, number: int, label: Json) -> _Line:
 
 def _openai_entry(line: _Line, body: Json | None, failure: KvasirError | None) -> Json:
     """A line of OpenAI's output file."""
-    status, content = (200, body) if failure is None else (failure.status, error_body(failure))
+    status, content = (200, body) if failure is None else (failure.status, openai_error(failure))
     response = {"status_code": status, "request_id": body["id"] if body else None, "body": content}
     error = _error(failure) if failure else None
     return {"id": f"batch_req_{uuid.uuid4().hex}", **line.label, "response": response, "error": error}

@@ -33,6 +33,8 @@ class Conversation:
     variables: Mapping[str, Any] = field(default_factory=dict)
     """What else the template knows: enable_thinking, ..."""
     add_special_tokens: bool = False
+    chat_template: str | None = None
+    """In place of the model's, for this call."""
 
 
 Prompt = Union[Text, Conversation, Sequence[int]]

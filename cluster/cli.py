@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -85,18 +85,20 @@ def serve(args: argparse.Namespace) -> int:
     from kvasir.cluster.app import run as run_cluster
 
     running = run_cluster(config, address=args.address)
-    _banner(config, running.http_address, running.grpc_address, time.monotonic() - started)
+    others = {"gRPC": running.grpc_address, "Ollama": running.ollama_address}
+    _banner(config, running.http_address, others, time.monotonic() - started)
     running.wait()
     print("kvasir: draining ...", flush=True)
     running.drain_and_stop()
     return 0
 
 
-def _banner(config: ClusterConfig, url: str, grpc_address: str | None, seconds: float) -> None:
+def _banner(config: ClusterConfig, url: str, others: Mapping[str, str | None], seconds: float) -> None:
     engine = config.engines[0]
     guarded = bool(config.gateway.api_key or config.gateway.api_key_file)
     key = " -H 'Authorization: Bearer YOUR_KEY'" if guarded else ""
-    print(f"ready after {seconds:.1f} s: HTTP {url}" + (f", gRPC {grpc_address}" if grpc_address else ""))
+    more = "".join(f", {name} {address}" for name, address in others.items() if address)
+    print(f"ready after {seconds:.1f} s: HTTP {url}{more}")
     model = (engine.served_model_name or (engine.model,))[0]
     path, fields = EXAMPLES[next(task for task in EXAMPLES if task in _tasks(engine))]
     print(

@@ -21,6 +21,8 @@ class GatewayConfig:
     """HTTP port; 0: any free one, printed."""
     grpc_port: int = 9000
     """gRPC port; 0: any free one, printed; -1: no gRPC."""
+    ollama_port: int = -1
+    """Second HTTP port, for clients that look for Ollama at 11434; 0: any free one, printed; -1: none."""
     api_key: tuple[str, ...] = ()
     """Keys that clients must send (Authorization: Bearer ...), also from KVASIR_API_KEY or VLLM_API_KEY (comma-separated)."""
     api_key_file: str | None = None

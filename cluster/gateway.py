@@ -15,12 +15,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from kvasir.cluster import metrics
+from kvasir.cluster.anthropic_api import anthropic_routes
 from kvasir.cluster.auth import check_exposure, load_keys
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.desk import Desk
+from kvasir.cluster.error_shapes import openai_error
 from kvasir.cluster.grpc_api import create_grpc_server
 from kvasir.cluster.health import Health
-from kvasir.cluster.http_front import HANDLERS, Front, error_body
+from kvasir.cluster.http_front import HANDLERS, Front
+from kvasir.cluster.ollama_models import ollama_routes
 from kvasir.cluster.openai_api import Completions, Detokenize, Models, Tokenize
 from kvasir.cluster.pooling_api import PoolingEndpoint
 from kvasir.engine.errors import UnavailableError
@@ -33,7 +36,9 @@ def create_app(desk: Desk, config: GatewayConfig) -> FastAPI:
     so that nothing lies between them and the socket."""
     check_exposure(config, os.environ)
     app = FastAPI(title="Kvasir", openapi_url=None, docs_url=None, redoc_url=None)
-    app.router.routes.extend([*_openai_routes(desk, config), *_operator_routes(desk)])
+    limit = config.max_body_bytes
+    others = [*ollama_routes(desk, limit), *anthropic_routes(desk, limit)]
+    app.router.routes.extend([*_openai_routes(desk, config), *others, *_operator_routes(desk)])
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
     app.add_middleware(Front, keys=load_keys(config, os.environ))
@@ -87,7 +92,7 @@ def _health(wrong: dict[str, str]) -> Response:
     if not wrong:
         return _json({"status": "ok"})
     why = "; ".join(f"{model}: {reason}" for model, reason in wrong.items())
-    return _json({"status": "unavailable", "models": wrong, **error_body(UnavailableError(why))}, 503)
+    return _json({"status": "unavailable", "models": wrong, **openai_error(UnavailableError(why))}, 503)
 
 
 def _json(value: Any, status: int = 200) -> Response:

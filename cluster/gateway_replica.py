@@ -33,10 +33,12 @@ ASK_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Where a gateway listens; `grpc` is None when it is turned off."""
+    """Where a gateway listens; `grpc` and `ollama` are None when they are turned off."""
 
     http: str
     grpc: str | None
+    ollama: str | None = None
+    """A second address of the HTTP server."""
 
 
 class _Server(uvicorn.Server):
@@ -68,7 +70,8 @@ class Gateway:
             self._directory.follow(model.name, partial(_endpoints, group))
         logged = config.gateway.enable_log_requests
         self._desk = Desk(models, self._directory, Metrics(), self._tracing, log_requests=logged)
-        self.addresses = Addresses(await self._start_http(), await self._start_grpc())
+        http, *ollama = await self._start_http()
+        self.addresses = Addresses(http, await self._start_grpc(), *ollama)
 
     async def state(self) -> tuple[Addresses, dict[str, str]]:
         """(where it listens, model -> why it can't be served yet)."""
@@ -92,11 +95,13 @@ class Gateway:
         """Serve ends this replica: a rolling update, or the application's end."""
         await self.drain(self._config.drain_timeout_s)
 
-    async def _start_http(self) -> str:
+    async def _start_http(self) -> list[str]:
+        """One address, or that and the one of --ollama-port."""
         from kvasir.cluster.gateway import create_app
 
         config = self._config
-        sock = bound_socket(config.host, config.port, shared=True)
+        ports = [config.port, *([config.ollama_port] if config.ollama_port >= 0 else [])]
+        socks = [bound_socket(config.host, port, shared=True) for port in ports]
         options = uvicorn.Config(
             create_app(self._desk, config),
             log_config=None,
@@ -109,12 +114,13 @@ class Gateway:
             timeout_graceful_shutdown=1,
         )
         self._http = _Server(options)
-        self._http_task = asyncio.ensure_future(self._http.serve(sockets=[sock]))
+        self._http_task = asyncio.ensure_future(self._http.serve(sockets=socks))
         while not self._http.started:
             await asyncio.sleep(0.005)
             if self._http_task.done():
                 await self._http_task
-        return f"{'https' if config.ssl_certfile else 'http'}://{authority(*sock.getsockname()[:2])}"
+        scheme = "https" if config.ssl_certfile else "http"
+        return [f"{scheme}://{authority(*sock.getsockname()[:2])}" for sock in socks]
 
     async def _start_grpc(self) -> str | None:
         from kvasir.cluster.gateway import create_grpc_server

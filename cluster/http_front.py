@@ -1,4 +1,4 @@
-"""What every HTTP route shares: keys, request ids, bodies, errors in OpenAI's shape, clients that go away."""
+"""What every HTTP route shares: keys, request ids, bodies, errors in each dialect's shape, clients that go away."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvasir.cluster.auth import ApiKeys
 from kvasir.cluster.call import request_id_from
+from kvasir.cluster.error_shapes import error_body
 from kvasir.engine.errors import ClientError, KvasirError, ServerError
 
-OPEN_PATHS = frozenset({"/health", "/health/ready"})
+OPEN_PATHS = frozenset({"/", "/health", "/health/ready"})
 """Routes that need no key; every other does, those included that don't exist."""
 _JSON = (b"content-type", b"application/json")
 _MAX_WARNING = 400
@@ -65,15 +66,16 @@ class Front:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 found = state["request_id"] or request_id_from(None, "X-Request-ID")
-                message["headers"] = [*message["headers"], (b"x-request-id", found.encode())]
+                names = (b"x-request-id", b"request-id")  # ours and OpenAI's, Anthropic's
+                message["headers"] = [*message["headers"], *((name, found.encode()) for name in names)]
             await send(message)
 
         try:
             state["request_id"] = request_id_from(headers.get("x-request-id"), "X-Request-ID")
             if scope["path"] not in OPEN_PATHS:
-                self._keys.check(headers.get("authorization"))
+                self._keys.check(headers.get("authorization"), headers.get("x-api-key"))
         except KvasirError as error:
-            await send_error(send_with_id, error)
+            await send_error(send_with_id, error, scope["path"], state["request_id"])
             return
         await self._app(scope, receive, send_with_id)
 
@@ -83,10 +85,12 @@ def header_map(scope: Scope) -> dict[str, str]:
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 
 
-async def read_json(scope: Scope, receive: Receive, max_bytes: int) -> dict[str, Any]:
-    """The body, a JSON object. What is too large isn't read to its end."""
+async def read_json(scope: Scope, receive: Receive, max_bytes: int, *, any_type: bool = False) -> dict[str, Any]:
+    """The body, a JSON object. What is too large isn't read to its end. `any_type`: whatever its Content-Type says, as
+    curl -d sends it; not from a browser, which names the page's origin and may send that without asking."""
     headers = header_map(scope)
-    _check_media_type(headers.get("content-type", ""))
+    if not any_type or "origin" in headers:
+        _check_media_type(headers.get("content-type", ""))
     length = headers.get("content-length", "")
     if length.isdigit() and int(length) > max_bytes:
         raise _too_large(max_bytes)
@@ -128,16 +132,9 @@ async def send_bytes(send: Send, status: int, body: bytes, headers: Iterable[tup
     await send({"type": "http.response.body", "body": body})
 
 
-async def send_error(send: Send, error: KvasirError) -> None:
-    """A whole response in OpenAI's shape."""
-    await send_json(send, error.status, error_body(error), _error_headers(error))
-
-
-def error_body(error: KvasirError) -> dict[str, Any]:
-    """OpenAI's shape."""
-    kind = _error_type(error.status)
-    code = None if error.code == kind else error.code
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": code}}
+async def send_error(send: Send, error: KvasirError, path: str, request_id: str | None) -> None:
+    """A whole response in the shape of the path's dialect."""
+    await send_json(send, error.status, error_body(error, path, request_id), _error_headers(error))
 
 
 def warning_header(names: Iterable[str]) -> list[tuple[bytes, bytes]]:
@@ -151,7 +148,8 @@ def warning_header(names: Iterable[str]) -> list[tuple[bytes, bytes]]:
 async def on_kvasir_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, KvasirError)
     headers = {name.decode(): value.decode() for name, value in _error_headers(error)}
-    return Response(orjson.dumps(error_body(error)), error.status, headers, "application/json")
+    body = error_body(error, request.url.path, request.scope["state"]["request_id"])
+    return Response(orjson.dumps(body), error.status, headers, "application/json")
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
@@ -167,7 +165,8 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 async def on_bug(request: Request, error: Exception) -> Response:
     """Anything else. It goes on to the server, which logs it; `Front` has been left already."""
     response = await on_kvasir_error(request, ServerError("internal error; the server's log says more"))
-    response.headers["x-request-id"] = request.scope["state"]["request_id"]
+    for name in ("x-request-id", "request-id"):
+        response.headers[name] = request.scope["state"]["request_id"]
     return response
 
 
@@ -202,12 +201,6 @@ def _object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ClientError(f"the body must be a JSON object, got a {type(value).__name__}")
     return value
-
-
-def _error_type(status: int) -> str:
-    if status == 429:
-        return "rate_limit_error"
-    return "server_error" if status >= 500 else "invalid_request_error"
 
 
 def _error_headers(error: KvasirError) -> list[tuple[bytes, bytes]]:

@@ -10,11 +10,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from kvasir.cluster.anthropic_reply import model_card
 from kvasir.cluster.call import request_id_from
 from kvasir.cluster.desk import Desk
+from kvasir.cluster.error_shapes import openai_error
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.http_front import (
-    error_body,
     header_map,
     read_json,
     send_json,
@@ -23,13 +24,11 @@ from kvasir.cluster.http_front import (
 )
 from kvasir.cluster.openai_reply import ChatReply, CompletionReply, Reply
 from kvasir.cluster.openai_schema import Ask, parse_chat, parse_completion, parse_detokenize, parse_tokenize
+from kvasir.cluster.reply_stream import SSE, stream
 from kvasir.engine.errors import KvasirError
 
-_STREAM_HEADERS = (
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-)
+_ANTHROPIC = "anthropic-version"
+"""A header that all of Anthropic's clients send."""
 
 Body = Mapping[str, Any]
 MakeReply = Callable[[Ask, Generation, str, str], Reply]
@@ -67,32 +66,13 @@ class Completions:
         try:
             reply = self._make_reply(ask, generation, request_id, self._role)
             if ask.stream:
-                await _stream(ask, generation, reply, send)
+                await stream(generation, reply, send, [SSE, *warning_header(ask.warnings)], _failed)
             else:
                 async for _ in generation:
                     pass
                 await send_json(send, 200, reply.whole(), warning_header(ask.warnings))
         finally:
             self._desk.end(generation)
-
-
-async def _stream(ask: Ask, generation: Generation, reply: Reply, send: Send) -> None:
-    """One write per step. Headers go out with the first tokens: what fails before has a status of its own."""
-    begun = False
-    try:
-        async for deltas in generation:
-            if not begun:
-                headers = [*_STREAM_HEADERS, *warning_header(ask.warnings)]
-                await send({"type": "http.response.start", "status": 200, "headers": headers})
-                begun = True
-            if frames := reply.frames(deltas):
-                await send({"type": "http.response.body", "body": frames, "more_body": True})
-        last = reply.closing()
-    except KvasirError as error:
-        if not begun:
-            raise
-        last = b"data: " + orjson.dumps(error_body(error)) + b"\n\n"
-    await send({"type": "http.response.body", "body": last})
 
 
 class Tokenize:
@@ -130,7 +110,7 @@ class Detokenize:
 
 
 class Models:
-    """GET /v1/models and /v1/models/{name}; a name may hold slashes."""
+    """GET /v1/models and /v1/models/{name}; a name may hold slashes. In Anthropic's shape for Anthropic's clients."""
 
     def __init__(self, desk: Desk, created: int) -> None:
         self._desk = desk
@@ -138,12 +118,15 @@ class Models:
 
     async def list(self, request: Request) -> Response:
         names = [name for model in self._desk.models for name in model.names]
+        if _ANTHROPIC in request.headers:
+            cards = [model_card(name, self._created) for name in names]
+            return _json({"data": cards, "has_more": False, "first_id": names[0], "last_id": names[-1]})
         return _json({"object": "list", "data": [self._card(name) for name in names]})
 
     async def get(self, request: Request) -> Response:
         name = request.path_params["name"]
         self._desk.model(name)
-        return _json(self._card(name))
+        return _json(model_card(name, self._created) if _ANTHROPIC in request.headers else self._card(name))
 
     def _card(self, name: str) -> dict[str, Any]:
         model = self._desk.model(name)
@@ -153,6 +136,10 @@ class Models:
     def _max_model_len(self, name: str) -> int | None:
         infos = {info.name: info for info in self._desk.directory.models()}
         return infos[name].max_model_len if name in infos else None
+
+
+def _failed(error: KvasirError) -> bytes:
+    return b"data: " + orjson.dumps(openai_error(error)) + b"\n\n"
 
 
 def _json(value: Any) -> Response:

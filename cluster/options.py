@@ -10,6 +10,7 @@ import collections.abc
 import dataclasses
 import difflib
 import inspect
+import itertools
 import json
 import re
 import types
@@ -37,7 +38,7 @@ GROUPS = {
                             "gpu_memory_utilization", "kv_cache_memory_bytes", "enable_prefix_caching"),
     "parallelism": ("tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel", "data_parallel_size",
                     "pipeline_layer_partition", "distributed_executor_backend", "collective_timeout"),
-    "listening": ("host", "port", "grpc_port", "num_gateways", "allowed_origins", "max_body_bytes",
+    "listening": ("host", "port", "grpc_port", "ollama_port", "num_gateways", "allowed_origins", "max_body_bytes",
                   "max_stream_buffer", "drain_timeout"),
     "security": ("api_key", "api_key_file", "insecure", "ssl_keyfile", "ssl_certfile"),
 }  # fmt: skip
@@ -185,6 +186,7 @@ def _gateway(spec: Mapping[str, Any]) -> GatewayConfig:
 GATEWAY_RANGES: dict[str, tuple[float, float]] = {
     "port": (0, 65535),
     "grpc_port": (-1, 65535),
+    "ollama_port": (-1, 65535),
     "num_gateways": (1, 1024),
     "max_body_bytes": (1, 2**40),
     "max_stream_buffer": (1, 2**31),
@@ -198,8 +200,11 @@ def _checked_gateway(gateway: GatewayConfig) -> GatewayConfig:
         value = getattr(gateway, options()[name].field)
         if not low <= value <= high:
             raise options()[name].wrong(f"from {low} to {high}", value)
-    if gateway.port == gateway.grpc_port != 0:
-        raise ConfigError(f"--port and --grpc-port are both {gateway.port}; they must differ", param="grpc_port")
+    ports = ("port", "grpc_port", "ollama_port")
+    for one, other in itertools.combinations(ports, 2):
+        if (number := getattr(gateway, one)) == getattr(gateway, other) and number > 0:
+            names = " and ".join(options()[name].flag for name in (one, other))
+            raise ConfigError(f"{names} are both {number}; they must differ", param=other)
     if bool(gateway.ssl_certfile) != bool(gateway.ssl_keyfile):
         raise ConfigError(
             "--ssl-certfile and --ssl-keyfile go together; where one file holds both, name it twice",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvasir.cluster.call import Conversation, Text
+from kvasir.cluster.model_card import ModelCard
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ClientError
 from kvasir.engine.model_files import ModelFiles
@@ -33,6 +34,7 @@ class ServedModel:
     """By the names of `SamplingParams`, from the model's generation_config.json."""
     rules: TextRules = field(default_factory=TextRules)
     """Of texts that are embedded."""
+    card: ModelCard = field(default_factory=ModelCard)
 
     @property
     def name(self) -> str:
@@ -45,7 +47,8 @@ class ServedModel:
         tokenizer, defaults = files.tokenizer(), files.default_sampling()
         names = engine.served_model_name or (engine.model,)
         rules = read_text_rules(files.path)
-        return cls(names=tuple(names), tokenizer=tokenizer, sampling_defaults=defaults, rules=rules)
+        card = ModelCard.read(files)
+        return cls(names=tuple(names), tokenizer=tokenizer, sampling_defaults=defaults, rules=rules, card=card)
 
     def need_tokenizer(self, what: str) -> Tokenizer:
         """The tokenizer; `what` is the field that can't be used without one."""
@@ -95,6 +98,7 @@ class ServedModel:
             prompt.tools,
             add_generation_prompt=prompt.add_generation_prompt,
             continue_final_message=prompt.continue_final_message,
+            chat_template=prompt.chat_template,
             **prompt.variables,
         )
         return tokenizer.encode(text, prompt.add_special_tokens)

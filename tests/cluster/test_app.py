@@ -32,12 +32,12 @@ spec.loader.exec_module(fakes)
 import ray
 ray.cloudpickle.register_pickle_by_value(fakes)
 engine = EngineConfig(model=model, served_model_name=(served,))
-gateway = GatewayConfig(port=0, grpc_port=0, drain_timeout_s=float(timeout))
+gateway = GatewayConfig(port=0, grpc_port=0, ollama_port=0, drain_timeout_s=float(timeout))
 try:
     running = app.run(ClusterConfig(engines=(engine,), gateway=gateway), make_engine=fakes.make_engine)
 except KvasirError as error:
     sys.exit(error.message)
-print(json.dumps([running.http_address, running.grpc_address]), flush=True)
+print(json.dumps([running.http_address, running.grpc_address, running.ollama_address]), flush=True)
 running.wait()
 running.drain_and_stop()
 """
@@ -100,8 +100,10 @@ def test_a_life(byte_model, otlp_receiver):
     try:
         line = process.stdout.readline()
         assert line, process.stderr.read()
-        http, grpc = json.loads(line)
+        http, grpc, ollama = json.loads(line)
         assert grpc.startswith("127.0.0.1:")
+        assert ollama != http
+        assert httpx.get(ollama).text == "Ollama is running"
         with httpx.Client(base_url=http, timeout=30) as client:
             _answers_with_a_trace(client, otlp_receiver)
             _survives_the_death_of_its_rank(client, process.pid)

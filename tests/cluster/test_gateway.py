@@ -37,7 +37,7 @@ def test_every_route_needs_a_key_but_an_explicit_list(live_gateway):
     with live_gateway(KEYS) as gateway, httpx.Client(base_url=gateway.url) as client:
         routes = walk(create_app(gateway.desk, KEYS))
         assert len(routes) >= 12
-        open_paths = {"/health", "/health/ready"}
+        open_paths = {"/", "/health", "/health/ready"}
         for method, path in [
             *routes,
             ("GET", "/docs"),
@@ -52,11 +52,26 @@ def test_every_route_needs_a_key_but_an_explicit_list(live_gateway):
                     assert reply.status_code == 200
                 else:
                     assert reply.status_code == 401, path
-                    assert reply.json()["error"]["code"] == "invalid_api_key"
+                    assert _says_why(path, reply.json())
                     assert reply.headers["www-authenticate"] == "Bearer"
             for key in ("secret", "other"):
                 reply = client.request(method, place, headers={"Authorization": f"Bearer {key}"})
                 assert reply.status_code != 401, path
+
+
+def _says_why(path, body):
+    """Whether it is the error of the path's dialect."""
+    if path.startswith("/api/"):
+        return "API key" in body["error"]
+    if path.startswith("/v1/messages"):
+        return body["error"]["type"] == "authentication_error"
+    return body["error"]["code"] == "invalid_api_key"
+
+
+def test_anthropic_clients_send_their_key_elsewhere(live_gateway):
+    with live_gateway(KEYS) as gateway:
+        for key, status in (("secret", 400), ("wrong", 401)):
+            assert httpx.post(gateway.url + "/v1/messages", json={}, headers={"x-api-key": key}).status_code == status
 
 
 def test_app_refuses_to_be_exposed(live_gateway):

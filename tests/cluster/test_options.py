@@ -88,6 +88,7 @@ def test_values(name: str, given: Any, wanted: Any) -> None:
         ({"port": 70000}, "from 0 to 65535"),
         ({"grpc_port": -7}, "from -1 to 65535"),
         ({"port": 8123, "grpc_port": 8123}, "must differ"),
+        ({"port": 8123, "ollama_port": 8123}, "--port and --ollama-port are both 8123"),
         ({"num_gateways": 0}, "from 1"),
         ({"drain_timeout": -1}, "from 0"),
         ({"drain_timeout": "nan"}, "from 0"),

@@ -1,0 +1,66 @@
+"""Anthropic's endpoints: /v1/messages and /v1/messages/count_tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from kvasir.cluster.anthropic_reply import MessagesReply, failed
+from kvasir.cluster.anthropic_schema import MessagesAsk, parse_count, parse_messages
+from kvasir.cluster.desk import Desk
+from kvasir.cluster.http_front import header_map, read_json, send_json, until_gone, warning_header
+from kvasir.cluster.reply_stream import SSE, stream
+
+
+class Messages:
+    """POST /v1/messages."""
+
+    def __init__(self, desk: Desk, max_body_bytes: int) -> None:
+        self._desk = desk
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ask = parse_messages(await read_json(scope, receive, self._max_body_bytes))
+        await until_gone(receive, self._answer(ask, scope["state"]["request_id"], header_map(scope), send))
+
+    async def _answer(self, ask: MessagesAsk, request_id: str, headers: Mapping[str, str], send: Send) -> None:
+        generation = await self._desk.begin(ask.call, request_id, headers)
+        warnings = warning_header((*ask.warnings, *_betas(headers)))
+        try:
+            reply = MessagesReply(ask, generation, request_id)
+            if ask.stream:
+                await stream(generation, reply, send, [SSE, *warnings], failed)
+            else:
+                async for _ in generation:
+                    pass
+                await send_json(send, 200, reply.whole(), warnings)
+        finally:
+            self._desk.end(generation)
+
+
+class CountTokens:
+    """POST /v1/messages/count_tokens."""
+
+    def __init__(self, desk: Desk, max_body_bytes: int) -> None:
+        self._desk = desk
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ask = parse_count(await read_json(scope, receive, self._max_body_bytes))
+        ids = await self._desk.model(ask.call.model).encode(ask.conversation)
+        await send_json(send, 200, {"input_tokens": len(ids)}, warning_header(ask.warnings))
+
+
+def anthropic_routes(desk: Desk, max_body_bytes: int) -> list[Route]:
+    """All of Anthropic's routes."""
+    return [
+        Route("/v1/messages", Messages(desk, max_body_bytes), methods=["POST"]),
+        Route("/v1/messages/count_tokens", CountTokens(desk, max_body_bytes), methods=["POST"]),
+    ]
+
+
+def _betas(headers: Mapping[str, str]) -> tuple[str, ...]:
+    """The header turns nothing on here; what it announces is honoured or refused by the fields that use it."""
+    return ("anthropic-beta",) if headers.get("anthropic-beta") else ()

@@ -1,0 +1,193 @@
+"""Anthropic's request bodies as calls. As in `openai_schema`, each field is honoured, ignored with a warning, or refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvasir.cluster.anthropic_messages import conversation
+from kvasir.cluster.call import Call, Conversation, check_tools
+from kvasir.cluster.openai_fields import CHAT_REFUSED, SAMPLING, Check, Neutral, boolean, integer_from, later, string
+from kvasir.cluster.openai_schema import sort_fields
+from kvasir.engine.errors import ClientError, UnsupportedError
+from kvasir.engine.request import StructuredOutput
+
+Body = Mapping[str, Any]
+Json = dict[str, Any]
+
+_POSITIVE = integer_from(1, 2**31 - 1)
+_COUNTED: dict[str, Check] = {
+    "model": string,
+    "messages": later,
+    "system": later,
+    "tools": later,
+    "tool_choice": later,
+    "thinking": later,
+    "output_config": later,
+    "output_format": later,
+}
+_MESSAGES: dict[str, Check] = {
+    **_COUNTED,
+    "max_tokens": _POSITIVE,
+    "stream": boolean,
+    "stop_sequences": SAMPLING["stop"],
+    "temperature": SAMPLING["temperature"],
+    "top_p": SAMPLING["top_p"],
+    "top_k": SAMPLING["top_k"],
+    "metadata": later,
+    "cache_control": later,
+}
+_IGNORED: Neutral = {
+    "service_tier": ("auto", "standard_only"),
+    **dict.fromkeys(("inference_geo", "user_profile_id", "workspace_id", "diagnostics"), ()),
+    "speed": ("standard",),
+}
+_REFUSED: Neutral = {
+    **{name: neutral for name, neutral in CHAT_REFUSED.items() if name not in _MESSAGES},
+    "container": (),
+    "context_management": (),
+    "mcp_servers": ([],),
+    "fallbacks": ([],),
+}
+EFFORTS = ("low", "medium", "high", "xhigh", "max")
+_CHOICES = ("auto", "any", "tool", "none")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MessagesAsk:
+    """A body of /v1/messages or /v1/messages/count_tokens understood."""
+
+    call: Call
+    conversation: Conversation
+    stream: bool = False
+    warnings: tuple[str, ...] = ()
+
+
+def parse_messages(body: Body) -> MessagesAsk:
+    """Body of POST /v1/messages. Raises ClientError or UnsupportedError naming the field."""
+    fields, warnings = sort_fields(body, _MESSAGES, _IGNORED, _REFUSED)
+    if "max_tokens" not in fields:
+        raise ClientError("max_tokens is required: the most tokens to write", param="max_tokens")
+    sampling: Json = {name: fields[name] for name in ("max_tokens", "temperature", "top_p", "top_k") if name in fields}
+    sampling["stop"] = fields.get("stop_sequences", ())
+    if schema := _schema(fields):
+        sampling["structured_outputs"] = StructuredOutput(json=json.dumps(schema))
+    if "metadata" in fields:
+        warnings += _metadata(fields["metadata"])
+    found, cached = _conversation(fields)
+    if "reasoning_effort" in found.variables:
+        warnings += ("output_config.effort (but by chat templates that know reasoning_effort)",)
+    if cached or fields.get("cache_control"):
+        warnings += ("cache_control (prefixes are cached without it)",)
+    call = Call(model=fields.get("model", ""), prompts=(found,), sampling=sampling)
+    return MessagesAsk(call=call, conversation=found, stream=fields.get("stream", False), warnings=warnings)
+
+
+def parse_count(body: Body) -> MessagesAsk:
+    """Body of POST /v1/messages/count_tokens."""
+    fields, warnings = sort_fields(body, _COUNTED, {**_IGNORED, "cache_control": ()}, _REFUSED)
+    found, _ = _conversation(fields, enforced=False)
+    call = Call(model=fields.get("model", ""), prompts=(found,))
+    return MessagesAsk(call=call, conversation=found, warnings=warnings)
+
+
+def _conversation(fields: Mapping[str, Any], *, enforced: bool = True) -> tuple[Conversation, bool]:
+    """(what the chat template reads, whether cache_control was met). `enforced`: the model's calls are wanted too."""
+    messages, cached = conversation(fields.get("messages"), fields.get("system"))
+    tools, more = _tools(fields.get("tools"))
+    choice = _choice(fields.get("tool_choice"))
+    if enforced:
+        check_tools(tools, choice)
+    prefilled = messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
+    found = Conversation(
+        messages=messages,
+        tools=tools or None,
+        add_generation_prompt=not prefilled,
+        continue_final_message=prefilled,
+        variables={**_variables(fields.get("thinking")), **_effort(fields)},
+    )
+    return found, cached or more
+
+
+def _tools(given: Any) -> tuple[list[Json], bool]:
+    """(tools as chat templates know them, whether cache_control was met)."""
+    if given is None:
+        return [], False
+    if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
+        raise ClientError(f"tools must be a list of objects, got {given!r:.60}", param="tools")
+    return [_tool(tool, f"tools[{i}]") for i, tool in enumerate(given)], any("cache_control" in tool for tool in given)
+
+
+def _tool(tool: Body, at: str) -> Json:
+    if tool.get("type", "custom") not in ("custom", None):
+        text = f"{at}: this server runs no tools of its own, such as {tool['type']!r:.60}; describe yours"
+        raise UnsupportedError(text, param="tools")
+    if not isinstance(tool.get("name"), str) or not isinstance(tool.get("input_schema"), dict):
+        raise ClientError(f"{at} must have a name and an input_schema", param="tools")
+    function = {"name": tool["name"], "parameters": tool["input_schema"]}
+    if tool.get("description") is not None:
+        function["description"] = tool["description"]
+    return {"type": "function", "function": function}
+
+
+def _choice(given: Any) -> Any:
+    """tool_choice in OpenAI's words."""
+    if given is None:
+        return None
+    kind = given.get("type") if isinstance(given, dict) else None
+    if kind not in _CHOICES:
+        text = f"tool_choice must be an object whose type is {', '.join(_CHOICES)}; got {given!r:.60}"
+        raise ClientError(text, param="tool_choice")
+    if kind == "tool":
+        return {"type": "function", "function": {"name": given.get("name")}}
+    return "required" if kind == "any" else kind
+
+
+def _variables(thinking: Any) -> Json:
+    """What `thinking` tells the chat template."""
+    if thinking is None:
+        return {}
+    kind = thinking.get("type") if isinstance(thinking, dict) else None
+    if kind in ("enabled", "adaptive"):
+        text = f"thinking {kind} isn't supported so far: thoughts aren't told apart from the answer"
+        raise UnsupportedError(text, param="thinking")
+    if kind != "disabled":
+        text = f"thinking must be an object whose type is enabled, adaptive or disabled; got {thinking!r:.60}"
+        raise ClientError(text, param="thinking")
+    return {"enable_thinking": False, "thinking": False}
+
+
+def _effort(fields: Mapping[str, Any]) -> Json:
+    """What output_config.effort tells the chat template; most know no such thing."""
+    config = fields.get("output_config")
+    effort = config.get("effort") if isinstance(config, dict) else None
+    if effort is not None and effort not in EFFORTS:
+        text = f"output_config.effort must be {', '.join(EFFORTS)}; got {effort!r:.60}"
+        raise ClientError(text, param="output_config")
+    return {} if effort is None else {"reasoning_effort": effort}
+
+
+def _schema(fields: Mapping[str, Any]) -> Json | None:
+    """The JSON schema that output_config.format or its predecessor output_format asks for."""
+    config = fields.get("output_config", {})
+    if not isinstance(config, dict):
+        raise ClientError(f"output_config must be an object, got {config!r:.60}", param="output_config")
+    if other := [name for name, value in config.items() if name not in ("format", "effort") and value is not None]:
+        raise UnsupportedError(f"output_config.{other[0]} isn't supported", param="output_config")
+    form = fields.get("output_format", config.get("format"))
+    if form is None:
+        return None
+    if not isinstance(form, dict) or form.get("type") != "json_schema" or not isinstance(form.get("schema"), dict):
+        text = f'the output format must be {{"type": "json_schema", "schema": {{...}}}}, got {form!r:.60}'
+        raise ClientError(text, param="output_format" if "output_format" in fields else "output_config")
+    schema: Json = form["schema"]
+    return schema
+
+
+def _metadata(given: Any) -> tuple[str, ...]:
+    """What is ignored of it: all, nothing here depends on who asks."""
+    if not isinstance(given, dict):
+        raise ClientError(f"metadata must be an object, got {given!r:.60}", param="metadata")
+    return tuple(f"metadata.{name}" for name in given)

@@ -1,0 +1,184 @@
+"""Ollama's endpoints that compute something: /api/generate, /api/chat, /api/embed and /api/embeddings."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import orjson
+from starlette.types import Receive, Scope, Send
+
+from kvasir.cluster.call import Call, Conversation, Prompt, Text
+from kvasir.cluster.desk import Desk
+from kvasir.cluster.error_shapes import ollama_error
+from kvasir.cluster.http_front import header_map, read_json, send_bytes, send_json, until_gone, warning_header
+from kvasir.cluster.ollama_fields import DEFAULTS
+from kvasir.cluster.ollama_reply import Kind, OllamaReply, loaded
+from kvasir.cluster.ollama_schema import (
+    Body,
+    OllamaAsk,
+    OllamaEmbedAsk,
+    parse_chat,
+    parse_embed,
+    parse_embeddings,
+    parse_generate,
+)
+from kvasir.cluster.reply_stream import NDJSON, stream
+from kvasir.cluster.served_model import ServedModel
+from kvasir.cluster.vectors import PoolingCall
+from kvasir.engine.errors import ClientError, KvasirError
+from kvasir.engine.passage import Passage, as_float32
+from kvasir.engine.request import PoolingParams
+
+LATEST = ":latest"
+_JSON = (b"content-type", b"application/json")
+_FILLING = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("<PRE>", "<SUF>", "<MID>"),
+    ("▁<PRE>", "▁<SUF>", "▁<MID>"),
+    ("<|fim▁begin|>", "<|fim▁hole|>", "<|fim▁end|>"),
+)
+"""Tokens of models that fill gaps: before the prompt, before the suffix, before the answer. Qwen and CodeGemma,
+StarCoder, Code Llama (twice)."""
+_PLAIN_TEMPLATE = "{% for message in messages %}{{ message.content }}{% if not loop.last %}\n\n{% endif %}{% endfor %}"
+"""For models without a template, as Ollama has it."""
+
+
+class OllamaGeneration:
+    """POST /api/generate or /api/chat."""
+
+    def __init__(self, kind: Kind, desk: Desk, max_body_bytes: int) -> None:
+        self._kind: Kind = kind
+        self._parse: Callable[[Body], OllamaAsk] = parse_generate if kind == "generate" else parse_chat
+        self._desk = desk
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = time.monotonic()
+        ask = self._parse(await read_json(scope, receive, self._max_body_bytes, any_type=True))
+        model = find_model(self._desk, ask.model)
+        if ask.prompt is None:
+            self._desk.info(model)
+            await send_json(send, 200, loaded(self._kind, ask, model.name), warning_header(ask.warnings))
+            return
+        headers = header_map(scope)
+        await until_gone(receive, self._answer(ask, model, scope["state"]["request_id"], headers, send, started))
+
+    async def _answer(
+        self,
+        ask: OllamaAsk,
+        model: ServedModel,
+        request_id: str,
+        headers: Mapping[str, str],
+        send: Send,
+        started: float,
+    ) -> None:
+        sampling = {**DEFAULTS, **model.sampling_defaults, **ask.sampling}
+        call = Call(model=model.name, prompts=(await _prompt(ask, model),), sampling=sampling)
+        generation = await self._desk.begin(call, request_id, headers)
+        try:
+            reply = OllamaReply(self._kind, ask, generation, started)
+            if ask.stream:
+                await stream(generation, reply, send, [NDJSON, *warning_header(ask.warnings)], _failed)
+            else:
+                async for _ in generation:
+                    pass
+                await send_json(send, 200, reply.whole(), warning_header(ask.warnings))
+        finally:
+            self._desk.end(generation)
+
+
+class OllamaEmbedding:
+    """POST /api/embed, or its predecessor /api/embeddings (one text, not normalised by us)."""
+
+    def __init__(self, desk: Desk, max_body_bytes: int, *, legacy: bool) -> None:
+        self._desk = desk
+        self._max_body_bytes = max_body_bytes
+        self._legacy = legacy
+        self._parse: Callable[[Body], OllamaEmbedAsk] = parse_embeddings if legacy else parse_embed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = time.monotonic()
+        ask = self._parse(await read_json(scope, receive, self._max_body_bytes, any_type=True))
+        model = find_model(self._desk, ask.model)
+        headers = header_map(scope)
+        await until_gone(receive, self._answer(ask, model, scope["state"]["request_id"], headers, send, started))
+
+    async def _answer(
+        self,
+        ask: OllamaEmbedAsk,
+        model: ServedModel,
+        request_id: str,
+        headers: Mapping[str, str],
+        send: Send,
+        started: float,
+    ) -> None:
+        found, tokens = [], 0
+        if ask.texts:
+            call = PoolingCall(
+                model=model.name,
+                inputs=[Passage(text=text) for text in ask.texts],
+                params=PoolingParams(dimensions=ask.dimensions, normalize=None if self._legacy else True),
+                operation="embeddings",
+                param="prompt" if self._legacy else "input",
+                truncate=-1 if ask.truncate else None,
+            )
+            vectors, events = await self._desk.pool(call, request_id, headers)
+            found, tokens = [as_float32(event.values) for event in events], vectors.prompt_tokens
+        body: dict[str, Any] = {"embedding": found[0] if found else []}
+        if not self._legacy:
+            spent = {"total_duration": round((time.monotonic() - started) * 1e9), "load_duration": 0}
+            body = {"model": ask.model or model.name, "embeddings": found, **spent, "prompt_eval_count": tokens}
+        dumped = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+        await send_bytes(send, 200, dumped, (_JSON, *warning_header(ask.warnings)))
+
+
+def find_model(desk: Desk, name: str) -> ServedModel:
+    """The model of that name, with or without :latest."""
+    known = [each for model in desk.models for each in model.names]
+    other = name[: -len(LATEST)] if name.endswith(LATEST) else name + LATEST
+    return desk.model(other if name not in known and other in known else name)
+
+
+def filling_tokens(model: ServedModel) -> tuple[str, str, str] | None:
+    """The tokens with which the model fills gaps; None when it wasn't trained to."""
+    tokenizer = model.tokenizer
+    known = (words for words in _FILLING if tokenizer and all(tokenizer.token_id(word) is not None for word in words))
+    return next(known, None)
+
+
+async def _prompt(ask: OllamaAsk, model: ServedModel) -> Prompt:
+    """What the model reads."""
+    prompt = ask.prompt
+    assert prompt is not None
+    if isinstance(prompt, Conversation) and prompt.chat_template is None and not _has_template(model):
+        prompt = dataclasses.replace(prompt, chat_template=_PLAIN_TEMPLATE, add_special_tokens=True)
+    if ask.suffix and isinstance(prompt, Text):
+        prompt = dataclasses.replace(prompt, text=_filled(prompt.text, ask.suffix, model))
+    return await _behind(ask.context, prompt, model) if ask.context else prompt
+
+
+async def _behind(context: Sequence[int], prompt: Text | Conversation, model: ServedModel) -> list[int]:
+    """`context` and the prompt behind it, whose own beginning of sequence is left out."""
+    ids = await model.encode(prompt)
+    bos = model.need_tokenizer("context").bos_token_id
+    return [*context, *(ids[1:] if ids and ids[0] == bos else ids)]
+
+
+def _filled(prompt: str, suffix: str, model: ServedModel) -> str:
+    tokens = filling_tokens(model)
+    if tokens is None:
+        raise ClientError(f"model {model.name!r} does not support insert: it has no tokens for it", param="suffix")
+    before, behind, middle = tokens
+    return f"{before}{prompt}{behind}{suffix}{middle}"
+
+
+def _has_template(model: ServedModel) -> bool:
+    return model.tokenizer is None or "default" in model.tokenizer.templates.sources
+
+
+def _failed(error: KvasirError) -> bytes:
+    return orjson.dumps(ollama_error(error), option=orjson.OPT_APPEND_NEWLINE)

@@ -1,0 +1,139 @@
+"""Every field and option of Ollama's API by what becomes of it; tables as in `openai_fields`."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from kvasir.cluster.openai_fields import CHAT_REFUSED, SAMPLING, Check, Neutral, boolean, integer_from, later, string
+from kvasir.engine.errors import ClientError
+
+_DURATION = re.compile(r"-?(\d+(\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)((\d+(\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h))*|[+-]?0")
+"""Go's spelling: 5m, 1h30m, -1s, 0."""
+THINK_LEVELS = ("low", "medium", "high", "max")
+
+SAMPLER_LACKS: Neutral = {
+    "mirostat": (0,),
+    "tfs_z": (1.0,),
+    "typical_p": (1.0,),
+    "repeat_last_n": (-1,),
+    "penalize_newline": (True,),
+}
+"""Options that wait for the sampler: name -> values that change nothing. repeat_last_n: penalties look at everything."""
+
+OPTIONS: dict[str, Check] = {
+    **{name: SAMPLING[name] for name in ("temperature", "top_p", "top_k", "min_p", "seed", "stop")},
+    "presence_penalty": SAMPLING["presence_penalty"],
+    "frequency_penalty": SAMPLING["frequency_penalty"],
+    "repeat_penalty": SAMPLING["repetition_penalty"],
+    "num_predict": integer_from(-2, 2**31 - 1),
+}
+OPTIONS_IGNORED: Neutral = {
+    "num_ctx": (),  # the context is chosen when the server starts, and what doesn't fit is an error
+    "num_keep": (),  # nothing is ever pushed out of the context
+    "mirostat_eta": (),
+    "mirostat_tau": (),
+    **dict.fromkeys(("num_batch", "num_gpu", "main_gpu", "num_thread", "draft_num_predict", "numa"), ()),
+    **dict.fromkeys(("use_mmap", "use_mlock", "low_vram", "f16_kv"), ()),
+}
+"""Where and how the model runs: the same tokens come out."""
+OPTIONS_REFUSED: Neutral = {
+    **{name: neutral for name, neutral in CHAT_REFUSED.items() if name not in {**OPTIONS, **OPTIONS_IGNORED}},
+    **SAMPLER_LACKS,
+    "vocab_only": (False,),
+    "logits_all": (False,),
+    "embedding_only": (False,),
+}
+SAMPLING_NAMES = {"repeat_penalty": "repetition_penalty"}
+"""Option -> field of SamplingParams where it is called otherwise."""
+DEFAULTS: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "top_k": 40}
+"""Ollama's, where neither request nor model say anything."""
+
+
+def keep_alive(name: str, value: Any) -> None:
+    """Seconds, or a duration in Go's spelling."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number and not (isinstance(value, str) and _DURATION.fullmatch(value)):
+        raise ClientError(f'{name} must be seconds or a duration such as "5m", got {value!r:.60}', param=name)
+
+
+def seconds(value: Any) -> float:
+    """A checked keep_alive; only its sign and whether it is zero mean anything here."""
+    if not isinstance(value, str):
+        return float(value)
+    number = re.sub(r"[^0-9.]", "", value)
+    return -1.0 if value.startswith("-") else float(any(digit in number for digit in "123456789"))
+
+
+def no_images(name: str, value: Any) -> None:
+    """There is no vision yet."""
+    if value != []:
+        raise ClientError(f"{name}: this server reads no images; send text only", param=name)
+
+
+def _think(name: str, value: Any) -> None:
+    if not isinstance(value, bool) and value not in THINK_LEVELS:
+        raise ClientError(f"{name} must be true, false, {', '.join(THINK_LEVELS)}; got {value!r:.60}", param=name)
+
+
+def _format(name: str, value: Any) -> None:
+    if not isinstance(value, dict) and value not in ("", "json"):
+        raise ClientError(f'{name} must be "json" or a JSON schema, got {value!r:.60}', param=name)
+
+
+def object_(name: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise ClientError(f"{name} must be an object, got {value!r:.60}", param=name)
+
+
+def objects(name: str, value: Any) -> None:
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise ClientError(f"{name} must be a list of objects, got {value!r:.60}", param=name)
+
+
+def _ids(name: str, value: Any) -> None:
+    if not isinstance(value, list) or any(type(item) is not int for item in value):
+        raise ClientError(f"{name} must be a list of token ids, got {value!r:.60}", param=name)
+
+
+_COMMON: dict[str, Check] = {"model": string, "options": object_, "keep_alive": keep_alive}
+_GENERATION: dict[str, Check] = {
+    **_COMMON,
+    "stream": boolean,
+    "format": _format,
+    "think": _think,
+    "logprobs": boolean,
+    "top_logprobs": integer_from(0, 20),
+}
+GENERATE: dict[str, Check] = {
+    **_GENERATION,
+    "prompt": string,
+    "suffix": string,
+    "system": string,
+    "template": string,
+    "context": _ids,
+    "raw": boolean,
+    "images": no_images,
+}
+CHAT: dict[str, Check] = {**_GENERATION, "messages": objects, "tools": objects, "tool_choice": later}
+EMBED: dict[str, Check] = {
+    **_COMMON,
+    "input": later,
+    "truncate": boolean,
+    "dimensions": integer_from(0, 2**31 - 1),
+}
+EMBEDDINGS: dict[str, Check] = {**_COMMON, "prompt": string}
+SHOW: dict[str, Check] = {"model": string, "name": string, "verbose": boolean}
+
+IGNORED: Neutral = {
+    "truncate": (False,),  # what doesn't fit is an error
+    "shift": (False,),
+}
+REFUSED: Neutral = {
+    **{name: neutral for name, neutral in CHAT_REFUSED.items() if name not in {**GENERATE, **CHAT, **EMBED}},
+    "_debug_render_only": (False,),
+    "width": (0,),
+    "height": (0,),
+    "steps": (0,),
+}

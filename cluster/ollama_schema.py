@@ -1,0 +1,231 @@
+"""Ollama's request bodies as calls. As in `openai_schema`, each field is honoured, ignored with a warning, or refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvasir.cluster.call import Conversation, Text, check_tools
+from kvasir.cluster.ollama_fields import (
+    CHAT,
+    EMBED,
+    EMBEDDINGS,
+    GENERATE,
+    IGNORED,
+    OPTIONS,
+    OPTIONS_IGNORED,
+    OPTIONS_REFUSED,
+    REFUSED,
+    SAMPLING_NAMES,
+    no_images,
+    objects,
+    seconds,
+)
+from kvasir.cluster.openai_schema import sort_fields
+from kvasir.engine.errors import ClientError, UnsupportedError
+from kvasir.engine.request import StructuredOutput
+
+Body = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OllamaAsk:
+    """A body of /api/generate or /api/chat understood."""
+
+    model: str
+    prompt: Text | Conversation | None
+    """None: nothing to answer, the model is to be loaded or unloaded."""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    stream: bool = True
+    logprobs: int | None = None
+    """Show log probabilities, with that many most likely tokens."""
+    context: Sequence[int] = ()
+    """Token ids before the prompt, from an earlier answer."""
+    suffix: str = ""
+    """The answer goes between the prompt, a `Text`, and this."""
+    gives_context: bool = False
+    unload: bool = False
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OllamaEmbedAsk:
+    """A body of /api/embed or /api/embeddings understood."""
+
+    model: str
+    texts: Sequence[str]
+    truncate: bool = True
+    dimensions: int | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def parse_generate(body: Body) -> OllamaAsk:
+    """Body of POST /api/generate."""
+    fields, warnings = sort_fields(body, GENERATE, IGNORED, REFUSED)
+    if not fields.get("prompt") and not fields.get("suffix"):
+        return _loading(fields, warnings)
+    raw, suffix = fields.get("raw", False), fields.get("suffix", "")
+    for name in ("system", "template", "context"):
+        if (raw or suffix) and fields.get(name):
+            text = f"{name} can't be combined with {'raw' if raw else 'suffix'}, which uses no template"
+            raise ClientError(text, param=name)
+    if raw or suffix:
+        prompt: Text | Conversation = Text(text=fields.get("prompt", ""), add_special_tokens=not suffix)
+    else:
+        prompt = Conversation(
+            messages=_turn(fields), variables=_variables(fields), chat_template=_template(fields.get("template"))
+        )
+    return OllamaAsk(
+        prompt=prompt,
+        suffix=suffix,
+        context=fields.get("context", ()),
+        gives_context=not raw,
+        **_shared(fields, warnings),
+    )
+
+
+def parse_chat(body: Body) -> OllamaAsk:
+    """Body of POST /api/chat."""
+    fields, warnings = sort_fields(body, CHAT, IGNORED, REFUSED)
+    if not fields.get("messages"):
+        return _loading(fields, warnings)
+    check_tools(fields.get("tools"), fields.get("tool_choice"))
+    messages = [_message(message, number) for number, message in enumerate(fields["messages"])]
+    prompt = Conversation(messages=messages, tools=fields.get("tools") or None, variables=_variables(fields))
+    return OllamaAsk(prompt=prompt, **_shared(fields, warnings))
+
+
+def parse_embed(body: Body) -> OllamaEmbedAsk:
+    """Body of POST /api/embed."""
+    fields, warnings = sort_fields(body, EMBED, {}, REFUSED)
+    given = fields.get("input", [])
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ClientError(f"input must be a text or a list of texts, got {given!r:.60}", param="input")
+    return OllamaEmbedAsk(
+        model=fields.get("model", ""),
+        texts=[] if texts == [""] else texts,
+        truncate=fields.get("truncate", True),
+        dimensions=fields.get("dimensions") or None,
+        warnings=(*warnings, *_unread(fields)),
+    )
+
+
+def parse_embeddings(body: Body) -> OllamaEmbedAsk:
+    """Body of POST /api/embeddings."""
+    fields, warnings = sort_fields(body, EMBEDDINGS, {}, REFUSED)
+    texts = [fields["prompt"]] if fields.get("prompt") else []
+    return OllamaEmbedAsk(model=fields.get("model", ""), texts=texts, warnings=(*warnings, *_unread(fields)))
+
+
+def _loading(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> OllamaAsk:
+    unload = "keep_alive" in fields and seconds(fields["keep_alive"]) == 0
+    shared = _shared(fields, warnings)
+    if unload:
+        shared["warnings"] = (*warnings, "keep_alive 0 (the model stays loaded until the server stops)")
+    return OllamaAsk(prompt=None, unload=unload, **shared)
+
+
+def _shared(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> dict[str, Any]:
+    """Fields of `OllamaAsk` that both bodies have."""
+    sampling, more = _options(fields.get("options", {}))
+    if schema := fields.get("format"):
+        form = {"json_object": True} if schema == "json" else {"json": json.dumps(schema)}
+        sampling["structured_outputs"] = StructuredOutput(**form)
+    logprobs = _logprobs(fields)
+    if logprobs is not None:
+        sampling["logprobs"] = logprobs
+    if "keep_alive" in fields:
+        more += ("keep_alive (the model stays loaded)",)
+    return {
+        "model": fields.get("model", ""),
+        "sampling": sampling,
+        "stream": fields.get("stream", True),
+        "logprobs": logprobs,
+        "warnings": (*warnings, *more),
+    }
+
+
+def _options(options: Body) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(by the names of SamplingParams, ignored options)."""
+    fields, unknown = sort_fields(options, OPTIONS, OPTIONS_IGNORED, OPTIONS_REFUSED)
+    limit = fields.pop("num_predict", -1)
+    if fields.get("seed") == -1:
+        del fields["seed"]
+    sampling = {SAMPLING_NAMES.get(name, name): value for name, value in fields.items()}
+    sampling["max_tokens"] = limit if limit > 0 else None
+    return sampling, tuple(f"options.{name}" for name in unknown)
+
+
+def _logprobs(fields: Mapping[str, Any]) -> int | None:
+    wanted, top = fields.get("logprobs", False), fields.get("top_logprobs", 0)
+    if top and not wanted:
+        raise ClientError("top_logprobs needs logprobs to be true", param="top_logprobs")
+    return top if wanted else None
+
+
+def _turn(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The messages that a prompt with a system text means."""
+    system = [{"role": "system", "content": fields["system"]}] if fields.get("system") else []
+    return [*system, {"role": "user", "content": fields["prompt"]}]
+
+
+def _template(given: str | None) -> str | None:
+    """A Jinja template; Go's are told apart by what they call the prompt."""
+    if given and "{%" not in given and "messages" not in given:
+        text = (
+            "template must be a Jinja chat template over `messages`; Go templates aren't read. Use raw with the whole"
+        )
+        raise UnsupportedError(f"{text} text, or serve the model with --chat-template FILE", param="template")
+    return given or None
+
+
+def _variables(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What `think` tells the chat template."""
+    think = fields.get("think")
+    if think is None:
+        return {}
+    if think is not False:
+        text = "think isn't supported so far, but false: thoughts aren't told apart from the answer"
+        raise UnsupportedError(text, param="think")
+    return {"enable_thinking": False, "thinking": False}
+
+
+def _message(message: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """A message as chat templates know it."""
+    at = f"messages[{number}]"
+    no_images(f"{at}.images", message.get("images") or [])
+    content = message.get("content", "")
+    if content is not None and not isinstance(content, str):
+        raise ClientError(f"{at}.content must be a text, got {content!r:.60}", param="messages")
+    found: dict[str, Any] = {"role": message.get("role"), "content": content or ""}
+    if message.get("thinking"):
+        found["reasoning_content"] = message["thinking"]
+    if message.get("tool_calls"):
+        found["tool_calls"] = [_call(call, at) for call in _calls(message["tool_calls"], at)]
+    if name := message.get("tool_name") or message.get("name"):
+        found["name"] = name
+    if message.get("tool_call_id"):
+        found["tool_call_id"] = message["tool_call_id"]
+    return found
+
+
+def _calls(given: Any, at: str) -> list[dict[str, Any]]:
+    objects(f"{at}.tool_calls", given)
+    found: list[dict[str, Any]] = given
+    return found
+
+
+def _call(call: Mapping[str, Any], at: str) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ClientError(f"{at}.tool_calls must be objects with a function that has a name", param="messages")
+    return {"id": call.get("id"), "type": "function", "function": {"arguments": {}, **function}}
+
+
+def _unread(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """What means nothing where a vector is wanted."""
+    options = tuple(f"options.{name}" for name in fields.get("options", {}))
+    return (*options, *(("keep_alive (the model stays loaded)",) if "keep_alive" in fields else ()))

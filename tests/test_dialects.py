@@ -1,0 +1,148 @@
+"""Ollama's and Anthropic's dialects over a real engine and real sockets, by clients that others wrote."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import subprocess
+import threading
+from pathlib import Path
+
+import anthropic
+import httpx
+import ollama
+import pytest
+import uvicorn
+
+from kvasir.cluster.config import GatewayConfig
+from kvasir.cluster.gateway import create_app
+from kvasir.cluster.local_desk import local_desk
+from kvasir.engine import EngineConfig
+
+SUM = [{"role": "user", "content": "What is 47 + 38?"}]
+
+
+class Server:
+    """The gateway's HTTP server over skald, in a thread with a loop of its own."""
+
+    def __init__(self):
+        sock = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        self._ready, self._stop = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=asyncio.run, args=(self._serve(sock),))
+
+    def __enter__(self):
+        self._thread.start()
+        assert self._ready.wait(60)
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join(20)
+
+    async def _serve(self, sock):
+        async with local_desk(EngineConfig(served_model_name=("skald",), max_num_seqs=4), {}) as desk:
+            app = create_app(desk, GatewayConfig())
+            server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
+            with sock:
+                serving = asyncio.ensure_future(server._serve([sock]))
+                self._ready.set()
+                while not self._stop.is_set():
+                    await asyncio.sleep(0.02)
+                server.should_exit = True
+                await serving
+
+
+@pytest.fixture(scope="module")
+def url():
+    with Server() as server:
+        yield server.url
+
+
+def test_commands_of_the_readme(url):
+    """They are run as they are written, but for the port."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    commands = re.findall(
+        r"^curl http://127\.0\.0\.1:8000/(?:api|v1/messages).*?\}'$", readme, re.DOTALL | re.MULTILINE
+    )
+    assert len(commands) == 2
+    for command in commands:
+        here = command.replace("http://127.0.0.1:8000", url).replace("curl", "curl -sSf", 1)
+        run = subprocess.run(["bash", "-c", here], capture_output=True, text=True, check=True)
+        texts = re.findall(r'"(?:content|text)":\s?"([^"]*)"', run.stdout)
+        assert "skald" in "".join(texts).lower()
+
+
+def test_ollama_client(url):
+    with ollama.Client(url) as client:
+        whole = client.chat("skald:latest", SUM, options={"temperature": 0})
+        assert "85" in whole.message.content
+        assert whole.done_reason == "stop"
+        parts = [*client.chat("skald", SUM, options={"temperature": 0}, stream=True)]
+        assert "".join(part.message.content for part in parts) == whole.message.content
+        assert parts[-1].eval_count == whole.eval_count
+        assert parts[-1].total_duration >= parts[-1].eval_duration > 0
+        assert parts[-1].prompt_eval_duration > 0
+
+
+def test_ollama_context_and_seed(url):
+    with ollama.Client(url) as client:
+        first = client.generate("skald", "The code of amber is 4172.", options={"temperature": 0})
+        again = client.generate(
+            "skald", "What is the code of amber?", context=first.context, options={"temperature": 0}
+        )
+        assert "4172" in again.response
+        options = {"temperature": 1.0, "seed": 3, "num_predict": 20}
+        drawn = {client.generate("skald", "Tell me something.", options=options).response for _ in range(2)}
+        assert len(drawn) == 1
+
+
+def test_ollama_models(url):
+    with ollama.Client(url) as client:
+        (model,) = client.list().models
+        assert (model.model, model.details.family) == ("skald:latest", "qwen3")
+        assert (model.details.parameter_size, model.details.quantization_level) == ("3.2M", "BF16")
+        assert model.size > 6_000_000
+        shown = client.show("skald")
+        assert shown.modelinfo["qwen3.context_length"] == 2048
+        assert shown.modelinfo["general.parameter_count"] > 3_000_000
+        assert "completion" in shown.capabilities
+        assert client.ps().models[0].context_length > 0
+
+
+def test_langchain_ollama(url):
+    chat_models = pytest.importorskip("langchain_ollama")
+    model = chat_models.ChatOllama(model="skald", base_url=url, temperature=0)
+    assert "85" in model.invoke("What is 47 + 38?").content
+    assert "85" in "".join(chunk.content for chunk in model.stream("What is 47 + 38?"))
+    model._client.close()
+
+
+def test_anthropic_client(url):
+    with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as client:
+        facts = "You answer sums with nothing but the result, in digits, as shortly as you can."
+        call = {"model": "skald", "system": facts, "max_tokens": 40, "messages": SUM, "extra_body": {"temperature": 0}}
+        whole = client.messages.create(**call)
+        assert "85" in whole.content[0].text
+        assert whole.stop_reason == "end_turn"
+        with client.messages.stream(**call) as stream:
+            assert "".join(stream.text_stream) == whole.content[0].text
+        usage = stream.get_final_message().usage
+        assert usage.cache_read_input_tokens > 0  # the whole prompt but its last block was there
+        counted = client.messages.count_tokens(model="skald", messages=SUM, system=facts).input_tokens
+        assert usage.input_tokens + usage.cache_read_input_tokens == counted
+        prefilled = client.messages.create(**call | {"messages": [*SUM, {"role": "assistant", "content": "47 + 38"}]})
+        assert "85" in prefilled.content[0].text
+
+
+def test_context_overflow_is_a_client_error(url):
+    long = "to be or not to be " * 2000
+    reply = httpx.post(url + "/api/generate", json={"model": "skald", "prompt": long}, timeout=30)
+    assert reply.status_code == 400
+    assert "2048" in reply.json()["error"]
+    with (
+        anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as client,
+        pytest.raises(anthropic.BadRequestError, match="2048"),
+    ):
+        client.messages.create(model="skald", max_tokens=5, messages=[{"role": "user", "content": long}])
