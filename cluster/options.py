@@ -36,8 +36,8 @@ GROUPS = {
               "trust_remote_code"),
     "memory and batching": ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "max_queue",
                             "gpu_memory_utilization", "kv_cache_memory_bytes", "enable_prefix_caching"),
-    "listening": ("host", "port", "grpc_port", "ollama_port", "num_gateways", "allowed_origins", "max_body_bytes",
-                  "max_stream_buffer", "drain_timeout"),
+    "listening": ("host", "port", "grpc_port", "num_gateways", "allowed_origins", "max_body_bytes",
+                  "max_stream_buffer", "drain_timeout", "ollama_port"),
     "security": ("api_key", "api_key_file", "insecure", "ssl_keyfile", "ssl_certfile"),
 }  # fmt: skip
 """Order and headings of --help; what isn't named here comes last, under "other"."""
