@@ -6,7 +6,17 @@ import math
 import re
 from typing import Any
 
-from kvasir.cluster.openai_fields import CHAT_REFUSED, SAMPLING, Check, Neutral, boolean, integer_from, later, string
+from kvasir.cluster.openai_fields import (
+    CHAT_REFUSED,
+    CONSTRAINTS,
+    SAMPLING,
+    Check,
+    Neutral,
+    boolean,
+    integer_from,
+    later,
+    string,
+)
 from kvasir.engine.errors import ClientError
 
 _DURATION = re.compile(r"-?(\d+(\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)((\d+(\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h))*|[+-]?0")
@@ -39,7 +49,11 @@ OPTIONS_IGNORED: Neutral = {
 }
 """Where and how the model runs: the same tokens come out."""
 OPTIONS_REFUSED: Neutral = {
-    **{name: neutral for name, neutral in CHAT_REFUSED.items() if name not in {**OPTIONS, **OPTIONS_IGNORED}},
+    **{
+        name: neutral
+        for name, neutral in {**CHAT_REFUSED, **CONSTRAINTS}.items()
+        if name not in {**OPTIONS, **OPTIONS_IGNORED}
+    },
     **SAMPLER_LACKS,
     "vocab_only": (False,),
     "logits_all": (False,),
@@ -131,7 +145,11 @@ IGNORED: Neutral = {
     "shift": (False,),
 }
 REFUSED: Neutral = {
-    **{name: neutral for name, neutral in CHAT_REFUSED.items() if name not in {**GENERATE, **CHAT, **EMBED}},
+    **{
+        name: neutral
+        for name, neutral in {**CHAT_REFUSED, **CONSTRAINTS}.items()
+        if name not in {**GENERATE, **CHAT, **EMBED}
+    },
     "_debug_render_only": (False,),
     "width": (0,),
     "height": (0,),
