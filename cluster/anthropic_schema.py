@@ -9,17 +9,8 @@ from typing import Any
 
 from kvasir.cluster.anthropic_messages import conversation
 from kvasir.cluster.call import Call, Conversation, check_tools
-from kvasir.cluster.openai_fields import (
-    CHAT_REFUSED,
-    CONSTRAINTS,
-    SAMPLING,
-    Check,
-    Neutral,
-    boolean,
-    integer_from,
-    later,
-    string,
-)
+from kvasir.cluster.foreign_fields import foreign_constraints
+from kvasir.cluster.openai_fields import SAMPLING, Check, Neutral, boolean, integer_from, later, string
 from kvasir.cluster.openai_schema import sort_fields
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.request import StructuredOutput
@@ -55,7 +46,7 @@ _IGNORED: Neutral = {
     "speed": ("standard",),
 }
 _REFUSED: Neutral = {
-    **{name: neutral for name, neutral in {**CHAT_REFUSED, **CONSTRAINTS}.items() if name not in _MESSAGES},
+    **foreign_constraints(_MESSAGES),
     "container": (),
     "context_management": (),
     "mcp_servers": ([],),

@@ -6,17 +6,8 @@ import math
 import re
 from typing import Any
 
-from kvasir.cluster.openai_fields import (
-    CHAT_REFUSED,
-    CONSTRAINTS,
-    SAMPLING,
-    Check,
-    Neutral,
-    boolean,
-    integer_from,
-    later,
-    string,
-)
+from kvasir.cluster.foreign_fields import foreign_constraints
+from kvasir.cluster.openai_fields import SAMPLING, Check, Neutral, boolean, integer_from, later, string
 from kvasir.engine.errors import ClientError
 
 _DURATION = re.compile(r"-?(\d+(\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)((\d+(\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h))*|[+-]?0")
@@ -49,11 +40,7 @@ OPTIONS_IGNORED: Neutral = {
 }
 """Where and how the model runs: the same tokens come out."""
 OPTIONS_REFUSED: Neutral = {
-    **{
-        name: neutral
-        for name, neutral in {**CHAT_REFUSED, **CONSTRAINTS}.items()
-        if name not in {**OPTIONS, **OPTIONS_IGNORED}
-    },
+    **foreign_constraints({**OPTIONS, **OPTIONS_IGNORED}),
     **SAMPLER_LACKS,
     "vocab_only": (False,),
     "logits_all": (False,),
@@ -145,11 +132,7 @@ IGNORED: Neutral = {
     "shift": (False,),
 }
 REFUSED: Neutral = {
-    **{
-        name: neutral
-        for name, neutral in {**CHAT_REFUSED, **CONSTRAINTS}.items()
-        if name not in {**GENERATE, **CHAT, **EMBED}
-    },
+    **foreign_constraints({**GENERATE, **CHAT, **EMBED}),
     "_debug_render_only": (False,),
     "width": (0,),
     "height": (0,),

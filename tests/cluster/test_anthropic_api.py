@@ -145,6 +145,7 @@ def test_warnings(gateway):
         ({"container": "x"}, "container"),
         ({"mcp_servers": [{}]}, "mcp_servers"),
         ({"guided_json": {}}, "guided_json"),
+        ({"seed": 1}, "seed"),
         ({"output_config": {"effort": "some"}}, "effort"),
         ({"output_format": {"type": "yaml"}}, "output format"),
     ],

@@ -141,6 +141,8 @@ def test_raw_and_template(gateway):
         ({"options": {"num_predict": -3}}, "num_predict"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"guided_json": {}}, "guided_json"),
+        ({"temperature": 0}, "temperature"),
+        ({"options": {"guided_regex": "a"}}, "guided_regex"),
         ({"n": 2, "best_of": 3}, "best_of"),
     ],
 )
