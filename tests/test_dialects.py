@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import anthropic
 import httpx
+import jsonschema
 import ollama
 import pytest
 import uvicorn
@@ -96,6 +98,23 @@ def test_ollama_context_and_seed(url):
         options = {"temperature": 1.0, "seed": 3, "num_predict": 20}
         drawn = {client.generate("skald", "Tell me something.", options=options).response for _ in range(2)}
         assert len(drawn) == 1
+
+
+def test_schemas_are_enforced(url):
+    schema = {
+        "type": "object",
+        "properties": {"age": {"type": "integer", "minimum": 0, "maximum": 99}, "available": {"type": "boolean"}},
+        "required": ["age", "available"],
+        "additionalProperties": False,
+    }
+    options = {"temperature": 1.0, "seed": 1, "num_predict": 100}
+    with ollama.Client(url) as client:
+        found = [client.chat("skald", SUM, format=schema, options=options | {"seed": i}) for i in range(5)]
+    with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as client:
+        form = {"format": {"type": "json_schema", "schema": schema}}
+        last = client.messages.create(model="skald", max_tokens=100, messages=SUM, output_config=form)
+    for text in [*(reply.message.content for reply in found), last.content[0].text]:
+        jsonschema.validate(json.loads(text), schema)
 
 
 def test_ollama_models(url):

@@ -143,7 +143,8 @@ def test_raw_and_template(gateway):
         ({"guided_json": {}}, "guided_json"),
         ({"temperature": 0}, "temperature"),
         ({"options": {"guided_regex": "a"}}, "guided_regex"),
-        ({"n": 2, "best_of": 3}, "best_of"),
+        ({"best_of": 3}, "best_of"),
+        ({"n": 2}, "n isn't supported"),
     ],
 )
 def test_refusals(gateway, fields, word):
