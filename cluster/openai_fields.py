@@ -218,6 +218,4 @@ CHAT_REFUSED: Neutral = {
     "enable_thinking": (),
 }
 
-CONSTRAINTS: Neutral = dict.fromkeys(STRUCTURED, ())
-"""OpenAI's and vLLM's spellings of structured output, for dialects that have one of their own and refuse these."""
 COMPLETION_REFUSED: Neutral = {**_REFUSED, "suffix": ("",), "best_of": ()}
