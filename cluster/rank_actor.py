@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from kvasir.engine.control import Hub
 
 WATCH_PERIOD_S = 0.1
+ECHO_S = 2.0
+"""When another rank is gone the engine notices, unless gloo holds it: only the end of this process frees it then."""
 
 
 class OwnedEngine(ServedEngine, Protocol):
@@ -114,8 +116,13 @@ class RankActor:
 
     async def run(self) -> Failure:
         """Returns when the engine has failed or hangs; the process has to be replaced then."""
+        lost: float | None = None
         while self._engine.failure is None:
             await asyncio.sleep(WATCH_PERIOD_S)
+            if self._hub is not None and self._hub.failure is not None:
+                lost = lost or time.monotonic()
+                if time.monotonic() - lost > ECHO_S:
+                    return Failure(str(self._hub.failure))
             if time.monotonic() - self._engine.heartbeat > wire.STALL_S:
                 return Failure(f"the step loop made no turn for {wire.STALL_S:.0f} s")
         return Failure(explain(self._engine.failure))

@@ -122,13 +122,19 @@ class Mesh:
             return x.new_empty(len(x), sum(widths)) if self.tensor is not None else x
         own = F.pad(x, (0, max(widths) - x.shape[1])).contiguous()  # equal shapes: that is what collectives take
         self.traffic.note(own)
+        parts = self.links.gather(own) if self.links is not None else self._gather(own, len(widths))
         if self.place.tp_rank:
-            self.tensor.send([own], 0, 0).wait()
             return x.new_empty(len(x), sum(widths))
-        parts = [own, *(torch.empty_like(own) for _ in widths[1:])]
+        return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], 1)
+
+    def _gather(self, x: Tensor, size: int) -> Sequence[Tensor]:
+        if self.place.tp_rank:
+            self.tensor.send([x], 0, 0).wait()
+            return []
+        parts = [x, *(torch.empty_like(x) for _ in range(1, size))]
         for work in [self.tensor.recv([part], rank, 0) for rank, part in enumerate(parts) if rank]:
             work.wait()
-        return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], 1)
+        return parts
 
     def send(self, x: Tensor) -> None:
         """x[T, M] to this rank's like in the next stage, which takes it while this one goes on."""

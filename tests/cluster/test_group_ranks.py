@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -15,8 +16,9 @@ from ray.serve import RunTarget
 
 from kvasir.cluster import app, application
 from kvasir.cluster.group_client import GroupClient
-from kvasir.cluster.rank_actor import RankSetup
+from kvasir.cluster.rank_actor import RankActor, RankSetup
 from kvasir.engine.config import EngineConfig
+from kvasir.engine.control import RankError
 from kvasir.engine.errors import KvasirError
 from kvasir.engine.event import Failed, Finished, Token
 from kvasir.engine.request import Request, SamplingParams
@@ -132,6 +134,14 @@ def test_any_rank_s_death_is_told_and_mended(deployed):
         until(lambda ranks=ranks: not any(os.path.exists(f"/proc/{pid}") for pid in ranks))
         until(lambda where=where: (now := endpoints(handle)) and now[0] != where)
     assert ends
+
+
+def test_a_rank_that_an_exchange_holds_is_replaced():
+    """gloo doesn't let go of a receive from a rank that was stopped: the engine can't say so itself then."""
+    actor = RankActor(EngineConfig(model="stories"), RankSetup())
+    actor._hub = SimpleNamespace(failure=RankError("rank 1 was stopped"))
+    actor._engine = SimpleNamespace(failure=None, heartbeat=time.monotonic())
+    assert "rank 1 was stopped" in asyncio.run(asyncio.wait_for(actor.run(), 10)).why
 
 
 def test_sizes_that_dont_work_are_told_plainly(deployed, serve_on_ray):
