@@ -15,6 +15,7 @@ from kvasir.engine.errors import ClientError
 from kvasir.engine.event import Pooled, TokenLogprob
 from kvasir.engine.passage import Passage
 from kvasir.engine.request import PoolingParams, StructuredOutput
+from kvasir.engine.thoughts import Thoughts
 from kvasir.engine.tokenizer import Tokenizer
 from kvasir.engine.transcript import Delta
 from kvasir.proto import inference_pb2 as pb
@@ -147,12 +148,15 @@ def _sampling(message: pb.Sampling) -> dict[str, Any]:
         given["logit_bias"] = dict(message.logit_bias)
     if message.HasField("structured_outputs"):
         given["structured_outputs"] = _structure(message.structured_outputs)
+    if message.HasField("thoughts"):
+        thoughts = message.thoughts
+        given["thoughts"] = Thoughts(begin=thoughts.begin, end=thoughts.end, **_set(thoughts, ("budget",)))
     return given
 
 
 def _structure(message: pb.StructuredOutput) -> StructuredOutput:
     given = _set(message, ("json", "json_object", "regex", "grammar", "structural_tag"))
-    return StructuredOutput(**given, choice=list(message.choice), after=list(message.after))
+    return StructuredOutput(**given, choice=list(message.choice))
 
 
 _SCALARS = tuple(f.name for f in pb.Sampling.DESCRIPTOR.fields if f.has_presence and f.message_type is None)

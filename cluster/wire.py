@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from kvasir.engine.errors import ERRORS, ClientError, KvasirError, ServerError
 from kvasir.engine.event import Event, Failed, Finished, FinishReason, Pooled, Timing, Token, TokenLogprob
 from kvasir.engine.info import ModelInfo
-from kvasir.engine.request import PoolingParams, Request, SamplingParams, StructuredOutput
+from kvasir.engine.request import NESTED, PoolingParams, Request, SamplingParams
 from kvasir.engine.scheduler import Stats
 from kvasir.proto import group_pb2 as pb
 
@@ -75,9 +75,9 @@ def encode_request(request: Request, number: int) -> pb.Submit:
 def decode_request(message: pb.Submit, request_id: str) -> Request:
     """The request, under the name the engine knows it by. Raises ClientError as SamplingParams does."""
     sampling = _decode_fields(message.sampling, SamplingParams)
-    if message.sampling.HasField("structured_outputs"):
-        found = _decode_fields(message.sampling.structured_outputs, StructuredOutput)
-        sampling["structured_outputs"] = StructuredOutput(**found)
+    for name, kind in NESTED.items():
+        if message.sampling.HasField(name):
+            sampling[name] = kind(**_decode_fields(getattr(message.sampling, name), kind))
     pooling = _decode_fields(message.pooling, PoolingParams)
     return Request(
         request_id=request_id,
@@ -167,7 +167,7 @@ def _encode_fields(message: M, source: object) -> M:
             getattr(message, name).update(value)
         elif isinstance(value, (tuple, list)):
             getattr(message, name).extend(value)
-        elif isinstance(value, StructuredOutput):
+        elif name in NESTED and value is not None:
             _encode_fields(getattr(message, name), value)
         else:
             _set(message, **{name: value})

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvasir.engine.event import TokenLogprob
-from kvasir.engine.request import PoolingParams, SamplingParams, StructuredOutput
+from kvasir.engine.request import NESTED, PoolingParams, SamplingParams
 from kvasir.engine.step import NewSequence, Result, Slice, Step
 
 I64, I32, U8 = np.dtype("<i8"), np.dtype("<i4"), np.dtype("u1")
@@ -140,8 +140,9 @@ def _new(new: NewSequence) -> dict[str, Any]:
     said = {f.name: getattr(new, f.name) for f in fields(new) if f.name not in ("token_ids", "token_type_ids")}
     sampling = {f.name: getattr(new.sampling, f.name) for f in fields(SamplingParams)}
     said["sampling"] = {name: value for name, value in sampling.items() if value != getattr(PLAIN, name)}
-    if new.sampling.structured_outputs is not None:
-        said["sampling"]["structured_outputs"] = asdict(new.sampling.structured_outputs)
+    for name in NESTED:
+        if (value := getattr(new.sampling, name)) is not None:
+            said["sampling"][name] = asdict(value)
     said["pooling"] = None if new.pooling is None else asdict(new.pooling)
     return said
 
@@ -150,8 +151,9 @@ def _sequence(said: Mapping[str, Any], tokens: list[int], types: list[int]) -> N
     sampling = dict(said["sampling"])
     if "logit_bias" in sampling:
         sampling["logit_bias"] = {int(token): bias for token, bias in sampling["logit_bias"].items()}
-    if "structured_outputs" in sampling:
-        sampling["structured_outputs"] = StructuredOutput(**sampling["structured_outputs"])
+    for name, kind in NESTED.items():
+        if name in sampling:
+            sampling[name] = kind(**sampling[name])
     pooling = None if said["pooling"] is None else PoolingParams(**said["pooling"])
     given = {"token_ids": tokens, "token_type_ids": types, "sampling": SamplingParams(**sampling), "pooling": pooling}
     return NewSequence(**{**said, **given})

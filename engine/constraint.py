@@ -1,4 +1,6 @@
-"""Constraint: where one sequence stands in its grammar. It lives on the rank that samples; tokens alone drive it."""
+"""Constraint: where one sequence stands in its thoughts and its grammar. It lives on the rank that samples;
+tokens alone drive it.
+"""
 
 from __future__ import annotations
 
@@ -9,63 +11,99 @@ import numpy.typing as npt
 from llguidance import LLExecutor, LLMatcher
 
 from kvasir.engine.step import NewSequence
+from kvasir.engine.thoughts import Thinking
 
 Words = npt.NDArray[np.int32]
 
 
 class Constraint:
-    """`begin` makes the grammar's state; it is called once the tokens `after` have been seen.
+    """`begin` makes the grammar's state, once the thoughts are over; None: there are thoughts alone to watch.
 
     End tokens are allowed exactly where the grammar may end, from min_tokens on. Where nothing else is allowed the
     sequence is over whatever min_tokens and ignore_eos say: `over` is set, and `end` (the model's own end) is what is
     sampled if that is so from the start.
     """
 
-    def __init__(self, new: NewSequence, begin: Callable[[], LLMatcher], end: int) -> None:
-        wanted = new.sampling.structured_outputs
-        assert wanted is not None
+    def __init__(self, new: NewSequence, begin: Callable[[], LLMatcher] | None, end: int) -> None:
         self.matcher: LLMatcher | None = None
+        """Of the answer; before it is known that there are no thoughts, too."""
         self.over = False
         self.why: str | None = None
         """Why no token can be chosen any more, when the grammar's limits are exceeded."""
+        self.thinking = Thinking(new.sampling.thoughts) if new.sampling.thoughts is not None else None
         self._begin, self._end = begin, end
-        self._after, self._seen = tuple(wanted.after), []  # type: tuple[int, ...], list[int]
         self._stops, self._unstopped = tuple(new.stop_token_ids), new.prompt_len + new.sampling.min_tokens
-        if not self._after:
+        if begin is not None and (self.thinking is None or self.thinking.opening):
             self.matcher = begin()
         for token in new.token_ids[new.prompt_len :]:
             self.advance(token)
 
+    @property
+    def holds(self) -> bool:
+        """Not every token may come next."""
+        thinking = self.thinking is not None and not self.thinking.over
+        return self.matcher is not None or (thinking and (self._begin is not None or self.forced is not None))
+
+    @property
+    def forced(self) -> int | None:
+        """The one token that may come next, by the thoughts' marks."""
+        return self.thinking.forced if self.thinking is not None else None
+
+    @property
+    def lexing(self) -> LLMatcher | None:
+        """What makes the mask."""
+        return self.matcher if self.forced is None else None
+
     def advance(self, token: int) -> None:
         """A token was sampled."""
-        if self.matcher is None:
-            self._seen = [*self._seen, token][-len(self._after) :]
-            if tuple(self._seen) == self._after:
+        answer = [token]
+        if self.thinking is not None and not self.thinking.over:
+            answer = self.thinking.advance(token)
+            if self.thinking.inside:
+                self.matcher = None
+            elif self.thinking.over and self.matcher is None and self._begin is not None:
                 self.matcher = self._begin()
-            return
-        if token == self._end or (token in self._stops and self.matcher.is_accepting()):
-            self.over = True
-            return
-        if not self.matcher.consume_token(token):
-            self.why = self.matcher.get_error() or f"token {token} doesn't fit the grammar"
-        elif self.matcher.is_error():
-            self.why = self.matcher.get_error()
-        else:
-            self.over = self.matcher.is_stopped()
+        if self.matcher is not None:
+            for one in answer:
+                self._consume(self.matcher, one)
 
     def close(self, words: Words, position: int) -> None:
-        """Of the library's mask words[W]: ends where they may be, and at least one token."""
-        assert self.matcher is not None
+        """Of the library's mask words[W], or one of zeros: what else holds, ends where they may be, and at least one token."""
+        if (forced := self.forced) is not None:
+            words[:] = 0
+            _set(words, forced)
+            return
+        if self.matcher is None:  # in thoughts, which an answer must follow
+            words[:] = -1
+            for token in (self._end, *self._stops):
+                _clear(words, token)
+            return
+        self._close(words, position, self.matcher)
+        if self.thinking is not None and self.thinking.opening:
+            _set(words, self.thinking.first)
+
+    def _consume(self, matcher: LLMatcher, token: int) -> None:
+        if token == self._end or (token in self._stops and matcher.is_accepting()):
+            self.over = True
+            return
+        if not matcher.consume_token(token):
+            self.why = matcher.get_error() or f"token {token} doesn't fit the grammar"
+        elif matcher.is_error():
+            self.why = matcher.get_error()
+        else:
+            self.over = matcher.is_stopped()
+
+    def _close(self, words: Words, position: int, matcher: LLMatcher) -> None:
         before = words.copy()
         ends = {self._end, *self._stops}
         for token in ends:
             _clear(words, token)
-        if self.matcher.is_accepting() and position >= self._unstopped:
+        if matcher.is_accepting() and position >= self._unstopped:
             for token in self._stops:
                 _set(words, token)
         if not words.any():
             words[:] = before
-            if self.matcher.is_accepting() or not before.any():
+            if matcher.is_accepting() or not before.any():
                 _set(words, self._end)
 
 
@@ -90,14 +128,13 @@ class Constraints:
         """(rows that a grammar holds, their masks[N, W])."""
         if not self._seats:
             return [], np.zeros((0, self._words), np.int32)
-        found = [(row, c, c.matcher) for row, seat in enumerate(seats) if (c := self._seats.get(seat))]
-        held = [(row, c, matcher) for row, c, matcher in found if matcher is not None]
+        held = [(row, c) for row, seat in enumerate(seats) if (c := self._seats.get(seat)) and c.holds]
         words = np.zeros((len(held), self._words), np.int32)
-        if held:
-            self._fill([matcher for _, _, matcher in held], words)
-        for line, (row, constraint, _) in zip(words, held, strict=True):
+        if lines := [(matcher, line) for line, (_, c) in enumerate(held) if (matcher := c.lexing) is not None]:
+            self._fill(lines, words)
+        for line, (row, constraint) in zip(words, held, strict=True):
             constraint.close(line, positions[row])
-        return [row for row, _, _ in held], words
+        return [row for row, _ in held], words
 
     def advance(self, seats: Sequence[int], token_ids: Sequence[int]) -> dict[int, str | None]:
         """row -> None when its grammar is over, or else why it can't go on."""
@@ -113,11 +150,10 @@ class Constraints:
                 ended[row] = constraint.why
         return ended
 
-    def _fill(self, matchers: list[LLMatcher], words: Words) -> None:
+    def _fill(self, lines: list[tuple[LLMatcher, int]], words: Words) -> None:
         """All cores of the machine take part, without Python's lock."""
         self._executor = self._executor or LLExecutor()
-        lines = [(matcher, line) for line, matcher in enumerate(matchers)]
-        self._executor.unsafe_compute_mask_ptr(lines, words.ctypes.data, 4 * self._words, len(lines))
+        self._executor.unsafe_compute_mask_ptr(lines, words.ctypes.data, 4 * self._words, len(words))
 
 
 def _set(words: Words, token: int) -> None:

@@ -89,12 +89,11 @@ class Grammars:
 
     def compile(self, wanted: StructuredOutput) -> Future[LLMatcher]:
         """The grammar, not to be advanced itself. The future raises ClientError or UnsupportedError."""
-        key = without_after(wanted)
         with self._lock:
-            future = self._found.get(key)
+            future = self._found.get(wanted)
             if future is None:
-                future = self._found[key] = self._threads.submit(self._compile, key)
-            self._found.move_to_end(key)
+                future = self._found[wanted] = self._threads.submit(self._compile, wanted)
+            self._found.move_to_end(wanted)
             while len(self._found) > CACHED:
                 self._found.popitem(last=False)
         return future
@@ -126,18 +125,6 @@ class Grammars:
         if matcher.is_error():
             raise refusal(wanted, matcher.get_error())
         return matcher
-
-
-def without_after(wanted: StructuredOutput) -> StructuredOutput:
-    """What the grammar itself depends on."""
-    return StructuredOutput(
-        json=wanted.json,
-        json_object=wanted.json_object,
-        regex=wanted.regex,
-        choice=wanted.choice,
-        grammar=wanted.grammar,
-        structural_tag=wanted.structural_tag,
-    )
 
 
 def refusal(wanted: StructuredOutput, why: str) -> ClientError:

@@ -112,9 +112,10 @@ class Rank:
 
     def _constraint(self, new: NewSequence) -> Constraint | None:
         """Replays what a sequence said before it came (again)."""
-        wanted, grammars = new.sampling.structured_outputs, self._grammars
+        wanted, thoughts, grammars = new.sampling.structured_outputs, new.sampling.thoughts, self._grammars
         if wanted is None:
-            return None
+            limited = thoughts is not None and thoughts.budget is not None
+            return Constraint(new, None, -1) if limited else None
         assert grammars is not None, "a grammar is asked of a rank that was made without any"
         return Constraint(new, lambda: grammars.matcher(wanted), grammars.vocabulary().eos_token_id)
 

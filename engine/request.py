@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kvasir.engine.errors import ClientError
+from kvasir.engine.thoughts import Thoughts
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
@@ -30,12 +31,9 @@ class StructuredOutput:
     """A context-free grammar: GBNF (llama.cpp), EBNF or Lark."""
     structural_tag: str | None = None
     """Tags between which a schema holds, outside of which text is free, as JSON text."""
-    after: Sequence[int] = ()
-    """Holds only behind the first occurrence of these token ids (the end of a model's thoughts); empty: from the start."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "choice", tuple(self.choice))
-        object.__setattr__(self, "after", tuple(self.after))
         kinds = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
         chosen = [name for name in kinds if getattr(self, name) not in (None, False, ())]
         if len(chosen) != 1:
@@ -81,6 +79,8 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     detokenize: bool = True
     structured_outputs: StructuredOutput | None = None
+    thoughts: Thoughts | None = None
+    """How the output's thoughts are told from the answer, for which alone `structured_outputs` holds."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -127,6 +127,13 @@ class SamplingParams:
                 _whole(name, getattr(self, name), 0, MAX_LOGPROBS)
         if self.stop and not self.detokenize:
             raise ClientError("stop strings need detokenize=True; use stop_token_ids instead", param="stop")
+
+
+NESTED: Mapping[str, type[StructuredOutput | Thoughts]] = {
+    "structured_outputs": StructuredOutput,
+    "thoughts": Thoughts,
+}
+"""Fields of SamplingParams that have fields of their own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -70,7 +70,7 @@ class Sampler:
         if sampling.logit_bias:
             self.biased[seat] = list(sampling.logit_bias), list(sampling.logit_bias.values())
         stops = [token for token in new.stop_token_ids if token < self.vocab]
-        if sampling.min_tokens and stops and constraint is None:
+        if sampling.min_tokens and stops and sampling.structured_outputs is None:
             self.muted[seat] = stops, new.prompt_len + sampling.min_tokens
         if _penalized(sampling):
             self._count(new)

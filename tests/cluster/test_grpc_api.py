@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from kvasir.cluster.config import GatewayConfig
 from kvasir.engine.errors import OverloadedError
-from kvasir.engine.request import SamplingParams, StructuredOutput
+from kvasir.engine.request import NESTED, SamplingParams
 
 TEXT = "Hello, wörld!"
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -202,7 +202,7 @@ def test_every_sampling_field_is_reachable(gateway, client):
         "repetition_penalty": 1.5, "logit_bias": {"5": -2.0}, "seed": -7, "stop_token_ids": [9], "min_tokens": 1,
         "include_stop_str_in_output": True, "max_tokens": 2, "ignore_eos": True, "logprobs": 0, "prompt_logprobs": 0,
         "skip_special_tokens": False, "spaces_between_special_tokens": False, "detokenize": False,
-        "structured_outputs": {"regex": "a+", "after": [5]},
+        "structured_outputs": {"regex": "a+"}, "thoughts": {"begin": [4], "end": [5, 6], "budget": 7},
     }  # fmt: skip
     assert set(given) == set(message.fields_by_name) - {"stop"}
     assert client.text("Generate", {"text": "a", "sampling": given, "priority": -3, "cache_salt": "s"}) == ""
@@ -210,7 +210,7 @@ def test_every_sampling_field_is_reachable(gateway, client):
     for name, value in given.items():
         found = getattr(request.sampling, name)
         expected = {int(key): bias for key, bias in value.items()} if name == "logit_bias" else value
-        expected = StructuredOutput(**value) if name == "structured_outputs" else expected
+        expected = NESTED[name](**value) if name in NESTED else expected
         assert (list(found) if isinstance(value, list) else found) == expected
     assert (request.priority, request.cache_salt) == (-3, "s")
 

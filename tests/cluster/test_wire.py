@@ -42,7 +42,7 @@ def sent(message):
             logprobs=0, prompt_logprobs=20, skip_special_tokens=False, spaces_between_special_tokens=False,
         ),
         SamplingParams(detokenize=False),
-        SamplingParams(structured_outputs=StructuredOutput(json='{"type": "object"}', after=[5, 6])),
+        SamplingParams(structured_outputs=StructuredOutput(json='{"type": "object"}')),
         SamplingParams(structured_outputs=StructuredOutput(choice=["yes", "no"])),
         SamplingParams(structured_outputs=StructuredOutput(json_object=True)),
     ],

@@ -13,6 +13,7 @@ from kvasir.engine.codec import decode_result, decode_step, encode_result, encod
 from kvasir.engine.event import TokenLogprob
 from kvasir.engine.request import PoolingParams, SamplingParams, StructuredOutput
 from kvasir.engine.step import NewSequence, Result, Slice, Step
+from kvasir.engine.thoughts import Thoughts
 
 SMALL = st.integers(0, 2**31 - 1)
 TOKENS = st.lists(SMALL, max_size=20)
@@ -20,7 +21,9 @@ SAMPLING = st.sampled_from(
     [
         SamplingParams(),
         SamplingParams(temperature=0.5, logit_bias={3: -1.5, 70000: 2.0}, seed=7, stop=["é"], stop_token_ids=[1]),
-        SamplingParams(structured_outputs=StructuredOutput(json="{}", after=[4, 5]), max_tokens=None, logprobs=3),
+        SamplingParams(
+            structured_outputs=StructuredOutput(json="{}"), thoughts=Thoughts(end=[4, 5]), max_tokens=None, logprobs=3
+        ),
     ]
 )
 NEW = st.builds(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import threading
@@ -13,14 +14,18 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvasir.engine import LLM, SamplingParams
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.grammar import Vocabulary
 from kvasir.engine.request import Request, StructuredOutput
+from kvasir.engine.thoughts import Thinking, Thoughts
 from kvasir.engine.tokenizer import Tokenizer
 from kvasir.kernels.bitmask import allow
 
+SMALL = functools.partial(st.lists, st.integers(0, 3))
 PERSON = {
     "type": "object",
     "properties": {
@@ -124,10 +129,11 @@ def test_stop_strings_end_it_before_the_grammar_does(write):
     assert (output.text, output.finish_reason) == ("one ", "stop")
 
 
-def test_a_grammar_begins_behind_the_tokens_of_after(llm, write):
-    free = write(None, max_tokens=12)[0].token_ids
+def test_a_grammar_begins_behind_the_thoughts(llm, write):
+    going_on = dict.fromkeys(llm.engine.info.eos_token_ids, -100.0)
+    free = write(None, max_tokens=12, logit_bias=going_on)[0].token_ids
     marker = free[4:6]
-    (output,) = write(StructuredOutput(choice=["!done!"], after=marker))
+    (output,) = write(StructuredOutput(choice=["!done!"]), thoughts=Thoughts(end=marker), logit_bias=going_on)
     assert list(output.token_ids[:6]) == list(free[:6])
     assert llm.get_tokenizer().decode(output.token_ids[6:]) == "!done!"
     assert output.finish_reason == "stop"
@@ -216,3 +222,53 @@ def test_a_text_s_first_space_is_no_part_of_what_is_forced(data: Callable[[str],
     assert [tokenizer.token_bytes(token) for token in vocabulary("{")] == [b"{"]
     assert vocabulary.compiled.tokenize_str("{") == vocabulary("{")
     assert b"".join(tokenizer.token_bytes(token) for token in vocabulary._longest(b'{"once": 1}')) == b'{"once": 1}'
+
+
+def test_thoughts_come_first_or_not_at_all(llm, write):
+    """Where a model may think or not, its answer is held to the grammar in either case, and it can't end in its thoughts."""
+    tokenizer = llm.get_tokenizer()
+    begin, end = (tokenizer.encode(text, add_special_tokens=False)[-1] for text in ("{", "}"))
+    thoughts = Thoughts(begin=[begin], end=[end])
+    wanted = StructuredOutput(choice=["yes", "no"])
+    (plain,) = write(wanted, thoughts=thoughts, logit_bias={begin: -100.0})
+    assert plain.text in ("yes", "no")
+    eos = llm.engine.info.eos_token_ids
+    (thinking,) = write(
+        wanted, thoughts=thoughts, max_tokens=60, logit_bias={begin: 100.0, end: -100.0} | dict.fromkeys(eos, 90.0)
+    )
+    assert thinking.token_ids[0] == begin
+    assert thinking.finish_reason == "length"
+    (ended,) = write(wanted, thoughts=thoughts, logit_bias={begin: 50.0, end: 60.0})
+    assert tokenizer.decode(ended.token_ids[2:]) in ("yes", "no")
+    assert list(ended.token_ids[:2]) == [begin, end]
+
+
+@pytest.mark.parametrize("budget", [0, 1, 7])
+def test_a_budget_ends_thoughts(llm, write, budget):
+    tokenizer = llm.get_tokenizer()
+    end = tokenizer.encode("The end", add_special_tokens=False)
+    (free,) = write(None, max_tokens=30, thoughts=Thoughts(end=end, budget=budget))
+    assert list(free.token_ids[budget : budget + len(end)]) == end
+    assert len(free.token_ids) > budget + len(end)
+    (held,) = write(StructuredOutput(choice=["yes", "no"]), thoughts=Thoughts(end=end, budget=budget))
+    assert tokenizer.decode(held.token_ids[budget + len(end) :]) in ("yes", "no")
+
+
+@given(
+    st.lists(st.integers(0, 3), max_size=30),
+    st.lists(st.integers(0, 3), max_size=3),
+    st.lists(st.integers(0, 3), min_size=1, max_size=3),
+)
+def test_thinking_is_a_search_for_its_marks(tokens, begin, end):
+    """Against the plain definition over the whole list."""
+    thinking, answer = Thinking(Thoughts(begin=begin, end=end)), []
+    for token in tokens:
+        if thinking.over:
+            answer.append(token)
+        else:
+            answer += thinking.advance(token)
+    rest = tokens
+    if tokens[: len(begin)] == begin[: len(tokens)]:
+        places = [at for at in range(len(begin), len(tokens) - len(end) + 1) if tokens[at : at + len(end)] == end]
+        rest = tokens[places[0] + len(end) :] if places else []
+    assert answer == rest

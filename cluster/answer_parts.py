@@ -1,0 +1,253 @@
+"""What a model wrote, as its parts: thoughts, content, calls of tools. Fed with text however it is cut; what it gives adds up
+to the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from kvasir.cluster.text_scanner import Scanner, Steps
+
+Kind = Literal["content", "reasoning", "call", "arguments"]
+_SHORT = 2
+"""Marks up to this length may stand anywhere in thoughts."""
+KINDS: tuple[Literal["reasoning"], Literal["content"]] = ("reasoning", "content")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of an answer. Of a call: first its function's name, then its arguments, JSON text in any number of pieces."""
+
+    kind: Kind
+    text: str
+    call: int = 0
+    """Number of the call, from 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToolFormat:
+    """How a family of models writes calls."""
+
+    name: str
+    begins: tuple[str, ...]
+    """What calls begin with, in the midst of other text."""
+    read: Callable[[AnswerReader, str], Steps[bool]]
+    """Reads on behind one of `begins`; False when that isn't a call after all, and nothing was said."""
+    inner: tuple[str, ...] = ()
+    """Marks inside of calls, some of which are special tokens."""
+    signs: tuple[str, ...] = ()
+    """A chat template that holds all of these teaches this format; default: `begins`."""
+    call: tuple[str, str] | None = None
+    """What stands before the arguments' JSON, with NAME for the name, and behind: for grammars. None: it isn't JSON."""
+    wrap: tuple[str, str, str] = ("", "\n", "")
+    """What stands before, between and behind several calls."""
+    trigger: str = ""
+    """Behind this text nothing but a call may follow; default: the first of `begins`."""
+    whole: Callable[[AnswerReader], Steps[None]] | None = None
+    """Reads the answer from its beginning, thoughts included."""
+
+
+@dataclass(frozen=True, slots=True)
+class ThoughtFormat:
+    """How a family of models tells thoughts from the answer."""
+
+    name: str
+    begins: tuple[str, ...]
+    end: str
+    always: bool = False
+    """Even an answer without a beginning mark begins with thoughts."""
+
+
+@dataclass(slots=True)
+class _Text:
+    """One kind's text: white space at its end waits until more follows."""
+
+    strip: bool
+    """Nor is white space shown that stands at its beginning."""
+    begun: bool = False
+    held: str = ""
+
+    def add(self, text: str) -> str:
+        if self.strip and not self.begun:
+            text = text.lstrip()
+        whole = self.held + text
+        shown = whole.rstrip()
+        self.begun = self.begun or bool(shown)
+        self.held = whole[len(shown) :]
+        return shown
+
+    def flush(self) -> str:
+        """What is held belongs to the text, if there is any since the last time."""
+        held, self.held = self.held if self.begun else "", ""
+        self.begun = False
+        return held
+
+
+class AnswerReader:
+    """Reads one answer. `begun`: the prompt has opened the thoughts already. `schemas`: tool -> its parameters' schema."""
+
+    def __init__(
+        self,
+        tools: ToolFormat | None,
+        thoughts: ThoughtFormat | None,
+        *,
+        begun: bool = False,
+        schemas: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.scanner = Scanner()
+        self.schemas = schemas or {}
+        self.calls = 0
+        """How many have begun."""
+        self._parts: list[Part] = []
+        self._tools, self._thoughts, self._begun = tools, thoughts, begun
+        self._texts = {"content": _Text(strip=False), "reasoning": _Text(strip=True)}
+        self._steps = self._read()
+        self._over = False
+        self._go()
+
+    def feed(self, text: str) -> list[Part]:
+        """What more text brings."""
+        self.scanner.feed(text)
+        return self._go()
+
+    def finish(self) -> list[Part]:
+        """What was held back."""
+        self.scanner.end()
+        parts = self._go()
+        if not self.calls:  # white space alone is an answer, too
+            self._texts["content"].begun = True
+        for kind in KINDS:
+            self._flush(kind)
+        return _joined([*parts, *self._parts])
+
+    # -- for formats
+
+    def content(self, text: str) -> None:
+        """Text of the answer."""
+        self._say("content", text)
+
+    def reasoning(self, text: str) -> None:
+        """Text of its thoughts."""
+        self._say("reasoning", text)
+
+    def call(self, name: str) -> None:
+        """A call begins."""
+        self.scanner.drop()
+        self._flush("content")
+        self._parts.append(Part("call", name, self.calls))
+        self.calls += 1
+
+    def gap(self) -> None:
+        """White space that comes next stands between marks."""
+        self._flush("content")
+
+    def arguments(self, text: str) -> None:
+        """JSON text of the last call's arguments."""
+        self._parts.append(Part("arguments", text, self.calls - 1))
+
+    def properties(self, name: str) -> Mapping[str, Any]:
+        """Schemas of a tool's parameters by their names, as far as it says them."""
+        schema = self.schemas.get(name)
+        found = schema.get("properties") if isinstance(schema, Mapping) else None
+        return found if isinstance(found, Mapping) else {}
+
+    # --
+
+    def _go(self) -> list[Part]:
+        if not self._over:
+            try:
+                next(self._steps)
+            except StopIteration:
+                self._over = True
+        parts, self._parts = self._parts, []
+        return _joined(parts)
+
+    def _say(self, kind: Literal["content", "reasoning"], text: str) -> None:
+        if shown := self._texts[kind].add(text):
+            self._parts.append(Part(kind, shown))
+
+    def _flush(self, kind: Literal["content", "reasoning"]) -> None:
+        """White space that was held back is a part of the answer after all, unless it stands alone."""
+        if held := self._texts[kind].flush():
+            self._parts.append(Part(kind, held))
+
+    def _read(self) -> Steps[None]:
+        tools = self._tools
+        if tools is not None and tools.whole is not None:
+            yield from tools.whole(self)
+            return
+        if self._thoughts is not None:
+            yield from self._think(self._thoughts)
+        while (mark := (yield from self.scanner.until(tools.begins if tools else (), self.content))) is not None:
+            assert tools is not None
+            place, calls = self.scanner.keep(), self.calls
+            if not (yield from tools.read(self, mark)) and self.calls == calls:
+                self.scanner.rewind(place)
+                self.content(mark)
+            self.scanner.drop()
+
+    def _think(self, form: ThoughtFormat) -> Steps[None]:
+        place = self.scanner.keep()
+        yield from self.scanner.space()
+        if not (yield from self.scanner.literal(*form.begins)) and not (self._begun or form.always):
+            self.scanner.rewind(place)
+            return
+        self.scanner.drop()
+        calls = [mark for mark in (self._tools.begins if self._tools else ()) if len(mark) > _SHORT]
+        mark = yield from self.scanner.until([form.end, *calls], self.reasoning)
+        if mark in calls:  # some models call without ending their thoughts
+            self.scanner.skip(-len(mark))
+        self._texts["reasoning"].held = ""
+        self._texts["content"].strip = True
+
+
+def read_answer(reader: AnswerReader, text: str) -> list[Part]:
+    """All parts of a whole text."""
+    return _joined([*reader.feed(text), *reader.finish()])
+
+
+def text_of(parts: Sequence[Part], kind: Kind) -> str:
+    """What the parts of one kind say together."""
+    return "".join(part.text for part in parts if part.kind == kind)
+
+
+@dataclass(slots=True)
+class CalledTool:
+    """One call, put together."""
+
+    name: str
+    arguments: str = ""
+
+
+@dataclass(slots=True)
+class ReadAnswer:
+    """An answer in one piece."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[CalledTool] = field(default_factory=list)
+
+    def add(self, parts: Sequence[Part]) -> None:
+        """More of it."""
+        for part in parts:
+            if part.kind == "content":
+                self.content += part.text
+            elif part.kind == "reasoning":
+                self.reasoning += part.text
+            elif part.kind == "call":
+                self.calls.append(CalledTool(part.text))
+            else:
+                self.calls[part.call].arguments += part.text
+
+
+def _joined(parts: Sequence[Part]) -> list[Part]:
+    """Neighbours of one kind as one."""
+    found: list[Part] = []
+    for part in parts:
+        last = found[-1] if found else None
+        if last and part.kind != "call" and (last.kind, last.call) == (part.kind, part.call):
+            found[-1] = Part(part.kind, last.text + part.text, part.call)
+        else:
+            found.append(part)
+    return found
