@@ -25,6 +25,17 @@ class Part:
     """Number of the call, from 0."""
 
 
+@dataclass(frozen=True, slots=True)
+class ThoughtFormat:
+    """How a family of models tells thoughts from the answer."""
+
+    name: str
+    begins: tuple[str, ...]
+    end: str
+    always: bool = False
+    """Even an answer without a beginning mark begins with thoughts."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ToolFormat:
     """How a family of models writes calls."""
@@ -42,21 +53,10 @@ class ToolFormat:
     """What stands before the arguments' JSON, with NAME for the name, and behind: for grammars. None: it isn't JSON."""
     wrap: tuple[str, str, str] = ("", "\n", "")
     """What stands before, between and behind several calls."""
-    trigger: str = ""
-    """Behind this text nothing but a call may follow; default: the first of `begins`."""
     whole: Callable[[AnswerReader], Steps[None]] | None = None
     """Reads the answer from its beginning, thoughts included."""
-
-
-@dataclass(frozen=True, slots=True)
-class ThoughtFormat:
-    """How a family of models tells thoughts from the answer."""
-
-    name: str
-    begins: tuple[str, ...]
-    end: str
-    always: bool = False
-    """Even an answer without a beginning mark begins with thoughts."""
+    thoughts: ThoughtFormat | None = None
+    """With `whole`: what stands before and behind the thoughts, up to the answer itself."""
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ import orjson
 from kvasir.cluster.anthropic_schema import MessagesAsk
 from kvasir.cluster.error_shapes import anthropic_error
 from kvasir.cluster.generation import Generation
+from kvasir.cluster.reading import AnswerStream, read_whole
 from kvasir.engine.errors import KvasirError
 from kvasir.engine.transcript import Delta, Output
 
@@ -27,26 +28,49 @@ class MessagesReply:
         self._id = f"msg_{request_id}"
         self._model = ask.call.model or generation.model.name
         self._blocks = _Blocks()
+        self._answer = AnswerStream(generation.reading)
         self._begun = False
 
     def frames(self, deltas: Sequence[tuple[int, Delta]]) -> bytes:
         out = b"" if self._begun else self._begin()
         for _, delta in deltas:
-            if delta.text:
+            if not self._generation.reading.plain:
+                out += self._parts(delta)
+            elif delta.text:
                 out += self._blocks.text(delta.text)
         return out
 
     def closing(self) -> bytes:
         output = self._output
-        stop = {"stop_reason": _stop_reason(output), "stop_sequence": _stop_sequence(output)}
+        stop = {"stop_reason": _stop_reason(output, bool(self._answer.ids)), "stop_sequence": _stop_sequence(output)}
         end = event("message_delta", {"delta": stop, "usage": self._usage()})
         return (b"" if self._begun else self._begin()) + self._blocks.close() + end + event("message_stop", {})
 
     def whole(self) -> Json:
         output = self._output
-        content = [{"type": "text", "text": output.text, "citations": None}] if output.text else []
-        stop = {"stop_reason": _stop_reason(output), "stop_sequence": _stop_sequence(output)}
+        read = read_whole(self._generation.reading, output.text)
+        content: list[Json] = [_thinking(read.reasoning)] if read.reasoning else []
+        content += [{"type": "text", "text": read.content, "citations": None}] if read.content else []
+        content += [self._use(call.name, number, _input(call.arguments)) for number, call in enumerate(read.calls)]
+        stop = {"stop_reason": _stop_reason(output, bool(read.calls)), "stop_sequence": _stop_sequence(output)}
         return self._message(content) | stop | {"usage": self._usage()}
+
+    def _parts(self, delta: Delta) -> bytes:
+        out = b""
+        for part in self._answer.parts(delta.text, last=delta.finish_reason is not None):
+            if part.kind == "content":
+                out += self._blocks.text(part.text)
+            elif part.kind == "reasoning":
+                out += self._blocks.thinking(part.text)
+            elif part.kind == "call":
+                out += self._blocks.use(self._use(part.text, part.call, {}, self._answer.ids[part.call]))
+            else:
+                out += self._blocks.input(part.text)
+        return out
+
+    def _use(self, name: str, number: int, arguments: Json, call_id: str | None = None) -> Json:
+        found = call_id or self._generation.reading.call_id(name, number)
+        return {"type": "tool_use", "id": found.replace("call_", "toolu_"), "name": name, "input": arguments}
 
     @property
     def _output(self) -> Output:
@@ -82,6 +106,18 @@ class _Blocks:
     def text(self, text: str) -> bytes:
         return self._delta({"type": "text", "text": ""}, {"type": "text_delta", "text": text})
 
+    def thinking(self, text: str) -> bytes:
+        return self._delta(_thinking(""), {"type": "thinking_delta", "thinking": text})
+
+    def use(self, block: Json) -> bytes:
+        """A call begins."""
+        return self._begin(block)
+
+    def input(self, text: str) -> bytes:
+        """More of its arguments."""
+        delta = {"type": "input_json_delta", "partial_json": text}
+        return event("content_block_delta", {"index": self._index, "delta": delta})
+
     def close(self) -> bytes:
         """The end of the open block, if there is one."""
         if self._open is None:
@@ -91,12 +127,13 @@ class _Blocks:
 
     def _delta(self, block: Json, delta: Json) -> bytes:
         """`delta` of the open block, or of a new one that begins as `block`."""
-        out = b""
-        if self._open != block["type"]:
-            out = self.close()
-            self._index, self._open = self._index + 1, block["type"]
-            out += event("content_block_start", {"index": self._index, "content_block": block})
+        out = b"" if self._open == block["type"] else self._begin(block)
         return out + event("content_block_delta", {"index": self._index, "delta": delta})
+
+    def _begin(self, block: Json) -> bytes:
+        out = self.close()
+        self._index, self._open = self._index + 1, block["type"]
+        return out + event("content_block_start", {"index": self._index, "content_block": block})
 
 
 def model_card(name: str, created: int) -> Json:
@@ -115,7 +152,22 @@ def failed(error: KvasirError) -> bytes:
     return b"event: error\ndata: " + orjson.dumps(anthropic_error(error)) + b"\n\n"
 
 
-def _stop_reason(output: Output) -> str:
+def _thinking(text: str) -> Json:
+    return {"type": "thinking", "thinking": text, "signature": ""}
+
+
+def _input(arguments: str) -> Json:
+    """As an object; text that was cut short stays one, under a name that says so."""
+    try:
+        found = orjson.loads(arguments)
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {"INVALID_JSON": arguments}
+
+
+def _stop_reason(output: Output, calls: bool) -> str:
+    if calls and output.finish_reason == "stop":
+        return "tool_use"
     return "stop_sequence" if _stop_sequence(output) else _STOPS[output.finish_reason or "stop"]
 
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvasir.cluster.anthropic_messages import conversation
-from kvasir.cluster.call import Call, Conversation, check_tools
+from kvasir.cluster.call import Call, Conversation, thinking_variables
 from kvasir.cluster.foreign_fields import foreign_constraints
 from kvasir.cluster.openai_fields import SAMPLING, Check, Neutral, boolean, integer_from, later, string
 from kvasir.cluster.openai_schema import sort_fields
+from kvasir.cluster.tool_use import ToolUse, tool_use
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.request import StructuredOutput
 
@@ -82,25 +83,31 @@ def parse_messages(body: Body) -> MessagesAsk:
         warnings += ("output_config.effort (but by chat templates that know reasoning_effort)",)
     if cached or fields.get("cache_control"):
         warnings += ("cache_control (prefixes are cached without it)",)
-    call = Call(model=fields.get("model", ""), prompts=(found,), sampling=sampling)
+    thinking = fields.get("thinking") or {}
+    call = Call(
+        model=fields.get("model", ""),
+        prompts=(found,),
+        sampling=sampling,
+        tools=_use(fields, found.tools),
+        thinks=thinking.get("type") in ("enabled", "adaptive"),
+        thinking_budget=_budget(thinking),
+    )
     return MessagesAsk(call=call, conversation=found, stream=fields.get("stream", False), warnings=warnings)
 
 
 def parse_count(body: Body) -> MessagesAsk:
     """Body of POST /v1/messages/count_tokens."""
     fields, warnings = sort_fields(body, _COUNTED, {**_IGNORED, "cache_control": ()}, _REFUSED)
-    found, _ = _conversation(fields, enforced=False)
+    found, _ = _conversation(fields)
     call = Call(model=fields.get("model", ""), prompts=(found,))
     return MessagesAsk(call=call, conversation=found, warnings=warnings)
 
 
-def _conversation(fields: Mapping[str, Any], *, enforced: bool = True) -> tuple[Conversation, bool]:
-    """(what the chat template reads, whether cache_control was met). `enforced`: the model's calls are wanted too."""
+def _conversation(fields: Mapping[str, Any]) -> tuple[Conversation, bool]:
+    """(what the chat template reads, whether cache_control was met)."""
     messages, cached = conversation(fields.get("messages"), fields.get("system"))
     tools, more = _tools(fields.get("tools"))
-    choice = _choice(fields.get("tool_choice"))
-    if enforced:
-        check_tools(tools, choice)
+    _choice(fields.get("tool_choice"))
     prefilled = messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
     found = Conversation(
         messages=messages,
@@ -128,6 +135,8 @@ def _tool(tool: Body, at: str) -> Json:
     if not isinstance(tool.get("name"), str) or not isinstance(tool.get("input_schema"), dict):
         raise ClientError(f"{at} must have a name and an input_schema", param="tools")
     function = {"name": tool["name"], "parameters": tool["input_schema"]}
+    if tool.get("strict"):
+        function["strict"] = True
     if tool.get("description") is not None:
         function["description"] = tool["description"]
     return {"type": "function", "function": function}
@@ -151,13 +160,24 @@ def _variables(thinking: Any) -> Json:
     if thinking is None:
         return {}
     kind = thinking.get("type") if isinstance(thinking, dict) else None
-    if kind in ("enabled", "adaptive"):
-        text = f"thinking {kind} isn't supported so far: thoughts aren't told apart from the answer"
-        raise UnsupportedError(text, param="thinking")
-    if kind != "disabled":
+    if kind not in ("enabled", "adaptive", "disabled"):
         text = f"thinking must be an object whose type is enabled, adaptive or disabled; got {thinking!r:.60}"
         raise ClientError(text, param="thinking")
-    return {"enable_thinking": False, "thinking": False}
+    return thinking_variables(None, kind != "disabled")
+
+
+def _budget(thinking: Mapping[str, Any]) -> int | None:
+    """Tokens of thoughts."""
+    budget = thinking.get("budget_tokens")
+    if budget is not None and (type(budget) is not int or budget < 1):
+        raise ClientError(f"thinking.budget_tokens must be at least 1, got {budget!r:.60}", param="thinking")
+    return budget
+
+
+def _use(fields: Mapping[str, Any], tools: Any) -> ToolUse | None:
+    """What is said about tools."""
+    choice = fields.get("tool_choice") or {}
+    return tool_use(tools, _choice(fields.get("tool_choice")), not choice.get("disable_parallel_tool_use", False))
 
 
 def _effort(fields: Mapping[str, Any]) -> Json:

@@ -1,4 +1,4 @@
-"""Call: what a client asks for in one request of any dialect, before it is tokenised. Standard library only."""
+"""Call: what a client asks for in one request of any dialect, before it is tokenised."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Union
 
-from kvasir.engine.errors import ClientError, UnsupportedError
+from kvasir.cluster.tool_use import ToolUse
+from kvasir.engine.errors import ClientError
 
 _TEMPLATE_ARGUMENTS = ("messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
@@ -54,6 +55,12 @@ class Call:
     priority: int = 0
     cache_salt: str = ""
     deadline_s: float | None = None
+    tools: ToolUse | None = None
+    """Those that the model may call, and must."""
+    thinks: bool = False
+    """Thoughts are asked for: a model that has none is refused."""
+    thinking_budget: int | None = None
+    """Tokens after which the model's thoughts are ended; None: no limit."""
 
     @property
     def operation(self) -> str:
@@ -70,16 +77,16 @@ def request_id_from(given: str | None, param: str) -> str:
     return given
 
 
-def check_tools(tools: Sequence[Mapping[str, Any]] | None, choice: object) -> None:
-    """Tools may be shown to the model; calls can't be enforced or parsed so far."""
-    if tools and choice != "none":
-        text = 'tools need tool_choice "none" so far: they are shown to the model, but its calls aren\'t parsed'
-        raise UnsupportedError(text, param="tools")
-    if not tools and choice not in (None, "none", "auto"):
-        raise ClientError("tool_choice needs tools", param="tool_choice")
-
-
 def check_variables(variables: Mapping[str, Any], param: str) -> None:
     """What a request adds for the chat template doesn't replace what other fields say, nor the template."""
     if taken := [name for name in _TEMPLATE_ARGUMENTS if name in variables]:
         raise ClientError(f"{param} can't hold {taken[0]}", param=param)
+
+
+def thinking_variables(effort: str | None, enabled: bool | None = None) -> dict[str, Any]:
+    """What `effort` (none, minimal, low, medium, high, ...) and a switch tell the chat template, by the names that the
+    families' templates have."""
+    found: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
+    if enabled is None and effort is not None:
+        enabled = effort != "none"
+    return found if enabled is None else {**found, "enable_thinking": enabled, "thinking": enabled}

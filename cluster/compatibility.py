@@ -70,6 +70,8 @@ SPELLINGS: dict[str, Renamed | Always | Refused] = {
     "num_scheduler_steps": Always((1, "1"), "every step is scheduled by itself"),
     "kv_cache_dtype": Always(("auto",), "the KV cache has the type of the model"),
     "quantization": Refused("quantised weights are not supported yet"),
+    "enable_auto_tool_choice": Always(TRUE, "a model may always call the tools that a request offers"),
+    "enable_reasoning": Always(TRUE, "thoughts are told from the answer; --reasoning-parser none leaves them in it"),
     "enable_lora": Always(FALSE, _LORA),
     "max_loras": Refused(_LORA),
     "max_lora_rank": Refused(_LORA),

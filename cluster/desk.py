@@ -15,10 +15,18 @@ from kvasir.cluster.call import Call, Conversation, Prompt, Text
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.group_client import GroupClient, GroupDirectory, Stream
 from kvasir.cluster.metrics import Metrics
+from kvasir.cluster.reading import PLAIN, Reading, constraints, reading
 from kvasir.cluster.served_model import ServedModel
 from kvasir.cluster.telemetry import RequestSpan, Tracing
 from kvasir.cluster.vectors import PoolingCall, Vectors
-from kvasir.engine.errors import ClientError, ContextLengthError, KvasirError, ModelNotFoundError, UnavailableError
+from kvasir.engine.errors import (
+    ClientError,
+    ContextLengthError,
+    KvasirError,
+    ModelNotFoundError,
+    UnavailableError,
+    UnsupportedError,
+)
 from kvasir.engine.event import Pooled
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.request import Request, SamplingParams
@@ -138,11 +146,11 @@ class Desk:
     ) -> Generation:
         with span.stage("admit"):
             self._check_open()
-            requests, info = await self._requests(call, model, request_id, span)
+            requests, info, found = await self._requests(call, model, request_id, span)
         record = self.metrics.call(model.name, call.operation, requests, started)
         with span.stage("route"):
             streams = await _submit(self.directory.find(model.name), requests)
-        return Generation(model, info, requests, streams, span=span, record=record)
+        return Generation(model, info, requests, streams, span=span, record=record, reading=found)
 
     async def _vectors(
         self, call: PoolingCall, model: ServedModel, request_id: str, span: RequestSpan, started: float
@@ -178,13 +186,14 @@ class Desk:
 
     async def _requests(
         self, call: Call, model: ServedModel, request_id: str, span: RequestSpan
-    ) -> tuple[list[Request], ModelInfo]:
-        """One request per prompt, and the facts they were checked against."""
-        sampling, chosen = _sampling(call, model)
+    ) -> tuple[list[Request], ModelInfo, Reading]:
+        """One request per prompt, the facts they were checked against, and how their answers are to be read."""
         info = self.info(model)
         info.need("generate")
-        _check_ids(sampling, info)
         prompts = [await _token_ids(model, prompt, info) for prompt in call.prompts]
+        call, found = _read(call, model, prompts[0])
+        sampling, chosen = _sampling(call, model)
+        _check_ids(sampling, info)
         suffix = uuid.uuid4().hex[:8]  # clients may use an id twice, groups need them unique
         requests = [
             Request(
@@ -198,7 +207,7 @@ class Desk:
             )
             for number, ids in enumerate(prompts)
         ]
-        return requests, info
+        return requests, info, found
 
     def _span(self, call: Call, model: ServedModel, headers: Mapping[str, str]) -> RequestSpan:
         given = call.sampling
@@ -212,6 +221,19 @@ class Desk:
             telemetry.REQUEST_CHOICE_COUNT: given.get("n"),
         }
         return self._tracing.request(call.operation, call.model or model.name, headers, facts)
+
+
+def _read(call: Call, model: ServedModel, prompt_ids: Sequence[int]) -> tuple[Call, Reading]:
+    """(the call with what holds the model to its tools and its budget of thoughts, how answers are to be read)."""
+    prompt = call.prompts[0]
+    if not isinstance(prompt, Conversation) or model.tokenizer is None:
+        return call, PLAIN
+    if call.tools is not None and prompt.chat_template is None and not model.shows_tools:
+        text = f"the chat template of {model.name!r} doesn't show tools to the model, so it can't know them"
+        raise UnsupportedError(f"{text}; serve it with a --chat-template that does", param="tools")
+    found = reading(call, model.tokenizer, prompt_ids, (model.tools, model.thoughts))
+    given = constraints(call, found, model.tokenizer, model.tools)
+    return dataclasses.replace(call, sampling={**call.sampling, **given}) if given else call, found
 
 
 def _code(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from kvasir.cluster.group_client import Stream
 from kvasir.cluster.metrics import CallRecord
+from kvasir.cluster.reading import PLAIN, Reading
 from kvasir.cluster.served_model import ServedModel
 from kvasir.cluster.telemetry import RequestSpan
 from kvasir.engine.errors import KvasirError, UnavailableError
@@ -33,10 +34,15 @@ class Generation:
         *,
         span: RequestSpan,
         record: CallRecord,
+        reading: Reading = PLAIN,
     ) -> None:
         self.model = model
         self.requests = requests
-        self.transcripts = [Transcript(r, model.tokenizer, eos_token_ids=info.eos_token_ids) for r in requests]
+        self.reading = reading
+        """How the answers of a conversation are to be read."""
+        self.transcripts = [
+            Transcript(r, model.tokenizer, eos_token_ids=info.eos_token_ids, shown=reading.shown) for r in requests
+        ]
         self.closed = False
         self._streams = streams
         self._merged = _Merged(streams) if len(streams) > 1 else None

@@ -31,6 +31,7 @@ from kvasir.cluster.grpc_schema import (
     write_usage,
 )
 from kvasir.cluster.health import Health
+from kvasir.cluster.reading import AnswerStream
 from kvasir.engine.errors import KvasirError, ServerError
 from kvasir.proto import inference_pb2 as pb
 from kvasir.proto.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
@@ -123,9 +124,10 @@ class Inference(InferenceServicer):
 async def _write(generation: Generation, reply: pb.GenerateReply, context: Context) -> None:
     """One reply per delta; the last has the counts. `reply`: the first one's beginning."""
     same = pb.GenerateReply(request_id=reply.request_id, model=reply.model)
+    answers: dict[int, AnswerStream] = {}
     async for deltas in generation:
         for _, delta in deltas:
-            write_delta(reply, delta, generation)
+            write_delta(reply, delta, generation, answers)
             await context.write(reply)
             reply = pb.GenerateReply()
             reply.CopyFrom(same)

@@ -7,9 +7,12 @@ from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 
-from kvasir.cluster.call import Call, Conversation, Prompt, Text, check_tools, check_variables
+from kvasir.cluster.answer_parts import Part
+from kvasir.cluster.call import Call, Conversation, Prompt, Text, check_variables
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.openai_logprobs import token_text
+from kvasir.cluster.reading import AnswerStream
+from kvasir.cluster.tool_use import tool_use
 from kvasir.cluster.vectors import PoolingCall, Vectors
 from kvasir.engine.errors import ClientError
 from kvasir.engine.event import Pooled, TokenLogprob
@@ -47,7 +50,8 @@ def call_of_generate(request: pb.GenerateRequest) -> Call:
 def call_of_chat(request: pb.ChatRequest) -> Call:
     """Raises ClientError."""
     tools = [_tool(tool) for tool in request.tools]
-    check_tools(tools, request.tool_choice if request.HasField("tool_choice") else None)
+    parallel = request.parallel_tool_calls if request.HasField("parallel_tool_calls") else True
+    use = tool_use(tools, _choice(request), parallel)
     variables = MessageToDict(request.template_variables)
     check_variables(variables, "template_variables")
     prompt = Conversation(
@@ -59,7 +63,16 @@ def call_of_chat(request: pb.ChatRequest) -> Call:
         sampling=_sampling(request.sampling),
         priority=request.priority,
         cache_salt=request.cache_salt,
+        tools=use,
+        thinking_budget=request.thinking_token_budget if request.HasField("thinking_token_budget") else None,
     )
+
+
+def _choice(request: pb.ChatRequest) -> Any:
+    """In OpenAI's shape: a word, or a tool by its name."""
+    choice = request.tool_choice if request.HasField("tool_choice") else None
+    named = choice in {tool.name for tool in request.tools} and choice not in ("auto", "none", "required")
+    return {"type": "function", "function": {"name": choice}} if named else choice
 
 
 def call_of_embed(request: pb.EmbedRequest) -> PoolingCall:
@@ -113,11 +126,17 @@ def opening_reply(generation: Generation, request_id: str, with_prompt: bool) ->
     return reply
 
 
-def write_delta(reply: pb.GenerateReply, delta: Delta, generation: Generation) -> None:
-    """Put `delta` into `reply`."""
+def write_delta(
+    reply: pb.GenerateReply, delta: Delta, generation: Generation, answers: dict[int, AnswerStream]
+) -> None:
+    """Put `delta` into `reply`. answers: what the deltas before brought, by their index."""
     tokenizer = generation.model.tokenizer
     reply.index = delta.index
-    reply.text = delta.text
+    if generation.reading.plain:
+        reply.text = delta.text
+    else:
+        answer = answers.setdefault(delta.index, AnswerStream(generation.reading))
+        _write_parts(reply, answer.parts(delta.text, last=delta.finish_reason is not None), answer)
     reply.token_ids.extend(delta.token_ids)
     if delta.logprobs:
         reply.logprobs.extend(_logprobs(tokenizer, delta.token_ids, delta.logprobs))
@@ -125,11 +144,26 @@ def write_delta(reply: pb.GenerateReply, delta: Delta, generation: Generation) -
         ids = generation.requests[0].prompt_token_ids
         reply.prompt_logprobs.extend(_logprobs(tokenizer, ids, delta.prompt_logprobs))
     if delta.finish_reason:
-        reply.finish_reason = _FINISH[delta.finish_reason]
+        called = delta.index in answers and bool(answers[delta.index].ids) and delta.finish_reason == "stop"
+        reply.finish_reason = pb.FINISH_REASON_TOOL_CALLS if called else _FINISH[delta.finish_reason]
     if isinstance(delta.stop_reason, str):
         reply.stop_string = delta.stop_reason
     elif delta.stop_reason is not None:
         reply.stop_token_id = delta.stop_reason
+
+
+def _write_parts(reply: pb.GenerateReply, parts: Sequence[Part], answer: AnswerStream) -> None:
+    for part in parts:
+        if part.kind == "content":
+            reply.text += part.text
+        elif part.kind == "reasoning":
+            reply.reasoning += part.text
+        elif part.kind == "call":
+            reply.tool_calls.add(index=part.call, id=answer.ids[part.call], name=part.text)
+        elif reply.tool_calls and reply.tool_calls[-1].index == part.call:
+            reply.tool_calls[-1].arguments += part.text
+        else:
+            reply.tool_calls.add(index=part.call, arguments=part.text)
 
 
 def write_usage(reply: pb.GenerateReply, generation: Generation) -> None:
@@ -184,7 +218,9 @@ def _message(message: pb.Message) -> dict[str, Any]:
 
 def _tool(tool: pb.Tool) -> dict[str, Any]:
     parameters = MessageToDict(tool.parameters)
-    function = {"name": tool.name, "description": tool.description, "parameters": parameters}
+    function: dict[str, Any] = {"name": tool.name, "description": tool.description, "parameters": parameters}
+    if tool.strict:
+        function["strict"] = True
     return {"type": "function", "function": function}
 
 

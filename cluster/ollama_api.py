@@ -77,7 +77,8 @@ class OllamaGeneration:
         started: float,
     ) -> None:
         sampling = {**DEFAULTS, **model.sampling_defaults, **ask.sampling}
-        call = Call(model=model.name, prompts=(await _prompt(ask, model),), sampling=sampling)
+        prompt = await _prompt(ask, model)
+        call = Call(model=model.name, prompts=(prompt,), sampling=sampling, tools=ask.tools, thinks=ask.thinks)
         generation = await self._desk.begin(call, request_id, headers)
         try:
             reply = OllamaReply(self._kind, ask, generation, started)

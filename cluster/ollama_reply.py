@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 import orjson
 
+from kvasir.cluster.answer_parts import CalledTool, ReadAnswer
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.ollama_schema import OllamaAsk
 from kvasir.cluster.openai_logprobs import ChatLogprobs
+from kvasir.cluster.reading import AnswerStream, read_whole
 from kvasir.engine.transcript import Delta
 
 Json = dict[str, Any]
@@ -24,26 +26,56 @@ class OllamaReply:
     def __init__(self, kind: Kind, ask: OllamaAsk, generation: Generation, started: float) -> None:
         self._kind, self._ask, self._generation, self._started = kind, ask, generation, started
         self._logprobs = ChatLogprobs(generation.model.tokenizer, ask.logprobs or 0)
+        self._answer = AnswerStream(generation.reading)
+        self._read = ReadAnswer()
+        self._shown = 0
+        """Calls that have been sent: each goes out as a whole."""
 
     def frames(self, deltas: Sequence[tuple[int, Delta]]) -> bytes:
         """Lines of one step."""
-        return b"".join(
-            _line(self._part(delta.text, delta) | {"done": False})
-            for _, delta in deltas
-            if delta.text or (delta.logprobs and self._ask.logprobs is not None)
-        )
+        return b"".join(self._lines(delta) for _, delta in deltas)
 
     def closing(self) -> bytes:
         """The last line: counts and durations."""
-        return _line(self._part("") | self._end())
+        return _line(self._part(ReadAnswer()) | self._end())
 
     def whole(self) -> Json:
         output = self._generation.transcripts[0].outputs[0]
-        return self._part(output.text, Delta(0, output.text, output.token_ids, output.logprobs)) | self._end()
+        read = read_whole(self._generation.reading, output.text)
+        return self._part(read, Delta(0, output.text, output.token_ids, output.logprobs)) | self._end()
 
-    def _part(self, text: str, delta: Delta | None = None) -> Json:
+    def _lines(self, delta: Delta) -> bytes:
+        """Of one delta: one for each kind of text, and for each call that is complete."""
+        if self._generation.reading.plain:
+            read = [ReadAnswer(content=delta.text)] if delta.text else []
+        else:
+            read = self._news(delta)
+        if not read and delta.logprobs and self._ask.logprobs is not None:
+            read = [ReadAnswer()]
+        scores = [delta, *(None for _ in read)]
+        return b"".join(_line(self._part(one, at) | {"done": False}) for one, at in zip(read, scores, strict=False))
+
+    def _news(self, delta: Delta) -> list[ReadAnswer]:
+        last = delta.finish_reason is not None
+        parts = self._answer.parts(delta.text, last=last)
+        self._read.add([part for part in parts if part.kind in ("call", "arguments")])
+        news = [ReadAnswer(content=part.text) for part in parts if part.kind == "content"]
+        news = [ReadAnswer(reasoning=part.text) for part in parts if part.kind == "reasoning"] + news
+        going_on = not last and bool(parts) and parts[-1].kind in ("call", "arguments")
+        complete = len(self._read.calls) - going_on if last or parts else self._shown
+        calls, self._shown = self._read.calls[self._shown : complete], max(self._shown, complete)
+        return [*news, *(ReadAnswer(calls=[call]) for call in calls)]
+
+    def _part(self, read: ReadAnswer, delta: Delta | None = None) -> Json:
         found = envelope(self._ask.model or self._generation.model.name)
-        found |= {"response": text} if self._kind == "generate" else {"message": {"role": "assistant", "content": text}}
+        calls = [call for call in (_call(call) for call in read.calls) if call]
+        text = read.content + "".join(call.arguments for call in read.calls if not _call(call))
+        said: Json = {"thinking": read.reasoning} if read.reasoning else {}
+        if self._kind == "generate":
+            found |= {"response": text, **said}
+        else:
+            said |= {"tool_calls": calls} if calls else {}
+            found |= {"message": {"role": "assistant", "content": text, **said}}
         scores = self._logprobs.json(delta.token_ids, delta.logprobs) if delta else None
         return found | {"logprobs": scores["content"]} if scores else found
 
@@ -62,6 +94,15 @@ class OllamaReply:
             "eval_count": usage.completion_tokens,
             "eval_duration": _nanoseconds(at.first_token, at.finished),
         }
+
+
+def _call(call: CalledTool) -> Json | None:
+    """With its arguments as an object, which Ollama's clients read; None: they were cut short."""
+    try:
+        arguments = orjson.loads(call.arguments)
+    except ValueError:
+        return None
+    return {"function": {"name": call.name, "arguments": arguments}} if isinstance(arguments, dict) else None
 
 
 def loaded(kind: Kind, ask: OllamaAsk, model: str) -> Json:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvasir.cluster.call import Conversation, Text, check_tools
+from kvasir.cluster.call import Conversation, Text, thinking_variables
 from kvasir.cluster.ollama_fields import (
     CHAT,
     EMBED,
@@ -24,6 +24,7 @@ from kvasir.cluster.ollama_fields import (
     seconds,
 )
 from kvasir.cluster.openai_schema import sort_fields
+from kvasir.cluster.tool_use import ToolUse, tool_use
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.request import StructuredOutput
 
@@ -47,6 +48,9 @@ class OllamaAsk:
     """The answer goes between the prompt, a `Text`, and this."""
     gives_context: bool = False
     unload: bool = False
+    tools: ToolUse | None = None
+    thinks: bool = False
+    """Thoughts are asked for."""
     warnings: tuple[str, ...] = ()
 
 
@@ -91,10 +95,10 @@ def parse_chat(body: Body) -> OllamaAsk:
     fields, warnings = sort_fields(body, CHAT, IGNORED, REFUSED)
     if not fields.get("messages"):
         return _loading(fields, warnings)
-    check_tools(fields.get("tools"), fields.get("tool_choice"))
+    use = tool_use(fields.get("tools"), fields.get("tool_choice"))
     messages = [_message(message, number) for number, message in enumerate(fields["messages"])]
     prompt = Conversation(messages=messages, tools=fields.get("tools") or None, variables=_variables(fields))
-    return OllamaAsk(prompt=prompt, **_shared(fields, warnings))
+    return OllamaAsk(prompt=prompt, tools=use, **_shared(fields, warnings))
 
 
 def parse_embed(body: Body) -> OllamaEmbedAsk:
@@ -144,6 +148,7 @@ def _shared(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> dict[str, A
         "sampling": sampling,
         "stream": fields.get("stream", True),
         "logprobs": logprobs,
+        "thinks": bool(fields.get("think")),
         "warnings": (*warnings, *more),
     }
 
@@ -185,12 +190,7 @@ def _template(given: str | None) -> str | None:
 def _variables(fields: Mapping[str, Any]) -> dict[str, Any]:
     """What `think` tells the chat template."""
     think = fields.get("think")
-    if think is None:
-        return {}
-    if think is not False:
-        text = "think isn't supported so far, but false: thoughts aren't told apart from the answer"
-        raise UnsupportedError(text, param="think")
-    return {"enable_thinking": False, "thinking": False}
+    return thinking_variables(think) if isinstance(think, str) else thinking_variables(None, think)
 
 
 def _message(message: Mapping[str, Any], number: int) -> dict[str, Any]:

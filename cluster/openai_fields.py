@@ -45,6 +45,14 @@ def integer_from(low: int, high: int) -> Check:
     return check
 
 
+def _one_of(*values: str) -> Check:
+    def check(name: str, value: Any) -> None:
+        if value not in values:
+            raise ClientError(f"{name} must be one of {', '.join(values)}, got {value!r:.60}", param=name)
+
+    return check
+
+
 def _strings(name: str, value: Any) -> None:
     if not isinstance(value, str):
         _list_of(str, "strings, or one string")(name, value)
@@ -107,6 +115,11 @@ CHAT_HONOURED: dict[str, Check] = {
     "top_logprobs": later,
     "tools": _OBJECTS,
     "tool_choice": later,
+    "parallel_tool_calls": boolean,
+    "reasoning_effort": _one_of("none", "minimal", "low", "medium", "high", "xhigh", "max"),
+    "enable_thinking": boolean,
+    "include_reasoning": boolean,
+    "thinking_token_budget": _NOT_NEGATIVE,
     "add_generation_prompt": boolean,
     "continue_final_message": boolean,
     "chat_template_kwargs": _OBJECT,
@@ -151,9 +164,7 @@ _IGNORED: Neutral = {
 
 CHAT_IGNORED: Neutral = {
     **_IGNORED,
-    "parallel_tool_calls": (True, False),  # means something only where tools may be called
     "prediction": (),  # speeds generation up elsewhere
-    "include_reasoning": (True,),
 }
 
 COMPLETION_IGNORED: Neutral = dict(_IGNORED)
@@ -184,7 +195,6 @@ _REFUSED: Neutral = {
     "prompt_embeds": (),
     "kv_transfer_params": (),
     "repetition_detection": (),
-    "thinking_token_budget": (),
     "lora_path": (),
     "options": ({},),
     "num_ctx": (),
@@ -202,7 +212,6 @@ CHAT_REFUSED: Neutral = {
     **_REFUSED,
     "audio": (),
     "modalities": (["text"],),
-    "reasoning_effort": (),
     "reasoning": ({},),
     "verbosity": ("medium",),
     "moderation": (),
@@ -215,7 +224,6 @@ CHAT_REFUSED: Neutral = {
     "media_io_kwargs": ({},),
     "separate_reasoning": (True,),
     "stream_reasoning": (True,),
-    "enable_thinking": (),
 }
 
-COMPLETION_REFUSED: Neutral = {**_REFUSED, "suffix": ("",), "best_of": ()}
+COMPLETION_REFUSED: Neutral = {**_REFUSED, "thinking_token_budget": (), "suffix": ("",), "best_of": ()}

@@ -12,11 +12,13 @@ from typing import Any, Protocol
 
 import orjson
 
+from kvasir.cluster.answer_parts import Part
 from kvasir.cluster.call import Conversation
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.openai_logprobs import ChatLogprobs, CompletionLogprobs, prompt_logprobs_json
 from kvasir.cluster.openai_schema import Ask
-from kvasir.engine.transcript import Delta, Usage
+from kvasir.cluster.reading import AnswerStream, read_whole
+from kvasir.engine.transcript import Delta, Output, Usage
 
 DONE = b"data: [DONE]\n\n"
 FINGERPRINT = "kvasir"
@@ -54,17 +56,21 @@ class ChatReply:
         self._logprobs = ChatLogprobs(generation.model.tokenizer, ask.logprobs or 0)
         self._begun = False
         self._plain = ask.logprobs is None and not ask.return_token_ids
+        self._answers: dict[int, AnswerStream] = {}
 
     def frames(self, deltas: Deltas) -> bytes:
         out = b"" if self._begun else self._begin()
         for _, delta in deltas:
-            if delta.text and self._plain:
+            if not self._generation.reading.plain:
+                out += self._parts(delta)
+            elif delta.text and self._plain:
                 out += self._frames.content(delta.index, delta.text)
             elif delta.text or (delta.token_ids and not self._plain):
-                out += self._frames.chunk(self._choice(delta))
+                out += self._frames.chunk(self._choice(delta, {"content": delta.text}))
             if delta.finish_reason:
                 end: Json = {"index": delta.index, "delta": {}, "logprobs": None}
-                end |= {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+                calls = delta.index in self._answers and bool(self._answers[delta.index].ids)
+                end |= {"finish_reason": _finish_reason(delta, calls), "stop_reason": delta.stop_reason}
                 out += self._frames.chunk(end)
         return out
 
@@ -75,10 +81,11 @@ class ChatReply:
         transcript = self._generation.transcripts[0]
         choices = []
         for output in transcript.outputs:
-            message = {"role": self._role, "content": self._opening + output.text, "refusal": None}
+            message = self._message(output.text)
             choice: Json = {"index": output.index, "message": message}
             choice["logprobs"] = self._logprobs.json(output.token_ids, output.logprobs)
-            choice |= {"finish_reason": output.finish_reason, "stop_reason": output.stop_reason}
+            reason = _finish_reason(output, "tool_calls" in message)
+            choice |= {"finish_reason": reason, "stop_reason": output.stop_reason}
             if self._ask.return_token_ids:
                 choice["token_ids"] = output.token_ids
             choices.append(choice)
@@ -95,8 +102,50 @@ class ChatReply:
             out += self._frames.chunk(choice, self._extra() if index == 0 else {})
         return out
 
-    def _choice(self, delta: Delta) -> Json:
-        choice: Json = {"index": delta.index, "delta": {"content": delta.text}}
+    def _message(self, text: str) -> Json:
+        """A whole answer."""
+        reading = self._generation.reading
+        if reading.plain:
+            return {"role": self._role, "content": self._opening + text, "refusal": None}
+        found = read_whole(reading, text)
+        content = self._opening + found.content
+        message: Json = {"role": self._role, "content": content or None if found.calls else content, "refusal": None}
+        if found.reasoning and self._ask.include_reasoning:
+            message |= _reasoning(found.reasoning)
+        if found.calls:
+            message["tool_calls"] = [
+                {
+                    "id": reading.call_id(call.name, number),
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for number, call in enumerate(found.calls)
+            ]
+        return message
+
+    def _parts(self, delta: Delta) -> bytes:
+        """One chunk for each part; what was asked for of the tokens goes with the first, or alone."""
+        answer = self._answers.setdefault(delta.index, AnswerStream(self._generation.reading))
+        parts = [_part(part, answer) for part in answer.parts(delta.text, last=delta.finish_reason is not None)]
+        if not self._ask.include_reasoning:
+            parts = [part for part in parts if "reasoning" not in part]
+        if not self._plain and delta.token_ids:
+            return b"".join(
+                self._frames.chunk(self._choice(delta if number == 0 else Delta(delta.index), part))
+                for number, part in enumerate(parts or [{}])
+            )
+        out = b""
+        for part in parts:
+            if content := part.get("content"):
+                out += self._frames.content(delta.index, content)
+            else:
+                out += self._frames.chunk(
+                    {"index": delta.index, "delta": part, "logprobs": None, "finish_reason": None}
+                )
+        return out
+
+    def _choice(self, delta: Delta, said: Json) -> Json:
+        choice: Json = {"index": delta.index, "delta": said}
         choice |= {"logprobs": self._logprobs.json(delta.token_ids, delta.logprobs), "finish_reason": None}
         if self._ask.return_token_ids:
             choice["token_ids"] = list(delta.token_ids)
@@ -221,6 +270,27 @@ class _Frames:
         if not self._include_usage:
             return DONE
         return self._head + b'],"usage":' + orjson.dumps(usage_json(usage)) + b"}\n\n" + DONE
+
+
+def _part(part: Part, answer: AnswerStream) -> Json:
+    """What a delta says of it."""
+    if part.kind == "content":
+        return {"content": part.text}
+    if part.kind == "reasoning":
+        return _reasoning(part.text)
+    if part.kind == "arguments":
+        return {"tool_calls": [{"index": part.call, "function": {"arguments": part.text}}]}
+    function = {"name": part.text, "arguments": ""}
+    return {"tool_calls": [{"index": part.call, "id": answer.ids[part.call], "type": "function", "function": function}]}
+
+
+def _reasoning(text: str) -> Json:
+    """By vLLM's name of today and that of before, which DeepSeek's API has."""
+    return {"reasoning": text, "reasoning_content": text}
+
+
+def _finish_reason(end: Delta | Output, calls: bool) -> str | None:
+    return "tool_calls" if calls and end.finish_reason == "stop" else end.finish_reason
 
 
 def usage_json(usage: Usage) -> Json:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvasir.cluster.call import Call, Conversation, Prompt, Text, check_tools, check_variables
+from kvasir.cluster.call import Call, Conversation, Prompt, Text, check_variables, thinking_variables
 from kvasir.cluster.openai_fields import (
     CHAT_HONOURED,
     CHAT_IGNORED,
@@ -27,6 +27,7 @@ from kvasir.cluster.openai_fields import (
     integer_from,
 )
 from kvasir.cluster.structured_fields import structured_output
+from kvasir.cluster.tool_use import tool_use
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.request import MAX_LOGPROBS
 
@@ -54,12 +55,14 @@ class Ask:
     request_id: str | None = None
     warnings: tuple[str, ...] = ()
     """Fields that were ignored."""
+    include_reasoning: bool = True
+    """Show the model's thoughts."""
 
 
 def parse_chat(body: Mapping[str, Any]) -> Ask:
     """Body of POST /v1/chat/completions. Raises ClientError or UnsupportedError naming the field."""
     fields, warnings = sort_fields(body, CHAT_HONOURED, CHAT_IGNORED, CHAT_REFUSED)
-    check_tools(fields.get("tools"), fields.get("tool_choice"))
+    use = tool_use(fields.get("tools"), fields.get("tool_choice"), fields.get("parallel_tool_calls", True))
     sampling = _sampling(fields)
     limit = fields.get("max_completion_tokens", fields.get("max_tokens"))
     if limit is not None:
@@ -67,8 +70,19 @@ def parse_chat(body: Mapping[str, Any]) -> Ask:
     logprobs = _chat_logprobs(fields)
     if logprobs is not None:
         sampling["logprobs"] = logprobs
-    call = Call(prompts=(_conversation(fields),), sampling=sampling, **_common(fields))
-    return Ask(call=call, logprobs=logprobs, echo=fields.get("echo", False), **_shape(fields, warnings))
+    budget = fields.get("thinking_token_budget")
+    call = Call(
+        prompts=(_conversation(fields),), sampling=sampling, tools=use, thinking_budget=budget, **_common(fields)
+    )
+    if "reasoning_effort" in fields:
+        warnings += ("reasoning_effort (but by chat templates that know it, or enable_thinking)",)
+    return Ask(
+        call=call,
+        logprobs=logprobs,
+        echo=fields.get("echo", False),
+        include_reasoning=fields.get("include_reasoning", True),
+        **_shape(fields, warnings),
+    )
 
 
 def parse_completion(body: Mapping[str, Any]) -> Ask:
@@ -175,15 +189,23 @@ def _conversation(fields: Mapping[str, Any]) -> Conversation:
         raise ClientError("messages must be a list of at least one message", param="messages")
     variables = fields.get("chat_template_kwargs", {})
     check_variables(variables, "chat_template_kwargs")
+    variables = {**thinking_variables(fields.get("reasoning_effort"), fields.get("enable_thinking")), **variables}
     continued = fields.get("continue_final_message", False)
     return Conversation(
-        messages=messages,
+        messages=[_with_thoughts(message) for message in messages],
         tools=fields.get("tools") or None,
         add_generation_prompt=fields.get("add_generation_prompt", not continued),
         continue_final_message=continued,
         variables=variables,
         add_special_tokens=fields.get("add_special_tokens", False),
     )
+
+
+def _with_thoughts(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Thoughts by the name that chat templates know."""
+    if message.get("reasoning") and "reasoning_content" not in message:
+        return {**message, "reasoning_content": message["reasoning"]}
+    return message
 
 
 def _prompts(prompt: Any, add_special_tokens: bool) -> list[Prompt]:

@@ -31,7 +31,8 @@ from kvasir.engine.errors import ConfigError
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 GROUPS = {
     "model": ("model", "tokenizer", "revision", "tokenizer_revision", "served_model_name", "chat_template",
-              "generation_config", "skip_tokenizer_init", "dtype", "device", "seed", "num_threads"),
+              "tool_call_parser", "reasoning_parser", "generation_config", "skip_tokenizer_init", "dtype", "device", "seed",
+              "num_threads"),
     "files": ("load_format", "config_format", "hf_overrides", "rope_scaling", "rope_theta", "download_dir", "hf_token",
               "trust_remote_code"),
     "memory and batching": ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "max_queue",

@@ -6,10 +6,14 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+from kvasir.cluster.answer_parts import ThoughtFormat, ToolFormat
 from kvasir.cluster.call import Conversation, Text
+from kvasir.cluster.derived_format import shows_tools
 from kvasir.cluster.model_card import ModelCard
+from kvasir.cluster.tool_formats import model_formats
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ClientError
 from kvasir.engine.model_files import ModelFiles
@@ -23,7 +27,7 @@ INLINE_CHARS = 2000
 _threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenise")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class ServedModel:
     """One model as clients see it. `names`: those that clients may use, the first is the model's own."""
 
@@ -35,6 +39,10 @@ class ServedModel:
     rules: TextRules = field(default_factory=TextRules)
     """Of texts that are embedded."""
     card: ModelCard = field(default_factory=ModelCard)
+    tools: ToolFormat | None = None
+    """How it writes calls of tools."""
+    thoughts: ThoughtFormat | None = None
+    """How it tells its thoughts from its answer."""
 
     @property
     def name(self) -> str:
@@ -48,7 +56,21 @@ class ServedModel:
         names = engine.served_model_name or (engine.model,)
         rules = read_text_rules(files.path)
         card = ModelCard.read(files)
-        return cls(names=tuple(names), tokenizer=tokenizer, sampling_defaults=defaults, rules=rules, card=card)
+        tools, thoughts = model_formats(engine.tool_call_parser, engine.reasoning_parser, tokenizer)
+        return cls(
+            names=tuple(names),
+            tokenizer=tokenizer,
+            sampling_defaults=defaults,
+            rules=rules,
+            card=card,
+            tools=tools,
+            thoughts=thoughts,
+        )
+
+    @cached_property
+    def shows_tools(self) -> bool:
+        """Its chat template tells the model of the tools that a request offers."""
+        return self.tokenizer is not None and shows_tools(self.tokenizer.templates)
 
     def need_tokenizer(self, what: str) -> Tokenizer:
         """The tokenizer; `what` is the field that can't be used without one."""

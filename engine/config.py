@@ -45,6 +45,12 @@ class EngineConfig:
     """Where the hub's files are kept; default: huggingface_hub's cache (HF_HOME)."""
     hf_token: str | None = field(default=None, repr=False)
     """Token for private and gated models; default: HF_TOKEN, or the one that `hf auth login` stored."""
+    tool_call_parser: str = "auto"
+    """Format in which the model calls tools (hermes, llama3_json, mistral, qwen3_coder, ...); auto: what its chat template
+    teaches."""
+    reasoning_parser: str = "auto"
+    """Format by which the model's thoughts are told from its answer (think, deepseek_r1, mistral, ...); auto: what its chat
+    template teaches; none: they stay in the answer."""
     served_model_name: tuple[str, ...] = ()
     """Names under which clients ask for the model; default: MODEL as given."""
     dtype: Dtype = "auto"

@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import any_to_lark
 
 from kvasir.engine.errors import ClientError
 from kvasir.engine.request import StructuredOutput
-from kvasir.engine.structural_tag import tag_grammar
-
-if TYPE_CHECKING:  # only its stubs know it
-    from llguidance._lib import JsonCompileOptions
+from kvasir.engine.structural_tag import JSON_RULES, tag_grammar
 
 MAX_BYTES = 1 << 20
 """Of a schema, regex, grammar or all choices."""
 MAX_DEPTH = 64
 """Of a schema's nesting."""
-JSON_RULES: JsonCompileOptions = {
-    "lenient": False,
-    "coerce_one_of": False,
-    "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}",
-}
-"""Whatever a schema says about how it is read: no keyword is skipped over, and whitespace doesn't go on for ever."""
 
 
 def grammar_text(wanted: StructuredOutput, special: Mapping[str, int]) -> str:

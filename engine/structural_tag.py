@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvasir.engine.errors import ClientError, UnsupportedError
 
+if TYPE_CHECKING:  # only its stubs know it
+    from llguidance._lib import JsonCompileOptions
+
 PARAM = "structured_outputs"
+JSON_RULES: JsonCompileOptions = {
+    "lenient": False,
+    "coerce_one_of": False,
+    "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}",
+}
+"""Whatever a schema says about how it is read: no keyword is skipped over, and whitespace doesn't go on for ever."""
 
 
 def tag_grammar(spec: Any, special: Mapping[str, int]) -> str:
@@ -66,7 +75,8 @@ class _Writer:
         schema = form.get("json_schema", {})
         if not isinstance(schema, (dict, bool)) or (isinstance(schema, dict) and "x-guidance" in schema):
             raise ClientError(f"structural tag: json_schema must be a JSON Schema, got {schema!r:.60}", param=PARAM)
-        return self._rule(f"%json {json.dumps(schema)}")
+        rules = JSON_RULES | {"lenient": form.get("lenient") is True}
+        return self._rule(f"%json {json.dumps({**(schema if isinstance(schema, dict) else {}), 'x-guidance': rules})}")
 
     def _tag(self, tag: Any) -> str:
         return self._rule(f"{self._literal(_text(tag, 'begin'))} {self._rest(tag)}")

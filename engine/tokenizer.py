@@ -34,6 +34,7 @@ class Tokenizer:
         self._backend = backend
         self._all = _Pieces(backend, skip_special_tokens=False)
         self._plain = _Pieces(backend, skip_special_tokens=True)
+        self._showing: dict[frozenset[int], _Pieces] = {frozenset(): self._plain}
         self.templates = templates
         self.special_tokens = dict(special)
         """bos_token, eos_token, ... -> its text, as far as the model has them."""
@@ -102,12 +103,21 @@ class Tokenizer:
         *,
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
+        shown: frozenset[int] = frozenset(),
     ) -> DecodeStream:
-        """Decoder of what follows `prompt_ids`. Without `spaces_between_special_tokens` an added token that follows
-        another one is written without the space that decoders of whole words (WordPiece) put before each token."""
-        if skip_special_tokens or spaces_between_special_tokens:
-            return DecodeStream(self._plain if skip_special_tokens else self._all, prompt_ids)
+        """Decoder of what follows `prompt_ids`. Special tokens that are `shown` aren't skipped. Without
+        `spaces_between_special_tokens` an added token that follows another one is written without the space that decoders
+        of whole words (WordPiece) put before each token."""
+        if skip_special_tokens:
+            return DecodeStream(self._skipping(shown), prompt_ids)
+        if spaces_between_special_tokens:
+            return DecodeStream(self._all, prompt_ids)
         return _TightStream(self._all, prompt_ids)
+
+    def _skipping(self, shown: frozenset[int]) -> _Pieces:
+        if shown not in self._showing:
+            self._showing[shown] = _Pieces(self._backend, skip_special_tokens=True, shown=shown)
+        return self._showing[shown]
 
     def token_id(self, token: str | None) -> int | None:
         """Id of the token that is written `token` in the vocabulary."""
@@ -210,7 +220,9 @@ class _TightStream(DecodeStream):
 class _Pieces(dict[int, Piece]):
     """Token id -> what the token adds to a text that has begun already. Filled as tokens are met."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, skip_special_tokens: bool) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, *, skip_special_tokens: bool, shown: frozenset[int] = frozenset()
+    ) -> None:
         super().__init__()
         self._backend = backend
         kinds = _decoder_kinds(backend)
@@ -220,7 +232,7 @@ class _Pieces(dict[int, Piece]):
         added = backend.get_added_tokens_decoder()
         self.added = {token: entry.content for token, entry in added.items()}
         """Tokens that aren't the model's own words: id -> text."""
-        self._skipped = {token for token, entry in added.items() if entry.special and skip_special_tokens}
+        self._skipped = {token for token, entry in added.items() if entry.special and skip_special_tokens} - shown
         self._anchor = -1 if self._byte_level else _anchor(backend, added)
         self.errors: Literal["replace", "kvasir_each_byte"] = "kvasir_each_byte" if self._byte_fallback else "replace"
         """How malformed UTF-8 is written: U+FFFD for each maximal subpart, or for each byte (byte fallback)."""

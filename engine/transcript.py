@@ -66,11 +66,17 @@ class Transcript:
 
     Held back: half a character, and text that may be the beginning of a stop string. The stop string that is complete
     first ends the text (of several that end on the same character the longest), wherever tokens begin and end. With
-    `tokenizer` None text stays empty. `eos_token_ids`: the model's, default the tokenizer's.
+    `tokenizer` None text stays empty. `eos_token_ids`: the model's, default the tokenizer's. `shown`: special tokens whose
+    text is wanted though others are skipped.
     """
 
     def __init__(
-        self, request: Request, tokenizer: Tokenizer | None, *, eos_token_ids: Sequence[int] | None = None
+        self,
+        request: Request,
+        tokenizer: Tokenizer | None,
+        *,
+        eos_token_ids: Sequence[int] | None = None,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
         sampling = request.sampling
         self.request = request
@@ -81,7 +87,7 @@ class Transcript:
         self._writers: list[_Writer] | None = None
         if tokenizer is not None and sampling.detokenize:
             eos = tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids
-            self._writers = _writers(request, tokenizer, frozenset(() if sampling.ignore_eos else eos))
+            self._writers = _writers(request, tokenizer, frozenset(() if sampling.ignore_eos else eos), shown)
 
     @property
     def finished(self) -> bool:
@@ -274,7 +280,7 @@ class _StopStrings:
         return fail
 
 
-def _writers(request: Request, tokenizer: Tokenizer, eos: frozenset[int]) -> list[_Writer]:
+def _writers(request: Request, tokenizer: Tokenizer, eos: frozenset[int], shown: frozenset[int]) -> list[_Writer]:
     """One writer for each continuation; they share the stop strings' automaton."""
     sampling, resumed = request.sampling, request.resume_token_ids
     context = [*request.prompt_token_ids, *resumed] if resumed else request.prompt_token_ids
@@ -288,6 +294,7 @@ def _writers(request: Request, tokenizer: Tokenizer, eos: frozenset[int]) -> lis
                 context,
                 skip_special_tokens=sampling.skip_special_tokens,
                 spaces_between_special_tokens=sampling.spaces_between_special_tokens,
+                shown=shown,
             ),
             stops,
             ends,

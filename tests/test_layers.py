@@ -34,6 +34,7 @@ LAZY = {"engine": {"transformers", "huggingface_hub"}, "cluster": {"torch"}}
 PLAIN = (
     "errors",
     "request",
+    "thoughts",
     "event",
     "step",
     "config",

@@ -411,3 +411,10 @@ def gateway(byte_model: Path) -> Iterator[LiveGateway]:
     """One for all tests of a module that change nothing about it."""
     with LiveGateway(byte_model) as live:
         yield live
+
+
+@pytest.fixture(scope="module")
+def thinker(byte_model: Path) -> Iterator[LiveGateway]:
+    """The same of a model that thinks and calls tools."""
+    with LiveGateway(byte_model, tool_call_parser="hermes", reasoning_parser="think") as live:
+        yield live

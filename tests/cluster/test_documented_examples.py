@@ -24,10 +24,9 @@ REFUSED = {
     "suffix": "does not support insert",  # the model of these tests fills no gaps
     "images": "images",
     "options": "typical_p",
-    "think": "think",
-    "tools": "tools",
+    "think": "no thoughts",  # nor does it think
     "input": "can't embed",  # nor does it embed
-    "thinking": "thinking",
+    "thinking": "no thoughts",
     "image": "image",
 }
 """Field -> what the refusal of an example says that has it."""

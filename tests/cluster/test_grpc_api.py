@@ -173,9 +173,9 @@ def test_chat_with_tools_and_calls(gateway, client):
     body = {"messages": messages, "tools": tools, "tool_choice": "none", "template_variables": {"mood": "good"}}
     assert client.text("Chat", body) == TEXT
     assert b'"weather"' in bytes(i for i in gateway.group.requests[-1].prompt_token_ids if i < 256)
-    error = refused(client.call, "Chat", body | {"tool_choice": "auto"})
+    error = refused(client.call, "Chat", body | {"tool_choice": "other"})
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert dict(error.trailing_metadata())["kvasir-param"] == "tools"
+    assert dict(error.trailing_metadata())["kvasir-param"] == "tool_choice"
 
 
 def test_continuations_stop_strings_and_logprobs(client):

@@ -132,7 +132,7 @@ def test_raw_and_template(gateway):
     [
         ({"suffix": "x"}, "does not support insert"),
         ({"images": ["aGk="]}, "images"),
-        ({"think": True}, "think"),
+        ({"think": True}, "no thoughts"),
         ({"think": "maybe"}, "think"),
         ({"format": "yaml"}, "format"),
         ({"keep_alive": "soon"}, "keep_alive"),

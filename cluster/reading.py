@@ -1,0 +1,140 @@
+"""How the answers of one call are read: which marks tell thoughts and calls of tools from the rest, by the model's templates."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvasir.cluster.answer_parts import AnswerReader, Part, ReadAnswer, ThoughtFormat, ToolFormat
+from kvasir.cluster.call import Call
+from kvasir.cluster.tool_formats import marks_of
+from kvasir.cluster.tool_use import ToolUse
+from kvasir.engine.errors import UnsupportedError
+from kvasir.engine.request import StructuredOutput
+from kvasir.engine.thoughts import Thoughts
+from kvasir.engine.tokenizer import Tokenizer
+
+_TAIL = 24
+"""Tokens of the prompt's end that show whether it has begun the thoughts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """Of one prompt's answers."""
+
+    tools: ToolFormat | None = None
+    thoughts: ThoughtFormat | None = None
+    begun: bool = False
+    """The prompt has begun the thoughts."""
+    use: ToolUse | None = None
+    shown: frozenset[int] = frozenset()
+    """Special tokens that are marks: they stay in the text that is read."""
+
+    @property
+    def plain(self) -> bool:
+        """The text is the answer."""
+        return self.tools is None and self.thoughts is None
+
+    def reader(self) -> AnswerReader:
+        """For one continuation."""
+        schemas = self.use.schemas if self.use else None
+        return AnswerReader(self.tools, self.thoughts, begun=self.begun, schemas=schemas)
+
+    def call_id(self, name: str, number: int) -> str:
+        """A new id for a call: in the form that the model's template wants to see again, where it wants one."""
+        form = self.tools.name if self.tools else ""
+        if form == "kimi_k2":
+            return f"functions.{name}:{number}"
+        return secrets.token_hex(5)[:9] if form == "mistral" else f"call_{secrets.token_hex(12)}"
+
+
+PLAIN = Reading()
+
+
+def reading(
+    call: Call,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    taught: tuple[ToolFormat | None, ThoughtFormat | None],
+) -> Reading:
+    """How answers to a conversation with these prompt tokens are read. taught: the model's formats."""
+    tools, thoughts = taught
+    use = call.tools
+    if use is not None:
+        tools = use.format(tools)
+    elif tools is None or tools.whole is None:
+        tools = None
+    begun = False
+    if tools is not None and tools.whole is not None:
+        thoughts = None
+    elif thoughts is not None:
+        begun, open_ = _begun(tokenizer, prompt_ids, thoughts)
+        thoughts = thoughts if open_ else None
+    marks = marks_of(tools, thoughts)
+    added = tokenizer.added_tokens
+    shown = frozenset(token for token, text in added.items() if any(text in mark for mark in marks))
+    return Reading(tools=tools, thoughts=thoughts, begun=begun, use=use, shown=shown)
+
+
+def constraints(call: Call, found: Reading, tokenizer: Tokenizer, taught: ToolFormat | None) -> dict[str, Any]:
+    """What a reading adds to the sampling: a grammar for calls, where thoughts end. UnsupportedError names what can't be."""
+    given: dict[str, Any] = {}
+    wanted: StructuredOutput | None = call.sampling.get("structured_outputs")
+    if found.use is not None and wanted is not None and not found.use.required:
+        text = 'tools and a structured output together need tool_choice "required" or "none"'
+        raise UnsupportedError(f"{text}: each answer is one or the other", param="tool_choice")
+    if found.use is not None and (calls := found.use.grammar(taught)) is not None:
+        given["structured_outputs"] = wanted = calls
+    thoughts = found.thoughts or (found.tools.thoughts if found.tools else None)
+    if (call.thinks or call.thinking_budget is not None) and thoughts is None:
+        text = "this model has no thoughts that are told from its answer (its chat template knows none, or this request"
+        raise UnsupportedError(f"{text} turns them off; see --reasoning-parser)", param="thinking")
+    if (
+        thoughts is not None
+        and (wanted is not None or call.thinking_budget is not None)
+        and "thoughts" not in call.sampling
+    ):
+        begin = () if found.begun or thoughts.always else _ids(tokenizer, thoughts.begins[0])
+        given["thoughts"] = Thoughts(begin=begin, end=_ids(tokenizer, thoughts.end), budget=call.thinking_budget)
+    return given
+
+
+def read_whole(found: Reading, text: str) -> ReadAnswer:
+    """A whole answer."""
+    answer, reader = ReadAnswer(), found.reader()
+    answer.add(reader.feed(text))
+    answer.add(reader.finish())
+    return answer
+
+
+class AnswerStream:
+    """The parts of one continuation, as its deltas come; calls get their ids."""
+
+    def __init__(self, found: Reading) -> None:
+        self._reading, self._reader = found, found.reader()
+        self.ids: list[str] = []
+        """Of the calls so far."""
+
+    def parts(self, text: str, *, last: bool) -> list[Part]:
+        """What `text` brings; `last`: nothing follows."""
+        parts = self._reader.feed(text) if text else []
+        if last:
+            parts = [*parts, *self._reader.finish()]
+        for part in parts:
+            if part.kind == "call":
+                self.ids.append(self._reading.call_id(part.text, part.call))
+        return parts
+
+
+def _begun(tokenizer: Tokenizer, prompt_ids: Sequence[int], thoughts: ThoughtFormat) -> tuple[bool, bool]:
+    """(the prompt has begun the thoughts, there may be thoughts): a prompt that ends them has none."""
+    tail = tokenizer.decode(list(prompt_ids[-_TAIL:]), skip_special_tokens=False).rstrip()
+    if tail.endswith(thoughts.end):
+        return False, False
+    return any(tail.endswith(mark.rstrip()) for mark in thoughts.begins), True
+
+
+def _ids(tokenizer: Tokenizer, mark: str) -> list[int]:
+    return tokenizer.encode(mark, add_special_tokens=False)

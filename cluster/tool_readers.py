@@ -1,0 +1,370 @@
+"""Readers of the ways in which models write calls of tools, over `Scanner`'s operations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from kvasir.cluster.answer_parts import AnswerReader
+from kvasir.cluster.text_scanner import Steps
+from kvasir.cluster.tool_values import Literals, dumps, typed
+
+_NAMES = ("name", "tool_name", "function_name")
+_ARGUMENTS = ("arguments", "parameters", "args")
+_OPEN = {"function": "{", "tool_call": "{"}
+"""Keys whose object holds name and arguments."""
+_FENCE = "```"
+
+Read = Callable[[AnswerReader, str], Steps[bool]]
+
+
+# -- objects of name and arguments
+
+
+def objects(*ends: str, bare: bool = False) -> Read:
+    """`{"name": ..., "arguments": ...}`, one, several or a list of them, up to one of `ends`; without `ends` as long as they
+    follow each other. bare: nothing announces them, so only tools that were offered count; the mark is their beginning."""
+
+    def read(answer: AnswerReader, mark: str) -> Steps[bool]:
+        scanner = answer.scanner
+        if bare:
+            scanner.skip(-len(mark))
+        found = False
+        while True:
+            yield from scanner.space()
+            if ends and (yield from scanner.literal(*ends)):
+                return True
+            char = yield from scanner.peek()
+            if char and char in "[],;" and not (char == "]" and not ends):
+                scanner.skip()
+            elif char != "{":
+                if char == "]":
+                    scanner.skip()
+                return found
+            elif not (yield from _object(answer, bare)):
+                return found
+            else:
+                found = True
+
+    return read
+
+
+def _object(answer: AnswerReader, known: bool) -> Steps[bool]:
+    """One call; back to its beginning when it isn't one."""
+    scanner = answer.scanner
+    place = scanner.keep()
+    if (yield from _members(answer, known)):
+        scanner.drop()
+        return True
+    scanner.rewind(place)
+    return False
+
+
+def _members(answer: AnswerReader, known: bool) -> Steps[bool]:
+    scanner, name, held, said, depth = answer.scanner, None, "", False, 0
+    while True:
+        yield from scanner.space()
+        char = yield from scanner.peek()
+        if char in ("{", "}", ","):
+            scanner.skip()
+            depth += (char == "{") - (char == "}")
+            if depth == 0:
+                break
+            continue
+        key = (yield from scanner.string()) if char == '"' else None
+        yield from scanner.space()
+        if key is None or not (yield from scanner.literal(":")):
+            return said
+        yield from scanner.space()
+        char = yield from scanner.peek()
+        if key in (*_NAMES, "function") and char == '"':
+            name = yield from scanner.string()
+            if known and name not in answer.schemas:
+                return False
+        elif _OPEN.get(key) == char:
+            continue
+        elif key not in _ARGUMENTS:
+            yield from scanner.value(_nowhere)
+        elif name is not None and not said:
+            if not (yield from _arguments(answer, name)):
+                return False
+            said = True
+        else:
+            parts: list[str] = []
+            yield from scanner.value(parts.append)
+            held = "".join(parts)
+    if not said and name is not None:
+        answer.call(name)
+        answer.arguments(held if held.startswith("{") else "{}")
+    return said or name is not None
+
+
+def _arguments(answer: AnswerReader, name: str) -> Steps[bool]:
+    """A call's arguments, which come next: an object, JSON text of one in a string, or nothing. False: none of these."""
+    scanner = answer.scanner
+    char = yield from scanner.peek()
+    if char == '"':
+        text = yield from scanner.string()
+        if text is None or not text.lstrip().startswith("{"):
+            return False
+        answer.call(name)
+        answer.arguments(text)
+        return True
+    if char != "{":
+        parts: list[str] = []
+        yield from scanner.value(parts.append)
+        if "".join(parts) != "null":
+            return False
+        answer.call(name)
+        answer.arguments("{}")
+        return True
+    place = scanner.keep()
+    scanner.skip()
+    yield from scanner.space()
+    first = yield from scanner.peek()
+    scanner.rewind(place)
+    if first not in ('"', "}", ""):
+        return False
+    answer.call(name)
+    yield from scanner.value(answer.arguments)
+    return True
+
+
+def _nowhere(_: str) -> None:
+    """Nobody wants it."""
+
+
+# -- a name, then the arguments' JSON
+
+
+def named(item: str, separator: str, end: str, *ends: str) -> Read:
+    """`item NAME separator JSON end`, several of them, up to one of `ends`. A type in place of the name ("function") has the
+    name behind the separator, and the JSON in a code fence: DeepSeek V3 and R1."""
+
+    def read(answer: AnswerReader, mark: str) -> Steps[bool]:
+        scanner, begun, before = answer.scanner, mark == item, answer.calls
+        while True:
+            yield from scanner.space()
+            if not begun:
+                found = yield from scanner.literal(item, *ends)
+                if found != item:
+                    return bool(found) or answer.calls > before
+            begun = False
+            name, mark_ = yield from scanner.collect([separator])
+            if mark_ is None:
+                return answer.calls > before
+            if name.strip() == "function":
+                name, _ = yield from scanner.collect(["\n"])
+            yield from scanner.space()
+            yield from scanner.literal(_FENCE + "json", _FENCE)
+            yield from scanner.space()
+            if not (yield from _arguments(answer, _bare_name(name))) and not ends:
+                return False
+            yield from scanner.until([end])
+
+    return read
+
+
+def _bare_name(name: str) -> str:
+    """Without what Kimi puts around it: functions.NAME:0."""
+    return re.sub(r"^functions\.|:\d+$", "", name.strip())
+
+
+def mistral(answer: AnswerReader, mark: str) -> Steps[bool]:
+    """`[TOOL_CALLS] [{...}]`, or since 2025 `[TOOL_CALLS]NAME[ARGS]{...}`, with a [CALL_ID] or not."""
+    scanner = answer.scanner
+    yield from scanner.space()
+    if (yield from scanner.peek()) in ("[", "{"):
+        return (yield from objects()(answer, mark))
+    name, found = yield from scanner.collect(["[ARGS]", "[CALL_ID]", "{"])
+    if found == "[CALL_ID]":
+        yield from scanner.until(["[ARGS]"])
+    elif found == "{":
+        scanner.skip(-1)
+    elif found is None:
+        return False
+    yield from scanner.space()
+    return (yield from _arguments(answer, name.strip()))
+
+
+def function(answer: AnswerReader, mark: str) -> Steps[bool]:
+    """`<function=NAME>{...}</function>`: Llama 3.1's own alternative, Functionary's."""
+    name, found = yield from answer.scanner.collect([">"])
+    if found is None:
+        return False
+    yield from answer.scanner.space()
+    if not (yield from _arguments(answer, name)):
+        return False
+    yield from answer.scanner.until(["</function>"])
+    return True
+
+
+# -- a tag for each parameter
+
+
+def tagged(
+    call: tuple[str, str, str],
+    parameter: tuple[str, str, str],
+    *ends: str,
+    decode: Callable[[str], str] = str,
+) -> Read:
+    """call, parameter: what stands before the name, behind it, and at the end. Values are typed by the tool's schema."""
+
+    def read(answer: AnswerReader, mark: str) -> Steps[bool]:
+        scanner, begun, before = answer.scanner, mark == call[0], answer.calls
+        while True:
+            if not begun:
+                found = yield from scanner.until([call[0], *ends])
+                if found != call[0]:
+                    return answer.calls > before or found is not None
+            begun = False
+            name, found = yield from scanner.collect([call[1]])
+            if found is None:
+                return answer.calls > before
+            yield from _parameters(answer, name.strip(), call[2], parameter, decode)
+            if not ends:
+                return True
+
+    return read
+
+
+def _parameters(
+    answer: AnswerReader, name: str, end: str, form: tuple[str, str, str], decode: Callable[[str], str]
+) -> Steps[None]:
+    scanner, schemas, written = answer.scanner, answer.properties(name), "{"
+    answer.call(name)
+    while (yield from scanner.until([form[0], end])) == form[0]:
+        head, _ = yield from scanner.collect([form[1]])
+        key, _, rest = head.partition('"') if form[0].endswith('"') else (head, "", "")
+        value, mark = yield from scanner.collect([form[2], end])
+        text = _unwrapped(decode(value))
+        forced = text if 'string="true"' in rest else typed(text, schemas.get(key.strip()))
+        answer.arguments(f"{written}{dumps(key.strip())}: {dumps(forced)}")
+        written = ", "
+        if mark != form[2]:
+            break
+    answer.arguments("{}" if written == "{" else "}")
+
+
+def _unwrapped(text: str) -> str:
+    """Without the line breaks around it that belong to the tags."""
+    text = text[1:] if text.startswith("\n") else text
+    return text[:-1] if text.endswith("\n") else text
+
+
+def glm(answer: AnswerReader, mark: str) -> Steps[bool]:
+    """`<tool_call>NAME <arg_key>K</arg_key><arg_value>V</arg_value> </tool_call>`."""
+    scanner, written = answer.scanner, "{"
+    name, found = yield from scanner.collect(["<arg_key>", "</tool_call>"])
+    if found is None or not name.strip():
+        return False
+    name = name.strip()
+    schemas = answer.properties(name)
+    answer.call(name)
+    while found == "<arg_key>":
+        key, _ = yield from scanner.collect(["</arg_key>"])
+        yield from scanner.space()
+        opened = yield from scanner.literal("<arg_value>")
+        value, found = yield from scanner.collect(
+            ["</arg_value>", "<arg_key>", "</tool_call>"]
+        )  # models forget to close
+        text = value if opened else value.strip()
+        answer.arguments(f"{written}{dumps(key.strip())}: {dumps(typed(text, schemas.get(key.strip())))}")
+        written = ", "
+        if found == "</arg_value>":
+            found = yield from scanner.until(["<arg_key>", "</tool_call>"])
+    answer.arguments("{}" if written == "{" else "}")
+    return True
+
+
+# -- calls as a programming language has them
+
+
+def pythonic(*ends: str) -> Read:
+    """`[f(a=1), g(b="x")]` up to one of `ends`; without them the whole answer from "[" on, of tools that were offered."""
+
+    def read(answer: AnswerReader, mark: str) -> Steps[bool]:
+        parts: list[str] = []
+        if ends:
+            yield from answer.scanner.until(ends, parts.append)
+        else:
+            answer.scanner.skip(-1)
+            yield from answer.scanner.value(parts.append)
+        try:
+            calls = Literals("".join(parts)).calls()
+        except ValueError:
+            return False
+        if not calls or (not ends and not all(name in answer.schemas for name, _ in calls)):
+            return False
+        for name, arguments in calls:
+            answer.call(name)
+            answer.arguments(dumps(arguments))
+        return True
+
+    return read
+
+
+def gemma(end: str, quote: str) -> Read:
+    """`call:NAME{key:value}`, strings between `quote`s of their own."""
+
+    def read(answer: AnswerReader, mark: str) -> Steps[bool]:
+        if mark == end:  # one too many
+            return True
+        text, _ = yield from answer.scanner.collect([end])
+        head, brace, rest = text.strip().partition("{")
+        try:
+            arguments = Literals(brace + rest, (quote, "'")).mapping() if brace else {}
+        except ValueError:
+            return False
+        name = head.partition(":")[2].strip() if head.startswith("call:") else ""
+        if not name:
+            return False
+        answer.call(name)
+        answer.arguments(dumps(arguments))
+        return True
+
+    return read
+
+
+# -- channels
+
+
+_TO = re.compile(r"to=(?:functions\.)?([^\s<]+)")
+_CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
+
+
+def harmony(answer: AnswerReader) -> Steps[None]:
+    """gpt-oss: messages in channels; `to=functions.NAME` is a call. https://github.com/openai/harmony"""
+    scanner = answer.scanner
+    while True:
+        head, mark = yield from scanner.collect(["<|message|>"])
+        if mark is None:
+            answer.content("" if "<|channel|>" in head or head.strip() == "<|start|>assistant" else head)
+            return
+        recipient, channel = _TO.search(head), _CHANNEL.search(head)
+        take = answer.reasoning if channel and channel[1] == "analysis" else answer.content
+        if recipient:
+            answer.call(recipient[1])
+            take = answer.arguments
+        if (yield from scanner.until(["<|end|>", "<|call|>", "<|return|>", "<|start|>"], take)) is None:
+            return
+
+
+def never(_: AnswerReader, __: str) -> Steps[bool]:
+    yield from ()
+    return False
+
+
+def cohere(answer: AnswerReader) -> Steps[None]:
+    """Command R7B and later: thoughts, actions and the response, each between marks of its own."""
+    scanner = answer.scanner
+    begins = ("<|START_THINKING|>", "<|START_ACTION|>", "<|START_RESPONSE|>", "<|START_TEXT|>")
+    while (mark := (yield from scanner.until(begins, answer.content))) is not None:
+        kind = mark.removeprefix("<|START_")
+        if kind == "ACTION|>":
+            if not (yield from objects("<|END_ACTION|>")(answer, mark)):
+                yield from scanner.until(["<|END_ACTION|>"], answer.content)
+        else:
+            take = answer.reasoning if kind == "THINKING|>" else answer.content
+            yield from scanner.until([f"<|END_{kind}"], take)
+            answer.gap()

@@ -1,0 +1,162 @@
+"""What a call says about tools, and the grammar that holds the model to it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvasir.cluster.answer_parts import ToolFormat
+from kvasir.cluster.tool_formats import TOOL_FORMATS
+from kvasir.engine.errors import ClientError, UnsupportedError
+from kvasir.engine.request import StructuredOutput
+
+MAX_TOOLS = 512
+_NAME = re.compile(r"""[^\x00-\x1f"'\\<>{}\[\]]{1,128}""")
+_MODES = ("auto", "none", "required")
+
+Json = dict[str, Any]
+Tool = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToolUse:
+    """Tools that the model may call, in OpenAI's shape."""
+
+    tools: Sequence[Tool]
+    names: tuple[str, ...]
+    """Those of them that it may call now."""
+    required: bool = False
+    """The answer is a call."""
+    parallel: bool = True
+    """It may make several calls in one answer."""
+
+    @property
+    def schemas(self) -> dict[str, Any]:
+        """Tool -> its parameters' schema."""
+        return {tool["function"]["name"]: tool["function"].get("parameters") for tool in self.tools}
+
+    def format(self, taught: ToolFormat | None) -> ToolFormat:
+        """How calls are written: as the model was `taught`, but where that can't be enforced and has to be, as JSON."""
+        if taught is None or (self.required and taught.call is None):
+            return TOOL_FORMATS["json"]
+        return taught
+
+    def grammar(self, taught: ToolFormat | None) -> StructuredOutput | None:
+        """What holds the model to it; None: nothing can, and nobody was promised that."""
+        form = self.format(taught)
+        strict = [name for name in self.names if self._function(name).get("strict")]
+        if form.call is None or (not self.required and form.whole is not None):
+            if strict:
+                text = f"tool {strict[0]!r} is strict, which can't be enforced in this model's format of calls ({form.name})"
+                raise UnsupportedError(f'{text}; use tool_choice "required" or leave strict out', param="tools")
+            return None
+        content = self._required(form) if self.required else self._triggered(form)
+        return StructuredOutput(structural_tag=json.dumps({"type": "structural_tag", "format": content}))
+
+    def _required(self, form: ToolFormat) -> Json:
+        before, between, behind = form.wrap
+        calls = self._calls(form, between)
+        return {"type": "tag", "begin": before, "content": calls, "end": behind} if before or behind else calls
+
+    def _triggered(self, form: ToolFormat) -> Json:
+        """Free text, until a call begins."""
+        before, between, behind = form.wrap
+        tags = self._tags(form)
+        if before:
+            tags = [{"begin": before, "content": self._calls(form, between), "end": behind}]
+        bare = len(form.begins[0]) == 1  # what announces such calls is their own beginning
+        trigger = tags[0]["begin"].partition(self.names[0])[0] if bare else form.begins[0]
+        return {"type": "triggered_tags", "triggers": [trigger], "tags": tags, "stop_after_first": not self.parallel}
+
+    def _calls(self, form: ToolFormat, between: str) -> Json:
+        calls: Json = {"type": "tags_with_separator", "tags": self._tags(form), "separator": between}
+        return calls | {"at_least_one": True, "stop_after_first": not self.parallel}
+
+    def _tags(self, form: ToolFormat) -> list[Json]:
+        assert form.call is not None
+        begin, end = form.call
+        return [
+            {"begin": begin.replace("NAME", name), "content": self._arguments(name), "end": end} for name in self.names
+        ]
+
+    def _arguments(self, name: str) -> Json:
+        function = self._function(name)
+        schema = {"type": "object", **(function.get("parameters") or {})}
+        exact = self.required or bool(function.get("strict"))
+        return {"type": "json_schema", "json_schema": schema, "lenient": not exact}
+
+    def _function(self, name: str) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = next(t["function"] for t in self.tools if t["function"]["name"] == name)
+        return found
+
+
+def tool_use(tools: Sequence[Tool] | None, choice: object, parallel: bool = True) -> ToolUse | None:
+    """Checked; None: there are no tools, or none may be called. ClientError names what is wrong."""
+    names = [_checked(tool, f"tools[{number}]") for number, tool in enumerate(tools or ())]
+    if len(names) > MAX_TOOLS:
+        raise ClientError(f"tools holds {len(names)} tools; {MAX_TOOLS} at most", param="tools")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ClientError(f"tools holds {twice[0]!r} twice", param="tools")
+    mode, allowed = _choice(choice)
+    if not tools:
+        if mode == "required" or allowed is not None:
+            raise ClientError("tool_choice needs tools", param="tool_choice")
+        return None
+    if unknown := [name for name in allowed or () if name not in names]:
+        raise ClientError(f"tool_choice names {unknown[0]!r:.60}, which isn't in tools", param="tool_choice")
+    if mode == "none":
+        return None
+    single = isinstance(choice, Mapping) and choice.get("type") != "allowed_tools"
+    return ToolUse(
+        tools=tools,
+        names=tuple(names if allowed is None else allowed),
+        required=mode == "required",
+        parallel=parallel and not single,
+    )
+
+
+def _checked(tool: Tool, at: str) -> str:
+    """The tool's name."""
+    if tool.get("type", "function") != "function" or not isinstance(tool.get("function"), Mapping):
+        kind = tool.get("type")
+        raise UnsupportedError(f'{at}: only tools of type "function" are supported, got {kind!r:.60}', param="tools")
+    function = tool["function"]
+    name, parameters = function.get("name"), function.get("parameters")
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name != name.strip():
+        text = f"{at}.function.name must be 1 to 128 characters without quotes, brackets and control characters"
+        raise ClientError(f"{text}, got {name!r:.60}", param="tools")
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise ClientError(f"{at}.function.parameters must be a JSON Schema, got {parameters!r:.60}", param="tools")
+    if parameters and parameters.get("type", "object") != "object":
+        raise ClientError(f"{at}.function.parameters must be the schema of an object", param="tools")
+    return name
+
+
+def _choice(choice: object) -> tuple[str, list[str] | None]:
+    """(auto, none or required; the tools it allows, or None for all)."""
+    if choice is None:
+        return "auto", None
+    if isinstance(choice, str) and (choice in _MODES or choice == "any"):
+        return ("required" if choice == "any" else choice), None
+    if isinstance(choice, Mapping):
+        kind = choice.get("type", "function")
+        if kind == "allowed_tools":
+            inner = choice.get("allowed_tools", choice)
+            mode, tools = inner.get("mode", "auto"), inner.get("tools")
+            if mode in ("auto", "required") and isinstance(tools, list) and tools:
+                return mode, [_named(tool) for tool in tools]
+        elif kind == "function":
+            return "required", [_named(choice)]
+    text = 'tool_choice must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}'
+    raise ClientError(f"{text}, got {choice!r:.80}", param="tool_choice")
+
+
+def _named(choice: object) -> str:
+    inner = choice.get("function", choice) if isinstance(choice, Mapping) else None
+    name = inner.get("name") if isinstance(inner, Mapping) else None
+    if not isinstance(name, str):
+        raise ClientError(f"tool_choice must name a function, got {choice!r:.80}", param="tool_choice")
+    return name
