@@ -82,10 +82,7 @@ def constraints(call: Call, found: Reading, tokenizer: Tokenizer, taught: ToolFo
     """What a reading adds to the sampling: a grammar for calls, where thoughts end. UnsupportedError names what can't be."""
     given: dict[str, Any] = {}
     wanted: StructuredOutput | None = call.sampling.get("structured_outputs")
-    if found.use is not None and wanted is not None and not found.use.required:
-        text = 'tools and a structured output together need tool_choice "required" or "none"'
-        raise UnsupportedError(f"{text}: each answer is one or the other", param="tool_choice")
-    if found.use is not None and (calls := found.use.grammar(taught)) is not None:
+    if found.use is not None and (calls := found.use.grammar(taught, instead=wanted)) is not None:
         given["structured_outputs"] = wanted = calls
     thoughts = found.thoughts or (found.tools.thoughts if found.tools else None)
     if (call.thinks or call.thinking_budget is not None) and thoughts is None:

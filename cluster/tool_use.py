@@ -44,16 +44,23 @@ class ToolUse:
             return TOOL_FORMATS["json"]
         return taught
 
-    def grammar(self, taught: ToolFormat | None) -> StructuredOutput | None:
-        """What holds the model to it; None: nothing can, and nobody was promised that."""
+    def grammar(self, taught: ToolFormat | None, instead: StructuredOutput | None = None) -> StructuredOutput | None:
+        """What holds the model to it; None: nothing can, and nobody was promised that. instead: what an answer that is no
+        call has to look like."""
         form = self.format(taught)
         strict = [name for name in self.names if self._function(name).get("strict")]
         if form.call is None or (not self.required and form.whole is not None):
             if strict:
                 text = f"tool {strict[0]!r} is strict, which can't be enforced in this model's format of calls ({form.name})"
                 raise UnsupportedError(f'{text}; use tool_choice "required" or leave strict out', param="tools")
+            if instead is not None:
+                text = f"tools and a structured output together can't be enforced in this model's format of calls ({form.name})"
+                raise UnsupportedError(f'{text}; use tool_choice "required" or "none"', param="tool_choice")
             return None
-        content = self._required(form) if self.required else self._triggered(form)
+        if instead is not None and not self.required:
+            content = {"type": "or", "elements": [_schema(instead), self._required(form)]}
+        else:
+            content = self._required(form) if self.required else self._triggered(form)
         return StructuredOutput(structural_tag=json.dumps({"type": "structural_tag", "format": content}))
 
     def _required(self, form: ToolFormat) -> Json:
@@ -91,6 +98,14 @@ class ToolUse:
     def _function(self, name: str) -> Mapping[str, Any]:
         found: Mapping[str, Any] = next(t["function"] for t in self.tools if t["function"]["name"] == name)
         return found
+
+
+def _schema(wanted: StructuredOutput) -> Json:
+    """As a part of a structural tag."""
+    if wanted.json is None and not wanted.json_object:
+        text = "beside tools a structured output must be a JSON Schema, where the model is free to call"
+        raise UnsupportedError(f'{text}; use tool_choice "required" or "none"', param="tool_choice")
+    return {"type": "json_schema", "json_schema": json.loads(wanted.json) if wanted.json else {"type": "object"}}
 
 
 def tool_use(tools: Sequence[Tool] | None, choice: object, parallel: bool = True) -> ToolUse | None:

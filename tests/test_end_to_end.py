@@ -267,6 +267,58 @@ def test_what_can_t_be_enforced_is_refused(skald: Server, stream: bool, body: An
         chat(skald, "Hi", stream=stream, extra_body=body)
 
 
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the weather of a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+def test_a_tool_is_called_and_its_result_told(skald: Server) -> None:
+    messages: list[Any] = [{"role": "user", "content": "What is the weather in Bergen?"}]
+    with skald.client() as client:
+        ask: Any = {"model": "skald", "messages": messages, "tools": [WEATHER], "temperature": 0}
+        (choice,) = client.chat.completions.create(**ask).choices
+        (call,) = choice.message.tool_calls or []
+        assert choice.finish_reason == "tool_calls"
+        assert call.type == "function"
+        assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Bergen"})
+        chunks = [
+            chunk.choices[0].delta for chunk in client.chat.completions.create(**ask, stream=True) if chunk.choices
+        ]
+        told = [delta.tool_calls[0].function for delta in chunks if delta.tool_calls]
+        assert "".join(part.arguments or "" for part in told if part) == call.function.arguments
+        messages += [choice.message, {"role": "tool", "tool_call_id": call.id, "content": "rain, 9 degrees"}]
+        answer = client.chat.completions.create(**ask).choices[0]
+        assert answer.finish_reason == "stop"
+        assert "rain" in (answer.message.content or "")
+
+
+def test_forced_calls_fit_their_schemas(skald: Server) -> None:
+    """Whatever is drawn at a high temperature."""
+    schema = {
+        "type": "object",
+        "properties": {"level": {"enum": ["low", "high"]}, "count": {"type": "integer", "minimum": 1, "maximum": 99}},
+        "required": ["level", "count"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "function": {"name": "set_level", "strict": True, "parameters": schema}}
+    with skald.client() as client:
+        ask: Any = {"model": "skald", "messages": [{"role": "user", "content": "Hi"}], "tools": [tool, WEATHER], "n": 8}
+        named = {"type": "function", "function": {"name": "set_level"}}
+        for choice in client.chat.completions.create(**ask, temperature=2, tool_choice=named).choices:
+            (call,) = choice.message.tool_calls or []
+            assert call.type == "function"
+            jsonschema.validate(json.loads(call.function.arguments), schema)
+        for choice in client.chat.completions.create(
+            **ask, temperature=1.2, tool_choice="required", max_tokens=400
+        ).choices:
+            assert choice.finish_reason == "length" or choice.message.tool_calls
+
+
 def test_a_heavy_grammar_costs_its_sender_alone(skald: Server) -> None:
     heavy = {"guided_regex": "((a|b|c){1,200}x(d|e){1,200}){1,200}"}
     with concurrent.futures.ThreadPoolExecutor(4) as pool:

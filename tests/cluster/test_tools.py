@@ -24,6 +24,7 @@ from kvasir.cluster.tool_formats import THOUGHT_FORMATS, TOOL_FORMATS, taught_th
 from kvasir.cluster.tool_use import tool_use
 from kvasir.engine.chat_template import ChatTemplates
 from kvasir.engine.errors import ClientError, UnsupportedError
+from kvasir.engine.request import StructuredOutput
 from kvasir.engine.structural_tag import tag_grammar
 from kvasir.proto import inference_pb2 as pb
 from kvasir.proto.inference_pb2_grpc import InferenceStub
@@ -377,6 +378,17 @@ def test_a_free_choice_holds_calls_alone(form):
     assert not accepts(wanted, "Let me see. " + bad)
 
 
+def test_an_answer_beside_tools_may_have_a_schema():
+    wanted = StructuredOutput(json='{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}')
+    held = tool_use([TOOL], "auto").grammar(TOOL_FORMATS["hermes"], instead=wanted)
+    assert accepts(held, '{"a": 1}')
+    assert accepts(held, SAMPLES["hermes"])
+    assert not accepts(held, "Hello")
+    assert not accepts(held, '{"a": "b"}')
+    with pytest.raises(UnsupportedError, match="qwen3_coder"):
+        tool_use([TOOL], "auto").grammar(TOOL_FORMATS["qwen3_coder"], instead=wanted)
+
+
 def test_strict_tools_are_enforced_or_refused():
     strict = {"type": "function", "function": {"name": "f", "strict": True, "parameters": WEATHER}}
     with pytest.raises(UnsupportedError, match="'f' is strict"):
@@ -534,7 +546,7 @@ def test_answers_without_tools_keep_what_looks_like_calls(thinker):
     [
         ({"thinking_token_budget": -1}, "thinking_token_budget"),
         ({"reasoning_effort": "a lot"}, "reasoning_effort"),
-        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "tool_choice"),
+        ({"tools": [TOOL], "guided_regex": "a+"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": "maybe"}, "tool_choice"),
         ({"tools": [{"type": "function", "function": {"name": "\n"}}]}, "tools"),
     ],
