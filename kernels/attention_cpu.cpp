@@ -33,8 +33,8 @@ struct Call {
   int64_t threads;
 };
 
-struct Unit { // some rows of one sequence under one kv head, and some parts of their keys
-  int32_t sequence, head, first, count;
+struct Unit { // some rows of one sequence under some kv heads, and some parts of their keys
+  int32_t sequence, head, heads, first, count;
   int64_t part, parts;
   int64_t partial; // where its sums go, in floats; -1: it ends here
 };
@@ -45,20 +45,19 @@ template <class T, bool PAIRS>
 struct Worker {
   const Call &c;
   const Unit &u;
-  const int64_t group, rows, wide, length, origin; // origin: position of the unit's first row
-  float *kt, *vt, *scores, *acc, *total, *queries;
-  float *m, *l, *total_m, *total_l, *weights;
+  const int64_t group, rows, all, wide, length, origin; // rows: of one kv head; origin: position of the unit's first row
+  float *kt, *vt, *scores, *weights, *acc, *total, *queries, *m, *total_m, *total_l;
   int64_t *low, *high;
   F16 *lanes;
 
-  static int64_t bytes(const Call &c, int64_t rows) {
-    int64_t wide = up(c.value_dim, 16);
-    return 4 * (TILE * (up(c.dim, 16) + wide) + rows * (2 * TILE + 2 * wide + up(c.dim, 16) + 16 + 8) + 16 * rows) + 4096;
+  static int64_t bytes(const Call &c, int64_t rows, int64_t heads) {
+    int64_t wide = up(c.value_dim, 16), dim = up(c.dim, 16);
+    return 4 * (TILE * (dim + wide) + rows * (2 * TILE + 4) + heads * rows * (2 * wide + dim + 16 + 3)) + 4096;
   }
 
   Worker(const Call &call, const Unit &unit, char *memory)
-      : c(call), u(unit), group(c.heads / c.kv_heads), rows(unit.count * group), wide(up(c.value_dim, 16)),
-        length(c.lengths[unit.sequence]),
+      : c(call), u(unit), group(c.heads / c.kv_heads), rows(unit.count * group), all(rows * unit.heads),
+        wide(up(c.value_dim, 16)), length(c.lengths[unit.sequence]),
         origin(length - (c.starts[unit.sequence + 1] - c.starts[unit.sequence]) + unit.first) {
     auto take = [&](int64_t floats) {
       char *found = memory;
@@ -67,17 +66,16 @@ struct Worker {
     };
     kt = take(TILE * up(c.dim, 16)), vt = take(TILE * wide);
     scores = take(rows * TILE), weights = take(rows * TILE);
-    acc = take(rows * wide), total = take(rows * wide);
-    queries = take(rows * up(c.dim, 16));
-    lanes = (F16 *)take(rows * 16);
-    m = take(rows), l = take(rows), total_m = take(rows), total_l = take(rows);
     low = (int64_t *)take(2 * rows), high = (int64_t *)take(2 * rows);
+    acc = take(all * wide), total = take(all * wide), queries = take(all * up(c.dim, 16));
+    lanes = (F16 *)take(all * 16);
+    m = take(all), total_m = take(all), total_l = take(all);
   }
 
-  const T *query(int64_t i) const {
-    int64_t row = c.starts[u.sequence] + u.first + i / group, head = u.head * group + i % group;
-    return (const T *)c.q + row * c.q_row + head * c.q_head;
-  }
+  // Row i of all: kv head by kv head, its query heads' rows.
+  int64_t row(int64_t i) const { return c.starts[u.sequence] + u.first + i % rows / group; }
+  int64_t head(int64_t i) const { return (u.head + i / rows) * group + i % group; }
+  const T *query(int64_t i) const { return (const T *)c.q + row(i) * c.q_row + head(i) * c.q_head; }
 
   // The keys that a row at this position sees: low..high, both included.
   void range(int64_t position, int64_t &from, int64_t &to) const {
@@ -92,17 +90,34 @@ struct Worker {
     }
   }
 
-  const T *slot(const void *cache, int64_t key) const {
-    int64_t number = c.table[u.sequence * c.table_row + key / c.block_size];
-    return (const T *)cache + number * c.block + key % c.block_size * c.slot + u.head * c.head;
+  // Where each of the keys of a tile lies, in numbers from the cache's start; -1: beyond the sequence.
+  void find(int64_t tile, int64_t *places) const {
+    int64_t number = tile / c.block_size, within = tile % c.block_size;
+    const int32_t *table = c.table + u.sequence * c.table_row;
+    int64_t count = std::min(TILE, length - tile);
+    for (int64_t j = 0; j < count;) {
+      int64_t place = table[number++] * c.block + within * c.slot;
+      for (; j < count && within < c.block_size; j++, within++, place += c.slot) places[j] = place;
+      within = 0;
+    }
+    for (int64_t j = std::max<int64_t>(count, 0); j < TILE; j++) places[j] = -1;
+  }
+
+  const T *at(const void *cache, int64_t place, int64_t h) const {
+    return place < 0 ? nullptr : (const T *)cache + place + (u.head + h) * c.head;
+  }
+
+  static void prefetch(const T *row, int64_t dim) {
+    for (int64_t b = 0; row && b < dim * (int64_t)sizeof(T); b += 64) __builtin_prefetch((const char *)row + b, 0, 2);
   }
 
   // kt[dim (pairs)][TILE]: keys of a tile side by side; keys beyond the sequence are zero.
-  void pack_keys(int64_t tile) {
+  // Meanwhile those of the next tile or head are called for.
+  void pack_keys(const int64_t *places, int64_t h, const int64_t *next, int64_t next_h) {
     int64_t dims = PAIRS ? c.dim / 2 : c.dim;
     for (int64_t j = 0; j < TILE; j += 16) {
       const T *from[16];
-      for (int64_t i = 0; i < 16; i++) from[i] = tile + j + i < length ? slot(c.k, tile + j + i) : nullptr;
+      for (int64_t i = 0; i < 16; i++) from[i] = at(c.k, places[j + i], h), prefetch(at(c.k, next[j + i], next_h), c.dim);
 #ifdef __AVX512F__
       for (int64_t d = 0; d < dims; d += 16) {
         __m512 r[16];
@@ -149,13 +164,15 @@ struct Worker {
 #endif
 
   // vt[TILE][wide], or vt[TILE / 2][wide] of pairs of neighbouring keys; zero beyond the sequence: 0 * NaN is NaN.
-  void pack_values(int64_t tile) {
+  void pack_values(const int64_t *places, int64_t h, const int64_t *next, int64_t next_h) {
     const void *cache = c.v ? c.v : c.k;
     for (int64_t j = 0; j < TILE; j += PAIRS ? 2 : 1) {
-      const T *from = tile + j < length ? slot(cache, tile + j) : nullptr;
+      const T *from = at(cache, places[j], h);
+      if (c.v)
+        for (int64_t i = 0; i < (PAIRS ? 2 : 1); i++) prefetch(at(cache, next[j + i], next_h), c.value_dim);
 #if KVASIR_PAIRS
       if constexpr (PAIRS) {
-        const T *next = tile + j + 1 < length ? slot(cache, tile + j + 1) : nullptr;
+        const T *next = at(cache, places[j + 1], h);
         const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
                                                5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
         const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
@@ -173,17 +190,6 @@ struct Worker {
 #endif
       for (int64_t d = 0; d < wide; d += 16)
         store(vt + j * wide + d, from ? widen(from + d, c.value_dim - d) : splat(0.0f));
-    }
-  }
-
-  void prefetch(int64_t tile) const {
-    int64_t end = std::min(tile + TILE, length);
-    for (int64_t key = tile; key < end; key++) {
-      const char *k = (const char *)slot(c.k, key);
-      for (int64_t b = 0; b < c.dim * (int64_t)sizeof(T); b += 64) __builtin_prefetch(k + b, 0, 2);
-      if (!c.v) continue;
-      const char *v = (const char *)slot(c.v, key);
-      for (int64_t b = 0; b < c.value_dim * (int64_t)sizeof(T); b += 64) __builtin_prefetch(v + b, 0, 2);
     }
   }
 
@@ -234,12 +240,12 @@ struct Worker {
   // Scores of a tile for row i become weights; what was summed before is scaled to the new largest score.
   __attribute__((noinline)) void weigh(int64_t i, int64_t tile) {
     F16 x[4];
-    float *s = scores + i * TILE;
+    float *s = scores + i % rows * TILE, *w = weights + i % rows * TILE;
     const I16 number = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    int32_t from = (int32_t)(low[i] - tile), to = (int32_t)(high[i] - tile);
+    int32_t from = (int32_t)(low[i % rows] - tile), to = (int32_t)(high[i % rows] - tile);
     bool whole = from <= 0 && to >= TILE - 1;
-    float slope = c.slopes ? c.slopes[u.head * group + i % group] : 0.0f;
-    float behind = (float)(origin + i / group - tile);
+    float slope = c.slopes ? c.slopes[head(i)] : 0.0f;
+    float behind = (float)(origin + i % rows / group - tile);
     F16 best = splat(-INFINITY);
     for (int j = 0; j < 4; j++) {
       x[j] = load<F16>(s + 16 * j) * c.scale;
@@ -255,7 +261,7 @@ struct Worker {
     float now = largest(best);
     if (!(now > m[i])) now = m[i];
     if (now == -INFINITY) { // nothing seen yet
-      std::memset(weights + i * TILE, 0, TILE * 4);
+      std::memset(w, 0, TILE * 4);
       return;
     }
     if (now != m[i]) {
@@ -268,42 +274,47 @@ struct Worker {
       F16 e = exponential(x[j] - now);
       lanes[i] += e;
       if (PAIRS)
-        store((bf16 *)(weights + i * TILE) + 16 * j, rounded(e));
+        store((bf16 *)w + 16 * j, rounded(e));
       else
-        store(weights + i * TILE + 16 * j, e);
+        store(w + 16 * j, e);
     }
   }
 
-  void one_tile(int64_t tile) {
-    pack_keys(tile);
-    int64_t inner = PAIRS ? c.dim / 2 : c.dim;
+  void one_tile(int64_t tile, const int64_t *places, int64_t h, const int64_t *next, int64_t next_h) {
+    pack_keys(places, h, next, next_h);
+    int64_t inner = PAIRS ? c.dim / 2 : c.dim, base = h * rows;
     const float *from[BLOCK];
     for (int64_t i = 0; i < rows; i += BLOCK) {
       int64_t count = std::min<int64_t>(BLOCK, rows - i);
-      for (int64_t r = 0; r < count; r++) from[r] = PAIRS ? (const float *)query(i + r) : queries + (i + r) * up(c.dim, 16);
+      for (int64_t r = 0; r < count; r++)
+        from[r] = PAIRS ? (const float *)query(base + i + r) : queries + (base + i + r) * up(c.dim, 16);
       multiply<4>(count, from, inner, kt, TILE, scores + i * TILE, TILE, false);
     }
-    for (int64_t i = 0; i < rows; i++) weigh(i, tile);
-    pack_values(tile);
+    for (int64_t i = 0; i < rows; i++) weigh(base + i, tile);
+    pack_values(places, h, next, next_h);
     for (int64_t i = 0; i < rows; i += BLOCK) {
       int64_t count = std::min<int64_t>(BLOCK, rows - i), d = 0;
       for (int64_t r = 0; r < count; r++) from[r] = weights + (i + r) * TILE;
-      float *to = acc + i * wide;
+      float *to = acc + (base + i) * wide;
       for (; d + 64 <= wide; d += 64) multiply<4>(count, from, PAIRS ? TILE / 2 : TILE, vt + d, wide, to + d, wide, true);
       for (; d < wide; d += 16) multiply<1>(count, from, PAIRS ? TILE / 2 : TILE, vt + d, wide, to + d, wide, true);
     }
   }
 
-  // One part's sums, from nothing.
+  // One part's sums, from nothing: tile by tile under all heads, whose keys are neighbours in a block.
   void one_part(int64_t part, int64_t first, int64_t last) {
-    for (int64_t i = 0; i < rows; i++) m[i] = -INFINITY, lanes[i] = splat(0.0f);
-    std::memset(acc, 0, rows * wide * 4);
+    for (int64_t i = 0; i < all; i++) m[i] = -INFINITY, lanes[i] = splat(0.0f);
+    std::memset(acc, 0, all * wide * 4);
     int64_t begin = std::max(part * PART, first / TILE * TILE), end = std::min((part + 1) * PART, last + 1);
-    for (int64_t tile = begin; tile < end; tile += TILE) {
-      if (tile + TILE <= last) prefetch(tile + TILE);
-      one_tile(tile);
+    int64_t places[2][TILE];
+    find(begin, places[0]);
+    for (int64_t tile = begin, turn = 0; tile < end; tile += TILE, turn ^= 1) {
+      find(tile + TILE < end ? tile + TILE : length, places[turn ^ 1]);
+      for (int64_t h = 0; h < u.heads; h++) {
+        bool over = h + 1 == u.heads;
+        one_tile(tile, places[turn], h, places[turn ^ over], over ? 0 : h + 1);
+      }
     }
-    for (int64_t i = 0; i < rows; i++) l[i] = sum(lanes[i]);
   }
 
   void prepare(int64_t &first, int64_t &last) {
@@ -311,11 +322,13 @@ struct Worker {
     for (int64_t i = 0; i < rows; i++) {
       range(origin + i / group, low[i], high[i]);
       first = std::min(first, low[i]), last = std::max(last, high[i]);
+    }
+    for (int64_t i = 0; i < all; i++) {
       total_m[i] = -INFINITY, total_l[i] = 0.0f;
       if (!PAIRS)
         for (int64_t d = 0; d < c.dim; d += 16) store(queries + i * up(c.dim, 16) + d, widen(query(i) + d, c.dim - d));
     }
-    std::memset(total, 0, rows * wide * 4);
+    std::memset(total, 0, all * wide * 4);
   }
 
   // What a part found joins what the parts before it found. One copy of the code, so that it always rounds alike.
@@ -333,34 +346,34 @@ struct Worker {
   }
 
   __attribute__((noinline)) void finish() {
-    for (int64_t i = 0; i < rows; i++) {
+    for (int64_t i = 0; i < all; i++) {
       float sum = total_l[i], factor = 1.0f;
       if (c.sinks) {
-        float sink = c.sinks[u.head * group + i % group], now = std::max(total_m[i], sink);
+        float sink = c.sinks[head(i)], now = std::max(total_m[i], sink);
         factor = exponential(splat(total_m[i] - now))[0];
         sum = sum * factor + exponential(splat(sink - now))[0];
       }
       factor /= sum;
-      int64_t row = c.starts[u.sequence] + u.first + i / group, head = u.head * group + i % group;
-      T *to = (T *)c.out + (row * c.heads + head) * c.value_dim;
+      T *to = (T *)c.out + (row(i) * c.heads + head(i)) * c.value_dim;
       for (int64_t d = 0; d < c.value_dim; d += 16)
         narrow(to + d, load<F16>(total + i * wide + d) * factor, c.value_dim - d);
     }
   }
 
-  // `partials`: where units leave [rows][wide + 2] for each of their parts.
+  // `partials`: where units leave [all][wide + 2] for each of their parts.
   void run(float *partials) {
     int64_t first, last;
     prepare(first, last);
     for (int64_t part = u.part; part < u.part + u.parts; part++) {
       one_part(part, first, last);
-      for (int64_t i = 0; i < rows; i++) {
+      for (int64_t i = 0; i < all; i++) {
+        float l = sum(lanes[i]);
         if (u.partial < 0) {
-          merge(i, m[i], l[i], acc + i * wide);
+          merge(i, m[i], l, acc + i * wide);
           continue;
         }
         float *to = partials + u.partial + i * (wide + 2);
-        to[0] = m[i], to[1] = l[i];
+        to[0] = m[i], to[1] = l;
         std::memcpy(to + 2, acc + i * wide, wide * 4);
       }
     }
@@ -371,8 +384,8 @@ struct Worker {
     int64_t first, last;
     prepare(first, last);
     for (int64_t p = 0; p < u.parts; p++)
-      for (int64_t i = 0; i < rows; i++) {
-        const float *from = partials + u.partial + (p * rows + i) * (wide + 2);
+      for (int64_t i = 0; i < all; i++) {
+        const float *from = partials + u.partial + (p * all + i) * (wide + 2);
         merge(i, from[0], from[1], from + 2);
       }
     finish();
@@ -381,18 +394,31 @@ struct Worker {
 
 thread_local Scratch scratch, sums;
 
-// Rows, heads and, when those are few, parts of the keys, for the threads to share.
+// Kv heads that one thread takes together: all of them, for the sake of long reads, unless their rows leave the cache or the
+// threads would be idle.
+int64_t heads_at_once(const Call &c, int64_t units, int64_t rows) {
+  if (rows > 16) return 1;
+  int64_t pieces = std::min(c.kv_heads, (2 * c.threads + units - 1) / units);
+  return (c.kv_heads + pieces - 1) / pieces;
+}
+
+// The rows that go together, the long ones first.
 template <class T, bool PAIRS>
-void attend(const Call &c) {
-  int64_t group = c.heads / c.kv_heads, wide = up(c.value_dim, 16), most = std::max<int64_t>(1, QUERIES / group);
-  std::vector<Unit> units, joined;
+std::vector<Unit> divide(const Call &c, int64_t most) {
+  std::vector<Unit> units;
+  int64_t total = 0;
+  for (int64_t s = 0; s < c.sequences; s++)
+    total += (c.starts[s + 1] - c.starts[s] + most - 1) / most * ((c.lengths[s] + PART - 1) / PART);
   for (int32_t s = 0; s < c.sequences; s++) {
-    int64_t count = c.starts[s + 1] - c.starts[s], length = c.lengths[s];
-    for (int64_t first = (count - 1) / most * most; count && first >= 0; first -= most) // long ones first
-      for (int32_t h = 0; h < c.kv_heads; h++) {
-        Unit unit{s, h, (int32_t)first, (int32_t)std::min(most, count - first), 0, 0, -1};
+    int64_t count = c.starts[s + 1] - c.starts[s];
+    if (!count) continue;
+    int64_t step = heads_at_once(c, total, std::min(count, most) * (c.heads / c.kv_heads));
+    for (int64_t first = (count - 1) / most * most; first >= 0; first -= most)
+      for (int64_t h = 0; h < c.kv_heads; h += step) {
+        Unit unit{s, (int32_t)h, (int32_t)std::min(step, c.kv_heads - h), (int32_t)first, (int32_t)std::min(most, count - first),
+                  0, 0, -1};
         Worker<T, PAIRS> probe(c, unit, nullptr);
-        int64_t from, to, begin = length, end = 0;
+        int64_t from, to, begin = c.lengths[s], end = 0;
         for (int64_t i : {(int64_t)0, (int64_t)unit.count - 1}) {
           probe.range(probe.origin + i, from, to);
           begin = std::min(begin, from), end = std::max(end, to);
@@ -401,8 +427,19 @@ void attend(const Call &c) {
         units.push_back(unit);
       }
   }
+  return units;
+}
+
+// Rows, heads and, when those are few, parts of the keys, for the threads to share.
+template <class T, bool PAIRS>
+void attend(const Call &c) {
+  int64_t group = c.heads / c.kv_heads, wide = up(c.value_dim, 16), most = std::max<int64_t>(1, QUERIES / group);
+  std::vector<Unit> units = divide<T, PAIRS>(c, most), joined;
   int64_t room = 0;
-  if (c.threads > 1 && (int64_t)units.size() < 4 * c.threads) {
+  size_t bytes = 0;
+  for (const Unit &unit : units)
+    bytes = std::max(bytes, (size_t)Worker<T, PAIRS>::bytes(c, unit.count * group, unit.heads));
+  if (c.threads > 1 && (int64_t)units.size() < 8 * c.threads) {
     std::vector<Unit> cut;
     for (Unit unit : units) {
       if (unit.parts == 1) {
@@ -411,7 +448,7 @@ void attend(const Call &c) {
       }
       unit.partial = room;
       joined.push_back(unit);
-      int64_t step = unit.count * group * (wide + 2);
+      int64_t step = unit.count * group * unit.heads * (wide + 2);
       for (int64_t p = 0; p < unit.parts; p++, room += step) {
         Unit part = unit;
         part.part += p, part.parts = 1, part.partial = room;
@@ -421,7 +458,6 @@ void attend(const Call &c) {
     units.swap(cut);
   }
   float *partials = room ? (float *)sums.get(room * 4) : nullptr;
-  size_t bytes = Worker<T, PAIRS>::bytes(c, most * group);
   auto memory = [&] { return (char *)scratch.get(bytes); };
   share_out(c.threads, units.size(), [&](int64_t i) { Worker<T, PAIRS>(c, units[i], memory()).run(partials); });
   share_out(c.threads, joined.size(), [&](int64_t i) { Worker<T, PAIRS>(c, joined[i], memory()).join(partials); });
