@@ -17,7 +17,7 @@ Sparse = tuple[int, int, int, int, int]
 number of the first head): see `_sparse`."""
 
 
-@op("cpu")
+@op("native", "cpu")
 def attention(
     q: Tensor,
     k_cache: Tensor,

@@ -8,12 +8,16 @@ import os
 from collections.abc import Callable
 from typing import Generic, ParamSpec, TypeVar, cast
 
+from kvasir.kernels.native import library
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 FORCED = os.environ.get("KVASIR_KERNELS", "")
-"""`reference` makes every op run its definition, to find out whether a faster equal is to blame; empty: by device."""
-BACKENDS = {"cpu": "cpu", "cuda": "triton"}
+"""`reference` makes every op run its definition, to find out whether a faster equal is to blame; `torch` does without
+compiled code; empty: by device."""
+BACKENDS = {"cpu": ("native", "cpu"), "cuda": ("triton",)}
+"""The best first. `native` is compiled on first use, and looks for itself whether it can be had."""
 
 
 class Op(Generic[P, R]):
@@ -22,14 +26,17 @@ class Op(Generic[P, R]):
     def __init__(self, reference: Callable[P, R], backends: tuple[str, ...]) -> None:
         functools.update_wrapper(self, reference)
         self.reference = reference
-        self._by_device = {d: b for d, b in BACKENDS.items() if b in backends and FORCED != "reference"}
+        self._backends = backends if FORCED != "reference" else ()
         self._loaded: dict[str, Callable[P, R]] = {}
 
     def implementation(self, device: str) -> Callable[P, R]:
         """What runs on this type of device. The sibling module (`attention_cpu`...) is imported on first use."""
         if device not in self._loaded:
-            self._loaded[device] = self._find(self._by_device.get(device))
+            self._loaded[device] = self._find(next((b for b in BACKENDS.get(device, ()) if self._usable(b)), None))
         return self._loaded[device]
+
+    def _usable(self, backend: str) -> bool:
+        return backend in self._backends and (backend != "native" or library() is not None)
 
     def _find(self, backend: str | None) -> Callable[P, R]:
         if backend is None:
@@ -42,5 +49,5 @@ class Op(Generic[P, R]):
 
 
 def op(*backends: str) -> Callable[[Callable[P, R]], Op[P, R]]:
-    """`@op("cpu")`: the function is the definition, and the module's sibling `*_cpu` holds a faster equal."""
+    """`@op("native", "cpu")`: the function is the definition, and the module's sibling `*_cpu` holds a faster equal."""
     return lambda reference: Op(reference, backends)

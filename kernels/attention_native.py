@@ -1,0 +1,95 @@
+"""Attention on CPUs by compiled code (attention_cpu.cpp): a row's result doesn't depend on what else is in the batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvasir.kernels import attention_cpu
+from kvasir.kernels.attention import Sparse
+from kvasir.kernels.native import TYPES, library
+from kvasir.kernels.ragged import Ragged
+
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+"""How far values of size 1 may be from the definition's: bfloat16 weights are rounded before they meet the values."""
+
+
+def attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    ragged: Ragged,
+    *,
+    scale: float,
+    window: int | None = None,
+    chunk: int | None = None,
+    softcap: float | None = None,
+    causal: bool = True,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    sparse: Sparse | None = None,
+    value_dim: int | None = None,
+) -> Tensor:
+    """As the definition says; keys that only blocks of a stride see, odd head dims and mixed types are left to torch."""
+    compiled = library()
+    if compiled is None or sparse is not None or not _suits(q, k_cache, v_cache):
+        return attention_cpu.attention(
+            q,
+            k_cache,
+            v_cache,
+            ragged,
+            scale=scale,
+            window=window,
+            chunk=chunk,
+            softcap=softcap,
+            causal=causal,
+            sinks=sinks,
+            slopes=slopes,
+            sparse=sparse,
+            value_dim=value_dim,
+        )
+    rows, heads, dim = q.shape
+    _, block_size, kv_heads, _ = k_cache.shape
+    value_dim = value_dim or dim
+    out = q.new_empty(rows, heads, value_dim)
+    sinks = None if sinks is None else sinks.float()
+    slopes = None if slopes is None else slopes.float()
+    block, slot, head, _ = k_cache.stride()
+    compiled.attention(
+        TYPES[q.dtype],
+        q.data_ptr(),
+        *q.stride()[:2],
+        k_cache.data_ptr(),
+        None if v_cache is None else v_cache.data_ptr(),
+        block,
+        slot,
+        head,
+        ragged.table.data_ptr(),
+        ragged.table.stride(0),
+        ragged.starts.data_ptr(),
+        ragged.lengths.data_ptr(),
+        len(ragged.lengths),
+        heads,
+        kv_heads,
+        dim,
+        value_dim,
+        block_size,
+        scale,
+        softcap or 0.0,
+        window or 0,
+        chunk or 0,
+        causal,
+        None if sinks is None else sinks.data_ptr(),
+        None if slopes is None else slopes.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _suits(q: Tensor, k_cache: Tensor, v_cache: Tensor | None) -> bool:
+    """Whether the compiled code can read these."""
+    if q.dtype not in TYPES or q.dtype != k_cache.dtype or q.shape[-1] % 2:
+        return False
+    alike = v_cache is None or (v_cache.stride() == k_cache.stride() and v_cache.shape == k_cache.shape)
+    return alike and q.stride(-1) == k_cache.stride(-1) == 1

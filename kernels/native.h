@@ -1,0 +1,226 @@
+// What the C++ sources of the CPU kernels share: number types, 16 floats at once, torch's own threads.
+// Compiled by native.py with -march=native: the vector type is as wide as the CPU allows, intrinsics only where they pay.
+#pragma once
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define KVASIR_PAIRS 1 // products of bfloat16 pairs, summed in float32
+#else
+#define KVASIR_PAIRS 0
+#endif
+
+typedef float F16 __attribute__((vector_size(64)));
+typedef int32_t I16 __attribute__((vector_size(64)));
+typedef uint32_t U16 __attribute__((vector_size(64)));
+typedef uint16_t W16 __attribute__((vector_size(32)));
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+static inline F16 splat(float x) { return F16{} + x; }
+
+template <class V, class P>
+static inline V load(const P *p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V, class P>
+static inline void store(P *p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+static inline F16 where(I16 mask, F16 a, F16 b) { return (F16)((mask & (I16)a) | (~mask & (I16)b)); }
+
+static inline float scalar(float x) { return x; }
+
+static inline float scalar(bf16 x) {
+  uint32_t u = (uint32_t)x.bits << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+static inline float scalar(fp16 x) {
+  uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff, u;
+  if (rest >= 0x7c00)
+    u = sign | 0x7f800000 | (rest & 0x3ff) << 13;
+  else if (rest >= 0x400)
+    u = sign | ((rest << 13) + (112u << 23));
+  else {
+    float f = (float)rest * 0x1p-24f; // subnormal
+    std::memcpy(&u, &f, 4);
+    u |= sign;
+  }
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+static inline F16 widen(const float *p) { return load<F16>(p); }
+
+static inline F16 widen(const bf16 *p) { return (F16)(__builtin_convertvector(load<W16>(p), U16) << 16); }
+
+static inline F16 widen(const fp16 *p) {
+#if defined(__AVX512F__)
+  return (F16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#else
+  float found[16];
+#if defined(__F16C__)
+  for (int i = 0; i < 16; i += 8) _mm256_storeu_ps(found + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + i))));
+#else
+  for (int i = 0; i < 16; i++) found[i] = scalar(p[i]);
+#endif
+  return load<F16>(found);
+#endif
+}
+
+static inline void narrow(float *p, F16 x) { store(p, x); }
+
+static inline W16 rounded(F16 x) { // to the nearest even; a NaN stays one
+  U16 u = (U16)x;
+  U16 near = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+  U16 quiet = u >> 16 | 0x40;
+  U16 nan = (U16)(x != x);
+  return __builtin_convertvector((nan & quiet) | (~nan & near), W16);
+}
+
+static inline void narrow(bf16 *p, F16 x) { store(p, rounded(x)); }
+
+static inline uint16_t half_of(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  uint32_t sign = u >> 16 & 0x8000, size = u & 0x7fffffff;
+  if (size > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+  if (size >= 0x477ff000) return (uint16_t)(sign | 0x7c00); // rounds to infinity
+  if (size < 0x38800000) {                                  // subnormal: the sum rounds where a half ends
+    float g;
+    std::memcpy(&g, &size, 4);
+    g += 0.5f;
+    std::memcpy(&size, &g, 4);
+    return (uint16_t)(sign | (size - 0x3f000000));
+  }
+  return (uint16_t)(sign | ((size - (112u << 23) + 0xfff + (size >> 13 & 1)) >> 13));
+}
+
+static inline void narrow(fp16 *p, F16 x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < 16; i++) p[i].bits = half_of(x[i]);
+#endif
+}
+
+// The same for the first n of 16.
+template <class T>
+static inline F16 widen(const T *p, int64_t n) {
+  if (n >= 16) return widen(p);
+  T part[16] = {};
+  std::memcpy(part, p, n * sizeof(T));
+  return widen(part);
+}
+
+template <class T>
+static inline void narrow(T *p, F16 x, int64_t n) {
+  if (n >= 16) return narrow(p, x);
+  T part[16];
+  narrow(part, x);
+  std::memcpy(p, part, n * sizeof(T));
+}
+
+static inline float sum(F16 x) { // by halves: a fixed order
+  float part[16];
+  store(part, x);
+  for (int n = 8; n; n /= 2)
+    for (int i = 0; i < n; i++) part[i] += part[i + n];
+  return part[0];
+}
+
+static inline F16 larger(F16 a, F16 b) { return where(a > b, a, b); }
+
+static inline float largest(F16 x) {
+  float part[16];
+  store(part, x);
+  for (int n = 8; n; n /= 2)
+    for (int i = 0; i < n; i++) part[i] = part[i] > part[i + n] ? part[i] : part[i + n];
+  return part[0];
+}
+
+// e^x to 2 units in the last place (Cephes' polynomial); below -87 zero, e^0 is 1 exactly.
+static inline F16 exponential(F16 x) {
+  I16 tiny = x < -87.0f;
+  x = where(x > 88.0f, splat(88.0f), where(tiny, splat(0.0f), x));
+  F16 n = x * 1.44269504f + 12582912.0f; // 1.5 * 2^23: rounds to an integer
+  I16 power = (I16)n - 0x4b400000;
+  n -= 12582912.0f;
+  x = x - n * 0.693359375f - n * -2.12194440e-4f;
+  F16 y = splat(1.9875691500e-4f);
+  y = y * x + 1.3981999507e-3f;
+  y = y * x + 8.3334519073e-3f;
+  y = y * x + 4.1665795894e-2f;
+  y = y * x + 1.6666665459e-1f;
+  y = y * x + 5.0000001201e-1f;
+  y = y * x * x + x + 1.0f;
+  y = y * (F16)((power + 127) << 23);
+  return where(tiny, splat(0.0f), y);
+}
+
+static inline F16 tangent(F16 x) { // hyperbolic
+  F16 e = exponential(x * 2.0f);
+  return 1.0f - 2.0f / (e + 1.0f);
+}
+
+// -- threads: the pool of the OpenMP library that torch brought, so that two pools never spin against each other
+
+typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
+typedef int (*Number)();
+extern Parallel start_parallel;
+extern Number thread_number, thread_count;
+
+// run(thread, threads) on at most so many threads.
+template <class Run>
+static inline void parallel(int64_t threads, Run run) {
+  if (threads <= 1 || !start_parallel) return run(0, 1);
+  start_parallel([](void *p) { (*(Run *)p)(thread_number(), thread_count()); }, &run, (unsigned)threads, 0);
+}
+
+// run(i) for i below count, each taken by the thread that is free first.
+template <class Run>
+static inline void share_out(int64_t threads, int64_t count, Run run) {
+  std::atomic<int64_t> next{0};
+  parallel(threads < count ? threads : count, [&](int, int) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) run(i);
+  });
+}
+
+// Memory of one thread that lives from call to call: aligned, never smaller than asked.
+struct Scratch {
+  char *memory = nullptr;
+  size_t size = 0;
+  void *get(size_t bytes) {
+    if (bytes > size) {
+      std::free(memory);
+      size = (bytes + 4095) / 4096 * 4096;
+      memory = (char *)std::aligned_alloc(64, size);
+      if (!memory) std::abort();
+    }
+    return memory;
+  }
+  ~Scratch() { std::free(memory); }
+};
+
+#define EXPORT extern "C" __attribute__((visibility("default")))

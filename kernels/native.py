@@ -1,0 +1,141 @@
+"""The C++ kernels of this folder as one shared library, compiled by the system's compiler for this CPU on first use.
+
+It is kept in the user's cache folder under a hash of all that shaped it: sources, flags, compiler and CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+HERE = Path(__file__).parent
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-math-errno", "-w")
+TIMEOUT_S = 120
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Numbers that the sources know types by."""
+P, I, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+SIGNATURES: dict[str, tuple[type[ctypes._SimpleCData], ...]] = {  # type: ignore[type-arg]
+    "use_threads": (P, P, P),
+    "attention": (I, P, I, I, P, P, I, I, I, P, I, P, P, I, I, I, I, I, I, F, F, I, I, I, P, P, P, I),
+}
+
+
+@dataclass(frozen=True)
+class Native:
+    """The library, or why there is none."""
+
+    library: ctypes.CDLL | None
+    text: str
+
+
+class NativeError(Exception):
+    """Why the library can't be had."""
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where they can't be had: then everything runs in torch."""
+    return native().library
+
+
+@functools.cache
+def native() -> Native:
+    """Found or compiled once per process; the reason for doing without is logged once."""
+    if forced := os.environ.get("KVASIR_KERNELS"):
+        return Native(None, f"not used: KVASIR_KERNELS={forced}")
+    try:
+        path, text = _compiled()
+        return Native(_opened(path), text)
+    except (NativeError, OSError, subprocess.SubprocessError, AttributeError) as error:
+        logger.warning("CPU kernels run in torch, which is slower: %s", error)
+        return Native(None, f"{error}; kernels run in torch, which is slower")
+
+
+def sources() -> list[Path]:
+    return sorted(HERE.glob("*.cpp"))
+
+
+def command(compiler: str, target: Path, *flags: str) -> list[str]:
+    """The call that compiles everything into `target`."""
+    # Apple's clang for ARM knows -mcpu alone
+    tune = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    return [compiler, *FLAGS, tune, *flags, *map(str, sources()), "-o", str(target)]
+
+
+def _compiled() -> tuple[Path, str]:
+    """The library's path, and how it came there."""
+    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise NativeError("there is no C++ compiler (c++, g++ or clang++; on Debian: apt-get install g++)")
+    folder = _folder()
+    target = folder / f"kernels-{_key(compiler)}.so"
+    if target.exists():
+        return target, f"{target}, compiled before"
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch) / target.name
+        run = subprocess.run(command(compiler, made), capture_output=True, text=True, timeout=TIMEOUT_S)
+        if run.returncode:
+            raise NativeError(f"{compiler} failed: {run.stderr.strip()[:500]}")
+        made.replace(target)  # ranks that compile at once all end with a whole file
+    seconds = time.perf_counter() - begin
+    logger.info("compiled the CPU kernels in %.1f s: %s", seconds, target)
+    return target, f"{target}, compiled in {seconds:.1f} s"
+
+
+def _folder() -> Path:
+    """Where compiled code is kept: the user's own folder, closed to others."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvasir"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+def _key(compiler: str) -> str:
+    """A hash of everything that the compiled code depends on."""
+    digest = hashlib.blake2b(digest_size=12)
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=TIMEOUT_S).stdout
+    for part in (*_texts(), " ".join(command(compiler, Path("-"))).encode(), version, _cpu()):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def _texts() -> Iterator[bytes]:
+    for path in (*sources(), *sorted(HERE.glob("*.h"))):
+        yield path.read_bytes()
+
+
+def _cpu() -> bytes:
+    """What -march=native goes by: the model and the instructions that the system lets us use."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_bytes().split(b"\n\n")[0].splitlines() if info.exists() else []
+    kept = (b"model name", b"flags", b"Features", b"CPU implementer", b"CPU part", b"model\t", b"stepping")
+    return b"\n".join([platform.machine().encode(), platform.processor().encode(), *(x for x in lines if x.startswith(kept))])
+
+
+def _opened(path: Path) -> ctypes.CDLL:
+    """The library with its signatures, on the threads of torch's own OpenMP library."""
+    found = ctypes.CDLL(str(path))
+    for name, types in SIGNATURES.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = types, None
+    openmp = ctypes.CDLL(torch._C.__file__)  # looks through all that torch was linked with
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    if not all(hasattr(openmp, name) for name in names):
+        raise NativeError("torch has no OpenMP library here whose threads could be shared")
+    found.use_threads(*(ctypes.cast(getattr(openmp, name), P) for name in names))
+    return found
