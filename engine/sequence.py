@@ -45,6 +45,10 @@ class Sequence:
     """Continuations to branch off once the prompt is computed."""
     prompt_scores: list[TokenLogprob | None] | None = None
     """Gathered until the first token is delivered; None: not asked for, or delivered."""
+    ticket: int | None = None
+    """Of a fetch from the lower tiers: under way, or come and waiting with it for a seat."""
+    sought: int = -1
+    """How many blocks of its prefix were cached when the lower tiers were last asked for more; -1: never."""
     cached: int = 0
     preemptions: int = 0
     scheduled: float = 0.0
