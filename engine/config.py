@@ -73,8 +73,8 @@ class EngineConfig:
     kv_offloading_size: float = 0.0
     """GiB of host memory, of all ranks of a copy together, for KV blocks that have to leave the cache."""
     kv_disk_path: str | None = None
-    """Folder where KV blocks are kept, so that a prompt starts where an earlier one with the same beginning stopped, after
-    a restart too. Default: ~/.cache/kvasir/kv under `kvasir serve`, else none."""
+    """Folder where KV blocks are kept: a prompt starts where an earlier one with the same beginning stopped, after a
+    restart too. auto: ~/.cache/kvasir/kv ($XDG_CACHE_HOME), the default under `kvasir serve`, else none."""
     kv_disk_size: int | None = None
     """Most bytes in --kv-disk-path; default: 10 % of what is free, up to 50 GB; 0: nothing is kept there."""
     max_queue: int = 1024

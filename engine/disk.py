@@ -39,7 +39,9 @@ class Disk:
     capacity: bytes; None: DEFAULT_SHARE of what is free, up to DEFAULT_BYTES, in equal parts to `sharers`.
     """
 
-    def __init__(self, claim: Claim, fingerprint: bytes, block_bytes: int, capacity: int | None, sharers: int = 1) -> None:
+    def __init__(
+        self, claim: Claim, fingerprint: bytes, block_bytes: int, capacity: int | None, sharers: int = 1
+    ) -> None:
         self._claim, self._fingerprint, self.block_bytes = claim, fingerprint, block_bytes
         self._capacity, self._sharers = capacity, sharers
         self._lock = threading.Lock()
@@ -187,5 +189,3 @@ def _content(name: str) -> ContentId | None:
 def _private(path: str, flags: int) -> int:
     """What people said to a model is in these files: nobody else reads them."""
     return os.open(path, flags, 0o600)
-
-

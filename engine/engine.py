@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from kvasir.engine.blocks import BlockPool, salted
@@ -274,4 +275,5 @@ class Engine:
 
     def _publish(self) -> None:
         if self.heartbeat - self._stats_at > STATS_PERIOD_S or not self._scheduler.has_work:
-            self._stats, self._stats_at = self._scheduler.stats(), self.heartbeat
+            tiers = {} if self._tiers is None else self._tiers.counts()
+            self._stats, self._stats_at = replace(self._scheduler.stats(), **tiers), self.heartbeat

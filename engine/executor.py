@@ -18,6 +18,7 @@ from kvasir.engine.mesh import Mesh, Place, host_store, join
 from kvasir.engine.processes import Processes
 from kvasir.engine.rank import Rank
 from kvasir.engine.step import Result, Step
+from kvasir.engine.tiers import Tiers
 
 LOCALHOST = "127.0.0.1"
 
@@ -44,7 +45,7 @@ class LocalExecutor:
     def __init__(self, config: EngineConfig, loaded: Loaded) -> None:
         self.loaded, self.grammars = loaded, grammars_of(loaded)
         self.rank = rank_of(config, loaded, self.grammars)
-        self.fetched = queue.SimpleQueue()
+        self.fetched: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         if loaded.tiers is not None:
             loaded.tiers.on_fetched = lambda *said: self.fetched.put(said)
         self._done: deque[Result] = deque()
@@ -66,7 +67,7 @@ class GroupExecutor:
     def __init__(self, config: EngineConfig, hub: Hub, kill: Callable[[], None], *, own_gpus: bool) -> None:
         self._config, self._hub, self._kill = config, hub, kill
         self._mesh = Mesh()
-        self.rank: Rank | None = None
+        self._tiers: Tiers | None = None
         hub.on_failure = self._free
         try:
             self._mesh = _meet(config, hub, own_gpus)
@@ -74,8 +75,9 @@ class GroupExecutor:
             self.grammars = grammars_of(self.loaded)
             self.rank = rank_of(config, self.loaded, self.grammars)
             self.fetched = hub.fetched
-            if self.loaded.tiers is not None:
-                self.loaded.tiers.on_fetched = lambda *said: hub.fetched.put(said)
+            self._tiers = self.loaded.tiers
+            if self._tiers is not None:
+                self._tiers.on_fetched = lambda *said: hub.fetched.put(said)
             hub.all_ready()
         except RuntimeError as error:  # torch's, when another rank is gone
             verdict = hub.verdict(_symptom(error, config))
@@ -105,8 +107,8 @@ class GroupExecutor:
         return result
 
     def close(self) -> None:
-        if self.rank is not None and self.rank.tiers is not None:
-            self.rank.tiers.close()
+        if self._tiers is not None:
+            self._tiers.close()
         self._hub.close()
         self._kill()
         self._mesh.close()

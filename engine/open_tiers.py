@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def _open_disk(config: EngineConfig, files: ModelFiles, share: Share, cache: KVC
     if config.kv_disk_path is None or config.kv_disk_size == 0:
         return None
     place, mark = share.mesh.place, fingerprint(config, files, cache)
-    root = Path(config.kv_disk_path).expanduser()
+    root = disk_root(config.kv_disk_path)
     own = _claimed(root, mark, 0, None) if place.rank == 0 else None
     (copy,) = share.mesh.least(own.copy if own is not None else MOST_COPIES)
     if place.rank and copy < MOST_COPIES:
@@ -53,6 +54,13 @@ def _open_disk(config: EngineConfig, files: ModelFiles, share: Share, cache: KVC
         return None
     part = salted(mark, f"rank {place.rank} of {place.size}")
     return Disk(own, part, cache.bytes_per_block, config.kv_disk_size, place.local_ranks)
+
+
+def disk_root(path: str) -> Path:
+    """The folder of --kv-disk-path."""
+    if path != "auto":
+        return Path(path).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvasir" / "kv"
 
 
 def _claimed(root: Path, mark: bytes, rank: int, copy: int | None) -> Claim | None:

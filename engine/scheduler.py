@@ -46,6 +46,18 @@ class Stats:
     steps: int = 0
     step_tokens: int = 0
     """Tokens that all steps computed."""
+    host_bytes: int = 0
+    """In rank 0's host tier now; the others hold their share of the same blocks."""
+    host_stored: int = 0
+    """Blocks since the start, here and below."""
+    host_loaded: int = 0
+    host_evicted: int = 0
+    disk_bytes: int = 0
+    disk_stored: int = 0
+    disk_loaded: int = 0
+    disk_evicted: int = 0
+    disk_failed: int = 0
+    """Could not be written, or were bad when they were read."""
 
 
 @dataclass(slots=True)

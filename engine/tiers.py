@@ -10,6 +10,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Tiers:
         self._cache, self._host, self._disk = cache, host, disk
         self._bytes = cache.bytes_per_block
         self._pinned = cache.arena.is_cuda
-        self._stream = torch.cuda.Stream(cache.arena.device) if self._pinned else None
+        self._stream = torch.cuda.Stream(cache.arena.device) if self._pinned else None  # type: ignore[no-untyped-call]
         self.on_fetched: Callable[[int, int], None] = lambda ticket, count: None
         self._behind: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._saving = 0
@@ -74,7 +75,7 @@ class Tiers:
 
     def counts(self) -> dict[str, int]:
         """What the tiers hold and have done, by the names of the scheduler's Stats."""
-        found = {}
+        found: dict[str, int] = {}
         for name, tier in (("host", self._host), ("disk", self._disk)):
             if tier is not None:
                 found |= {f"{name}_bytes": tier.shelf.used, f"{name}_evicted": tier.shelf.evicted}
@@ -137,7 +138,7 @@ class Tiers:
             host = torch.empty(held.shape, dtype=torch.uint8, pin_memory=True)
             host.copy_(held, non_blocking=True)
             held.record_stream(self._stream)
-            arrived = torch.cuda.Event()
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record(self._stream)
         return host, arrived
 
@@ -156,7 +157,7 @@ class Tiers:
             arrived.synchronize()
         for content, row in zip(contents, held, strict=True):
             for tier in self._tiers:
-                tier.write(content, memoryview(row.numpy()))
+                tier.write(content, _view(row))
         with self._changed:
             self._saving -= held.numel()
 
@@ -195,7 +196,7 @@ class Tiers:
 
     def _fetch(self, content: ContentId, into: Tensor) -> bool:
         """From the uppermost tier that has the block; host memory gets what comes from the disk."""
-        data = memoryview(into.numpy())
+        data = _view(into)
         if self._host is not None and self._host.read(content, data):
             return True
         if self._disk is None or not self._disk.read(content, data):
@@ -203,3 +204,8 @@ class Tiers:
         if self._host is not None:
             self._host.write(content, data)
         return True
+
+
+def _view(row: Tensor) -> memoryview:
+    array: Any = row.numpy()
+    return memoryview(array)

@@ -43,6 +43,7 @@ PLAIN = (
     "scheduler",
     "admission",
     "layout",
+    "loads",
     "tables",
     "spec",
 )
