@@ -82,8 +82,9 @@ class Disk:
         return min(DEFAULT_BYTES, int((free + held * self._sharers) * DEFAULT_SHARE)) // self._sharers
 
     def write(self, content: ContentId, data: memoryview) -> bool:
-        """Keep a block; what is least worth keeping goes for it. False: the disk didn't take it."""
-        if content in self.shelf or self.size > self.shelf.capacity:
+        """Keep a block, in place of what is known by its name; what is least worth keeping goes for it. False: the disk
+        didn't take it."""
+        if self.size > self.shelf.capacity:
             return False
         if time.monotonic() < self._paused_until:
             self.failed += 1

@@ -24,10 +24,13 @@ class Host:
         self._lock = threading.Lock()
 
     def write(self, content: ContentId, data: memoryview) -> bool:
-        """Keep a block; what is least worth keeping goes for it. False: it is here already."""
+        """Keep a block, in place of what is known by its name; what is least worth keeping goes for it. False: it is larger
+        than all there is."""
         with self._lock:
-            if content in self._rows or len(data) > self.shelf.capacity:
+            if len(data) > self.shelf.capacity:
                 return False
+            if self.shelf.drop(content):
+                self._release([content])
             self._release(self.shelf.put(content, len(data)))
             row = self._rows[content] = self._free.pop()
             self._arena[row] = memoryview(data)

@@ -7,6 +7,7 @@ on their coming: what doesn't is computed.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,6 +19,9 @@ from kvasir.engine.tables import Tables
 FETCH_S = 10.0
 """A sequence waits no longer for its blocks. While a fetch is overdue nothing else is asked of the tiers."""
 
+TRIES = 2
+"""So often the tiers are asked for a sequence that gets no further, because others take its cached blocks meanwhile."""
+
 
 class TierIndex(Protocol):
     """What rank 0 knows of its own tiers; the other ranks' hold about the same."""
@@ -27,7 +31,7 @@ class TierIndex(Protocol):
         """Blocks that one fetch may bring."""
 
     def knows(self, content: ContentId) -> bool: ...
-    def forget(self, content: ContentId) -> None: ...
+    def forget(self, contents: Iterable[ContentId]) -> None: ...
 
 
 @dataclass(slots=True)
@@ -65,12 +69,15 @@ class Loads:
         if tiers is None or self._overdue or sequence.ticket is not None:
             return False
         have = tables.reach(sequence, most, self._pool.knows)
-        if have <= sequence.sought:
+        further = have > sequence.sought
+        if not further and sequence.tries == TRIES:
             return False
-        sequence.sought = have
         want = tables.reach(sequence, min(most, have + self._most_numbers(tiers)), self._known)
         if want <= have:
+            sequence.sought = max(sequence.sought, -1)
             return False
+        sequence.sought = max(sequence.sought, have)
+        sequence.tries = 1 if further else sequence.tries + 1
         lacking = [content for content in tables.keys(sequence, want) if not self._pool.knows(content)]
         ticket = sequence.ticket = next(self._tickets)
         self._fetches[ticket] = Fetch(sequence, lacking, now + FETCH_S)
@@ -88,7 +95,9 @@ class Loads:
         if len(fetch.come) < self._ranks:
             return None
         if min(fetch.come) < len(fetch.contents) and self._tiers is not None:
-            self._tiers.forget(fetch.contents[min(fetch.come)])  # of no use where not all ranks have it
+            self._tiers.forget(
+                fetch.contents[min(fetch.come) :]
+            )  # they are computed now, and written again by all ranks
         return self.loading.pop(ticket)
 
     def overdue(self, now: float) -> list[Sequence]:
@@ -97,10 +106,10 @@ class Loads:
         self._overdue |= set(late)
         return [self._end(self.loading[ticket]).sequence for ticket in late]
 
-    def land(self, sequence: Sequence) -> None:
-        """What came for it goes into free blocks, where it is found like what was computed."""
+    def land(self, sequence: Sequence) -> bool:
+        """What came for it goes into free blocks, where it is found like what was computed. False: nothing was asked."""
         if sequence.ticket is None:
-            return
+            return False
         ticket, fetch = sequence.ticket, self._end(sequence)
         held: list[int] = []
         cached = self._tables.keys(sequence, sequence.sought)  # must not make room for what follows it
@@ -114,6 +123,7 @@ class Loads:
                 self._pool.commit(held[-1], content)
                 self._loads.append((ticket, number, held[-1]))
         self._pool.free(held)
+        return True
 
     def cancel(self, sequence: Sequence) -> bool:
         """It ended without a seat. True: its blocks were on their way."""

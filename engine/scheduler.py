@@ -324,17 +324,17 @@ class Scheduler:
             sequence = self._waiting[0][1]
             if self._still_blocked(sequence):
                 break
-            self._loads.land(sequence)
             most = self._cacheable(sequence)
             if self._loads.seek(sequence, most, now):
                 del self._waiting[0]
                 continue
-            matched, tables = self.tables.match(sequence, most)
-            need = self.tables.need(sequence, matched)
-            spare = sum(self.tables.due(other) for _, other in self._running)
-            if need + spare > self.pool.num_free - sum(self.pool.count_free(table) for table in tables):
+            found = self._fitting(sequence, most)
+            if found is None:
                 self._blocked = (sequence.order, self.pool.num_free)
                 break
+            if self._loads.land(sequence):
+                continue  # more of it is cached now
+            matched, tables = found
             del self._waiting[0]
             sequence.computed = matched * self.pool.block_size
             if not sequence.scheduled:
@@ -346,6 +346,14 @@ class Scheduler:
             self._seat(sequence, self.tables.begin(sequence, tables))
             admitted.add(id(sequence))
         return admitted
+
+    def _fitting(self, sequence: Sequence, most: int) -> tuple[int, list[list[int]]] | None:
+        """(blocks, tables) of its longest cached prefix, up to `most` blocks; None: what it needs besides isn't free."""
+        matched, tables = self.tables.match(sequence, most)
+        need = self.tables.need(sequence, matched)
+        spare = sum(self.tables.due(other) for _, other in self._running)
+        lacks = need + spare > self.pool.num_free - sum(self.pool.count_free(table) for table in tables)
+        return None if lacks else (matched, tables)
 
     def _still_blocked(self, sequence: Sequence) -> bool:
         """It lacked blocks, and none was given back since: its prompt needn't be looked up again at every step."""
@@ -361,7 +369,7 @@ class Scheduler:
             insort(self._waiting, (sequence.order, sequence))
         for entry in self._waiting[:AHEAD]:
             sequence = entry[1]
-            if sequence.sought < 0 and self._loads.seek(sequence, self._cacheable(sequence), now):
+            if sequence.sought == -2 and self._loads.seek(sequence, self._cacheable(sequence), now):
                 self._waiting.remove(entry)
 
     def _cacheable(self, sequence: Sequence) -> int:
@@ -418,7 +426,7 @@ class Scheduler:
     def _again(self, sequence: Sequence) -> None:
         """Back to waiting: all of it is to be computed once more."""
         self._leave(sequence)
-        sequence.computed, sequence.sought = 0, -1
+        sequence.computed, sequence.sought = 0, -2
         if sequence.prompt_scores is not None:
             sequence.prompt_scores = [None]
         insort(self._waiting, (sequence.order, sequence))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -69,9 +69,9 @@ class Tiers:
         """A tier holds the block, or did so a moment ago."""
         return any(content in tier.shelf for tier in self._tiers)
 
-    def forget(self, content: ContentId) -> None:
-        """The block is of no use."""
-        self._behind.put(partial(self._drop, content))
+    def forget(self, contents: Iterable[ContentId]) -> None:
+        """These blocks are of no use."""
+        self._behind.put(partial(self._drop, contents))
 
     def counts(self) -> dict[str, int]:
         """What the tiers hold and have done, by the names of the scheduler's Stats."""
@@ -165,9 +165,10 @@ class Tiers:
         for tier in self._tiers:
             tier.use(contents, again=again)
 
-    def _drop(self, content: ContentId) -> None:
-        for tier in self._tiers:
-            tier.forget(content)
+    def _drop(self, contents: Iterable[ContentId]) -> None:
+        for content in contents:
+            for tier in self._tiers:
+                tier.forget(content)
 
     # -- the reading thread
 
