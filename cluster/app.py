@@ -184,6 +184,7 @@ def with_absolute_paths(config: ClusterConfig) -> ClusterConfig:
             tokenizer=_absolute(engine.tokenizer),
             chat_template=_absolute(engine.chat_template),
             download_dir=engine.download_dir and str(Path(engine.download_dir).expanduser().absolute()),
+            kv_disk_path=_absolute_folder(engine.kv_disk_path),
             served_model_name=engine.served_model_name or (engine.model,),
         )
         for engine in config.engines
@@ -191,6 +192,11 @@ def with_absolute_paths(config: ClusterConfig) -> ClusterConfig:
     gateway = config.gateway
     files = {name: _absolute(getattr(gateway, name)) for name in ("api_key_file", "ssl_keyfile", "ssl_certfile")}
     return ClusterConfig(engines=engines, gateway=replace(gateway, **files))
+
+
+def _absolute_folder(name: str | None) -> str | None:
+    """One that may not be there yet; "auto" is each node's own."""
+    return name if name in (None, "auto") else str(Path(name).expanduser().absolute())
 
 
 @overload

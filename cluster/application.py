@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -50,7 +51,7 @@ def application(
     gpus, level = _gpus(config), config.gateway.log_level
     groups = [
         group_deployment(name, engine, gpus, level).bind(
-            engine, name, gpus, RankSetup(make_engine, otel, level, group_host)
+            with_disk(engine), name, gpus, RankSetup(make_engine, otel, level, group_host)
         )
         for name, engine in zip(names, config.engines, strict=True)
     ]
@@ -62,6 +63,11 @@ def application(
         **COMMON,
     )
     return gateway.bind(config, otel | keys, *groups)
+
+
+def with_disk(engine: EngineConfig) -> EngineConfig:
+    """What is served keeps its KV blocks on the disk, unless it was told where, or not to (--kv-disk-size 0)."""
+    return engine if engine.kv_disk_path else replace(engine, kv_disk_path="auto")
 
 
 def group_deployment(name: str, engine: EngineConfig, gpus: float, log_level: str) -> Deployment:

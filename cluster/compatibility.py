@@ -5,6 +5,7 @@ Nothing is accepted and ignored: a value that asks for what isn't there yet is a
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +25,11 @@ class Renamed:
 
     to: str
     convert: Callable[[Any], Any] = lambda value: value
+
+
+@dataclass(frozen=True)
+class PerRank(Renamed):
+    """The same under another name, but said of one rank: ours is for all ranks of a copy."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,8 @@ SPELLINGS: dict[str, Renamed | Always | Refused] = {
     "expert_parallel": Renamed("enable_expert_parallel"),
     "ray_workers_use_nsight": Always(FALSE, "profiling under Nsight is not supported"),
     "device_memory_utilization": Renamed("gpu_memory_utilization"),
-    "swap_space": Always((0, "0", 0.0), "blocks are not swapped out yet"),
-    "kv_offloading_size": Always((0, "0", 0.0), "blocks are not offloaded yet"),
+    "swap_space": PerRank("kv_offloading_size"),
+    "kv_offloading_backend": Always(("native",), "there is one way to offload blocks, our own"),
     "enforce_eager": Always(TRUE, "every step runs eagerly"),
     "max_seq_len_to_capture": Refused(_GRAPHS),
     "max_cudagraph_capture_size": Refused(_GRAPHS),
@@ -140,6 +146,8 @@ def translate(spec: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:
                     f"{_flag(name)} and {_flag(meaning.to)} are both given; they mean the same", param=name
                 )
             found[meaning.to] = meaning.convert(value)
+            if isinstance(meaning, PerRank):
+                found[meaning.to] = _of_all_ranks(name, value, spec)
             if warn:
                 _say(f"{_flag(name)} is spelled {_flag(meaning.to)}")
         elif isinstance(meaning, Refused):
@@ -150,6 +158,15 @@ def translate(spec: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:
         else:
             raise ConfigError(f"{_flag(name)} {value}: not supported yet; {meaning.why}", param=name)
     return found
+
+
+def _of_all_ranks(name: str, value: Any, spec: Mapping[str, Any]) -> float:
+    """A size for each rank, for all of them."""
+    sizes = [spec.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline")]
+    try:
+        return float(value) * math.prod(map(int, sizes))
+    except (TypeError, ValueError):
+        raise ConfigError(f"{_flag(name)} must be a number, got {value!r:.60}", param=name) from None
 
 
 def _value(name: str, value: Any) -> Any:

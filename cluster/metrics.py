@@ -189,7 +189,7 @@ class _GroupStats(Collector):
         self._models = models
 
     def collect(self) -> Iterable[Metric]:
-        families = {name: Metric(name, text, kind) for name, (text, kind, _, _) in _STATS.items()}
+        families = {name: Metric(name, text, kind) for name, (text, kind, *_) in (_STATS | _TIERS).items()}
         alive = Metric("kvasir:group_alive", "1: the group's step loop turns.", "gauge")
         for model, engine, client in self._clients():
             labels = {"model_name": model, "engine": engine}
@@ -198,6 +198,10 @@ class _GroupStats(Collector):
             for name, (_, _, attribute, samples) in _STATS.items():
                 for sample in samples if stats is not None else ():
                     families[name].add_sample(sample, labels, float(getattr(stats, attribute)))
+            for name, (_, _, fields) in _TIERS.items():
+                for tier, attribute in fields.items() if stats is not None else ():
+                    sample = name if families[name].type == "gauge" else f"{name}_total"
+                    families[name].add_sample(sample, labels | {"tier": tier}, float(getattr(stats, attribute)))
         return [*families.values(), alive]
 
     def _clients(self) -> Iterable[tuple[str, str, GroupClient]]:
@@ -233,3 +237,12 @@ _STATS: dict[str, tuple[str, str, str, tuple[str, ...]]] = dict(
     ]
 )
 """Name -> (text, type, field of Stats, samples). Some tools ask for the token counters without `_total`."""
+
+_TIERS: dict[str, tuple[str, str, dict[str, str]]] = {
+    "kvasir:kv_tier_bytes": ("Bytes that rank 0 holds.", "gauge", {"host": "host_bytes", "disk": "disk_bytes"}),
+    "kvasir:kv_blocks_stored": ("KV blocks put there.", "counter", {"host": "host_stored", "disk": "disk_stored"}),
+    "kvasir:kv_blocks_loaded": ("KV blocks read.", "counter", {"host": "host_loaded", "disk": "disk_loaded"}),
+    "kvasir:kv_blocks_evicted": ("KV blocks that left.", "counter", {"host": "host_evicted", "disk": "disk_evicted"}),
+    "kvasir:kv_blocks_failed": ("KV blocks not written, or bad when read.", "counter", {"disk": "disk_failed"}),
+}
+"""Name -> (text, type, tier -> field of Stats)."""

@@ -88,11 +88,13 @@ class BlockPool:
             if not self._holders[block]:
                 self._free[block] = None
 
-    def commit(self, block: int, content: ContentId) -> None:
-        """The block is full and computed: it can be found. A second block of equal content stays private."""
-        if self.prefix_caching and content not in self._found:
-            self._found[content] = block
-            self._content[block] = content
+    def commit(self, block: int, content: ContentId) -> bool:
+        """The block is full and computed: it can be found. False: a second block of equal content stays private."""
+        if not self.prefix_caching or content in self._found:
+            return False
+        self._found[content] = block
+        self._content[block] = content
+        return True
 
     def reset(self) -> None:
         """Forget all contents; blocks stay with their holders."""

@@ -34,7 +34,7 @@ class KVCache:
     ) -> None:
         depth = len(spec.layers)
         here = range(depth) if layers is None else layers
-        self.num_blocks, self.block_size = num_blocks, block_size
+        self.num_blocks, self.block_size, self.dtype = num_blocks, block_size, dtype
         self.layout = layout or Layout((LayerGroup(tuple(range(depth))),), depth)
         bytes_ = num_blocks * self.block_bytes(spec, block_size, dtype, self.layout.height)
         self.arena = torch.empty(bytes_, dtype=torch.uint8, device=device)
@@ -58,6 +58,22 @@ class KVCache:
     def layer(self, index: int) -> Views:
         """(keys, values), each [N, P, K, D]; in memory a head's slots are neighbours: [N, K, P, D]."""
         return self._layers[index]
+
+    @property
+    def bytes_per_block(self) -> int:
+        return self.arena.numel() // self.num_blocks
+
+    @torch.inference_mode()
+    def read(self, blocks: Sequence[int]) -> Tensor:
+        """[n, bytes_per_block] uint8: what these blocks hold in all layers, each in one piece, on the cache's device."""
+        index = torch.tensor(blocks, device=self.arena.device)
+        return self._blocks.movedim(2, 0).index_select(0, index).view(len(blocks), -1).view(torch.uint8)
+
+    @torch.inference_mode()
+    def write(self, blocks: Sequence[int], held: Tensor) -> None:
+        """Put into these blocks what `read` gave, on the cache's device."""
+        index, target = torch.tensor(blocks, device=self.arena.device), self._blocks.movedim(2, 0)
+        target.index_copy_(0, index, held.view(self._blocks.dtype).view(len(blocks), *target.shape[1:]))
 
     @torch.inference_mode()
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:

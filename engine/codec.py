@@ -10,14 +10,16 @@ import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from kvasir.engine.blocks import ContentId
 from kvasir.engine.event import TokenLogprob
 from kvasir.engine.request import NESTED, PoolingParams, SamplingParams
-from kvasir.engine.step import NewSequence, Result, Slice, Step
+from kvasir.engine.step import Moves, NewSequence, Result, Slice, Step
 
 I64, I32, U8 = np.dtype("<i8"), np.dtype("<i4"), np.dtype("u1")
 PLAIN = SamplingParams()
@@ -41,6 +43,11 @@ class Writer:
         data = json.dumps(value, separators=(",", ":")).encode() if value else b""
         self._parts += (struct.pack("<I", len(data)), data)
 
+    def contents(self, contents: Sequence[ContentId]) -> None:
+        self.array(map(len, contents), U8)
+        data = b"".join(contents)
+        self._parts += (struct.pack("<I", len(data)), data)
+
     def bytes(self) -> bytes:
         return b"".join(self._parts)
 
@@ -58,6 +65,13 @@ class Reader:
     def json(self) -> Any:
         data = self._next()
         return json.loads(bytes(data)) if len(data) else None
+
+    def contents(self) -> list[ContentId]:
+        sizes, data = self.array(U8), self._next()
+        if sum(sizes) != len(data):
+            raise ValueError(f"{len(data)} bytes of content ids, {sum(sizes)} announced")
+        ends = [0, *accumulate(sizes)]
+        return [bytes(data[start:end]) for start, end in pairwise(ends)]
 
     def _next(self) -> memoryview:
         try:
@@ -88,6 +102,7 @@ def encode_step(step: Step, results: Sequence[Result] = ()) -> bytes:
     out.array(block for pair in step.copies for block in pair)
     out.array(number for part in step.slices for number in (part.seat, part.start, part.count))
     out.array((part.sample + 2 * part.prompt_logprobs + 4 * part.pool for part in step.slices), U8)
+    _write_moves(out, step.moves or Moves())
     return out.bytes()
 
 
@@ -109,7 +124,32 @@ def decode_step(data: bytes | memoryview) -> tuple[Step, list[Result]]:
         Slice(seat, start, count, bool(flag & 1), bool(flag & 2), bool(flag & 4))
         for seat, start, count, flag in zip(spans[::3], spans[1::3], spans[2::3], flags, strict=True)
     ]
-    return Step(number, freed, new, blocks, copies, slices), results
+    moves = _read_moves(read)
+    return Step(number, freed, new, blocks, copies, slices, None if moves == Moves() else moves), results
+
+
+def _write_moves(out: Writer, moves: Moves) -> None:
+    out.array(block for block, _ in moves.saves)
+    out.contents([content for _, content in moves.saves])
+    out.array(number for load in moves.loads for number in load)
+    out.array(moves.ended)
+    for lists in (moves.fetches, moves.used):
+        out.array(number for key, contents in lists for number in (key, len(contents)))
+        out.contents([content for _, contents in lists for content in contents])
+
+
+def _read_moves(read: Reader) -> Moves:
+    saves = list(zip(read.array(), read.contents(), strict=True))
+    loads, ended = read.array(), read.array()
+    triples = list(zip(loads[::3], loads[1::3], loads[2::3], strict=True))
+    return Moves(saves or (), triples or (), ended or (), _read_lists(read), _read_lists(read))
+
+
+def _read_lists(read: Reader) -> Sequence[tuple[int, Sequence[ContentId]]]:
+    heads, flat, found = read.array(), iter(read.contents()), []
+    for key, count in zip(heads[::2], heads[1::2], strict=True):
+        found.append((key, list(islice(flat, count))))
+    return found or ()
 
 
 def encode_result(result: Result) -> bytes:

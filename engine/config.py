@@ -5,6 +5,7 @@ Field names are vLLM's flag names. The string under a field is its help text on 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -75,6 +76,13 @@ class EngineConfig:
     """Size of the KV cache; default: what gpu_memory_utilization leaves, on CPU 40 % of free RAM (never more than is useful)."""
     enable_prefix_caching: bool = True
     """Reuse blocks of equal prefixes."""
+    kv_offloading_size: float = 0.0
+    """GiB of host memory, of all ranks of a copy together, for KV blocks that have to leave the cache."""
+    kv_disk_path: str | None = None
+    """Folder where KV blocks are kept: a prompt starts where an earlier one with the same beginning stopped, after a
+    restart too. auto: ~/.cache/kvasir/kv ($XDG_CACHE_HOME), the default under `kvasir serve`, else none."""
+    kv_disk_size: int | None = None
+    """Most bytes in --kv-disk-path; default: 10 % of what is free, up to 50 GB; 0: nothing is kept there."""
     max_queue: int = 1024
     """Requests waiting for a place in the batch; one more is refused with 429."""
     chat_template: str | None = None
@@ -113,6 +121,8 @@ class EngineConfig:
                 raise _wrong(name, f"one of {', '.join(words)}", getattr(self, name))
         if not 0 < self.gpu_memory_utilization <= 1:
             raise _wrong("gpu_memory_utilization", "above 0 and at most 1", self.gpu_memory_utilization)
+        if not 0 <= self.kv_offloading_size < math.inf:
+            raise _wrong("kv_offloading_size", "at least 0 (GiB)", self.kv_offloading_size)
         if not self.collective_timeout > 0:
             raise _wrong("collective_timeout", "above 0", self.collective_timeout)
         if self.distributed_executor_backend == "uni" and self.ranks > 1:
@@ -144,6 +154,7 @@ LEAST = {
     "pipeline_parallel_size": 1,
     "data_parallel_size": 1,
     "kv_cache_memory_bytes": 1,
+    "kv_disk_size": 0,
 }
 CHOICES = {name: get_args(kind) for name, kind in get_type_hints(EngineConfig).items() if get_origin(kind) is Literal}
 

@@ -23,9 +23,11 @@ from typing import Any, Literal
 
 from kvasir.engine.errors import ConfigError, ServerError
 
-Kind = Literal["hello", "welcome", "ready", "step", "result", "failed", "beat"]
-KINDS: tuple[Kind, ...] = ("hello", "welcome", "ready", "step", "result", "failed", "beat")
+Kind = Literal["hello", "welcome", "ready", "step", "result", "failed", "beat", "fetched"]
+KINDS: tuple[Kind, ...] = ("hello", "welcome", "ready", "step", "result", "failed", "beat", "fetched")
 HEAD = struct.Struct("<IB")
+FETCHED = struct.Struct("<qi")
+"""Ticket and count: a rank has read so many of the blocks that a step's fetch asked for."""
 MAX_FRAME = 1 << 30
 MAX_HELLO = 4096
 BEAT_S = 0.25
@@ -73,6 +75,7 @@ class Hub:
         self._listener = socket.create_server((host, 0), backlog=size)
         self._peers: dict[int, Peer] = {}
         self._changed = threading.Condition()
+        self.fetched: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._selector = selectors.DefaultSelector()
         self._closing = False
@@ -205,6 +208,9 @@ class Hub:
     def _take(self, peer: Peer, kind: Kind, content: bytes) -> None:
         if kind == "result":
             self._results.put(content)
+        elif kind == "fetched":
+            ticket, count = FETCHED.unpack(content)
+            self.fetched.put((ticket, count))
         elif kind == "ready":
             with self._changed:
                 peer.ready = True

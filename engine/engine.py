@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from kvasir.engine.blocks import BlockPool, salted
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 Deliver = Callable[[Sequence[Event]], None]
 IDLE_S = 0.2
 """The loop turns at least this often, so that its heartbeat shows that it lives."""
+LOADING_S = 0.001
+"""The same while it has nothing to do but wait for blocks from a lower tier."""
 STATS_PERIOD_S = 0.05
 MAX_RETRY_S = 60.0
 
@@ -68,7 +71,10 @@ class Engine:
             pool_last=loaded.pooler is not None and loaded.pooler.pooling.from_last,
             stretch_len=spec.stretch_len,
             depth=executor.depth,
+            tiers=loaded.tiers,
+            ranks=config.ranks,
         )
+        self._tiers = loaded.tiers
         self._flying: deque[Step] = deque()
         self._groups = len(loaded.cache.layout.groups)
         self._wake = threading.Condition()
@@ -90,6 +96,8 @@ class Engine:
         blocks = tuple((0, group, (0,)) for group in range(self._groups))
         self._executor.launch(Step(0, new=(first,), blocks=blocks, slices=(Slice(0, 0, 1, not pool, pool=pool),)))
         self._executor.collect()
+        if self._tiers is not None:
+            self._tiers.wait_until_scanned()
         self._thread.start()
 
     def shutdown(self) -> None:
@@ -209,6 +217,8 @@ class Engine:
         self.heartbeat = time.monotonic()
         self._publish()
         events = self._take_in()
+        while not self._executor.fetched.empty():
+            self._scheduler.fetched(*self._executor.fetched.get())
         now = time.time()
         events += self._scheduler.expire(now)
         full = len(self._flying) == self._executor.depth
@@ -224,7 +234,7 @@ class Engine:
         if step is None:
             with self._wake:
                 if not self._inbox and not self._stopping:
-                    self._wake.wait(IDLE_S)
+                    self._wake.wait(LOADING_S if self._scheduler.loading else IDLE_S)
 
     def _take_in(self) -> list[Event]:
         """What clients asked since the last turn."""
@@ -265,4 +275,5 @@ class Engine:
 
     def _publish(self) -> None:
         if self.heartbeat - self._stats_at > STATS_PERIOD_S or not self._scheduler.has_work:
-            self._stats, self._stats_at = self._scheduler.stats(), self.heartbeat
+            tiers = {} if self._tiers is None else self._tiers.counts()
+            self._stats, self._stats_at = replace(self._scheduler.stats(), **tiers), self.heartbeat

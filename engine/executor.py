@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -17,6 +18,7 @@ from kvasir.engine.mesh import Mesh, Place, host_store, join
 from kvasir.engine.processes import Processes
 from kvasir.engine.rank import Rank
 from kvasir.engine.step import Result, Step
+from kvasir.engine.tiers import Tiers
 
 LOCALHOST = "127.0.0.1"
 
@@ -27,6 +29,8 @@ class Executor(Protocol):
     loaded: Loaded
     depth: int
     grammars: Grammars
+    fetched: queue.SimpleQueue[tuple[int, int]]
+    """(ticket, count): what a rank has read of what a step's fetch asked for."""
 
     def launch(self, step: Step) -> None: ...
     def collect(self) -> Result: ...
@@ -41,6 +45,9 @@ class LocalExecutor:
     def __init__(self, config: EngineConfig, loaded: Loaded) -> None:
         self.loaded, self.grammars = loaded, grammars_of(loaded)
         self.rank = rank_of(config, loaded, self.grammars)
+        self.fetched: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+        if loaded.tiers is not None:
+            loaded.tiers.on_fetched = lambda *said: self.fetched.put(said)
         self._done: deque[Result] = deque()
 
     def launch(self, step: Step) -> None:
@@ -50,7 +57,8 @@ class LocalExecutor:
         return self._done.popleft()
 
     def close(self) -> None:
-        """Nothing is held."""
+        if self.loaded.tiers is not None:
+            self.loaded.tiers.close()
 
 
 class GroupExecutor:
@@ -59,12 +67,17 @@ class GroupExecutor:
     def __init__(self, config: EngineConfig, hub: Hub, kill: Callable[[], None], *, own_gpus: bool) -> None:
         self._config, self._hub, self._kill = config, hub, kill
         self._mesh = Mesh()
+        self._tiers: Tiers | None = None
         hub.on_failure = self._free
         try:
             self._mesh = _meet(config, hub, own_gpus)
             self.loaded = load(config, self._mesh)
             self.grammars = grammars_of(self.loaded)
             self.rank = rank_of(config, self.loaded, self.grammars)
+            self.fetched = hub.fetched
+            self._tiers = self.loaded.tiers
+            if self._tiers is not None:
+                self._tiers.on_fetched = lambda *said: hub.fetched.put(said)
             hub.all_ready()
         except RuntimeError as error:  # torch's, when another rank is gone
             verdict = hub.verdict(_symptom(error, config))
@@ -94,6 +107,8 @@ class GroupExecutor:
         return result
 
     def close(self) -> None:
+        if self._tiers is not None:
+            self._tiers.close()
         self._hub.close()
         self._kill()
         self._mesh.close()
@@ -150,6 +165,7 @@ def rank_of(config: EngineConfig, loaded: Loaded, grammars: Grammars) -> Rank:
         max_model_len=loaded.info.max_model_len,
         pooler=loaded.pooler,
         grammars=grammars,
+        tiers=loaded.tiers,
     )
 
 

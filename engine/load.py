@@ -19,12 +19,14 @@ from kvasir.engine.info import ModelInfo
 from kvasir.engine.memory import keep_freed_memory, plan_memory, resolve_device, resolve_dtype
 from kvasir.engine.mesh import Mesh, Place
 from kvasir.engine.model_files import ModelFiles
+from kvasir.engine.open_tiers import open_tiers
 from kvasir.engine.pooler import Pooler, load_pooler
 from kvasir.engine.pooling import Pooling, pooling_of, tasks_of
 from kvasir.engine.rank import usable_cores
 from kvasir.engine.sentence_transformers import read_text_rules
 from kvasir.engine.share import Share, share_of
 from kvasir.engine.spec import Spec
+from kvasir.engine.tiers import Tiers
 from kvasir.engine.tokenizer import Tokenizer
 from kvasir.engine.weights import load_decoder, random_decoder, weight_bytes
 
@@ -43,6 +45,8 @@ class Loaded:
     """None: it can only generate."""
     tokenizer: Callable[[], Tokenizer | None] = lambda: None
     """Reads the model's tokenizer, which the engine needs for grammars alone."""
+    tiers: Tiers | None = None
+    """None: blocks that leave the cache are gone."""
 
 
 def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
@@ -88,7 +92,7 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
         tasks=tasks_of(spec, pooling) if ours else ("generate",),
         labels=pooling.labels.names if pooling.labels else (),
     )
-    return Loaded(decoder, cache, info, pooler, files.tokenizer)
+    return Loaded(decoder, cache, info, pooler, files.tokenizer, open_tiers(config, files, share, cache))
 
 
 def check_ranks(config: EngineConfig) -> None:

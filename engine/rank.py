@@ -20,6 +20,7 @@ from kvasir.engine.grammar import Grammars
 from kvasir.engine.pooler import Pooler
 from kvasir.engine.sampler import Sampler, score_rows
 from kvasir.engine.step import NewSequence, Result, Slice, Step
+from kvasir.engine.tiers import Tiers
 
 if TYPE_CHECKING:  # transformers, which is slow to import and seldom needed
     from kvasir.engine.fallback import Fallback
@@ -42,7 +43,9 @@ class Rank:
         max_model_len: int,
         pooler: Pooler | None = None,
         grammars: Grammars | None = None,
+        tiers: Tiers | None = None,
     ) -> None:
+        self.tiers = tiers
         self.decoder, self.cache, self.pooler, self._grammars = decoder, cache, pooler, grammars
         self.place = decoder.mesh.place
         self.max_logits = max(max_num_seqs, LEAST_LOGITS)
@@ -56,6 +59,8 @@ class Rank:
     @torch.inference_mode()
     def run(self, step: Step) -> Result:
         """Apply the step's differences, compute its rows, sample. Ranks that don't sample have an empty result."""
+        if step.moves is not None and self.tiers is not None:
+            self.tiers.apply(step.moves)
         self.cache.copy(step.copies)
         self.batch.apply(step)
         for new in step.new:

@@ -20,6 +20,7 @@ from kvasir.engine.blocks import BlockPool
 from kvasir.engine.errors import ClientError
 from kvasir.engine.event import Event, Failed, Finished, FinishReason, Pooled, Timing, Token, TokenLogprob
 from kvasir.engine.layout import LayerGroup, Layout
+from kvasir.engine.loads import Loads, TierIndex
 from kvasir.engine.request import Request
 from kvasir.engine.sequence import Order, Sequence
 from kvasir.engine.step import NewSequence, Result, Slice, Step
@@ -45,6 +46,18 @@ class Stats:
     steps: int = 0
     step_tokens: int = 0
     """Tokens that all steps computed."""
+    host_bytes: int = 0
+    """In rank 0's host tier now; the others hold their share of the same blocks."""
+    host_stored: int = 0
+    """Blocks since the start, here and below."""
+    host_loaded: int = 0
+    host_evicted: int = 0
+    disk_bytes: int = 0
+    disk_stored: int = 0
+    disk_loaded: int = 0
+    disk_evicted: int = 0
+    disk_failed: int = 0
+    """Could not be written, or were bad when they were read."""
 
 
 @dataclass(slots=True)
@@ -56,6 +69,8 @@ class Job:
     live: dict[int, Sequence] = field(default_factory=dict)
 
 
+AHEAD = 4
+"""So many of those that wait for a seat have their blocks read from lower tiers meanwhile."""
 ONE_GROUP = Layout((LayerGroup((0,)),), 1)
 
 
@@ -65,7 +80,8 @@ class Scheduler:
     whole_prompts: a prompt is computed in one step or not at all (encoders). pool_last: a vector needs the last token's
     row alone, so prompts that are pooled may begin in the prefix cache. stretch_len: sequences longer than this turn by
     other angles from their first token on (`Rope.original_len`). depth: so many steps are executed at once, each of
-    other sequences (pipeline stages); streams are dealt out among them.
+    other sequences (pipeline stages); streams are dealt out among them. tiers: what lies below the cache, in each of
+    `ranks` ranks.
     """
 
     def __init__(
@@ -83,9 +99,12 @@ class Scheduler:
         pool_last: bool = False,
         stretch_len: int | None = None,
         depth: int = 1,
+        tiers: TierIndex | None = None,
+        ranks: int = 1,
     ) -> None:
         self.pool, self.budget = block_pool, max_num_batched_tokens
         self.tables = Tables(block_pool, layout, self.budget, salt)
+        self._loads = Loads(self.tables, tiers, ranks)
         longest = self.tables.room.longest(block_pool.num_blocks, max_model_len)
         self._limits = Limits(max_model_len, longest, self.budget if whole_prompts else None, self.pool.block_size)
         self.eos_token_ids = frozenset(eos_token_ids)
@@ -184,13 +203,25 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences without a seat."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._loads.loading)
+
+    @property
+    def loading(self) -> bool:
+        """Some sequence waits for blocks from a lower tier."""
+        return bool(self._loads.loading)
+
+    def fetched(self, ticket: int, count: int) -> None:
+        """A rank has read the first `count` blocks that a step's fetch asked for."""
+        sequence = self._loads.fetched(ticket, count)
+        if sequence is not None:
+            insort(self._waiting, (sequence.order, sequence))
 
     def stats(self) -> Stats:
         everyone = [sequence for _, sequence in self._waiting + self._running]
+        everyone += self._loads.loading.values()
         return Stats(
             running=len(self._running),
-            waiting=len(self._waiting),
+            waiting=self.num_waiting,
             kv_usage=self.pool.num_used / self.pool.num_blocks,
             queued_prefill_tokens=sum(sequence.remaining for sequence in everyone if sequence.remaining > 1),
             steps=self._steps,
@@ -202,16 +233,18 @@ class Scheduler:
     def plan(self, now: float) -> Step | None:
         """The next step, or None when there is nothing to compute. `computed` advances in `commit`."""
         assert len(self._in_flight) < self._depth, "a step has to be committed first"
+        self._look_below(now)
         prompts = sum(sequence.remaining > 1 and not sequence.in_flight for _, sequence in self._running)
         slices = self._plan_streams(prompts > 0)
         left = self.budget - len(slices)
         admitted = self._admit(left - prompts, now)
         behind = [s for _, s in self._running if not s.in_flight and (s.remaining > 1 or id(s) in admitted)]
         slices += self._plan_prompts(behind, left)
-        if not slices and not self._freed:
+        moves = self._loads.moves()
+        if not slices and not self._freed and moves is None:
             return None
         self._steps += 1
-        step = Step(self._steps, self._freed, self._new, self._grown, self._copies, slices)
+        step = Step(self._steps, self._freed, self._new, self._grown, self._copies, slices, moves)
         self._in_flight[step.id], self._planned = self._planned, []
         self._freed, self._new, self._grown, self._copies = [], [], [], []
         return step
@@ -291,12 +324,17 @@ class Scheduler:
             sequence = self._waiting[0][1]
             if self._still_blocked(sequence):
                 break
-            matched, tables = self._match(sequence)
-            need = self.tables.need(sequence, matched)
-            spare = sum(self.tables.due(other) for _, other in self._running)
-            if need + spare > self.pool.num_free - sum(self.pool.count_free(table) for table in tables):
+            most = self._cacheable(sequence)
+            if self._loads.seek(sequence, most, now):
+                del self._waiting[0]
+                continue
+            found = self._fitting(sequence, most)
+            if found is None:
                 self._blocked = (sequence.order, self.pool.num_free)
                 break
+            if self._loads.land(sequence):
+                continue  # more of it is cached now
+            matched, tables = found
             del self._waiting[0]
             sequence.computed = matched * self.pool.block_size
             if not sequence.scheduled:
@@ -309,6 +347,14 @@ class Scheduler:
             admitted.add(id(sequence))
         return admitted
 
+    def _fitting(self, sequence: Sequence, most: int) -> tuple[int, list[list[int]]] | None:
+        """(blocks, tables) of its longest cached prefix, up to `most` blocks; None: what it needs besides isn't free."""
+        matched, tables = self.tables.match(sequence, most)
+        need = self.tables.need(sequence, matched)
+        spare = sum(self.tables.due(other) for _, other in self._running)
+        lacks = need + spare > self.pool.num_free - sum(self.pool.count_free(table) for table in tables)
+        return None if lacks else (matched, tables)
+
     def _still_blocked(self, sequence: Sequence) -> bool:
         """It lacked blocks, and none was given back since: its prompt needn't be looked up again at every step."""
         order, free = self._blocked or (None, 0)
@@ -317,14 +363,22 @@ class Scheduler:
         self._blocked = (sequence.order, self.pool.num_free)
         return True
 
-    def _match(self, sequence: Sequence) -> tuple[int, list[list[int]]]:
-        """(blocks, tables) of the longest cached prefix; at least one token is left to compute, since its row is needed."""
+    def _look_below(self, now: float) -> None:
+        """Read what the next to be seated lack in the cache; who has waited too long for that gets its turn without."""
+        for sequence in self._loads.overdue(now):
+            insort(self._waiting, (sequence.order, sequence))
+        for entry in self._waiting[:AHEAD]:
+            sequence = entry[1]
+            if sequence.sought == -2 and self._loads.seek(sequence, self._cacheable(sequence), now):
+                self._waiting.remove(entry)
+
+    def _cacheable(self, sequence: Sequence) -> int:
+        """Blocks of it that may come from the cache; at least one token is left to compute, since its row is needed."""
         stretched = len(sequence.tokens) > self._stretch_len
         if stretched != sequence.stretched:
             sequence.stretched, sequence.contents = stretched, []
         whole = sequence.prompt_scores is not None or (sequence.request.pooling is not None and not self._pool_last)
-        most = 0 if whole or not self.pool.prefix_caching else (len(sequence.tokens) - 1) // self.pool.block_size
-        return self.tables.match(sequence, most)
+        return 0 if whole or not self.pool.prefix_caching else (len(sequence.tokens) - 1) // self.pool.block_size
 
     # -- seats and blocks
 
@@ -372,7 +426,7 @@ class Scheduler:
     def _again(self, sequence: Sequence) -> None:
         """Back to waiting: all of it is to be computed once more."""
         self._leave(sequence)
-        sequence.computed = 0
+        sequence.computed, sequence.sought = 0, -2
         if sequence.prompt_scores is not None:
             sequence.prompt_scores = [None]
         insort(self._waiting, (sequence.order, sequence))
@@ -381,6 +435,8 @@ class Scheduler:
         """Give back seat and blocks, and withdraw what the ranks haven't been told yet."""
         seat = sequence.seat
         assert seat is not None
+        if sequence.ended:
+            self._loads.note_use(sequence)
         known = len(self._new)
         self._new = [new for new in self._new if new.seat != seat]
         if len(self._new) == known:
@@ -470,7 +526,8 @@ class Scheduler:
         if not live:
             del self._jobs[request_id]
         if sequence.seat is None:
-            _remove(self._waiting, sequence)
+            if not self._loads.cancel(sequence):
+                _remove(self._waiting, sequence)
         elif not sequence.in_flight:
             self._leave(sequence)
         return [] if event is None else [event]

@@ -45,6 +45,13 @@ class Sequence:
     """Continuations to branch off once the prompt is computed."""
     prompt_scores: list[TokenLogprob | None] | None = None
     """Gathered until the first token is delivered; None: not asked for, or delivered."""
+    ticket: int | None = None
+    """Of a fetch from the lower tiers: under way, or come and waiting with it for a seat."""
+    sought: int = -2
+    """Most blocks of its prefix that were cached when the lower tiers were asked for more; -1: they had no more, -2: never
+    looked."""
+    tries: int = 0
+    """How often they were asked since it got any further."""
     cached: int = 0
     preemptions: int = 0
     scheduled: float = 0.0

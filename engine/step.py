@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from kvasir.engine.blocks import ContentId
 from kvasir.engine.event import TokenLogprob
 from kvasir.engine.request import PoolingParams, SamplingParams
 
@@ -47,6 +48,22 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
+class Moves:
+    """What goes between the cache and the tiers below it (host memory, disk), in the order of the fields."""
+
+    saves: Sequence[tuple[int, ContentId]] = ()
+    """(block, content): what the block holds is written behind."""
+    loads: Sequence[tuple[int, int, int]] = ()
+    """(ticket, number, block): the number-th content that this fetch brought goes into the block."""
+    ended: Sequence[int] = ()
+    """Tickets of fetches that nobody waits for any more."""
+    fetches: Sequence[tuple[int, Sequence[ContentId]]] = ()
+    """(ticket, contents): read them, up to the first that isn't there, and say how many came."""
+    used: Sequence[tuple[int, Sequence[ContentId]]] = ()
+    """(count, contents) of a sequence that ended, its head last; the last `count` weren't computed for it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """Differences to the last step, applied in the order of the fields, then one forward over `slices`."""
 
@@ -59,6 +76,8 @@ class Step:
     copies: Sequence[tuple[int, int]] = ()
     """(source block, target block): copy-on-write, done before the forward."""
     slices: Sequence[Slice] = ()
+    moves: Moves | None = None
+    """Done before the copies."""
 
 
 @dataclass(frozen=True, slots=True)

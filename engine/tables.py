@@ -6,7 +6,7 @@ of groups that see everything, and of the others those that the rows behind it w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 from kvasir.engine.blocks import BlockPool, ContentId, content_id, salted
@@ -24,6 +24,8 @@ class Tables:
     def __init__(self, pool: BlockPool, layout: Layout, budget: int, salt: bytes) -> None:
         self.pool, self.layout = pool, layout
         self._salt = salt
+        self.fresh: list[tuple[int, ContentId]] | None = None
+        """Blocks that can be found since it was emptied last; None: nobody wants to know."""
         self.room = Room(layout, pool.block_size, budget)
         self._near = [i for i, group in enumerate(layout.groups) if group.reach is not None]
         self._far = [i for i, group in enumerate(layout.groups) if group.reach is None]
@@ -34,9 +36,32 @@ class Tables:
         for group in self._far:
             far[group] = self.pool.match(self._key(sequence, i, group) for i in range(count))
             count = len(far[group])
-        count = self._match_near(sequence, count)
+        count = self._match_near(sequence, count, self.pool.knows)
         near = {group: self._seen(sequence, group, count) for group in self._near}
         return count, [far[g][:count] if g in far else near[g] for g in range(len(self.layout.groups))]
+
+    def reach(self, sequence: Sequence, most: int, knows: Callable[[ContentId], bool]) -> int:
+        """Blocks of the longest prefix, up to `most`, of which `knows` has all that `keys` lists."""
+        count = most
+        for group in self._far:
+            count = next((i for i in range(count) if not knows(self._key(sequence, i, group))), count)
+        return self._match_near(sequence, count, knows)
+
+    def keys(self, sequence: Sequence, count: int) -> list[ContentId]:
+        """What the pool knows the blocks by that the rows behind `count` cached blocks see, its head first."""
+        return [self._key(sequence, i, group) for i, group in self._places(count)]
+
+    def filled(self, sequence: Sequence) -> list[tuple[int, ContentId]]:
+        """(block, what the pool knows it by) of its full, computed blocks in all groups, its head first; GONE ones too."""
+        count = sequence.computed // self.pool.block_size
+        tables = [*enumerate(sequence.blocks)]
+        return [(table[i], self._key(sequence, i, group)) for i in range(count) for group, table in tables]
+
+    def _places(self, count: int) -> Iterator[tuple[int, int]]:
+        """(number in the table, group) of these blocks."""
+        last = max(0, count * self.pool.block_size - 1)
+        firsts = [group.first_seen(last) // self.pool.block_size for group in self.layout.groups]
+        return ((i, group) for i in range(count) for group, first in enumerate(firsts) if i >= first)
 
     def need(self, sequence: Sequence, matched: int) -> int:
         """Blocks that it will take besides `matched` ones per table, before its present tokens are computed."""
@@ -73,7 +98,9 @@ class Tables:
         if self.pool.prefix_caching:
             for i in range(before // size, sequence.computed // size):
                 for group, table in enumerate(sequence.blocks):
-                    self.pool.commit(table[i], self._key(sequence, i, group))
+                    key = self._key(sequence, i, group)
+                    if self.pool.commit(table[i], key) and self.fresh is not None:
+                        self.fresh.append((table[i], key))
         for group in self._near:
             seen = self.layout.groups[group].first_seen(max(0, sequence.computed - 1)) // size
             table, first = sequence.blocks[group], sequence.near_from[group]
@@ -111,22 +138,22 @@ class Tables:
                 grown.append((group, blocks))
         return grown
 
-    def _match_near(self, sequence: Sequence, count: int) -> int:
+    def _match_near(self, sequence: Sequence, count: int, knows: Callable[[ContentId], bool]) -> int:
         """The longest prefix of at most `count` blocks of which the near groups have what later rows see."""
         while count and self._near:
-            missing = [self._missing(sequence, group, count) for group in self._near]
+            missing = [self._missing(sequence, group, count, knows) for group in self._near]
             worst = min((i for i in missing if i is not None), default=None)
             if worst is None:
                 break
             count = worst
         return count
 
-    def _missing(self, sequence: Sequence, group: int, count: int) -> int | None:
-        """The last block before `count` that the next row sees but that isn't cached."""
+    def _missing(self, sequence: Sequence, group: int, count: int, knows: Callable[[ContentId], bool]) -> int | None:
+        """The last block before `count` that the next row sees but that nobody `knows`."""
         size = self.pool.block_size
         first = self.layout.groups[group].first_seen(max(0, count * size - 1)) // size
         for i in range(count - 1, first - 1, -1):
-            if not self.pool.knows(self._key(sequence, i, group)):
+            if not knows(self._key(sequence, i, group)):
                 return i
         return None
 

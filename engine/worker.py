@@ -42,6 +42,7 @@ def run(config: EngineConfig, address: str, token: str, rank: int, *, gone: Call
 
 def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
     from kvasir.engine.codec import decode_step, encode_result
+    from kvasir.engine.control import FETCHED
     from kvasir.engine.executor import grammars_of, rank_of
     from kvasir.engine.load import load
     from kvasir.engine.memory import resolve_device
@@ -57,6 +58,8 @@ def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
     mesh = join(place, store, device, spoke.host, config.collective_timeout, token)
     loaded = load(config, mesh)
     rank = rank_of(config, loaded, grammars_of(loaded))
+    if (tiers := loaded.tiers) is not None:
+        tiers.on_fetched = lambda ticket, count: spoke.send("fetched", FETCHED.pack(ticket, count))
     spoke.send("ready")
     while True:
         kind, content = spoke.receive()

@@ -124,7 +124,9 @@ def _cpu() -> bytes:
     info = Path("/proc/cpuinfo")
     lines = info.read_bytes().split(b"\n\n")[0].splitlines() if info.exists() else []
     kept = (b"model name", b"flags", b"Features", b"CPU implementer", b"CPU part", b"model\t", b"stepping")
-    return b"\n".join([platform.machine().encode(), platform.processor().encode(), *(x for x in lines if x.startswith(kept))])
+    return b"\n".join(
+        [platform.machine().encode(), platform.processor().encode(), *(x for x in lines if x.startswith(kept))]
+    )
 
 
 def _opened(path: Path) -> ctypes.CDLL:

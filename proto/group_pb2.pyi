@@ -333,7 +333,7 @@ class Load(_message.Message):
     def __init__(self, heartbeat_age_s: _Optional[float] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ...) -> None: ...
 
 class Stats(_message.Message):
-    __slots__ = ("running", "waiting", "kv_usage", "prefix_queries", "prefix_hits", "preemptions", "prompt_tokens", "generation_tokens", "queued_prefill_tokens", "steps", "step_tokens")
+    __slots__ = ("running", "waiting", "kv_usage", "prefix_queries", "prefix_hits", "preemptions", "prompt_tokens", "generation_tokens", "queued_prefill_tokens", "steps", "step_tokens", "host_bytes", "host_stored", "host_loaded", "host_evicted", "disk_bytes", "disk_stored", "disk_loaded", "disk_evicted", "disk_failed")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_USAGE_FIELD_NUMBER: _ClassVar[int]
@@ -345,6 +345,15 @@ class Stats(_message.Message):
     QUEUED_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOST_STORED_FIELD_NUMBER: _ClassVar[int]
+    HOST_LOADED_FIELD_NUMBER: _ClassVar[int]
+    HOST_EVICTED_FIELD_NUMBER: _ClassVar[int]
+    DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_STORED_FIELD_NUMBER: _ClassVar[int]
+    DISK_LOADED_FIELD_NUMBER: _ClassVar[int]
+    DISK_EVICTED_FIELD_NUMBER: _ClassVar[int]
+    DISK_FAILED_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     kv_usage: float
@@ -356,4 +365,13 @@ class Stats(_message.Message):
     queued_prefill_tokens: int
     steps: int
     step_tokens: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., step_tokens: _Optional[int] = ...) -> None: ...
+    host_bytes: int
+    host_stored: int
+    host_loaded: int
+    host_evicted: int
+    disk_bytes: int
+    disk_stored: int
+    disk_loaded: int
+    disk_evicted: int
+    disk_failed: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., step_tokens: _Optional[int] = ..., host_bytes: _Optional[int] = ..., host_stored: _Optional[int] = ..., host_loaded: _Optional[int] = ..., host_evicted: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., disk_stored: _Optional[int] = ..., disk_loaded: _Optional[int] = ..., disk_evicted: _Optional[int] = ..., disk_failed: _Optional[int] = ...) -> None: ...

@@ -44,6 +44,7 @@ PLAIN = (
     "scheduler",
     "admission",
     "layout",
+    "loads",
     "tables",
     "spec",
 )

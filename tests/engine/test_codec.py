@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvasir.engine.codec import decode_result, decode_step, encode_result, encode_step
 from kvasir.engine.event import TokenLogprob
 from kvasir.engine.request import PoolingParams, SamplingParams, StructuredOutput
-from kvasir.engine.step import NewSequence, Result, Slice, Step
+from kvasir.engine.step import Moves, NewSequence, Result, Slice, Step
 from kvasir.engine.thoughts import Thoughts
 
 SMALL = st.integers(0, 2**31 - 1)
@@ -39,6 +39,15 @@ NEW = st.builds(
     token_type_ids=TOKENS,
     stretched=st.booleans(),
 )
+IDS = st.lists(st.binary(min_size=16, max_size=17), max_size=4)
+MOVES = st.builds(
+    Moves,
+    saves=st.lists(st.tuples(SMALL, st.binary(min_size=16, max_size=17)), max_size=3),
+    loads=st.lists(st.tuples(SMALL, SMALL, SMALL), max_size=3),
+    ended=TOKENS,
+    fetches=st.lists(st.tuples(SMALL, IDS), max_size=3),
+    used=st.lists(st.tuples(SMALL, IDS), max_size=3),
+)
 STEPS = st.builds(
     Step,
     id=st.integers(0, 2**62),
@@ -47,6 +56,7 @@ STEPS = st.builds(
     blocks=st.lists(st.tuples(SMALL, SMALL, st.lists(st.integers(-1, 2**31 - 1), max_size=5)), max_size=4),
     copies=st.lists(st.tuples(SMALL, SMALL), max_size=4),
     slices=st.lists(st.builds(Slice, SMALL, SMALL, SMALL, st.booleans(), st.booleans(), st.booleans()), max_size=6),
+    moves=st.none() | MOVES,
 )
 NUMBERS = st.floats(allow_nan=False)
 SCORES = st.builds(TokenLogprob, NUMBERS, SMALL, st.lists(st.tuples(SMALL, NUMBERS), max_size=3).map(tuple))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from kvasir.engine.event import Event, Failed, Finished, Pooled, Token, TokenLog
 from kvasir.engine.layout import LayerGroup, Layout
 from kvasir.engine.request import PoolingParams, Request, SamplingParams
 from kvasir.engine.scheduler import ONE_GROUP, Scheduler
-from kvasir.engine.step import Result, Step
+from kvasir.engine.step import Moves, Result, Step
 
 VOCABULARY = 50
 END = 7
@@ -50,12 +51,64 @@ class Seat:
     tables: list[list[int]]
 
 
+class FakeTiers:
+    """What lies below the cache of `ranks` ranks, in words: loses blocks, answers late or never, has less than it says."""
+
+    def __init__(self, ranks: int = 1, most: int = 1000, seed: int | None = None) -> None:
+        self.ranks, self.most_fetched = ranks, most
+        self.draw = random.Random(seed)
+        self.reliable = seed is None
+        self.held: dict[bytes, list[object]] = {}
+        self.asked: dict[int, list[bytes]] = {}
+        self.staged: dict[int, list[list[object]]] = {}
+        self.loaded = 0
+        self.saved: list[bytes] = []
+        self.used: list[tuple[int, Seq[bytes]]] = []
+
+    def knows(self, content: bytes) -> bool:
+        return content in self.held
+
+    def forget(self, contents: Iterable[bytes]) -> None:
+        for content in contents:
+            self.held.pop(content, None)
+
+    def apply(self, moves: Moves, slots: dict[int, object], size: int) -> None:
+        for block, content in moves.saves:
+            self.saved.append(content)
+            self.held[content] = [slots[block * size + i] for i in range(size)]
+            if not self.reliable and self.draw.random() < 0.2:
+                self.held.pop(self.draw.choice(list(self.held)))
+        for ticket, number, block in moves.loads:
+            slots |= {block * size + i: stamp for i, stamp in enumerate(self.staged[ticket][number])}
+            self.loaded += 1
+        for ticket in moves.ended:
+            self.asked.pop(ticket, None)
+            self.staged.pop(ticket, None)
+        self.asked |= {ticket: list(contents) for ticket, contents in moves.fetches}
+        self.used += moves.used
+
+    def answers(self) -> list[tuple[int, int]]:
+        """What the ranks have read since the last time."""
+        found = []
+        for ticket, contents in list(self.asked.items()):
+            if not self.reliable and self.draw.random() < 0.8:
+                continue
+            del self.asked[ticket]
+            there = next((i for i, content in enumerate(contents) if content not in self.held), len(contents))
+            self.staged[ticket] = [self.held[content] for content in contents[:there]]
+            if not self.reliable and self.draw.random() < 0.05:
+                continue  # one of them hangs
+            counts = [there if self.reliable else self.draw.randint(0, there) for _ in range(self.ranks)]
+            found += [(ticket, count) for count in counts]
+        return found
+
+
 class FakeRank:
     """Keeps, for every slot, the group and all the tokens that led to what was written there; reads fail on anything
     else."""
 
-    def __init__(self, block_size: int, layout: Layout) -> None:
-        self.size, self.groups = block_size, layout.groups
+    def __init__(self, block_size: int, layout: Layout, tiers: FakeTiers | None = None) -> None:
+        self.size, self.groups, self.tiers = block_size, layout.groups, tiers
         self.slots: dict[int, object] = {}
         self.seats: dict[int, Seat] = {}
         self.tokens = 0
@@ -70,6 +123,9 @@ class FakeRank:
             self.seats[new.seat] = Seat(list(new.token_ids), new.prompt_len, new.seed, pools, new.stretched, tables)
         for seat, group, blocks in step.blocks:
             self.seats[seat].tables[group] += blocks
+        if step.moves is not None:
+            assert self.tiers is not None
+            self.tiers.apply(step.moves, self.slots, self.size)
         copied = [
             (target * self.size + i, self.slots.get(source * self.size + i))
             for source, target in step.copies
@@ -126,8 +182,10 @@ class World:
         limit: int = 100,
         prefix_caching: bool = True,
         layout: Layout = ONE_GROUP,
+        tiers: FakeTiers | None = None,
         **options: Any,
     ) -> None:
+        self.tiers = tiers
         self.pool = BlockPool(blocks, size, prefix_caching=prefix_caching)
         self.scheduler = Scheduler(
             block_pool=self.pool,
@@ -136,9 +194,11 @@ class World:
             max_model_len=limit,
             eos_token_ids=(END,),
             layout=layout,
+            tiers=tiers,
+            ranks=tiers.ranks if tiers else 1,
             **options,
         )
-        self.rank, self.limit, self.now, self.budget = FakeRank(size, layout), limit, 1000.0, budget
+        self.rank, self.limit, self.now, self.budget = FakeRank(size, layout, tiers), limit, 1000.0, budget
         self.events: list[Event] = []
         self.requests: dict[str, Request] = {}
 
@@ -163,6 +223,8 @@ class World:
     def step(self) -> Step | None:
         self.now += 1
         self.events += self.scheduler.expire(self.now)
+        for ticket, count in self.tiers.answers() if self.tiers else ():
+            self.scheduler.fetched(ticket, count)
         step = self.scheduler.plan(self.now)
         assert not self.pool.check()
         if step is not None:
@@ -216,6 +278,7 @@ ALL_NEAR = Layout((LayerGroup((0,), window=6), LayerGroup((1,), window=1)), 1)
 @pytest.mark.parametrize("seed", range(30))
 def test_outputs_do_not_depend_on_sizes_order_or_memory(seed: int, layout: Layout) -> None:
     draw = random.Random(seed)
+    tiers = FakeTiers(1 + seed % 3 // 2, (1000, 3)[seed % 2], seed) if seed % 3 else None
     size, budget = draw.choice((1, 2, 4, 16)), draw.choice((1, 3, 16, 200))
     blocks = draw.choice((100, 140, 400)) // size + 1
     if layout is not ONE_GROUP:
@@ -223,6 +286,7 @@ def test_outputs_do_not_depend_on_sizes_order_or_memory(seed: int, layout: Layou
     world = World(
         blocks=blocks, size=size, seats=draw.choice((1, 2, 5, 20)), budget=budget, limit=90,
         prefix_caching=draw.random() < 0.8, layout=layout, stretch_len=draw.choice((None, None, 30)), pool_last=True,
+        tiers=tiers,
     )  # fmt: skip
     trunk = [draw.randrange(VOCABULARY) for _ in range(40)]
     waiting = [f"r{i}" for i in range(25)]
@@ -251,6 +315,7 @@ def test_outputs_do_not_depend_on_sizes_order_or_memory(seed: int, layout: Layou
         if not waiting and not world.scheduler.has_work:
             break
     world.run()
+    assert tiers is None or not tiers.staged
     for name in world.requests:
         world.check(name)
         scored = [
@@ -630,3 +695,134 @@ def test_a_sequence_that_grows_too_long_starts_again_stretched() -> None:
     (end,) = world.ends("a")
     assert isinstance(end, Finished)
     assert end.preemptions == 0
+
+
+def tiered(**options: Any) -> tuple[World, FakeTiers]:
+    """A world whose cache was emptied after a prompt of 40 tokens, of which the tiers have 10 blocks of each group."""
+    tiers = FakeTiers()
+    world = World(blocks=60, size=4, budget=16, limit=200, tiers=tiers, **options)
+    world.add("first", PROMPT, max_tokens=1)
+    world.run()
+    assert len(tiers.held) == 10 * len(options.get("layout", ONE_GROUP).groups)
+    world.pool.reset()
+    world.rank.slots.clear()
+    return world, tiers
+
+
+PROMPT = [random.Random(1).randrange(9, 40) for _ in range(40)]
+
+
+def cached(world: World, name: str) -> int:
+    (end,) = world.ends(name)
+    assert isinstance(end, Finished)
+    return end.cached_tokens
+
+
+@pytest.mark.parametrize("layout", [ONE_GROUP, WINDOWS, ALL_NEAR], ids=["one", "windows", "near"])
+def test_a_prompt_starts_behind_what_the_tiers_have(layout: Layout) -> None:
+    world, tiers = tiered(layout=layout)
+    world.add("again", [*PROMPT, 1, 2], max_tokens=3, ignore_eos=True)
+    assert world.step() is not None  # asks
+    assert world.scheduler.loading
+    assert world.scheduler.stats().waiting == world.scheduler.num_waiting == 1
+    world.run()
+    world.check("again")
+    assert cached(world, "again") == 40
+    assert tiers.loaded <= len(tiers.held)
+    if layout is not ONE_GROUP:
+        assert tiers.loaded < 10 * len(layout.groups)  # what no later row sees stays where it is
+
+
+def test_others_compute_while_one_loads() -> None:
+    world, tiers = tiered()
+    tiers.answers = list  # type: ignore[method-assign]
+    world.add("slow", [*PROMPT, 1], max_tokens=1)
+    world.add("other", [5] * 30, max_tokens=1)
+    for _ in range(8):
+        world.step()
+    world.check("other")
+    assert world.scheduler.loading
+    world.run()  # it doesn't wait for ever
+    world.check("slow")
+    assert cached(world, "slow") == 0
+    world.pool.reset()
+    world.add("next", [*PROMPT, 2], max_tokens=1)  # a tier that hangs isn't asked again
+    step = world.step()
+    assert step is not None
+    assert step.slices
+    world.scheduler.fetched(1, 10)  # it has come round
+    world.pool.reset()
+    world.add("last", [*PROMPT, 3], max_tokens=1)
+    world.step()
+    assert world.scheduler.loading
+
+
+def test_who_waits_for_a_seat_has_its_blocks_read_meanwhile() -> None:
+    world, tiers = tiered(seats=1)
+    world.add("long", [6], max_tokens=100, ignore_eos=True)
+    world.step()
+    world.add("next", [*PROMPT, 1], max_tokens=1)
+    world.step()
+    world.step()
+    assert tiers.staged
+    assert not world.scheduler.loading
+    world.run()
+    assert cached(world, "next") == 40
+
+
+def test_a_fetch_is_cut_to_what_may_be_staged() -> None:
+    world, tiers = tiered()
+    tiers.most_fetched = 3
+    world.add("again", [*PROMPT, 1], max_tokens=1)
+    world.run()
+    assert cached(world, "again") == 40
+
+
+@pytest.mark.parametrize("when", [0, 1, 2])
+def test_ending_at_every_stage_of_a_load(when: int) -> None:
+    world, tiers = tiered()
+    world.add("again", [*PROMPT, 1], max_tokens=1)
+    for _ in range(when):
+        world.step()
+    world.scheduler.abort("again", now=world.now)
+    world.run()
+    assert not tiers.staged
+    assert not tiers.asked
+
+
+def test_what_one_rank_lacks_is_written_again() -> None:
+    world, tiers = tiered()
+    tiers.ranks = world.scheduler._loads._ranks = 2
+    tiers.answers = lambda: [(t, n) for t in list(tiers.asked) if tiers.staged.setdefault(t, [
+        tiers.held[c] for c in tiers.asked.pop(t)]) for n in (10, 4)]  # type: ignore[method-assign]  # fmt: skip
+    tiers.saved.clear()
+    world.add("again", [*PROMPT, 1], max_tokens=1)
+    world.run()
+    assert cached(world, "again") == 16
+    assert len(tiers.saved) == 6
+
+
+def test_use_is_told_tail_first_and_what_was_lost_below_is_saved_again() -> None:
+    world, tiers = tiered()
+    world.add("again", [*PROMPT, 1], max_tokens=1)
+    world.run()
+    chain = [*tiers.held][:10]
+    assert tiers.used[-1] == (10, chain[::-1])
+    assert tiers.used[-2] == (0, chain[::-1])
+    tiers.held.clear()
+    tiers.saved.clear()
+    world.add("warm", [*PROMPT, 2], max_tokens=1)  # out of the cache
+    world.run()
+    assert tiers.saved == chain
+
+
+def test_a_preempted_sequence_asks_the_tiers() -> None:
+    tiers = FakeTiers()
+    world = World(blocks=12, size=4, seats=4, budget=16, limit=48, tiers=tiers)
+    for name in "ab":
+        world.add(name, [ord(name)] * 14, max_tokens=20, ignore_eos=True)
+    world.run()
+    assert world.scheduler.stats().preemptions > 0
+    assert tiers.loaded > 0
+    for name in "ab":
+        world.check(name)

@@ -1,0 +1,192 @@
+"""Disk: a rank's blocks as files of a folder that nobody else uses at the time. Bytes only; nothing that is read can run.
+
+A file is a header and the block's bytes. It appears under its name when it is complete, so a process may be killed at any
+moment; what a crash of the machine, a bad disk or somebody's hand made of it, the checksum tells.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from kvasir.engine.blocks import ContentId
+from kvasir.engine.disk_folder import Claim
+from kvasir.engine.shelf import Shelf
+
+logger = logging.getLogger(__name__)
+
+HEAD = struct.Struct("<8s16s24sI")
+"""Magic, fingerprint, content (padded), CRC-32 of fingerprint, content and bytes."""
+MAGIC = b"kvblock1"
+DEFAULT_BYTES = 50 * 10**9
+DEFAULT_SHARE = 0.1
+"""Of what is free on the disk, up to DEFAULT_BYTES."""
+PAUSE_S = 30.0
+"""After a failed write the disk is left alone for so long."""
+
+
+class Disk:
+    """Blocks of `block_bytes` in a claimed folder. One thread scans and writes, one reads, any asks `in`.
+
+    capacity: bytes; None: DEFAULT_SHARE of what is free, up to DEFAULT_BYTES, in equal parts to `sharers`.
+    """
+
+    def __init__(
+        self, claim: Claim, fingerprint: bytes, block_bytes: int, capacity: int | None, sharers: int = 1
+    ) -> None:
+        self._claim, self._fingerprint, self.block_bytes = claim, fingerprint, block_bytes
+        self._capacity, self._sharers = capacity, sharers
+        self._lock = threading.Lock()
+        self.shelf = Shelf(0)
+        self.stored = self.loaded = self.failed = 0
+        """Blocks written and read; those that could not be written, or were bad when they were read."""
+        self._paused_until = 0.0
+
+    @property
+    def size(self) -> int:
+        """Bytes of a block's file."""
+        return HEAD.size + self.block_bytes
+
+    def scan(self) -> None:
+        """Find what earlier processes left, the least recently used first. What isn't a block goes."""
+        found: list[tuple[int, ContentId]] = []
+        for entry in self._claim.files():
+            content = _content(entry.name)
+            with contextlib.suppress(OSError):
+                status = entry.stat(follow_symlinks=False)
+                if content is not None and status.st_size == self.size:
+                    found.append((status.st_mtime_ns, content))
+                else:
+                    os.unlink(entry.path)
+        with self._lock:
+            self.shelf.capacity = self._limit(len(found) * self.size)
+            left = [gone for _, content in sorted(found) for gone in self.shelf.put(content, self.size)]
+        self._unlink(left)
+        self._claim.find_abandoned()
+
+    def _limit(self, held: int) -> int:
+        if self._capacity is not None:
+            return self._capacity // self._sharers
+        try:
+            free = shutil.disk_usage(self._claim.folder).free
+        except OSError:
+            return 0
+        return min(DEFAULT_BYTES, int((free + held * self._sharers) * DEFAULT_SHARE)) // self._sharers
+
+    def write(self, content: ContentId, data: memoryview) -> bool:
+        """Keep a block, in place of what is known by its name; what is least worth keeping goes for it. False: the disk
+        didn't take it."""
+        if self.size > self.shelf.capacity:
+            return False
+        if time.monotonic() < self._paused_until:
+            self.failed += 1
+            return False
+        self._claim.make_room(self.shelf.capacity - self.shelf.used - self.size)
+        with self._lock:
+            left = self.shelf.shrink(self.shelf.capacity - self.size)
+        self._unlink(left)
+        try:
+            self._store(content, data)
+        except OSError as error:
+            self._give_up(error)
+            return False
+        with self._lock:
+            self.shelf.put(content, self.size)
+        self.stored += 1
+        return True
+
+    def _store(self, content: ContentId, data: memoryview) -> None:
+        path = self._path(content)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        head = HEAD.pack(MAGIC, self._fingerprint, content, self._checksum(content, data))
+        unfinished = path.with_suffix(".part")
+        try:
+            with open(unfinished, "wb", buffering=0, opener=_private) as file:
+                file.write(head)
+                if file.write(data) != len(data):
+                    raise OSError("the disk took a part of a block only")
+            os.replace(unfinished, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+            raise
+
+    def _give_up(self, error: OSError) -> None:
+        """A full disk gets a tenth of ours back; whatever it is, it is left alone for a while."""
+        self.failed += 1
+        self._paused_until = time.monotonic() + PAUSE_S
+        logger.warning("KV blocks can't be kept in %s, for now they aren't: %s", self._claim.folder, error)
+        with self._lock:
+            left = self.shelf.shrink(self.shelf.used * 9 // 10)
+        self._unlink(left)
+
+    def read(self, content: ContentId, into: memoryview) -> bool:
+        """The block's bytes. False: it isn't there, or it is bad, and then it is forgotten."""
+        if content not in self.shelf:
+            return False
+        head = bytearray(HEAD.size)
+        try:
+            with open(self._path(content), "rb", buffering=0) as file:
+                whole = file.readinto(head) == HEAD.size and file.readinto(into) == len(into) and not file.read(1)
+        except OSError as error:
+            logger.warning("a KV block can't be read, it is computed instead: %s", error)
+            whole = False
+        if whole and bytes(head) == HEAD.pack(MAGIC, self._fingerprint, content, self._checksum(content, into)):
+            self.loaded += 1
+            return True
+        self.failed += 1
+        self.forget(content)
+        return False
+
+    def use(self, contents: Iterable[ContentId], *, again: bool) -> None:
+        """They were used, the last one most recently; the next process will know, too."""
+        with self._lock:
+            self.shelf.use(contents, again=again)
+        for content in contents:
+            if content in self.shelf:
+                with contextlib.suppress(OSError):
+                    os.utime(self._path(content))
+
+    def forget(self, content: ContentId) -> None:
+        """It is of no use."""
+        with self._lock:
+            known = self.shelf.drop(content)
+        if known:
+            self._unlink([content])
+
+    def close(self) -> None:
+        """Another process may have the folder."""
+        self._claim.close()
+
+    def _unlink(self, contents: Iterable[ContentId]) -> None:
+        for content in contents:
+            with contextlib.suppress(OSError):
+                self._path(content).unlink()
+
+    def _path(self, content: ContentId) -> Path:
+        name = content.hex()
+        return self._claim.folder / name[:2] / name
+
+    def _checksum(self, content: ContentId, data: memoryview) -> int:
+        return zlib.crc32(data, zlib.crc32(self._fingerprint + content))
+
+
+def _content(name: str) -> ContentId | None:
+    """What a file's name says it holds."""
+    try:
+        return bytes.fromhex(name) if name == name.lower() else None
+    except ValueError:
+        return None
+
+
+def _private(path: str, flags: int) -> int:
+    """What people said to a model is in these files: nobody else reads them."""
+    return os.open(path, flags, 0o600)

@@ -1,0 +1,173 @@
+"""Loads: what waiting sequences get from the tiers below the cache, and what these tiers get from it. The scheduler's side.
+
+Blocks that come become cached blocks like any other, found by the sequence that waited and by all others. Nothing depends
+on their coming: what doesn't is computed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvasir.engine.blocks import ContentId
+from kvasir.engine.sequence import GONE, Sequence
+from kvasir.engine.step import Moves
+from kvasir.engine.tables import Tables
+
+FETCH_S = 10.0
+"""A sequence waits no longer for its blocks. While a fetch is overdue nothing else is asked of the tiers."""
+
+TRIES = 2
+"""So often the tiers are asked for a sequence that gets no further, because others take its cached blocks meanwhile."""
+
+
+class TierIndex(Protocol):
+    """What rank 0 knows of its own tiers; the other ranks' hold about the same."""
+
+    @property
+    def most_fetched(self) -> int:
+        """Blocks that one fetch may bring."""
+
+    def knows(self, content: ContentId) -> bool: ...
+    def forget(self, contents: Iterable[ContentId]) -> None: ...
+
+
+@dataclass(slots=True)
+class Fetch:
+    """Blocks that the ranks are reading for a sequence."""
+
+    sequence: Sequence
+    contents: list[ContentId]
+    deadline: float
+    come: list[int] = field(default_factory=list)
+    """How many each rank has, of those that have answered."""
+
+
+class Loads:
+    """Without tiers every question has the neutral answer. Not thread-safe, like the scheduler."""
+
+    def __init__(self, tables: Tables, tiers: TierIndex | None, ranks: int) -> None:
+        self._tables, self._pool, self._tiers, self._ranks = tables, tables.pool, tiers, ranks
+        if tiers is not None:
+            tables.fresh = []
+        self.loading: dict[int, Sequence] = {}
+        """ticket -> sequence whose blocks are on their way; any thread may ask how many."""
+        self._fetches: dict[int, Fetch] = {}
+        self._tickets = itertools.count(1)
+        self._overdue: set[int] = set()
+        self._saves: list[tuple[int, ContentId]] = []
+        self._loads: list[tuple[int, int, int]] = []
+        self._ended: list[int] = []
+        self._asked: list[tuple[int, list[ContentId]]] = []
+        self._used: list[tuple[int, list[ContentId]]] = []
+
+    def seek(self, sequence: Sequence, most: int, now: float) -> bool:
+        """Whether it has to wait because the tiers have more of its prefix, of at most `most` blocks, than the cache."""
+        tiers, tables = self._tiers, self._tables
+        if tiers is None or self._overdue or sequence.ticket is not None:
+            return False
+        have = tables.reach(sequence, most, self._pool.knows)
+        further = have > sequence.sought
+        if not further and sequence.tries == TRIES:
+            return False
+        want = tables.reach(sequence, min(most, have + self._most_numbers(tiers)), self._known)
+        if want <= have:
+            sequence.sought = max(sequence.sought, -1)
+            return False
+        sequence.sought = max(sequence.sought, have)
+        sequence.tries = 1 if further else sequence.tries + 1
+        lacking = [content for content in tables.keys(sequence, want) if not self._pool.knows(content)]
+        ticket = sequence.ticket = next(self._tickets)
+        self._fetches[ticket] = Fetch(sequence, lacking, now + FETCH_S)
+        self.loading[ticket] = sequence
+        self._asked.append((ticket, lacking))
+        return True
+
+    def fetched(self, ticket: int, count: int) -> Sequence | None:
+        """A rank has so many of what was asked; the sequence, when it was the last rank."""
+        fetch = self._fetches.get(ticket)
+        if fetch is None:
+            self._overdue.discard(ticket)
+            return None
+        fetch.come.append(count)
+        if len(fetch.come) < self._ranks:
+            return None
+        if min(fetch.come) < len(fetch.contents) and self._tiers is not None:
+            self._tiers.forget(
+                fetch.contents[min(fetch.come) :]
+            )  # they are computed now, and written again by all ranks
+        return self.loading.pop(ticket)
+
+    def overdue(self, now: float) -> list[Sequence]:
+        """Those that have waited too long."""
+        late = [ticket for ticket in self.loading if self._fetches[ticket].deadline <= now]
+        self._overdue |= set(late)
+        return [self._end(self.loading[ticket]).sequence for ticket in late]
+
+    def land(self, sequence: Sequence) -> bool:
+        """What came for it goes into free blocks, where it is found like what was computed. False: nothing was asked."""
+        if sequence.ticket is None:
+            return False
+        ticket, fetch = sequence.ticket, self._end(sequence)
+        held: list[int] = []
+        cached = self._tables.keys(sequence, sequence.sought)  # must not make room for what follows it
+        for content in cached:
+            self._hold(self._pool.match([content]), held)
+        for number, content in enumerate(fetch.contents[: min(fetch.come)]):
+            if self._pool.knows(content):
+                self._hold(self._pool.match([content]), held)
+            elif self._pool.num_free:
+                held += self._pool.take(1)
+                self._pool.commit(held[-1], content)
+                self._loads.append((ticket, number, held[-1]))
+        self._pool.free(held)
+        return True
+
+    def cancel(self, sequence: Sequence) -> bool:
+        """It ended without a seat. True: its blocks were on their way."""
+        loading = sequence.ticket in self.loading
+        if sequence.ticket is not None:
+            self._end(sequence)
+        return loading
+
+    def note_use(self, sequence: Sequence) -> None:
+        """It ended: what it used stays longest in the tiers, and what they lost of that is written again."""
+        if self._tiers is None or not self._pool.prefix_caching:
+            return
+        filled = self._tables.filled(sequence)
+        again = sequence.cached // self._pool.block_size * len(sequence.blocks)
+        self._saves += (place for place in filled[:again] if place[0] != GONE)
+        if filled:
+            self._used.append((min(again, len(filled)), [content for _, content in reversed(filled)]))
+
+    def moves(self) -> Moves | None:
+        """What the next step does with the tiers."""
+        if self._tiers is None:
+            return None
+        fresh, self._tables.fresh = self._tables.fresh or [], []
+        saves = {content: block for block, content in [*fresh, *self._saves] if not self._tiers.knows(content)}
+        lists = self._loads, self._ended, self._asked, self._used
+        self._saves, self._loads, self._ended, self._asked, self._used = [], [], [], [], []
+        moves = Moves([(block, content) for content, block in saves.items()], *lists)
+        return moves if saves or any(lists) else None
+
+    def _most_numbers(self, tiers: TierIndex) -> int:
+        return max(1, tiers.most_fetched // len(self._tables.layout.groups))
+
+    def _known(self, content: ContentId) -> bool:
+        assert self._tiers is not None
+        return self._pool.knows(content) or self._tiers.knows(content)
+
+    def _hold(self, blocks: list[int], held: list[int]) -> None:
+        self._pool.hold(blocks)
+        held += blocks
+
+    def _end(self, sequence: Sequence) -> Fetch:
+        assert sequence.ticket is not None
+        fetch = self._fetches.pop(sequence.ticket)
+        self.loading.pop(sequence.ticket, None)
+        self._ended.append(sequence.ticket)
+        sequence.ticket = None
+        return fetch

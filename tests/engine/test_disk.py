@@ -1,0 +1,338 @@
+"""Blocks in host memory and on a disk: what leaves first, what a killed process leaves behind, and every way to be bad."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvasir.engine import disk as disk_module
+from kvasir.engine.disk import HEAD, PAUSE_S, Disk
+from kvasir.engine.disk_folder import claim
+from kvasir.engine.host import Host
+from kvasir.engine.shelf import MOST_TURNS, Shelf
+
+BYTES = 1000
+MARK = b"m" * 16
+FILE = BYTES + HEAD.size
+
+
+def content(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+def data(number: int) -> memoryview:
+    return memoryview(random.Random(number).randbytes(BYTES))
+
+
+def opened(root: Path, blocks: int = 100, mark: bytes = MARK, rank: int = 0, copy: int | None = None) -> Disk:
+    own = claim(root, mark.hex(), rank, copy)
+    assert own is not None
+    disk = Disk(own, mark, BYTES, blocks * FILE)
+    disk.scan()
+    return disk
+
+
+def read(disk: Disk, number: int) -> bool:
+    """Whether the block is there; then it is right."""
+    into = bytearray(BYTES)
+    found = disk.read(content(number), memoryview(into))
+    assert not found or into == data(number)
+    return found
+
+
+def files(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if path.is_file() and path.name != "lock")
+
+
+# -- what leaves first
+
+
+def test_the_least_recently_used_leaves_first_and_what_was_reused_gets_further_turns() -> None:
+    shelf = Shelf(3)
+    for name in (b"a", b"b", b"c"):
+        assert shelf.put(name, 1) == []
+    shelf.use([b"a"])
+    shelf.use([b"b"], again=True)
+    assert shelf.put(b"d", 1) == [b"c"]
+    assert shelf.put(b"e", 1) == [b"a"]
+    assert shelf.put(b"f", 1) == [b"d"]  # b had its further turn
+    assert shelf.put(b"g", 1) == [b"e"]
+    assert shelf.put(b"h", 1) == [b"b"]
+    assert shelf.put(b"huge", 4) == [b"huge"]
+
+
+class SlowShelf:
+    """The same, written plainly: a list of [content, bytes, turns], the next to leave first."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.held: list[list[Any]] = []
+
+    def put(self, name: bytes, size: int) -> list[bytes]:
+        if size > self.capacity:
+            return [name]
+        self.drop(name)
+        left = self.shrink(self.capacity - size)
+        self.held.append([name, size, 0])
+        return left
+
+    def shrink(self, size: int) -> list[bytes]:
+        left = []
+        while sum(entry[1] for entry in self.held) > size:
+            entry = self.held.pop(0)
+            if entry[2]:
+                self.held.append([entry[0], entry[1], entry[2] - 1])
+            else:
+                left.append(entry[0])
+        return left
+
+    def use(self, names: list[bytes], *, again: bool) -> None:
+        for name in names:
+            for entry in [entry for entry in self.held if entry[0] == name]:
+                self.held.remove(entry)
+                self.held.append([name, entry[1], min(MOST_TURNS, entry[2] + again)])
+
+    def drop(self, name: bytes) -> None:
+        self.held = [entry for entry in self.held if entry[0] != name]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_shelf_does_what_the_plain_one_does(seed: int) -> None:
+    draw = random.Random(seed)
+    shelf, plain = Shelf(30), SlowShelf(30)
+    for _ in range(2000):
+        name = content(draw.randrange(20))
+        match draw.randrange(5):
+            case 0 | 1:
+                size = draw.choice((1, 3, 9, 31))
+                assert shelf.put(name, size) == plain.put(name, size)
+            case 2:
+                names = [content(draw.randrange(20)) for _ in range(3)]
+                again = draw.random() < 0.5
+                shelf.use(names, again=again)
+                plain.use(names, again=again)
+            case 3:
+                shelf.drop(name)
+                plain.drop(name)
+            case _:
+                size = draw.randrange(40)
+                assert shelf.shrink(size) == plain.shrink(size)
+        assert [*shelf] == [entry[0] for entry in plain.held]
+        assert not shelf.check()
+
+
+def test_host_memory_holds_what_fits_and_gives_back_what_it_was_given() -> None:
+    host, draw = Host(BYTES, 10 * BYTES + 1), random.Random(0)
+    for _ in range(1000):
+        number = draw.randrange(30)
+        known = content(number) in host.shelf
+        into = bytearray(BYTES)
+        match draw.randrange(4):
+            case 0:
+                assert host.write(content(number), data(number))
+            case 1:
+                assert host.read(content(number), memoryview(into)) is known
+                assert not known or into == data(number)
+            case 2:
+                host.use([content(number)], again=draw.random() < 0.5)
+            case _:
+                host.forget(content(number))
+        assert not host.check()
+    assert host.stored > 50 < host.shelf.evicted
+    assert not Host(BYTES, 5).write(content(1), data(1))
+
+
+# -- the disk
+
+
+def test_what_was_written_is_there_after_a_restart(tmp_path: Path) -> None:
+    disk = opened(tmp_path)
+    for number in range(10):
+        assert disk.write(content(number), data(number))
+    assert disk.write(content(3), data(3))
+    disk.close()
+    disk = opened(tmp_path)
+    assert all(read(disk, number) for number in range(10))
+    assert not read(disk, 11)
+    assert (disk.loaded, disk.failed, len(disk.shelf)) == (10, 0, 10)
+    assert stat.S_IMODE(files(tmp_path)[0].stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / MARK.hex() / "0" / "0").stat().st_mode) == 0o700
+
+
+def test_the_order_of_use_outlives_the_process(tmp_path: Path) -> None:
+    disk = opened(tmp_path, 4)
+    for number in range(4):
+        disk.write(content(number), data(number))
+        time.sleep(0.01)  # the file system's clock
+    disk.use([content(0)], again=False)
+    disk.close()
+    disk = opened(tmp_path, 4)
+    disk.write(content(9), data(9))
+    assert [read(disk, number) for number in (0, 1, 2, 3, 9)] == [True, False, True, True, True]
+
+
+def test_never_more_than_its_size(tmp_path: Path) -> None:
+    disk = opened(tmp_path, 5)
+    for number in range(50):
+        disk.write(content(number), data(number))
+        assert len(files(tmp_path)) == min(number + 1, 5)
+    disk.close()
+    disk = opened(tmp_path, 3)  # it was told less
+    assert len(files(tmp_path)) == 3
+    assert all(read(disk, number) for number in (47, 48, 49))
+    disk.close()
+    assert not opened(tmp_path, 0).write(content(1), data(1))
+
+
+@pytest.mark.parametrize("cut", [0, 1, HEAD.size - 1, HEAD.size, HEAD.size + 500, FILE - 1])
+def test_a_truncated_file_is_no_block(tmp_path: Path, cut: int) -> None:
+    disk = opened(tmp_path)
+    disk.write(content(1), data(1))
+    os.truncate(files(tmp_path)[0], cut)
+    assert not read(disk, 1)
+    assert disk.failed == 1
+    assert not files(tmp_path)
+    assert disk.write(content(1), data(1))
+    assert read(disk, 1)
+
+
+@pytest.mark.parametrize("at", [0, 8, 24, 48, HEAD.size - 1, HEAD.size, HEAD.size + 321, FILE - 1])
+def test_a_changed_byte_is_noticed(tmp_path: Path, at: int) -> None:
+    disk = opened(tmp_path)
+    disk.write(content(1), data(1))
+    (file,) = files(tmp_path)
+    whole = bytearray(file.read_bytes())
+    whole[at] ^= 1
+    file.write_bytes(whole)
+    assert not read(disk, 1)
+    assert content(1) not in disk.shelf
+
+
+def test_another_models_block_or_another_content_is_noticed(tmp_path: Path) -> None:
+    """Whatever somebody copied where."""
+    ours, others = opened(tmp_path), opened(tmp_path, mark=b"o" * 16)
+    ours.write(content(1), data(1))
+    ours.write(content(2), data(2))
+    others.write(content(1), data(7))
+    first, second, other = (files(tmp_path / mark.hex()) for mark in (MARK, MARK, b"o" * 16))
+    other[0].replace(first[0])
+    assert not read(ours, 1)
+    ours.write(content(1), data(1))
+    second[1].replace(first[0])
+    assert not read(ours, 1)
+
+
+def test_a_folder_that_vanished_costs_nothing_but_its_blocks(tmp_path: Path) -> None:
+    disk = opened(tmp_path)
+    disk.write(content(1), data(1))
+    (tmp_path / MARK.hex()).rename(tmp_path / "unplugged")
+    assert not read(disk, 1)
+    assert not disk.write(content(2), data(2))
+    assert disk.failed == 2
+
+
+def test_a_full_disk_gets_some_back_and_is_left_alone_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = opened(tmp_path)
+    for number in range(20):
+        disk.write(content(number), data(number))
+    monkeypatch.setattr(os, "replace", _full)
+    assert not disk.write(content(30), data(30))
+    assert "No space left" in caplog.text
+    assert len(files(tmp_path)) == 18
+    monkeypatch.undo()
+    assert not disk.write(content(30), data(30))
+    now = time.monotonic()
+    monkeypatch.setattr(disk_module.time, "monotonic", lambda: now + PAUSE_S + 1)
+    assert disk.write(content(30), data(30))
+    assert read(disk, 30)
+    assert read(disk, 19)
+
+
+def _full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_foreign_files_are_removed_and_unfinished_ones(tmp_path: Path) -> None:
+    disk = opened(tmp_path)
+    disk.write(content(1), data(1))
+    (file,) = files(tmp_path)
+    for name in ("README", f"{file.name}.part", file.name.upper() + "AB", "00" * 16):
+        (file.parent / name).write_bytes(b"x")
+    disk.close()
+    assert len(opened(tmp_path).shelf) == 1
+    assert files(tmp_path) == [file]
+
+
+WRITER = """
+import random, sys
+from pathlib import Path
+from kvasir.engine.disk import Disk
+from kvasir.engine.disk_folder import claim
+own = claim(Path(sys.argv[1]), (b"m" * 16).hex(), 0)
+disk = Disk(own, b"m" * 16, 1000, 300 * 1076)
+disk.scan()
+print("ready", flush=True)
+for number in range(10**9):
+    disk.write((number % 1000).to_bytes(16, "big"), memoryview(random.Random(number % 1000).randbytes(1000)))
+"""
+
+
+def test_killed_in_the_middle_of_writing(tmp_path: Path) -> None:
+    for pause in (0.0, 0.05, 0.2):
+        with subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            assert claim(tmp_path, MARK.hex(), 0, 0) is None
+            time.sleep(pause)
+            process.send_signal(signal.SIGKILL)
+        disk = opened(tmp_path, 300)
+        assert len(disk.shelf) == len(files(tmp_path)) <= 300
+        assert all(read(disk, int.from_bytes(name, "big")) for name in [*disk.shelf])
+        disk.close()
+    assert len(files(tmp_path)) > 10
+
+
+# -- whose folder is whose
+
+
+def test_each_copy_and_rank_has_a_folder_and_finds_it_again(tmp_path: Path) -> None:
+    first, second = opened(tmp_path), opened(tmp_path)
+    follower = opened(tmp_path, rank=1, copy=1)
+    assert claim(tmp_path, MARK.hex(), 1, 1) is None
+    for number, disk in enumerate((first, second, follower)):
+        disk.write(content(number), data(number))
+    for disk in (first, second, follower):
+        disk.close()
+    assert read(opened(tmp_path), 0)
+    assert read(opened(tmp_path), 1)
+    assert read(opened(tmp_path, rank=1, copy=1), 2)
+
+
+def test_what_models_left_that_are_no_longer_served_goes_first(tmp_path: Path) -> None:
+    marks = [bytes([number]) * 16 for number in range(3)]
+    for number, mark in enumerate(marks):
+        disk = opened(tmp_path, mark=mark)
+        for block in range(10):
+            disk.write(content(block), data(block))
+        if number < 2:
+            disk.close()
+        time.sleep(0.01)
+    ours = opened(tmp_path, 15)
+    for number in range(15):
+        ours.write(content(number), data(number))
+        assert len(files(tmp_path)) <= max(15, number + 1) + 10 + 5
+    assert len(ours.shelf) == 15
+    left = [len(files(tmp_path / mark.hex())) for mark in marks]
+    assert left == [0, 0, 10]  # the last one is being served

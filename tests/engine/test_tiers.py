@@ -1,0 +1,413 @@
+"""A cache with host memory and a disk below it: the same tokens, from what earlier prompts and earlier processes left."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvasir.engine.cache import KVCache
+from kvasir.engine.errors import ConfigError
+from kvasir.engine.host import Host
+from kvasir.engine.llm import LLM
+from kvasir.engine.open_tiers import disk_root
+from kvasir.engine.request import Request, SamplingParams
+from kvasir.engine.spec import Layer, Spec
+from kvasir.engine.step import Moves
+from kvasir.engine.tiers import Tiers
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+PROMPT = [random.Random(2).randrange(3, 90) for _ in range(150)]
+Answer = tuple[list[int], int]
+"""(tokens, how many of the prompt's were cached)"""
+
+
+def ask(llm: LLM, prompt: Sequence[int] = PROMPT) -> Answer:
+    (output,) = llm.generate([list(prompt)], GREEDY, use_tqdm=False)
+    assert llm.engine.pool.check() == []
+    assert llm.engine.pool.num_used == 0
+    return list(output.outputs[0].token_ids), output.num_cached_tokens or 0
+
+
+def stats(llm: LLM) -> dict[str, int]:
+    assert llm.engine._tiers is not None
+    return llm.engine._tiers.counts()
+
+
+def options(folder: Path, **changes: Any) -> dict[str, Any]:
+    base = {"dtype": "float32", "num_threads": 1, "block_size": 8, "skip_tokenizer_init": True, "max_num_seqs": 8}
+    return {**base, "kv_disk_path": str(folder), "kv_cache_memory_bytes": 1 << 21, **changes}
+
+
+def blocks(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "lock")
+
+
+@pytest.fixture(scope="module")
+def llama(checkpoint: Callable[..., tuple[Path, Any]]) -> Path:
+    return checkpoint("Llama")[0]
+
+
+@pytest.fixture(scope="module")
+def filled(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
+    """A disk with the blocks of PROMPT, and what follows it."""
+    folder = tmp_path_factory.mktemp("kv")
+    with LLM(str(llama), **options(folder)) as llm:
+        tokens, cached = ask(llm)
+        assert cached == 0
+        deadline = time.monotonic() + 10
+        while stats(llm)["disk_stored"] < 20 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert len(blocks(folder)) == 20  # 150 + 11 tokens
+    return folder, tokens
+
+
+@pytest.fixture
+def disk(filled: tuple[Path, list[int]], tmp_path: Path) -> Path:
+    """A copy of it, to be spoiled."""
+    return Path(shutil.copytree(filled[0], tmp_path / "kv"))
+
+
+def test_a_second_process_starts_from_the_disk(llama: Path, filled: tuple[Path, list[int]], disk: Path) -> None:
+    with LLM(str(llama), **options(disk)) as llm:
+        assert ask(llm) == (filled[1], 144)
+        assert stats(llm)["disk_loaded"] == 18
+        turn = [*PROMPT, *filled[1], 5, 6, 7]
+        second = ask(llm, turn)
+        assert second[1] >= 160
+    assert LLM(str(llama), **options(disk, kv_disk_path=None)).engine._tiers is None
+    with LLM(str(llama), **options(disk, kv_disk_path=None)) as llm:
+        assert ask(llm, turn) == (second[0], 0)
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Mistral": {"sliding_window": 24},
+    "Gemma2": {"sliding_window": 16, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "DeepseekV3": {
+        "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1,
+        "first_k_dense_replace": 1, "num_key_value_heads": 4,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_of_layer(family: str, checkpoint: Callable[..., tuple[Path, Any]], tmp_path: Path) -> None:
+    """Windows, groups of layers, latent attention; a sliding layer's blocks that no row sees aren't read."""
+    folder, _ = checkpoint(family, **FAMILIES[family])
+    with LLM(str(folder), **options(tmp_path, kv_disk_path=None)) as llm:
+        cold = [ask(llm, PROMPT[:length])[0] for length in (150, 100)]
+    with LLM(str(folder), **options(tmp_path)) as llm:
+        assert ask(llm)[0] == cold[0]
+    for length, wanted in zip((150, 100), cold, strict=True):
+        with LLM(str(folder), **options(tmp_path, max_num_batched_tokens=40)) as llm:
+            tokens, cached = ask(llm, PROMPT[:length])
+            assert tokens == wanted
+            assert cached == length // 8 * 8
+            groups = llm.engine._groups
+            assert stats(llm)["disk_loaded"] < cached // 8 * groups or groups == 1
+
+
+@pytest.mark.parametrize("where", ["host", "disk", "both"])
+def test_blocks_that_had_to_leave_the_cache_come_back(llama: Path, tmp_path: Path, where: str) -> None:
+    small = {"kv_cache_memory_bytes": 300_000, "max_model_len": 200}
+    tiers = {"kv_disk_path": None if where == "host" else str(tmp_path), "kv_offloading_size": 0.01 * (where != "disk")}
+    prompts = [[10 + i, *PROMPT[i : i + 140]] for i in range(6)]
+    with LLM(str(llama), **options(tmp_path, kv_disk_path=None, **small)) as llm:
+        cold = [ask(llm, prompt)[0] for prompt in prompts]
+        assert [ask(llm, prompt)[1] for prompt in prompts] == [0] * 6
+    with LLM(str(llama), **options(tmp_path, **{**small, **tiers})) as llm:
+        assert [ask(llm, prompt)[0] for prompt in prompts] == cold
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert [list(output.outputs[0].token_ids) for output in outputs] == cold
+        assert [output.num_cached_tokens for output in outputs] == [136] * 6
+        said = stats(llm)
+        assert llm.engine.stats().prefix_hits >= 6 * 136
+        if where != "disk":
+            assert said["host_loaded"] > 50
+        if where != "host":
+            assert said["disk_stored"] > 100
+
+
+# -- whatever happens to the disk: speed, not answers
+
+
+def spoil_bytes(folder: Path) -> None:
+    for path in blocks(folder)[::3]:
+        whole = bytearray(path.read_bytes())
+        whole[len(whole) // 2] ^= 255
+        path.write_bytes(whole)
+
+
+def spoil_sizes(folder: Path) -> None:
+    for path in blocks(folder)[::2]:
+        os.truncate(path, 100)
+
+
+def spoil_places(folder: Path) -> None:
+    names = blocks(folder)
+    contents = [path.read_bytes() for path in names]
+    for path, content in zip(names, contents[1:] + contents[:1], strict=True):
+        path.write_bytes(content)
+
+
+def spoil_folder(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("this is no folder")
+
+
+@pytest.mark.parametrize("spoil", [spoil_bytes, spoil_sizes, spoil_places, spoil_folder])
+def test_a_bad_block_is_computed(
+    llama: Path, filled: tuple[Path, list[int]], disk: Path, spoil: Callable[[Path], None]
+) -> None:
+    spoil(disk)
+    with LLM(str(llama), **options(disk)) as llm:
+        tokens, cached = ask(llm)
+        assert tokens == filled[1]
+        assert cached < 144
+        assert ask(llm)[0] == filled[1]
+    with LLM(str(llama), **options(disk)) as llm:
+        assert ask(llm) == (filled[1], 0 if spoil is spoil_folder else 144)  # what was bad has been written again
+
+
+def test_an_unplugged_disk(llama: Path, filled: tuple[Path, list[int]], disk: Path) -> None:
+    with LLM(str(llama), **options(disk)) as llm:
+        shutil.rmtree(disk)
+        assert ask(llm) == (filled[1], 0)
+        llm.engine.pool.reset()
+        assert ask(llm) == (filled[1], 0)
+
+
+def test_a_full_disk(llama: Path, filled: tuple[Path, list[int]], tmp_path: Path) -> None:
+    """Room for five blocks: a prompt of 18 is answered, and later ones from what is there."""
+    size = blocks(filled[0])[0].stat().st_size
+    for _ in range(2):
+        with LLM(str(llama), **options(tmp_path, kv_disk_size=5 * size + 10)) as llm:
+            assert ask(llm)[0] == filled[1]
+            assert ask(llm, PROMPT[:20])[0]
+        assert 0 < len(blocks(tmp_path)) <= 5
+
+
+@pytest.mark.parametrize("change", ["weights", "config", "dtype", "block_size", "hf_overrides"])
+def test_blocks_of_another_model_are_not_taken(
+    llama: Path, filled: tuple[Path, list[int]], disk: Path, tmp_path: Path, change: str
+) -> None:
+    model, given = Path(shutil.copytree(llama, tmp_path / "llama")), options(disk)
+    given["served_model_name"] = ("x",)
+    for path in model.iterdir():
+        shutil.copystat(llama / path.name, path)
+    if change == "weights":
+        weights = model / "model.safetensors"
+        whole = bytearray(weights.read_bytes())
+        whole[-1000:] = random.Random(0).randbytes(500) + whole[-500:]
+        weights.write_bytes(whole)
+    elif change == "config":
+        path = model / "config.json"
+        path.write_text(path.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 500.0'))
+    elif change == "dtype":
+        given["dtype"] = "bfloat16"
+    elif change == "block_size":
+        given["block_size"] = 16
+    else:
+        given["hf_overrides"] = {"rms_norm_eps": 0.1}
+    with LLM(str(model), **given) as llm:
+        assert ask(llm)[1] == 0
+
+
+def test_a_copy_of_the_model_has_its_blocks(
+    llama: Path, filled: tuple[Path, list[int]], disk: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(llama, tmp_path / llama.name))  # with the times of the files
+    with LLM(str(model), **options(disk)) as llm:
+        assert ask(llm) == (filled[1], 144)
+
+
+def test_tenants_do_not_see_each_others_blocks(llama: Path, disk: Path) -> None:
+    with LLM(str(llama), **options(disk)) as llm:
+        for number, (salt, wanted) in enumerate((("tenant", 0), ("", 144))):
+            request = Request(request_id=f"r{number}", prompt_token_ids=PROMPT, sampling=GREEDY, cache_salt=salt)
+            (output,) = llm._run([(request, None)], use_tqdm=False)
+            assert output.num_cached_tokens == wanted
+
+
+# -- processes that are killed
+
+GENERATE = """
+import json, sys
+from kvasir.engine.llm import LLM
+from kvasir.engine.request import Request, SamplingParams
+model, options, prompt = json.loads(sys.argv[1])
+llm = LLM(model, **options)
+greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+llm.generate([prompt], greedy, use_tqdm=False)
+print("served", flush=True)
+for i in range(10**6):
+    llm.generate([[i % 90, i // 90, *prompt]], greedy, use_tqdm=False)
+"""
+
+
+def killed(model: Path, given: dict[str, Any]) -> None:
+    """A process that has answered PROMPT and is busy with others."""
+    import json
+
+    command = [sys.executable, "-c", GENERATE, json.dumps([str(model), given, PROMPT])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"served\n"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_after_a_kill_a_prompt_starts_from_the_disk(
+    llama: Path, filled: tuple[Path, list[int]], tmp_path: Path, ranks: int
+) -> None:
+    given = options(tmp_path, tensor_parallel_size=ranks)
+    killed(llama, given)
+    assert len(blocks(tmp_path)) > 40
+    with LLM(str(llama), **given) as llm:
+        assert ask(llm) == (filled[1], 144)
+
+
+# -- several ranks
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_every_rank_keeps_its_share(
+    llama: Path, filled: tuple[Path, list[int]], tmp_path: Path, tp: int, pp: int
+) -> None:
+    given = options(tmp_path, tensor_parallel_size=tp, pipeline_parallel_size=pp)
+    with LLM(str(llama), **given) as llm:
+        assert ask(llm) == (filled[1], 0)
+        assert ask(llm) == (filled[1], 144)
+        _wait_for(lambda: len(blocks(tmp_path)) == 40)
+    with LLM(str(llama), **given) as llm:
+        assert ask(llm) == (filled[1], 144)
+    (second,) = tmp_path.glob("*/0/1")
+    for path in blocks(second)[::2]:
+        path.write_bytes(b"")
+    with LLM(str(llama), **given, kv_offloading_size=0.01) as llm:  # it is a matter of all ranks
+        tokens, cached = ask(llm)
+        assert tokens == filled[1]
+        assert cached < 144
+        llm.engine.pool.reset()
+        _wait_for(lambda: len(blocks(second)) >= 18)
+        assert ask(llm) == (filled[1], 144)
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 10
+    while not condition() and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert condition()
+
+
+def test_a_rank_without_a_disk_leaves_none_to_the_others(
+    llama: Path, filled: tuple[Path, list[int]], tmp_path: Path
+) -> None:
+    from kvasir.engine.disk_folder import claim
+
+    given = options(tmp_path, tensor_parallel_size=2)
+    LLM(str(llama), **given).shutdown()
+    (folder,) = tmp_path.iterdir()
+    lock = claim(tmp_path, folder.name, 1, 0)
+    assert lock is not None
+    with LLM(str(llama), **given) as llm:
+        assert llm.engine._tiers is None
+        assert ask(llm)[0] == filled[1]
+    lock.close()
+
+
+# -- the mechanism
+
+
+SPEC = Spec(vocab=9, hidden=8, heads=4, kv_heads=2, head_dim=6, ffn=8, eps=1e-5, max_len=64, layers=(Layer(), Layer()))
+
+
+@pytest.fixture
+def tiers() -> Iterator[tuple[KVCache, Tiers, list[tuple[int, int]]]]:
+    cache = KVCache(SPEC, 6, 4, torch.float32, torch.device("cpu"))
+    for layer in (0, 1):
+        for tensor in cache.layer(layer):
+            assert tensor is not None
+            tensor.normal_()
+    found = Tiers(cache, Host(cache.bytes_per_block, 1 << 20), None)
+    answers: list[tuple[int, int]] = []
+    found.on_fetched = lambda *said: answers.append(said)
+    yield cache, found, answers
+    found.close()
+
+
+def test_what_a_block_holds_comes_back_into_another(tiers: tuple[KVCache, Tiers, list[tuple[int, int]]]) -> None:
+    cache, found, answers = tiers
+    before = cache.read([1, 3]).clone()
+    found.apply(Moves(saves=[(1, b"a"), (3, b"b")]))
+    cache.arena.zero_()  # the step's own work
+    _wait_for(lambda: found.knows(b"b"))
+    found.apply(Moves(fetches=[(7, [b"b", b"a", b"missing", b"a"])]))
+    _wait_for(lambda: answers == [(7, 2)])
+    found.apply(Moves(loads=[(7, 0, 5), (7, 1, 2)], ended=[7]))
+    assert torch.equal(cache.read([2, 5]), before)
+    assert not cache.read([0, 1, 3, 4]).any()
+    assert not found._staged
+    found.forget([b"a"])
+    _wait_for(lambda: not found.knows(b"a"))
+
+
+def test_a_writer_that_is_behind_gets_no_more_than_it_can_hold(
+    tiers: tuple[KVCache, Tiers, list[tuple[int, int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, found, _ = tiers
+    monkeypatch.setattr("kvasir.engine.tiers.STAGED_BYTES", 3 * cache.bytes_per_block)
+    assert found._host is not None
+    write, go = found._host.write, threading.Event()
+    monkeypatch.setattr(found._host, "write", lambda *a: go.wait() and write(*a))
+    for number in range(6):
+        found.apply(Moves(saves=[(number, bytes([number]))]))
+    go.set()
+    _wait_for(lambda: found.counts()["host_stored"] == 3)
+    found.apply(Moves(saves=[(5, b"later")]))
+    _wait_for(lambda: found.knows(b"later"))
+
+
+def test_fetches_wait_for_room_and_for_nothing_that_ended(
+    tiers: tuple[KVCache, Tiers, list[tuple[int, int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, found, answers = tiers
+    found.apply(Moves(saves=[(number, bytes([number])) for number in range(6)]))
+    _wait_for(lambda: found.knows(b"\5"))
+    monkeypatch.setattr("kvasir.engine.tiers.STAGED_BYTES", 3 * cache.bytes_per_block)
+    found.apply(Moves(fetches=[(1, [b"\0", b"\1"]), (2, [b"\2", b"\3"]), (3, [b"\4"]), (4, [b"\5"])]))
+    _wait_for(lambda: answers == [(1, 2)])
+    time.sleep(0.05)
+    assert answers == [(1, 2)]
+    found.apply(Moves(ended=[2]))
+    _wait_for(lambda: answers == [(1, 2), (3, 1)])
+    found.apply(Moves(ended=[1]))
+    _wait_for(lambda: answers == [(1, 2), (3, 1), (4, 1)])
+
+
+def test_where_auto_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert disk_root("auto") == tmp_path / "kvasir" / "kv"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert disk_root("auto") == Path.home() / ".cache" / "kvasir" / "kv"
+    assert disk_root("~/kv") == Path.home() / "kv"
+
+
+@pytest.mark.parametrize(("name", "value"), [("kv_offloading_size", -1.0), ("kv_disk_size", -1)])
+def test_sizes_that_make_no_sense(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} must be at least 0"):
+        LLM(**{name: value})
