@@ -52,6 +52,8 @@ class FakeEngine:
         self.failure: BaseException | None = None
         self.step_s = step_s
         self.heartbeat = time.monotonic()
+        self.on_blocks: Callable[..., None] | None = None
+        """`on_blocks(tier, changes)` once a service listens."""
         self.requests: dict[str, tuple[Request, dict[int, int], float]] = {}
         self.submitted: list[Request] = []
         self.aborted: list[tuple[str, int | None, str]] = []
@@ -89,6 +91,13 @@ class FakeEngine:
     def stats(self) -> Stats:
         with self._lock:
             return Stats(running=len(self.requests), waiting=0, kv_usage=len(self.requests) / 256)
+
+    @property
+    def stats_at(self) -> float:
+        return time.monotonic()
+
+    def listen(self, on_blocks: Callable[..., None]) -> None:
+        self.on_blocks = on_blocks
 
     def fail(self) -> None:
         with self._lock:

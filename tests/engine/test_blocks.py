@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from kvasir.engine.blocks import BlockPool, content_id, salted
+from kvasir.engine.blocks import BlockPool, content_id, content_ids, salted, token_bytes
 
 
 def chain(tokens: list[int], salt: bytes = b"", size: int = 2) -> list[bytes]:
@@ -26,7 +26,32 @@ def test_ids_depend_on_everything_before_and_on_the_salt() -> None:
 
 
 def test_ids_are_the_same_on_every_machine() -> None:
-    assert content_id(salted("x"), [1, 70000]).hex() == "319cabf5d58681edfcb46a629a3f3037"
+    assert content_id(salted("x"), [1, 70000]).hex() == "77b84de7c71f12e1382aa797b4ad6ec9"
+
+
+def test_a_whole_chain_is_what_its_blocks_are() -> None:
+    tokens = [random.randrange(2**17) for _ in range(23)]
+    for size in (1, 2, 5, 16):
+        assert content_ids(salted(b"x"), token_bytes(tokens), size) == chain(tokens, b"x", size)
+
+
+def test_changes_are_noted_once_somebody_listens() -> None:
+    pool = BlockPool(3, 2)
+    one, two, three, four = chain([1, 2, 3, 4, 5, 6, 7, 8])
+    blocks = pool.take(3)
+    pool.commit(blocks[0], one)
+    assert pool.drain() == {}
+    pool.listen()
+    pool.commit(blocks[1], two)
+    pool.commit(blocks[2], two)  # a second copy stays private
+    assert pool.drain() == {one: True, two: True}
+    pool.commit(blocks[2], three)
+    pool.free(blocks)
+    pool.commit(pool.take(1)[0], four)
+    assert pool.drain() == {three: False, four: True}
+    assert pool.drain() == {}
+    pool.reset()
+    assert pool.drain() == {one: False, two: False, four: False}
 
 
 def test_freed_blocks_stay_findable_until_they_are_reused() -> None:
