@@ -283,7 +283,11 @@ class GroupService(GroupServicer):
             await asyncio.sleep(wire.PUBLISH_PERIOD_S)
             self._publish_blocks()
             now, stats = time.monotonic(), self._engine.stats()
-            if self._reported is not None and stats == self._reported[0] and now < self._reported[1] + wire.LOAD_PERIOD_S:
+            if (
+                self._reported is not None
+                and stats == self._reported[0]
+                and now < self._reported[1] + wire.LOAD_PERIOD_S
+            ):
                 continue
             self._reported = stats, now
             for link in [*self._links]:

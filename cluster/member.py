@@ -28,8 +28,14 @@ class Reservation:
     number: int | None = None
     """The request's number on the stream, once it was sent."""
 
+    def streams(self) -> None:
+        """Nothing of its prompt is left to compute."""
+        if self.open and self.tokens:
+            self.tokens = 0
+            self.member.settle(None)
+
     def settle(self) -> None:
-        """It is counted in the group's reports from now on, streams, has ended or was refused."""
+        """It is counted in the group's reports from now on, has ended or was refused."""
         if self.open:
             self.open = False
             self.member.settle(self)
@@ -95,9 +101,10 @@ class Member:
         self._add_up()
         return reservation
 
-    def settle(self, reservation: Reservation) -> None:
-        """Called by `Reservation.settle`."""
-        self._open.remove(reservation)
+    def settle(self, reservation: Reservation | None) -> None:
+        """A reservation ends, or (None) has changed."""
+        if reservation is not None:
+            self._open.remove(reservation)
         self._add_up()
 
     # -- what follows from it

@@ -131,7 +131,7 @@ class Router:
             waits = [member.wait(rest) for member, rest in zip(choices.members, choices.rest, strict=True)]
             why, wait = "limit", min(waits)
             place = waits.index(wait)
-            if wait > limit:
+            if wait > limit and choices.members[place].requests:  # an idle group's speed may be an old mistake
                 raise self._late(wait, limit)
         member, cached = choices.members[place], choices.cached[place]
         if session:

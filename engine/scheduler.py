@@ -112,7 +112,16 @@ class Scheduler:
         self._blocked: tuple[Order, int] | None = None
         self._arrivals = self._steps = self._turn = 0
         self._totals = dict.fromkeys(
-            ("prefix_queries", "prefix_hits", "preemptions", "prompt_tokens", "generation_tokens", "step_tokens", "ended"), 0
+            (
+                "prefix_queries",
+                "prefix_hits",
+                "preemptions",
+                "prompt_tokens",
+                "generation_tokens",
+                "step_tokens",
+                "ended",
+            ),
+            0,
         )
 
     # -- what clients ask

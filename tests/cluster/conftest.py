@@ -25,8 +25,9 @@ import uvicorn
 from pydantic.warnings import PydanticDeprecatedSince20
 
 from kvasir.cluster.config import GatewayConfig
-from kvasir.cluster.group_client import Stream
+from kvasir.cluster.group_client import Placement, Stream
 from kvasir.cluster.group_service import GroupService
+from kvasir.cluster.router import Router
 from kvasir.cluster.telemetry import Tracing
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ConfigError, ContextLengthError, UnavailableError
@@ -246,7 +247,7 @@ class FakeGroup:
         self._live: dict[str, set[int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def submit(self, request: Request) -> Stream:
+    async def submit(self, request: Request, placement: Placement | None = None) -> Stream:
         if self.refusal is not None:
             raise self.refusal
         self.requests.append(request)
@@ -330,6 +331,12 @@ class FakeDirectory:
         if not self.groups[model].alive:
             raise UnavailableError(f"model {model!r} isn't available: {self.missing()[model]}", retry_after_s=2.0)
         return self.groups[model]
+
+    def place(self, model: str, request: Request, session: str = "") -> Placement:
+        group = self.find(model)
+        router = Router()
+        route = router.place(request, [router.join("fake")], 0.0, session)
+        return Placement(group, request, route, router)
 
     def clients(self, model: str) -> list[FakeGroup]:
         return [self.groups[model]]

@@ -7,6 +7,8 @@ import random
 import pytest
 
 from kvasir.engine.blocks import BlockPool, content_id, content_ids, salted, token_bytes
+from kvasir.engine.layout import LayerGroup, Layout
+from kvasir.engine.tables import Tables
 
 
 def chain(tokens: list[int], salt: bytes = b"", size: int = 2) -> list[bytes]:
@@ -142,3 +144,16 @@ def test_invariants_hold_whatever_happens(seed: int) -> None:
     for blocks in held:
         pool.free(blocks)
     assert pool.num_used == 0
+
+
+def test_of_several_tables_those_blocks_are_told_that_hits_depend_on() -> None:
+    pool = BlockPool(10, 2)
+    layout = Layout((LayerGroup((0,), window=4), LayerGroup((1,))), 1)
+    tables = Tables(pool, layout, 8, b"")
+    one, two = chain([1, 2, 3, 4])
+    pool.listen()
+    for block, content in zip(pool.take(4), (one, one + b"\x01", two, two + b"\x01"), strict=True):
+        pool.commit(block, content)
+    assert tables.drain() == {one: True, two: True}
+    pool.commit(pool.take(1)[0], two)
+    assert tables.drain() == {}
