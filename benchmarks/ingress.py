@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvasir.cluster.config import ClusterConfig, GatewayConfig
+from kvasir.engine.blocks import Changes, Tier
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import KvasirError
 from kvasir.engine.event import Event, Finished, FinishReason, Token
@@ -70,6 +71,13 @@ class Synthetic:
 
     def stats(self) -> Stats:
         return Stats(running=len(self._left))
+
+    @property
+    def stats_at(self) -> float:
+        return time.monotonic()
+
+    def listen(self, on_blocks: Callable[[Tier, Changes], None]) -> None:
+        """It keeps no blocks."""
 
     def _run(self) -> None:
         due = time.monotonic()

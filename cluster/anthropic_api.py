@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 from kvasir.cluster.anthropic_reply import MessagesReply, failed
 from kvasir.cluster.anthropic_schema import MessagesAsk, parse_count, parse_messages
 from kvasir.cluster.desk import Desk
-from kvasir.cluster.http_front import header_map, read_json, send_json, until_gone, warning_header
+from kvasir.cluster.http_front import header_map, read_json, route_header, send_json, until_gone, warning_header
 from kvasir.cluster.reply_stream import SSE, stream
 
 
@@ -27,15 +27,15 @@ class Messages:
 
     async def _answer(self, ask: MessagesAsk, request_id: str, headers: Mapping[str, str], send: Send) -> None:
         generation = await self._desk.begin(ask.call, request_id, headers)
-        warnings = warning_header((*ask.warnings, *_betas(headers)))
+        extra = [*warning_header((*ask.warnings, *_betas(headers))), *route_header(generation.route)]
         try:
             reply = MessagesReply(ask, generation, request_id)
             if ask.stream:
-                await stream(generation, reply, send, [SSE, *warnings], failed)
+                await stream(generation, reply, send, [SSE, *extra], failed)
             else:
                 async for _ in generation:
                     pass
-                await send_json(send, 200, reply.whole(), warnings)
+                await send_json(send, 200, reply.whole(), extra)
         finally:
             self._desk.end(generation)
 

@@ -11,6 +11,10 @@ from typing import Any, Union
 from kvasir.cluster.tool_use import ToolUse
 from kvasir.engine.errors import ClientError
 
+ROUTE_HEADER = "kvasir-route"
+"""A request that sends it, with any value, gets one with the router's reasons."""
+SESSION_HEADERS = ("kvasir-session", "x-session-id")
+"""Requests with the same value go to the same group while it isn't overloaded."""
 _TEMPLATE_ARGUMENTS = ("messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 

@@ -41,6 +41,12 @@ class GatewayConfig:
     """Events held for one client that reads slowly; beyond it its request is cancelled."""
     num_gateways: int = 1
     """Gateway processes; they share the ports."""
+    routing_policy: Literal["round-robin", "least-load", "prefix", "cost"] = "cost"
+    """Which group gets a request: in turn; the one with fewest requests; with the longest cached prefix; or where queue,
+    uncached prompt and decoding together cost least."""
+    max_ttft_s: float = 0.0
+    """Refuse a request at once (429) when its first token is predicted later than so many seconds on every group; 0: never.
+    Flag: --max-ttft."""
     drain_timeout_s: float = 30.0
     """After SIGTERM: seconds that running requests may take to finish. Flag: --drain-timeout."""
     response_role: str = "assistant"

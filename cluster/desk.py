@@ -7,13 +7,14 @@ import dataclasses
 import logging
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from kvasir.cluster import telemetry
-from kvasir.cluster.call import Call, Conversation, Prompt, Text
+from kvasir.cluster.call import ROUTE_HEADER, SESSION_HEADERS, Call, Conversation, Prompt, Text
 from kvasir.cluster.generation import Generation
-from kvasir.cluster.group_client import GroupClient, GroupDirectory, Stream
+from kvasir.cluster.group_client import GroupClient, GroupDirectory, Placement, Stream
 from kvasir.cluster.metrics import Metrics
 from kvasir.cluster.reading import PLAIN, Reading, constraints, reading
 from kvasir.cluster.served_model import ServedModel
@@ -89,7 +90,7 @@ class Desk:
         model = self.model(call.model)
         span = self._span(call, model, headers)
         with self._opening(model, span):
-            generation = await self._begin(call, model, request_id, span, started)
+            generation = await self._begin(call, model, request_id, headers, span, started)
         self._running.add(generation)
         return generation
 
@@ -102,7 +103,7 @@ class Desk:
         facts = {telemetry.RESPONSE_MODEL: model.name, telemetry.REQUEST_DIMENSIONS: call.params.dimensions}
         span = self._tracing.request(call.operation, call.model or model.name, headers, facts)
         with self._opening(model, span):
-            vectors = await self._vectors(call, model, request_id, span, started)
+            vectors = await self._vectors(call, model, request_id, _session(headers), span, started)
         self._running.add(vectors)
         try:
             return vectors, await vectors.run()
@@ -142,18 +143,29 @@ class Desk:
             self._beginning -= 1
 
     async def _begin(
-        self, call: Call, model: ServedModel, request_id: str, span: RequestSpan, started: float
+        self,
+        call: Call,
+        model: ServedModel,
+        request_id: str,
+        headers: Mapping[str, str],
+        span: RequestSpan,
+        started: float,
     ) -> Generation:
         with span.stage("admit"):
             self._check_open()
             requests, info, found = await self._requests(call, model, request_id, span)
         record = self.metrics.call(model.name, call.operation, requests, started)
-        with span.stage("route"):
-            streams = await _submit(self.directory.find(model.name), requests)
-        return Generation(model, info, requests, streams, span=span, record=record, reading=found)
+        session = _session(headers)
+        with span.stage("route") as facts:
+            places = _Places(lambda request: self.directory.place(model.name, request, session))
+            streams = await places.submit(requests)
+            facts.update(places.facts())
+        generation = Generation(model, info, requests, streams, span=span, record=record, reading=found)
+        generation.route = places.header() if ROUTE_HEADER in headers else None
+        return generation
 
     async def _vectors(
-        self, call: PoolingCall, model: ServedModel, request_id: str, span: RequestSpan, started: float
+        self, call: PoolingCall, model: ServedModel, request_id: str, session: str, span: RequestSpan, started: float
     ) -> Vectors:
         with span.stage("admit"):
             self._check_open()
@@ -177,7 +189,8 @@ class Desk:
             for place, one in zip(call.places, encoded, strict=True):
                 _check_range(place, one.ids, info)
         record = self.metrics.call(model.name, call.operation, requests, started)
-        return Vectors(model, info, requests, lambda: self.directory.find(model.name), span=span, record=record)
+        choose = partial(self.directory.place, model.name, session=session)
+        return Vectors(model, info, requests, choose, span=span, record=record)
 
     def _check_open(self) -> None:
         if self.draining:
@@ -295,17 +308,42 @@ def _fitted(sampling: SamplingParams, prompt_tokens: int, info: ModelInfo, chose
     raise ContextLengthError(f"{text}; the model's context is {limit} (--max-model-len)", param="max_tokens")
 
 
-async def _submit(client: GroupClient, requests: Sequence[Request]) -> list[Stream]:
-    """All requests or none: when one is refused the others are aborted."""
-    if len(requests) == 1:
-        return [await client.submit(requests[0])]
-    tasks = [asyncio.ensure_future(client.submit(request)) for request in requests]
-    try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:  # cancellation too
-        for task in tasks:
-            task.cancel()
-        for found in await asyncio.gather(*tasks, return_exceptions=True):
-            if not isinstance(found, BaseException):
-                found.close()
-        raise
+def _session(headers: Mapping[str, str]) -> str:
+    """What the client says belongs together; empty: nothing."""
+    return next((headers[name] for name in SESSION_HEADERS if headers.get(name)), "")
+
+
+class _Places:
+    """The groups of a call's requests."""
+
+    def __init__(self, place: Callable[[Request], Placement]) -> None:
+        self._place = place
+        self._placed: list[Placement] = []
+
+    async def submit(self, requests: Sequence[Request]) -> list[Stream]:
+        """All requests or none: when one is refused the others are aborted."""
+        if len(requests) == 1:
+            return [await self._submit(requests[0])]
+        tasks = [asyncio.ensure_future(self._submit(request)) for request in requests]
+        try:
+            return list(await asyncio.gather(*tasks))
+        except BaseException:  # cancellation too
+            for task in tasks:
+                task.cancel()
+            for found in await asyncio.gather(*tasks, return_exceptions=True):
+                if not isinstance(found, BaseException):
+                    found.close()
+            raise
+
+    def facts(self) -> dict[str, str | int | float]:
+        """Of the first prompt, for its span."""
+        return self._placed[0].route.facts()
+
+    def header(self) -> str:
+        """Of all prompts."""
+        return ", ".join(placement.route.header() for placement in self._placed)
+
+    async def _submit(self, request: Request) -> Stream:
+        placement = self._place(request)
+        self._placed.append(placement)
+        return await placement.submit()

@@ -65,7 +65,12 @@ class Gateway:
         self._tracing = telemetry.Tracing.from_environment(environ)
         models = [ServedModel.load(engine) for engine in config.engines]
         names = {name: model.name for model in models for name in model.names}
-        self._directory = GroupDirectory(names, max_stream_buffer=config.gateway.max_stream_buffer)
+        self._directory = GroupDirectory(
+            names,
+            max_stream_buffer=config.gateway.max_stream_buffer,
+            policy=config.gateway.routing_policy,
+            max_ttft_s=config.gateway.max_ttft_s,
+        )
         for model, group in zip(models, groups, strict=True):
             self._directory.follow(model.name, partial(_endpoints, group))
         logged = config.gateway.enable_log_requests

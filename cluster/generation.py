@@ -44,6 +44,8 @@ class Generation:
             Transcript(r, model.tokenizer, eos_token_ids=info.eos_token_ids, shown=reading.shown) for r in requests
         ]
         self.closed = False
+        self.route: str | None = None
+        """The router's reasons, for a client that asked for them."""
         self._streams = streams
         self._merged = _Merged(streams) if len(streams) > 1 else None
         self._open = len(streams)

@@ -17,6 +17,8 @@ from typing import TypeAlias, cast
 import grpc
 
 from kvasir.cluster import wire
+from kvasir.cluster.member import Member, Reservation
+from kvasir.cluster.router import Policy, Route, Router
 from kvasir.cluster.wire import Endpoint
 from kvasir.engine.errors import KvasirError, ModelNotFoundError, UnavailableError
 from kvasir.engine.event import Event, Failed, Finished, FinishReason, Pooled
@@ -52,6 +54,7 @@ class Stream:
         self._events: deque[Event] = deque()
         self._wakeup: asyncio.Future[None] | None = None
         self._answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._reservation: Reservation | None = None
 
     @property
     def complete(self) -> bool:
@@ -68,6 +71,7 @@ class Stream:
         self.abort()
         self._remaining = 0
         self._events.clear()
+        self._release()
         self._wake()
 
     def __aiter__(self) -> Stream:
@@ -105,6 +109,10 @@ class Stream:
         elif isinstance(event, Finished):
             self._remaining -= 1
         self._events.append(event)
+        if self._reservation is not None:
+            self._reservation.streams()
+            if self.complete:
+                self._release()
         self._wake()
 
     def _wake(self) -> None:
@@ -117,7 +125,14 @@ class Stream:
             self._answer.set_result(None)
         elif error is not None and not self._answer.done():
             self._remaining = 0
+            self._release()
             self._answer.set_exception(error)
+
+    def _release(self) -> None:
+        """The group has nothing to do for it any more."""
+        if self._reservation is not None:
+            self._reservation.settle()
+            self._reservation = None
 
     def _break(self, why: str) -> None:
         """The group is gone."""
@@ -132,9 +147,16 @@ class GroupClient:
     """
 
     def __init__(
-        self, endpoint: Endpoint, *, max_stream_buffer: int = 4096, on_break: Callable[[], None] = lambda: None
+        self,
+        endpoint: Endpoint,
+        *,
+        max_stream_buffer: int = 4096,
+        on_break: Callable[[], None] = lambda: None,
+        member: Member | None = None,
     ) -> None:
         self.endpoint = endpoint
+        self.member = member or Router().join(endpoint.incarnation[:8])
+        """The group as its model's router knows it."""
         self.info: ModelInfo | None = None
         """None until the first connection."""
         self.stats: Stats | None = None
@@ -175,7 +197,7 @@ class GroupClient:
         """Requests that run or wait there: of all gateways as reported, or of this one as counted."""
         return max(self.stats.running + self.stats.waiting if self.stats else 0, len(self._streams))
 
-    async def submit(self, request: Request) -> Stream:
+    async def submit(self, request: Request, placement: Placement | None = None) -> Stream:
         """Send `request`; returns when the group took it. Raises the KvasirError with which the group refused it."""
         if self._outbox is None:
             raise UnavailableError(f"the group can't be reached: {self.last_error or 'connecting'}", retry_after_s=1.0)
@@ -185,6 +207,8 @@ class GroupClient:
         wire.check_size(message, "prompt")
         self._outbox.put_nowait(message)
         self._streams[number] = stream
+        if placement is not None:
+            stream._reservation = placement.sent(number)
         try:
             await stream._answer
         except BaseException:  # a refusal, or the caller was cancelled while it waited
@@ -247,6 +271,10 @@ class GroupClient:
         elif kind == "load":
             self.stats = wire.decode_stats(message.load.stats)
             self._heartbeat = self._seen - message.load.heartbeat_age_s
+            self.member.report(self.stats, message.load.counted, self._seen)
+        elif kind == "blocks":
+            if self.member.blocks(message.blocks):
+                outbox.put_nowait(pb.GatewayMessage(resync=pb.Resync()))
         elif kind == "hello":
             self._welcome(message.hello)
             self._outbox = outbox
@@ -256,6 +284,7 @@ class GroupClient:
         if hello.incarnation != self.endpoint.incarnation:
             raise UnavailableError(f"the group at {self.endpoint.address} was replaced")
         self.info = wire.decode_info(hello.model)
+        self.member.welcome(self.info, hello.incarnation)
         self.last_error = None
         self._heartbeat = self._seen
 
@@ -299,12 +328,37 @@ async def _write(call: GroupCall, outbox: asyncio.Queue[pb.GatewayMessage]) -> N
             raise UnavailableError("the stream to the group ended") from error
 
 
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A request and the group that was chosen and reserved for it: submit it, before anything is awaited."""
+
+    client: GroupClient
+    request: Request
+    route: Route
+    router: Router
+
+    async def submit(self) -> Stream:
+        """As GroupClient.submit."""
+        try:
+            return await self.client.submit(self.request, self)
+        except BaseException:  # refused, or cancelled
+            self.route.reservation.settle()
+            raise
+
+    def sent(self, number: int) -> Reservation:
+        """The request is on its way under this number."""
+        self.route.reservation.number = number
+        self.router.expect(self.request, self.route, time.monotonic())
+        return self.route.reservation
+
+
 @dataclass
 class _Model:
     """What the directory knows about one model."""
 
     name: str
     clients: dict[Endpoint, GroupClient]
+    router: Router
     follower: asyncio.Task[None] | None = None
     wakeup: asyncio.Event | None = None
     why: str = "starting"
@@ -320,10 +374,18 @@ class GroupDirectory:
     `models` maps every name that clients may use to the first of the model's names.
     """
 
-    def __init__(self, models: Mapping[str, str], *, max_stream_buffer: int = 4096) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, str],
+        *,
+        max_stream_buffer: int = 4096,
+        policy: Policy = "cost",
+        max_ttft_s: float = 0.0,
+    ) -> None:
         self._limit = max_stream_buffer
         self._names = dict(models)
-        self._models = {name: _Model(name, {}) for name in dict.fromkeys(models.values())}
+        routers = {name: Router(policy, max_ttft_s=max_ttft_s) for name in models.values()}
+        self._models = {name: _Model(name, {}, router) for name, router in routers.items()}
         self._leaving: set[asyncio.Task[None]] = set()
 
     @property
@@ -333,10 +395,16 @@ class GroupDirectory:
 
     def find(self, model: str) -> GroupClient:
         """The least loaded living group. Raises ModelNotFoundError or UnavailableError."""
+        return min(self._alive(self._known(model)), key=lambda client: client.load)
+
+    def place(self, model: str, request: Request, session: str = "") -> Placement:
+        """Choose a living group for `request` and reserve. Requests of one session stay together while that is good for
+        them. Raises ModelNotFoundError, UnavailableError or OverloadedError."""
         known = self._known(model)
-        if not (alive := known.alive):
-            raise UnavailableError(f"model {model!r} isn't available: {self._why(known)}", retry_after_s=2.0)
-        return min(alive, key=lambda client: client.load)
+        alive = self._alive(known)
+        route = known.router.place(request, [client.member for client in alive], time.monotonic(), session)
+        client = next(client for client in alive if client.member is route.member)
+        return Placement(client, request, route, known.router)
 
     def clients(self, model: str | None = None) -> list[GroupClient]:
         """All groups of one model, or of all, the living and the dead."""
@@ -359,7 +427,7 @@ class GroupDirectory:
             if endpoint not in known.clients:
                 known.clients[endpoint] = self._connect(known, endpoint)
         for endpoint in known.clients.keys() - set(endpoints):
-            leaving = asyncio.ensure_future(known.clients.pop(endpoint).finish())
+            leaving = asyncio.ensure_future(_leave(known.clients.pop(endpoint)))
             self._leaving.add(leaving)
             leaving.add_done_callback(self._leaving.discard)
 
@@ -377,6 +445,11 @@ class GroupDirectory:
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(client.close() for client in self.clients()))
 
+    def _alive(self, known: _Model) -> list[GroupClient]:
+        if alive := known.alive:
+            return alive
+        raise UnavailableError(f"model {known.name!r} isn't available: {self._why(known)}", retry_after_s=2.0)
+
     def _known(self, model: str) -> _Model:
         if model not in self._names:
             why = f"model {model!r} isn't served here; there is: {', '.join(self.names)}"
@@ -388,7 +461,8 @@ class GroupDirectory:
 
     def _connect(self, known: _Model, endpoint: Endpoint) -> GroupClient:
         wake = known.wakeup.set if known.wakeup else lambda: None
-        client = GroupClient(endpoint, max_stream_buffer=self._limit, on_break=wake)
+        member = known.router.join(endpoint.incarnation[:8])
+        client = GroupClient(endpoint, max_stream_buffer=self._limit, on_break=wake, member=member)
         client.start()
         return client
 
@@ -401,3 +475,11 @@ class GroupDirectory:
                 known.why = error.message
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(wakeup.wait(), POLL_S[bool(known.alive)])
+
+
+async def _leave(client: GroupClient) -> None:
+    """It gets no more requests; what runs there may finish."""
+    try:
+        await client.finish()
+    finally:
+        client.member.leave()

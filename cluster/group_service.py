@@ -11,15 +11,18 @@ import itertools
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterable, Sequence
+from collections import deque
+from collections.abc import AsyncIterable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
 
 from kvasir.cluster import wire
+from kvasir.cluster.block_journal import BlockJournal
 from kvasir.cluster.telemetry import Tracing
 from kvasir.cluster.wire import Endpoint
+from kvasir.engine.blocks import Changes, Tier
 from kvasir.engine.errors import ClientError, KvasirError
 from kvasir.engine.event import Event, Failed, Finished, FinishReason, Pooled, Token
 from kvasir.engine.info import ModelInfo
@@ -47,9 +50,12 @@ class ServedEngine(Protocol):
     def info(self) -> ModelInfo: ...
     @property
     def heartbeat(self) -> float: ...
+    @property
+    def stats_at(self) -> float: ...
     def submit(self, request: Request) -> None: ...
     def abort(self, request_id: str, index: int | None = None, reason: FinishReason = "abort") -> None: ...
     def stats(self) -> Stats: ...
+    def listen(self, on_blocks: Callable[[Tier, Changes], None]) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +69,10 @@ class _Link:
     writing_since: float | None = None
     cut: bool = False
     requests: dict[int, _Running] = field(default_factory=dict)
+    arrivals: deque[tuple[float, int]] = field(default_factory=deque)
+    """(when, number) of requests that the reported load doesn't hold yet."""
+    counted: int = 0
+    """The last request that it does hold."""
 
 
 @dataclass(slots=True, eq=False)
@@ -82,6 +92,8 @@ class GroupService(GroupServicer):
         self._tracing = tracing
         self._token = secrets.token_hex(32)
         self._incarnation = uuid.uuid4().hex
+        self._journal = BlockJournal(self._incarnation)
+        self._reported: tuple[Stats, float] | None = None
         self._loop = asyncio.get_running_loop()
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         self._links: set[_Link] = set()
@@ -91,6 +103,7 @@ class GroupService(GroupServicer):
     async def start(self, engine: ServedEngine, host: str) -> Endpoint:
         """Listen on a free port of `host`."""
         self._engine = engine
+        engine.listen(self.report_blocks)
         add_GroupServicer_to_server(self, self._server)
         port = self._server.add_insecure_port(f"{host}:0")
         await self._server.start()
@@ -108,6 +121,10 @@ class GroupService(GroupServicer):
         """Engine's thread, once per step: the loop encodes them while the engine computes the next step."""
         self._loop.call_soon_threadsafe(self._dispatch, events)
 
+    def report_blocks(self, tier: Tier, changes: Changes) -> None:
+        """Any thread: what a tier stored and evicted."""
+        self._loop.call_soon_threadsafe(self._journal.take, tier, changes)
+
     async def Connect(self, request_iterator: Any, context: Any) -> None:  # noqa: N802
         """One gateway's stream: until it breaks, is closed or cut off; then its requests are aborted."""
         sent = dict(context.invocation_metadata()).get(wire.TOKEN_METADATA, "")
@@ -116,7 +133,8 @@ class GroupService(GroupServicer):
         link = _Link(f"link{next(self._numbers)}")
         hello = pb.Hello(incarnation=self._incarnation, model=wire.encode_info(self._engine.info))
         self._post(link, pb.GroupMessage(hello=hello))
-        self._post(link, self._load())
+        self._post(link, self._load(link))
+        self._resync(link)
         self._links.add(link)
         work = (self._read(link, request_iterator), self._write(link, context))
         tasks = [self._loop.create_task(part) for part in work]
@@ -169,7 +187,10 @@ class GroupService(GroupServicer):
                 self._submit(link, message.submit)
             except KvasirError as error:
                 answer.error.CopyFrom(wire.encode_error(error))
+            link.arrivals.append((time.monotonic(), message.submit.number))
             self._post(link, pb.GroupMessage(answer=answer))
+        elif message.WhichOneof("message") == "resync":
+            self._resync(link)
         elif running := link.requests.get(message.abort.number):
             abort = message.abort
             index = abort.index if abort.HasField("index") else None
@@ -234,16 +255,42 @@ class GroupService(GroupServicer):
             self._forget(running)
             self._engine.abort(running.request.request_id)
 
-    def _load(self) -> pb.GroupMessage:
+    def _load(self, link: _Link) -> pb.GroupMessage:
+        """The load, and which of this gateway's requests it holds."""
+        made = self._engine.stats_at  # before the figures: they may be newer, not older
+        stats = self._engine.stats()
+        while link.arrivals and link.arrivals[0][0] < made:
+            link.counted = link.arrivals.popleft()[1]
         age = max(0.0, time.monotonic() - self._engine.heartbeat)
-        return pb.GroupMessage(load=pb.Load(heartbeat_age_s=age, stats=wire.encode_stats(self._engine.stats())))
+        load = pb.Load(heartbeat_age_s=age, stats=wire.encode_stats(stats), counted=link.counted)
+        return pb.GroupMessage(load=load)
+
+    def _resync(self, link: _Link) -> None:
+        """A snapshot for one gateway, the latest changes for the others."""
+        self._publish_blocks()
+        for blocks in self._journal.snapshot():
+            self._post(link, pb.GroupMessage(blocks=blocks))
+
+    def _publish_blocks(self) -> None:
+        for blocks in self._journal.flush():
+            message = pb.GroupMessage(blocks=blocks)
+            for link in [*self._links]:
+                self._post(link, message)
 
     async def _report(self) -> None:
-        """Tell every gateway the load; cut off those that don't read."""
+        """Tell every gateway load and blocks when they change, the load also when it doesn't; cut off those that don't read."""
         while True:
-            await asyncio.sleep(wire.LOAD_PERIOD_S)
-            message, now = self._load(), time.monotonic()
+            await asyncio.sleep(wire.PUBLISH_PERIOD_S)
+            self._publish_blocks()
+            now, stats = time.monotonic(), self._engine.stats()
+            if (
+                self._reported is not None
+                and stats == self._reported[0]
+                and now < self._reported[1] + wire.LOAD_PERIOD_S
+            ):
+                continue
+            self._reported = stats, now
             for link in [*self._links]:
                 if link.writing_since is not None and now - link.writing_since > UNREAD_S:
                     self._cut(link)
-                self._post(link, message)
+                self._post(link, self._load(link))

@@ -16,7 +16,7 @@ from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_reflection.v1alpha import reflection
 
 from kvasir.cluster.auth import ApiKeys, UnauthenticatedError, load_keys
-from kvasir.cluster.call import Call, request_id_from
+from kvasir.cluster.call import ROUTE_HEADER, Call, request_id_from
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
@@ -115,6 +115,8 @@ class Inference(InferenceServicer):
             await context.send_initial_metadata((("x-request-id", request_id),))
             call = dataclasses.replace(parse(), deadline_s=context.time_remaining())
             generation = await self._desk.begin(call, request_id, headers)
+            if generation.route is not None:
+                context.set_trailing_metadata(((ROUTE_HEADER, generation.route),))
             try:
                 await _write(generation, opening_reply(generation, request_id, with_prompt), context)
             finally:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvasir.cluster.auth import ApiKeys
-from kvasir.cluster.call import request_id_from
+from kvasir.cluster.call import ROUTE_HEADER, request_id_from
 from kvasir.cluster.error_shapes import error_body
 from kvasir.engine.errors import ClientError, KvasirError, ServerError
 
@@ -143,6 +143,11 @@ def warning_header(names: Iterable[str]) -> list[tuple[bytes, bytes]]:
         return []
     cut = listed if len(listed) <= _MAX_WARNING else listed[:_MAX_WARNING] + "..."
     return [(b"x-kvasir-warning", f"ignored: {cut}".encode("ascii"))]
+
+
+def route_header(route: str | None) -> list[tuple[bytes, bytes]]:
+    """Header with the router's reasons, for a request that asked."""
+    return [] if route is None else [(ROUTE_HEADER.encode(), route.encode("ascii"))]
 
 
 async def on_kvasir_error(request: Request, error: Exception) -> Response:

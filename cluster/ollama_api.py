@@ -13,7 +13,15 @@ from starlette.types import Receive, Scope, Send
 from kvasir.cluster.call import Call, Conversation, Prompt, Text
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.error_shapes import ollama_error
-from kvasir.cluster.http_front import header_map, read_json, send_bytes, send_json, until_gone, warning_header
+from kvasir.cluster.http_front import (
+    header_map,
+    read_json,
+    route_header,
+    send_bytes,
+    send_json,
+    until_gone,
+    warning_header,
+)
 from kvasir.cluster.ollama_fields import DEFAULTS
 from kvasir.cluster.ollama_reply import Kind, OllamaReply, loaded
 from kvasir.cluster.ollama_schema import (
@@ -80,14 +88,15 @@ class OllamaGeneration:
         prompt = await _prompt(ask, model)
         call = Call(model=model.name, prompts=(prompt,), sampling=sampling, tools=ask.tools, thinks=ask.thinks)
         generation = await self._desk.begin(call, request_id, headers)
+        extra = [*warning_header(ask.warnings), *route_header(generation.route)]
         try:
             reply = OllamaReply(self._kind, ask, generation, started)
             if ask.stream:
-                await stream(generation, reply, send, [NDJSON, *warning_header(ask.warnings)], _failed)
+                await stream(generation, reply, send, [NDJSON, *extra], _failed)
             else:
                 async for _ in generation:
                     pass
-                await send_json(send, 200, reply.whole(), warning_header(ask.warnings))
+                await send_json(send, 200, reply.whole(), extra)
         finally:
             self._desk.end(generation)
 

@@ -18,6 +18,7 @@ from kvasir.cluster.generation import Generation
 from kvasir.cluster.http_front import (
     header_map,
     read_json,
+    route_header,
     send_json,
     until_gone,
     warning_header,
@@ -65,12 +66,13 @@ class Completions:
         generation = await self._desk.begin(ask.call, request_id, headers)
         try:
             reply = self._make_reply(ask, generation, request_id, self._role)
+            extra = [*warning_header(ask.warnings), *route_header(generation.route)]
             if ask.stream:
-                await stream(generation, reply, send, [SSE, *warning_header(ask.warnings)], _failed)
+                await stream(generation, reply, send, [SSE, *extra], _failed)
             else:
                 async for _ in generation:
                     pass
-                await send_json(send, 200, reply.whole(), warning_header(ask.warnings))
+                await send_json(send, 200, reply.whole(), extra)
         finally:
             self._desk.end(generation)
 

@@ -72,17 +72,20 @@ class RequestSpan:
     """For Request.trace_context: the parent of the group's spans."""
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """A child span: `admit` (validate, tokenise, wait for a place) or `route` (choose a group)."""
+    def stage(self, name: str) -> Iterator[dict[str, str | int | float]]:
+        """A child span: `admit` (validate, tokenise, wait for a place) or `route` (choose a group). What is put into the
+        dictionary becomes its attributes, as kvasir.`name`.KEY."""
+        facts: dict[str, str | int | float] = {}
         if self.tracer is None or self.span is None:
-            yield
+            yield facts
             return
         from opentelemetry.trace import set_span_in_context
 
         child = self.tracer.start_span(name, context=set_span_in_context(self.span))
         try:
-            yield
+            yield facts
         finally:
+            child.set_attributes({f"kvasir.{name}.{key}": value for key, value in facts.items()})
             child.end()
 
     def end(

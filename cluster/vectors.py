@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvasir.cluster.group_client import GroupClient, Stream
+from kvasir.cluster.group_client import Placement, Stream
 from kvasir.cluster.metrics import CallRecord
 from kvasir.cluster.served_model import ServedModel
 from kvasir.cluster.telemetry import RequestSpan
@@ -64,7 +64,7 @@ class Vectors:
         model: ServedModel,
         info: ModelInfo,
         requests: Sequence[Request],
-        find: Callable[[], GroupClient],
+        place: Callable[[Request], Placement],
         *,
         span: RequestSpan,
         record: CallRecord,
@@ -72,7 +72,7 @@ class Vectors:
         self.model, self.info, self.requests = model, info, requests
         self.error: str | None = None
         """Once closed: the code of what went wrong; `cancelled` when the client went away."""
-        self._find = find
+        self._place = place
         self._span, self._record = span, record
         self._started = time.monotonic()
         self._found: dict[int, Pooled] = {}
@@ -113,7 +113,7 @@ class Vectors:
         return [self._found[number] for number in range(len(self.requests))]
 
     async def _one(self, request: Request) -> Pooled:
-        stream = await self._find().submit(request)
+        stream = await self._place(request).submit()
         self._streams.add(stream)
         try:
             return _pooled(await stream.batch())

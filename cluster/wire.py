@@ -28,6 +28,9 @@ CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),  # else a new connection inherits the back-off of a dead one
 ]
+PUBLISH_PERIOD_S = 0.04
+"""How soon a group tells of changes of its load and blocks. Behind the 50 ms for which the engine's figures hold, gateways
+know within 100 ms."""
 LOAD_PERIOD_S = 0.25
 """How often a group reports its load; gateways count on at least every half second."""
 STALL_S = 60.0

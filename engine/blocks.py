@@ -9,15 +9,41 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 ContentId = bytes
 """128 bits: equal ids mean equal tokens at equal positions under the same salt."""
 
 
+Tier = Literal["device", "host", "disk"]
+"""Where a group holds a block."""
+Changes = Mapping[ContentId, bool]
+"""What became findable in a tier (True) or went from it (False), in the order in which it was touched last."""
+
+
 def content_id(before: ContentId, token_ids: Sequence[int]) -> ContentId:
     """Id of a full block whose tokens follow the block (or salt) `before`. Stable across processes and machines."""
-    return hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=16, key=before).digest()
+    return hashlib.blake2b(before + token_bytes(token_ids), digest_size=16).digest()
+
+
+def content_ids(before: ContentId, tokens: bytes, block_size: int) -> list[ContentId]:
+    """Ids of the full blocks of `token_bytes(...)`, one after the other: what `content_id` gives block by block."""
+    blake2b, stride, found = hashlib.blake2b, 4 * block_size, []
+    for start in range(0, len(tokens) - stride + 1, stride):
+        before = blake2b(before + tokens[start : start + stride], digest_size=16).digest()
+        found.append(before)
+    return found
+
+
+def token_bytes(token_ids: Sequence[int]) -> bytes:
+    """Four bytes a token, as they are hashed."""
+    return array("I", token_ids).tobytes()
+
+
+def chain_start(salt: ContentId, cache_salt: str, adapter: str | None, stretched: bool) -> ContentId:
+    """What stands before a request's first block. salt: the engine's; stretched: the sequence turns by other angles."""
+    return salted(salt, cache_salt, adapter or "", "stretched" if stretched else "")
 
 
 def salted(*parts: str | bytes) -> ContentId:
@@ -38,6 +64,7 @@ class BlockPool:
         self._holders = [0] * num_blocks
         self._content: list[ContentId | None] = [None] * num_blocks
         self._found: dict[ContentId, int] = {}
+        self._changes: dict[ContentId, bool] | None = None
 
     @property
     def num_free(self) -> int:
@@ -94,7 +121,20 @@ class BlockPool:
             return False
         self._found[content] = block
         self._content[block] = content
+        if self._changes is not None:
+            self._changes[content] = True
         return True
+
+    def listen(self) -> None:
+        """Note changes from now on, for `drain`; the first are all that can be found now."""
+        self._changes = dict.fromkeys(self._found, True)
+
+    def drain(self) -> Changes:
+        """What changed since the last time; nothing when nobody listens."""
+        if not self._changes:
+            return {}
+        changes, self._changes = self._changes, {}
+        return changes
 
     def reset(self) -> None:
         """Forget all contents; blocks stay with their holders."""
@@ -106,6 +146,8 @@ class BlockPool:
         if content is not None:
             del self._found[content]
             self._content[block] = None
+            if self._changes is not None:
+                self._changes[content] = False
 
     def check(self) -> list[str]:
         """Violated invariants in words; empty when all is well."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from kvasir.engine.blocks import BlockPool, salted
+from kvasir.engine.blocks import BlockPool, Changes, Tier, salted
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ClientError, KvasirError, OverloadedError, UnavailableError
 from kvasir.engine.event import Event, Failed, FinishReason
@@ -25,6 +25,7 @@ from kvasir.engine.step import NewSequence, Slice, Step
 
 logger = logging.getLogger(__name__)
 Deliver = Callable[[Sequence[Event]], None]
+OnBlocks = Callable[[Tier, Changes], None]
 IDLE_S = 0.2
 """The loop turns at least this often, so that its heartbeat shows that it lives."""
 LOADING_S = 0.001
@@ -50,13 +51,15 @@ class Engine:
         if executor is None:
             executor = executor_of(config) if loaded is None else LocalExecutor(config, loaded)
         self._executor, loaded = executor, executor.loaded
-        self.config, self.info = config, loaded.info
+        spec = loaded.decoder.spec
+        salt = salted(Path(config.model).name, config.revision or "", loaded.info.dtype)
+        caching = config.enable_prefix_caching and spec.causal
+        self.config = config
+        self.info = replace(loaded.info, salt=salt if caching else b"", stretch_len=spec.stretch_len)
         self._deliver = deliver
         self._pooler, self._token_types = loaded.pooler, loaded.decoder.spec.token_types
         self._grammars = executor.grammars
         self._compiling = Compiling(self._grammars)
-        spec = loaded.decoder.spec
-        caching = config.enable_prefix_caching and spec.causal
         self.pool = BlockPool(loaded.cache.num_blocks, config.block_size, prefix_caching=caching)
         self._scheduler = Scheduler(
             block_pool=self.pool,
@@ -65,7 +68,7 @@ class Engine:
             max_model_len=loaded.info.max_model_len,
             eos_token_ids=loaded.info.eos_token_ids,
             default_seed=config.seed,
-            salt=salted(Path(config.model).name, config.revision or "", loaded.info.dtype),
+            salt=salt,
             layout=loaded.cache.layout,
             whole_prompts=not spec.causal,
             pool_last=loaded.pooler is not None and loaded.pooler.pooling.from_last,
@@ -82,7 +85,9 @@ class Engine:
         self._accepted: set[str] = set()
         self._ends: deque[float] = deque(maxlen=64)
         self._stopping = False
-        self._stats, self._stats_at = self._scheduler.stats(), 0.0
+        self._stats, self.stats_at = self._scheduler.stats(), 0.0
+        self._on_blocks: OnBlocks | None = None
+        self._listening = False
         self._thread = threading.Thread(target=self._loop, name="kvasir-engine", daemon=True)
         self.heartbeat = time.monotonic()
         """time.monotonic() of the loop's last turn; it turns when idle, too."""
@@ -152,8 +157,12 @@ class Engine:
             self._wake.notify()
 
     def stats(self) -> Stats:
-        """Load, at most 0.2 s old."""
+        """Load, at most 0.2 s old: what was submitted before `stats_at` (time.monotonic()) is in it."""
         return self._stats
+
+    def listen(self, on_blocks: OnBlocks) -> None:
+        """From now on, after each step and in the engine's thread, tell which blocks can be found, and which no longer."""
+        self._on_blocks = on_blocks
 
     def _check_task(self, request: Request) -> None:
         params = request.pooling
@@ -215,10 +224,10 @@ class Engine:
 
     def _turn(self) -> None:
         self.heartbeat = time.monotonic()
-        self._publish()
         events = self._take_in()
         while not self._executor.fetched.empty():
             self._scheduler.fetched(*self._executor.fetched.get())
+        self._publish()
         now = time.time()
         events += self._scheduler.expire(now)
         full = len(self._flying) == self._executor.depth
@@ -231,6 +240,8 @@ class Engine:
             events += self._scheduler.commit(oldest, self._executor.collect(), time.time())
             step = oldest
         self._hand_out(events)
+        if self._on_blocks is not None:
+            self._tell_blocks(self._on_blocks)
         if step is None:
             with self._wake:
                 if not self._inbox and not self._stopping:
@@ -274,6 +285,13 @@ class Engine:
             self._deliver([Failed(request_id, code, message) for request_id in left])
 
     def _publish(self) -> None:
-        if self.heartbeat - self._stats_at > STATS_PERIOD_S or not self._scheduler.has_work:
+        if self.heartbeat - self.stats_at > STATS_PERIOD_S or not self._scheduler.has_work:
             tiers = {} if self._tiers is None else self._tiers.counts()
-            self._stats, self._stats_at = replace(self._scheduler.stats(), **tiers), self.heartbeat
+            self._stats, self.stats_at = replace(self._scheduler.stats(), **tiers), self.heartbeat
+
+    def _tell_blocks(self, on_blocks: OnBlocks) -> None:
+        if not self._listening:
+            self._listening = True
+            self.pool.listen()
+        if changes := self._scheduler.tables.drain():
+            on_blocks("device", changes)

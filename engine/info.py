@@ -26,6 +26,10 @@ class ModelInfo:
     """What requests may ask for: generate, embed, classify, score."""
     labels: tuple[str, ...] = ()
     """Names of what a classifier tells apart."""
+    salt: bytes = b""
+    """Where the content ids of its blocks start (`blocks.chain_start`); empty: it keeps no prefixes."""
+    stretch_len: int | None = None
+    """Sequences longer than this have other content ids."""
     memory_report: str = ""
     """What took how much memory, for people."""
 

@@ -37,10 +37,15 @@ class Stats:
     """Share of blocks in use, 0 to 1."""
     queued_prefill_tokens: int = 0
     """Tokens that must be computed before every accepted request streams."""
+    decode_blocks: int = 0
+    """Blocks that sequences hold."""
+    free_blocks: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
     preemptions: int = 0
     """How many times."""
+    ended: int = 0
+    """Sequences that ended, however."""
     prompt_tokens: int = 0
     generation_tokens: int = 0
     steps: int = 0
@@ -126,7 +131,16 @@ class Scheduler:
         self._blocked: tuple[Order, int] | None = None
         self._arrivals = self._steps = self._turn = 0
         self._totals = dict.fromkeys(
-            ("prefix_queries", "prefix_hits", "preemptions", "prompt_tokens", "generation_tokens", "step_tokens"), 0
+            (
+                "prefix_queries",
+                "prefix_hits",
+                "preemptions",
+                "prompt_tokens",
+                "generation_tokens",
+                "step_tokens",
+                "ended",
+            ),
+            0,
         )
 
     # -- what clients ask
@@ -142,6 +156,7 @@ class Scheduler:
         first = self._sequence(job, 0, (request.priority, self._arrivals, 0), now)
         first.tokens += request.resume_token_ids
         first.forks = list(range(1, request.sampling.n))
+        first.expected = self.tables.match(first, self._cacheable(first))[0] * self.pool.block_size
         insort(self._waiting, (first.order, first))
         if request.deadline_s is not None:
             self._note_deadline(deadline, request.request_id)
@@ -217,13 +232,16 @@ class Scheduler:
             insort(self._waiting, (sequence.order, sequence))
 
     def stats(self) -> Stats:
-        everyone = [sequence for _, sequence in self._waiting + self._running]
-        everyone += self._loads.loading.values()
+        prefill = sum(sequence.remaining for _, sequence in self._running if sequence.remaining > 1)
+        prefill += sum(sequence.remaining - sequence.expected for _, sequence in self._waiting)
+        prefill += sum(sequence.remaining for sequence in self._loads.loading.values())
         return Stats(
             running=len(self._running),
             waiting=self.num_waiting,
             kv_usage=self.pool.num_used / self.pool.num_blocks,
-            queued_prefill_tokens=sum(sequence.remaining for sequence in everyone if sequence.remaining > 1),
+            queued_prefill_tokens=prefill,
+            decode_blocks=self.pool.num_used,
+            free_blocks=self.pool.num_free,
             steps=self._steps,
             **self._totals,
         )
@@ -426,7 +444,7 @@ class Scheduler:
     def _again(self, sequence: Sequence) -> None:
         """Back to waiting: all of it is to be computed once more."""
         self._leave(sequence)
-        sequence.computed, sequence.sought = 0, -2
+        sequence.computed, sequence.expected, sequence.sought = 0, 0, -2
         if sequence.prompt_scores is not None:
             sequence.prompt_scores = [None]
         insort(self._waiting, (sequence.order, sequence))
@@ -521,6 +539,7 @@ class Scheduler:
         """The sequence is over. Blocks of one that is being computed are given back when that step is committed."""
         request_id = sequence.request.request_id
         sequence.ended = True
+        self._totals["ended"] += 1
         live = self._jobs[request_id].live
         del live[sequence.index]
         if not live:

@@ -45,6 +45,8 @@ class Sequence:
     """Continuations to branch off once the prompt is computed."""
     prompt_scores: list[TokenLogprob | None] | None = None
     """Gathered until the first token is delivered; None: not asked for, or delivered."""
+    expected: int = 0
+    """Tokens that were cached when it began to wait."""
     ticket: int | None = None
     """Of a fetch from the lower tiers: under way, or come and waiting with it for a seat."""
     sought: int = -2

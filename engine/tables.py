@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
-from kvasir.engine.blocks import BlockPool, ContentId, content_id, salted
+from kvasir.engine.blocks import BlockPool, Changes, ContentId, chain_start, content_id
 from kvasir.engine.layout import Layout, Room
 from kvasir.engine.request import Request
 from kvasir.engine.sequence import GONE, Sequence
 
+ID_BYTES = 16
 Grown = list[tuple[int, list[int]]]
 """(layer group, blocks appended to its table)"""
 
@@ -128,6 +129,17 @@ class Tables:
             self.pool.free(_held(table))
         sequence.blocks, sequence.near_from = [], []
 
+    def drain(self) -> Changes:
+        """The pool's changes to the blocks that decide how long a hit is: those of one group that sees everything. The
+        near groups' blocks come and go behind it."""
+        changes = self.pool.drain()
+        if len(self.layout.groups) == 1 or not changes:
+            return changes
+        group = self._far[0] if self._far else 0
+        end = group.to_bytes(1, "little") if group else b""
+        size = ID_BYTES + len(end)
+        return {c[:ID_BYTES]: found for c, found in changes.items() if len(c) == size and c.endswith(end)}
+
     def _take(self, sequence: Sequence, tokens: int, groups: Iterable[int]) -> Grown:
         count, grown = self._count(tokens), []
         for group in groups:
@@ -177,8 +189,7 @@ class Tables:
 
     def _chain(self, sequence: Sequence) -> ContentId:
         request: Request = sequence.request
-        long = "stretched" if sequence.stretched else ""
-        return salted(self._salt, request.cache_salt, request.adapter or "", long)
+        return chain_start(self._salt, request.cache_salt, request.adapter, sequence.stretched)
 
 
 def all_blocks(sequence: Sequence) -> set[int]:

@@ -25,8 +25,9 @@ import uvicorn
 from pydantic.warnings import PydanticDeprecatedSince20
 
 from kvasir.cluster.config import GatewayConfig
-from kvasir.cluster.group_client import Stream
+from kvasir.cluster.group_client import Placement, Stream
 from kvasir.cluster.group_service import GroupService
+from kvasir.cluster.router import Router
 from kvasir.cluster.telemetry import Tracing
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ConfigError, ContextLengthError, UnavailableError
@@ -52,6 +53,8 @@ class FakeEngine:
         self.failure: BaseException | None = None
         self.step_s = step_s
         self.heartbeat = time.monotonic()
+        self.on_blocks: Callable[..., None] | None = None
+        """`on_blocks(tier, changes)` once a service listens."""
         self.requests: dict[str, tuple[Request, dict[int, int], float]] = {}
         self.submitted: list[Request] = []
         self.aborted: list[tuple[str, int | None, str]] = []
@@ -89,6 +92,13 @@ class FakeEngine:
     def stats(self) -> Stats:
         with self._lock:
             return Stats(running=len(self.requests), waiting=0, kv_usage=len(self.requests) / 256)
+
+    @property
+    def stats_at(self) -> float:
+        return time.monotonic()
+
+    def listen(self, on_blocks: Callable[..., None]) -> None:
+        self.on_blocks = on_blocks
 
     def fail(self) -> None:
         with self._lock:
@@ -237,7 +247,7 @@ class FakeGroup:
         self._live: dict[str, set[int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def submit(self, request: Request) -> Stream:
+    async def submit(self, request: Request, placement: Placement | None = None) -> Stream:
         if self.refusal is not None:
             raise self.refusal
         self.requests.append(request)
@@ -321,6 +331,12 @@ class FakeDirectory:
         if not self.groups[model].alive:
             raise UnavailableError(f"model {model!r} isn't available: {self.missing()[model]}", retry_after_s=2.0)
         return self.groups[model]
+
+    def place(self, model: str, request: Request, session: str = "") -> Placement:
+        group = self.find(model)
+        router = Router()
+        route = router.place(request, [router.join("fake")], 0.0, session)
+        return Placement(group, request, route, router)
 
     def clients(self, model: str) -> list[FakeGroup]:
         return [self.groups[model]]

@@ -253,6 +253,11 @@ class EchoEngine:
     def stats(self) -> Stats:
         return Stats(running=0, waiting=0, kv_usage=0.0)
 
+    stats_at = 0.0
+
+    def listen(self, on_blocks: Callable[..., None]) -> None:
+        pass
+
     def _run(self) -> None:
         while (request := self._queue.get()) is not None:
             name, ids = request.request_id, [*request.prompt_token_ids, 410][: request.sampling.max_tokens]

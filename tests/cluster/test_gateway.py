@@ -106,10 +106,10 @@ def test_one_refusal_of_many_aborts_the_others(live_gateway):
         submit = gateway.group.submit
         gateway.group.step_s = 0.01
 
-        async def fourth_is_refused(request):
+        async def fourth_is_refused(request, placement):
             if len(gateway.group.requests) == 3:
                 raise OverloadedError("full", retry_after_s=1)
-            return await submit(request)
+            return await submit(request, placement)
 
         gateway.group.submit = fourth_is_refused
         assert complete(gateway, prompt=["a"] * 6).status_code == 429

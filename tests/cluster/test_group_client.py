@@ -10,7 +10,9 @@ import grpc
 import pytest
 
 from kvasir.cluster import group_client, wire
+from kvasir.cluster.directory import key_list
 from kvasir.cluster.group_client import GroupClient, GroupDirectory
+from kvasir.engine.blocks import salted
 from kvasir.engine.errors import ClientError, ContextLengthError, ModelNotFoundError, UnavailableError
 from kvasir.engine.event import Failed, Finished, Token, TokenLogprob
 from kvasir.engine.request import Request, SamplingParams
@@ -306,7 +308,7 @@ def test_directory_finds_the_least_loaded(group_of_fakes):
             directory.update("m", [one.endpoint, two.endpoint])
             await until(lambda: all(client.alive for client in directory.clients("m")))
             for number in range(4):
-                await directory.find("alias").submit(request(f"r{number}", max_tokens=10**6))
+                await directory.place("alias", request(f"r{number}", max_tokens=10**6)).submit()
             assert [len(one.engine.requests), len(two.engine.requests)] == [2, 2]
             assert directory.models() == [one.engine.info]
             assert list(directory.missing()) == ["other"]
@@ -352,5 +354,78 @@ def test_directory_follows(group_of_fakes):
             await group.service.stop()
             await until(lambda: directory.missing())
             await directory.close()
+
+    run(main())
+
+
+def test_blocks_and_load_reach_the_router(group_of_fakes):
+    ids = [salted(bytes([number])) for number in range(8)]
+
+    def held(client):
+        return client.member._directory.prefixes([one] for one in key_list(ids)).get(client.member.group, 0)
+
+    async def main():
+        async with group_of_fakes() as group:
+            client = await connect(group)
+            group.engine.on_blocks("device", dict.fromkeys(ids[:3], True))
+            assert await until(lambda: held(client) == 3) < 0.1
+            late = await connect(group)
+            await until(lambda: held(late) == 3)
+            group.engine.on_blocks("device", {ids[2]: False, ids[3]: True})
+            await until(lambda: held(client) == held(late) == 2)
+            began = time.monotonic()
+            stream = await client.submit(request(max_tokens=10**6))
+            await until(lambda: late.stats.running == 1)
+            assert time.monotonic() - began < 0.1
+            stream.close()
+            await client.close()
+            await late.close()
+
+    run(main())
+
+
+def test_a_missed_change_is_made_good(group_of_fakes):
+    ids = [salted(bytes([number])) for number in range(8)]
+
+    async def main():
+        async with group_of_fakes() as group:
+            client = await connect(group)
+            await until(lambda: client.member._feed.in_step)
+            take, missed = client.member.blocks, []
+            client.member.blocks = lambda message: bool(missed.append(message)) if not missed else take(message)
+            for number in range(3):
+                group.engine.on_blocks("device", {ids[number]: True})
+                await asyncio.sleep(2 * wire.PUBLISH_PERIOD_S)
+            directory = client.member._directory
+            await until(lambda: directory.prefixes([one] for one in key_list(ids)) == {client.member.group: 3})
+            await client.close()
+
+    run(main())
+
+
+def test_a_placement_is_a_reservation_until_the_group_counts_it(group_of_fakes):
+    async def main():
+        async with group_of_fakes() as group:
+            directory = GroupDirectory({"m": "m"})
+            directory.update("m", [group.endpoint])
+            await until(lambda: directory.models())
+            (client,) = directory.clients("m")
+            placement = directory.place("m", request(prompt=[1] * 1000, max_tokens=10**6))
+            assert (client.member.prefill_tokens, client.member.requests) == (1000, 1)
+            stream = await placement.submit()
+            await anext(stream)
+            assert client.member.prefill_tokens == 0
+            await until(lambda: not client.member._open)
+            assert client.member.requests == 1
+            stream.close()
+            await until(lambda: client.member.requests == 0)
+            group.engine.submit = _refuse
+            with pytest.raises(ContextLengthError):
+                await directory.place("m", request()).submit()
+            assert not client.member._open
+            await directory.close()
+
+    def _refuse(_):
+        raise ContextLengthError("too long", param="prompt")
 
     run(main())

@@ -6,7 +6,9 @@ import random
 
 import pytest
 
-from kvasir.engine.blocks import BlockPool, content_id, salted
+from kvasir.engine.blocks import BlockPool, content_id, content_ids, salted, token_bytes
+from kvasir.engine.layout import LayerGroup, Layout
+from kvasir.engine.tables import Tables
 
 
 def chain(tokens: list[int], salt: bytes = b"", size: int = 2) -> list[bytes]:
@@ -26,7 +28,32 @@ def test_ids_depend_on_everything_before_and_on_the_salt() -> None:
 
 
 def test_ids_are_the_same_on_every_machine() -> None:
-    assert content_id(salted("x"), [1, 70000]).hex() == "319cabf5d58681edfcb46a629a3f3037"
+    assert content_id(salted("x"), [1, 70000]).hex() == "77b84de7c71f12e1382aa797b4ad6ec9"
+
+
+def test_a_whole_chain_is_what_its_blocks_are() -> None:
+    tokens = [random.randrange(2**17) for _ in range(23)]
+    for size in (1, 2, 5, 16):
+        assert content_ids(salted(b"x"), token_bytes(tokens), size) == chain(tokens, b"x", size)
+
+
+def test_changes_are_noted_once_somebody_listens() -> None:
+    pool = BlockPool(3, 2)
+    one, two, three, four = chain([1, 2, 3, 4, 5, 6, 7, 8])
+    blocks = pool.take(3)
+    pool.commit(blocks[0], one)
+    assert pool.drain() == {}
+    pool.listen()
+    pool.commit(blocks[1], two)
+    pool.commit(blocks[2], two)  # a second copy stays private
+    assert pool.drain() == {one: True, two: True}
+    pool.commit(blocks[2], three)
+    pool.free(blocks)
+    pool.commit(pool.take(1)[0], four)
+    assert pool.drain() == {three: False, four: True}
+    assert pool.drain() == {}
+    pool.reset()
+    assert pool.drain() == {one: False, two: False, four: False}
 
 
 def test_freed_blocks_stay_findable_until_they_are_reused() -> None:
@@ -117,3 +144,16 @@ def test_invariants_hold_whatever_happens(seed: int) -> None:
     for blocks in held:
         pool.free(blocks)
     assert pool.num_used == 0
+
+
+def test_of_several_tables_those_blocks_are_told_that_hits_depend_on() -> None:
+    pool = BlockPool(10, 2)
+    layout = Layout((LayerGroup((0,), window=4), LayerGroup((1,))), 1)
+    tables = Tables(pool, layout, 8, b"")
+    one, two = chain([1, 2, 3, 4])
+    pool.listen()
+    for block, content in zip(pool.take(4), (one, one + b"\x01", two, two + b"\x01"), strict=True):
+        pool.commit(block, content)
+    assert tables.drain() == {one: True, two: True}
+    pool.commit(pool.take(1)[0], two)
+    assert tables.drain() == {}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvasir.engine.blocks import chain_start, content_ids, token_bytes
 from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.engine import Engine, Loaded
@@ -254,6 +255,18 @@ def test_the_heart_beats_when_there_is_nothing_to_do(make: Callable[..., Engine]
         seen.add(engine.heartbeat)
         time.sleep(0.1)
     assert len(seen) > 3
+
+
+def test_who_listens_hears_of_blocks(make: Callable[..., Engine], client: Client) -> None:
+    engine, heard = make(), dict[bytes, bool]()
+    size, prompt = engine.config.block_size, [3] * 40
+    engine.listen(lambda tier, changes: heard.update(changes))
+    engine.submit(Request(request_id="a", prompt_token_ids=prompt, sampling=SamplingParams(max_tokens=1)))
+    client.wait(lambda: client.ended("a"))
+    start = chain_start(engine.info.salt, "", None, False)
+    ids = content_ids(start, token_bytes(prompt), size)
+    client.wait(lambda: len(heard) == len(ids) > 1)
+    assert heard == dict.fromkeys(ids, True)
 
 
 def test_stats(make: Callable[..., Engine], client: Client) -> None:

@@ -1,0 +1,146 @@
+"""Member: a group as a router knows it: its load as reported, what this gateway sent it since, how fast it computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvasir.cluster.directory import BlockDirectory, BlockFeed
+from kvasir.cluster.prompt_keys import Hasher, Hashers
+from kvasir.engine.info import ModelInfo
+from kvasir.engine.scheduler import Stats
+from kvasir.proto import group_pb2 as pb
+
+MEMORY_S = 5.0
+"""Rates are averages over about this long."""
+DECODE_WEIGHT = 0.02
+"""What a token in the cache of running sequences costs, in tokens computed: it slows down its group's steps."""
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """A request that was given to a group and isn't part of its reported load yet."""
+
+    member: Member
+    tokens: int
+    """To be computed before it streams."""
+    blocks: int
+    open: bool = True
+    number: int | None = None
+    """The request's number on the stream, once it was sent."""
+
+    def streams(self) -> None:
+        """Nothing of its prompt is left to compute."""
+        if self.open and self.tokens:
+            self.tokens = 0
+            self.member.settle(None)
+
+    def settle(self) -> None:
+        """It is counted in the group's reports from now on, has ended or was refused."""
+        if self.open:
+            self.open = False
+            self.member.settle(self)
+
+
+class Member:
+    """Belongs to one router. `hasher` is None until the first connection, and `rate` until there was a queue."""
+
+    def __init__(self, name: str, directory: BlockDirectory, hashers: Hashers) -> None:
+        self.name = name
+        self.hasher: Hasher | None = None
+        self.stats = Stats()
+        self.group = directory.join()
+        """Its number in the directory."""
+        self.block_size = 16
+        self.prefill_tokens = 0
+        """To be computed before all that it was given streams."""
+        self.pressure = 0.0
+        """The same, and what its decoding slows down, in tokens computed."""
+        self.requests = 0
+        """Running or waiting."""
+        self.rate: float | None = None
+        """Prompt tokens that it computes in a second, beside its decoding."""
+        self._max_num_seqs = 0
+        self._end_rate: float | None = None
+        """Sequences that end in a second while others wait for a seat."""
+        self._hashers, self._directory = hashers, directory
+        self._feed = BlockFeed(directory, self.group)
+        self._open: list[Reservation] = []
+        self._told_at: float | None = None
+
+    # -- what the group says
+
+    def welcome(self, info: ModelInfo, incarnation: str) -> None:
+        """A connection; load and a snapshot of its blocks follow."""
+        self.hasher, self.block_size, self._max_num_seqs = self._hashers.of(info), info.block_size, info.max_num_seqs
+        self._told_at = None
+        self._feed.begin(incarnation)
+
+    def report(self, stats: Stats, counted: int, now: float) -> None:
+        """The group's load, with this gateway's requests up to number `counted` in it."""
+        if self._told_at is not None and now > self._told_at:
+            self._measure(self.stats, stats, now - self._told_at)
+        self.stats, self._told_at = stats, now
+        for reservation in [one for one in self._open if one.number is not None and one.number <= counted]:
+            reservation.settle()
+        self._add_up()
+
+    def blocks(self, message: pb.Blocks) -> bool:
+        """The group's blocks; True when a snapshot has to be asked for."""
+        return self._feed.take(message)
+
+    def leave(self) -> None:
+        """The group is no more."""
+        self._directory.leave(self.group)
+
+    # -- what it is given
+
+    def reserve(self, tokens: int, blocks: int) -> Reservation:
+        """Count a request as its load, from now until `settle`."""
+        reservation = Reservation(self, tokens, blocks)
+        self._open.append(reservation)
+        self._add_up()
+        return reservation
+
+    def settle(self, reservation: Reservation | None) -> None:
+        """A reservation ends, or (None) has changed."""
+        if reservation is not None:
+            self._open.remove(reservation)
+        self._add_up()
+
+    # -- what follows from it
+
+    def wait(self, tokens: float = 0.0) -> float:
+        """Seconds until `tokens` more are computed there; 0 while its speed isn't known."""
+        seats = self._seat_wait(tokens) if self._end_rate else 0.0
+        return seats + ((self.prefill_tokens + tokens) / self.rate if self.rate else 0.0)
+
+    def _seat_wait(self, tokens: float) -> float:
+        """Seconds until one more request has a seat and blocks for so many tokens."""
+        stats = self.stats
+        short = self.requests + 1 - self._max_num_seqs
+        lacking = sum(one.blocks for one in self._open) + -(-tokens // self.block_size) - stats.free_blocks
+        if lacking > 0:
+            short = max(short, stats.waiting + len(self._open) + 1)
+        return max(0, short) / self._end_rate if self._end_rate else 0.0
+
+    def _add_up(self) -> None:
+        stats, sent = self.stats, self._open
+        self.prefill_tokens = stats.queued_prefill_tokens + sum(one.tokens for one in sent)
+        self.requests = stats.running + stats.waiting + len(sent)
+        blocks = stats.decode_blocks + sum(one.blocks for one in sent)
+        self.pressure = self.prefill_tokens + DECODE_WEIGHT * blocks * self.block_size
+
+    def _measure(self, before: Stats, after: Stats, seconds: float) -> None:
+        """Rates count only when there was enough to do."""
+        share = min(1.0, seconds / MEMORY_S)
+        if before.queued_prefill_tokens and after.queued_prefill_tokens:
+            computed = after.step_tokens - before.step_tokens - (after.generation_tokens - before.generation_tokens)
+            self.rate = _average(self.rate, max(0, computed) / seconds, share)
+        if before.waiting and after.waiting:
+            self._end_rate = _average(self._end_rate, (after.ended - before.ended) / seconds, share)
+
+
+def _average(before: float | None, rate: float, share: float) -> float | None:
+    if before is None:
+        return rate or None
+    return before + share * (rate - before) or before

@@ -1,0 +1,212 @@
+"""The directory against a brute-force model: what groups say, lost, repeated, reordered; restarts; memory."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import pytest
+
+from kvasir.cluster.block_journal import BlockJournal
+from kvasir.cluster.directory import BlockDirectory, BlockFeed, key_list
+from kvasir.engine.blocks import salted
+from kvasir.proto import group_pb2 as pb
+
+IDS = [salted(bytes([number])) for number in range(60)]
+
+
+def key(number):
+    return key_list([IDS[number]])[0]
+
+
+def keys(numbers):
+    return key_list(IDS[number] for number in numbers)
+
+
+def brute_force(held, wanted):
+    """Group -> length of the longest prefix of `wanted` in its set."""
+    found = {}
+    for group, contents in held.items():
+        count = next((i for i, one in enumerate(wanted) if one not in contents), len(wanted))
+        if count:
+            found[group] = count
+    return found
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_prefixes_are_those_of_brute_force(seed):
+    draw = random.Random(seed)
+    directory, held = BlockDirectory(), {}
+    for _ in range(400):
+        action = draw.random()
+        if action < 0.05 or not held:
+            held[directory.join()] = set()
+        elif action < 0.07:
+            group = draw.choice([*held])
+            directory.leave(group)
+            del held[group]
+        elif action < 0.1:
+            group = draw.choice([*held])
+            held[group] = {key(number) for number in draw.sample(range(60), 30)}
+            directory.replace(group, "device", held[group])
+        else:
+            group = draw.choice([*held])
+            stored = keys(draw.sample(range(60), draw.randrange(12)))
+            evicted = [one for one in keys(draw.sample(range(60), draw.randrange(12))) if one not in stored]
+            directory.change(group, "device", stored, evicted)
+            held[group] = (held[group] | set(stored)) - set(evicted)
+        wanted = keys(draw.sample(range(60), draw.randrange(20)))
+        exact = brute_force(held, wanted)
+        assert directory.prefixes([one] for one in wanted) == exact
+        size = draw.randrange(1, 8)
+        found = directory.prefixes(wanted[i : i + size] for i in range(0, len(wanted), size))
+        for group in held:  # a gap isn't seen in a portion whose last block is there; without gaps they are equal
+            count, least = found.get(group, 0), exact.get(group, 0)
+            assert count >= least
+            assert count == least or count == len(wanted) or wanted[count] not in held[group]
+            assert count == least or any(one in held[group] for one in wanted[least + 1 :])
+        assert directory.num_holdings == sum(map(len, held.values()))
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 32])
+def test_portions_make_no_difference_where_there_are_no_gaps(size):
+    draw = random.Random(size)
+    directory, wanted = BlockDirectory(), keys(range(60))
+    held = {directory.join(): wanted[: draw.randrange(61)] for _ in range(30)}
+    for group, stored in held.items():
+        directory.change(group, "device", stored, ())
+    found = directory.prefixes(wanted[i : i + size] for i in range(0, 60, size))
+    assert found == {group: len(stored) for group, stored in held.items() if stored}
+
+
+def test_worse_tiers_continue_what_the_device_holds():
+    directory = BlockDirectory()
+    one, two = directory.join(), directory.join()
+    wanted = keys(range(6))
+    directory.change(one, "device", wanted[:2], ())
+    directory.change(one, "host", wanted[1:4], ())
+    directory.change(one, "disk", [wanted[4]], ())
+    directory.change(two, "disk", wanted[:1], ())
+    assert directory.prefixes([one] for one in wanted) == {one: 2}
+    assert directory.prefixes(([one] for one in wanted), "host") == {one: 4}
+    assert directory.prefixes(([one] for one in wanted), "disk") == {one: 5, two: 1}
+    directory.change(one, "host", (), wanted[1:4])
+    assert directory.prefixes(([one] for one in wanted), "disk") == {one: 2, two: 1}
+
+
+def test_memory_is_bounded():
+    directory = BlockDirectory(max_holdings=100)
+    one, two = directory.join(), directory.join()
+    directory.change(one, "device", range(1000), ())
+    directory.expect(two, range(5000, 5060), 1.0)
+    assert directory.num_holdings == 100
+    directory.change(one, "device", (), range(50))
+    directory.expect(two, range(5000, 5030), 1.0)
+    directory.expect(two, range(6000, 6030), 1.0)
+    assert directory.num_holdings <= 100
+    directory.leave(one)
+    directory.expire(1.0)
+    directory.leave(two)
+    assert directory.num_holdings == 0
+    assert not any(directory.has_tier(tier) for tier in ("device", "host", "disk"))
+
+
+def test_what_is_expected_holds_until_told_otherwise():
+    directory = BlockDirectory()
+    group, wanted = directory.join(), keys(range(4))
+    directory.expect(group, wanted, until=5.0)
+    assert directory.prefixes([one] for one in wanted) == {group: 4}
+    directory.change(group, "device", wanted[:3], ())
+    directory.expire(4.9)
+    assert directory.prefixes([one] for one in wanted) == {group: 4}
+    directory.expire(5.0)
+    assert directory.prefixes([one] for one in wanted) == {group: 3}
+    directory.expect(group, wanted, until=9.0)
+    directory.change(group, "device", (), wanted[3:])
+    assert directory.prefixes([one] for one in wanted) == {group: 3}
+    directory.clear(group)
+    assert directory.prefixes([one] for one in wanted) == {}
+
+
+class Life:
+    """A group whose pool changes at random, and what it says."""
+
+    def __init__(self, draw, number):
+        self.draw, self.name, self.held = draw, f"life {number}", set()
+        self.journal = BlockJournal(self.name)
+
+    def step(self):
+        changes = {IDS[n]: self.draw.random() < 0.6 for n in self.draw.sample(range(60), self.draw.randrange(15))}
+        self.held = (self.held | {c for c, stored in changes.items() if stored}) - {
+            c for c, stored in changes.items() if not stored
+        }
+        self.journal.take("device", changes)
+        return self.journal.flush()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_feeds_converge_whatever_the_network_does(seed, monkeypatch):
+    monkeypatch.setattr("kvasir.cluster.block_journal.MAX_IDS", 7)
+    monkeypatch.setattr("kvasir.cluster.directory.ASK_AGAIN", 3)
+    draw = random.Random(seed)
+    directory = BlockDirectory()
+    group = directory.join()
+    feed, lives = BlockFeed(directory, group), 0
+    life = Life(draw, lives)
+    feed.begin(life.name)
+    wire, seen = deque(life.journal.snapshot()), []
+    for turn in range(600):
+        calm = turn > 400  # the network is well again: within a few messages the directory is right
+        wire.extend(life.step())
+        if not calm and draw.random() < 0.02:
+            lives += 1
+            life = Life(draw, lives)
+            feed.begin(life.name)
+            wire.extend(life.journal.snapshot())
+        while wire:
+            message = wire.popleft()
+            seen.append(message)
+            luck = 1.0 if calm else draw.random()
+            if luck < 0.1:
+                continue
+            if luck < 0.2:
+                wire.append(message)
+                wire.append(draw.choice(seen))
+                continue
+            if feed.take(pb.Blocks.FromString(message.SerializeToString())) and (calm or draw.random() < 0.7):
+                wire.extend(life.journal.flush())
+                wire.extend(life.journal.snapshot())
+        if feed.in_step and calm and turn > 420:
+            assert {one for one in range(60) if directory.prefixes([keys([one])])} == {IDS.index(c) for c in life.held}
+    assert feed.in_step
+
+
+def test_a_gap_asks_once_and_then_again_after_a_while(monkeypatch):
+    monkeypatch.setattr("kvasir.cluster.directory.ASK_AGAIN", 4)
+    directory = BlockDirectory()
+    feed, journal = BlockFeed(directory, directory.join()), BlockJournal("x")
+    feed.begin("x")
+    assert [feed.take(message) for message in journal.snapshot()] == [False]
+
+    def change(number):
+        journal.take("device", {IDS[number]: True})
+        return journal.flush()[0]
+
+    assert feed.take(change(0)) is False
+    change(1)
+    assert [feed.take(change(number)) for number in range(2, 8)] == [True, False, False, False, True, False]
+    assert [feed.take(message) for message in journal.snapshot()] == [False]
+    assert directory.prefixes([keys(range(5)), keys(range(5, 10))]) == {0: 8}
+
+
+def test_the_journal_says_nothing_of_what_came_and_went():
+    journal = BlockJournal("x")
+    journal.take("device", {IDS[0]: True})
+    journal.take("device", {IDS[0]: False, IDS[1]: False})
+    assert journal.flush() == []
+    journal.take("device", {IDS[0]: True})
+    (message,) = journal.flush()
+    assert (message.number, message.tiers[0].stored, message.tiers[0].evicted) == (1, IDS[0], b"")
+    journal.take("device", {IDS[0]: False})
+    journal.take("device", {IDS[0]: True})
+    assert journal.flush() == []
