@@ -235,7 +235,7 @@ def _sampling(call: Call, model: ServedModel) -> tuple[SamplingParams, bool]:
 
 def _check_ids(sampling: SamplingParams, info: ModelInfo) -> None:
     """Token ids that the sampling names are the model's."""
-    for name in ("stop_token_ids", "logit_bias"):
+    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
         _check_range(name, getattr(sampling, name), info)
 
 

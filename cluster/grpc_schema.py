@@ -20,7 +20,7 @@ from kvasir.engine.transcript import Delta
 from kvasir.proto import inference_pb2 as pb
 
 GENERATE_MAX_TOKENS = 16
-_LISTS = ("stop", "stop_token_ids")
+_LISTS = ("stop", "stop_token_ids", "bad_words", "allowed_token_ids")
 _FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 
 

@@ -14,7 +14,7 @@ from kvasir.cluster.call import Call, Conversation, Prompt, Text
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.error_shapes import ollama_error
 from kvasir.cluster.http_front import header_map, read_json, send_bytes, send_json, until_gone, warning_header
-from kvasir.cluster.ollama_fields import DEFAULTS
+from kvasir.cluster.ollama_fields import defaults
 from kvasir.cluster.ollama_reply import Kind, OllamaReply, loaded
 from kvasir.cluster.ollama_schema import (
     Body,
@@ -76,7 +76,7 @@ class OllamaGeneration:
         send: Send,
         started: float,
     ) -> None:
-        sampling = {**DEFAULTS, **model.sampling_defaults, **ask.sampling}
+        sampling = {**defaults(ask.sampling), **model.sampling_defaults, **ask.sampling}
         call = Call(model=model.name, prompts=(await _prompt(ask, model),), sampling=sampling)
         generation = await self._desk.begin(call, request_id, headers)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from kvasir.cluster.foreign_fields import foreign_constraints
@@ -14,42 +15,42 @@ _DURATION = re.compile(r"-?(\d+(\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)((\d+(\.\d*)?|
 """Go's spelling: 5m, 1h30m, -1s, 0."""
 THINK_LEVELS = ("low", "medium", "high", "max")
 
-SAMPLER_LACKS: Neutral = {
-    "mirostat": (0,),
-    "tfs_z": (1.0,),
-    "typical_p": (1.0,),
-    "repeat_last_n": (-1,),
-    "penalize_newline": (True,),
-}
-"""Options that wait for the sampler: name -> values that change nothing. repeat_last_n: penalties look at everything."""
+
+def object_(name: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise ClientError(f"{name} must be an object, got {value!r:.60}", param=name)
+
 
 OPTIONS: dict[str, Check] = {
-    **{name: SAMPLING[name] for name in ("temperature", "top_p", "top_k", "min_p", "seed", "stop")},
-    "presence_penalty": SAMPLING["presence_penalty"],
-    "frequency_penalty": SAMPLING["frequency_penalty"],
+    **{name: check for name, check in SAMPLING.items() if name not in ("n", "prompt_logprobs", "repetition_penalty")},
     "repeat_penalty": SAMPLING["repetition_penalty"],
+    "logit_bias": object_,
     "num_predict": integer_from(-2, 2**31 - 1),
 }
 OPTIONS_IGNORED: Neutral = {
     "num_ctx": (),  # the context is chosen when the server starts, and what doesn't fit is an error
     "num_keep": (),  # nothing is ever pushed out of the context
-    "mirostat_eta": (),
-    "mirostat_tau": (),
     **dict.fromkeys(("num_batch", "num_gpu", "main_gpu", "num_thread", "draft_num_predict", "numa"), ()),
     **dict.fromkeys(("use_mmap", "use_mlock", "low_vram", "f16_kv"), ()),
 }
 """Where and how the model runs: the same tokens come out."""
 OPTIONS_REFUSED: Neutral = {
     **foreign_constraints({**OPTIONS, **OPTIONS_IGNORED}),
-    **SAMPLER_LACKS,
     "vocab_only": (False,),
     "logits_all": (False,),
     "embedding_only": (False,),
 }
 SAMPLING_NAMES = {"repeat_penalty": "repetition_penalty"}
 """Option -> field of SamplingParams where it is called otherwise."""
-DEFAULTS: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "top_k": 40}
+DEFAULTS: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "repeat_last_n": 64}
 """Ollama's, where neither request nor model say anything."""
+MIROSTAT_LACKS = ("top_p", "top_k")
+"""Those of the defaults that Mirostat stands in for."""
+
+
+def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that hold beside what a request says about sampling."""
+    return {name: value for name, value in DEFAULTS.items() if not (given.get("mirostat") and name in MIROSTAT_LACKS)}
 
 
 def keep_alive(name: str, value: Any) -> None:
@@ -81,11 +82,6 @@ def _think(name: str, value: Any) -> None:
 def _format(name: str, value: Any) -> None:
     if not isinstance(value, dict) and value not in ("", "json"):
         raise ClientError(f'{name} must be "json" or a JSON schema, got {value!r:.60}', param=name)
-
-
-def object_(name: str, value: Any) -> None:
-    if not isinstance(value, dict):
-        raise ClientError(f"{name} must be an object, got {value!r:.60}", param=name)
 
 
 def objects(name: str, value: Any) -> None:

@@ -23,7 +23,7 @@ from kvasir.cluster.ollama_fields import (
     objects,
     seconds,
 )
-from kvasir.cluster.openai_schema import sort_fields
+from kvasir.cluster.openai_schema import sort_fields, token_bias
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.request import StructuredOutput
 
@@ -155,6 +155,8 @@ def _options(options: Body) -> tuple[dict[str, Any], tuple[str, ...]]:
     if fields.get("seed") == -1:
         del fields["seed"]
     sampling = {SAMPLING_NAMES.get(name, name): value for name, value in fields.items()}
+    if "logit_bias" in sampling:
+        sampling["logit_bias"] = token_bias(sampling["logit_bias"])
     sampling["max_tokens"] = limit if limit > 0 else None
     return sampling, tuple(f"options.{name}" for name in unknown)
 

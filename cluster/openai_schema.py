@@ -148,10 +148,15 @@ def _sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
     """What goes into SamplingParams by the same name; ranges are checked there."""
     sampling = {name: fields[name] for name in SAMPLING if name in fields}
     if bias := fields.get("logit_bias"):
-        sampling["logit_bias"] = {_token_id(key): value for key, value in bias.items()}
+        sampling["logit_bias"] = token_bias(bias)
     if (wanted := structured_output(fields)) is not None:
         sampling["structured_outputs"] = wanted
     return sampling
+
+
+def token_bias(given: Mapping[str, Any]) -> dict[int, Any]:
+    """JSON's keys are texts."""
+    return {_token_id(key): value for key, value in given.items()}
 
 
 def _token_id(key: str) -> int:

@@ -87,7 +87,7 @@ def encode_step(step: Step, results: Sequence[Result] = ()) -> bytes:
     out.array(block for _, _, blocks in step.blocks for block in blocks)
     out.array(block for pair in step.copies for block in pair)
     out.array(number for part in step.slices for number in (part.seat, part.start, part.count))
-    out.array((part.sample + 2 * part.prompt_logprobs + 4 * part.pool for part in step.slices), U8)
+    out.array((_flags(part) for part in step.slices), U8)
     return out.bytes()
 
 
@@ -106,7 +106,7 @@ def decode_step(data: bytes | memoryview) -> tuple[Step, list[Result]]:
     copies = list(zip(pairs[::2], pairs[1::2], strict=True))
     spans, flags = read.array(), read.array(U8)
     slices = [
-        Slice(seat, start, count, bool(flag & 1), bool(flag & 2), bool(flag & 4))
+        Slice(seat, start, count, bool(flag & 1), bool(flag & 2), bool(flag & 4), bool(flag & 8))
         for seat, start, count, flag in zip(spans[::3], spans[1::3], spans[2::3], flags, strict=True)
     ]
     return Step(number, freed, new, blocks, copies, slices), results
@@ -133,6 +133,10 @@ def decode_result(data: bytes | memoryview) -> Result:
     prompts = {int(seat): [_must(score) for score in found] for seat, found in (read.json() or {}).items()}
     pooled, ended = ({int(key): value for key, value in (read.json() or {}).items()} for _ in range(2))
     return Result(number, tokens, scores, prompts, ended, pooled)
+
+
+def _flags(part: Slice) -> int:
+    return part.sample + 2 * part.prompt_logprobs + 4 * part.pool + 8 * part.replay
 
 
 def _new(new: NewSequence) -> dict[str, Any]:

@@ -47,9 +47,9 @@ class Constraint:
             self.over = True
             return
         if not self.matcher.consume_token(token):
-            self.why = self.matcher.get_error() or f"token {token} doesn't fit the grammar"
+            self.why = f"structured output: {self.matcher.get_error() or f'token {token} does not fit the grammar'}"
         elif self.matcher.is_error():
-            self.why = self.matcher.get_error()
+            self.why = f"structured output: {self.matcher.get_error()}"
         else:
             self.over = self.matcher.is_stopped()
 

@@ -12,6 +12,7 @@ from kvasir.engine.errors import ClientError
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
 MAX_STOP_BYTES = 1024
+MAX_BAD_WORDS = 1024
 MAX_N = 128
 
 
@@ -60,6 +61,24 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    repeat_last_n: int = -1
+    """How many of the newest tokens the three penalties look at; -1: all, 0: none."""
+    penalize_newline: bool = True
+    """False: the three penalties leave line breaks alone."""
+    typical_p: float = 1.0
+    """Only the tokens whose surprise is nearest to the expected one, up to this sum of probabilities."""
+    tfs_z: float = 1.0
+    """Tail-free sampling: below 1, the smaller the shorter the tail."""
+    mirostat: int = 0
+    """1 or 2: a version of Mirostat keeps the surprise of the output near `mirostat_tau`."""
+    mirostat_tau: float = 5.0
+    """Bits per token."""
+    mirostat_eta: float = 0.1
+    """How fast it corrects itself."""
+    bad_words: Sequence[str] = ()
+    """Texts that aren't written: the last token that would complete one is never chosen."""
+    allowed_token_ids: Sequence[int] = ()
+    """No other tokens are chosen; empty: all may be."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Token id -> value added to its logit, -100 to 100."""
     seed: int | None = None
@@ -87,6 +106,8 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop or ()))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
+        object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids or ()))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
@@ -101,18 +122,21 @@ class SamplingParams:
         _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _real("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        _whole("repeat_last_n", self.repeat_last_n, -1, None, note="; -1 looks at all tokens")
+        _real("typical_p", self.typical_p, 0.0, 1.0, open_low=True)
+        _real("tfs_z", self.tfs_z, 0.0, 1.0, open_low=True)
+        _whole("mirostat", self.mirostat, 0, 2)
+        _real("mirostat_tau", self.mirostat_tau, 0.0, math.inf)
+        _real("mirostat_eta", self.mirostat_eta, 0.0, 1.0)
+        _check_texts("bad_words", self.bad_words, MAX_BAD_WORDS)
+        for token in self.allowed_token_ids:
+            _whole("allowed_token_ids", token, 0, None)
         for token, bias in self.logit_bias.items():
             _whole("logit_bias key", token, 0, None)
             _real("logit_bias value", bias, -100.0, 100.0)
         if self.seed is not None:
             _whole("seed", self.seed, -(2**63), 2**63 - 1)
-        if len(self.stop) > MAX_STOP_STRINGS:
-            raise ClientError(f"stop has {len(self.stop)} strings; at most {MAX_STOP_STRINGS}", param="stop")
-        for text in self.stop:
-            if not isinstance(text, str) or not 0 < len(text.encode()) <= MAX_STOP_BYTES:
-                raise ClientError(
-                    f"stop strings must be 1 to {MAX_STOP_BYTES} bytes long, got {text!r:.40}", param="stop"
-                )
+        _check_texts("stop", self.stop, MAX_STOP_STRINGS)
         for token in self.stop_token_ids:
             _whole("stop_token_ids", token, 0, None)
         _whole("min_tokens", self.min_tokens, 0, None)
@@ -174,6 +198,16 @@ def _whole(name: str, value: object, low: int, high: int | None, note: str = "")
     limits = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         raise ClientError(f"{name} must be {limits}{note}, got {value!r:.60}", param=name.split()[0])
+
+
+def _check_texts(name: str, texts: Sequence[object], most: int) -> None:
+    """Raise unless `texts` are at most `most` strings of 1 to MAX_STOP_BYTES bytes."""
+    if len(texts) > most:
+        raise ClientError(f"{name} has {len(texts)} strings; at most {most}", param=name)
+    for text in texts:
+        if not isinstance(text, str) or not 0 < len(text.encode(errors="replace")) <= MAX_STOP_BYTES:
+            limits = f"1 to {MAX_STOP_BYTES} bytes long"
+            raise ClientError(f"{name} strings must be {limits}, got {text!r:.40}", param=name)
 
 
 def _real(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,10 @@ from torch import Tensor
 from kvasir.engine.batch import Ints, send
 from kvasir.engine.constraint import Constraint, Constraints
 from kvasir.engine.event import TokenLogprob
-from kvasir.engine.request import SamplingParams
+from kvasir.engine.shaping import Shaping
 from kvasir.engine.step import NewSequence
+from kvasir.engine.trails import PENALTIES, Trails, looks_back, penalized
+from kvasir.engine.words import Spellings
 from kvasir.kernels.bitmask import allow
 from kvasir.kernels.sample import draw, greedy, penalise, score, uniform
 
@@ -28,7 +30,6 @@ NEUTRAL = {
     "frequency_penalty": 0.0,
 }
 """A parameter at this value has no effect (temperature apart)."""
-PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy, as in vLLM."""
 HUGE = 1e8
@@ -50,12 +51,25 @@ class Sampler:
         self.counted: set[int] = set()
         """Seats with a penalty."""
         self.constraints = Constraints(vocab)
+        self.trails = Trails(vocab, device)
+        self.shaping = Shaping(max_num_seqs, device)
+        self.stuck: list[int] = []
+        """Rows of the last `sample` whose rules left no token."""
         self.in_prompt: Tensor | None = None
         self.counts: Tensor | None = None
 
-    def enter(self, new: NewSequence, constraint: Constraint | None = None) -> None:
-        """A sequence takes a seat."""
+    def enter(
+        self,
+        new: NewSequence,
+        constraint: Constraint | None = None,
+        *,
+        barred: Spellings = (),
+        spared: Collection[int] = (),
+    ) -> None:
+        """A sequence takes a seat. `barred` token sequences aren't completed, `spared` tokens aren't penalised."""
         self.constraints.enter(new.seat, constraint)
+        self.trails.enter(new, barred, spared)
+        self.shaping.enter(new.seat, new.sampling)
         seat, sampling = new.seat, new.sampling
         for name, array in self.values.items():
             array[seat] = getattr(sampling, name)
@@ -72,29 +86,47 @@ class Sampler:
         stops = [token for token in new.stop_token_ids if token < self.vocab]
         if sampling.min_tokens and stops and constraint is None:
             self.muted[seat] = stops, new.prompt_len + sampling.min_tokens
-        if _penalized(sampling):
+        if penalized(sampling) and not looks_back(sampling):
             self._count(new)
 
     def sample(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
         """logits[R, V] of the sequences in seats[R] -> token ids[R] for positions[R]. `logits` stay as they are."""
-        logits = self._constrain(self._adjust(logits, seats, positions), seats, positions)
+        logits, ruled = self.trails.apply(self._adjust(logits, seats, positions), seats.tolist())
+        logits = self._constrain(logits, seats, positions)
+        self.stuck = _stuck(logits, ruled) if ruled else []
         cold = self.values["temperature"][seats] == 0
         if cold.all():
             return greedy(logits)
-        by_k = ~cold & (self.values["top_k"][seats] > 0)
-        by_p = ~cold & ~by_k & (self.values["top_p"][seats] < 1)
+        shaped = ~cold & self.shaping.seats[seats]
+        rest = ~(cold | shaped)
+        by_k = rest & (self.values["top_k"][seats] > 0)
+        by_p = rest & ~by_k & (self.values["top_p"][seats] < 1)
         tokens = torch.empty(len(seats), dtype=torch.int64, device=self.device)
         # rows that need the same work go together: one row's top_p must not make all rows' vocabularies be sorted
-        for kind in (cold, by_k, by_p, ~(cold | by_k | by_p)):
+        for kind in (cold, by_k, by_p, shaped, rest & ~(by_k | by_p)):
             if kind.any():
                 rows = np.nonzero(kind)[0]
                 index = self._tensor(rows)
                 part = logits if len(rows) == len(seats) else logits[index]
-                tokens[index] = greedy(part) if kind is cold else self._draw(part, seats[rows], positions[rows])
+                draw_part = self._draw_shaped if kind is shaped else self._draw
+                tokens[index] = greedy(part) if kind is cold else draw_part(part, seats[rows], positions[rows])
         return tokens
 
+    def replay(self, seat: int, logits: Tensor, token_ids: Ints, start: int) -> None:
+        """The tokens at positions from `start` on were sampled from logits[N, V] before the sequence came here (again)."""
+        seats = np.array([seat])
+        for row, token in enumerate(token_ids.tolist()):
+            position = np.array([start + row])
+            adjusted, _ = self.trails.apply(self._adjust(logits[row : row + 1], seats, position), [seat])
+            adjusted = self._constrain(adjusted, seats, position)
+            chosen = self._tensor(np.array([token]))
+            self.shaping.replay(adjusted, seats, chosen, *self._plain_filters(seats))
+            self.remember(seats, chosen)
+            self.constraints.advance([seat], [token])
+
     def remember(self, seats: Ints, token_ids: Tensor) -> None:
-        """Count new tokens of the seats that have penalties."""
+        """Count new tokens of the seats whose rules look back."""
+        self.trails.remember(seats.tolist(), token_ids)
         rows = [i for i, seat in enumerate(seats.tolist()) if seat in self.counted]
         if rows and self.counts is not None:
             self.counts[self._tensor(seats[rows]), token_ids[self._tensor(np.array(rows))]] += 1
@@ -124,6 +156,14 @@ class Sampler:
             top_p=self._row(np.where(top_p >= 1, 2.0, top_p)) if (top_p < 1).any() else None,
             most=int(top_k.max()),
         )
+
+    def _draw_shaped(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
+        return self.shaping.draw(logits, seats, uniform(self.seeds[seats], positions), *self._plain_filters(seats))
+
+    def _plain_filters(self, seats: Ints) -> tuple[Tensor, Tensor, Ints]:
+        """(temperature, min_p, top_k)"""
+        top_k = np.minimum(self.values["top_k"][seats], self.vocab).astype(np.int64)
+        return self._row(self.values["temperature"][seats]), self._row(self.values["min_p"][seats]), top_k
 
     def _adjust(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
         """Biases, muted stop tokens and penalties; a copy when anything changes."""
@@ -197,5 +237,7 @@ def score_rows(logits: Tensor, token_ids: Tensor, top: Sequence[int]) -> list[To
     ]
 
 
-def _penalized(sampling: SamplingParams) -> bool:
-    return any(getattr(sampling, name) != NEUTRAL[name] for name in PENALTIES)
+def _stuck(logits: Tensor, rows: Sequence[int]) -> list[int]:
+    """Those of `rows` in which every logit is -inf."""
+    best = logits[list(rows)].amax(-1).tolist()
+    return [row for row, value in zip(rows, best, strict=True) if value == -np.inf]

@@ -282,7 +282,7 @@ class Scheduler:
         scores = sequence.prompt_scores is not None and sequence.computed < sequence.prompt_len - 1
         pool = sequence.request.pooling is not None
         sample = count == sequence.remaining and not pool
-        return Slice(sequence.seat, sequence.computed, count, sample, scores, pool)
+        return Slice(sequence.seat, sequence.computed, count, sample, scores, pool, sequence.replays(count))
 
     def _admit(self, room: int, now: float) -> set[int]:
         """Seat waiting sequences, strictly in order: one that lacks blocks isn't overtaken, or it might wait for ever."""
@@ -323,7 +323,7 @@ class Scheduler:
         if stretched != sequence.stretched:
             sequence.stretched, sequence.contents = stretched, []
         whole = sequence.prompt_scores is not None or (sequence.request.pooling is not None and not self._pool_last)
-        most = 0 if whole or not self.pool.prefix_caching else (len(sequence.tokens) - 1) // self.pool.block_size
+        most = 0 if whole or not self.pool.prefix_caching else sequence.skippable // self.pool.block_size
         return self.tables.match(sequence, most)
 
     # -- seats and blocks
@@ -436,10 +436,10 @@ class Scheduler:
         return [event, *self._end(sequence, sequence.finished(ending[0], now, ending[1]))]
 
     def _end_grammar(self, sequence: Sequence, why: str | None, now: float) -> list[Event]:
-        """Its grammar allows nothing more, or (with a reason) has become too complex to go on."""
+        """Its grammar allows nothing more, or (with a reason) no token can be chosen."""
         if why is None:
             return self._end(sequence, sequence.finished("stop", now))
-        message = f"structured output can't go on: {' '.join(why.split())[:300]}"
+        message = f"the output can't go on: {' '.join(why.split())[:300]}"
         return self.fail(sequence.request.request_id, "invalid_request_error", message)
 
     def _branch(self, parent: Sequence, now: float) -> None:

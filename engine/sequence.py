@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from kvasir.engine.blocks import ContentId
 from kvasir.engine.event import Finished, FinishReason, Timing, TokenLogprob
 from kvasir.engine.request import Request
+from kvasir.engine.step import replays
 
 GONE = -1
 Order = tuple[int, int, int]
@@ -58,6 +59,16 @@ class Sequence:
     @property
     def outputs(self) -> int:
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def skippable(self) -> int:
+        """Tokens at its head whose rows nobody needs to see."""
+        return (self.prompt_len if replays(self.request.sampling) else len(self.tokens)) - 1
+
+    def replays(self, count: int) -> bool:
+        """Among its next `count` rows is one whose successor was sampled already, and must be seen again."""
+        first, end = max(self.computed, self.prompt_len - 1), self.computed + count
+        return first < min(end, len(self.tokens) - 1) and replays(self.request.sampling)
 
     def ending(self) -> tuple[FinishReason, int | None] | None:
         """Why the newest token ends it, and the stop token; None: it goes on."""

@@ -44,6 +44,8 @@ class Slice:
     """Also score the prompt tokens behind these rows."""
     pool: bool = False
     """These rows count for the sequence's vector; the slice that ends its prompt yields it."""
+    replay: bool = False
+    """The sampler sees again what it chose behind these rows, as far as they are behind the prompt's last but one token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,3 +77,8 @@ class Result:
     """Number in `token_ids` -> None when that token ends its sequence's grammar, or else why the grammar can't go on."""
     pooled: dict[int, Sequence[float]] = field(default_factory=dict)
     """seat -> the vector of a sequence whose prompt ended in this step."""
+
+
+def replays(sampling: SamplingParams) -> bool:
+    """What it draws next depends on how surprising its outputs were, not on the tokens alone."""
+    return sampling.mirostat > 0 and sampling.temperature > 0

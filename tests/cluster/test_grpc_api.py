@@ -202,7 +202,9 @@ def test_every_sampling_field_is_reachable(gateway, client):
         "repetition_penalty": 1.5, "logit_bias": {"5": -2.0}, "seed": -7, "stop_token_ids": [9], "min_tokens": 1,
         "include_stop_str_in_output": True, "max_tokens": 2, "ignore_eos": True, "logprobs": 0, "prompt_logprobs": 0,
         "skip_special_tokens": False, "spaces_between_special_tokens": False, "detokenize": False,
-        "structured_outputs": {"regex": "a+", "after": [5]},
+        "structured_outputs": {"regex": "a+", "after": [5]}, "repeat_last_n": 5, "penalize_newline": False, "typical_p": 0.5,
+        "tfs_z": 0.75, "mirostat": 1, "mirostat_tau": 3.0, "mirostat_eta": 0.25, "bad_words": ["x", "é"],
+        "allowed_token_ids": [7, 8],
     }  # fmt: skip
     assert set(given) == set(message.fields_by_name) - {"stop"}
     assert client.text("Generate", {"text": "a", "sampling": given, "priority": -3, "cache_salt": "s"}) == ""
