@@ -21,6 +21,7 @@ from kvasir.cluster.vectors import PoolingCall, Vectors
 from kvasir.engine.errors import ClientError, ContextLengthError, KvasirError, ModelNotFoundError, UnavailableError
 from kvasir.engine.event import Pooled
 from kvasir.engine.info import ModelInfo
+from kvasir.engine.prompt_cut import cut_prompt
 from kvasir.engine.request import Request, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -185,6 +186,7 @@ class Desk:
         info.need("generate")
         _check_ids(sampling, info)
         prompts = [await _token_ids(model, prompt, info) for prompt in call.prompts]
+        cut = [cut_prompt(ids, sampling, info.max_model_len) for ids in prompts]
         suffix = uuid.uuid4().hex[:8]  # clients may use an id twice, groups need them unique
         requests = [
             Request(
@@ -195,8 +197,9 @@ class Desk:
                 cache_salt=call.cache_salt,
                 deadline_s=call.deadline_s,
                 trace_context=span.trace_context,
+                truncated_tokens=len(whole) - len(ids),
             )
-            for number, ids in enumerate(prompts)
+            for number, (whole, ids) in enumerate(zip(prompts, cut, strict=True))
         ]
         return requests, info
 

@@ -53,6 +53,11 @@ class Generation:
         counts = [dataclasses.astuple(transcript.usage) for transcript in self.transcripts]
         return Usage(*map(sum, zip(*counts, strict=True)))
 
+    @property
+    def truncated_tokens(self) -> int:
+        """What was cut off the prompts because the client wanted it so."""
+        return sum(request.truncated_tokens for request in self.requests)
+
     def summary(self) -> str:
         """One line for the log: no text of anybody's."""
         usage, seconds = self.usage, time.monotonic() - self._started

@@ -137,6 +137,7 @@ def write_usage(reply: pb.GenerateReply, generation: Generation) -> None:
     reply.usage.prompt_tokens = usage.prompt_tokens
     reply.usage.cached_tokens = usage.cached_tokens
     reply.usage.completion_tokens = usage.completion_tokens
+    reply.usage.truncated_tokens = generation.truncated_tokens
 
 
 def _sampling(message: pb.Sampling) -> dict[str, Any]:

@@ -81,12 +81,13 @@ class OllamaGeneration:
         generation = await self._desk.begin(call, request_id, headers)
         try:
             reply = OllamaReply(self._kind, ask, generation, started)
+            warnings = warning_header(ask.warnings, generation.truncated_tokens)
             if ask.stream:
-                await stream(generation, reply, send, [NDJSON, *warning_header(ask.warnings)], _failed)
+                await stream(generation, reply, send, [NDJSON, *warnings], _failed)
             else:
                 async for _ in generation:
                     pass
-                await send_json(send, 200, reply.whole(), warning_header(ask.warnings))
+                await send_json(send, 200, reply.whole(), warnings)
         finally:
             self._desk.end(generation)
 

@@ -29,7 +29,6 @@ OPTIONS: dict[str, Check] = {
 }
 OPTIONS_IGNORED: Neutral = {
     "num_ctx": (),  # the context is chosen when the server starts, and what doesn't fit is an error
-    "num_keep": (),  # nothing is ever pushed out of the context
     **dict.fromkeys(("num_batch", "num_gpu", "main_gpu", "num_thread", "draft_num_predict", "numa"), ()),
     **dict.fromkeys(("use_mmap", "use_mlock", "low_vram", "f16_kv"), ()),
 }
@@ -98,6 +97,7 @@ _COMMON: dict[str, Check] = {"model": string, "options": object_, "keep_alive": 
 _GENERATION: dict[str, Check] = {
     **_COMMON,
     "stream": boolean,
+    "truncate": boolean,
     "format": _format,
     "think": _think,
     "logprobs": boolean,
@@ -124,7 +124,6 @@ EMBEDDINGS: dict[str, Check] = {**_COMMON, "prompt": string}
 SHOW: dict[str, Check] = {"model": string, "name": string, "verbose": boolean}
 
 IGNORED: Neutral = {
-    "truncate": (False,),  # what doesn't fit is an error
     "shift": (False,),
 }
 REFUSED: Neutral = {

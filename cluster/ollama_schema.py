@@ -25,6 +25,7 @@ from kvasir.cluster.ollama_fields import (
 )
 from kvasir.cluster.openai_schema import sort_fields, token_bias
 from kvasir.engine.errors import ClientError, UnsupportedError
+from kvasir.engine.prompt_cut import WHAT_FITS
 from kvasir.engine.request import StructuredOutput
 
 Body = Mapping[str, Any]
@@ -134,6 +135,8 @@ def _shared(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> dict[str, A
     if schema := fields.get("format"):
         form = {"json_object": True} if schema == "json" else {"json": json.dumps(schema)}
         sampling["structured_outputs"] = StructuredOutput(**form)
+    if fields.get("truncate"):
+        sampling.setdefault("truncate_prompt_tokens", WHAT_FITS)
     logprobs = _logprobs(fields)
     if logprobs is not None:
         sampling["logprobs"] = logprobs

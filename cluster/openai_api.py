@@ -65,12 +65,13 @@ class Completions:
         generation = await self._desk.begin(ask.call, request_id, headers)
         try:
             reply = self._make_reply(ask, generation, request_id, self._role)
+            warnings = warning_header(ask.warnings, generation.truncated_tokens)
             if ask.stream:
-                await stream(generation, reply, send, [SSE, *warning_header(ask.warnings)], _failed)
+                await stream(generation, reply, send, [SSE, *warnings], _failed)
             else:
                 async for _ in generation:
                     pass
-                await send_json(send, 200, reply.whole(), warning_header(ask.warnings))
+                await send_json(send, 200, reply.whole(), warnings)
         finally:
             self._desk.end(generation)
 

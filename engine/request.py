@@ -96,6 +96,12 @@ class SamplingParams:
     """None: off. 0 to 20: that many most likely tokens, besides the sampled one."""
     prompt_logprobs: int | None = None
     """The same for each prompt token but the first."""
+    truncate_prompt_tokens: int | None = None
+    """A longer prompt is cut to so many tokens, -1: to what fits, instead of being refused; the cut is reported."""
+    truncation_side: Literal["left", "right"] = "left"
+    """Where tokens are cut off."""
+    num_keep: int = 0
+    """So many tokens at the head of the prompt are kept when its left is cut; -1: all, so that it isn't cut."""
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     detokenize: bool = True
@@ -128,6 +134,12 @@ class SamplingParams:
         _whole("mirostat", self.mirostat, 0, 2)
         _real("mirostat_tau", self.mirostat_tau, 0.0, math.inf)
         _real("mirostat_eta", self.mirostat_eta, 0.0, 1.0)
+        if self.truncate_prompt_tokens not in (None, -1):
+            _whole("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, None, note="; -1 cuts to what fits")
+        if self.truncation_side not in ("left", "right"):
+            text = f'truncation_side must be "left" or "right", got {self.truncation_side!r:.60}'
+            raise ClientError(text, param="truncation_side")
+        _whole("num_keep", self.num_keep, -1, None, note="; -1 keeps all")
         _check_texts("bad_words", self.bad_words, MAX_BAD_WORDS)
         for token in self.allowed_token_ids:
             _whole("allowed_token_ids", token, 0, None)
@@ -191,6 +203,8 @@ class Request:
     """Segment of each prompt token, for encoders that read pairs; empty: all 0."""
     resume_token_ids: Sequence[int] = ()
     """Tokens already delivered by another group: the sequence goes on behind them (n must be 1)."""
+    truncated_tokens: int = 0
+    """How many tokens of the prompt were left out before it came here: for reports alone."""
 
 
 def _whole(name: str, value: object, low: int, high: int | None, note: str = "") -> None:

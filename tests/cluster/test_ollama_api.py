@@ -11,7 +11,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-
 TEXT = "Hello, wörld!"
 MESSAGES = [{"role": "user", "content": "Hi"}]
 PROMPT = [257, *b"Hi", 256, 258]
@@ -114,10 +113,20 @@ def test_options_of_the_sampler_arrive(gateway):
 
 
 def test_ignored_is_reported(gateway):
-    reply = generate(gateway, keep_alive="5m", options={"num_ctx": 2048, "num_gpu": 1, "num_keep": 4}, odd=1)
+    reply = generate(gateway, keep_alive="5m", options={"num_ctx": 2048, "num_gpu": 1, "use_mmap": True}, odd=1)
     assert reply.status_code == 200
     warned = reply.headers["x-kvasir-warning"]
-    assert all(name in warned for name in ("keep_alive", "options.num_ctx", "options.num_gpu", "num_keep", "odd"))
+    assert all(name in warned for name in ("keep_alive", "options.num_ctx", "options.num_gpu", "use_mmap", "odd"))
+
+
+def test_prompts_are_cut_when_asked(gateway):
+    long = "x" * 9000
+    assert generate(gateway, prompt=long, raw=True).status_code == 400
+    assert generate(gateway, prompt=long, raw=True, truncate=False).status_code == 400
+    reply = generate(gateway, prompt="ab" + long, raw=True, truncate=True, options={"num_keep": 2, "num_predict": 96})
+    assert bytes(gateway.group.requests[-1].prompt_token_ids) == b"ab" + b"x" * 3998
+    assert "5002 tokens of the prompt were cut off" in reply.headers["x-kvasir-warning"]
+    assert chat(gateway, messages=[{"role": "user", "content": long}], truncate=True).status_code == 200
 
 
 def test_context_continues_a_conversation(gateway):
