@@ -110,8 +110,8 @@ class Generation:
         for delta in deltas:
             if delta.finish_reason == "abort":
                 raise self._ended_early()
-            if delta.matched:
-                self._streams[number].abort(delta.index, "stop")
+        for index in transcript.take_matched():
+            self._streams[number].abort(index, "stop")
         return [(number, delta) for delta in deltas]
 
     def _ended_early(self) -> UnavailableError:

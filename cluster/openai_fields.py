@@ -88,6 +88,10 @@ SAMPLING: dict[str, Check] = {
     "mirostat": later,
     "mirostat_tau": later,
     "mirostat_eta": later,
+    "best_of": later,
+    "use_beam_search": boolean,
+    "length_penalty": later,
+    "early_stopping": later,
     "truncate_prompt_tokens": later,
     "truncation_side": later,
     "num_keep": later,
@@ -177,16 +181,12 @@ CHAT_IGNORED: Neutral = {
 COMPLETION_IGNORED: Neutral = dict(_IGNORED)
 
 _REFUSED: Neutral = {
-    "best_of": (1,),
     "guided_whitespace_pattern": (),
     "json_schema": (),
     "grammar": ("",),
     "regex": (),
     "ebnf": (),
     "format": ("",),
-    "use_beam_search": (False,),
-    "length_penalty": (1.0,),
-    "early_stopping": (False,),
     "logits_processors": ([],),
     "logit_processor": (),
     "vllm_xargs": ({},),
@@ -230,4 +230,4 @@ CHAT_REFUSED: Neutral = {
     "enable_thinking": (),
 }
 
-COMPLETION_REFUSED: Neutral = {**_REFUSED, "suffix": ("",), "best_of": ()}
+COMPLETION_REFUSED: Neutral = {**_REFUSED, "suffix": ("",)}

@@ -73,9 +73,6 @@ def parse_chat(body: Mapping[str, Any]) -> Ask:
 
 def parse_completion(body: Mapping[str, Any]) -> Ask:
     """Body of POST /v1/completions. Raises ClientError or UnsupportedError naming the field."""
-    n = body.get("n")
-    if body.get("best_of") == (1 if n is None else n):
-        body = {name: value for name, value in body.items() if name != "best_of"}
     fields, warnings = sort_fields(body, COMPLETION_HONOURED, COMPLETION_IGNORED, COMPLETION_REFUSED)
     sampling = _sampling(fields)
     logprobs, echo = fields.get("logprobs"), fields.get("echo", False)

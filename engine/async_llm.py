@@ -74,9 +74,8 @@ class AsyncLLM:
                 while not events.empty():
                     batch.append(events.get_nowait())
                 deltas = transcript.feed(batch)
-                for delta in deltas:
-                    if delta.matched:
-                        self.engine.abort(request_id, delta.index, "stop")
+                for index in transcript.take_matched():
+                    self.engine.abort(request_id, index, "stop")
                 if deltas:
                     yield request_output(transcript, text, self._text.tokenizer)
         finally:

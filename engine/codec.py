@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from kvasir.engine.event import TokenLogprob
 from kvasir.engine.request import PoolingParams, SamplingParams, StructuredOutput
-from kvasir.engine.step import NewSequence, Result, Slice, Step
+from kvasir.engine.step import Candidate, NewSequence, Result, Slice, Step
 
 I64, I32, U8 = np.dtype("<i8"), np.dtype("<i4"), np.dtype("u1")
 PLAIN = SamplingParams()
@@ -121,6 +121,7 @@ def encode_result(result: Result) -> bytes:
     out.json({seat: [_score(score) for score in scores] for seat, scores in result.prompt_logprobs.items()})
     out.json(result.pooled)
     out.json(result.ended)
+    out.json({number: [_candidate(c) for c in found] for number, found in result.offers.items()})
     return out.bytes()
 
 
@@ -132,7 +133,9 @@ def decode_result(data: bytes | memoryview) -> Result:
     prompts: dict[int, Sequence[TokenLogprob]]
     prompts = {int(seat): [_must(score) for score in found] for seat, found in (read.json() or {}).items()}
     pooled, ended = ({int(key): value for key, value in (read.json() or {}).items()} for _ in range(2))
-    return Result(number, tokens, scores, prompts, ended, pooled)
+    offers: dict[int, Sequence[Candidate]]
+    offers = {int(key): [_offered(said) for said in found] for key, found in (read.json() or {}).items()}
+    return Result(number, tokens, scores, prompts, ended, pooled, offers)
 
 
 def _flags(part: Slice) -> int:
@@ -159,6 +162,16 @@ def _sequence(said: Mapping[str, Any], tokens: list[int], types: list[int]) -> N
     pooling = None if said["pooling"] is None else PoolingParams(**said["pooling"])
     given = {"token_ids": tokens, "token_type_ids": types, "sampling": SamplingParams(**sampling), "pooling": pooling}
     return NewSequence(**{**said, **given})
+
+
+def _candidate(candidate: Candidate) -> list[Any]:
+    token, score, logprob = candidate
+    return [token, score, _score(logprob)]
+
+
+def _offered(said: list[Any]) -> Candidate:
+    token, score, logprob = said
+    return token, score, _scored(logprob)
 
 
 def _score(score: TokenLogprob | None) -> list[Any] | None:

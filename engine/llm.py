@@ -345,9 +345,8 @@ class LLM:
     def _feed(self, transcript: Transcript, events: Sequence[Event]) -> int:
         """Take in a request's events; returns how many tokens they brought."""
         deltas = transcript.feed(events)
-        for delta in deltas:
-            if delta.matched:
-                self.engine.abort(transcript.request.request_id, delta.index, "stop")
+        for index in transcript.take_matched():
+            self.engine.abort(transcript.request.request_id, index, "stop")
         return sum(len(delta.token_ids) for delta in deltas)
 
 

@@ -20,7 +20,7 @@ from kvasir.engine.event import TokenLogprob
 from kvasir.engine.grammar import Grammars
 from kvasir.engine.pooler import Pooler
 from kvasir.engine.sampler import Sampler, score_rows
-from kvasir.engine.step import NewSequence, Result, Slice, Step, replays
+from kvasir.engine.step import Candidate, NewSequence, Result, Slice, Step, replays
 from kvasir.engine.words import Words
 
 if TYPE_CHECKING:  # transformers, which is slow to import and seldom needed
@@ -71,6 +71,7 @@ class Rank:
         prompt_scores: dict[int, Sequence[TokenLogprob]] = {}
         pooled: dict[int, Sequence[float]] = {}
         ended: dict[int, str | None] = {}
+        offers: dict[int, Sequence[Candidate]] = {}
         for slices in portions(step.slices, self.max_logits):
             rows = self.batch.rows(slices)
             if slices[0].pool:
@@ -90,6 +91,7 @@ class Rank:
             sampled, own_scores = self._sample(logits, rows)
             over = self.sampler.constraints.advance(rows.seats.tolist(), sampled) if sampled else {}
             over |= dict.fromkeys(self.sampler.stuck, STUCK) if sampled else {}
+            offers |= {len(token_ids) + row: found for row, found in self.sampler.offers.items() if sampled}
             ended |= {len(token_ids) + row: why for row, why in over.items()}
             token_ids += sampled
             scores += own_scores or [None] * len(sampled)
@@ -97,7 +99,7 @@ class Rank:
             self._awaited[step.id] = np.concatenate(seats)
         if not self.place.samples:
             return Result(step.id, ())
-        result = Result(step.id, token_ids, scores if any(scores) else (), prompt_scores, ended, pooled)
+        result = Result(step.id, token_ids, scores if any(scores) else (), prompt_scores, ended, pooled, offers)
         if self.place.size == 1:
             self.learn(result)
         return result

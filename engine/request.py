@@ -52,6 +52,17 @@ class SamplingParams:
 
     n: int = 1
     """Continuations of one prompt, 1 to 128. Continuation i draws with seed + i."""
+    best_of: int | None = None
+    """So many continuations are made, at least n, and the n best are delivered when all have ended: those with the highest
+    log probability per token, or of `use_beam_search` with the highest score. None: n."""
+    use_beam_search: bool = False
+    """Keep the best_of likeliest continuations at each token instead of drawing one: temperature, seed and what else shapes
+    draws mean nothing."""
+    length_penalty: float = 1.0
+    """Beams are compared by log probability / length ** length_penalty."""
+    early_stopping: Literal["no", "yes", "never"] | bool = "no"
+    """The search ends when best_of continuations have ended ("yes", or True), or when one isn't likely to get better ("no"),
+    or can't ("never")."""
     temperature: float = 1.0
     """0 is greedy."""
     top_p: float = 1.0
@@ -115,12 +126,30 @@ class SamplingParams:
         object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
         object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids or ()))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
+        if isinstance(self.early_stopping, bool):
+            object.__setattr__(self, "early_stopping", "yes" if self.early_stopping else "no")
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
         self._check()
 
+    @property
+    def continuations(self) -> int:
+        """How many are made: of those n are delivered."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def streams(self) -> int:
+        """How many the engine sends events of: a beam search sends the n best, and otherwise `Transcript` chooses."""
+        return self.n if self.use_beam_search else self.continuations
+
     def _check(self) -> None:
         _whole("n", self.n, 1, MAX_N)
+        if self.best_of is not None:
+            _whole("best_of", self.best_of, self.n, MAX_N, note=f" (n is {self.n})")
+        _real("length_penalty", self.length_penalty, -math.inf, math.inf)
+        if self.early_stopping not in ("no", "yes", "never"):
+            text = f'early_stopping must be true, false or "never", got {self.early_stopping!r:.60}'
+            raise ClientError(text, param="early_stopping")
         _real("temperature", self.temperature, 0.0, math.inf)
         _real("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _whole("top_k", self.top_k, 0, None, note="; 0 or -1 turns it off")

@@ -14,7 +14,7 @@ from kvasir.engine.batch import Ints, send
 from kvasir.engine.constraint import Constraint, Constraints
 from kvasir.engine.event import TokenLogprob
 from kvasir.engine.shaping import Shaping
-from kvasir.engine.step import NewSequence
+from kvasir.engine.step import Candidate, NewSequence
 from kvasir.engine.trails import PENALTIES, Trails, looks_back, penalized
 from kvasir.engine.words import Spellings
 from kvasir.kernels.bitmask import allow
@@ -53,6 +53,10 @@ class Sampler:
         self.constraints = Constraints(vocab)
         self.trails = Trails(vocab, device)
         self.shaping = Shaping(max_num_seqs, device)
+        self.beams: dict[int, int] = {}
+        """seat of a beam -> how many next tokens it offers"""
+        self.offers: dict[int, list[Candidate]] = {}
+        """Row of the last `sample` -> what its beam offers, the likeliest first."""
         self.stuck: list[int] = []
         """Rows of the last `sample` whose rules left no token."""
         self.in_prompt: Tensor | None = None
@@ -78,8 +82,13 @@ class Sampler:
         self.values["repetition_penalty"][seat] = min(max(penalty, 1 / HUGE), HUGE)
         self.seeds[seat] = new.seed % 2**64
         self.logprobs[seat] = -1 if sampling.logprobs is None else sampling.logprobs
-        for kept in (self.biased, self.muted):
+        if sampling.streams > sampling.n:  # the best are chosen by them
+            self.logprobs[seat] = max(0, self.logprobs[seat])
+        for kept in (self.biased, self.muted, self.beams):
             kept.pop(seat, None)
+        if sampling.use_beam_search:
+            self.beams[seat] = min(sampling.continuations + len(new.stop_token_ids), self.vocab)
+            self.values["temperature"][seat] = 0.0
         self.counted.discard(seat)
         if sampling.logit_bias:
             self.biased[seat] = list(sampling.logit_bias), list(sampling.logit_bias.values())
@@ -91,9 +100,11 @@ class Sampler:
 
     def sample(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
         """logits[R, V] of the sequences in seats[R] -> token ids[R] for positions[R]. `logits` stay as they are."""
+        raw = logits
         logits, ruled = self.trails.apply(self._adjust(logits, seats, positions), seats.tolist())
         logits = self._constrain(logits, seats, positions)
         self.stuck = _stuck(logits, ruled) if ruled else []
+        self.offers = self._offer(raw, logits, seats) if self.beams else {}
         cold = self.values["temperature"][seats] == 0
         if cold.all():
             return greedy(logits)
@@ -142,6 +153,22 @@ class Sampler:
         for row, found in zip(rows, score_rows(logits[index], token_ids[index], top[rows].tolist()), strict=True):
             scores[row] = found
         return scores
+
+    def _offer(self, raw: Tensor, logits: Tensor, seats: Ints) -> dict[int, list[Candidate]]:
+        """What the rows of beams offer: log probabilities under the `raw` distribution, moved as the logits were."""
+        offers: dict[int, list[Candidate]] = {}
+        for row, seat in enumerate(seats.tolist()):
+            if seat not in self.beams:
+                continue
+            values, ids = logits[row].topk(self.beams[seat])
+            scores = (values - raw[row].logsumexp(-1)).tolist()
+            likeliest = int(self.logprobs[seat])
+            reported: Sequence[TokenLogprob | None] = [None] * len(ids)
+            if likeliest >= 0:
+                reported = score_rows(raw[row].expand(len(ids), -1), ids, [likeliest] * len(ids))
+            found = zip(ids.tolist(), scores, reported, strict=True)
+            offers[row] = [candidate for candidate in found if candidate[1] > -np.inf]
+        return offers
 
     def _draw(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
         """Rows that use top_k all do; those that don't use another filter get its neutral value (2 for top_p)."""

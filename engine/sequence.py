@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from kvasir.engine.blocks import ContentId
 from kvasir.engine.event import Finished, FinishReason, Timing, TokenLogprob
 from kvasir.engine.request import Request
-from kvasir.engine.step import replays
+from kvasir.engine.step import Candidate, replays
 
 GONE = -1
 Order = tuple[int, int, int]
@@ -42,6 +43,9 @@ class Sequence:
     in_flight: bool = False
     """A step that computes some of it is being executed."""
     ended: bool = False
+    offers: Seq[Candidate] | None = None
+    """A beam's likeliest next tokens: it waits until the others of its search have theirs. If it has to give up its blocks
+    meanwhile, it doesn't queue for new ones."""
     forks: list[int] = field(default_factory=list)
     """Continuations to branch off once the prompt is computed."""
     prompt_scores: list[TokenLogprob | None] | None = None
