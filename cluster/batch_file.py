@@ -111,7 +111,9 @@ async def _ask(desk: Desk, url: str, body: Json) -> Json:
         async for _ in generation:
             pass
         whole = reply.whole()
-        return whole | {"warnings": list(ask.warnings)} if ask.warnings else whole
+        cut = generation.truncated_tokens
+        warnings = [*ask.warnings, *([f"{cut} tokens of the prompt were cut off"] if cut else [])]
+        return whole | {"warnings": warnings} if warnings else whole
     finally:
         desk.end(generation)
 

@@ -30,6 +30,7 @@ from kvasir.engine.errors import (
 )
 from kvasir.engine.event import Pooled
 from kvasir.engine.info import ModelInfo
+from kvasir.engine.prompt_cut import cut_prompt
 from kvasir.engine.request import Request, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -207,6 +208,7 @@ class Desk:
         call, found = _read(call, model, prompts[0])
         sampling, chosen = _sampling(call, model)
         _check_ids(sampling, info)
+        cut = [cut_prompt(ids, sampling, info.max_model_len) for ids in prompts]
         suffix = uuid.uuid4().hex[:8]  # clients may use an id twice, groups need them unique
         requests = [
             Request(
@@ -217,8 +219,9 @@ class Desk:
                 cache_salt=call.cache_salt,
                 deadline_s=call.deadline_s,
                 trace_context=span.trace_context,
+                truncated_tokens=len(whole) - len(ids),
             )
-            for number, ids in enumerate(prompts)
+            for number, (whole, ids) in enumerate(zip(prompts, cut, strict=True))
         ]
         return requests, info, found
 
@@ -270,7 +273,7 @@ def _sampling(call: Call, model: ServedModel) -> tuple[SamplingParams, bool]:
 
 def _check_ids(sampling: SamplingParams, info: ModelInfo) -> None:
     """Token ids that the sampling names are the model's."""
-    for name in ("stop_token_ids", "logit_bias"):
+    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
         _check_range(name, getattr(sampling, name), info)
 
 

@@ -61,6 +61,11 @@ class Generation:
         counts = [dataclasses.astuple(transcript.usage) for transcript in self.transcripts]
         return Usage(*map(sum, zip(*counts, strict=True)))
 
+    @property
+    def truncated_tokens(self) -> int:
+        """What was cut off the prompts because the client wanted it so."""
+        return sum(request.truncated_tokens for request in self.requests)
+
     def summary(self) -> str:
         """One line for the log: no text of anybody's."""
         usage, seconds = self.usage, time.monotonic() - self._started
@@ -113,8 +118,8 @@ class Generation:
         for delta in deltas:
             if delta.finish_reason == "abort":
                 raise self._ended_early()
-            if delta.matched:
-                self._streams[number].abort(delta.index, "stop")
+        for index in transcript.take_matched():
+            self._streams[number].abort(index, "stop")
         return [(number, delta) for delta in deltas]
 
     def _ended_early(self) -> UnavailableError:

@@ -48,7 +48,7 @@ class Stream:
 
     def __init__(self, request: Request, limit: int, send_abort: Callable[[int | None, FinishReason], None]) -> None:
         self.request_id = request.request_id
-        self._remaining = request.sampling.n
+        self._remaining = request.sampling.streams
         self._limit = limit
         self._send_abort = send_abort
         self._events: deque[Event] = deque()

@@ -203,7 +203,7 @@ class GroupService(GroupServicer):
             raise ClientError(f"request id {message.request_id!r} is already in use", param="request_id")
         request = wire.decode_request(message, name)
         self._engine.submit(request)
-        running = _Running(link, message.number, request, request.sampling.n)
+        running = _Running(link, message.number, request, request.sampling.streams)
         self._running[name] = link.requests[message.number] = running
 
     def _dispatch(self, events: Sequence[Event]) -> None:

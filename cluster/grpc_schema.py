@@ -24,7 +24,7 @@ from kvasir.engine.transcript import Delta
 from kvasir.proto import inference_pb2 as pb
 
 GENERATE_MAX_TOKENS = 16
-_LISTS = ("stop", "stop_token_ids")
+_LISTS = ("stop", "stop_token_ids", "bad_words", "allowed_token_ids")
 _FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 
 
@@ -172,6 +172,7 @@ def write_usage(reply: pb.GenerateReply, generation: Generation) -> None:
     reply.usage.prompt_tokens = usage.prompt_tokens
     reply.usage.cached_tokens = usage.cached_tokens
     reply.usage.completion_tokens = usage.completion_tokens
+    reply.usage.truncated_tokens = generation.truncated_tokens
 
 
 def _sampling(message: pb.Sampling) -> dict[str, Any]:

@@ -137,12 +137,14 @@ async def send_error(send: Send, error: KvasirError, path: str, request_id: str 
     await send_json(send, error.status, error_body(error, path, request_id), _error_headers(error))
 
 
-def warning_header(names: Iterable[str]) -> list[tuple[bytes, bytes]]:
-    """Header that names fields which were ignored. Names are the client's: nothing of them may end the header."""
-    if not (listed := ", ".join(ascii(name)[1:-1] for name in names)):
-        return []
-    cut = listed if len(listed) <= _MAX_WARNING else listed[:_MAX_WARNING] + "..."
-    return [(b"x-kvasir-warning", f"ignored: {cut}".encode("ascii"))]
+def warning_header(names: Iterable[str], truncated_tokens: int = 0) -> list[tuple[bytes, bytes]]:
+    """Header that names fields which were ignored, and what was cut off the prompt. Names are the client's: nothing of them
+    may end the header."""
+    said = [f"{truncated_tokens} tokens of the prompt were cut off"] if truncated_tokens else []
+    if listed := ", ".join(ascii(name)[1:-1] for name in names):
+        cut = listed if len(listed) <= _MAX_WARNING else listed[:_MAX_WARNING] + "..."
+        said.insert(0, f"ignored: {cut}")
+    return [(b"x-kvasir-warning", "; ".join(said).encode("ascii"))] if said else []
 
 
 def route_header(route: str | None) -> list[tuple[bytes, bytes]]:

@@ -151,7 +151,7 @@ class CallRecord:
     def __init__(self, series: _Series, requests: Sequence[Request], started: float) -> None:
         self._series = series
         self._started = started
-        self._remaining = [request.sampling.n for request in requests]
+        self._remaining = [request.sampling.streams for request in requests]
         self._longest = [0] * len(requests)
         self._last: list[float | None] = [None] * len(requests)
         for request in requests:

@@ -22,7 +22,7 @@ from kvasir.cluster.http_front import (
     until_gone,
     warning_header,
 )
-from kvasir.cluster.ollama_fields import DEFAULTS
+from kvasir.cluster.ollama_fields import defaults
 from kvasir.cluster.ollama_reply import Kind, OllamaReply, loaded
 from kvasir.cluster.ollama_schema import (
     Body,
@@ -84,11 +84,11 @@ class OllamaGeneration:
         send: Send,
         started: float,
     ) -> None:
-        sampling = {**DEFAULTS, **model.sampling_defaults, **ask.sampling}
+        sampling = {**defaults(ask.sampling), **model.sampling_defaults, **ask.sampling}
         prompt = await _prompt(ask, model)
         call = Call(model=model.name, prompts=(prompt,), sampling=sampling, tools=ask.tools, thinks=ask.thinks)
         generation = await self._desk.begin(call, request_id, headers)
-        extra = [*warning_header(ask.warnings), *route_header(generation.route)]
+        extra = [*warning_header(ask.warnings, generation.truncated_tokens), *route_header(generation.route)]
         try:
             reply = OllamaReply(self._kind, ask, generation, started)
             if ask.stream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from kvasir.cluster.foreign_fields import foreign_constraints
@@ -14,42 +15,41 @@ _DURATION = re.compile(r"-?(\d+(\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)((\d+(\.\d*)?|
 """Go's spelling: 5m, 1h30m, -1s, 0."""
 THINK_LEVELS = ("low", "medium", "high", "max")
 
-SAMPLER_LACKS: Neutral = {
-    "mirostat": (0,),
-    "tfs_z": (1.0,),
-    "typical_p": (1.0,),
-    "repeat_last_n": (-1,),
-    "penalize_newline": (True,),
-}
-"""Options that wait for the sampler: name -> values that change nothing. repeat_last_n: penalties look at everything."""
+
+def object_(name: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise ClientError(f"{name} must be an object, got {value!r:.60}", param=name)
+
 
 OPTIONS: dict[str, Check] = {
-    **{name: SAMPLING[name] for name in ("temperature", "top_p", "top_k", "min_p", "seed", "stop")},
-    "presence_penalty": SAMPLING["presence_penalty"],
-    "frequency_penalty": SAMPLING["frequency_penalty"],
+    **{name: check for name, check in SAMPLING.items() if name not in ("n", "prompt_logprobs", "repetition_penalty")},
     "repeat_penalty": SAMPLING["repetition_penalty"],
+    "logit_bias": object_,
     "num_predict": integer_from(-2, 2**31 - 1),
 }
 OPTIONS_IGNORED: Neutral = {
     "num_ctx": (),  # the context is chosen when the server starts, and what doesn't fit is an error
-    "num_keep": (),  # nothing is ever pushed out of the context
-    "mirostat_eta": (),
-    "mirostat_tau": (),
     **dict.fromkeys(("num_batch", "num_gpu", "main_gpu", "num_thread", "draft_num_predict", "numa"), ()),
     **dict.fromkeys(("use_mmap", "use_mlock", "low_vram", "f16_kv"), ()),
 }
 """Where and how the model runs: the same tokens come out."""
 OPTIONS_REFUSED: Neutral = {
     **foreign_constraints({**OPTIONS, **OPTIONS_IGNORED}),
-    **SAMPLER_LACKS,
     "vocab_only": (False,),
     "logits_all": (False,),
     "embedding_only": (False,),
 }
 SAMPLING_NAMES = {"repeat_penalty": "repetition_penalty"}
 """Option -> field of SamplingParams where it is called otherwise."""
-DEFAULTS: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "top_k": 40}
+DEFAULTS: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "repeat_last_n": 64}
 """Ollama's, where neither request nor model say anything."""
+MIROSTAT_LACKS = ("top_p", "top_k")
+"""Those of the defaults that Mirostat stands in for."""
+
+
+def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that hold beside what a request says about sampling."""
+    return {name: value for name, value in DEFAULTS.items() if not (given.get("mirostat") and name in MIROSTAT_LACKS)}
 
 
 def keep_alive(name: str, value: Any) -> None:
@@ -83,11 +83,6 @@ def _format(name: str, value: Any) -> None:
         raise ClientError(f'{name} must be "json" or a JSON schema, got {value!r:.60}', param=name)
 
 
-def object_(name: str, value: Any) -> None:
-    if not isinstance(value, dict):
-        raise ClientError(f"{name} must be an object, got {value!r:.60}", param=name)
-
-
 def objects(name: str, value: Any) -> None:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise ClientError(f"{name} must be a list of objects, got {value!r:.60}", param=name)
@@ -102,6 +97,7 @@ _COMMON: dict[str, Check] = {"model": string, "options": object_, "keep_alive": 
 _GENERATION: dict[str, Check] = {
     **_COMMON,
     "stream": boolean,
+    "truncate": boolean,
     "format": _format,
     "think": _think,
     "logprobs": boolean,
@@ -128,7 +124,6 @@ EMBEDDINGS: dict[str, Check] = {**_COMMON, "prompt": string}
 SHOW: dict[str, Check] = {"model": string, "name": string, "verbose": boolean}
 
 IGNORED: Neutral = {
-    "truncate": (False,),  # what doesn't fit is an error
     "shift": (False,),
 }
 REFUSED: Neutral = {

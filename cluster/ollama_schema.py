@@ -23,9 +23,10 @@ from kvasir.cluster.ollama_fields import (
     objects,
     seconds,
 )
-from kvasir.cluster.openai_schema import sort_fields
+from kvasir.cluster.openai_schema import sort_fields, token_bias
 from kvasir.cluster.tool_use import ToolUse, tool_use
 from kvasir.engine.errors import ClientError, UnsupportedError
+from kvasir.engine.prompt_cut import WHAT_FITS
 from kvasir.engine.request import StructuredOutput
 
 Body = Mapping[str, Any]
@@ -138,6 +139,8 @@ def _shared(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> dict[str, A
     if schema := fields.get("format"):
         form = {"json_object": True} if schema == "json" else {"json": json.dumps(schema)}
         sampling["structured_outputs"] = StructuredOutput(**form)
+    if fields.get("truncate"):
+        sampling.setdefault("truncate_prompt_tokens", WHAT_FITS)
     logprobs = _logprobs(fields)
     if logprobs is not None:
         sampling["logprobs"] = logprobs
@@ -160,6 +163,8 @@ def _options(options: Body) -> tuple[dict[str, Any], tuple[str, ...]]:
     if fields.get("seed") == -1:
         del fields["seed"]
     sampling = {SAMPLING_NAMES.get(name, name): value for name, value in fields.items()}
+    if "logit_bias" in sampling:
+        sampling["logit_bias"] = token_bias(sampling["logit_bias"])
     sampling["max_tokens"] = limit if limit > 0 else None
     return sampling, tuple(f"options.{name}" for name in unknown)
 

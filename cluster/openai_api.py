@@ -66,7 +66,7 @@ class Completions:
         generation = await self._desk.begin(ask.call, request_id, headers)
         try:
             reply = self._make_reply(ask, generation, request_id, self._role)
-            extra = [*warning_header(ask.warnings), *route_header(generation.route)]
+            extra = [*warning_header(ask.warnings, generation.truncated_tokens), *route_header(generation.route)]
             if ask.stream:
                 await stream(generation, reply, send, [SSE, *extra], _failed)
             else:

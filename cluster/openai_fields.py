@@ -58,6 +58,12 @@ def _strings(name: str, value: Any) -> None:
         _list_of(str, "strings, or one string")(name, value)
 
 
+def _some_ids(name: str, value: Any) -> None:
+    _list_of(int, "token ids")(name, value)
+    if not value:
+        raise ClientError(f"{name} must hold at least one token id: no token could be chosen", param=name)
+
+
 def later(name: str, value: Any) -> None:
     """Checked where it is used."""
 
@@ -83,6 +89,22 @@ SAMPLING: dict[str, Check] = {
     "stop_token_ids": _list_of(int, "token ids"),
     "include_stop_str_in_output": boolean,
     "min_tokens": later,
+    "repeat_last_n": later,
+    "penalize_newline": boolean,
+    "typical_p": later,
+    "tfs_z": later,
+    "mirostat": later,
+    "mirostat_tau": later,
+    "mirostat_eta": later,
+    "best_of": later,
+    "use_beam_search": boolean,
+    "length_penalty": later,
+    "early_stopping": later,
+    "truncate_prompt_tokens": later,
+    "truncation_side": later,
+    "num_keep": later,
+    "bad_words": _list_of(str, "texts"),
+    "allowed_token_ids": _some_ids,
     "ignore_eos": boolean,
     "prompt_logprobs": later,
     "skip_special_tokens": boolean,
@@ -170,23 +192,15 @@ CHAT_IGNORED: Neutral = {
 COMPLETION_IGNORED: Neutral = dict(_IGNORED)
 
 _REFUSED: Neutral = {
-    "best_of": (1,),
     "guided_whitespace_pattern": (),
     "json_schema": (),
     "grammar": ("",),
     "regex": (),
     "ebnf": (),
     "format": ("",),
-    "use_beam_search": (False,),
-    "length_penalty": (1.0,),
-    "early_stopping": (False,),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
     "logits_processors": ([],),
     "logit_processor": (),
     "vllm_xargs": ({},),
-    "truncate_prompt_tokens": (),
-    "truncation_side": (),
     "return_tokens_as_token_ids": (False,),
     "return_offsets": (False,),
     "logprob_token_ids": ([],),
@@ -200,9 +214,7 @@ _REFUSED: Neutral = {
     "num_ctx": (),
     "max_new_tokens": (),
     "n_predict": (),
-    "typical_p": (1.0,),
     "top_a": (0.0,),
-    "mirostat": (0,),
     "dry_multiplier": (0.0,),
     "xtc_probability": (0.0,),
     "no_repeat_ngram_size": (0,),
@@ -226,4 +238,4 @@ CHAT_REFUSED: Neutral = {
     "stream_reasoning": (True,),
 }
 
-COMPLETION_REFUSED: Neutral = {**_REFUSED, "thinking_token_budget": (), "suffix": ("",), "best_of": ()}
+COMPLETION_REFUSED: Neutral = {**_REFUSED, "thinking_token_budget": (), "suffix": ("",)}

@@ -87,9 +87,6 @@ def parse_chat(body: Mapping[str, Any]) -> Ask:
 
 def parse_completion(body: Mapping[str, Any]) -> Ask:
     """Body of POST /v1/completions. Raises ClientError or UnsupportedError naming the field."""
-    n = body.get("n")
-    if body.get("best_of") == (1 if n is None else n):
-        body = {name: value for name, value in body.items() if name != "best_of"}
     fields, warnings = sort_fields(body, COMPLETION_HONOURED, COMPLETION_IGNORED, COMPLETION_REFUSED)
     sampling = _sampling(fields)
     logprobs, echo = fields.get("logprobs"), fields.get("echo", False)
@@ -162,10 +159,15 @@ def _sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
     """What goes into SamplingParams by the same name; ranges are checked there."""
     sampling = {name: fields[name] for name in SAMPLING if name in fields}
     if bias := fields.get("logit_bias"):
-        sampling["logit_bias"] = {_token_id(key): value for key, value in bias.items()}
+        sampling["logit_bias"] = token_bias(bias)
     if (wanted := structured_output(fields)) is not None:
         sampling["structured_outputs"] = wanted
     return sampling
+
+
+def token_bias(given: Mapping[str, Any]) -> dict[int, Any]:
+    """JSON's keys are texts."""
+    return {_token_id(key): value for key, value in given.items()}
 
 
 def _token_id(key: str) -> int:

@@ -81,8 +81,8 @@ def _check_cache(request: Request, limits: Limits) -> None:
 
 def _check_resumed(request: Request, longest: int) -> None:
     given, wanted = len(request.resume_token_ids), request.sampling.max_tokens
-    if given and request.sampling.n != 1:
-        raise ClientError("resume_token_ids needs n = 1", param="resume_token_ids")
+    if given and (request.sampling.continuations != 1 or request.sampling.use_beam_search):
+        raise ClientError("resume_token_ids needs n = 1, and no beam search", param="resume_token_ids")
     if wanted is not None and given >= wanted:
         raise ClientError("resume_token_ids leave nothing of max_tokens to generate", param="resume_token_ids")
     if len(request.prompt_token_ids) + given >= longest:

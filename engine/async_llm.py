@@ -55,7 +55,12 @@ class AsyncLLM:
         """Everything so far, each time something is new. Leaving the loop, or cancelling, ends the request."""
         options = {"priority": priority, "cache_salt": cache_salt, "deadline_s": deadline_s}
         request, text = self._text.request(
-            prompt, sampling_params, request_id, trace_context=trace_context or {}, **options
+            prompt,
+            sampling_params,
+            request_id,
+            self.engine.info.max_model_len,
+            trace_context=trace_context or {},
+            **options,
         )
         self._loop = asyncio.get_running_loop()
         transcript = Transcript(request, self._text.tokenizer)
@@ -69,9 +74,8 @@ class AsyncLLM:
                 while not events.empty():
                     batch.append(events.get_nowait())
                 deltas = transcript.feed(batch)
-                for delta in deltas:
-                    if delta.matched:
-                        self.engine.abort(request_id, delta.index, "stop")
+                for index in transcript.take_matched():
+                    self.engine.abort(request_id, index, "stop")
                 if deltas:
                     yield request_output(transcript, text, self._text.tokenizer)
         finally:

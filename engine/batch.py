@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,8 @@ class Rows:
     """The new tokens' positions."""
     scored: list[tuple[Slice, slice, Ints]]
     """Slices that want prompt logprobs: (slice, where their rows are among the R, the tokens these rows predict)."""
+    replayed: list[tuple[Slice, slice, Ints]] = field(default_factory=list)
+    """The same of slices whose outputs the sampler sees again."""
 
 
 class Batch:
@@ -106,28 +108,34 @@ class Batch:
         self, slices: Sequence[Slice], seats: Ints, starts: Ints, lengths: Ints, tokens: Tensor, ragged: Ragged
     ) -> Rows:
         """Which rows' logits are needed: the last of a slice that samples, all that score a prompt token."""
-        if not any(s.prompt_logprobs for s in slices):
+        if not any(s.prompt_logprobs or s.replay for s in slices):
             sample = np.array([s.sample for s in slices])
             rows = send(starts[1:][sample] - 1, self.device)
             return Rows(tokens, ragged, rows, np.arange(sample.sum()), seats[sample], lengths[sample], [])
         wanted: list[Ints] = []
-        sampled, scored, have = [], [], 0
+        sampled, have = [], 0
+        known: tuple[list[tuple[Slice, slice, Ints]], list[tuple[Slice, slice, Ints]]] = ([], [])
         for i, part in enumerate(slices):
-            scores = (
-                max(0, min(part.count, int(self.prompt_lengths[part.seat]) - 1 - part.start)) * part.prompt_logprobs
-            )
-            rows_here = np.arange(starts[i], starts[i] + scores)
-            if scores:
-                predicted = self.tokens[part.seat, part.start + 1 : part.start + 1 + scores].astype(np.int64)
-                scored.append((part, slice(have, have + scores), predicted))
-            if part.sample and scores < part.count:
-                rows_here = np.append(rows_here, starts[i + 1] - 1)
-            wanted.append(rows_here)
-            have += len(rows_here)
-            sampled += [have - 1] * part.sample
+            for positions, found in zip(self._known(part), known, strict=True):
+                if len(positions):
+                    predicted = self.tokens[part.seat, positions + 1].astype(np.int64)
+                    found.append((part, slice(have, have + len(positions)), predicted))
+                    wanted.append(positions - part.start + starts[i])
+                    have += len(positions)
+            if part.sample:
+                wanted.append(starts[i + 1 : i + 2] - 1)
+                have += 1
+                sampled.append(have - 1)
         sample = np.array([s.sample for s in slices])
         rows = send(np.concatenate(wanted), self.device)
-        return Rows(tokens, ragged, rows, np.array(sampled, np.int64), seats[sample], lengths[sample], scored)
+        return Rows(tokens, ragged, rows, np.array(sampled, np.int64), seats[sample], lengths[sample], *known)
+
+    def _known(self, part: Slice) -> tuple[Ints, Ints]:
+        """Positions in a slice whose successors are known and wanted: those to be scored, those to be replayed."""
+        end, border = part.start + part.count, int(self.prompt_lengths[part.seat]) - 1
+        scored = np.arange(part.start, min(end, border) if part.prompt_logprobs else part.start)
+        first, last = max(part.start, border), min(end, int(self.lengths[part.seat]) - 1)
+        return scored, np.arange(first, last if part.replay else first)
 
     def append(self, seats: Ints, token_ids: Sequence[int]) -> None:
         """The tokens that a step sampled."""

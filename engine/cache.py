@@ -77,7 +77,7 @@ class KVCache:
 
     @torch.inference_mode()
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Each (source, target) block is copied as a whole; no target may be a source of the same call."""
+        """Each (source, target) block is copied as a whole; all sources are read before any target is written."""
         if pairs:
             sources, targets = torch.tensor(pairs, device=self.arena.device).unbind(1)
             self._blocks.index_copy_(2, targets, self._blocks.index_select(2, sources))

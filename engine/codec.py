@@ -19,7 +19,7 @@ import numpy.typing as npt
 from kvasir.engine.blocks import ContentId
 from kvasir.engine.event import TokenLogprob
 from kvasir.engine.request import NESTED, PoolingParams, SamplingParams
-from kvasir.engine.step import Moves, NewSequence, Result, Slice, Step
+from kvasir.engine.step import Candidate, Moves, NewSequence, Result, Slice, Step
 
 I64, I32, U8 = np.dtype("<i8"), np.dtype("<i4"), np.dtype("u1")
 PLAIN = SamplingParams()
@@ -101,7 +101,7 @@ def encode_step(step: Step, results: Sequence[Result] = ()) -> bytes:
     out.array(block for _, _, blocks in step.blocks for block in blocks)
     out.array(block for pair in step.copies for block in pair)
     out.array(number for part in step.slices for number in (part.seat, part.start, part.count))
-    out.array((part.sample + 2 * part.prompt_logprobs + 4 * part.pool for part in step.slices), U8)
+    out.array((_flags(part) for part in step.slices), U8)
     _write_moves(out, step.moves or Moves())
     return out.bytes()
 
@@ -121,7 +121,7 @@ def decode_step(data: bytes | memoryview) -> tuple[Step, list[Result]]:
     copies = list(zip(pairs[::2], pairs[1::2], strict=True))
     spans, flags = read.array(), read.array(U8)
     slices = [
-        Slice(seat, start, count, bool(flag & 1), bool(flag & 2), bool(flag & 4))
+        Slice(seat, start, count, bool(flag & 1), bool(flag & 2), bool(flag & 4), bool(flag & 8))
         for seat, start, count, flag in zip(spans[::3], spans[1::3], spans[2::3], flags, strict=True)
     ]
     moves = _read_moves(read)
@@ -161,6 +161,7 @@ def encode_result(result: Result) -> bytes:
     out.json({seat: [_score(score) for score in scores] for seat, scores in result.prompt_logprobs.items()})
     out.json(result.pooled)
     out.json(result.ended)
+    out.json({number: [_candidate(c) for c in found] for number, found in result.offers.items()})
     return out.bytes()
 
 
@@ -172,7 +173,13 @@ def decode_result(data: bytes | memoryview) -> Result:
     prompts: dict[int, Sequence[TokenLogprob]]
     prompts = {int(seat): [_must(score) for score in found] for seat, found in (read.json() or {}).items()}
     pooled, ended = ({int(key): value for key, value in (read.json() or {}).items()} for _ in range(2))
-    return Result(number, tokens, scores, prompts, ended, pooled)
+    offers: dict[int, Sequence[Candidate]]
+    offers = {int(key): [_offered(said) for said in found] for key, found in (read.json() or {}).items()}
+    return Result(number, tokens, scores, prompts, ended, pooled, offers)
+
+
+def _flags(part: Slice) -> int:
+    return part.sample + 2 * part.prompt_logprobs + 4 * part.pool + 8 * part.replay
 
 
 def _new(new: NewSequence) -> dict[str, Any]:
@@ -197,6 +204,16 @@ def _sequence(said: Mapping[str, Any], tokens: list[int], types: list[int]) -> N
     pooling = None if said["pooling"] is None else PoolingParams(**said["pooling"])
     given = {"token_ids": tokens, "token_type_ids": types, "sampling": SamplingParams(**sampling), "pooling": pooling}
     return NewSequence(**{**said, **given})
+
+
+def _candidate(candidate: Candidate) -> list[Any]:
+    token, score, logprob = candidate
+    return [token, score, _score(logprob)]
+
+
+def _offered(said: list[Any]) -> Candidate:
+    token, score, logprob = said
+    return token, score, _scored(logprob)
 
 
 def _score(score: TokenLogprob | None) -> list[Any] | None:

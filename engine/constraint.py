@@ -87,9 +87,9 @@ class Constraint:
             self.over = True
             return
         if not matcher.consume_token(token):
-            self.why = matcher.get_error() or f"token {token} doesn't fit the grammar"
+            self.why = f"structured output: {matcher.get_error() or f'token {token} does not fit the grammar'}"
         elif matcher.is_error():
-            self.why = matcher.get_error()
+            self.why = f"structured output: {matcher.get_error()}"
         else:
             self.over = matcher.is_stopped()
 

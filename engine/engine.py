@@ -148,6 +148,7 @@ class Engine:
         """Raise ClientError when the request can never run here."""
         self._check_task(request)
         self._check_tokens(request)
+        self._grammars.words.check(request.sampling)
         self._scheduler.check(request)
 
     def abort(self, request_id: str, index: int | None = None, reason: FinishReason = "abort") -> None:
@@ -189,12 +190,11 @@ class Engine:
                     f"{place}: token {ids[at]} at position {at} is not in the vocabulary (0 to {self.info.vocab_size - 1})",
                     param="prompt",
                 )
-        named = [*request.sampling.logit_bias, *request.sampling.stop_token_ids]
-        if named and max(named) >= self.info.vocab_size:
-            raise ClientError(
-                f"logit_bias or stop_token_ids name token {max(named)}, the last one is {self.info.vocab_size - 1}",
-                param="logit_bias" if max(named) in request.sampling.logit_bias else "stop_token_ids",
-            )
+        for place in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+            named = getattr(request.sampling, place)
+            if named and max(named) >= self.info.vocab_size:
+                text = f"{place} names token {max(named)}, the last one is {self.info.vocab_size - 1}"
+                raise ClientError(text, param=place)
         if request.adapter is not None:
             raise ClientError(f"adapter {request.adapter!r}: adapters are not supported yet", param="adapter")
 

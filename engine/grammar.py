@@ -17,6 +17,7 @@ from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.grammar_text import grammar_text
 from kvasir.engine.request import StructuredOutput
 from kvasir.engine.tokenizer import Tokenizer
+from kvasir.engine.words import Words
 
 CACHED = 256
 """Compiled grammars that are kept; the least recently used goes first."""
@@ -82,6 +83,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Callable[[], Tokenizer | None], vocab: int, ends: Sequence[int]) -> None:
         self._tokenizer, self._vocab, self._ends = tokenizer, vocab, tuple(ends)
+        self.words = Words(tokenizer)
         self._vocabulary: Vocabulary | None = None
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="kvasir-grammar")
         self._found: OrderedDict[StructuredOutput, Future[LLMatcher]] = OrderedDict()

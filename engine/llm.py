@@ -32,6 +32,7 @@ from kvasir.engine.output import (
     request_output,
 )
 from kvasir.engine.passage import Encoded, Passage, encode_passage, role_passage, similarity
+from kvasir.engine.prompt_cut import cut_prompt
 from kvasir.engine.request import PoolingParams, Request, SamplingParams
 from kvasir.engine.sentence_transformers import TextRules, read_text_rules
 from kvasir.engine.tokenizer import Tokenizer
@@ -67,11 +68,17 @@ class TextModel:
         return sampling if self.tokenizer else dataclasses.replace(sampling, detokenize=False)
 
     def request(
-        self, prompt: Prompt, sampling: SamplingParams | None, request_id: str, **fields: Any
+        self, prompt: Prompt, given: SamplingParams | None, request_id: str, context: int, **fields: Any
     ) -> tuple[Request, str | None]:
-        """The request for a prompt, and the prompt's text if it had one."""
-        text, ids = self._parse(prompt)
-        return Request(request_id=request_id, prompt_token_ids=ids, sampling=self.sampling(sampling), **fields), text
+        """The request for a prompt, and the prompt's text if it had one. `context`: the model's, in tokens."""
+        text, whole = self._parse(prompt)
+        sampling = self.sampling(given)
+        ids = cut_prompt(whole, sampling, context)
+        cut = len(whole) - len(ids)
+        request = Request(
+            request_id=request_id, prompt_token_ids=ids, sampling=sampling, truncated_tokens=cut, **fields
+        )
+        return request, text
 
     def passage(self, prompt: Prompt, prompt_name: str | None = None) -> Passage | Sequence[int]:
         """A prompt for a vector: a text behind one of the model's prompts, or token ids."""
@@ -143,8 +150,9 @@ class LLM:
         many = _as_list(prompts)
         sampling = _spread(sampling_params, len(many), "sampling_params")
         priorities = _spread(priority, len(many), "priority")
+        context = self.engine.info.max_model_len
         made = [
-            self._text.request(prompt, params, str(next(self._ids)), priority=level or 0)
+            self._text.request(prompt, params, str(next(self._ids)), context, priority=level or 0)
             for prompt, params, level in zip(many, sampling, priorities, strict=True)
         ]
         for request, _ in made:
@@ -337,9 +345,8 @@ class LLM:
     def _feed(self, transcript: Transcript, events: Sequence[Event]) -> int:
         """Take in a request's events; returns how many tokens they brought."""
         deltas = transcript.feed(events)
-        for delta in deltas:
-            if delta.matched:
-                self.engine.abort(transcript.request.request_id, delta.index, "stop")
+        for index in transcript.take_matched():
+            self.engine.abort(transcript.request.request_id, index, "stop")
         return sum(len(delta.token_ids) for delta in deltas)
 
 

@@ -49,6 +49,8 @@ class RequestOutput:
     num_cached_tokens: int
     metrics: Timing
     """Of the first continuation."""
+    num_truncated_tokens: int = 0
+    """What `truncate_prompt_tokens` cut off the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,7 @@ def request_output(transcript: Transcript, prompt: str | None, tokenizer: Tokeni
         finished=transcript.finished,
         num_cached_tokens=transcript.cached_tokens,
         metrics=transcript.outputs[0].timing,
+        num_truncated_tokens=request.truncated_tokens,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,13 +20,15 @@ from kvasir.engine.event import TokenLogprob
 from kvasir.engine.grammar import Grammars
 from kvasir.engine.pooler import Pooler
 from kvasir.engine.sampler import Sampler, score_rows
-from kvasir.engine.step import NewSequence, Result, Slice, Step
+from kvasir.engine.step import Candidate, NewSequence, Result, Slice, Step, replays
 from kvasir.engine.tiers import Tiers
+from kvasir.engine.words import Words
 
 if TYPE_CHECKING:  # transformers, which is slow to import and seldom needed
     from kvasir.engine.fallback import Fallback
 
 LEAST_LOGITS = 256
+STUCK = "allowed_token_ids, bad_words, min_tokens and structured output together leave no token to choose"
 
 
 class Rank:
@@ -73,6 +76,7 @@ class Rank:
         prompt_scores: dict[int, Sequence[TokenLogprob]] = {}
         pooled: dict[int, Sequence[float]] = {}
         ended: dict[int, str | None] = {}
+        offers: dict[int, Sequence[Candidate]] = {}
         for slices in portions(step.slices, self.max_logits):
             rows = self.batch.rows(slices)
             if slices[0].pool:
@@ -85,9 +89,14 @@ class Rank:
             for part, where, ids in rows.scored:
                 found = self._score(logits[where], part.seat, ids)
                 prompt_scores[part.seat] = [*prompt_scores.get(part.seat, ()), *found]
-            sampled, own_scores = self._sample(logits, rows)
             assert self.sampler is not None
+            for part, where, ids in rows.replayed:
+                first = max(part.start + 1, int(self.batch.prompt_lengths[part.seat]))
+                self.sampler.replay(part.seat, logits[where], ids, first)
+            sampled, own_scores = self._sample(logits, rows)
             over = self.sampler.constraints.advance(rows.seats.tolist(), sampled) if sampled else {}
+            over |= dict.fromkeys(self.sampler.stuck, STUCK) if sampled else {}
+            offers |= {len(token_ids) + row: found for row, found in self.sampler.offers.items() if sampled}
             ended |= {len(token_ids) + row: why for row, why in over.items()}
             token_ids += sampled
             scores += own_scores or [None] * len(sampled)
@@ -95,7 +104,7 @@ class Rank:
             self._awaited[step.id] = np.concatenate(seats)
         if not self.place.samples:
             return Result(step.id, ())
-        result = Result(step.id, token_ids, scores if any(scores) else (), prompt_scores, ended, pooled)
+        result = Result(step.id, token_ids, scores if any(scores) else (), prompt_scores, ended, pooled, offers)
         if self.place.size == 1:
             self.learn(result)
         return result
@@ -111,9 +120,17 @@ class Rank:
             self.pooler.enter(new)
             return
         if self.sampler is not None:
-            self.sampler.enter(new, self._constraint(new))
+            self._enter_sampler(self.sampler, new)
         if new.sampling.prompt_logprobs is not None:
             self._top_prompt[new.seat] = new.sampling.prompt_logprobs
+
+    def _enter_sampler(self, sampler: Sampler, new: NewSequence) -> None:
+        """One with Mirostat shows the sampler again what it said: see `Slice.replay`."""
+        if replays(new.sampling):
+            new = replace(new, token_ids=new.token_ids[: new.prompt_len])
+        words = self._grammars.words if self._grammars is not None else Words(lambda: None)
+        barred, spared = words.barred(new.sampling), words.newlines(new.sampling)
+        sampler.enter(new, self._constraint(new), barred=barred, spared=spared)
 
     def _constraint(self, new: NewSequence) -> Constraint | None:
         """Replays what a sequence said before it came (again)."""
@@ -162,7 +179,7 @@ def portions(slices: Sequence[Slice], limit: int) -> Iterator[Sequence[Slice]]:
 def _bounded(slices: Sequence[Slice], limit: int) -> Iterator[Sequence[Slice]]:
     """Cut so that no forward wants the logits of more than `limit` rows: those of 8192 rows of a scored prompt would
     take 4 GB with a vocabulary of 128k."""
-    if not any(part.prompt_logprobs for part in slices):
+    if not any(part.prompt_logprobs or part.replay for part in slices):
         yield slices
         return
     portion: list[Slice] = []
@@ -170,11 +187,12 @@ def _bounded(slices: Sequence[Slice], limit: int) -> Iterator[Sequence[Slice]]:
     for part in slices:
         start, end = part.start, part.start + part.count
         while start < end:
-            count = min(end - start, room) if part.prompt_logprobs else end - start
+            many = part.prompt_logprobs or part.replay
+            count = min(end - start, room) if many else end - start
             sample = part.sample and start + count == end
-            portion.append(Slice(part.seat, start, count, sample, part.prompt_logprobs))
+            portion.append(replace(part, start=start, count=count, sample=sample))
             start += count
-            room -= count if part.prompt_logprobs else 1
+            room -= count if many else 1
             if room <= 0:
                 yield portion
                 portion, room = [], limit

@@ -13,6 +13,7 @@ from kvasir.engine.thoughts import Thoughts
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
 MAX_STOP_BYTES = 1024
+MAX_BAD_WORDS = 1024
 MAX_N = 128
 
 
@@ -49,6 +50,17 @@ class SamplingParams:
 
     n: int = 1
     """Continuations of one prompt, 1 to 128. Continuation i draws with seed + i."""
+    best_of: int | None = None
+    """So many continuations are made, at least n, and the n best are delivered when all have ended: those with the highest
+    log probability per token, or of `use_beam_search` with the highest score. None: n."""
+    use_beam_search: bool = False
+    """Keep the best_of likeliest continuations at each token instead of drawing one: temperature, seed and what else shapes
+    draws mean nothing."""
+    length_penalty: float = 1.0
+    """Beams are compared by log probability / length ** length_penalty."""
+    early_stopping: Literal["no", "yes", "never"] | bool = "no"
+    """The search ends when best_of continuations have ended ("yes", or True), or when one isn't likely to get better ("no"),
+    or can't ("never")."""
     temperature: float = 1.0
     """0 is greedy."""
     top_p: float = 1.0
@@ -58,6 +70,24 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    repeat_last_n: int = -1
+    """How many of the newest tokens the three penalties look at; -1: all, 0: none."""
+    penalize_newline: bool = True
+    """False: the three penalties leave line breaks alone."""
+    typical_p: float = 1.0
+    """Only the tokens whose surprise is nearest to the expected one, up to this sum of probabilities."""
+    tfs_z: float = 1.0
+    """Tail-free sampling: below 1, the smaller the shorter the tail."""
+    mirostat: int = 0
+    """1 or 2: a version of Mirostat keeps the surprise of the output near `mirostat_tau`."""
+    mirostat_tau: float = 5.0
+    """Bits per token."""
+    mirostat_eta: float = 0.1
+    """How fast it corrects itself."""
+    bad_words: Sequence[str] = ()
+    """Texts that aren't written: the last token that would complete one is never chosen."""
+    allowed_token_ids: Sequence[int] = ()
+    """No other tokens are chosen; empty: all may be."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Token id -> value added to its logit, -100 to 100."""
     seed: int | None = None
@@ -75,6 +105,12 @@ class SamplingParams:
     """None: off. 0 to 20: that many most likely tokens, besides the sampled one."""
     prompt_logprobs: int | None = None
     """The same for each prompt token but the first."""
+    truncate_prompt_tokens: int | None = None
+    """A longer prompt is cut to so many tokens, -1: to what fits, instead of being refused; the cut is reported."""
+    truncation_side: Literal["left", "right"] = "left"
+    """Where tokens are cut off."""
+    num_keep: int = 0
+    """So many tokens at the head of the prompt are kept when its left is cut; -1: all, so that it isn't cut."""
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     detokenize: bool = True
@@ -87,13 +123,33 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop or ()))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
+        object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids or ()))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
+        if isinstance(self.early_stopping, bool):
+            object.__setattr__(self, "early_stopping", "yes" if self.early_stopping else "no")
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
         self._check()
 
+    @property
+    def continuations(self) -> int:
+        """How many are made: of those n are delivered."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def streams(self) -> int:
+        """How many the engine sends events of: a beam search sends the n best, and otherwise `Transcript` chooses."""
+        return self.n if self.use_beam_search else self.continuations
+
     def _check(self) -> None:
         _whole("n", self.n, 1, MAX_N)
+        if self.best_of is not None:
+            _whole("best_of", self.best_of, self.n, MAX_N, note=f" (n is {self.n})")
+        _real("length_penalty", self.length_penalty, -math.inf, math.inf)
+        if self.early_stopping not in ("no", "yes", "never"):
+            text = f'early_stopping must be true, false or "never", got {self.early_stopping!r:.60}'
+            raise ClientError(text, param="early_stopping")
         _real("temperature", self.temperature, 0.0, math.inf)
         _real("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _whole("top_k", self.top_k, 0, None, note="; 0 or -1 turns it off")
@@ -101,18 +157,27 @@ class SamplingParams:
         _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _real("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        _whole("repeat_last_n", self.repeat_last_n, -1, None, note="; -1 looks at all tokens")
+        _real("typical_p", self.typical_p, 0.0, 1.0, open_low=True)
+        _real("tfs_z", self.tfs_z, 0.0, 1.0, open_low=True)
+        _whole("mirostat", self.mirostat, 0, 2)
+        _real("mirostat_tau", self.mirostat_tau, 0.0, math.inf)
+        _real("mirostat_eta", self.mirostat_eta, 0.0, 1.0)
+        if self.truncate_prompt_tokens not in (None, -1):
+            _whole("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, None, note="; -1 cuts to what fits")
+        if self.truncation_side not in ("left", "right"):
+            text = f'truncation_side must be "left" or "right", got {self.truncation_side!r:.60}'
+            raise ClientError(text, param="truncation_side")
+        _whole("num_keep", self.num_keep, -1, None, note="; -1 keeps all")
+        _check_texts("bad_words", self.bad_words, MAX_BAD_WORDS)
+        for token in self.allowed_token_ids:
+            _whole("allowed_token_ids", token, 0, None)
         for token, bias in self.logit_bias.items():
             _whole("logit_bias key", token, 0, None)
             _real("logit_bias value", bias, -100.0, 100.0)
         if self.seed is not None:
             _whole("seed", self.seed, -(2**63), 2**63 - 1)
-        if len(self.stop) > MAX_STOP_STRINGS:
-            raise ClientError(f"stop has {len(self.stop)} strings; at most {MAX_STOP_STRINGS}", param="stop")
-        for text in self.stop:
-            if not isinstance(text, str) or not 0 < len(text.encode()) <= MAX_STOP_BYTES:
-                raise ClientError(
-                    f"stop strings must be 1 to {MAX_STOP_BYTES} bytes long, got {text!r:.40}", param="stop"
-                )
+        _check_texts("stop", self.stop, MAX_STOP_STRINGS)
         for token in self.stop_token_ids:
             _whole("stop_token_ids", token, 0, None)
         _whole("min_tokens", self.min_tokens, 0, None)
@@ -174,6 +239,8 @@ class Request:
     """Segment of each prompt token, for encoders that read pairs; empty: all 0."""
     resume_token_ids: Sequence[int] = ()
     """Tokens already delivered by another group: the sequence goes on behind them (n must be 1)."""
+    truncated_tokens: int = 0
+    """How many tokens of the prompt were left out before it came here: for reports alone."""
 
 
 def _whole(name: str, value: object, low: int, high: int | None, note: str = "") -> None:
@@ -181,6 +248,16 @@ def _whole(name: str, value: object, low: int, high: int | None, note: str = "")
     limits = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         raise ClientError(f"{name} must be {limits}{note}, got {value!r:.60}", param=name.split()[0])
+
+
+def _check_texts(name: str, texts: Sequence[object], most: int) -> None:
+    """Raise unless `texts` are at most `most` strings of 1 to MAX_STOP_BYTES bytes."""
+    if len(texts) > most:
+        raise ClientError(f"{name} has {len(texts)} strings; at most {most}", param=name)
+    for text in texts:
+        if not isinstance(text, str) or not 0 < len(text.encode(errors="replace")) <= MAX_STOP_BYTES:
+            limits = f"1 to {MAX_STOP_BYTES} bytes long"
+            raise ClientError(f"{name} strings must be {limits}, got {text!r:.40}", param=name)
 
 
 def _real(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:

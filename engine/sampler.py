@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,10 @@ from torch import Tensor
 from kvasir.engine.batch import Ints, send
 from kvasir.engine.constraint import Constraint, Constraints
 from kvasir.engine.event import TokenLogprob
-from kvasir.engine.request import SamplingParams
-from kvasir.engine.step import NewSequence
+from kvasir.engine.shaping import Shaping
+from kvasir.engine.step import Candidate, NewSequence
+from kvasir.engine.trails import PENALTIES, Trails, looks_back, penalized
+from kvasir.engine.words import Spellings
 from kvasir.kernels.bitmask import allow
 from kvasir.kernels.sample import draw, greedy, penalise, score, uniform
 
@@ -28,7 +30,6 @@ NEUTRAL = {
     "frequency_penalty": 0.0,
 }
 """A parameter at this value has no effect (temperature apart)."""
-PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy, as in vLLM."""
 HUGE = 1e8
@@ -50,12 +51,29 @@ class Sampler:
         self.counted: set[int] = set()
         """Seats with a penalty."""
         self.constraints = Constraints(vocab)
+        self.trails = Trails(vocab, device)
+        self.shaping = Shaping(max_num_seqs, device)
+        self.beams: dict[int, int] = {}
+        """seat of a beam -> how many next tokens it offers"""
+        self.offers: dict[int, list[Candidate]] = {}
+        """Row of the last `sample` -> what its beam offers, the likeliest first."""
+        self.stuck: list[int] = []
+        """Rows of the last `sample` whose rules left no token."""
         self.in_prompt: Tensor | None = None
         self.counts: Tensor | None = None
 
-    def enter(self, new: NewSequence, constraint: Constraint | None = None) -> None:
-        """A sequence takes a seat."""
+    def enter(
+        self,
+        new: NewSequence,
+        constraint: Constraint | None = None,
+        *,
+        barred: Spellings = (),
+        spared: Collection[int] = (),
+    ) -> None:
+        """A sequence takes a seat. `barred` token sequences aren't completed, `spared` tokens aren't penalised."""
         self.constraints.enter(new.seat, constraint)
+        self.trails.enter(new, barred, spared)
+        self.shaping.enter(new.seat, new.sampling)
         seat, sampling = new.seat, new.sampling
         for name, array in self.values.items():
             array[seat] = getattr(sampling, name)
@@ -64,37 +82,62 @@ class Sampler:
         self.values["repetition_penalty"][seat] = min(max(penalty, 1 / HUGE), HUGE)
         self.seeds[seat] = new.seed % 2**64
         self.logprobs[seat] = -1 if sampling.logprobs is None else sampling.logprobs
-        for kept in (self.biased, self.muted):
+        if sampling.streams > sampling.n:  # the best are chosen by them
+            self.logprobs[seat] = max(0, self.logprobs[seat])
+        for kept in (self.biased, self.muted, self.beams):
             kept.pop(seat, None)
+        if sampling.use_beam_search:
+            self.beams[seat] = min(sampling.continuations + len(new.stop_token_ids), self.vocab)
+            self.values["temperature"][seat] = 0.0
         self.counted.discard(seat)
         if sampling.logit_bias:
             self.biased[seat] = list(sampling.logit_bias), list(sampling.logit_bias.values())
         stops = [token for token in new.stop_token_ids if token < self.vocab]
         if sampling.min_tokens and stops and sampling.structured_outputs is None:
             self.muted[seat] = stops, new.prompt_len + sampling.min_tokens
-        if _penalized(sampling):
+        if penalized(sampling) and not looks_back(sampling):
             self._count(new)
 
     def sample(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
         """logits[R, V] of the sequences in seats[R] -> token ids[R] for positions[R]. `logits` stay as they are."""
-        logits = self._constrain(self._adjust(logits, seats, positions), seats, positions)
+        raw = logits
+        logits, ruled = self.trails.apply(self._adjust(logits, seats, positions), seats.tolist())
+        logits = self._constrain(logits, seats, positions)
+        self.stuck = _stuck(logits, ruled) if ruled else []
+        self.offers = self._offer(raw, logits, seats) if self.beams else {}
         cold = self.values["temperature"][seats] == 0
         if cold.all():
             return greedy(logits)
-        by_k = ~cold & (self.values["top_k"][seats] > 0)
-        by_p = ~cold & ~by_k & (self.values["top_p"][seats] < 1)
+        shaped = ~cold & self.shaping.seats[seats]
+        rest = ~(cold | shaped)
+        by_k = rest & (self.values["top_k"][seats] > 0)
+        by_p = rest & ~by_k & (self.values["top_p"][seats] < 1)
         tokens = torch.empty(len(seats), dtype=torch.int64, device=self.device)
         # rows that need the same work go together: one row's top_p must not make all rows' vocabularies be sorted
-        for kind in (cold, by_k, by_p, ~(cold | by_k | by_p)):
+        for kind in (cold, by_k, by_p, shaped, rest & ~(by_k | by_p)):
             if kind.any():
                 rows = np.nonzero(kind)[0]
                 index = self._tensor(rows)
                 part = logits if len(rows) == len(seats) else logits[index]
-                tokens[index] = greedy(part) if kind is cold else self._draw(part, seats[rows], positions[rows])
+                draw_part = self._draw_shaped if kind is shaped else self._draw
+                tokens[index] = greedy(part) if kind is cold else draw_part(part, seats[rows], positions[rows])
         return tokens
 
+    def replay(self, seat: int, logits: Tensor, token_ids: Ints, start: int) -> None:
+        """The tokens at positions from `start` on were sampled from logits[N, V] before the sequence came here (again)."""
+        seats = np.array([seat])
+        for row, token in enumerate(token_ids.tolist()):
+            position = np.array([start + row])
+            adjusted, _ = self.trails.apply(self._adjust(logits[row : row + 1], seats, position), [seat])
+            adjusted = self._constrain(adjusted, seats, position)
+            chosen = self._tensor(np.array([token]))
+            self.shaping.replay(adjusted, seats, chosen, *self._plain_filters(seats))
+            self.remember(seats, chosen)
+            self.constraints.advance([seat], [token])
+
     def remember(self, seats: Ints, token_ids: Tensor) -> None:
-        """Count new tokens of the seats that have penalties."""
+        """Count new tokens of the seats whose rules look back."""
+        self.trails.remember(seats.tolist(), token_ids)
         rows = [i for i, seat in enumerate(seats.tolist()) if seat in self.counted]
         if rows and self.counts is not None:
             self.counts[self._tensor(seats[rows]), token_ids[self._tensor(np.array(rows))]] += 1
@@ -111,6 +154,22 @@ class Sampler:
             scores[row] = found
         return scores
 
+    def _offer(self, raw: Tensor, logits: Tensor, seats: Ints) -> dict[int, list[Candidate]]:
+        """What the rows of beams offer: log probabilities under the `raw` distribution, moved as the logits were."""
+        offers: dict[int, list[Candidate]] = {}
+        for row, seat in enumerate(seats.tolist()):
+            if seat not in self.beams:
+                continue
+            values, ids = logits[row].topk(self.beams[seat])
+            scores = (values - raw[row].logsumexp(-1)).tolist()
+            likeliest = int(self.logprobs[seat])
+            reported: Sequence[TokenLogprob | None] = [None] * len(ids)
+            if likeliest >= 0:
+                reported = score_rows(raw[row].expand(len(ids), -1), ids, [likeliest] * len(ids))
+            found = zip(ids.tolist(), scores, reported, strict=True)
+            offers[row] = [candidate for candidate in found if candidate[1] > -np.inf]
+        return offers
+
     def _draw(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
         """Rows that use top_k all do; those that don't use another filter get its neutral value (2 for top_p)."""
         top_k, top_p, min_p = (self.values[name][seats] for name in ("top_k", "top_p", "min_p"))
@@ -124,6 +183,14 @@ class Sampler:
             top_p=self._row(np.where(top_p >= 1, 2.0, top_p)) if (top_p < 1).any() else None,
             most=int(top_k.max()),
         )
+
+    def _draw_shaped(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
+        return self.shaping.draw(logits, seats, uniform(self.seeds[seats], positions), *self._plain_filters(seats))
+
+    def _plain_filters(self, seats: Ints) -> tuple[Tensor, Tensor, Ints]:
+        """(temperature, min_p, top_k)"""
+        top_k = np.minimum(self.values["top_k"][seats], self.vocab).astype(np.int64)
+        return self._row(self.values["temperature"][seats]), self._row(self.values["min_p"][seats]), top_k
 
     def _adjust(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
         """Biases, muted stop tokens and penalties; a copy when anything changes."""
@@ -197,5 +264,7 @@ def score_rows(logits: Tensor, token_ids: Tensor, top: Sequence[int]) -> list[To
     ]
 
 
-def _penalized(sampling: SamplingParams) -> bool:
-    return any(getattr(sampling, name) != NEUTRAL[name] for name in PENALTIES)
+def _stuck(logits: Tensor, rows: Sequence[int]) -> list[int]:
+    """Those of `rows` in which every logit is -inf."""
+    best = logits[list(rows)].amax(-1).tolist()
+    return [row for row, value in zip(rows, best, strict=True) if value == -np.inf]

@@ -16,6 +16,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from kvasir.engine.admission import Limits, check, seed_of
+from kvasir.engine.beam_search import Beam, BeamSearch, Ending
 from kvasir.engine.blocks import BlockPool
 from kvasir.engine.errors import ClientError
 from kvasir.engine.event import Event, Failed, Finished, FinishReason, Pooled, Timing, Token, TokenLogprob
@@ -23,7 +24,7 @@ from kvasir.engine.layout import LayerGroup, Layout
 from kvasir.engine.loads import Loads, TierIndex
 from kvasir.engine.request import Request
 from kvasir.engine.sequence import Order, Sequence
-from kvasir.engine.step import NewSequence, Result, Slice, Step
+from kvasir.engine.step import Candidate, NewSequence, Result, Slice, Step
 from kvasir.engine.tables import Grown, Tables, all_blocks
 
 
@@ -72,6 +73,10 @@ class Job:
     request: Request
     deadline: float
     live: dict[int, Sequence] = field(default_factory=dict)
+    search: BeamSearch | None = None
+    """Set: the live sequences are its beams, and nothing is delivered before it ends."""
+    prompt_scores: Seq[TokenLogprob | None] | None = None
+    """Of a search, until it ends."""
 
 
 AHEAD = 4
@@ -129,7 +134,7 @@ class Scheduler:
         """step -> what it computes, in the order of its slices"""
         self._planned: list[Sequence] = []
         self._blocked: tuple[Order, int] | None = None
-        self._arrivals = self._steps = self._turn = 0
+        self._arrivals = self._steps = self._turn = self._searches = 0
         self._totals = dict.fromkeys(
             (
                 "prefix_queries",
@@ -155,7 +160,11 @@ class Scheduler:
         self._arrivals += 1
         first = self._sequence(job, 0, (request.priority, self._arrivals, 0), now)
         first.tokens += request.resume_token_ids
-        first.forks = list(range(1, request.sampling.n))
+        if request.sampling.use_beam_search:
+            job.search = BeamSearch(request.sampling, first.stop_token_ids, first.max_len - first.prompt_len)
+            self._searches += 1
+        else:
+            first.forks = list(range(1, request.sampling.continuations))
         first.expected = self.tables.match(first, self._cacheable(first))[0] * self.pool.block_size
         insort(self._waiting, (first.order, first))
         if request.deadline_s is not None:
@@ -167,8 +176,10 @@ class Scheduler:
     ) -> list[Event]:
         """End one continuation, or all that are left. Unknown ones are no error: they may just have ended."""
         job = self._jobs.get(request_id)
-        if job is None:
+        if job is None or (job.search is not None and index is not None):  # one beam alone is nobody's to end
             return []
+        if job.search is not None:
+            return self._end_search(job, [], now, reason)
         events: list[Event] = []
         for sequence in list(job.live.values()):
             branches = [i for i in sequence.forks if index in (None, i)]
@@ -284,7 +295,9 @@ class Scheduler:
             self.tables.advance(sequence, before)
             if slice_.pool and not sequence.remaining:
                 events += self._end(sequence, _pooled(sequence, result.pooled[slice_.seat], now))
-            if slice_.sample:
+            if slice_.sample and number in result.offers:
+                events += self._offered(sequence, result.offers[number], result.ended.get(number), now)
+            elif slice_.sample:
                 score = result.logprobs[number] if result.logprobs else None
                 events += self._append(sequence, result.token_ids[number], score, now)
                 if number in result.ended and not sequence.ended:
@@ -333,14 +346,16 @@ class Scheduler:
         scores = sequence.prompt_scores is not None and sequence.computed < sequence.prompt_len - 1
         pool = sequence.request.pooling is not None
         sample = count == sequence.remaining and not pool
-        return Slice(sequence.seat, sequence.computed, count, sample, scores, pool)
+        return Slice(sequence.seat, sequence.computed, count, sample, scores, pool, sequence.replays(count))
 
     def _admit(self, room: int, now: float) -> set[int]:
         """Seat waiting sequences, strictly in order: one that lacks blocks isn't overtaken, or it might wait for ever."""
         admitted: set[int] = set()
-        while self._waiting and self._seats and len(admitted) < room:
+        while self._waiting and len(admitted) < room:
             sequence = self._waiting[0][1]
-            if self._still_blocked(sequence):
+            if not self._seats or self._still_blocked(sequence):
+                if self._park(sequence):
+                    continue
                 break
             most = self._cacheable(sequence)
             if self._loads.seek(sequence, most, now):
@@ -349,6 +364,8 @@ class Scheduler:
             found = self._fitting(sequence, most)
             if found is None:
                 self._blocked = (sequence.order, self.pool.num_free)
+                if self._park(sequence):
+                    continue
                 break
             if self._loads.land(sequence):
                 continue  # more of it is cached now
@@ -396,7 +413,7 @@ class Scheduler:
         if stretched != sequence.stretched:
             sequence.stretched, sequence.contents = stretched, []
         whole = sequence.prompt_scores is not None or (sequence.request.pooling is not None and not self._pool_last)
-        return 0 if whole or not self.pool.prefix_caching else (len(sequence.tokens) - 1) // self.pool.block_size
+        return 0 if whole or not self.pool.prefix_caching else sequence.skippable // self.pool.block_size
 
     # -- seats and blocks
 
@@ -447,7 +464,8 @@ class Scheduler:
         sequence.computed, sequence.expected, sequence.sought = 0, 0, -2
         if sequence.prompt_scores is not None:
             sequence.prompt_scores = [None]
-        insort(self._waiting, (sequence.order, sequence))
+        if sequence.offers is None:
+            insort(self._waiting, (sequence.order, sequence))
 
     def _leave(self, sequence: Sequence) -> None:
         """Give back seat and blocks, and withdraw what the ranks haven't been told yet."""
@@ -478,6 +496,8 @@ class Scheduler:
         request, sampling = job.request, job.request.sampling
         prompt = len(request.prompt_token_ids)
         stops = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_token_ids)
+        if sampling.use_beam_search and sampling.structured_outputs is not None:
+            stops |= self.eos_token_ids  # how a beam says that its grammar is over
         sequence = job.live[index] = Sequence(
             request=request,
             index=index,
@@ -510,10 +530,10 @@ class Scheduler:
         return [event, *self._end(sequence, sequence.finished(ending[0], now, ending[1]))]
 
     def _end_grammar(self, sequence: Sequence, why: str | None, now: float) -> list[Event]:
-        """Its grammar allows nothing more, or (with a reason) has become too complex to go on."""
+        """Its grammar allows nothing more, or (with a reason) no token can be chosen."""
         if why is None:
             return self._end(sequence, sequence.finished("stop", now))
-        message = f"structured output can't go on: {' '.join(why.split())[:300]}"
+        message = f"the output can't go on: {' '.join(why.split())[:300]}"
         return self.fail(sequence.request.request_id, "invalid_request_error", message)
 
     def _branch(self, parent: Sequence, now: float) -> None:
@@ -535,6 +555,103 @@ class Scheduler:
             child.computed = parent.prompt_len - 1
             self._seat(child, grown)
 
+    # -- beams
+
+    def _offered(self, beam: Sequence, offers: Seq[Candidate], why: str | None, now: float) -> list[Event]:
+        """A beam knows its likeliest next tokens. When all of its search do, the next beams take their places."""
+        job = self._jobs[beam.request.request_id]
+        assert job.search is not None
+        beam.offers, beam.first_token = offers, beam.first_token or now
+        job.prompt_scores, beam.prompt_scores = job.prompt_scores or beam.prompt_scores, None
+        beams = [job.live[index] for index in sorted(job.live)]
+        if any(each.offers is None for each in beams):
+            return []
+        chosen = job.search.advance([each.offers or () for each in beams])
+        if chosen:
+            self._follow(job, beams, chosen)
+            return []
+        if why is not None and not job.search.endings:
+            return self._end_grammar(beam, why, now)
+        return self._end_search(job, job.search.best(job.request.sampling.n), now, "stop")
+
+    def _follow(self, job: Job, parents: list[Sequence], chosen: list[tuple[int, int]]) -> None:
+        """New beams in place of the old: the last one behind a parent takes over its blocks, others share them."""
+        sons = [self._sequence(job, i, (*parents[0].order[:2], i), parents[0].queued) for i in range(len(chosen))]
+        job.live = dict(enumerate(sons))
+        last = {number: i for i, (number, _) in enumerate(chosen)}
+        for number in set(range(len(parents))) - last.keys():
+            self._drop(parents[number])
+        seated: list[tuple[Sequence, Grown]] = []
+        for i, (son, (number, token)) in enumerate(zip(sons, chosen, strict=True)):
+            grown = self._succeed(parents[number], son, token, heir=last[number] == i)
+            if grown is None:
+                insort(self._waiting, (son.order, son))
+            else:
+                seated.append((son, grown))
+        for number in last:
+            self._drop(parents[number])
+        for son, grown in seated:
+            if self._seats:
+                self._seat(son, grown)
+            else:
+                self.tables.release(son)
+                son.computed = 0
+                insort(self._waiting, (son.order, son))
+
+    def _succeed(self, parent: Sequence, son: Sequence, token: int, *, heir: bool) -> Grown | None:
+        """The beam of `parent` and `token`, with blocks; None: it has none, and all of it is to be computed."""
+        son.tokens = [*parent.tokens, token]
+        son.cached, son.preemptions, son.prompt_scores = parent.cached, parent.preemptions, None
+        son.scheduled, son.first_token, son.stretched = parent.scheduled, parent.first_token, parent.stretched
+        if parent.seat is None or (not son.stretched and len(son.tokens) > self._stretch_len):
+            return None
+        son.contents = parent.contents[: parent.computed // self.pool.block_size]
+        son.computed = parent.computed
+        if heir:
+            return self.tables.inherit(parent, son)
+        if self.pool.num_free < len(parent.blocks):
+            son.computed = 0
+            return None
+        grown, copies = self.tables.branch(parent, son)
+        self._copies += copies
+        return grown
+
+    def _drop(self, beam: Sequence) -> None:
+        """Its place goes to others."""
+        beam.ended = True
+        if beam.seat is not None:
+            self._leave(beam)
+
+    def _park(self, head: Sequence) -> bool:
+        """Take the blocks and the seat of a beam that waits for others of its search, for `head`, which lacks them: it may be
+        one of those others. Its offers are kept."""
+        if not self._searches:
+            return False
+        for _, beam in reversed(self._running):
+            mine = beam.request is head.request or beam.order > head.order
+            if beam.offers is not None and not beam.in_flight and mine:
+                self._preempt(beam)
+                return True
+        return False
+
+    def _end_search(self, job: Job, endings: list[Ending], now: float, reason: FinishReason) -> list[Event]:
+        """All is delivered at once; of continuations that don't exist only the end."""
+        beams, request_id = list(job.live.values()), job.request.request_id
+        first = beams[0]
+        for beam in beams:
+            self._end(beam, None)
+        scores, events = job.prompt_scores, []  # type: Seq[TokenLogprob | None] | None, list[Event]
+        for index in range(job.request.sampling.n):
+            found = endings[index] if index < len(endings) else Ending(Beam(), 0.0, reason)
+            tokens = found.beam.token_ids
+            self._totals["generation_tokens"] += len(tokens)
+            if tokens or scores:
+                events.append(Token(request_id, index, tokens, found.beam.logprobs or None, scores))
+            scores = None
+            first.index, first.tokens = index, [*first.tokens[: first.prompt_len], *tokens]
+            events.append(first.finished(found.reason, now, found.stop_token_id))
+        return events
+
     def _end(self, sequence: Sequence, event: Event | None) -> list[Event]:
         """The sequence is over. Blocks of one that is being computed are given back when that step is committed."""
         request_id = sequence.request.request_id
@@ -543,9 +660,9 @@ class Scheduler:
         live = self._jobs[request_id].live
         del live[sequence.index]
         if not live:
-            del self._jobs[request_id]
+            self._searches -= self._jobs.pop(request_id).search is not None
         if sequence.seat is None:
-            if not self._loads.cancel(sequence):
+            if sequence.offers is None and not self._loads.cancel(sequence):
                 _remove(self._waiting, sequence)
         elif not sequence.in_flight:
             self._leave(sequence)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from kvasir.engine.blocks import ContentId
 from kvasir.engine.event import Finished, FinishReason, Timing, TokenLogprob
 from kvasir.engine.request import Request
+from kvasir.engine.step import Candidate, replays
 
 GONE = -1
 Order = tuple[int, int, int]
@@ -41,6 +43,9 @@ class Sequence:
     in_flight: bool = False
     """A step that computes some of it is being executed."""
     ended: bool = False
+    offers: Seq[Candidate] | None = None
+    """A beam's likeliest next tokens: it waits until the others of its search have theirs. If it has to give up its blocks
+    meanwhile, it doesn't queue for new ones."""
     forks: list[int] = field(default_factory=list)
     """Continuations to branch off once the prompt is computed."""
     prompt_scores: list[TokenLogprob | None] | None = None
@@ -67,6 +72,16 @@ class Sequence:
     @property
     def outputs(self) -> int:
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def skippable(self) -> int:
+        """Tokens at its head whose rows nobody needs to see."""
+        return (self.prompt_len if replays(self.request.sampling) else len(self.tokens)) - 1
+
+    def replays(self, count: int) -> bool:
+        """Among its next `count` rows is one whose successor was sampled already, and must be seen again."""
+        first, end = max(self.computed, self.prompt_len - 1), self.computed + count
+        return first < min(end, len(self.tokens) - 1) and replays(self.request.sampling)
 
     def ending(self) -> tuple[FinishReason, int | None] | None:
         """Why the newest token ends it, and the stop token; None: it goes on."""

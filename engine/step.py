@@ -9,6 +9,9 @@ from kvasir.engine.blocks import ContentId
 from kvasir.engine.event import TokenLogprob
 from kvasir.engine.request import PoolingParams, SamplingParams
 
+Candidate = tuple[int, float, "TokenLogprob | None"]
+"""(token, its log probability with the request's biases and penalties, what is reported of it when asked for)"""
+
 
 @dataclass(frozen=True, slots=True)
 class NewSequence:
@@ -45,6 +48,8 @@ class Slice:
     """Also score the prompt tokens behind these rows."""
     pool: bool = False
     """These rows count for the sequence's vector; the slice that ends its prompt yields it."""
+    replay: bool = False
+    """The sampler sees again what it chose behind these rows, as far as they are behind the prompt's last but one token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,3 +99,10 @@ class Result:
     """Number in `token_ids` -> None when that token ends its sequence's grammar, or else why the grammar can't go on."""
     pooled: dict[int, Sequence[float]] = field(default_factory=dict)
     """seat -> the vector of a sequence whose prompt ended in this step."""
+    offers: dict[int, Sequence[Candidate]] = field(default_factory=dict)
+    """Number in `token_ids`, where a beam stands (the token itself means nothing) -> its likeliest next tokens."""
+
+
+def replays(sampling: SamplingParams) -> bool:
+    """What it draws next depends on how surprising its outputs were, not on the tokens alone."""
+    return sampling.mirostat > 0 and sampling.temperature > 0 and not sampling.use_beam_search

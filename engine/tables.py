@@ -123,6 +123,32 @@ class Tables:
             table.append(block)
         return [(group, list(table)) for group, table in enumerate(child.blocks)], copies
 
+    def branch(self, parent: Sequence, child: Sequence) -> tuple[Grown, list[tuple[int, int]]]:
+        """The child shares what the parent has computed: its full blocks, and a copy of the last one. (Its tables, blocks to
+        copy)"""
+        full, inside = divmod(parent.computed, self.pool.block_size)
+        child.blocks = [table[:full] for table in parent.blocks]
+        child.near_from = [min(first, full) for first in parent.near_from]
+        for table in child.blocks:
+            self.pool.hold(_held(table))
+        copies: list[tuple[int, int]] = []
+        if inside:
+            own = self.pool.take(len(parent.blocks))
+            copies = [(table[full], block) for table, block in zip(parent.blocks, own, strict=True)]
+            for table, block in zip(child.blocks, own, strict=True):
+                table.append(block)
+        return self.whole(child), copies
+
+    def inherit(self, parent: Sequence, child: Sequence) -> Grown:
+        """The child takes all that the parent has."""
+        child.blocks, child.near_from = parent.blocks, parent.near_from
+        parent.blocks, parent.near_from = [], []
+        return self.whole(child)
+
+    def whole(self, sequence: Sequence) -> Grown:
+        """Its tables, for ranks that know nothing of it."""
+        return [(group, list(table)) for group, table in enumerate(sequence.blocks)]
+
     def release(self, sequence: Sequence) -> None:
         """All blocks go back."""
         for table in sequence.blocks:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvasir.engine.errors import ERRORS, ServerError
 from kvasir.engine.event import Event, Failed, Finished, FinishReason, Pooled, Timing, Token, TokenLogprob
@@ -81,6 +82,11 @@ class Transcript:
         sampling = request.sampling
         self.request = request
         self.outputs = [Output(index) for index in range(sampling.n)]
+        """What is delivered; with best_of, of those that are made."""
+        self._made = (
+            [Output(index) for index in range(sampling.streams)] if sampling.streams > sampling.n else self.outputs
+        )
+        self._matched: list[int] = []
         self.prompt_logprobs: Sequence[TokenLogprob | None] | None = None
         self.cached_tokens = 0
         self._stop_ids = frozenset(sampling.stop_token_ids)
@@ -97,17 +103,17 @@ class Transcript:
     @property
     def settled(self) -> bool:
         """The engine sends no more events."""
-        return all(output.settled for output in self.outputs)
+        return all(output.settled for output in self._made)
 
     @property
     def usage(self) -> Usage:
         """Counts so far; `cached_tokens` is known once a continuation's `Finished` arrived."""
-        completion = sum(len(output.token_ids) for output in self.outputs)
+        completion = sum(len(output.token_ids) for output in self._made)
         return Usage(len(self.request.prompt_token_ids), self.cached_tokens, completion)
 
     def feed(self, events: Iterable[Event]) -> list[Delta]:
         """What `events` bring, at most one delta per continuation. Raises what a `Failed` says. After a stop string or
-        `Finished`, further tokens of that continuation are ignored."""
+        `Finished`, further tokens of that continuation are ignored. With best_of all come when the last has ended."""
         deltas: dict[int, Delta] = {}
         for event in events:
             if isinstance(event, Failed):
@@ -117,10 +123,38 @@ class Transcript:
             if delta is not None:
                 before = deltas.get(event.index)
                 deltas[event.index] = _merged(before, delta) if before else delta
-        return list(deltas.values())
+        self._matched += [index for index, delta in deltas.items() if delta.matched]
+        return list(deltas.values()) if self._made is self.outputs else self._choose()
+
+    def take_matched(self) -> list[int]:
+        """Continuations that a stop string ended since the last time, which the engine doesn't know: abort them with reason
+        "stop"."""
+        matched, self._matched = self._matched, []
+        return matched
+
+    def _choose(self) -> list[Delta]:
+        """The best of what was made, once all is there."""
+        if self.finished or not all(output.finish_reason for output in self._made):
+            return []
+        shown = self.request.sampling.logprobs is not None
+        ranked = sorted(self._made, key=_mean_logprob, reverse=True)
+        for index, output in enumerate(ranked[: len(self.outputs)]):
+            self.outputs[index] = replace(output, index=index, logprobs=output.logprobs if shown else None)
+        return [
+            Delta(
+                o.index,
+                o.text,
+                o.token_ids,
+                o.logprobs,
+                o.finish_reason,
+                o.stop_reason,
+                None if o.index else self.prompt_logprobs,
+            )
+            for o in self.outputs
+        ]
 
     def _token(self, event: Token) -> Delta | None:
-        output = self.outputs[event.index]
+        output = self._made[event.index]
         if event.prompt_logprobs is not None:
             self.prompt_logprobs = event.prompt_logprobs
         if output.finish_reason:
@@ -138,7 +172,7 @@ class Transcript:
         return self._noted(output, Delta(event.index, text, ids, logprobs, reason, stop, event.prompt_logprobs))
 
     def _finish(self, event: Finished) -> Delta | None:
-        output = self.outputs[event.index]
+        output = self._made[event.index]
         output.settled, output.timing, output.preemptions = True, event.timing, event.preemptions
         self.cached_tokens = max(self.cached_tokens, event.cached_tokens)
         if output.finish_reason:
@@ -301,8 +335,14 @@ def _writers(request: Request, tokenizer: Tokenizer, eos: frozenset[int], shown:
             include=include,
             min_tokens=min_tokens,
         )
-        for _ in range(sampling.n)
+        for _ in range(sampling.streams)
     ]
+
+
+def _mean_logprob(output: Output) -> float:
+    """Log probability per token; a continuation without any is as good as none."""
+    scores = [score.logprob for score in output.logprobs or ()]
+    return sum(scores) / len(scores) if scores else -math.inf
 
 
 def _merged(a: Delta, b: Delta) -> Delta:

@@ -23,7 +23,6 @@ ANSWERS = {
 REFUSED = {
     "suffix": "does not support insert",  # the model of these tests fills no gaps
     "images": "images",
-    "options": "typical_p",
     "think": "no thoughts",  # nor does it think
     "input": "can't embed",  # nor does it embed
     "thinking": "no thoughts",

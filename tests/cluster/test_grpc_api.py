@@ -203,6 +203,9 @@ def test_every_sampling_field_is_reachable(gateway, client):
         "include_stop_str_in_output": True, "max_tokens": 2, "ignore_eos": True, "logprobs": 0, "prompt_logprobs": 0,
         "skip_special_tokens": False, "spaces_between_special_tokens": False, "detokenize": False,
         "structured_outputs": {"regex": "a+"}, "thoughts": {"begin": [4], "end": [5, 6], "budget": 7},
+        "repeat_last_n": 5, "penalize_newline": False, "typical_p": 0.5,
+        "tfs_z": 0.75, "mirostat": 1, "mirostat_tau": 3.0, "mirostat_eta": 0.25, "bad_words": ["x", "é"],
+        "allowed_token_ids": [7, 8], "truncate_prompt_tokens": 1, "truncation_side": "right", "num_keep": 1,
     }  # fmt: skip
     assert set(given) == set(message.fields_by_name) - {"stop"}
     assert client.text("Generate", {"text": "a", "sampling": given, "priority": -3, "cache_salt": "s"}) == ""
@@ -213,6 +216,13 @@ def test_every_sampling_field_is_reachable(gateway, client):
         expected = NESTED[name](**value) if name in NESTED else expected
         assert (list(found) if isinstance(value, list) else found) == expected
     assert (request.priority, request.cache_salt) == (-3, "s")
+
+
+def test_what_was_cut_off_is_told(client):
+    sampling = {"truncate_prompt_tokens": 3, "num_keep": 1}
+    replies = [*client.call("Generate", {"text": "abcdefgh", "sampling": sampling, "return_prompt_token_ids": True})]
+    assert bytes(replies[0].prompt_token_ids) == b"agh"
+    assert (replies[-1].usage.prompt_tokens, replies[-1].usage.truncated_tokens) == (3, 5)
 
 
 def test_tokenize_and_detokenize(client):

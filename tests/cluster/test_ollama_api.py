@@ -11,8 +11,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvasir.cluster.ollama_fields import SAMPLER_LACKS
-
 TEXT = "Hello, wörld!"
 MESSAGES = [{"role": "user", "content": "Hi"}]
 PROMPT = [257, *b"Hi", 256, 258]
@@ -91,20 +89,44 @@ def test_random_seed_and_unlimited_output(gateway):
     assert gateway.group.requests[-1].sampling.max_tokens is None
 
 
-@pytest.mark.parametrize("name", SAMPLER_LACKS)
-def test_options_that_the_sampler_lacks(gateway, name):
-    reply = generate(gateway, options={name: 0.3})
-    assert reply.status_code == 400
-    assert reply.json().keys() == {"error"}
-    assert name in reply.json()["error"]
-    assert generate(gateway, options={name: SAMPLER_LACKS[name][0]}).status_code == 200
+def test_options_of_the_sampler_arrive(gateway):
+    options = {
+        "mirostat": 2, "mirostat_tau": 4.5, "mirostat_eta": 0.2, "tfs_z": 0.9, "typical_p": 0.8, "repeat_last_n": 7,
+        "penalize_newline": False, "bad_words": ["no"], "allowed_token_ids": [72], "logit_bias": {"72": 1.5},
+        "min_tokens": 1, "stop_token_ids": [9], "ignore_eos": True,
+    }  # fmt: skip
+    generate(gateway, options=options)
+    sampling = gateway.group.requests[-1].sampling
+    expected = options | {
+        "bad_words": ("no",),
+        "allowed_token_ids": (72,),
+        "logit_bias": {72: 1.5},
+        "stop_token_ids": (9,),
+    }
+    assert {name: getattr(sampling, name) for name in options} == expected
+    assert (sampling.top_k, sampling.top_p) == (0, 1.0)  # Mirostat stands in for Ollama's own defaults
+    generate(gateway)
+    assert gateway.group.requests[-1].sampling.repeat_last_n == 64
+    for name, value in (("typical_p", 0), ("mirostat", 3), ("repeat_last_n", -2), ("logit_bias", {"a": 1})):
+        reply = generate(gateway, options={name: value})
+        assert (reply.status_code, name in reply.json()["error"]) == (400, True)
 
 
 def test_ignored_is_reported(gateway):
-    reply = generate(gateway, keep_alive="5m", options={"num_ctx": 2048, "num_gpu": 1, "num_keep": 4}, odd=1)
+    reply = generate(gateway, keep_alive="5m", options={"num_ctx": 2048, "num_gpu": 1, "use_mmap": True}, odd=1)
     assert reply.status_code == 200
     warned = reply.headers["x-kvasir-warning"]
-    assert all(name in warned for name in ("keep_alive", "options.num_ctx", "options.num_gpu", "num_keep", "odd"))
+    assert all(name in warned for name in ("keep_alive", "options.num_ctx", "options.num_gpu", "use_mmap", "odd"))
+
+
+def test_prompts_are_cut_when_asked(gateway):
+    long = "x" * 9000
+    assert generate(gateway, prompt=long, raw=True).status_code == 400
+    assert generate(gateway, prompt=long, raw=True, truncate=False).status_code == 400
+    reply = generate(gateway, prompt="ab" + long, raw=True, truncate=True, options={"num_keep": 2, "num_predict": 96})
+    assert bytes(gateway.group.requests[-1].prompt_token_ids) == b"ab" + b"x" * 3998
+    assert "5002 tokens of the prompt were cut off" in reply.headers["x-kvasir-warning"]
+    assert chat(gateway, messages=[{"role": "user", "content": long}], truncate=True).status_code == 200
 
 
 def test_context_continues_a_conversation(gateway):

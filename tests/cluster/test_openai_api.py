@@ -323,7 +323,14 @@ def test_refused_chats(gateway, fields, param, text):
         ({"logprobs": 21}, "logprobs", "0 to 20"),
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
         ({"use_beam_search": True}, "use_beam_search", "isn't supported"),
-        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "isn't supported"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "at least 1"),
+        ({"truncate_prompt_tokens": 5000}, "truncate_prompt_tokens", "1 to 4096"),
+        ({"truncation_side": "middle"}, "truncation_side", "left"),
+        ({"prompt": "abcdef", "truncate_prompt_tokens": 4, "num_keep": 4}, "num_keep", "no room"),
+        ({"prompt": [5] * 4096, "truncate_prompt_tokens": -1, "num_keep": -1}, "prompt", "share 4096"),
+        ({"allowed_token_ids": []}, "allowed_token_ids", "at least one"),
+        ({"allowed_token_ids": [261]}, "allowed_token_ids", "0 to 260"),
+        ({"bad_words": "x"}, "bad_words", "a list of texts"),
     ],
 )
 def test_refused_completions(gateway, fields, param, text):
@@ -352,6 +359,33 @@ def test_best_of_equal_to_n_and_neutral_values(gateway):
     reply = complete(gateway, **neutral, service_tier="auto", store=False)
     assert reply.status_code == 200, reply.text
     assert "x-kvasir-warning" not in reply.headers
+
+
+@pytest.mark.parametrize(
+    ("fields", "left"),
+    [
+        ({"truncate_prompt_tokens": 4}, "efgh"),
+        ({"truncate_prompt_tokens": 4, "num_keep": 3}, "abch"),
+        ({"truncate_prompt_tokens": 4, "truncation_side": "right"}, "abcd"),
+        ({"truncate_prompt_tokens": 8}, "abcdefgh"),
+        ({"truncate_prompt_tokens": -1}, "abcdefgh"),
+        ({"truncate_prompt_tokens": 4, "num_keep": -1}, "abcdefgh"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompts_are_cut_when_asked(gateway, fields, left, stream):
+    reply = complete(gateway, prompt="abcdefgh", stream=stream, **fields)
+    assert bytes(gateway.group.requests[-1].prompt_token_ids).decode() == left
+    expected = f"{8 - len(left)} tokens of the prompt were cut off" if len(left) < 8 else None
+    assert reply.headers.get("x-kvasir-warning") == expected
+
+
+def test_prompts_are_cut_to_what_fits(gateway):
+    prompt = [5] * 9 + [6] * 5000
+    assert complete(gateway, prompt=prompt, truncate_prompt_tokens=-1, num_keep=9).status_code == 200
+    assert list(gateway.group.requests[-1].prompt_token_ids) == [5] * 9 + [6] * (4096 - 16 - 9)
+    reply = chat(gateway, messages=[{"role": "user", "content": "x" * 5000}], truncate_prompt_tokens=-1)
+    assert reply.json()["usage"]["prompt_tokens"] == 3072  # a quarter is left to an output without a limit
 
 
 def test_tokenize_and_detokenize(gateway):

@@ -42,6 +42,11 @@ def sent(message):
             logprobs=0, prompt_logprobs=20, skip_special_tokens=False, spaces_between_special_tokens=False,
         ),
         SamplingParams(detokenize=False),
+        SamplingParams(
+            repeat_last_n=0, penalize_newline=False, typical_p=0.2, tfs_z=0.5, mirostat=2, mirostat_tau=0.0,
+            mirostat_eta=1.0, bad_words=["é", " a"], allowed_token_ids=[0, 2**31], truncate_prompt_tokens=-1,
+            truncation_side="right", num_keep=-1,
+        ),
         SamplingParams(structured_outputs=StructuredOutput(json='{"type": "object"}')),
         SamplingParams(structured_outputs=StructuredOutput(choice=["yes", "no"])),
         SamplingParams(structured_outputs=StructuredOutput(json_object=True)),

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
+from kvasir.engine.beam_search import BeamSearch
 from kvasir.engine.blocks import BlockPool
 from kvasir.engine.errors import ClientError
 from kvasir.engine.event import Event, Failed, Finished, Pooled, Token, TokenLogprob
 from kvasir.engine.layout import LayerGroup, Layout
 from kvasir.engine.request import PoolingParams, Request, SamplingParams
 from kvasir.engine.scheduler import ONE_GROUP, Scheduler
-from kvasir.engine.step import Moves, Result, Step
+from kvasir.engine.step import Candidate, Moves, Result, Step
 
 VOCABULARY = 50
 END = 7
@@ -27,8 +28,28 @@ def model(tokens: Seq[int], seed: int) -> int:
     return random.Random(f"{seed} {tokens}").randrange(VOCABULARY)
 
 
+def offers(tokens: Seq[int], count: int) -> list[Candidate]:
+    """A beam's likeliest next tokens: a pure function of all tokens so far."""
+    draw = random.Random(f"beam {tokens}")
+    scores = {draw.randrange(VOCABULARY): -draw.expovariate(1.0) for _ in range(3 * count)}
+    return [(token, score, None) for token, score in sorted(scores.items(), key=lambda item: -item[1])[:count]]
+
+
+def searched(request: Request, limit: int) -> list[list[int]]:
+    """What a beam search must find, computed without any scheduler."""
+    stops = {*request.sampling.stop_token_ids, *(() if request.sampling.ignore_eos else (END,))}
+    wanted, prompt = request.sampling.max_tokens, list(request.prompt_token_ids)
+    search = BeamSearch(request.sampling, stops, limit - len(prompt) if wanted is None else wanted)
+    count = request.sampling.continuations + len(stops)
+    while search.advance([offers([*prompt, *beam.token_ids], count) for beam in search.live]):
+        pass
+    return [list(ending.beam.token_ids) for ending in search.best(request.sampling.n)]
+
+
 def expected(request: Request, index: int, seed: int, limit: int) -> list[int]:
     """What the continuation must be, computed without any scheduler."""
+    if request.sampling.use_beam_search:
+        return searched(request, limit)[index]
     tokens = [*request.prompt_token_ids, *request.resume_token_ids]
     stops = {*request.sampling.stop_token_ids, *(() if request.sampling.ignore_eos else (END,))}
     wanted = request.sampling.max_tokens
@@ -47,6 +68,8 @@ class Seat:
     prompt_len: int
     seed: int
     pools: bool
+    beams: int
+    """So many tokens are offered; 0: one is sampled."""
     stretched: bool
     tables: list[list[int]]
 
@@ -120,7 +143,9 @@ class FakeRank:
             assert new.seat not in self.seats
             tables: list[list[int]] = [[] for _ in self.groups]
             pools = new.pooling is not None
-            self.seats[new.seat] = Seat(list(new.token_ids), new.prompt_len, new.seed, pools, new.stretched, tables)
+            beams = new.sampling.use_beam_search * (new.sampling.continuations + len(new.stop_token_ids))
+            known = list(new.token_ids)
+            self.seats[new.seat] = Seat(known, new.prompt_len, new.seed, pools, beams, new.stretched, tables)
         for seat, group, blocks in step.blocks:
             self.seats[seat].tables[group] += blocks
         if step.moves is not None:
@@ -135,7 +160,7 @@ class FakeRank:
             self.slots.pop(slot, None)
             if content is not None:
                 self.slots[slot] = content
-        sampled, scores, pooled = [], {}, {}
+        sampled, scores, pooled, offered = [], {}, {}, {}
         for part in step.slices:
             seat_ = self.seats[part.seat]
             for position in range(part.start, part.start + part.count):
@@ -156,10 +181,12 @@ class FakeRank:
                 pooled[part.seat] = [float(sum(seat_.tokens))]
             if part.sample:
                 assert end == len(seat_.tokens)
-                sampled.append(model(seat_.tokens, seat_.seed))
+                if seat_.beams:
+                    offered[len(sampled)] = offers(seat_.tokens, seat_.beams)
+                sampled.append(0 if seat_.beams else model(seat_.tokens, seat_.seed))
         for part, token in zip([p for p in step.slices if p.sample], sampled, strict=True):
             self.seats[part.seat].tokens.append(token)
-        return Result(step.id, sampled, prompt_logprobs=scores, pooled=pooled)
+        return Result(step.id, sampled, prompt_logprobs=scores, pooled=pooled, offers=offered)
 
     def stamp(self, seat: Seat, group: int, position: int) -> object:
         return group, seat.stretched, tuple(seat.tokens[: position + 1])
@@ -298,6 +325,14 @@ def test_outputs_do_not_depend_on_sizes_order_or_memory(seed: int, layout: Layou
                 world.add(waiting.pop(), prompt, pooling=PoolingParams())
                 continue
             wanted = draw.choice((1, 2, 8, 30))
+            if draw.random() < 0.25:
+                width = draw.choice((1, 2, 5))
+                world.add(
+                    waiting.pop(), prompt, priority=draw.choice((0, 0, 1)), n=width, best_of=width + draw.choice((0, 2)),
+                    use_beam_search=True, max_tokens=wanted, ignore_eos=draw.random() < 0.3,
+                    early_stopping=draw.random() < 0.3, prompt_logprobs=draw.choice((None, None, 0)),
+                )  # fmt: skip
+                continue
             resume = [1, 2][: draw.choice((0, 0, 2))] if wanted > 2 else []
             world.add(
                 waiting.pop(), prompt, priority=draw.choice((0, 0, 1)), salt=draw.choice(("", "x")),

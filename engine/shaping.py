@@ -1,0 +1,82 @@
+"""Shaping: draws from distributions that are truncated by tail-free or typical sampling or by Mirostat."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvasir.engine.batch import Ints, send
+from kvasir.engine.request import SamplingParams
+from kvasir.kernels.sample import invert, tempered
+from kvasir.kernels.truncation import NEUTRAL_MASS, truncated
+
+Floats = npt.NDArray[np.float64]
+SHARES = ("tfs_z", "typical_p", "top_p")
+
+
+class Shaping:
+    """How surprising each seat's next token may be (Mirostat's state), and one batched draw for the seats that ask."""
+
+    def __init__(self, max_num_seqs: int, device: torch.device) -> None:
+        self.seats = np.zeros(max_num_seqs, np.bool_)
+        """Which draw here."""
+        self._device = device
+        self._versions = np.zeros(max_num_seqs, np.int64)
+        self._targets, self._rates = np.zeros(max_num_seqs), np.zeros(max_num_seqs)
+        self._shares = {name: np.ones(max_num_seqs) for name in SHARES}
+        self._most: Tensor | None = None
+
+    def enter(self, seat: int, sampling: SamplingParams) -> None:
+        """A sequence takes a seat."""
+        self.seats[seat] = sampling.mirostat or min(sampling.tfs_z, sampling.typical_p) < 1
+        if not self.seats[seat]:
+            return
+        if self._most is None:
+            self._most = torch.zeros(len(self.seats), dtype=torch.float64, device=self._device)
+        self._versions[seat] = sampling.mirostat
+        self._targets[seat], self._rates[seat] = sampling.mirostat_tau, sampling.mirostat_eta
+        self._most[seat] = 2 * sampling.mirostat_tau
+        for name, values in self._shares.items():
+            values[seat] = getattr(sampling, name)
+
+    def draw(
+        self, logits: Tensor, seats: Ints, uniforms: Floats, temperature: Tensor, min_p: Tensor, top_k: Ints
+    ) -> Tensor:
+        """One token for each row of logits[R, V]."""
+        values, ids, bits = self._truncated(logits, seats, temperature, min_p, top_k)
+        # drawn in the order of ids: in the order of probability, two that differ by a rounding error would change places
+        ids, order = ids.sort(-1)
+        place = invert(values.gather(-1, order), send(uniforms, self._device))[:, None]
+        self._learn(seats, bits.gather(-1, order).gather(-1, place)[:, 0])
+        return ids.gather(-1, place)[:, 0]
+
+    def replay(
+        self, logits: Tensor, seats: Ints, token_ids: Tensor, temperature: Tensor, min_p: Tensor, top_k: Ints
+    ) -> None:
+        """As `draw`, when it is known what was drawn."""
+        _, ids, bits = self._truncated(logits, seats, temperature, min_p, top_k)
+        self._learn(seats, bits[ids == token_ids[:, None]])
+
+    def _truncated(
+        self, logits: Tensor, seats: Ints, temperature: Tensor, min_p: Tensor, top_k: Ints
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shares = {
+            name: np.where(values[seats] >= 1, NEUTRAL_MASS, values[seats]) for name, values in self._shares.items()
+        }
+        assert self._most is not None
+        return truncated(
+            tempered(logits, temperature, min_p),
+            top_k=send(np.where(top_k > 0, top_k, logits.shape[-1]), self._device),
+            most=self._most[send(seats, self._device)],
+            version=send(self._versions[seats], self._device),
+            **{name: send(values, self._device) for name, values in shares.items()},
+        )
+
+    def _learn(self, seats: Ints, bits: Tensor) -> None:
+        """most -= eta (surprise - tau): what was drawn was `bits` surprising."""
+        assert self._most is not None
+        index, rates = send(seats, self._device), send(self._rates[seats], self._device)
+        bits = torch.where(bits.isfinite(), bits, 0.0)
+        self._most[index] -= rates * (bits - send(self._targets[seats], self._device))
