@@ -247,7 +247,8 @@ def test_thoughts_come_first_or_not_at_all(llm, write):
 def test_a_budget_ends_thoughts(llm, write, budget):
     tokenizer = llm.get_tokenizer()
     end = tokenizer.encode("The end", add_special_tokens=False)
-    (free,) = write(None, max_tokens=30, thoughts=Thoughts(end=end, budget=budget))
+    going_on = dict.fromkeys(llm.engine.info.eos_token_ids, -100.0)
+    (free,) = write(None, max_tokens=30, thoughts=Thoughts(end=end, budget=budget), logit_bias=going_on)
     assert list(free.token_ids[budget : budget + len(end)]) == end
     assert len(free.token_ids) > budget + len(end)
     (held,) = write(StructuredOutput(choice=["yes", "no"]), thoughts=Thoughts(end=end, budget=budget))
