@@ -7,6 +7,7 @@ moment; what a crash of the machine, a bad disk or somebody's hand made of it, t
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -120,13 +121,14 @@ class Disk:
             raise
 
     def _give_up(self, error: OSError) -> None:
-        """A full disk gets a tenth of ours back; whatever it is, it is left alone for a while."""
+        """A full disk gets a tenth of ours back; whatever is wrong with it, it is left alone for a while."""
         self.failed += 1
         self._paused_until = time.monotonic() + PAUSE_S
         logger.warning("KV blocks can't be kept in %s, for now they aren't: %s", self._claim.folder, error)
-        with self._lock:
-            left = self.shelf.shrink(self.shelf.used * 9 // 10)
-        self._unlink(left)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            with self._lock:
+                left = self.shelf.shrink(self.shelf.used * 9 // 10)
+            self._unlink(left)
 
     def read(self, content: ContentId, into: memoryview) -> bool:
         """The block's bytes. False: it isn't there, or it is bad, and then it is forgotten."""

@@ -10,12 +10,15 @@ import contextlib
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 LOCK = "lock"
 MOST_COPIES = 1024
+LINGER_S = 2.0
+"""So long a rank that was killed may take to let go of its folder."""
 
 
 class Claim:
@@ -27,9 +30,11 @@ class Claim:
         self._place = root, fingerprint, rank
         self._others: list[Abandoned] = []
 
-    def files(self) -> Iterator[os.DirEntry[str]]:
-        """What lies in the folder's parts."""
-        return _files(self.folder)
+    def files(self) -> list[os.DirEntry[str]]:
+        """What lies in the folder's parts; nothing, where that can't be read."""
+        with contextlib.suppress(OSError):
+            return [*_files(self.folder)]
+        return []
 
     def find_abandoned(self) -> None:
         """What models that aren't served any more left: one rank of a group cares for it."""
@@ -54,6 +59,10 @@ def claim(root: Path, fingerprint: str, rank: int, copy: int | None = None) -> C
         folder = root / fingerprint / str(number) / str(rank)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = _locked(folder)
+        until = time.monotonic() + (0 if copy is None else LINGER_S)
+        while lock is None and time.monotonic() < until:
+            time.sleep(0.05)
+            lock = _locked(folder)
         if lock is not None:
             os.utime(folder / LOCK)
             return Claim(root, fingerprint, number, rank, lock)

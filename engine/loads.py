@@ -18,7 +18,6 @@ from kvasir.engine.tables import Tables
 
 FETCH_S = 10.0
 """A sequence waits no longer for its blocks. While a fetch is overdue nothing else is asked of the tiers."""
-
 TRIES = 2
 """So often the tiers are asked for a sequence that gets no further, because others take its cached blocks meanwhile."""
 
@@ -95,9 +94,7 @@ class Loads:
         if len(fetch.come) < self._ranks:
             return None
         if min(fetch.come) < len(fetch.contents) and self._tiers is not None:
-            self._tiers.forget(
-                fetch.contents[min(fetch.come) :]
-            )  # they are computed now, and written again by all ranks
+            self._tiers.forget(fetch.contents[min(fetch.come) :])  # they will be computed, and written by all ranks
         return self.loading.pop(ticket)
 
     def overdue(self, now: float) -> list[Sequence]:

@@ -37,6 +37,8 @@ class Tiers:
 
     def __init__(self, cache: KVCache, host: Host | None, disk: Disk | None) -> None:
         self._cache, self._host, self._disk = cache, host, disk
+        self._tiers: list[Host | Disk] = [tier for tier in (host, disk) if tier is not None]
+        self._shelves = [tier.shelf for tier in self._tiers]
         self._bytes = cache.bytes_per_block
         self._pinned = cache.arena.is_cuda
         self._stream = torch.cuda.Stream(cache.arena.device) if self._pinned else None  # type: ignore[no-untyped-call]
@@ -67,7 +69,7 @@ class Tiers:
 
     def knows(self, content: ContentId) -> bool:
         """A tier holds the block, or did so a moment ago."""
-        return any(content in tier.shelf for tier in self._tiers)
+        return any(content in shelf for shelf in self._shelves)
 
     def forget(self, contents: Iterable[ContentId]) -> None:
         """These blocks are of no use."""
@@ -112,10 +114,6 @@ class Tiers:
             thread.join(FLUSH_S)
         if self._disk is not None and not any(thread.is_alive() for thread in self._threads):
             self._disk.close()
-
-    @property
-    def _tiers(self) -> list[Host | Disk]:
-        return [tier for tier in (self._host, self._disk) if tier is not None]
 
     def _sent(self, rows: Tensor) -> Tensor:
         return rows.pin_memory().to(self._cache.arena.device, non_blocking=True) if self._pinned else rows

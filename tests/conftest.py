@@ -33,6 +33,14 @@ def data() -> Callable[[str], Path]:
     return find
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What servers keep on the disk by default is this run's, not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 class OtlpReceiver(TraceServiceServicer):  # type: ignore[misc]
     """A real OTLP/gRPC collector: keeps the spans it is sent."""
 

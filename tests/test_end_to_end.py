@@ -106,7 +106,8 @@ def read(process: subprocess.Popen[str], log: list[str]) -> None:
 def start(tmp_path: Path, *flags: str, env: dict[str, str] | None = None) -> Server:
     """Start `kvasir serve` on free ports and wait until it says that it is ready."""
     command = [sys.executable, "-m", "kvasir.cluster.cli", "serve", "--port", "0", "--grpc-port", "0", *flags]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "OTEL_"))} | (env or {})
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "OTEL_"))}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), **(env or {})}
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -487,6 +488,45 @@ def test_rank_killed_during_a_stream(tmp_path: Path, data: Callable[[str], Path]
     assert status == 0
     leftover = [pid for pid in descendants(1) if str(tmp_path) in command_line(pid)]
     assert not leftover
+
+
+def test_a_prompt_starts_from_the_disk_after_a_kill_and_after_a_restart(
+    tmp_path: Path, data: Callable[[str], Path], greedy: dict[str, list[int]]
+) -> None:
+    flags = ("--model", str(data("model-stories260k/hf")), "--served-model-name", "stories", "--dtype", "float32")
+    body = {"model": "stories", "prompt": greedy["greedy_ids"][:100], "max_tokens": 50, "temperature": 0}
+
+    def ask(server: Server, loaded: int) -> int:
+        reply = httpx.post(server.url + "/v1/completions", json=body | {"return_token_ids": True}, timeout=60).json()
+        assert reply["choices"][0]["token_ids"] == greedy["greedy_ids"][100:150]
+        limit = time.monotonic() + 5
+        while server.metric("kvasir:kv_blocks_loaded_total") != loaded and time.monotonic() < limit:
+            time.sleep(0.05)
+        assert server.metric("kvasir:kv_blocks_loaded_total") == loaded
+        assert server.metric("kvasir:kv_blocks_failed_total") == 0
+        return int((reply["usage"]["prompt_tokens_details"] or {}).get("cached_tokens", 0))
+
+    server = start(tmp_path, *flags)
+    try:
+        assert ask(server, 0) == 0
+        limit = time.monotonic() + 10
+        while server.metric("kvasir:kv_blocks_stored_total") < 9 and time.monotonic() < limit:
+            time.sleep(0.1)
+        os.kill(server.ranks()[0], signal.SIGKILL)
+        while server.get("/health")[0] == 200:
+            time.sleep(0.01)
+        while server.get("/health")[0] != 200:
+            time.sleep(0.1)
+        assert ask(server, 6) == 96
+    finally:
+        assert server.stop() == 0, "".join(server.log)
+    server = start(tmp_path, *flags)
+    try:
+        assert ask(server, 6) == 96
+        assert ask(server, 6) == 96  # out of the cache
+    finally:
+        assert server.stop() == 0, "".join(server.log)
+    assert list((tmp_path / "cache" / "kvasir" / "kv").iterdir())
 
 
 def test_sigterm_drains(tmp_path: Path, data: Callable[[str], Path]) -> None:

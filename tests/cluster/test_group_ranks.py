@@ -136,6 +136,25 @@ def test_any_rank_s_death_is_told_and_mended(deployed):
     assert ends
 
 
+def test_every_rank_s_blocks_survive_the_ranks(deployed, tmp_path):
+    """One rank is killed, all are replaced: the prompt starts from what all of them have on the disk."""
+    handle = deployed(tensor_parallel_size=2, kv_disk_path=str(tmp_path))
+
+    async def ask(where):
+        client = await connected(where)
+        found, last = await tokens(client, list(range(5, 105)), SamplingParams(temperature=0, max_tokens=20))
+        await client.close()
+        return found, last.cached_tokens
+
+    first, ranks = endpoints(handle)[0], pids(handle)
+    found, cached = asyncio.run(ask(first))
+    assert cached == 0
+    until(lambda: len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2 * (7 + 1))
+    os.kill(ranks[1], signal.SIGKILL)
+    until(lambda: (now := endpoints(handle)) and now[0] != first)
+    assert asyncio.run(ask(endpoints(handle)[0])) == (found, 96)
+
+
 def test_a_rank_that_an_exchange_holds_is_replaced():
     """gloo doesn't let go of a receive from a rank that was stopped: the engine can't say so itself then."""
     actor = RankActor(EngineConfig(model="stories"), RankSetup())
