@@ -52,7 +52,7 @@ class Shape:
     num_blocks: int = 32768
     block_size: int = 16
     max_num_seqs: int = 256
-    budget: int = 256
+    budget: int = 128
     """Tokens of a step."""
 
     @property
@@ -164,6 +164,7 @@ class SimulatedGroup:
             waiting=len(self._waiting),
             kv_usage=self.pool.num_used / self.pool.num_blocks,
             queued_prefill_tokens=left,
+            prefills=len(self._prompts) + len(self._waiting),
             decode_blocks=self.pool.num_used,
             free_blocks=self.pool.num_free,
             prefix_queries=self._queries,
