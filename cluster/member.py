@@ -53,8 +53,10 @@ class Member:
         self.block_size = 16
         self.prefill_tokens = 0
         """To be computed before all that it was given streams."""
-        self.pressure = 0.0
-        """The same, and what its decoding slows down, in tokens computed."""
+        self.prefills = 0
+        """Requests that these belong to; they share its steps evenly."""
+        self.decoding = 0.0
+        """What its decoding slows down, in tokens computed."""
         self.requests = 0
         """Running or waiting."""
         self.rate: float | None = None
@@ -109,10 +111,15 @@ class Member:
 
     # -- what follows from it
 
+    def before(self, tokens: float) -> float:
+        """Tokens of others that are computed there before a request that has so many itself: all take the same share of
+        each step, so that none of them is ahead by more than it has."""
+        return min(self.prefill_tokens, self.prefills * tokens)
+
     def wait(self, tokens: float = 0.0) -> float:
         """Seconds until `tokens` more are computed there; 0 while its speed isn't known."""
         seats = self._seat_wait(tokens) if self._end_rate else 0.0
-        return seats + ((self.prefill_tokens + tokens) / self.rate if self.rate else 0.0)
+        return seats + (self.before(tokens) + tokens) / self.rate if self.rate else seats
 
     def _seat_wait(self, tokens: float) -> float:
         """Seconds until one more request has a seat and blocks for so many tokens."""
@@ -128,7 +135,8 @@ class Member:
         self.prefill_tokens = stats.queued_prefill_tokens + sum(one.tokens for one in sent)
         self.requests = stats.running + stats.waiting + len(sent)
         blocks = stats.decode_blocks + sum(one.blocks for one in sent)
-        self.pressure = self.prefill_tokens + DECODE_WEIGHT * blocks * self.block_size
+        self.prefills = stats.prefills + sum(1 for one in sent if one.tokens)
+        self.decoding = DECODE_WEIGHT * blocks * self.block_size
 
     def _measure(self, before: Stats, after: Stats, seconds: float) -> None:
         """Rates count only when there was enough to do."""

@@ -25,6 +25,9 @@ FetchPrice = Callable[[int], float]
 
 HOST_PRICE, DISK_PRICE = 0.05, 0.25
 """What a cached token costs that has to be brought back to the device, in tokens computed."""
+OTHERS = 2.0
+UNCACHED_WEIGHT = 1.0
+"""What computing a token costs that is cached elsewhere."""
 AFFINITY = 0.5
 """Share of a prompt that makes a group its home."""
 STAY_S = 1.0
@@ -212,7 +215,10 @@ class Router:
         rates = [member.rate for member in members if member.rate]
         mean = sum(rates) / len(rates) if rates else 1.0
         pairs = zip(members, choices.rest, strict=True)
-        return [(member.pressure + rest) * mean / (member.rate or mean) for member, rest in pairs]
+        return [
+            (member.decoding + OTHERS * member.before(rest) + UNCACHED_WEIGHT * rest) * mean / (member.rate or mean)
+            for member, rest in pairs
+        ]
 
     def _least(self, choices: _Choices, costs: Sequence[float], tie: float) -> int:
         """The least; of those that are about equal, the less loaded of two at random."""

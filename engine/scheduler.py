@@ -38,6 +38,8 @@ class Stats:
     """Share of blocks in use, 0 to 1."""
     queued_prefill_tokens: int = 0
     """Tokens that must be computed before every accepted request streams."""
+    prefills: int = 0
+    """Sequences that these tokens belong to: they share a step evenly."""
     decode_blocks: int = 0
     """Blocks that sequences hold."""
     free_blocks: int = 0
@@ -243,14 +245,15 @@ class Scheduler:
             insort(self._waiting, (sequence.order, sequence))
 
     def stats(self) -> Stats:
-        prefill = sum(sequence.remaining for _, sequence in self._running if sequence.remaining > 1)
-        prefill += sum(sequence.remaining - sequence.expected for _, sequence in self._waiting)
-        prefill += sum(sequence.remaining for sequence in self._loads.loading.values())
+        prompts = [sequence.remaining for _, sequence in self._running if sequence.remaining > 1]
+        prompts += [sequence.remaining - sequence.expected for _, sequence in self._waiting]
+        prompts += [sequence.remaining for sequence in self._loads.loading.values()]
         return Stats(
             running=len(self._running),
             waiting=self.num_waiting,
             kv_usage=self.pool.num_used / self.pool.num_blocks,
-            queued_prefill_tokens=prefill,
+            queued_prefill_tokens=sum(prompts),
+            prefills=len(prompts),
             decode_blocks=self.pool.num_used,
             free_blocks=self.pool.num_free,
             steps=self._steps,

@@ -403,7 +403,7 @@ class Load(_message.Message):
     def __init__(self, heartbeat_age_s: _Optional[float] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., counted: _Optional[int] = ...) -> None: ...
 
 class Stats(_message.Message):
-    __slots__ = ("running", "waiting", "kv_usage", "prefix_queries", "prefix_hits", "preemptions", "prompt_tokens", "generation_tokens", "queued_prefill_tokens", "steps", "step_tokens", "decode_blocks", "free_blocks", "ended", "host_bytes", "host_stored", "host_loaded", "host_evicted", "disk_bytes", "disk_stored", "disk_loaded", "disk_evicted", "disk_failed")
+    __slots__ = ("running", "waiting", "kv_usage", "prefix_queries", "prefix_hits", "preemptions", "prompt_tokens", "generation_tokens", "queued_prefill_tokens", "steps", "step_tokens", "decode_blocks", "free_blocks", "ended", "prefills", "host_bytes", "host_stored", "host_loaded", "host_evicted", "disk_bytes", "disk_stored", "disk_loaded", "disk_evicted", "disk_failed")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_USAGE_FIELD_NUMBER: _ClassVar[int]
@@ -418,6 +418,7 @@ class Stats(_message.Message):
     DECODE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
+    PREFILLS_FIELD_NUMBER: _ClassVar[int]
     HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
     HOST_STORED_FIELD_NUMBER: _ClassVar[int]
     HOST_LOADED_FIELD_NUMBER: _ClassVar[int]
@@ -441,6 +442,7 @@ class Stats(_message.Message):
     decode_blocks: int
     free_blocks: int
     ended: int
+    prefills: int
     host_bytes: int
     host_stored: int
     host_loaded: int
@@ -450,4 +452,4 @@ class Stats(_message.Message):
     disk_loaded: int
     disk_evicted: int
     disk_failed: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., step_tokens: _Optional[int] = ..., decode_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., ended: _Optional[int] = ..., host_bytes: _Optional[int] = ..., host_stored: _Optional[int] = ..., host_loaded: _Optional[int] = ..., host_evicted: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., disk_stored: _Optional[int] = ..., disk_loaded: _Optional[int] = ..., disk_evicted: _Optional[int] = ..., disk_failed: _Optional[int] = ...) -> None: ...
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., step_tokens: _Optional[int] = ..., decode_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., ended: _Optional[int] = ..., prefills: _Optional[int] = ..., host_bytes: _Optional[int] = ..., host_stored: _Optional[int] = ..., host_loaded: _Optional[int] = ..., host_evicted: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., disk_stored: _Optional[int] = ..., disk_loaded: _Optional[int] = ..., disk_evicted: _Optional[int] = ..., disk_failed: _Optional[int] = ...) -> None: ...
