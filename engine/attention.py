@@ -12,7 +12,7 @@ from kvasir.engine.layers import Linear, Norm, empty
 from kvasir.engine.share import Share
 from kvasir.engine.spec import Latent, Layer, QueryScale, Rope, Spec
 from kvasir.kernels.attention import attention
-from kvasir.kernels.cache import write
+from kvasir.kernels.cache import turn_and_write, write
 from kvasir.kernels.norm import rms_norm
 from kvasir.kernels.ragged import Ragged
 from kvasir.kernels.rope import Angles, rotate
@@ -62,11 +62,10 @@ class Attention(nn.Module):
         if spec.clip_qkv is not None:
             x = x.clamp(-spec.clip_qkv, spec.clip_qkv)
         heads = x.view(len(x), -1, spec.head_dim)
-        qk, v = heads.tensor_split((spec.heads + spec.kv_heads,), 1)
-        q, k = self._turned(qk, positional).tensor_split((spec.heads,), 1)
+        q, k, v = heads.split_with_sizes([spec.heads, spec.kv_heads, spec.kv_heads], 1)
+        q = self._placed(*self._normed(q, k), v, positional, ragged, k_cache, v_cache)
         if layer.query_scale is not None:
             q = q * positional[layer.query_scale][0]
-        write(k, v, k_cache, v_cache, ragged)
         y = attention(
             q,
             k_cache,
@@ -84,21 +83,28 @@ class Attention(nn.Module):
         out: Tensor = self.o(y.flatten(1))
         return out
 
-    def _turned(self, qk: Tensor, positional: Positional) -> Tensor:
-        """Normalised and rotated qk[T, H + K, D]."""
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = qk.tensor_split((self.spec.heads,), 1)
-            if self.spec.qk_norm == "row":
-                q, k = self._whole_rows(self.q_norm, self.k_norm, q.flatten(1), k.flatten(1))
-                q, k = (t.view(len(t), -1, self.spec.head_dim) for t in (q, k))
-            else:
-                q, k = self.q_norm(q), self.k_norm(k)
-            qk = torch.cat((q, k), 1)
-        if self.layer.rope is None:
-            return qk
-        rope = self.layer.rope
-        qk = rotate(qk, positional[rope], interleaved=rope.interleaved)
-        return rms_norm(qk, None, self.spec.eps) if self.spec.qk_norm == "l2" else qk
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q[T, H, D] and k[T, K, D] behind their norms."""
+        if self.q_norm is None or self.k_norm is None:
+            return q, k
+        if self.spec.qk_norm != "row":
+            return self.q_norm(q), self.k_norm(k)
+        q, k = self._whole_rows(self.q_norm, self.k_norm, q.flatten(1), k.flatten(1))
+        return q.view(len(q), -1, self.spec.head_dim), k.view(len(k), -1, self.spec.head_dim)
+
+    def _placed(
+        self, q: Tensor, k: Tensor, v: Tensor, positional: Positional, ragged: Ragged, k_cache: Tensor, v_cache: Tensor
+    ) -> Tensor:
+        """The turned queries; turned keys and the values go into the cache."""
+        rope, l2 = self.layer.rope, self.spec.qk_norm == "l2"
+        if rope is not None and not l2:
+            return turn_and_write(q, k, v, positional[rope], k_cache, v_cache, ragged, interleaved=rope.interleaved)
+        if rope is not None:
+            q, k = (
+                rms_norm(rotate(t, positional[rope], interleaved=rope.interleaved), None, self.spec.eps) for t in (q, k)
+            )
+        write(k, v, k_cache, v_cache, ragged)
+        return q
 
     def _whole_rows(self, q_norm: Norm, k_norm: Norm, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q[T, H * D] and k[T, K * D], normalised over the heads of all ranks."""

@@ -15,7 +15,7 @@ from kvasir.engine.layers import Linear, Norm, empty
 from kvasir.engine.rope import stretched_turning, turning
 from kvasir.engine.share import Share, share_of
 from kvasir.engine.spec import Layer, QueryScale, Spec
-from kvasir.kernels.linear import linear, packed
+from kvasir.kernels.linear import is_packed, linear, packed
 from kvasir.kernels.ragged import Ragged
 from kvasir.kernels.rope import Angles, rope_angles
 
@@ -44,27 +44,31 @@ class Block(nn.Module):
         self.mlp = mlp.module(share, layer, dtype, device)
 
     def forward(
-        self, x: Tensor, positional: Positional, ragged: Ragged, cache: tuple[Tensor, Tensor], rows: Tensor | None
-    ) -> Tensor:
-        """x[T, M] -> [T, M], or [R, M] when only some rows are wanted: the others end with their keys and values."""
-        before = self.placement in BEFORE
-        h = _normed(self.attn_norm, x) if before else x
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        positional: Positional,
+        ragged: Ragged,
+        cache: tuple[Tensor, Tensor],
+        rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x[T, M] and what is still to be added to it -> the same behind this block, so that sums and norms go together.
+
+        [R, M] when only some rows are wanted: the others end with their keys and values.
+        """
+        x, h = joined(self.attn_norm if self.placement in BEFORE else None, x, y, self.scale)
         y = self.attn(h, positional, ragged, *cache)
         if rows is not None:
             x, y, h = (t.index_select(0, rows) for t in (x, y, h))
         if self.placement.startswith("parallel"):  # one sum over ranks for both
             h = h if self.mlp_norm is None else self.mlp_norm(x)
-            return self._added(x, self.mesh.reduce(y + self.mlp(h)))
-        x = self._added(x, _normed(self.post_attn_norm, self.mesh.reduce(y)))
+            return x, self.mesh.reduce(y + self.mlp(h))
+        y = _normed(self.post_attn_norm, self.mesh.reduce(y))
         if self.placement == "after":
-            x = _normed(self.attn_norm, x)
-            return _normed(self.mlp_norm, self._added(x, self.mesh.reduce(self.mlp(x))))
-        y = self.mesh.reduce(self.mlp(_normed(self.mlp_norm, x)))
-        return self._added(x, _normed(self.post_mlp_norm, y))
-
-    def _added(self, x: Tensor, y: Tensor) -> Tensor:
-        """The residual."""
-        return x + y if self.scale == 1 else x + y * self.scale
+            _, x = joined(self.attn_norm, x, y, self.scale)
+            return joined(self.mlp_norm, x, self.mesh.reduce(self.mlp(x)), self.scale)[1], None
+        x, h = joined(self.mlp_norm, x, y, self.scale)
+        return x, _normed(self.post_mlp_norm, self.mesh.reduce(self.mlp(h)))
 
 
 class Decoder(nn.Module):
@@ -136,13 +140,14 @@ class Decoder(nn.Module):
             x = self.mesh.receive(len(tokens), self.spec.hidden, self.dtype, self.device)
         positional = self._positional(ragged, x.dtype)
         layers = self.share.layers
+        y: Tensor | None = None
         for i, block in zip(layers, self.blocks.values(), strict=True):
             chosen = rows if self.share.last and i == layers[-1] else None
-            x = block(x, positional, ragged.group(cache.group_of[i]), cache.layer(i), chosen)
+            x, y = block(x, y, positional, ragged.group(cache.group_of[i]), cache.layer(i), chosen)
+        x, h = joined(self.norm, x, y, self.spec.residual_scale)
         if not self.share.last:
             self.mesh.send(x)
-            return x
-        return _normed(self.norm, x)
+        return h
 
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
@@ -189,7 +194,7 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
-        if self.head is not None and not self.head.is_mkldnn:
+        if self.head is not None and not is_packed(self.head):
             head = packed(self.head)
             del self.head
             self.head = head
@@ -219,6 +224,15 @@ class Decoder(nn.Module):
 def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
     """norm(x), or x itself where there is none."""
     return x if norm is None else norm(x)
+
+
+def joined(norm: Norm | None, x: Tensor, y: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """The residual x + scale * y (x alone while nothing is to be added), and what the next branch reads: its norm."""
+    if y is not None and norm is not None:
+        return norm.added(x, y, scale)
+    if y is not None:
+        x = x + y if scale == 1 else x + y * scale
+    return x, _normed(norm, x)
 
 
 def _factors(scale: QueryScale, positions: Tensor, dtype: torch.dtype) -> Angles:

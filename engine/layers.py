@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from kvasir.engine.spec import Spec
-from kvasir.kernels.linear import linear, packed
-from kvasir.kernels.norm import layer_norm, rms_norm
+from kvasir.kernels.linear import is_packed, linear, packed
+from kvasir.kernels.norm import add_rms_norm, layer_norm, rms_norm
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
@@ -30,6 +30,13 @@ class Norm(nn.Module):
         if self.rms:
             return rms_norm(x, self.weight, self.eps, self.offset)
         return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def added(self, x: Tensor, y: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """(x + scale * y, its norm), both [T, M]."""
+        if self.rms:
+            return add_rms_norm(x, y, self.weight, self.eps, self.offset, scale)
+        x = x + y if scale == 1 else x + y * scale
+        return x, layer_norm(x, self.weight, self.bias, self.eps)
 
     def part(self, x: Tensor, mean_square: Tensor) -> Tensor:
         """x[T, W] is a part of rows whose mean_square[T, 1] is known; the weight is the same part's."""
@@ -58,7 +65,7 @@ class Linear(nn.Module):
 
     def pack(self) -> None:
         """Give the filled weight the order this device reads fastest; `places` ends here."""
-        if self.weight.is_mkldnn:
+        if is_packed(self.weight):
             return
         weight = packed(self.weight)
         del self.weight  # a parameter's name takes no plain tensor

@@ -8,6 +8,8 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvasir.kernels.op import op
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -21,6 +23,7 @@ def plain(x: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation](x)
 
 
+@op("native")
 def gated(x: Tensor, activation: str, limit: float | None = None) -> Tensor:
     """activation(gate) * up -> [T, F], where x[T, 2 F] holds gate in its first half and up in its second.
 

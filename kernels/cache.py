@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvasir.kernels.op import op
 from kvasir.kernels.ragged import Ragged
+from kvasir.kernels.rope import Angles, rotate
 
 
 def write(k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, ragged: Ragged) -> None:
@@ -18,3 +20,20 @@ def write(k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, 
     k_cache.index_put_(places, k)
     if v is not None and v_cache is not None:
         v_cache.index_put_(places, v)
+
+
+@op("native")
+def turn_and_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    angles: Angles,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    ragged: Ragged,
+    *,
+    interleaved: bool,
+) -> Tensor:
+    """`rotate` of q[T, H, D] and k[T, K, D], and `write` of keys and values -> the turned queries; q may be overwritten."""
+    write(rotate(k, angles, interleaved=interleaved), v, k_cache, v_cache, ragged)
+    return rotate(q, angles, interleaved=interleaved)

@@ -33,6 +33,11 @@ P, I, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 SIGNATURES: dict[str, tuple[type[ctypes._SimpleCData], ...]] = {  # type: ignore[type-arg]
     "use_threads": (P, P, P),
     "attention": (I, P, I, I, P, P, I, I, I, P, I, P, P, I, I, I, I, I, I, F, F, I, I, I, P, P, P, I),
+    "rms_norm": (I, P, I, I, I, P, F, P, F, F, P, P, I, I, I),
+    "gated": (I, P, P, I, I, I, I),
+    "turn_and_write": (I, P, I, P, I, P, I, P, P, P, P, P, I, I, I, I, I, I, I, I, I, I, I),
+    "pack_linear": (P, P, I, I, I),
+    "linear": (P, I, P, P, P, I, I, I, I),
 }
 
 
@@ -64,6 +69,12 @@ def native() -> Native:
     except (NativeError, OSError, subprocess.SubprocessError, AttributeError) as error:
         logger.warning("CPU kernels run in torch, which is slower: %s", error)
         return Native(None, f"{error}; kernels run in torch, which is slower")
+
+
+def multiplies_pairs() -> bool:
+    """Whether the CPU multiplies pairs of bfloat16 and adds them up in float32, and the library makes use of it."""
+    compiled = library()
+    return compiled is not None and bool(compiled.multiplies_pairs())
 
 
 def sources() -> list[Path]:
@@ -135,6 +146,7 @@ def _opened(path: Path) -> ctypes.CDLL:
     for name, types in SIGNATURES.items():
         function = getattr(found, name)
         function.argtypes, function.restype = types, None
+    found.multiplies_pairs.restype = I
     openmp = ctypes.CDLL(torch._C.__file__)  # looks through all that torch was linked with
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
     if not all(hasattr(openmp, name) for name in names):

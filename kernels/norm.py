@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvasir.kernels.op import op
 
+
+@op("native")
 def rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, mean_square: Tensor | None = None
 ) -> Tensor:
@@ -20,6 +23,15 @@ def rms_norm(
     if weight is None:
         return y.to(x.dtype)
     return (y * (weight.float() + offset)).to(x.dtype) if offset else y.to(x.dtype) * weight
+
+
+@op("native")
+def add_rms_norm(
+    x: Tensor, y: Tensor, weight: Tensor, eps: float, offset: float = 0.0, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(x + scale * y, its rms_norm), x and y[T, M]: a branch's result joins the residual before the next branch."""
+    total = x + y if scale == 1 else x + y * scale
+    return total, rms_norm.reference(total, weight, eps, offset)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

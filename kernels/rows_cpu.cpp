@@ -1,0 +1,156 @@
+// What is done row by row between the large products: norms with the residual, rotation with the cache write, gates.
+// Intermediate results are rounded where the definitions round them.
+#include "native.h"
+
+#include <algorithm>
+
+namespace {
+
+constexpr int64_t ALONE = 16384; // numbers that one thread handles sooner than two would have met
+
+template <class T>
+F16 rounded_to(F16 x) {
+  T part[16];
+  narrow(part, x);
+  return widen(part);
+}
+template <>
+F16 rounded_to<float>(F16 x) { return x; }
+
+template <class Run>
+void by_rows(int64_t threads, int64_t rows, int64_t numbers, Run run) {
+  int64_t some = std::max<int64_t>(1, ALONE / 4 / std::max<int64_t>(1, numbers));
+  share_out(rows * numbers < ALONE ? 1 : threads, (rows + some - 1) / some, [&](int64_t i) {
+    for (int64_t row = i * some; row < std::min(rows, (i + 1) * some); row++) run(row);
+  });
+}
+
+// One row: total = x + scale * y (y may be null), out = its norm times weight.
+template <class T>
+void norm_row(const T *x, const T *y, float scale, const T *weight, float offset, float eps, T *total, T *out, int64_t width) {
+  F16 squares = splat(0.0f);
+  for (int64_t d = 0; d < width; d += 16) {
+    F16 v = widen(x + d, width - d);
+    if (y) {
+      F16 w = widen(y + d, width - d);
+      if (scale != 1.0f) w = rounded_to<T>(w * scale);
+      v = rounded_to<T>(v + w);
+      narrow(total + d, v, width - d);
+    }
+    squares += v * v;
+  }
+  F16 factor = splat(1.0f / std::sqrt(sum(squares) / (float)width + eps));
+  const T *from = y ? total : x;
+  for (int64_t d = 0; d < width; d += 16) {
+    F16 v = widen(from + d, width - d) * factor;
+    if (weight && offset != 0.0f)
+      v *= widen(weight + d, width - d) + offset;
+    else if (weight)
+      v = rounded_to<T>(v) * widen(weight + d, width - d);
+    narrow(out + d, v, width - d);
+  }
+}
+
+// Row r of x lies at r / inner * outer + r % inner * x_row.
+template <class T>
+void norms(const T *x, int64_t outer, int64_t inner, int64_t x_row, const T *y, float scale, const T *weight, float offset, float eps, T *total, T *out,
+           int64_t rows, int64_t width, int64_t threads) {
+  by_rows(threads, rows, width, [&](int64_t r) {
+    norm_row(x + r / inner * outer + r % inner * x_row, y ? y + r * width : nullptr, scale, weight, offset, eps, total + r * width, out + r * width, width);
+  });
+}
+
+enum Gate { SILU, GELU_TANH };
+
+template <class T>
+void gates(const T *x, T *out, int64_t rows, int64_t width, int64_t kind, int64_t threads) {
+  by_rows(threads, rows, width, [&](int64_t r) {
+    const T *gate = x + 2 * r * width, *up = gate + width;
+    for (int64_t d = 0; d < width; d += 16) {
+      F16 g = widen(gate + d, width - d);
+      F16 inner = kind == SILU ? g : 1.59576912f * (g + 0.044715f * g * g * g); // twice the tangent's argument
+      g = g / (1.0f + exponential(-inner));
+      narrow(out + r * width + d, rounded_to<T>(g) * widen(up + d, width - d), width - d);
+    }
+  });
+}
+
+struct Turn {
+  int64_t q_row, k_row, v_row, heads, keys, dim, turned, interleaved;
+  const int64_t *slots;
+  int64_t block, slot, head, block_size;
+};
+
+// One head by cos and sin [turned]: to[i] = x[i] cos[i] + partner(i) sin[i]; the rest as it is. `to` may be x.
+template <class T>
+void turn_head(const T *x, const float *cos, const float *sin, const Turn &t, T *to) {
+  float from[1024];
+  for (int64_t d = 0; d < t.dim; d += 16) store(from + d, widen(x + d, t.dim - d));
+  int64_t middle = t.turned / 2;
+  for (int64_t d = 0; d < t.turned; d += 16) {
+    float partner[16] = {};
+    int64_t count = std::min<int64_t>(16, t.turned - d);
+    if (t.interleaved)
+      for (int64_t i = 0; i < count; i++) partner[i] = from[(d + i) ^ 1];
+    else
+      for (int64_t i = 0; i < count; i++) partner[i] = from[d + i < middle ? d + i + middle : d + i - middle];
+    F16 y = rounded_to<T>(load<F16>(from + d) * load<F16>(cos + d)) + load<F16>(partner) * load<F16>(sin + d);
+    narrow(to + d, y, count);
+  }
+  if (to != x && t.turned < t.dim) std::memcpy((void *)(to + t.turned), x + t.turned, (t.dim - t.turned) * sizeof(T));
+}
+
+template <class T>
+void turns(T *q, const T *k, const T *v, const T *cos, const T *sin, T *k_cache, T *v_cache, const Turn &t, int64_t rows, int64_t threads) {
+  by_rows(threads, rows, (t.heads + 2 * t.keys) * t.dim, [&](int64_t r) {
+    float c[1024], s[1024];
+    for (int64_t d = 0; d < t.turned; d += 16) {
+      store(c + d, widen(cos + r * t.turned + d, t.turned - d));
+      store(s + d, widen(sin + r * t.turned + d, t.turned - d));
+    }
+    T *query = q + r * t.q_row;
+    for (int64_t h = 0; h < t.heads; h++, query += t.dim) turn_head(query, c, s, t, query);
+    int64_t place = t.slots[r] / t.block_size * t.block + t.slots[r] % t.block_size * t.slot;
+    for (int64_t h = 0; h < t.keys; h++, place += t.head) {
+      turn_head(k + r * t.k_row + h * t.dim, c, s, t, k_cache + place);
+      std::memcpy((void *)(v_cache + place), v + r * t.v_row + h * t.dim, t.dim * sizeof(T));
+    }
+  });
+}
+
+} // namespace
+
+// Types: 0 float32, 1 bfloat16, 2 float16.
+#define BY_TYPE(type, call)                                                                                                \
+  if (type == 0) {                                                                                                         \
+    typedef float T;                                                                                                       \
+    call;                                                                                                                  \
+  } else if (type == 1) {                                                                                                  \
+    typedef bf16 T;                                                                                                        \
+    call;                                                                                                                  \
+  } else {                                                                                                                 \
+    typedef fp16 T;                                                                                                        \
+    call;                                                                                                                  \
+  }
+
+// x (rows `inner` by `inner` `outer` numbers apart, x_row within) + scale * y[T, M] -> total, and its norm -> out. y null: the
+// norm of x alone.
+EXPORT void rms_norm(int64_t type, const void *x, int64_t outer, int64_t inner, int64_t x_row, const void *y, double scale, const void *weight, double offset,
+                     double eps, void *total, void *out, int64_t rows, int64_t width, int64_t threads) {
+  BY_TYPE(type, norms((const T *)x, outer, inner, x_row, (const T *)y, (float)scale, (const T *)weight, (float)offset, (float)eps,
+                      (T *)total, (T *)out, rows, width, threads))
+}
+
+// x[T, 2 F] -> out[T, F]. kind: 0 silu, 1 gelu by tanh.
+EXPORT void gated(int64_t type, const void *x, void *out, int64_t rows, int64_t width, int64_t kind, int64_t threads) {
+  BY_TYPE(type, gates((const T *)x, (T *)out, rows, width, kind, threads))
+}
+
+// q[T, H, D] turned in place, k[T, K, D] turned and written to its slots, v written; each has its own distance of rows.
+EXPORT void turn_and_write(int64_t type, void *q, int64_t q_row, const void *k, int64_t k_row, const void *v, int64_t v_row,
+                           const void *cos, const void *sin, void *k_cache, void *v_cache,
+                           const int64_t *slots, int64_t block, int64_t slot, int64_t head, int64_t block_size, int64_t rows,
+                           int64_t heads, int64_t keys, int64_t dim, int64_t turned, int64_t interleaved, int64_t threads) {
+  Turn t{q_row, k_row, v_row, heads, keys, dim, turned, interleaved, slots, block, slot, head, block_size};
+  BY_TYPE(type, turns((T *)q, (const T *)k, (const T *)v, (const T *)cos, (const T *)sin, (T *)k_cache, (T *)v_cache, t, rows, threads))
+}
