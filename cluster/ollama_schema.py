@@ -23,6 +23,7 @@ from kvasir.cluster.ollama_fields import (
     objects,
     seconds,
 )
+from kvasir.cluster.openai_fields import undrawn
 from kvasir.cluster.openai_schema import sort_fields, token_bias
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.prompt_cut import WHAT_FITS
@@ -161,7 +162,7 @@ def _options(options: Body) -> tuple[dict[str, Any], tuple[str, ...]]:
     if "logit_bias" in sampling:
         sampling["logit_bias"] = token_bias(sampling["logit_bias"])
     sampling["max_tokens"] = limit if limit > 0 else None
-    return sampling, tuple(f"options.{name}" for name in unknown)
+    return sampling, tuple(f"options.{name}" for name in (*unknown, *undrawn(fields)))
 
 
 def _logprobs(fields: Mapping[str, Any]) -> int | None:

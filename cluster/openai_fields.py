@@ -6,7 +6,7 @@ the neutral values, which say nothing; null always is one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kvasir.cluster.structured_fields import FIELDS as STRUCTURED
@@ -54,6 +54,28 @@ def _some_ids(name: str, value: Any) -> None:
     _list_of(int, "token ids")(name, value)
     if not value:
         raise ClientError(f"{name} must hold at least one token id: no token could be chosen", param=name)
+
+
+DRAWN = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "typical_p",
+    "tfs_z",
+    "mirostat",
+    "mirostat_tau",
+    "mirostat_eta",
+    "seed",
+)
+"""What shapes draws, of which a beam search makes none."""
+
+
+def undrawn(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of a beam search's fields those that mean nothing to it."""
+    if not fields.get("use_beam_search"):
+        return ()
+    return tuple(f"{name} (beams aren't drawn)" for name in DRAWN if fields.get(name) not in (None, 0))
 
 
 def later(name: str, value: Any) -> None:

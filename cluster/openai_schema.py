@@ -25,6 +25,7 @@ from kvasir.cluster.openai_fields import (
     TOKENIZE_HONOURED,
     Check,
     integer_from,
+    undrawn,
 )
 from kvasir.cluster.structured_fields import structured_output
 from kvasir.engine.errors import ClientError, UnsupportedError
@@ -228,7 +229,7 @@ def _shape(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> dict[str, An
         "prompt_logprobs": "prompt_logprobs" in fields,
         "return_token_ids": fields.get("return_token_ids", False),
         "request_id": fields.get("request_id"),
-        "warnings": warnings,
+        "warnings": (*warnings, *undrawn(fields)),
     }
 
 

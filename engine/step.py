@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from kvasir.engine.event import TokenLogprob
 from kvasir.engine.request import PoolingParams, SamplingParams
 
-
 Candidate = tuple[int, float, "TokenLogprob | None"]
 """(token, its log probability with the request's biases and penalties, what is reported of it when asked for)"""
 
