@@ -69,6 +69,7 @@ SPELLINGS: dict[str, Renamed | Always | Refused] = {
     "enable_chunked_prefill": Always(TRUE, "long prompts are always cut into chunks"),
     "num_scheduler_steps": Always((1, "1"), "every step is scheduled by itself"),
     "kv_cache_dtype": Always(("auto",), "the KV cache has the type of the model"),
+    "logits_processor_pattern": Refused("name those that requests may use: --logits-processors NAME,..."),
     "quantization": Refused("quantised weights are not supported yet"),
     "enable_lora": Always(FALSE, _LORA),
     "max_loras": Refused(_LORA),

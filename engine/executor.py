@@ -15,6 +15,7 @@ from kvasir.engine.load import Loaded, check_ranks, load
 from kvasir.engine.memory import resolve_device
 from kvasir.engine.mesh import Mesh, Place, host_store, join
 from kvasir.engine.processes import Processes
+from kvasir.engine.processors import Processors
 from kvasir.engine.rank import Rank
 from kvasir.engine.step import Result, Step
 
@@ -150,6 +151,7 @@ def rank_of(config: EngineConfig, loaded: Loaded, grammars: Grammars) -> Rank:
         max_model_len=loaded.info.max_model_len,
         pooler=loaded.pooler,
         grammars=grammars,
+        processors=Processors(config.logits_processors),
     )
 
 

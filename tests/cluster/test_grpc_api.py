@@ -206,6 +206,7 @@ def test_every_sampling_field_is_reachable(gateway, client):
         "tfs_z": 0.75, "mirostat": 1, "mirostat_tau": 3.0, "mirostat_eta": 0.25, "bad_words": ["x", "é"],
         "allowed_token_ids": [7, 8], "truncate_prompt_tokens": 1, "truncation_side": "right", "num_keep": 1, "best_of": 3,
         "use_beam_search": True, "length_penalty": -0.5, "early_stopping": "never",
+        "logits_processors": {"x": '{"a": 1}'},
     }  # fmt: skip
     assert set(given) == set(message.fields_by_name) - {"stop"}
     assert client.text("Generate", {"text": "a", "sampling": given, "priority": -3, "cache_salt": "s"}) == ""

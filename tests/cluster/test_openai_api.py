@@ -364,6 +364,25 @@ def test_best_of_equal_to_n_and_neutral_values(gateway):
     assert "x-kvasir-warning" not in reply.headers
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (["a", {"qualname": "b", "kwargs": {"k": 1}}], {"a": "{}", "b": '{"k": 1}'}),
+        ({"a": {"k": [1]}}, {"a": '{"k": [1]}'}),
+        ([], {}),
+    ],
+)
+def test_logits_processors_arrive(gateway, given, kept):
+    assert complete(gateway, logits_processors=given).status_code == 200
+    assert gateway.group.requests[-1].sampling.logits_processors == kept
+
+
+@pytest.mark.parametrize("given", [[3], "a", [{"name": "a"}], {"a": 3}, [{"qualname": "a", "args": [1]}]])
+def test_logits_processors_that_are_none(gateway, given):
+    reply = complete(gateway, logits_processors=given)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "logits_processors")
+
+
 def test_beams_and_what_means_nothing_to_them(gateway):
     search = {"use_beam_search": True, "n": 2, "best_of": 4, "length_penalty": 0.5, "early_stopping": True}
     reply = complete(gateway, **search, temperature=0)

@@ -47,6 +47,7 @@ def sent(message):
             mirostat_eta=1.0, bad_words=["é", " a"], allowed_token_ids=[0, 2**31], truncate_prompt_tokens=-1,
             truncation_side="right", num_keep=-1,
             n=2, best_of=5, use_beam_search=True, length_penalty=-1.5, early_stopping="never",
+            logits_processors={"x": {"a": [1]}, "y": {}},
         ),
         SamplingParams(structured_outputs=StructuredOutput(json='{"type": "object"}', after=[5, 6])),
         SamplingParams(structured_outputs=StructuredOutput(choice=["yes", "no"])),

@@ -23,7 +23,7 @@ SAMPLING = st.sampled_from(
         SamplingParams(structured_outputs=StructuredOutput(json="{}", after=[4, 5]), max_tokens=None, logprobs=3),
         SamplingParams(bad_words=["é"], allowed_token_ids=[1, 2], mirostat=2, typical_p=0.5, truncate_prompt_tokens=-1),
         SamplingParams(
-            use_beam_search=True, best_of=3, early_stopping=True, length_penalty=-0.5, penalize_newline=False
+            use_beam_search=True, best_of=3, early_stopping=True, logits_processors={"x": {}}, penalize_newline=False
         ),
     ]
 )
