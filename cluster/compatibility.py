@@ -75,6 +75,7 @@ SPELLINGS: dict[str, Renamed | Always | Refused] = {
     "enable_chunked_prefill": Always(TRUE, "long prompts are always cut into chunks"),
     "num_scheduler_steps": Always((1, "1"), "every step is scheduled by itself"),
     "kv_cache_dtype": Always(("auto",), "the KV cache has the type of the model"),
+    "logits_processor_pattern": Refused("name those that requests may use: --logits-processors NAME,..."),
     "quantization": Refused("quantised weights are not supported yet"),
     "enable_auto_tool_choice": Always(TRUE, "a model may always call the tools that a request offers"),
     "enable_reasoning": Always(TRUE, "thoughts are told from the answer; --reasoning-parser none leaves them in it"),

@@ -25,6 +25,7 @@ from kvasir.proto import inference_pb2 as pb
 
 GENERATE_MAX_TOKENS = 16
 _LISTS = ("stop", "stop_token_ids", "bad_words", "allowed_token_ids")
+_MAPS = ("logit_bias", "logits_processors")
 _FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 
 
@@ -179,8 +180,7 @@ def _sampling(message: pb.Sampling) -> dict[str, Any]:
     """What is set, by the names of `SamplingParams`."""
     given = _set(message, _SCALARS)
     given |= {name: list(values) for name in _LISTS if (values := getattr(message, name))}
-    if message.logit_bias:
-        given["logit_bias"] = dict(message.logit_bias)
+    given |= {name: dict(found) for name in _MAPS if (found := getattr(message, name))}
     if message.HasField("structured_outputs"):
         given["structured_outputs"] = _structure(message.structured_outputs)
     if message.HasField("thoughts"):

@@ -23,7 +23,8 @@ from kvasir.cluster.ollama_fields import (
     objects,
     seconds,
 )
-from kvasir.cluster.openai_schema import sort_fields, token_bias
+from kvasir.cluster.openai_fields import undrawn
+from kvasir.cluster.openai_schema import processors, sort_fields, token_bias
 from kvasir.cluster.tool_use import ToolUse, tool_use
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.prompt_cut import WHAT_FITS
@@ -163,10 +164,12 @@ def _options(options: Body) -> tuple[dict[str, Any], tuple[str, ...]]:
     if fields.get("seed") == -1:
         del fields["seed"]
     sampling = {SAMPLING_NAMES.get(name, name): value for name, value in fields.items()}
+    if "logits_processors" in sampling:
+        sampling["logits_processors"] = processors(sampling["logits_processors"])
     if "logit_bias" in sampling:
         sampling["logit_bias"] = token_bias(sampling["logit_bias"])
     sampling["max_tokens"] = limit if limit > 0 else None
-    return sampling, tuple(f"options.{name}" for name in unknown)
+    return sampling, tuple(f"options.{name}" for name in (*unknown, *undrawn(fields)))
 
 
 def _logprobs(fields: Mapping[str, Any]) -> int | None:

@@ -6,7 +6,7 @@ the neutral values, which say nothing; null always is one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kvasir.cluster.structured_fields import FIELDS as STRUCTURED
@@ -64,6 +64,28 @@ def _some_ids(name: str, value: Any) -> None:
         raise ClientError(f"{name} must hold at least one token id: no token could be chosen", param=name)
 
 
+DRAWN = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "typical_p",
+    "tfs_z",
+    "mirostat",
+    "mirostat_tau",
+    "mirostat_eta",
+    "seed",
+)
+"""What shapes draws, of which a beam search makes none."""
+
+
+def undrawn(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of a beam search's fields those that mean nothing to it."""
+    if not fields.get("use_beam_search"):
+        return ()
+    return tuple(f"{name} (beams aren't drawn)" for name in DRAWN if fields.get(name) not in (None, 0))
+
+
 def later(name: str, value: Any) -> None:
     """Checked where it is used."""
 
@@ -103,6 +125,7 @@ SAMPLING: dict[str, Check] = {
     "truncate_prompt_tokens": later,
     "truncation_side": later,
     "num_keep": later,
+    "logits_processors": later,
     "bad_words": _list_of(str, "texts"),
     "allowed_token_ids": _some_ids,
     "ignore_eos": boolean,
@@ -198,7 +221,6 @@ _REFUSED: Neutral = {
     "regex": (),
     "ebnf": (),
     "format": ("",),
-    "logits_processors": ([],),
     "logit_processor": (),
     "vllm_xargs": ({},),
     "return_tokens_as_token_ids": (False,),

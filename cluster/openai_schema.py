@@ -25,6 +25,7 @@ from kvasir.cluster.openai_fields import (
     TOKENIZE_HONOURED,
     Check,
     integer_from,
+    undrawn,
 )
 from kvasir.cluster.structured_fields import structured_output
 from kvasir.cluster.tool_use import tool_use
@@ -160,9 +161,25 @@ def _sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
     sampling = {name: fields[name] for name in SAMPLING if name in fields}
     if bias := fields.get("logit_bias"):
         sampling["logit_bias"] = token_bias(bias)
+    if "logits_processors" in fields:
+        sampling["logits_processors"] = processors(fields["logits_processors"])
     if (wanted := structured_output(fields)) is not None:
         sampling["structured_outputs"] = wanted
     return sampling
+
+
+def processors(given: Any) -> Any:
+    """Name -> arguments, from that itself, or from vLLM's list of names and {"qualname": ..., "kwargs": {...}}."""
+    if not isinstance(given, list):
+        return given
+    found: dict[str, Any] = {}
+    for one in given:
+        said = {"qualname": one} if isinstance(one, str) else one
+        if not isinstance(said, dict) or not isinstance(said.get("qualname"), str) or said.get("args"):
+            text = 'logits_processors must be names or {"qualname": NAME, "kwargs": {...}}'
+            raise ClientError(f"{text}, got {one!r:.60}", param="logits_processors")
+        found[said["qualname"]] = said.get("kwargs") or {}
+    return found
 
 
 def token_bias(given: Mapping[str, Any]) -> dict[int, Any]:
@@ -250,7 +267,7 @@ def _shape(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> dict[str, An
         "prompt_logprobs": "prompt_logprobs" in fields,
         "return_token_ids": fields.get("return_token_ids", False),
         "request_id": fields.get("request_id"),
-        "warnings": warnings,
+        "warnings": (*warnings, *undrawn(fields)),
     }
 
 

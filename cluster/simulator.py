@@ -98,7 +98,9 @@ class Run:
 class SimulatedGroup:
     """One group. `now` is the end of its last step; `on_tokens(run, count)` is called for what a step produced."""
 
-    def __init__(self, name: str, shape: Shape, on_tokens: Callable[[Run, int], None] = lambda run, count: None) -> None:
+    def __init__(
+        self, name: str, shape: Shape, on_tokens: Callable[[Run, int], None] = lambda run, count: None
+    ) -> None:
         self.shape, self.info = shape, shape.info
         self.pool = BlockPool(shape.num_blocks, shape.block_size)
         self.pool.listen()

@@ -91,6 +91,8 @@ class EngineConfig:
     """Token ids in, token ids out: no tokenizer is loaded."""
     generation_config: Literal["auto", "none"] = "auto"
     """auto: default sampling parameters from the model's generation_config.json; none: Kvasir's own."""
+    logits_processors: tuple[str, ...] = ()
+    """Installed logits processors that requests may use: entry points of the group kvasir.logits_processors, by name."""
     num_threads: int | None = None
     """CPU threads of each rank for tensor work; default: the cores this process may use, shared by the ranks of a node."""
     tensor_parallel_size: int = 1

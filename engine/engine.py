@@ -19,6 +19,7 @@ from kvasir.engine.grammar_queue import Compiling
 from kvasir.engine.load import Loaded
 from kvasir.engine.memory import token_budget
 from kvasir.engine.pooling import check_dimensions
+from kvasir.engine.processors import Processors
 from kvasir.engine.request import PoolingParams, Request, SamplingParams
 from kvasir.engine.scheduler import Scheduler, Stats
 from kvasir.engine.step import NewSequence, Slice, Step
@@ -60,6 +61,7 @@ class Engine:
         self._pooler, self._token_types = loaded.pooler, loaded.decoder.spec.token_types
         self._grammars = executor.grammars
         self._compiling = Compiling(self._grammars)
+        self._processors = Processors(config.logits_processors)
         self.pool = BlockPool(loaded.cache.num_blocks, config.block_size, prefix_caching=caching)
         self._scheduler = Scheduler(
             block_pool=self.pool,
@@ -149,6 +151,7 @@ class Engine:
         self._check_task(request)
         self._check_tokens(request)
         self._grammars.words.check(request.sampling)
+        self._processors.check(request.sampling, request.prompt_token_ids)
         self._scheduler.check(request)
 
     def abort(self, request_id: str, index: int | None = None, reason: FinishReason = "abort") -> None:

@@ -16,6 +16,7 @@ from kvasir.engine.load import Loaded, check_ranks, load
 from kvasir.engine.memory import resolve_device
 from kvasir.engine.mesh import Mesh, Place, host_store, join
 from kvasir.engine.processes import Processes
+from kvasir.engine.processors import Processors
 from kvasir.engine.rank import Rank
 from kvasir.engine.step import Result, Step
 from kvasir.engine.tiers import Tiers
@@ -166,6 +167,7 @@ def rank_of(config: EngineConfig, loaded: Loaded, grammars: Grammars) -> Rank:
         pooler=loaded.pooler,
         grammars=grammars,
         tiers=loaded.tiers,
+        processors=Processors(config.logits_processors),
     )
 
 

@@ -19,6 +19,7 @@ from kvasir.engine.decoder import Decoder
 from kvasir.engine.event import TokenLogprob
 from kvasir.engine.grammar import Grammars
 from kvasir.engine.pooler import Pooler
+from kvasir.engine.processors import Processors
 from kvasir.engine.sampler import Sampler, score_rows
 from kvasir.engine.step import Candidate, NewSequence, Result, Slice, Step, replays
 from kvasir.engine.tiers import Tiers
@@ -28,7 +29,6 @@ if TYPE_CHECKING:  # transformers, which is slow to import and seldom needed
     from kvasir.engine.fallback import Fallback
 
 LEAST_LOGITS = 256
-STUCK = "allowed_token_ids, bad_words, min_tokens and structured output together leave no token to choose"
 
 
 class Rank:
@@ -47,9 +47,11 @@ class Rank:
         pooler: Pooler | None = None,
         grammars: Grammars | None = None,
         tiers: Tiers | None = None,
+        processors: Processors | None = None,
     ) -> None:
         self.tiers = tiers
         self.decoder, self.cache, self.pooler, self._grammars = decoder, cache, pooler, grammars
+        self._processors = processors or Processors(())
         self.place = decoder.mesh.place
         self.max_logits = max(max_num_seqs, LEAST_LOGITS)
         self.batch = Batch(max_num_seqs, max_model_len, cache.block_size, decoder.device, len(cache.layout.groups))
@@ -95,7 +97,7 @@ class Rank:
                 self.sampler.replay(part.seat, logits[where], ids, first)
             sampled, own_scores = self._sample(logits, rows)
             over = self.sampler.constraints.advance(rows.seats.tolist(), sampled) if sampled else {}
-            over |= dict.fromkeys(self.sampler.stuck, STUCK) if sampled else {}
+            over |= self.sampler.stuck if sampled else {}
             offers |= {len(token_ids) + row: found for row, found in self.sampler.offers.items() if sampled}
             ended |= {len(token_ids) + row: why for row, why in over.items()}
             token_ids += sampled
@@ -130,7 +132,8 @@ class Rank:
             new = replace(new, token_ids=new.token_ids[: new.prompt_len])
         words = self._grammars.words if self._grammars is not None else Words(lambda: None)
         barred, spared = words.barred(new.sampling), words.newlines(new.sampling)
-        sampler.enter(new, self._constraint(new), barred=barred, spared=spared)
+        processes = self._processors.make(new.sampling, new.token_ids[: new.prompt_len])
+        sampler.enter(new, self._constraint(new), barred=barred, spared=spared, processes=processes)
 
     def _constraint(self, new: NewSequence) -> Constraint | None:
         """Replays what a sequence said before it came (again)."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from kvasir.engine.errors import ClientError
 from kvasir.engine.thoughts import Thoughts
@@ -88,6 +89,8 @@ class SamplingParams:
     """Texts that aren't written: the last token that would complete one is never chosen."""
     allowed_token_ids: Sequence[int] = ()
     """No other tokens are chosen; empty: all may be."""
+    logits_processors: Mapping[str, Any] = field(default_factory=dict)
+    """Name of one that is installed and enabled -> its arguments, a JSON object (kept as JSON text)."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Token id -> value added to its logit, -100 to 100."""
     seed: int | None = None
@@ -126,6 +129,8 @@ class SamplingParams:
         object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
         object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids or ()))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
+        if self.logits_processors:
+            object.__setattr__(self, "logits_processors", _as_text(self.logits_processors))
         if isinstance(self.early_stopping, bool):
             object.__setattr__(self, "early_stopping", "yes" if self.early_stopping else "no")
         if self.top_k == -1:
@@ -248,6 +253,22 @@ def _whole(name: str, value: object, low: int, high: int | None, note: str = "")
     limits = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         raise ClientError(f"{name} must be {limits}{note}, got {value!r:.60}", param=name.split()[0])
+
+
+def _as_text(processors: object) -> dict[str, str]:
+    """Name -> arguments as JSON text. Raises unless they are JSON objects."""
+    if not isinstance(processors, Mapping):
+        raise ClientError(
+            f"logits_processors must map names to arguments, got {processors!r:.60}", param="logits_processors"
+        )
+    try:
+        given = {str(k): json.loads(v) if isinstance(v, str) else v for k, v in processors.items()}
+        found = {name: json.dumps(arguments or {}, sort_keys=True) for name, arguments in given.items()}
+    except (TypeError, ValueError) as error:
+        raise ClientError(f"logits_processors: arguments must be JSON: {error}", param="logits_processors") from error
+    if wrong := [name for name, text in found.items() if not text.startswith("{")]:
+        raise ClientError(f"logits_processors: arguments of {wrong[0]!r} must be an object", param="logits_processors")
+    return found
 
 
 def _check_texts(name: str, texts: Sequence[object], most: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvasir.engine.batch import Ints, send
 from kvasir.engine.constraint import Constraint, Constraints
 from kvasir.engine.event import TokenLogprob
+from kvasir.engine.processors import Process, Processing
 from kvasir.engine.shaping import Shaping
 from kvasir.engine.step import Candidate, NewSequence
 from kvasir.engine.trails import PENALTIES, Trails, looks_back, penalized
@@ -32,6 +33,7 @@ NEUTRAL = {
 """A parameter at this value has no effect (temperature apart)."""
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy, as in vLLM."""
+STUCK = "allowed_token_ids, bad_words, min_tokens and structured output together leave no token to choose"
 HUGE = 1e8
 """Temperatures and repetition penalties beyond this (or its reciprocal) would leave float32, and mean the same."""
 
@@ -52,13 +54,14 @@ class Sampler:
         """Seats with a penalty."""
         self.constraints = Constraints(vocab)
         self.trails = Trails(vocab, device)
+        self.processing = Processing()
         self.shaping = Shaping(max_num_seqs, device)
         self.beams: dict[int, int] = {}
         """seat of a beam -> how many next tokens it offers"""
         self.offers: dict[int, list[Candidate]] = {}
         """Row of the last `sample` -> what its beam offers, the likeliest first."""
-        self.stuck: list[int] = []
-        """Rows of the last `sample` whose rules left no token."""
+        self.stuck: dict[int, str] = {}
+        """Row of the last `sample` whose rules left no token, or whose processor failed -> why."""
         self.in_prompt: Tensor | None = None
         self.counts: Tensor | None = None
 
@@ -69,10 +72,12 @@ class Sampler:
         *,
         barred: Spellings = (),
         spared: Collection[int] = (),
+        processes: list[Process] | None = None,
     ) -> None:
         """A sequence takes a seat. `barred` token sequences aren't completed, `spared` tokens aren't penalised."""
         self.constraints.enter(new.seat, constraint)
         self.trails.enter(new, barred, spared)
+        self.processing.enter(new, processes or [])
         self.shaping.enter(new.seat, new.sampling)
         seat, sampling = new.seat, new.sampling
         for name, array in self.values.items():
@@ -100,10 +105,7 @@ class Sampler:
 
     def sample(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
         """logits[R, V] of the sequences in seats[R] -> token ids[R] for positions[R]. `logits` stay as they are."""
-        raw = logits
-        logits, ruled = self.trails.apply(self._adjust(logits, seats, positions), seats.tolist())
-        logits = self._constrain(logits, seats, positions)
-        self.stuck = _stuck(logits, ruled) if ruled else []
+        raw, logits = logits, self._ruled(logits, seats, positions)
         self.offers = self._offer(raw, logits, seats) if self.beams else {}
         cold = self.values["temperature"][seats] == 0
         if cold.all():
@@ -128,8 +130,7 @@ class Sampler:
         seats = np.array([seat])
         for row, token in enumerate(token_ids.tolist()):
             position = np.array([start + row])
-            adjusted, _ = self.trails.apply(self._adjust(logits[row : row + 1], seats, position), [seat])
-            adjusted = self._constrain(adjusted, seats, position)
+            adjusted = self._ruled(logits[row : row + 1], seats, position)
             chosen = self._tensor(np.array([token]))
             self.shaping.replay(adjusted, seats, chosen, *self._plain_filters(seats))
             self.remember(seats, chosen)
@@ -138,6 +139,7 @@ class Sampler:
     def remember(self, seats: Ints, token_ids: Tensor) -> None:
         """Count new tokens of the seats whose rules look back."""
         self.trails.remember(seats.tolist(), token_ids)
+        self.processing.remember(seats.tolist(), token_ids)
         rows = [i for i, seat in enumerate(seats.tolist()) if seat in self.counted]
         if rows and self.counts is not None:
             self.counts[self._tensor(seats[rows]), token_ids[self._tensor(np.array(rows))]] += 1
@@ -153,6 +155,15 @@ class Sampler:
         for row, found in zip(rows, score_rows(logits[index], token_ids[index], top[rows].tolist()), strict=True):
             scores[row] = found
         return scores
+
+    def _ruled(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
+        """Everything but the draw: what moves logits, then what bars tokens."""
+        logits, self.stuck = self.processing.apply(self._adjust(logits, seats, positions), seats.tolist())
+        logits, barred = self.trails.bar(logits, seats.tolist())
+        logits = self._constrain(logits, seats, positions)
+        if barred:
+            self.stuck |= dict.fromkeys(_empty(logits, barred), STUCK)
+        return logits
 
     def _offer(self, raw: Tensor, logits: Tensor, seats: Ints) -> dict[int, list[Candidate]]:
         """What the rows of beams offer: log probabilities under the `raw` distribution, moved as the logits were."""
@@ -202,7 +213,7 @@ class Sampler:
         ]
         if biased or muted:
             logits = self._add(logits, biased + muted)
-        return self._penalise(logits, seats)
+        return self.trails.penalise(self._penalise(logits, seats), seats.tolist())
 
     def _constrain(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
         """Only what the grammars allow."""
@@ -264,7 +275,7 @@ def score_rows(logits: Tensor, token_ids: Tensor, top: Sequence[int]) -> list[To
     ]
 
 
-def _stuck(logits: Tensor, rows: Sequence[int]) -> list[int]:
+def _empty(logits: Tensor, rows: Sequence[int]) -> list[int]:
     """Those of `rows` in which every logit is -inf."""
     best = logits[list(rows)].amax(-1).tolist()
     return [row for row, value in zip(rows, best, strict=True) if value == -np.inf]

@@ -564,6 +564,8 @@ class Scheduler:
         """A beam knows its likeliest next tokens. When all of its search do, the next beams take their places."""
         job = self._jobs[beam.request.request_id]
         assert job.search is not None
+        if why is not None and offers:
+            return self._end_grammar(beam, why, now)
         beam.offers, beam.first_token = offers, beam.first_token or now
         job.prompt_scores, beam.prompt_scores = job.prompt_scores or beam.prompt_scores, None
         beams = [job.live[index] for index in sorted(job.live)]

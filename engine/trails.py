@@ -44,11 +44,16 @@ class Trails:
         if sampling.allowed_token_ids:
             self._allowed[seat] = _mask(sampling.allowed_token_ids, self._vocab)
 
-    def apply(self, logits: Tensor, seats: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """(logits[R, V] of the sequences in `seats` under their rules, the rows that something is barred from)."""
+    def penalise(self, logits: Tensor, seats: Sequence[int]) -> Tensor:
+        """logits[R, V] of the sequences in `seats` after the penalties of those with windows."""
+        if not self._windowed:
+            return logits
+        return self._penalise(logits, [(row, seat) for row, seat in enumerate(seats) if seat in self._windowed])
+
+    def bar(self, logits: Tensor, seats: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """(logits[R, V] of what the sequences in `seats` may say, the rows that something is barred from)."""
         if not self._seats and not self._allowed:
             return logits, []
-        logits = self._penalise(logits, [(row, seat) for row, seat in enumerate(seats) if seat in self._windowed])
         barred = [(row, self._seats[seat].barred()) for row, seat in enumerate(seats) if seat in self._seats]
         barred = [(row, tokens) for row, tokens in barred if tokens]
         masks = [(row, self._allowed[seat]) for row, seat in enumerate(seats) if seat in self._allowed]

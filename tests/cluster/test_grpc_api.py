@@ -205,7 +205,9 @@ def test_every_sampling_field_is_reachable(gateway, client):
         "structured_outputs": {"regex": "a+"}, "thoughts": {"begin": [4], "end": [5, 6], "budget": 7},
         "repeat_last_n": 5, "penalize_newline": False, "typical_p": 0.5,
         "tfs_z": 0.75, "mirostat": 1, "mirostat_tau": 3.0, "mirostat_eta": 0.25, "bad_words": ["x", "é"],
-        "allowed_token_ids": [7, 8], "truncate_prompt_tokens": 1, "truncation_side": "right", "num_keep": 1,
+        "allowed_token_ids": [7, 8], "truncate_prompt_tokens": 1, "truncation_side": "right", "num_keep": 1, "best_of": 3,
+        "use_beam_search": True, "length_penalty": -0.5, "early_stopping": "never",
+        "logits_processors": {"x": '{"a": 1}'},
     }  # fmt: skip
     assert set(given) == set(message.fields_by_name) - {"stop"}
     assert client.text("Generate", {"text": "a", "sampling": given, "priority": -3, "cache_salt": "s"}) == ""

@@ -166,6 +166,7 @@ def test_raw_and_template(gateway):
         ({"temperature": 0}, "temperature"),
         ({"options": {"guided_regex": "a"}}, "guided_regex"),
         ({"best_of": 3}, "best_of"),
+        ({"options": {"best_of": 0}}, "best_of"),
         ({"n": 2}, "n isn't supported"),
     ],
 )

@@ -317,12 +317,14 @@ def test_refused_chats(gateway, fields, param, text):
         ({"prompt": [-1]}, "prompt", "0 to 260"),
         ({"prompt": ["x"] * 1025}, "prompt", "at most 1024"),
         ({"prompt": [5] * 4096}, "prompt", "4096 tokens; prompt and output share 4096"),
-        ({"best_of": 2}, "best_of", "isn't supported"),
-        ({"n": 2, "best_of": 1}, "best_of", "isn't supported"),
+        ({"best_of": 129}, "best_of", "from 1 to 128"),
+        ({"n": 2, "best_of": 1}, "best_of", "from 2 to 128"),
+        ({"length_penalty": "x"}, "length_penalty", "a number"),
+        ({"early_stopping": "soon"}, "early_stopping", "never"),
         ({"suffix": "x"}, "suffix", "isn't supported"),
         ({"logprobs": 21}, "logprobs", "0 to 20"),
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
-        ({"use_beam_search": True}, "use_beam_search", "isn't supported"),
+        ({"use_beam_search": 1}, "use_beam_search", "true or false"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "at least 1"),
         ({"truncate_prompt_tokens": 5000}, "truncate_prompt_tokens", "1 to 4096"),
         ({"truncation_side": "middle"}, "truncation_side", "left"),
@@ -359,6 +361,36 @@ def test_best_of_equal_to_n_and_neutral_values(gateway):
     reply = complete(gateway, **neutral, service_tier="auto", store=False)
     assert reply.status_code == 200, reply.text
     assert "x-kvasir-warning" not in reply.headers
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (["a", {"qualname": "b", "kwargs": {"k": 1}}], {"a": "{}", "b": '{"k": 1}'}),
+        ({"a": {"k": [1]}}, {"a": '{"k": [1]}'}),
+        ([], {}),
+    ],
+)
+def test_logits_processors_arrive(gateway, given, kept):
+    assert complete(gateway, logits_processors=given).status_code == 200
+    assert gateway.group.requests[-1].sampling.logits_processors == kept
+
+
+@pytest.mark.parametrize("given", [[3], "a", [{"name": "a"}], {"a": 3}, [{"qualname": "a", "args": [1]}]])
+def test_logits_processors_that_are_none(gateway, given):
+    reply = complete(gateway, logits_processors=given)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "logits_processors")
+
+
+def test_beams_and_what_means_nothing_to_them(gateway):
+    search = {"use_beam_search": True, "n": 2, "best_of": 4, "length_penalty": 0.5, "early_stopping": True}
+    reply = complete(gateway, **search, temperature=0)
+    assert reply.status_code == 200
+    assert "x-kvasir-warning" not in reply.headers
+    sampling = gateway.group.requests[-1].sampling
+    assert {name: getattr(sampling, name) for name in search} == search | {"early_stopping": "yes"}
+    warned = chat(gateway, **search, temperature=0.5, seed=3).headers["x-kvasir-warning"]
+    assert warned == "ignored: temperature (beams aren't drawn), seed (beams aren't drawn)"
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,8 @@ def sent(message):
             repeat_last_n=0, penalize_newline=False, typical_p=0.2, tfs_z=0.5, mirostat=2, mirostat_tau=0.0,
             mirostat_eta=1.0, bad_words=["é", " a"], allowed_token_ids=[0, 2**31], truncate_prompt_tokens=-1,
             truncation_side="right", num_keep=-1,
+            n=2, best_of=5, use_beam_search=True, length_penalty=-1.5, early_stopping="never",
+            logits_processors={"x": {"a": [1]}, "y": {}},
         ),
         SamplingParams(structured_outputs=StructuredOutput(json='{"type": "object"}')),
         SamplingParams(structured_outputs=StructuredOutput(choice=["yes", "no"])),

@@ -24,6 +24,10 @@ SAMPLING = st.sampled_from(
         SamplingParams(
             structured_outputs=StructuredOutput(json="{}"), thoughts=Thoughts(end=[4, 5]), max_tokens=None, logprobs=3
         ),
+        SamplingParams(bad_words=["é"], allowed_token_ids=[1, 2], mirostat=2, typical_p=0.5, truncate_prompt_tokens=-1),
+        SamplingParams(
+            use_beam_search=True, best_of=3, early_stopping=True, logits_processors={"x": {}}, penalize_newline=False
+        ),
     ]
 )
 NEW = st.builds(
@@ -55,7 +59,7 @@ STEPS = st.builds(
     new=st.lists(NEW, max_size=3),
     blocks=st.lists(st.tuples(SMALL, SMALL, st.lists(st.integers(-1, 2**31 - 1), max_size=5)), max_size=4),
     copies=st.lists(st.tuples(SMALL, SMALL), max_size=4),
-    slices=st.lists(st.builds(Slice, SMALL, SMALL, SMALL, st.booleans(), st.booleans(), st.booleans()), max_size=6),
+    slices=st.lists(st.builds(Slice, SMALL, SMALL, SMALL, *[st.booleans()] * 4), max_size=6),
     moves=st.none() | MOVES,
 )
 NUMBERS = st.floats(allow_nan=False)
@@ -68,6 +72,7 @@ RESULTS = st.builds(
     prompt_logprobs=st.dictionaries(SMALL, st.lists(SCORES, max_size=3), max_size=2),
     ended=st.dictionaries(SMALL, st.none() | st.text(max_size=5), max_size=2),
     pooled=st.dictionaries(SMALL, st.lists(NUMBERS, max_size=4), max_size=2),
+    offers=st.dictionaries(SMALL, st.lists(st.tuples(SMALL, NUMBERS, st.none() | SCORES), max_size=3), max_size=2),
 )
 
 

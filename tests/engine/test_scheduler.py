@@ -366,6 +366,25 @@ def test_outputs_do_not_depend_on_sizes_order_or_memory(seed: int, layout: Layou
             ]
 
 
+@pytest.mark.parametrize("layout", [ONE_GROUP, WINDOWS], ids=["one", "windows"])
+@pytest.mark.parametrize(("seats", "blocks", "caching"), [(1, 60, True), (8, 11, True), (8, 11, False), (2, 24, False)])
+def test_beams_that_do_not_fit_at_once_wait_for_each_other(
+    seats: int, blocks: int, caching: bool, layout: Layout
+) -> None:
+    """Those that have their offers give up their places, also for what is more important than they are."""
+    blocks *= len(layout.groups)
+    world = World(blocks=blocks, size=4, seats=seats, budget=20, limit=36, prefix_caching=caching, layout=layout)
+    for name in ("a", "b"):
+        world.add(name, [1, 2, 3] * 4, n=3, best_of=6, use_beam_search=True, max_tokens=20, ignore_eos=True)
+    for _ in range(8):
+        world.step()
+    world.add("urgent", [5] * 9, priority=-1, max_tokens=24, ignore_eos=True)
+    world.add("later", [6] * 20, max_tokens=12, ignore_eos=True)
+    world.run()
+    for name in world.requests:
+        world.check(name)
+
+
 def seats_of(step: Step | None) -> list[tuple[int, int, int]]:
     """(seat, start, count) of a step's slices."""
     assert step is not None
