@@ -34,6 +34,7 @@ LAZY = {"engine": {"transformers", "huggingface_hub"}, "cluster": {"torch"}}
 PLAIN = (
     "errors",
     "request",
+    "beam_search",
     "thoughts",
     "event",
     "step",
