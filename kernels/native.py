@@ -146,7 +146,7 @@ def _opened(path: Path) -> ctypes.CDLL:
     for name, types in SIGNATURES.items():
         function = getattr(found, name)
         function.argtypes, function.restype = types, None
-    found.multiplies_pairs.restype = I
+    found.multiplies_pairs.restype = N
     openmp = ctypes.CDLL(torch._C.__file__)  # looks through all that torch was linked with
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
     if not all(hasattr(openmp, name) for name in names):
