@@ -870,6 +870,18 @@ def test_use_is_told_tail_first_and_what_was_lost_below_is_saved_again() -> None
     assert tiers.saved == chain
 
 
+def test_what_is_cached_does_not_make_room_for_what_follows_it() -> None:
+    tiers = FakeTiers()
+    world = World(blocks=12, size=4, budget=16, limit=48, tiers=tiers)
+    for name, prompt in (("whole", PROMPT), ("head", PROMPT[:21]), ("other", [5] * 24), ("again", PROMPT)):
+        if name == "head":
+            world.pool.reset()
+        world.add(name, prompt, max_tokens=1)
+        world.run()
+    assert tiers.loaded == 5 + 4
+    assert cached(world, "again") == 36
+
+
 def test_a_preempted_sequence_asks_the_tiers() -> None:
     tiers = FakeTiers()
     world = World(blocks=12, size=4, seats=4, budget=16, limit=48, tiers=tiers)
