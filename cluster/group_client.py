@@ -348,7 +348,7 @@ class Placement:
     def sent(self, number: int) -> Reservation:
         """The request is on its way under this number."""
         self.route.reservation.number = number
-        self.router.expect(self.request, self.route, time.monotonic())
+        self.router.expect(self.route, time.monotonic())
         return self.route.reservation
 
 

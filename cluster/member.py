@@ -12,6 +12,8 @@ from kvasir.proto import group_pb2 as pb
 
 MEMORY_S = 5.0
 """Rates are averages over about this long."""
+KNOWN_S = 60.0
+"""A group that was measured this long ago may have become another."""
 DECODE_WEIGHT = 0.02
 """What a token in the cache of running sequences costs, in tokens computed: it slows down its group's steps."""
 
@@ -41,10 +43,17 @@ class Reservation:
             self.member.settle(self)
 
 
+@dataclass(slots=True)
+class Pace:
+    """What a model's groups compute on average, for those that weren't measured yet."""
+
+    rate: float | None = None
+
+
 class Member:
     """Belongs to one router. `hasher` is None until the first connection, and `rate` until there was a queue."""
 
-    def __init__(self, name: str, directory: BlockDirectory, hashers: Hashers) -> None:
+    def __init__(self, name: str, directory: BlockDirectory, hashers: Hashers, pace: Pace) -> None:
         self.name = name
         self.hasher: Hasher | None = None
         self.stats = Stats()
@@ -61,10 +70,11 @@ class Member:
         """Running or waiting."""
         self.rate: float | None = None
         """Prompt tokens that it computes in a second, beside its decoding."""
+        self._measured_at = -KNOWN_S
         self._max_num_seqs = 0
         self._end_rate: float | None = None
         """Sequences that end in a second while others wait for a seat."""
-        self._hashers, self._directory = hashers, directory
+        self._hashers, self._directory, self._pace = hashers, directory, pace
         self._feed = BlockFeed(directory, self.group)
         self._open: list[Reservation] = []
         self._told_at: float | None = None
@@ -80,7 +90,7 @@ class Member:
     def report(self, stats: Stats, counted: int, now: float) -> None:
         """The group's load, with this gateway's requests up to number `counted` in it."""
         if self._told_at is not None and now > self._told_at:
-            self._measure(self.stats, stats, now - self._told_at)
+            self._measure(self.stats, stats, now - self._told_at, now)
         self.stats, self._told_at = stats, now
         for reservation in [one for one in self._open if one.number is not None and one.number <= counted]:
             reservation.settle()
@@ -116,10 +126,17 @@ class Member:
         each step, so that none of them is ahead by more than it has."""
         return min(self.prefill_tokens, self.prefills * tokens)
 
-    def wait(self, tokens: float = 0.0) -> float:
-        """Seconds until `tokens` more are computed there; 0 while its speed isn't known."""
+    def wait(self, tokens: float = 0.0, together: bool = False) -> float:
+        """Seconds until `tokens` more are computed there; together: with all that was given to it before. 0 while its
+        speed isn't known."""
         seats = self._seat_wait(tokens) if self._end_rate else 0.0
-        return seats + (self.before(tokens) + tokens) / self.rate if self.rate else seats
+        rate = self.rate or self._pace.rate
+        ahead = self.prefill_tokens if together else self.before(tokens)
+        return seats + (ahead + tokens) / rate if rate else seats
+
+    def known(self, now: float) -> bool:
+        """Its speed was measured lately."""
+        return now - self._measured_at < KNOWN_S
 
     def _seat_wait(self, tokens: float) -> float:
         """Seconds until one more request has a seat and blocks for so many tokens."""
@@ -138,12 +155,14 @@ class Member:
         self.prefills = stats.prefills + sum(1 for one in sent if one.tokens)
         self.decoding = DECODE_WEIGHT * blocks * self.block_size
 
-    def _measure(self, before: Stats, after: Stats, seconds: float) -> None:
+    def _measure(self, before: Stats, after: Stats, seconds: float, now: float) -> None:
         """Rates count only when there was enough to do."""
         share = min(1.0, seconds / MEMORY_S)
         if before.queued_prefill_tokens and after.queued_prefill_tokens:
             computed = after.step_tokens - before.step_tokens - (after.generation_tokens - before.generation_tokens)
             self.rate = _average(self.rate, max(0, computed) / seconds, share)
+            self._measured_at = now
+            self._pace.rate = _average(self._pace.rate, self.rate or 0.0, share)
         if before.waiting and after.waiting:
             self._end_rate = _average(self._end_rate, (after.ended - before.ended) / seconds, share)
 

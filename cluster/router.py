@@ -7,14 +7,15 @@ conversation stays where most of it is cached until that group's predicted wait 
 
 from __future__ import annotations
 
+import math
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from kvasir.cluster.directory import BlockDirectory
-from kvasir.cluster.member import Member, Reservation
+from kvasir.cluster.member import Member, Pace, Reservation
 from kvasir.cluster.prompt_keys import Hasher, Hashers, PromptKeys
 from kvasir.engine.errors import OverloadedError
 from kvasir.engine.request import Request
@@ -26,10 +27,11 @@ FetchPrice = Callable[[int], float]
 HOST_PRICE, DISK_PRICE = 0.05, 0.25
 """What a cached token costs that has to be brought back to the device, in tokens computed."""
 OTHERS = 2.0
-UNCACHED_WEIGHT = 1.0
-"""What computing a token costs that is cached elsewhere."""
+"""A request waits for others' tokens, and they for as many of its own."""
 AFFINITY = 0.5
 """Share of a prompt that makes a group its home."""
+SLACK = 0.75
+"""Share of a limit that predictions may use up: those that come later take their part of each step."""
 STAY_S = 1.0
 """A home is left when the predicted wait there is longer."""
 TIE = 0.02
@@ -58,6 +60,8 @@ class Route:
     queued_tokens: int
     """To be computed there before."""
     candidates: int
+    keys: PromptKeys | None
+    """Its blocks; None where nobody looks."""
 
     def facts(self) -> dict[str, str | int | float]:
         """For a trace's span."""
@@ -87,11 +91,26 @@ class _Choices:
     """Tokens on the device."""
     rest: list[float]
     """What all others cost, in tokens computed."""
+    keys: dict[Hasher | None, PromptKeys] = field(default_factory=dict)
+
+    def wait(self, place: int) -> float:
+        """Predicted seconds to the first token."""
+        return self.members[place].wait(self.rest[place])
+
+    def clear(self, place: int) -> float:
+        """Predicted seconds until this and all before have their first token."""
+        return self.members[place].wait(self.rest[place], together=True)
+
+    def late(self, place: int, limit: float, now: float) -> bool:
+        """It would come, or make others come, too late there. What an idle group can do is tried again now and then."""
+        member = self.members[place]
+        return self.clear(place) > SLACK * limit and (member.requests > 0 or member.known(now))
 
     def add(self, other: _Choices) -> None:
         self.members = [*self.members, *other.members]
         self.cached += other.cached
         self.rest += other.rest
+        self.keys |= other.keys
 
 
 class Router:
@@ -112,13 +131,13 @@ class Router:
         self.policy, self.max_ttft_s, self.fetch_price = policy, max_ttft_s, fetch_price
         self.directory = BlockDirectory()
         self._draw = draw or random.Random()
-        self._hashers = Hashers()
+        self._hashers, self._pace = Hashers(), Pace()
         self._sessions: OrderedDict[str, Member] = OrderedDict()
         self._turn = 0
 
     def join(self, name: str) -> Member:
         """A new group."""
-        return Member(name, self.directory, self._hashers)
+        return Member(name, self.directory, self._hashers, self._pace)
 
     def place(self, request: Request, members: Sequence[Member], now: float, session: str = "") -> Route:
         """Choose one of `members`, at least one, and reserve. Raises OverloadedError when none can serve it in time.
@@ -129,28 +148,25 @@ class Router:
         length = len(request.prompt_token_ids) + len(request.resume_token_ids)
         choices = self._choices(request, members, length)
         why, place = self._choose(choices, self._sessions.get(session) if session else None)
-        limit = min(self.max_ttft_s or float("inf"), request.deadline_s or float("inf"))
-        if (wait := choices.members[place].wait(choices.rest[place])) > limit:
-            waits = [member.wait(rest) for member, rest in zip(choices.members, choices.rest, strict=True)]
-            why, wait = "limit", min(waits)
-            place = waits.index(wait)
-            if wait > limit and choices.members[place].requests:  # an idle group's speed may be an old mistake
-                raise self._late(wait, limit)
+        limit = min(self.max_ttft_s or math.inf, request.deadline_s or math.inf)
+        if choices.late(place, limit, now):
+            why, place = "limit", min(range(len(choices.members)), key=choices.clear)
+            if choices.late(place, limit, now):
+                raise self._late(choices.clear(place), limit)
         member, cached = choices.members[place], choices.cached[place]
         if session:
             self._remember(session, member)
-        queued, best = member.prefill_tokens, max(choices.cached)
+        wait, queued, best = choices.wait(place), member.prefill_tokens, max(choices.cached)
+        keys = choices.keys.get(member.hasher)
         reservation = member.reserve(int(choices.rest[place]), -(-length // member.block_size))
-        return Route(member, reservation, self.policy, why, length, cached, best, wait, queued, len(members))
+        return Route(member, reservation, self.policy, why, length, cached, best, wait, queued, len(members), keys)
 
-    def expect(self, request: Request, route: Route, now: float) -> None:
+    def expect(self, route: Route, now: float) -> None:
         """Believe that the group will hold the request's blocks: for those that come before it says so itself. Takes the
         longer the more of the prompt is new, since that must be hashed, so it isn't part of `place`."""
         member = route.member
-        if self._looks and member.hasher is not None:
-            keys = member.hasher.prompt(request).after(route.cached_tokens // member.block_size)
-            if keys:
-                self.directory.expect(member.group, keys, now + EXPECT_S)
+        if route.keys is not None and (keys := route.keys.after(route.cached_tokens // member.block_size)):
+            self.directory.expect(member.group, keys, now + EXPECT_S)
 
     @property
     def _looks(self) -> bool:
@@ -162,7 +178,9 @@ class Router:
             same = [member for member in members if member.hasher is hasher] if self._looks else members
             found = _Choices(same, [0] * len(same), [float(length)] * len(same))
             if hasher is not None:
-                found = self._held(same, hasher.prompt(request), hasher, length)
+                keys = hasher.prompt(request)
+                found = self._held(same, keys, hasher, length)
+                found.keys[hasher] = keys
             if len(same) == len(members):
                 return found
             nothing.add(found)
@@ -190,8 +208,10 @@ class Router:
         """(why, number of the choice)"""
         if len(choices.members) == 1:
             return "only", 0
-        if at_home in choices.members and at_home is not None and at_home.wait() <= STAY_S:
-            return "session", choices.members.index(at_home)
+        if at_home in choices.members:
+            home = choices.members.index(at_home)
+            if choices.wait(home) <= STAY_S:
+                return "session", home
         if self.policy == "round-robin":
             self._turn += 1
             return "turn", self._turn % len(choices.members)
@@ -206,17 +226,14 @@ class Router:
         if (best := max(cached)) and best >= AFFINITY * (best + min(choices.rest)):
             places = [place for place, tokens in enumerate(cached) if tokens >= (1 - TIE) * best]
             home = min(places, key=costs.__getitem__)
-            if choices.members[home].wait() <= STAY_S:
+            if choices.wait(home) <= STAY_S:
                 return "home", home
         return "cost", self._least(choices, costs, TIE)
 
     def _costs(self, choices: _Choices) -> list[float]:
-        members = choices.members
-        rates = [member.rate for member in members if member.rate]
-        mean = sum(rates) / len(rates) if rates else 1.0
-        pairs = zip(members, choices.rest, strict=True)
+        pairs, mean = zip(choices.members, choices.rest, strict=True), self._pace.rate or 1.0
         return [
-            (member.decoding + OTHERS * member.before(rest) + UNCACHED_WEIGHT * rest) * mean / (member.rate or mean)
+            (member.decoding + OTHERS * member.before(rest) + rest) * mean / (member.rate or mean)
             for member, rest in pairs
         ]
 
@@ -231,8 +248,8 @@ class Router:
 
     def _late(self, wait: float, limit: float) -> OverloadedError:
         which = "--max-ttft" if limit == self.max_ttft_s else "the request's deadline"
-        text = f"the first token would come in about {wait:.1f} s, {which} is {limit:g} s; ask again later"
-        return OverloadedError(text, retry_after_s=max(1.0, wait - limit))
+        text = f"the first token would come in about {wait:.1f} s, too close to {which} of {limit:g} s; ask again later"
+        return OverloadedError(text, retry_after_s=max(1.0, wait - SLACK * limit))
 
     def _remember(self, session: str, member: Member) -> None:
         self._sessions[session] = member

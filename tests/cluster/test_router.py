@@ -47,6 +47,7 @@ class Fleet:
             assert not self.members[number].blocks(message)
 
     def load(self, number, rate=None, **stats):
+        stats = {"prefills": 1 if stats.get("queued_prefill_tokens") else 0, **stats}
         self.members[number].report(Stats(**{**FREE, **stats}), 0, 0.0)
         self.members[number].rate = rate
 
@@ -54,7 +55,7 @@ class Fleet:
         asked = request(tokens, **fields)
         route = self.router.place(asked, self.members, now, session)
         if expect:
-            self.router.expect(asked, route, now)
+            self.router.expect(route, now)
         return route
 
     def number(self, route):
@@ -85,7 +86,7 @@ def test_prefix_goes_to_the_longest_whatever_its_load():
 def test_cost_weighs_the_prefix_against_the_queue():
     fleet = Fleet(2)
     fleet.hold(1, prompt(1)[:400])
-    fleet.load(1, queued_prefill_tokens=300)
+    fleet.load(1, queued_prefill_tokens=100)
     assert fleet.number(fleet.place(prompt(1))) == 1
     fleet.load(1, queued_prefill_tokens=900)
     fleet = Fleet(2)
@@ -113,11 +114,11 @@ def test_a_conversation_stays_home_until_the_wait_there_is_too_long():
     fleet = Fleet(2)
     fleet.hold(1, prompt(1)[:800])
     fleet.load(0, rate=1000.0)
-    fleet.load(1, rate=1000.0, queued_prefill_tokens=int(1000 * STAY_S))
+    fleet.load(1, rate=1000.0, queued_prefill_tokens=int(1000 * STAY_S) - 200, prefills=9)
     route = fleet.place(prompt(1), expect=False)
     assert (fleet.number(route), route.why) == (1, "home")
     route.reservation.settle()
-    fleet.load(1, rate=1000.0, queued_prefill_tokens=int(1000 * STAY_S) + 1)
+    fleet.load(1, rate=1000.0, queued_prefill_tokens=int(1000 * STAY_S) - 199, prefills=9)
     route = fleet.place(prompt(1))
     assert (fleet.number(route), route.why) == (0, "cost")
 
@@ -174,7 +175,8 @@ def test_rates_are_measured_while_there_is_a_queue():
     member.report(Stats(queued_prefill_tokens=5000, step_tokens=100, **FREE), 0, 1.0)
     member.report(Stats(queued_prefill_tokens=3000, step_tokens=2150, generation_tokens=50, **FREE), 0, 2.0)
     assert member.rate == 2000.0
-    assert member.wait(1000) == 2.0
+    assert member.wait(1000, together=True) == 2.0
+    assert member.wait(1000) == 0.5  # nobody is ahead by more than it has itself, and nobody was said to wait
     member.report(Stats(step_tokens=2200, **FREE), 0, 3.0)
     member.report(Stats(step_tokens=2200, **FREE), 0, 4.0)
     assert member.rate == 2000.0
@@ -195,12 +197,12 @@ def test_what_cant_be_served_in_time_is_refused_at_once():
     fleet = Fleet(2, max_ttft_s=2.0)
     for number in (0, 1):
         fleet.load(number, rate=1000.0, running=1, waiting=1, queued_prefill_tokens=900)
-    fleet.place(prompt(1))
-    fleet.place(prompt(2))
-    with pytest.raises(OverloadedError, match="--max-ttft is 2 s") as refusal:
-        fleet.place(prompt(3))
+    fleet.place(prompt(1, 500))
+    fleet.place(prompt(2, 500))
+    with pytest.raises(OverloadedError, match=r"about 1.9 s, too close to --max-ttft of 2 s") as refusal:
+        fleet.place(prompt(3, 500))
     assert refusal.value.retry_after_s == 1.0
-    with pytest.raises(OverloadedError, match="deadline"):
+    with pytest.raises(OverloadedError, match="the request's deadline"):
         fleet.place(prompt(4, 100), deadline_s=0.5)
     assert sum(member.requests for member in fleet.members) == 6
     assert fleet.place(prompt(4, 50)).why == "cost"
@@ -226,7 +228,9 @@ def test_sessions_stick_while_that_is_good_for_them():
     first = fleet.place(prompt(1), session="s", expect=False)
     for number in range(2, 8):
         assert fleet.place(prompt(number), session="s", expect=False).member is first.member
-    fleet.load(fleet.number(first), rate=100.0, queued_prefill_tokens=10_000)
+    for number in range(4):
+        fleet.load(number, rate=1000.0)
+    fleet.load(fleet.number(first), rate=100.0, queued_prefill_tokens=10_000, prefills=10)
     moved = fleet.place(prompt(9), session="s", expect=False)
     assert moved.member is not first.member
     assert fleet.place(prompt(10), session="s", expect=False).member is moved.member
