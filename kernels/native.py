@@ -29,15 +29,16 @@ FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-e
 TIMEOUT_S = 120
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers that the sources know types by."""
-P, I, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-SIGNATURES: dict[str, tuple[type[ctypes._SimpleCData], ...]] = {  # type: ignore[type-arg]
+P, N, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+Types = tuple[type, ...]
+SIGNATURES: dict[str, Types] = {
     "use_threads": (P, P, P),
-    "attention": (I, P, I, I, P, P, I, I, I, P, I, P, P, I, I, I, I, I, I, F, F, I, I, I, P, P, P, I),
-    "rms_norm": (I, P, I, I, I, P, F, P, F, F, P, P, I, I, I),
-    "gated": (I, P, P, I, I, I, I),
-    "turn_and_write": (I, P, I, P, I, P, I, P, P, P, P, P, I, I, I, I, I, I, I, I, I, I, I),
-    "pack_linear": (P, P, I, I, I),
-    "linear": (P, I, P, P, P, I, I, I, I),
+    "attention": (N, P, N, N, P, P, N, N, N, P, N, P, P, N, N, N, N, N, N, F, F, N, N, N, P, P, P, N),
+    "rms_norm": (N, P, N, N, N, P, F, P, F, F, P, P, N, N, N),
+    "gated": (N, P, P, N, N, N, N),
+    "turn_and_write": (N, P, N, P, N, P, N, P, P, P, P, P, N, N, N, N, N, N, N, N, N, N, N),
+    "pack_linear": (P, P, N, N, N),
+    "linear": (P, N, P, P, P, N, N, N, N),
 }
 
 
@@ -146,7 +147,7 @@ def _opened(path: Path) -> ctypes.CDLL:
     for name, types in SIGNATURES.items():
         function = getattr(found, name)
         function.argtypes, function.restype = types, None
-    found.multiplies_pairs.restype = I
+    found.multiplies_pairs.restype = N
     openmp = ctypes.CDLL(torch._C.__file__)  # looks through all that torch was linked with
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
     if not all(hasattr(openmp, name) for name in names):

@@ -68,20 +68,20 @@ def test_layers_share_one_plan(paged: Callable[..., Any]) -> None:
     """The same step with other queries and caches reads the plan of the first layer; another window has its own."""
     batch = paged([(20, 1), (33, 3)])
     other = paged([(20, 1), (33, 3)], seed=0)
-    attention(batch.q, batch.k_cache, batch.v_cache, batch.ragged, scale=1.0)
+    attention_cpu.attention(batch.q, batch.k_cache, batch.v_cache, batch.ragged, scale=1.0)
     before = dict(batch.ragged.plans)
-    got = attention(other.q * 2, other.k_cache, other.v_cache, batch.ragged, scale=1.0)
+    got = attention_cpu.attention(other.q * 2, other.k_cache, other.v_cache, batch.ragged, scale=1.0)
     assert batch.ragged.plans == before
     want = attention.reference(other.q * 2, other.k_cache, other.v_cache, batch.ragged, scale=1.0)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
-    attention(batch.q, batch.k_cache, batch.v_cache, batch.ragged, scale=1.0, window=4)
+    attention_cpu.attention(batch.q, batch.k_cache, batch.v_cache, batch.ragged, scale=1.0, window=4)
     assert len(batch.ragged.plans) == len(before) + 1
 
 
 def test_padding_is_bounded(paged: Callable[..., Any]) -> None:
     """One long sequence among short ones must not make them pay for its length."""
     batch = paged([(8, 1)] * 30 + [(400, 1)])
-    attention(batch.q, batch.k_cache, batch.v_cache, batch.ragged, scale=1.0)
+    attention_cpu.attention(batch.q, batch.k_cache, batch.v_cache, batch.ragged, scale=1.0)
     (plan,) = batch.ragged.plans.values()
     assert sum(b.blocks[:, 0].numel() for b in plan) <= attention_cpu.WASTE * (30 + 25)
 
@@ -90,9 +90,9 @@ def test_padding_is_bounded(paged: Callable[..., Any]) -> None:
 def test_whole_texts_are_batched(lengths: list[int], paged: Callable[..., Any]) -> None:
     """Texts of which every row sees all go together by size: few batches, few scores in vain."""
     batch = paged([(length, length) for length in lengths])
-    for run in (attention, attention.reference):
+    for run in (attention_cpu.attention, attention.reference):
         got = run(batch.q, batch.k_cache, batch.v_cache, batch.ragged, scale=0.3, causal=False)
-        if run is attention:
+        if run is attention_cpu.attention:
             found = got
     torch.testing.assert_close(found, got, atol=2e-6, rtol=0)
     (plan,) = batch.ragged.plans.values()
