@@ -30,7 +30,8 @@ TIMEOUT_S = 120
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers that the sources know types by."""
 P, N, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-SIGNATURES: dict[str, tuple[type[ctypes._SimpleCData], ...]] = {  # type: ignore[type-arg]
+Types = tuple[type, ...]
+SIGNATURES: dict[str, Types] = {
     "use_threads": (P, P, P),
     "attention": (N, P, N, N, P, P, N, N, N, P, N, P, P, N, N, N, N, N, N, F, F, N, N, N, P, P, P, N),
     "rms_norm": (N, P, N, N, N, P, F, P, F, F, P, P, N, N, N),

@@ -1,0 +1,223 @@
+"""The compiled CPU kernels: equal to their definitions, bit for bit the same in any batch, clean under sanitizers."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvasir.kernels import activation_native, attention_native, cache_native, native, norm_native
+from kvasir.kernels.activation import gated
+from kvasir.kernels.attention import attention
+from kvasir.kernels.cache import turn_and_write
+from kvasir.kernels.linear import is_packed, linear, packed
+from kvasir.kernels.norm import add_rms_norm, rms_norm
+from kvasir.kernels.ragged import Ragged
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+needs_compiler = pytest.mark.skipif(native.library() is None, reason=f"no compiled kernels: {native.native().text}")
+
+
+def parts_of(rng: random.Random, longest: int) -> list[tuple[int, int]]:
+    """(length, rows at its end) of some sequences; now and then one has no rows."""
+    found = []
+    for _ in range(rng.choice([1, 2, 5, 9])):
+        length = rng.choice([1, 2, 15, 16, 17, 64, 65, rng.randint(1, 200), rng.randint(1, longest)])
+        found.append(
+            (length, rng.choice([0, 1, 1, 1, min(length, 5), min(length, 130), rng.randint(1, min(length, 200))]))
+        )
+    return found if any(rows for _, rows in found) else [(40, 2)]
+
+
+def facts_of(rng: random.Random, heads: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What may shape attention, in any mixture."""
+    facts: dict[str, Any] = {"scale": 0.2, "causal": rng.random() < 0.7}
+    facts["window"] = rng.choice([None, None, 1, 7, 64, 1500])
+    facts["softcap"] = rng.choice([None, None, 3.0, 50.0])
+    facts["chunk"] = rng.choice([None, None, None, 5, 32])
+    if rng.random() < 0.3:
+        facts["sinks"] = torch.randn(heads, dtype=dtype)
+    if rng.random() < 0.3:
+        facts["slopes"] = torch.rand(heads) * 0.3
+    return facts
+
+
+@needs_compiler
+@pytest.mark.parametrize("seed", range(50))
+def test_attention_equals_its_definition(seed: int, paged: Callable[..., Any]) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype, dim = rng.choice(DTYPES), rng.choice([8, 64, 64, 72, 80, 96, 128, 192, 256])
+    kv_heads, group = rng.choice([(1, 4), (2, 1), (2, 3), (3, 3), (8, 4), (1, 71)])
+    batch = paged(
+        parts_of(rng, 1500), rng.choice([1, 3, 16, 32, 64, 128]), kv_heads * group, kv_heads, dim, dtype, seed
+    )
+    q = batch.q
+    if rng.random() < 0.5:  # rows and heads that lie apart
+        q = torch.full((len(q), q.shape[1] + 2, 2 * dim), torch.nan, dtype=dtype)[:, 1:-1, :dim].copy_(q)
+    facts = facts_of(rng, kv_heads * group, dtype)
+    got = attention_native.attention(q, batch.k_cache, batch.v_cache, batch.ragged, **facts)
+    want = attention.reference(q, batch.k_cache, batch.v_cache, batch.ragged, **facts)
+    torch.testing.assert_close(got.float(), want.float(), atol=attention_native.TOLERANCE[dtype], rtol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_inside_the_keys(dtype: torch.dtype, paged: Callable[..., Any]) -> None:
+    batch = paged([(70, 1), (33, 20), (5, 5), (1200, 1)], 16, 8, 1, 72, dtype)
+    facts = {"scale": 0.1, "value_dim": 64}
+    got = attention_native.attention(batch.q, batch.k_cache, None, batch.ragged, **facts)
+    want = attention.reference(batch.q, batch.k_cache, None, batch.ragged, **facts)
+    assert got.shape == (27, 8, 64)
+    torch.testing.assert_close(got.float(), want.float(), atol=attention_native.TOLERANCE[dtype], rtol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_long_context(dtype: torch.dtype, paged: Callable[..., Any]) -> None:
+    """100,000 tokens behind one row, and a chunk of rows beside it."""
+    batch = paged([(100_000, 1), (64, 64)], 128, 4, 2, 64, dtype)
+    got = attention_native.attention(batch.q, batch.k_cache, batch.v_cache, batch.ragged, scale=0.125)
+    want = attention.reference(batch.q, batch.k_cache, batch.v_cache, batch.ragged, scale=0.125)
+    torch.testing.assert_close(got.float(), want.float(), atol=attention_native.TOLERANCE[dtype], rtol=0)
+
+
+def one_by_one(ragged: Ragged) -> Iterator[tuple[slice, Ragged]]:
+    """Every row as a batch of its own."""
+    for s, length in enumerate(ragged.host_lengths.tolist()):
+        start, stop = ragged.host_starts[s : s + 2].tolist()
+        for row in range(start, stop):
+            starts = torch.tensor([0, 1], dtype=torch.int32)
+            lengths = torch.tensor([length - (stop - row) + 1], dtype=torch.int32)
+            at = slice(row, row + 1)
+            alone = (ragged.positions[at], ragged.slots[at], starts, lengths, ragged.table[s : s + 1])
+            yield at, Ragged(*alone, starts.numpy(), lengths.numpy())
+
+
+@needs_compiler
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("threads", [1, 2])
+def test_attention_of_a_row_is_the_same_in_any_batch(seed: int, threads: int, paged: Callable[..., Any]) -> None:
+    """Bit for bit: alone, among others, in the middle of a chunk; by one thread or by several."""
+    rng = random.Random(seed)
+    dtype = rng.choice(DTYPES)
+    parts = [(rng.randint(1, 3000), 1), (rng.randint(20, 400), 17), (3, 3), (rng.randint(1000, 2100), 40)]
+    batch = paged(rng.sample(parts, rng.randint(2, 4)), 16, 12, rng.choice([1, 3, 12]), 64, dtype, seed)
+    facts = facts_of(rng, 12, dtype) | {"causal": True}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    together = attention_native.attention(batch.q, batch.k_cache, batch.v_cache, batch.ragged, **facts)
+    torch.set_num_threads(before)
+    for row, alone in one_by_one(batch.ragged):
+        found = attention_native.attention(batch.q[row], batch.k_cache, batch.v_cache, alone, **facts)
+        assert torch.equal(found, together[row])
+
+
+@needs_compiler
+@pytest.mark.skipif(not native.multiplies_pairs(), reason="this CPU doesn't multiply pairs of bfloat16")
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 2), (192, 70), (576, 576), (128, 2050)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_products_equal_torch_s_and_are_the_same_in_any_batch(outputs: int, inputs: int, biased: bool) -> None:
+    torch.manual_seed(outputs)
+    weight, bias = torch.randn(outputs, inputs).bfloat16() / inputs**0.5, torch.randn(outputs).bfloat16()
+    order = packed(weight)
+    assert is_packed(order)
+    x = torch.randn(401, inputs + 2).bfloat16()[:, :inputs]
+    want = torch.nn.functional.linear(x.double(), weight.double(), bias.double() if biased else None)
+    together = linear(x, order, bias if biased else None)
+    torch.testing.assert_close(together.double(), want, atol=1e-3, rtol=2**-8)
+    for rows in (0, 1, 2, 5, 6, 7, 8, 13, 64, 385):
+        assert torch.equal(linear(x[7 : 7 + rows], order, bias if biased else None), together[7 : 7 + rows])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [5, 16, 72, 576, 5000])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_norms_equal_their_definitions(dtype: torch.dtype, width: int, offset: float) -> None:
+    close = {"atol": norm_native.TOLERANCE[dtype], "rtol": 0}
+    x, y = torch.randn(2, 19, width).to(dtype)
+    weight = torch.rand(width).to(dtype)
+    for scale in (1.0, 0.22):
+        got = norm_native.add_rms_norm(x, y, weight, 1e-5, offset, scale)
+        want = add_rms_norm.reference(x, y, weight, 1e-5, offset, scale)
+        assert torch.equal(got[0], want[0])
+        torch.testing.assert_close(got[1], want[1], **close)
+    heads = torch.randn(19, 7, width + 3).to(dtype)[:, 1:5, :width]
+    for rows in (x, heads, x[:0]):
+        for weights in (weight, None):
+            got = norm_native.rms_norm(rows, weights, 1e-5, offset)
+            torch.testing.assert_close(got, rms_norm.reference(rows, weights, 1e-5, offset), **close)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu", "clamped"])
+def test_gates_equal_their_definition(dtype: torch.dtype, activation: str) -> None:
+    for rows, width in ((0, 8), (1, 5), (3, 16), (40, 1536)):
+        x = torch.randn(rows, 2 * width).to(dtype) * 3
+        got, want = activation_native.gated(x, activation, 4.0), gated.reference(x, activation, 4.0)
+        torch.testing.assert_close(got, want, atol=3 * activation_native.TOLERANCE[dtype], rtol=0)
+    extreme = torch.tensor([[-1e4, 1e4, 0.0, -90.0, 1.0, 1.0, 1.0, 1.0]]).to(dtype)
+    torch.testing.assert_close(activation_native.gated(extreme, activation), gated.reference(extreme, activation))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "turned"), [(64, 64), (80, 32), (8, 6), (128, 128), (256, 64)])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_turned_and_written(
+    dtype: torch.dtype, dim: int, turned: int, interleaved: bool, paged: Callable[..., Any]
+) -> None:
+    batch = paged([(37, 3), (5, 1), (300, 200)], 16, 6, 2, dim, dtype)
+    x = torch.randn(204, 10, dim).to(dtype)
+    angle = torch.rand(204, 1, turned) * 6
+    angles = angle.cos().to(dtype), angle.sin().to(dtype)
+    caches = [(batch.k_cache.clone(), batch.v_cache.clone()) for _ in range(2)]
+    found: list[Tensor] = []
+    for run, (k, v) in zip((cache_native.turn_and_write, turn_and_write.reference), caches, strict=True):
+        parts = x.clone().split_with_sizes([6, 2, 2], 1)
+        found.append(run(*parts, angles, k, v, batch.ragged, interleaved=interleaved))
+    close: dict[str, Any] = {"atol": cache_native.TOLERANCE[dtype], "rtol": 0, "equal_nan": True}
+    torch.testing.assert_close(*found, **close)
+    torch.testing.assert_close(caches[0][0], caches[1][0], **close)
+    assert torch.equal(caches[0][1].nan_to_num(), caches[1][1].nan_to_num())
+
+
+def test_without_a_compiler_torch_does_the_work(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.setattr(native, "COMPILERS", ("no-such-compiler",))
+    found = native.native.__wrapped__()
+    assert found.library is None
+    assert "no C++ compiler" in found.text
+    assert "slower" in caplog.text
+
+
+def test_a_failing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: Any) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "FLAGS", ("--no-such-flag",))
+    found = native.native.__wrapped__()
+    assert found.library is None
+    assert "no-such-flag" in found.text
+    assert [path.name for path in (tmp_path / "kvasir").iterdir()] == []
+
+
+@pytest.mark.skipif(native.library() is None, reason="no compiled kernels")
+def test_the_library_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("compiled again"))
+    monkeypatch.setattr(native, "_key", lambda compiler: Path(native.library()._name).stem.removeprefix("kernels-"))  # type: ignore[union-attr]
+    assert "compiled before" in native.native.__wrapped__().text
+
+
+def test_can_be_switched_off() -> None:
+    code = "from kvasir.kernels import native; print(native.native().text)"
+    env = os.environ | {"KVASIR_KERNELS": "torch"}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "not used: KVASIR_KERNELS=torch"
