@@ -41,6 +41,8 @@ PLAIN = (
     "blocks",
     "sequence",
     "scheduler",
+    "beam_search",
+    "prompt_cut",
     "admission",
     "layout",
     "tables",
