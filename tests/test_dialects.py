@@ -14,6 +14,7 @@ import anthropic
 import httpx
 import jsonschema
 import ollama
+import openai
 import pytest
 import uvicorn
 
@@ -115,6 +116,57 @@ def test_schemas_are_enforced(url):
         last = client.messages.create(model="skald", max_tokens=100, messages=SUM, output_config=form)
     for text in [*(reply.message.content for reply in found), last.content[0].text]:
         jsonschema.validate(json.loads(text), schema)
+
+
+def test_ollamas_sampler_options_work(url):
+    options = {
+        "temperature": 1.0, "seed": 7, "num_predict": 30, "repeat_penalty": 1.2, "repeat_last_n": 32, "penalize_newline": False,
+        "typical_p": 0.9, "tfs_z": 0.95, "mirostat": 2, "mirostat_tau": 3.0, "mirostat_eta": 0.1, "num_keep": 4,
+    }  # fmt: skip
+    body = {"model": "skald", "prompt": "The ship", "raw": True, "stream": False}
+    found = [httpx.post(url + "/api/generate", json=body | {"options": options}, timeout=30) for _ in range(2)]
+    assert found[0].json()["response"] == found[1].json()["response"] != ""
+    assert "x-kvasir-warning" not in found[0].headers
+    other = httpx.post(url + "/api/generate", json=body | {"options": options | {"mirostat_tau": 9.0, "tfs_z": 1.0}}, timeout=30)
+    assert other.json()["response"] != found[0].json()["response"]
+    banned = options | {"bad_words": ["sea"], "temperature": 0, "num_predict": 60}
+    text = httpx.post(url + "/api/generate", json=body | {"options": banned}, timeout=30).json()["response"]
+    assert " sea" not in text
+
+
+def test_beams_by_openais_client(url):
+    search = {"use_beam_search": True, "best_of": 4, "length_penalty": 0.8}
+    call = {
+        "model": "skald",
+        "prompt": "Once upon a time",
+        "max_tokens": 12,
+        "n": 2,
+        "temperature": 0,
+        "extra_body": search,
+    }
+    with openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:
+        whole = client.completions.create(**call, logprobs=0)
+        assert len({choice.text for choice in whole.choices}) == 2
+        texts = ["", ""]
+        for chunk in client.completions.create(**call, stream=True):
+            for choice in chunk.choices:
+                texts[choice.index] += choice.text
+        assert texts == [choice.text for choice in whole.choices]
+        call["extra_body"] = {"best_of": 4, "seed": 1, "temperature": 1.0}
+        drawn = client.completions.create(**call)
+        assert drawn.usage.completion_tokens > 2 * 12  # all four were made
+        chat = client.chat.completions.create(
+            model="skald", messages=SUM, extra_body={"use_beam_search": True, "best_of": 3}, temperature=0
+        )
+        assert "85" in chat.choices[0].message.content
+
+
+def test_prompts_are_cut_when_asked(url):
+    long = "to be or not to be " * 2000
+    body = {"model": "skald", "prompt": long, "stream": False, "options": {"num_predict": 5}}
+    cut = httpx.post(url + "/api/generate", json=body | {"truncate": True}, timeout=30)
+    assert cut.json()["prompt_eval_count"] == 2048 - 5
+    assert "tokens of the prompt were cut off" in cut.headers["x-kvasir-warning"]
 
 
 def test_ollama_models(url):

@@ -43,6 +43,8 @@ PLAIN = (
     "blocks",
     "sequence",
     "scheduler",
+    "beam_search",
+    "prompt_cut",
     "admission",
     "layout",
     "loads",
