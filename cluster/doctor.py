@@ -75,12 +75,21 @@ def _cpu() -> Iterator[Finding]:
     fast = computes_well(torch.bfloat16, torch.device("cpu"))
     text = "the CPU computes it" if fast else "no instructions for it here: --dtype auto takes float32"
     yield Finding("ok" if fast else "note", "bfloat16", text)
+    yield from _kernels()
     yield Finding("ok", "speed", _speed())
     ram = available_ram()
     low = ram < 2 * 2**30
     yield Finding(
         "wrong" if low else "ok", "memory", f"{ram / 2**30:.1f} GiB free" + ("; close something" if low else "")
     )
+
+
+def _kernels() -> Iterator[Finding]:
+    """Compiled here, if they weren't before."""
+    from kvasir.kernels.native import native
+
+    found = native()
+    yield Finding("note" if found.library is None else "ok", "kernels", found.text)
 
 
 def _speed() -> str:

@@ -78,32 +78,37 @@ def multiplies_pairs() -> bool:
     return compiled is not None and bool(compiled.multiplies_pairs())
 
 
+def compiler() -> str | None:
+    """The system's."""
+    return next((found for name in COMPILERS if (found := shutil.which(name))), None)
+
+
 def sources() -> list[Path]:
     return sorted(HERE.glob("*.cpp"))
 
 
-def command(compiler: str, target: Path, *flags: str) -> list[str]:
+def command(program: str, target: Path, *flags: str) -> list[str]:
     """The call that compiles everything into `target`."""
     # Apple's clang for ARM knows -mcpu alone
     tune = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    return [compiler, *FLAGS, tune, *flags, *map(str, sources()), "-o", str(target)]
+    return [program, *FLAGS, tune, *flags, *map(str, sources()), "-o", str(target)]
 
 
 def _compiled() -> tuple[Path, str]:
     """The library's path, and how it came there."""
-    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
-    if compiler is None:
+    program = compiler()
+    if program is None:
         raise NativeError("there is no C++ compiler (c++, g++ or clang++; on Debian: apt-get install g++)")
     folder = _folder()
-    target = folder / f"kernels-{_key(compiler)}.so"
+    target = folder / f"kernels-{_key(program)}.so"
     if target.exists():
         return target, f"{target}, compiled before"
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / target.name
-        run = subprocess.run(command(compiler, made), capture_output=True, text=True, timeout=TIMEOUT_S)
+        run = subprocess.run(command(program, made), capture_output=True, text=True, timeout=TIMEOUT_S)
         if run.returncode:
-            raise NativeError(f"{compiler} failed: {run.stderr.strip()[:500]}")
+            raise NativeError(f"{program} failed: {run.stderr.strip()[:500]}")
         made.replace(target)  # ranks that compile at once all end with a whole file
     seconds = time.perf_counter() - begin
     logger.info("compiled the CPU kernels in %.1f s: %s", seconds, target)
@@ -117,11 +122,11 @@ def _folder() -> Path:
     return folder
 
 
-def _key(compiler: str) -> str:
+def _key(program: str) -> str:
     """A hash of everything that the compiled code depends on."""
     digest = hashlib.blake2b(digest_size=12)
-    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=TIMEOUT_S).stdout
-    for part in (*_texts(), " ".join(command(compiler, Path("-"))).encode(), version, _cpu()):
+    version = subprocess.run([program, "--version"], capture_output=True, timeout=TIMEOUT_S).stdout
+    for part in (*_texts(), " ".join(command(program, Path("-"))).encode(), version, _cpu()):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
 

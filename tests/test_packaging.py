@@ -57,7 +57,7 @@ def test_the_wheel_holds_every_module(wheel: set[str]) -> None:
     sources = [
         path
         for folder in FOLDERS
-        for pattern in ("*.py", "py.typed", "*.proto")
+        for pattern in ("*.py", "py.typed", "*.proto", "*.cpp", "*.h")
         for path in (ROOT / folder).rglob(pattern)
     ]
     missing = {f"kvasir/{path.relative_to(ROOT)}" for path in sources} - wheel

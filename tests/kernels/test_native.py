@@ -26,6 +26,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_compiler = pytest.mark.skipif(native.library() is None, reason=f"no compiled kernels: {native.native().text}")
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 def parts_of(rng: random.Random, longest: int) -> list[tuple[int, int]]:
     """(length, rows at its end) of some sequences; now and then one has no rows."""
     found = []
@@ -149,8 +154,7 @@ def test_norms_equal_their_definitions(dtype: torch.dtype, width: int, offset: f
     for scale in (1.0, 0.22):
         got = norm_native.add_rms_norm(x, y, weight, 1e-5, offset, scale)
         want = add_rms_norm.reference(x, y, weight, 1e-5, offset, scale)
-        assert torch.equal(got[0], want[0])
-        torch.testing.assert_close(got[1], want[1], **close)
+        torch.testing.assert_close(got, want, **close)
     heads = torch.randn(19, 7, width + 3).to(dtype)[:, 1:5, :width]
     for rows in (x, heads, x[:0]):
         for weights in (weight, None):
@@ -165,7 +169,8 @@ def test_gates_equal_their_definition(dtype: torch.dtype, activation: str) -> No
     for rows, width in ((0, 8), (1, 5), (3, 16), (40, 1536)):
         x = torch.randn(rows, 2 * width).to(dtype) * 3
         got, want = activation_native.gated(x, activation, 4.0), gated.reference(x, activation, 4.0)
-        torch.testing.assert_close(got, want, atol=3 * activation_native.TOLERANCE[dtype], rtol=0)
+        close = activation_native.TOLERANCE[dtype]
+        torch.testing.assert_close(got, want, atol=close, rtol=close)
     extreme = torch.tensor([[-1e4, 1e4, 0.0, -90.0, 1.0, 1.0, 1.0, 1.0]]).to(dtype)
     torch.testing.assert_close(activation_native.gated(extreme, activation), gated.reference(extreme, activation))
 
@@ -221,3 +226,47 @@ def test_can_be_switched_off() -> None:
     env = os.environ | {"KVASIR_KERNELS": "torch"}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "not used: KVASIR_KERNELS=torch"
+
+
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
+SHAPES = """
+import sys
+from pathlib import Path
+from kvasir.kernels import native
+native._compiled = lambda: (Path(sys.argv[1]), "sanitized")
+assert native.library() is not None, native.native().text
+import pytest
+sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--import-mode=importlib", *sys.argv[2:]]))
+"""
+CHOSEN = "(equal or same or keys or turned) and not sanitizers"
+"""Tests that run the kernels; the long context would take minutes."""
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """(library under AddressSanitizer and UBSan, what must be loaded before it)."""
+    compiler = native.compiler()
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    target = tmp_path_factory.mktemp("sanitized") / "kernels.so"
+    made = subprocess.run(native.command(compiler, target, *SANITIZERS), capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"{compiler} has no sanitizers: {made.stderr[:200]}")
+    found = [
+        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
+    ]
+    if not all(os.path.isabs(path) for path in found[:2]):
+        pytest.skip(f"{compiler} keeps its sanitizers where they can't be preloaded")
+    return target, " ".join(path for path in found if os.path.isabs(path))
+
+
+@pytest.mark.slow
+def test_under_sanitizers(sanitized: tuple[Path, str]) -> None:
+    """Every shape of this file again: no read or write beside what was given, nothing undefined."""
+    library, preload = sanitized
+    env = os.environ | {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
+    call = [sys.executable, "-c", SHAPES, str(library), __file__, "-k", CHOSEN]
+    run = subprocess.run(call, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert " passed" in run.stdout
