@@ -43,6 +43,8 @@ class GatewayConfig:
     """Gateway processes; they share the ports."""
     drain_timeout_s: float = 30.0
     """After SIGTERM: seconds that running requests may take to finish. Flag: --drain-timeout."""
+    failover_timeout_s: float = 30.0
+    """Seconds that a request whose group died waits for another one to go on with it; 0: it fails. Flag: --failover-timeout."""
     response_role: str = "assistant"
     """Role of chat answers."""
     enable_log_requests: bool = False

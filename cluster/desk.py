@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import secrets
 import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -12,8 +13,9 @@ from contextlib import contextmanager
 
 from kvasir.cluster import telemetry
 from kvasir.cluster.call import Call, Conversation, Prompt, Text
+from kvasir.cluster.failover import Failover, LastingStream
 from kvasir.cluster.generation import Generation
-from kvasir.cluster.group_client import GroupClient, GroupDirectory, Stream
+from kvasir.cluster.group_client import GroupClient, GroupDirectory
 from kvasir.cluster.metrics import Metrics
 from kvasir.cluster.served_model import ServedModel
 from kvasir.cluster.telemetry import RequestSpan, Tracing
@@ -40,6 +42,7 @@ class Desk:
         tracing: Tracing,
         *,
         log_requests: bool = False,
+        failover_timeout_s: float = 0.0,
     ) -> None:
         self.models = tuple(models)
         self.directory = directory
@@ -50,6 +53,7 @@ class Desk:
         self._running: set[Generation | Vectors] = set()
         self._tracing = tracing
         self._log_requests = log_requests
+        self._failover_timeout_s = failover_timeout_s
         self._by_name = {name: model for model in models for name in model.names}
 
     @property
@@ -141,7 +145,7 @@ class Desk:
             requests, info = await self._requests(call, model, request_id, span)
         record = self.metrics.call(model.name, call.operation, requests, started)
         with span.stage("route"):
-            streams = await _submit(self.directory.find(model.name), requests)
+            streams = await _submit(requests, self._failover(model, span))
         return Generation(model, info, requests, streams, span=span, record=record)
 
     async def _vectors(
@@ -169,7 +173,16 @@ class Desk:
             for place, one in zip(call.places, encoded, strict=True):
                 _check_range(place, one.ids, info)
         record = self.metrics.call(model.name, call.operation, requests, started)
-        return Vectors(model, info, requests, lambda: self.directory.find(model.name), span=span, record=record)
+        return Vectors(model, info, requests, self._failover(model, span), span=span, record=record)
+
+    def _failover(self, model: ServedModel, span: RequestSpan) -> Failover:
+        @contextmanager
+        def stage() -> Iterator[None]:
+            self.metrics.failover(model.name)
+            with span.stage("failover"):
+                yield
+
+        return Failover(lambda request: self.directory.find(model.name), self._failover_timeout_s, stage)
 
     def _check_open(self) -> None:
         if self.draining:
@@ -190,7 +203,7 @@ class Desk:
             Request(
                 request_id=f"{request_id}-{number}-{suffix}",
                 prompt_token_ids=ids,
-                sampling=_fitted(sampling, len(ids), info, chosen),
+                sampling=_seeded(_fitted(sampling, len(ids), info, chosen)),
                 priority=call.priority,
                 cache_salt=call.cache_salt,
                 deadline_s=call.deadline_s,
@@ -273,17 +286,25 @@ def _fitted(sampling: SamplingParams, prompt_tokens: int, info: ModelInfo, chose
     raise ContextLengthError(f"{text}; the model's context is {limit} (--max-model-len)", param="max_tokens")
 
 
-async def _submit(client: GroupClient, requests: Sequence[Request]) -> list[Stream]:
+def _seeded(sampling: SamplingParams) -> SamplingParams:
+    """`sampling` with a seed: another group must draw as the first would have."""
+    return sampling if sampling.seed is not None else dataclasses.replace(sampling, seed=secrets.randbits(63))
+
+
+async def _submit(requests: Sequence[Request], failover: Failover) -> list[LastingStream]:
     """All requests or none: when one is refused the others are aborted."""
-    if len(requests) == 1:
-        return [await client.submit(requests[0])]
-    tasks = [asyncio.ensure_future(client.submit(request)) for request in requests]
+    streams = [LastingStream(request, failover) for request in requests]
+    if len(streams) == 1:
+        await streams[0].start()
+        return streams
+    tasks = [asyncio.ensure_future(stream.start()) for stream in streams]
     try:
-        return list(await asyncio.gather(*tasks))
+        await asyncio.gather(*tasks)
     except BaseException:  # cancellation too
         for task in tasks:
             task.cancel()
-        for found in await asyncio.gather(*tasks, return_exceptions=True):
-            if not isinstance(found, BaseException):
-                found.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for stream in streams:
+            stream.close()
         raise
+    return streams

@@ -68,8 +68,14 @@ class Gateway:
         self._directory = GroupDirectory(names, max_stream_buffer=config.gateway.max_stream_buffer)
         for model, group in zip(models, groups, strict=True):
             self._directory.follow(model.name, partial(_endpoints, group))
-        logged = config.gateway.enable_log_requests
-        self._desk = Desk(models, self._directory, Metrics(), self._tracing, log_requests=logged)
+        self._desk = Desk(
+            models,
+            self._directory,
+            Metrics(),
+            self._tracing,
+            log_requests=config.gateway.enable_log_requests,
+            failover_timeout_s=config.gateway.failover_timeout_s,
+        )
         http, *ollama = await self._start_http()
         self.addresses = Addresses(http, await self._start_grpc(), *ollama)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import time
 from collections.abc import Sequence
 
-from kvasir.cluster.group_client import Stream
+from kvasir.cluster.failover import LastingStream
+from kvasir.cluster.merged import Merged
 from kvasir.cluster.metrics import CallRecord
 from kvasir.cluster.served_model import ServedModel
 from kvasir.cluster.telemetry import RequestSpan
@@ -29,7 +29,7 @@ class Generation:
         model: ServedModel,
         info: ModelInfo,
         requests: Sequence[Request],
-        streams: Sequence[Stream],
+        streams: Sequence[LastingStream],
         *,
         span: RequestSpan,
         record: CallRecord,
@@ -39,7 +39,7 @@ class Generation:
         self.transcripts = [Transcript(r, model.tokenizer, eos_token_ids=info.eos_token_ids) for r in requests]
         self.closed = False
         self._streams = streams
-        self._merged = _Merged(streams) if len(streams) > 1 else None
+        self._merged = Merged(streams) if len(streams) > 1 else None
         self._open = len(streams)
         self._span = span
         self._record = record
@@ -127,26 +127,3 @@ class Generation:
             cached_tokens=usage.cached_tokens,
             error=self.error,
         )
-
-
-class _Merged:
-    """Several streams read as one. Holds one batch at most: for slow readers the streams have their own limit."""
-
-    def __init__(self, streams: Sequence[Stream]) -> None:
-        self._queue: asyncio.Queue[tuple[int, Sequence[Event]]] = asyncio.Queue(maxsize=1)
-        self._tasks = [asyncio.ensure_future(self._pump(number, stream)) for number, stream in enumerate(streams)]
-
-    async def next(self) -> tuple[int, Sequence[Event]]:
-        """(stream's number, its events); no events: that stream has ended."""
-        return await self._queue.get()
-
-    def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-
-    async def _pump(self, number: int, stream: Stream) -> None:
-        events: Sequence[Event] = await stream.batch()
-        while events:
-            await self._queue.put((number, events))
-            events = await stream.batch()
-        await self._queue.put((number, ()))

@@ -30,6 +30,8 @@ SILENCE_S = 1.5
 """A group that says nothing for six of its load periods is dead, or not to be told from it."""
 BACKOFF_S = (0.05, 1.0)
 """First and longest pause between attempts to connect."""
+WARY_S = 2.0
+"""So long after a group said that it can't go on, others are asked first: its process may outlive its engine a little."""
 POLL_S = (0.2, 2.0)
 """How often the directory asks where a model's groups are: while it has none, and then; at once when one breaks."""
 
@@ -147,6 +149,7 @@ class GroupClient:
         self._numbers = itertools.count(1)
         self._outbox: asyncio.Queue[pb.GatewayMessage] | None = None
         self._heartbeat = self._seen = 0.0
+        self._failed_at: float | None = None
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -169,6 +172,16 @@ class GroupClient:
     def alive(self) -> bool:
         """Connected, and the group's step loop turned within `wire.STALL_S`."""
         return self._outbox is not None and time.monotonic() - self._heartbeat < wire.STALL_S
+
+    @property
+    def name(self) -> str:
+        """Tells this life of this group from others."""
+        return self.endpoint.incarnation[:8]
+
+    @property
+    def failing(self) -> bool:
+        """It said within `WARY_S` that it can't serve a request."""
+        return self._failed_at is not None and time.monotonic() - self._failed_at < WARY_S
 
     @property
     def load(self) -> int:
@@ -264,10 +277,15 @@ class GroupClient:
 
     def _answered(self, answer: pb.Answer) -> None:
         if stream := self._streams.get(answer.number):
-            stream._answered(wire.decode_error(answer.error) if answer.HasField("error") else None)
+            error = wire.decode_error(answer.error) if answer.HasField("error") else None
+            if isinstance(error, UnavailableError):
+                self._failed_at = time.monotonic()
+            stream._answered(error)
 
     def _deliver(self, number: int, event: Event) -> None:
         stream = self._streams[number]
+        if isinstance(event, Failed) and event.code == UnavailableError.code:
+            self._failed_at = time.monotonic()
         stream._push(event)
         if stream.complete:
             del self._streams[number]
@@ -332,11 +350,11 @@ class GroupDirectory:
         return list(dict.fromkeys([*self._models, *self._names]))
 
     def find(self, model: str) -> GroupClient:
-        """The least loaded living group. Raises ModelNotFoundError or UnavailableError."""
+        """The least loaded living group, those that fail last. Raises ModelNotFoundError or UnavailableError."""
         known = self._known(model)
         if not (alive := known.alive):
             raise UnavailableError(f"model {model!r} isn't available: {self._why(known)}", retry_after_s=2.0)
-        return min(alive, key=lambda client: client.load)
+        return min(alive, key=lambda client: (client.failing, client.load))
 
     def clients(self, model: str | None = None) -> list[GroupClient]:
         """All groups of one model, or of all, the living and the dead."""

@@ -411,8 +411,9 @@ def test_client_that_goes_away_frees_its_blocks(stories: Server) -> None:
 
 
 def test_rank_killed_during_a_stream(tmp_path: Path, data: Callable[[str], Path]) -> None:
-    """Kill -9 of rank 0: an error within 2 s, red health, and it comes back by itself."""
-    server = start(tmp_path, "--model", str(data("model-stories260k/hf")), "--served-model-name", "stories")
+    """Kill -9 of rank 0, without failover: an error within 2 s, red health, and it comes back by itself."""
+    flags = ("--served-model-name", "stories", "--failover-timeout", "0")
+    server = start(tmp_path, "--model", str(data("model-stories260k/hf")), *flags)
     try:
         body = {"model": "stories", "prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True, "n": 4}
         assert len(server.ranks()) == 1
@@ -435,6 +436,57 @@ def test_rank_killed_during_a_stream(tmp_path: Path, data: Callable[[str], Path]
     assert status == 0
     leftover = [pid for pid in descendants(1) if str(tmp_path) in command_line(pid)]
     assert not leftover
+
+
+@dataclass
+class Heard:
+    """What a client got of a streamed completion."""
+
+    texts: list[str]
+    tokens: list[list[str]]
+    sums: list[float]
+    """Of log probabilities."""
+    usage: Any = None
+
+
+def hear(server: Server, kill_at: int | None, fields: dict[str, Any]) -> Heard:
+    """A completion by OpenAI's client; kills rank 0 when the chunk of that number has come."""
+    n = fields["n"]
+    heard = Heard([""] * n, [[] for _ in range(n)], [0.0] * n)
+    with server.client() as client:
+        for number, chunk in enumerate(client.completions.create(**fields)):
+            if number == kill_at:
+                os.kill(server.ranks()[0], signal.SIGKILL)
+            for choice in chunk.choices:
+                heard.texts[choice.index] += choice.text
+                if choice.logprobs is not None:
+                    heard.tokens[choice.index] += choice.logprobs.tokens or []
+                    heard.sums[choice.index] += sum(score or 0.0 for score in choice.logprobs.token_logprobs or [])
+            heard.usage = chunk.usage or heard.usage
+    return heard
+
+
+def test_streams_survive_their_group(tmp_path: Path, data: Callable[[str], Path]) -> None:
+    """Kill -9 of rank 0 in mid-stream: OpenAI's client sees a pause, and the text, scores and counts of an undisturbed one."""
+    common = {"model": "stories", "prompt": "Once upon a time", "temperature": 1.0, "seed": 11, "logprobs": 1}
+    common |= {"stream": True, "stream_options": {"include_usage": True}}
+    long = {"n": 2, "max_tokens": 400, "extra_body": {"ignore_eos": True, "repetition_penalty": 1.1}}
+    bound = {"n": 1, "max_tokens": 450, "extra_body": {"guided_regex": "([a-z]{1,9} ){40}"}}
+    server = start(tmp_path, "--model", str(data("model-stories260k/hf")), "--served-model-name", "stories")
+    try:
+        for kill_at, fields in ((40, common | long), (30, common | bound)):
+            expected, failovers = hear(server, None, fields), 0.0
+            if kill_at == 30:
+                failovers = server.metric("kvasir:failovers_total")
+                assert re.fullmatch(fields["extra_body"]["guided_regex"], expected.texts[0])
+            heard = hear(server, kill_at, fields)
+            assert (heard.texts, heard.tokens) == (expected.texts, expected.tokens)
+            assert heard.sums == pytest.approx(expected.sums, rel=1e-4)
+            assert heard.usage.completion_tokens == expected.usage.completion_tokens
+            assert server.metric("kvasir:failovers_total") > failovers
+    finally:
+        status = server.stop()
+    assert status == 0, "".join(server.log)
 
 
 def test_sigterm_drains(tmp_path: Path, data: Callable[[str], Path]) -> None:
