@@ -11,7 +11,7 @@ from kvasir.cluster.anthropic_reply import MessagesReply, failed
 from kvasir.cluster.anthropic_schema import MessagesAsk, parse_count, parse_messages
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.http_front import header_map, read_json, send_json, until_gone, warning_header
-from kvasir.cluster.reply_stream import SSE, stream
+from kvasir.cluster.reply_stream import SSE, stream, whole
 
 
 class Messages:
@@ -27,15 +27,13 @@ class Messages:
 
     async def _answer(self, ask: MessagesAsk, request_id: str, headers: Mapping[str, str], send: Send) -> None:
         generation = await self._desk.begin(ask.call, request_id, headers)
-        warnings = warning_header((*ask.warnings, *_betas(headers)))
+        warnings = (*ask.warnings, *_betas(headers))
         try:
             reply = MessagesReply(ask, generation, request_id)
             if ask.stream:
-                await stream(generation, reply, send, [SSE, *warnings], failed)
+                await stream(generation, reply, send, [SSE, *warning_header(warnings)], failed)
             else:
-                async for _ in generation:
-                    pass
-                await send_json(send, 200, reply.whole(), warnings)
+                await whole(generation, reply.whole, send, warnings)
         finally:
             self._desk.end(generation)
 

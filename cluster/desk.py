@@ -17,6 +17,7 @@ from kvasir.cluster.failover import Failover, LastingStream
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.group_client import GroupClient, GroupDirectory
 from kvasir.cluster.metrics import Metrics
+from kvasir.cluster.recordings import Recording, Recordings
 from kvasir.cluster.served_model import ServedModel
 from kvasir.cluster.telemetry import RequestSpan, Tracing
 from kvasir.cluster.vectors import PoolingCall, Vectors
@@ -43,10 +44,13 @@ class Desk:
         *,
         log_requests: bool = False,
         failover_timeout_s: float = 0.0,
+        recordings: Recordings | None = None,
     ) -> None:
         self.models = tuple(models)
         self.directory = directory
         self.metrics = metrics
+        self.recordings = recordings or Recordings()
+        """Answers that are streamed, by their ids."""
         self.draining = False
         """New calls are refused."""
         self._beginning = 0
@@ -80,13 +84,16 @@ class Desk:
         return _info(self.directory.find(model.name))
 
     async def begin(self, call: Call, request_id: str, headers: Mapping[str, str]) -> Generation:
-        """Start `call`. Raises a KvasirError when it can't be run, or not now. `headers` may hold a traceparent."""
+        """Start `call`. Raises a KvasirError when it can't be run, or not now. `headers` may hold a traceparent, and say
+        that the answer may be resumed."""
         started = time.monotonic()
         model = self.model(call.model)
+        recording = self.recordings.new(headers)
         span = self._span(call, model, headers)
         with self._opening(model, span):
-            generation = await self._begin(call, model, request_id, span, started)
+            generation = await self._begin(call, model, request_id, span, recording, started)
         self._running.add(generation)
+        recording.on_end, recording.on_cancel = lambda: self.end(generation), generation.abandon
         return generation
 
     async def pool(
@@ -114,7 +121,12 @@ class Desk:
         return await model.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def end(self, work: Generation | Vectors) -> None:
-        """Every `begin` is followed by this; aborts what still runs."""
+        """Every `begin` is followed by this; aborts what still runs, unless it is recorded for a client that may come back."""
+        if isinstance(work, Generation):
+            if work.recording.running:
+                return
+            if not work.recording.resumable:
+                self.recordings.drop(work.recording)
         if work in self._running:
             work.close()
             self._running.discard(work)
@@ -138,7 +150,13 @@ class Desk:
             self._beginning -= 1
 
     async def _begin(
-        self, call: Call, model: ServedModel, request_id: str, span: RequestSpan, started: float
+        self,
+        call: Call,
+        model: ServedModel,
+        request_id: str,
+        span: RequestSpan,
+        recording: Recording,
+        started: float,
     ) -> Generation:
         with span.stage("admit"):
             self._check_open()
@@ -146,7 +164,9 @@ class Desk:
         record = self.metrics.call(model.name, call.operation, requests, started)
         with span.stage("route"):
             streams = await _submit(requests, self._failover(model, span))
-        return Generation(model, info, requests, streams, span=span, record=record)
+        return Generation(
+            model, info, requests, streams, span=span, record=record, recording=recording, started=started
+        )
 
     async def _vectors(
         self, call: PoolingCall, model: ServedModel, request_id: str, span: RequestSpan, started: float

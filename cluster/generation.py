@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from kvasir.cluster.failover import LastingStream
 from kvasir.cluster.merged import Merged
 from kvasir.cluster.metrics import CallRecord
+from kvasir.cluster.recordings import Recording
 from kvasir.cluster.served_model import ServedModel
 from kvasir.cluster.telemetry import RequestSpan
+from kvasir.cluster.timing import CallTiming
 from kvasir.engine.errors import KvasirError, UnavailableError
 from kvasir.engine.event import Event, Finished
 from kvasir.engine.info import ModelInfo
@@ -33,17 +35,22 @@ class Generation:
         *,
         span: RequestSpan,
         record: CallRecord,
+        recording: Recording,
+        started: float,
     ) -> None:
         self.model = model
         self.requests = requests
         self.transcripts = [Transcript(r, model.tokenizer, eos_token_ids=info.eos_token_ids) for r in requests]
+        self.recording = recording
+        """What is known of it as a stream."""
         self.closed = False
         self._streams = streams
         self._merged = Merged(streams) if len(streams) > 1 else None
         self._open = len(streams)
         self._span = span
         self._record = record
-        self._started = time.monotonic()
+        self._started = started
+        self._why: KvasirError | None = None
         self.error: str | None = None
         """Once closed: the code of what went wrong; `cancelled` when the client went away."""
 
@@ -52,6 +59,16 @@ class Generation:
         """Sum over all prompts; complete when iteration has ended."""
         counts = [dataclasses.astuple(transcript.usage) for transcript in self.transcripts]
         return Usage(*map(sum, zip(*counts, strict=True)))
+
+    @property
+    def timing(self) -> CallTiming:
+        """Complete when iteration has ended."""
+        return CallTiming.of(
+            (output.timing for transcript in self.transcripts for output in transcript.outputs),
+            total_s=time.monotonic() - self._started,
+            cached_tokens=sum(transcript.cached_tokens for transcript in self.transcripts),
+            group=self._streams[0].group,
+        )
 
     def summary(self) -> str:
         """One line for the log: no text of anybody's."""
@@ -70,8 +87,9 @@ class Generation:
             self._merged.close()
         self._conclude()
 
-    def abandon(self) -> None:
-        """Abort what still runs; who iterates is told that the group is unavailable."""
+    def abandon(self, why: KvasirError | None = None) -> None:
+        """Abort what still runs; who iterates is told why, or that the group is unavailable."""
+        self._why = self._why or why
         for stream in self._streams:
             stream.close()
 
@@ -109,10 +127,12 @@ class Generation:
                 self._streams[number].abort(delta.index, "stop")
         return [(number, delta) for delta in deltas]
 
-    def _ended_early(self) -> UnavailableError:
-        """Nobody here asked for it: the server drains, or the group does."""
-        self.error = UnavailableError.code
-        return UnavailableError("the server ended this request before it was complete", retry_after_s=1.0)
+    def _ended_early(self) -> KvasirError:
+        """It was abandoned; without a reason the server drains, or the group does."""
+        ended = "the server ended this request before it was complete"
+        error = self._why or UnavailableError(ended, retry_after_s=1.0)
+        self.error = error.code
+        return error
 
     def _conclude(self) -> None:
         """End span and record; a call that was closed early counts as aborted."""

@@ -25,7 +25,7 @@ from kvasir.cluster.ollama_schema import (
     parse_embeddings,
     parse_generate,
 )
-from kvasir.cluster.reply_stream import NDJSON, stream
+from kvasir.cluster.reply_stream import NDJSON, stream, whole
 from kvasir.cluster.served_model import ServedModel
 from kvasir.cluster.vectors import PoolingCall
 from kvasir.engine.errors import ClientError, KvasirError
@@ -84,9 +84,7 @@ class OllamaGeneration:
             if ask.stream:
                 await stream(generation, reply, send, [NDJSON, *warning_header(ask.warnings)], _failed)
             else:
-                async for _ in generation:
-                    pass
-                await send_json(send, 200, reply.whole(), warning_header(ask.warnings))
+                await whole(generation, reply.whole, send, ask.warnings)
         finally:
             self._desk.end(generation)
 

@@ -1,7 +1,7 @@
 """Answers of /v1/chat/completions and /v1/completions, whole or as SSE frames, in OpenAI's shapes.
 
-`return_token_ids`, `stop_reason` and `prompt_logprobs` are vLLM's additions. A frame costs a few microseconds: what is
-the same in all chunks of an answer is encoded once.
+`return_token_ids`, `stop_reason` and `prompt_logprobs` are vLLM's additions, `timing` is ours. A frame costs a few
+microseconds: what is the same in all chunks of an answer is encoded once.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class ChatReply:
         return out
 
     def closing(self) -> bytes:
-        return self._frames.closing(self._generation.usage)
+        return self._frames.closing(self._generation.usage, _timing(self._ask, self._generation))
 
     def whole(self) -> Json:
         transcript = self._generation.transcripts[0]
@@ -83,7 +83,7 @@ class ChatReply:
                 choice["token_ids"] = output.token_ids
             choices.append(choice)
         answer = {**self._envelope, "object": "chat.completion", "choices": choices, **self._extra()}
-        return answer | {"usage": usage_json(self._generation.usage)}
+        return answer | {"usage": usage_json(self._generation.usage)} | _timing(self._ask, self._generation)
 
     def _begin(self) -> bytes:
         """The role, and what comes once: one chunk per choice."""
@@ -142,7 +142,7 @@ class CompletionReply:
         return out
 
     def closing(self) -> bytes:
-        return self._frames.closing(self._usage())
+        return self._frames.closing(self._usage(), _timing(self._ask, self._generation))
 
     def whole(self) -> Json:
         choices = []
@@ -156,7 +156,7 @@ class CompletionReply:
                 choice |= {"finish_reason": output.finish_reason, "stop_reason": output.stop_reason}
                 choices.append(_joined(first, choice) if first else choice)
         answer = {**self._envelope, "object": "text_completion", "choices": choices}
-        return answer | {"usage": usage_json(self._usage())}
+        return answer | {"usage": usage_json(self._usage())} | _timing(self._ask, self._generation)
 
     def _opening(self, number: int, index: int) -> Json:
         """What comes before the output: the prompt's text and scores, as far as they were asked for."""
@@ -217,10 +217,17 @@ class _Frames:
         beside = b"," + orjson.dumps(extra)[1:-1] if extra else b""
         return self._head + orjson.dumps(choice) + b"]" + beside + self._tail[1:]
 
-    def closing(self, usage: Usage) -> bytes:
-        if not self._include_usage:
-            return DONE
-        return self._head + b'],"usage":' + orjson.dumps(usage_json(usage)) + b"}\n\n" + DONE
+    def closing(self, usage: Usage, timing: Json) -> bytes:
+        """A chunk without choices for what was asked for, and the end."""
+        extra = {"usage": usage_json(usage)} if self._include_usage else {}
+        if extra or timing:
+            return self._head + b"]," + orjson.dumps(extra | timing)[1:] + b"\n\n" + DONE
+        return DONE
+
+
+def _timing(ask: Ask, generation: Generation) -> Json:
+    """The field `timing`, if it was asked for."""
+    return {"timing": generation.timing.json()} if ask.return_timing else {}
 
 
 def usage_json(usage: Usage) -> Json:

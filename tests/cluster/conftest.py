@@ -354,7 +354,9 @@ class LiveGateway:
         self, folder: Path, config: GatewayConfig | None = None, tracing: Tracing | None = None, **options: Any
     ) -> None:
         from kvasir.cluster.desk import Desk
+        from kvasir.cluster.auth import load_keys
         from kvasir.cluster.metrics import Metrics
+        from kvasir.cluster.recordings import Recordings
         from kvasir.cluster.served_model import ServedModel
 
         engine = EngineConfig(model=str(folder), served_model_name=("bytes", "alias/bytes"))
@@ -370,7 +372,12 @@ class LiveGateway:
             tracing or Tracing(),
             log_requests=log_requests,
             failover_timeout_s=self.config.failover_timeout_s,
+            recordings=Recordings(
+                load_keys(self.config, {}), ttl_s=self.config.stream_ttl_s, max_bytes=self.config.stream_memory
+            ),
         )
+        self.others: dict[str, str] = {}
+        """Name of another gateway -> its URL."""
         self.loop = asyncio.new_event_loop()
         self.url = self.grpc_address = ""
 
@@ -399,9 +406,12 @@ class LiveGateway:
 
         config, self._stop = self.config, asyncio.Event()
         tls = {"ssl_keyfile": config.ssl_keyfile, "ssl_certfile": config.ssl_certfile} if config.ssl_certfile else {}
-        options = uvicorn.Config(
-            create_app(self.desk, config), log_config=None, access_log=False, lifespan="off", **tls
-        )
+
+        async def find(name: str) -> str | None:
+            return self.others.get(name)
+
+        app = create_app(self.desk, config, find)
+        options = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", **tls)
         server, self.server = uvicorn.Server(options), create_grpc_server(self.desk, config)
         sock = socket.create_server(("127.0.0.1", 0))
         self.url = f"{'https' if tls else 'http'}://localhost:{sock.getsockname()[1]}"
