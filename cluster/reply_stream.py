@@ -65,7 +65,7 @@ async def stream(
                 begun = True
             if frames := reply.frames(deltas):
                 await send({"type": "http.response.body", "body": frames, "more_body": True})
-        last = reply.closing() + _comment(generation, recording.kind == SSE[1])
+        last = reply.closing()
     except KvasirError as error:
         if not begun:
             raise
@@ -98,8 +98,7 @@ async def _events(generation: Generation, reply: Frames, sse: bool) -> AsyncIter
         if events := _cut(reply.frames(deltas), sse, count):
             count += len(events)
             yield events
-    if events := _cut(reply.closing(), sse, count):
-        yield [*events[:-1], events[-1] + _comment(generation, sse)]
+    yield _cut(reply.closing(), sse, count)
 
 
 def _cut(frames: bytes, sse: bool, count: int) -> list[bytes]:
@@ -108,7 +107,3 @@ def _cut(frames: bytes, sse: bool, count: int) -> list[bytes]:
         return frames.splitlines(keepends=True)
     return [b"id: %d\n%s\n\n" % (number, event) for number, event in enumerate(frames.split(b"\n\n")[:-1], count + 1)]
 
-
-def _comment(generation: Generation, sse: bool) -> bytes:
-    """Where the time went, for those who look: a stream has no trailer that clients read."""
-    return b": server-timing: %s\n\n" % generation.timing.text().encode() if sse else b""

@@ -489,6 +489,35 @@ def test_streams_survive_their_group(tmp_path: Path, data: Callable[[str], Path]
     assert status == 0, "".join(server.log)
 
 
+def test_streams_are_found_whichever_gateway_is_asked(tmp_path: Path, data: Callable[[str], Path]) -> None:
+    """Two gateways share the port: a client that lost its connection gets the rest from either, and cancels by either."""
+    flags = ("--served-model-name", "stories", "--num-gateways", "2", "--stream-ttl", "20")
+    server = start(tmp_path, "--model", str(data("model-stories260k/hf")), *flags)
+    body = {"model": "stories", "prompt": "Once", "max_tokens": 300, "ignore_eos": True, "stream": True, "seed": 2}
+    try:
+        held = []
+        for seed in range(6):
+            asked = httpx.stream(
+                "POST", server.url + "/v1/completions", json=body | {"seed": seed}, headers={"kvasir-resumable": "true"}
+            )
+            with asked as reply:
+                assert reply.status_code == 200
+                lines = reply.iter_lines()
+                held.append((reply.headers["kvasir-stream-id"], next(line for line in lines if line == "id: 7")))
+        assert len({stream_id.partition("-")[0] for stream_id, _ in held}) == 2
+        for stream_id, _ in held:
+            texts = {httpx.get(f"{server.url}/v1/streams/{stream_id}?after=7", timeout=60).text for _ in range(4)}
+            (text,) = texts
+            assert text.startswith("id: 8\n")
+            assert text.endswith("data: [DONE]\n\n")
+        for stream_id, _ in held:
+            assert httpx.delete(f"{server.url}/v1/streams/{stream_id}").status_code == 200
+            assert httpx.get(f"{server.url}/v1/streams/{stream_id}").status_code == 404
+    finally:
+        status = server.stop()
+    assert status == 0, "".join(server.log)
+
+
 def test_sigterm_drains(tmp_path: Path, data: Callable[[str], Path]) -> None:
     server = start(tmp_path, "--model", str(data("model-stories260k/hf")), "--served-model-name", "stories")
     body = {"model": "stories", "prompt": "Once", "max_tokens": 300, "ignore_eos": True, "stream": True}

@@ -369,7 +369,7 @@ def test_over_http(live_gateway, stream):
         gateway.group.dies_after = 4
         found = _shown(ask(gateway))
         metrics = gateway.desk.metrics.render(gateway.directory, []).decode()
-        assert gateway.desk.running == gateway.group.running == 0
+        run(until(lambda: gateway.desk.running == gateway.group.running == 0))
     assert found == undisturbed
     assert found["texts"] == ["Hello, wö"] * 2
     assert 'kvasir:failovers_total{model_name="bytes"}' in metrics

@@ -83,7 +83,7 @@ def test_what_comes_later_fits(live_gateway, path):
 
 def test_events_are_numbered(gateway):
     reply = httpx.post(gateway.url + "/v1/completions", json=DIALECTS["/v1/completions"], headers=RESUMABLE)
-    events = [event for event in reply.text.split("\n\n") if event and not event.startswith(":")]
+    events = reply.text.split("\n\n")[:-1]
     assert [event.split("\n")[0] for event in events] == [f"id: {number + 1}" for number in range(len(events))]
     plain = httpx.post(gateway.url + "/v1/completions", json=DIALECTS["/v1/completions"])
     assert "id: " not in plain.text
@@ -298,9 +298,6 @@ def test_server_timing(gateway):
     assert names == ["queue", "prefill", "decode", "total", "cached", "group"]
     assert 'cached;desc="2", group;desc="group-1"' in whole.headers["server-timing"]
     assert "timing" not in whole.json()
-    streamed = httpx.post(gateway.url + "/v1/completions", json=body)
-    assert streamed.text.endswith("\n\n")
-    assert streamed.text.split("\n\n")[-2].startswith(": server-timing: queue;dur=")
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
