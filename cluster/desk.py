@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from kvasir.cluster import telemetry
 from kvasir.cluster.call import Call, Conversation, Prompt, Text
@@ -202,7 +203,7 @@ class Desk:
             with span.stage("failover"):
                 yield
 
-        return Failover(lambda request: self.directory.find(model.name), self._failover_timeout_s, stage)
+        return Failover(partial(self.directory.place, model.name), self._failover_timeout_s, stage)
 
     def _check_open(self) -> None:
         if self.draining:

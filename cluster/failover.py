@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
-from kvasir.cluster.group_client import GroupClient, Stream
+from kvasir.cluster.group_client import Placement, Stream
 from kvasir.cluster.merged import Merged
 from kvasir.engine.errors import DeadlineError, KvasirError, OverloadedError, UnavailableError
 from kvasir.engine.event import Event, Failed, Finished, FinishReason, Timing, Token
@@ -29,8 +29,8 @@ MAX_DEATHS = 3
 class Failover:
     """What a request does when its group dies."""
 
-    find: Callable[[Request], GroupClient]
-    """A living group. Raises UnavailableError."""
+    place: Callable[[Request], Placement]
+    """A living group for it. Raises UnavailableError."""
     timeout_s: float = 0.0
     """How long it waits for a group that takes it; 0: it fails with its group."""
     stage: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -67,9 +67,9 @@ class LastingStream:
         """Submit it. Raises the KvasirError with which it is refused; at once when no group is alive."""
         deadline, pause = time.monotonic() + self._failover.timeout_s, PAUSE_S[0]
         while True:
-            client = self._failover.find(self._request)
+            placement = self._failover.place(self._request)
             try:
-                await self._submit(client, self._request)
+                await self._submit(placement)
                 return
             except UnavailableError:  # it died just now: the next look finds another one, or says that there is none
                 if time.monotonic() + pause > deadline:
@@ -103,9 +103,9 @@ class LastingStream:
         if self._stream is not None:
             self._stream.close()
 
-    async def _submit(self, client: GroupClient, request: Request) -> None:
-        self._stream = await client.submit(request)
-        self._group = client.name
+    async def _submit(self, placement: Placement) -> None:
+        self._stream = await placement.submit()
+        self._group = placement.client.name
         if self._closed:
             self._stream.close()
         for index, reason in self._aborted.items():  # while it was asked
@@ -209,8 +209,7 @@ class LastingStream:
         with self._failover.stage():
             while not self._closed:
                 try:
-                    request = self._again()
-                    await self._submit(self._failover.find(request), request)
+                    await self._submit(self._failover.place(self._again()))
                     return []
                 except (UnavailableError, OverloadedError) as error:  # who was accepted waits, however full it is
                     why = f"{failed.message}; no other took it within {limit:g} s (--failover-timeout): {error.message}"

@@ -317,6 +317,18 @@ async def _write(call: GroupCall, outbox: asyncio.Queue[pb.GatewayMessage]) -> N
             raise UnavailableError("the stream to the group ended") from error
 
 
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A request and the group that was chosen for it."""
+
+    client: GroupClient
+    request: Request
+
+    async def submit(self) -> Stream:
+        """As GroupClient.submit."""
+        return await self.client.submit(self.request)
+
+
 @dataclass
 class _Model:
     """What the directory knows about one model."""
@@ -350,11 +362,12 @@ class GroupDirectory:
         return list(dict.fromkeys([*self._models, *self._names]))
 
     def find(self, model: str) -> GroupClient:
-        """The least loaded living group, those that fail last. Raises ModelNotFoundError or UnavailableError."""
-        known = self._known(model)
-        if not (alive := known.alive):
-            raise UnavailableError(f"model {model!r} isn't available: {self._why(known)}", retry_after_s=2.0)
-        return min(alive, key=lambda client: (client.failing, client.load))
+        """The least loaded living group. Raises ModelNotFoundError or UnavailableError."""
+        return min(self._alive(self._known(model)), key=lambda client: client.load)
+
+    def place(self, model: str, request: Request) -> Placement:
+        """Choose a living group for `request`. Raises ModelNotFoundError or UnavailableError."""
+        return Placement(self.find(model), request)
 
     def clients(self, model: str | None = None) -> list[GroupClient]:
         """All groups of one model, or of all, the living and the dead."""
@@ -394,6 +407,12 @@ class GroupDirectory:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(client.close() for client in self.clients()))
+
+    def _alive(self, known: _Model) -> list[GroupClient]:
+        """Those that fail are asked only where there are no others."""
+        if alive := known.alive:
+            return [client for client in alive if not client.failing] or alive
+        raise UnavailableError(f"model {known.name!r} isn't available: {self._why(known)}", retry_after_s=2.0)
 
     def _known(self, model: str) -> _Model:
         if model not in self._names:

@@ -157,6 +157,7 @@ class Inference(InferenceServicer):
                 else:
                     async for reply in replies:
                         await context.write(reply)
+                context.set_trailing_metadata((("server-timing", generation.timing.text()),))
             finally:
                 self._desk.end(generation)
 

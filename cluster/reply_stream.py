@@ -106,4 +106,3 @@ def _cut(frames: bytes, sse: bool, count: int) -> list[bytes]:
     if not sse:
         return frames.splitlines(keepends=True)
     return [b"id: %d\n%s\n\n" % (number, event) for number, event in enumerate(frames.split(b"\n\n")[:-1], count + 1)]
-

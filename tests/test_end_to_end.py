@@ -496,7 +496,7 @@ def test_streams_are_found_whichever_gateway_is_asked(tmp_path: Path, data: Call
     body = {"model": "stories", "prompt": "Once", "max_tokens": 300, "ignore_eos": True, "stream": True, "seed": 2}
     try:
         held = []
-        for seed in range(6):
+        for seed in range(12):
             asked = httpx.stream(
                 "POST", server.url + "/v1/completions", json=body | {"seed": seed}, headers={"kvasir-resumable": "true"}
             )

@@ -25,7 +25,7 @@ import uvicorn
 from pydantic.warnings import PydanticDeprecatedSince20
 
 from kvasir.cluster.config import GatewayConfig
-from kvasir.cluster.group_client import Stream
+from kvasir.cluster.group_client import Placement, Stream
 from kvasir.cluster.group_service import GroupService
 from kvasir.cluster.telemetry import Tracing
 from kvasir.engine.config import EngineConfig
@@ -337,6 +337,9 @@ class FakeDirectory:
             raise UnavailableError(f"model {model!r} isn't available: {self.missing()[model]}", retry_after_s=2.0)
         return self.groups[model]
 
+    def place(self, model: str, request: Request) -> Placement:
+        return Placement(self.find(model), request)
+
     def clients(self, model: str) -> list[FakeGroup]:
         return [self.groups[model]]
 
@@ -353,8 +356,8 @@ class LiveGateway:
     def __init__(
         self, folder: Path, config: GatewayConfig | None = None, tracing: Tracing | None = None, **options: Any
     ) -> None:
-        from kvasir.cluster.desk import Desk
         from kvasir.cluster.auth import load_keys
+        from kvasir.cluster.desk import Desk
         from kvasir.cluster.metrics import Metrics
         from kvasir.cluster.recordings import Recordings
         from kvasir.cluster.served_model import ServedModel

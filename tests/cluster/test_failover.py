@@ -86,7 +86,7 @@ class Fleet:
         self.directory.update("m", [group.endpoint for group in self.groups])
 
     def failover(self, timeout_s=5.0):
-        return Failover(lambda request: self.directory.find("m"), timeout_s)
+        return Failover(lambda request: self.directory.place("m", request), timeout_s)
 
 
 async def read(stream):

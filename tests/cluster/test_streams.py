@@ -317,7 +317,9 @@ def test_return_timing(gateway, path, usage):
 
 
 def test_grpc_timing(gateway):
-    replies = list(generate(gateway, (), return_timing=True))
+    call = generate(gateway, (), return_timing=True)
+    replies = list(call)
+    assert dict(call.trailing_metadata())["server-timing"].startswith("queue;dur=")
     assert replies[-1].timing.group == "group-1"
     assert replies[-1].timing.prefill_ms == pytest.approx(1.0, abs=0.01)
     assert not replies[0].HasField("timing")
