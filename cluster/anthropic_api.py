@@ -27,11 +27,11 @@ class Messages:
 
     async def _answer(self, ask: MessagesAsk, request_id: str, headers: Mapping[str, str], send: Send) -> None:
         generation = await self._desk.begin(ask.call, request_id, headers)
-        warnings = (*ask.warnings, *_betas(headers))
+        warnings = warning_header((*ask.warnings, *_betas(headers)))
         try:
             reply = MessagesReply(ask, generation, request_id)
             if ask.stream:
-                await stream(generation, reply, send, [SSE, *warning_header(warnings)], failed)
+                await stream(generation, reply, send, [SSE, *warnings], failed)
             else:
                 await whole(generation, reply.whole, send, warnings)
         finally:

@@ -48,7 +48,7 @@ class LastingStream:
         self._request, self._failover = request, failover
         self._stream: Stream | None = None
         self._parts: _Parts | None = None
-        self._group = ""
+        self._placement: Placement | None = None
         self._live: dict[int, list[int]] = {index: [] for index in range(request.sampling.n)}
         """Continuations that haven't ended -> their tokens so far."""
         self._aborted: dict[int, FinishReason] = {}
@@ -59,9 +59,10 @@ class LastingStream:
         self._closed = False
 
     @property
-    def group(self) -> str:
-        """The name of the group that serves it, or was the last to."""
-        return self._parts.group if self._parts else self._group
+    def placement(self) -> Placement:
+        """Where it runs, or ran last."""
+        assert self._placement is not None, "start comes first"
+        return self._parts.placement if self._parts else self._placement
 
     async def start(self) -> None:
         """Submit it. Raises the KvasirError with which it is refused; at once when no group is alive."""
@@ -105,7 +106,7 @@ class LastingStream:
 
     async def _submit(self, placement: Placement) -> None:
         self._stream = await placement.submit()
-        self._group = placement.client.name
+        self._placement = placement
         if self._closed:
             self._stream.close()
         for index, reason in self._aborted.items():  # while it was asked
@@ -182,7 +183,7 @@ class LastingStream:
             resume_token_ids=(*request.resume_token_ids, *self._live[index]),
         )
         part = LastingStream(own, self._failover)
-        part._failed, part._deaths, part._group = failed, self._deaths, self._group
+        part._failed, part._deaths, part._placement = failed, self._deaths, self._placement
         part._began, part._queued, part._first_token = self._began, self._queued, self._first_token
         return part
 
@@ -231,8 +232,8 @@ class _Parts:
         self._open = len(streams)
 
     @property
-    def group(self) -> str:
-        return self._streams[-1].group
+    def placement(self) -> Placement:
+        return self._streams[-1].placement
 
     async def batch(self) -> list[Event]:
         while self._open > 0:

@@ -67,7 +67,7 @@ class Generation:
             (output.timing for transcript in self.transcripts for output in transcript.outputs),
             total_s=time.monotonic() - self._started,
             cached_tokens=sum(transcript.cached_tokens for transcript in self.transcripts),
-            group=self._streams[0].group,
+            group=self._streams[0].placement.client.name,
         )
 
     def summary(self) -> str:

@@ -84,7 +84,7 @@ class OllamaGeneration:
             if ask.stream:
                 await stream(generation, reply, send, [NDJSON, *warning_header(ask.warnings)], _failed)
             else:
-                await whole(generation, reply.whole, send, ask.warnings)
+                await whole(generation, reply.whole, send, warning_header(ask.warnings))
         finally:
             self._desk.end(generation)
 

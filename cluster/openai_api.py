@@ -68,7 +68,7 @@ class Completions:
             if ask.stream:
                 await stream(generation, reply, send, [SSE, *warning_header(ask.warnings)], _failed)
             else:
-                await whole(generation, reply.whole, send, ask.warnings)
+                await whole(generation, reply.whole, send, warning_header(ask.warnings))
         finally:
             self._desk.end(generation)
 

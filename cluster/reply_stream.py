@@ -33,13 +33,12 @@ class Frames(Protocol):
         """What comes behind the last step."""
 
 
-async def whole(generation: Generation, answer: Callable[[], Any], send: Send, warnings: Iterable[str]) -> None:
+async def whole(generation: Generation, answer: Callable[[], Any], send: Send, headers: Headers) -> None:
     """The answer in one piece, as JSON."""
     async for _ in generation:
         pass
-    if generation.recording.resumable:
-        warnings = (*warnings, f"{RESUMABLE} (only streams are)")
-    await send_json(send, 200, answer(), [generation.timing.header(), *warning_header(warnings)])
+    warnings = (f"{RESUMABLE} (only streams are)",) if generation.recording.resumable else ()
+    await send_json(send, 200, answer(), [*headers, *warning_header(warnings), generation.timing.header()])
 
 
 async def stream(

@@ -172,7 +172,7 @@ def test_the_only_group_comes_back(group_of_fakes):
             stream = LastingStream(request(), fleet.failover())
             await stream.start()
             events = await _some(stream)
-            first = stream.group
+            first = stream.placement.client.name
             await fleet.kill(fleet.groups[0])
             reader = asyncio.ensure_future(read(stream))
             await asyncio.sleep(0.3)
@@ -180,7 +180,7 @@ def test_the_only_group_comes_back(group_of_fakes):
             await fleet.add()
             events += await reader
             assert outcome(events, 1)[0][0] == [draw(7, position) for position in range(40)]
-            assert stream.group != first
+            assert stream.placement.client.name != first
             again = fleet.groups[0].engine.submitted[0]
             assert again.sampling == request().sampling
             assert 5 <= len(again.resume_token_ids) < 40
