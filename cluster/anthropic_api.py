@@ -11,7 +11,7 @@ from kvasir.cluster.anthropic_reply import MessagesReply, failed
 from kvasir.cluster.anthropic_schema import MessagesAsk, parse_count, parse_messages
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.http_front import header_map, read_json, route_header, send_json, until_gone, warning_header
-from kvasir.cluster.reply_stream import SSE, stream
+from kvasir.cluster.reply_stream import SSE, stream, whole
 
 
 class Messages:
@@ -33,9 +33,7 @@ class Messages:
             if ask.stream:
                 await stream(generation, reply, send, [SSE, *extra], failed)
             else:
-                async for _ in generation:
-                    pass
-                await send_json(send, 200, reply.whole(), extra)
+                await whole(generation, reply.whole, send, extra)
         finally:
             self._desk.end(generation)
 

@@ -36,8 +36,7 @@ class ApiKeys:
         `x-api-key` (Anthropic's clients) is one where there is no other."""
         if not self._digests:
             return
-        if not authorization and x_api_key:
-            authorization = f"Bearer {x_api_key}"
+        authorization = _header(authorization, x_api_key)
         if not authorization:
             raise UnauthenticatedError("no API key; send the header Authorization: Bearer KEY, or x-api-key: KEY")
         scheme, _, key = authorization.partition(" ")
@@ -45,6 +44,12 @@ class ApiKeys:
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]  # all of them: no early way out
         if not any(matches) or scheme.lower() != "bearer":
             raise UnauthenticatedError("the API key is wrong; send the header Authorization: Bearer KEY")
+
+    def owner(self, authorization: str | None, x_api_key: str | None = None) -> bytes:
+        """Tells clients apart by the keys that they sent; where none is needed all are the same."""
+        if not self._digests:
+            return b""
+        return _digest(_header(authorization, x_api_key).partition(" ")[2].strip())
 
 
 def load_keys(config: GatewayConfig, environ: Mapping[str, str]) -> ApiKeys:
@@ -84,6 +89,10 @@ def _read(path: Path) -> list[str]:
     if not keys:
         raise ConfigError(f"--api-key-file {path} holds no key; write one per line", param="api_key_file")
     return keys
+
+
+def _header(authorization: str | None, x_api_key: str | None) -> str:
+    return authorization or (f"Bearer {x_api_key}" if x_api_key else "")
 
 
 def _digest(key: str) -> bytes:

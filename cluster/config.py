@@ -49,6 +49,12 @@ class GatewayConfig:
     Flag: --max-ttft."""
     drain_timeout_s: float = 30.0
     """After SIGTERM: seconds that running requests may take to finish. Flag: --drain-timeout."""
+    failover_timeout_s: float = 30.0
+    """Seconds that a request whose group died waits for another one to go on with it; 0: it fails. Flag: --failover-timeout."""
+    stream_ttl_s: float = 60.0
+    """Seconds that a streamed answer which may be resumed is kept without a reader. Flag: --stream-ttl."""
+    stream_memory: int = 64 * 2**20
+    """Bytes of such answers that a gateway keeps."""
     response_role: str = "assistant"
     """Role of chat answers."""
     enable_log_requests: bool = False

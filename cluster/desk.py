@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import secrets
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 from kvasir.cluster import telemetry
 from kvasir.cluster.call import ROUTE_HEADER, SESSION_HEADERS, Call, Conversation, Prompt, Text
+from kvasir.cluster.failover import Failover, LastingStream
 from kvasir.cluster.generation import Generation
-from kvasir.cluster.group_client import GroupClient, GroupDirectory, Placement, Stream
+from kvasir.cluster.group_client import GroupClient, GroupDirectory
 from kvasir.cluster.metrics import Metrics
 from kvasir.cluster.reading import PLAIN, Reading, constraints, reading
+from kvasir.cluster.recordings import Recording, Recordings
 from kvasir.cluster.served_model import ServedModel
 from kvasir.cluster.telemetry import RequestSpan, Tracing
 from kvasir.cluster.vectors import PoolingCall, Vectors
@@ -50,16 +53,21 @@ class Desk:
         tracing: Tracing,
         *,
         log_requests: bool = False,
+        failover_timeout_s: float = 0.0,
+        recordings: Recordings | None = None,
     ) -> None:
         self.models = tuple(models)
         self.directory = directory
         self.metrics = metrics
+        self.recordings = recordings or Recordings()
+        """Answers that are streamed, by their ids."""
         self.draining = False
         """New calls are refused."""
         self._beginning = 0
         self._running: set[Generation | Vectors] = set()
         self._tracing = tracing
         self._log_requests = log_requests
+        self._failover_timeout_s = failover_timeout_s
         self._by_name = {name: model for model in models for name in model.names}
 
     @property
@@ -86,13 +94,16 @@ class Desk:
         return _info(self.directory.find(model.name))
 
     async def begin(self, call: Call, request_id: str, headers: Mapping[str, str]) -> Generation:
-        """Start `call`. Raises a KvasirError when it can't be run, or not now. `headers` may hold a traceparent."""
+        """Start `call`. Raises a KvasirError when it can't be run, or not now. `headers` may hold a traceparent, and say
+        that the answer may be resumed."""
         started = time.monotonic()
         model = self.model(call.model)
+        recording = self.recordings.new(headers)
         span = self._span(call, model, headers)
         with self._opening(model, span):
-            generation = await self._begin(call, model, request_id, headers, span, started)
+            generation = await self._begin(call, model, request_id, headers, span, recording, started)
         self._running.add(generation)
+        recording.on_end, recording.on_cancel = lambda: self.end(generation), generation.abandon
         return generation
 
     async def pool(
@@ -120,7 +131,12 @@ class Desk:
         return await model.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def end(self, work: Generation | Vectors) -> None:
-        """Every `begin` is followed by this; aborts what still runs."""
+        """Every `begin` is followed by this; aborts what still runs, unless it is recorded for a client that may come back."""
+        if isinstance(work, Generation):
+            if work.recording.running:
+                return
+            if not work.recording.resumable:
+                self.recordings.drop(work.recording)
         if work in self._running:
             work.close()
             self._running.discard(work)
@@ -150,19 +166,29 @@ class Desk:
         request_id: str,
         headers: Mapping[str, str],
         span: RequestSpan,
+        recording: Recording,
         started: float,
     ) -> Generation:
         with span.stage("admit"):
             self._check_open()
             requests, info, found = await self._requests(call, model, request_id, span)
         record = self.metrics.call(model.name, call.operation, requests, started)
-        session = _session(headers)
         with span.stage("route") as facts:
-            places = _Places(lambda request: self.directory.place(model.name, request, session))
-            streams = await places.submit(requests)
-            facts.update(places.facts())
-        generation = Generation(model, info, requests, streams, span=span, record=record, reading=found)
-        generation.route = places.header() if ROUTE_HEADER in headers else None
+            streams = await _submit(requests, self._failover(model, _session(headers), span))
+            facts.update(streams[0].placement.route.facts())
+        generation = Generation(
+            model,
+            info,
+            requests,
+            streams,
+            span=span,
+            record=record,
+            reading=found,
+            recording=recording,
+            started=started,
+        )
+        if ROUTE_HEADER in headers:
+            generation.route = ", ".join(stream.placement.route.header() for stream in streams)
         return generation
 
     async def _vectors(
@@ -190,8 +216,16 @@ class Desk:
             for place, one in zip(call.places, encoded, strict=True):
                 _check_range(place, one.ids, info)
         record = self.metrics.call(model.name, call.operation, requests, started)
-        choose = partial(self.directory.place, model.name, session=session)
-        return Vectors(model, info, requests, choose, span=span, record=record)
+        return Vectors(model, info, requests, self._failover(model, session, span), span=span, record=record)
+
+    def _failover(self, model: ServedModel, session: str, span: RequestSpan) -> Failover:
+        @contextmanager
+        def stage() -> Iterator[None]:
+            self.metrics.failover(model.name)
+            with span.stage("failover"):
+                yield
+
+        return Failover(partial(self.directory.place, model.name, session=session), self._failover_timeout_s, stage)
 
     def _check_open(self) -> None:
         if self.draining:
@@ -214,7 +248,7 @@ class Desk:
             Request(
                 request_id=f"{request_id}-{number}-{suffix}",
                 prompt_token_ids=ids,
-                sampling=_fitted(sampling, len(ids), info, chosen),
+                sampling=_seeded(_fitted(sampling, len(ids), info, chosen)),
                 priority=call.priority,
                 cache_salt=call.cache_salt,
                 deadline_s=call.deadline_s,
@@ -316,37 +350,25 @@ def _session(headers: Mapping[str, str]) -> str:
     return next((headers[name] for name in SESSION_HEADERS if headers.get(name)), "")
 
 
-class _Places:
-    """The groups of a call's requests."""
+def _seeded(sampling: SamplingParams) -> SamplingParams:
+    """`sampling` with a seed: another group must draw as the first would have."""
+    return sampling if sampling.seed is not None else dataclasses.replace(sampling, seed=secrets.randbits(63))
 
-    def __init__(self, place: Callable[[Request], Placement]) -> None:
-        self._place = place
-        self._placed: list[Placement] = []
 
-    async def submit(self, requests: Sequence[Request]) -> list[Stream]:
-        """All requests or none: when one is refused the others are aborted."""
-        if len(requests) == 1:
-            return [await self._submit(requests[0])]
-        tasks = [asyncio.ensure_future(self._submit(request)) for request in requests]
-        try:
-            return list(await asyncio.gather(*tasks))
-        except BaseException:  # cancellation too
-            for task in tasks:
-                task.cancel()
-            for found in await asyncio.gather(*tasks, return_exceptions=True):
-                if not isinstance(found, BaseException):
-                    found.close()
-            raise
-
-    def facts(self) -> dict[str, str | int | float]:
-        """Of the first prompt, for its span."""
-        return self._placed[0].route.facts()
-
-    def header(self) -> str:
-        """Of all prompts."""
-        return ", ".join(placement.route.header() for placement in self._placed)
-
-    async def _submit(self, request: Request) -> Stream:
-        placement = self._place(request)
-        self._placed.append(placement)
-        return await placement.submit()
+async def _submit(requests: Sequence[Request], failover: Failover) -> list[LastingStream]:
+    """All requests or none: when one is refused the others are aborted."""
+    streams = [LastingStream(request, failover) for request in requests]
+    if len(streams) == 1:
+        await streams[0].start()
+        return streams
+    tasks = [asyncio.ensure_future(stream.start()) for stream in streams]
+    try:
+        await asyncio.gather(*tasks)
+    except BaseException:  # cancellation too
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for stream in streams:
+            stream.close()
+        raise
+    return streams

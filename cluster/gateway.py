@@ -26,18 +26,21 @@ from kvasir.cluster.http_front import HANDLERS, Front
 from kvasir.cluster.ollama_models import ollama_routes
 from kvasir.cluster.openai_api import Completions, Detokenize, Models, Tokenize
 from kvasir.cluster.pooling_api import PoolingEndpoint
+from kvasir.cluster.recordings import STREAM_ID
+from kvasir.cluster.stream_api import FindGateway, Streams, nowhere
 from kvasir.engine.errors import UnavailableError
 
 __all__ = ["create_app", "create_grpc_server"]
 
 
-def create_app(desk: Desk, config: GatewayConfig) -> FastAPI:
+def create_app(desk: Desk, config: GatewayConfig, find_gateway: FindGateway = nowhere) -> FastAPI:
     """All HTTP routes. ConfigError when other machines could call without a key. The endpoints that POST are plain ASGI,
-    so that nothing lies between them and the socket."""
+    so that nothing lies between them and the socket. `find_gateway`: where other gateways are, that hold streams."""
     check_exposure(config, os.environ)
     app = FastAPI(title="Kvasir", openapi_url=None, docs_url=None, redoc_url=None)
     limit = config.max_body_bytes
-    others = [*ollama_routes(desk, limit), *anthropic_routes(desk, limit)]
+    streams = Route("/v1/streams/{id}", Streams(desk.recordings, find_gateway), methods=["GET", "DELETE"])
+    others = [*ollama_routes(desk, limit), *anthropic_routes(desk, limit), streams]
     app.router.routes.extend([*_openai_routes(desk, config), *others, *_operator_routes(desk)])
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
@@ -46,9 +49,9 @@ def create_app(desk: Desk, config: GatewayConfig) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(config.allowed_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["X-Request-ID", "X-Kvasir-Warning", "Retry-After"],
+            expose_headers=["X-Request-ID", "X-Kvasir-Warning", "Retry-After", "Server-Timing", STREAM_ID],
         )
     return app
 

@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import ray
 import uvicorn
+from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from kvasir.cluster import telemetry
+from kvasir.cluster.auth import load_keys
 from kvasir.cluster.config import ClusterConfig
 from kvasir.cluster.group_client import GroupDirectory
 from kvasir.cluster.sockets import authority, bound_socket
@@ -29,6 +32,8 @@ from kvasir.cluster.wire import Endpoint
 from kvasir.engine.errors import UnavailableError
 
 ASK_TIMEOUT_S = 5.0
+ASK_PAUSE_S = 1.0
+"""How often at most the other gateways are asked who they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,7 @@ class Gateway:
     ) -> None:
         from kvasir.cluster.desk import Desk
         from kvasir.cluster.metrics import Metrics
+        from kvasir.cluster.recordings import Recordings
         from kvasir.cluster.served_model import ServedModel
 
         os.environ.update(environ)
@@ -73,14 +79,31 @@ class Gateway:
         )
         for model, group in zip(models, groups, strict=True):
             self._directory.follow(model.name, partial(_endpoints, group))
-        logged = config.gateway.enable_log_requests
-        self._desk = Desk(models, self._directory, Metrics(), self._tracing, log_requests=logged)
+        keys = load_keys(config.gateway, os.environ)
+        ttl_s, memory = config.gateway.stream_ttl_s, config.gateway.stream_memory
+        self._recordings = Recordings(keys, ttl_s=ttl_s, max_bytes=memory)
+        self._door: str | None = None
+        self._doors: dict[str, str] = {}
+        self._asked_at = 0.0
+        self._desk = Desk(
+            models,
+            self._directory,
+            Metrics(),
+            self._tracing,
+            log_requests=config.gateway.enable_log_requests,
+            failover_timeout_s=config.gateway.failover_timeout_s,
+            recordings=self._recordings,
+        )
         http, *ollama = await self._start_http()
         self.addresses = Addresses(http, await self._start_grpc(), *ollama)
 
     async def state(self) -> tuple[Addresses, dict[str, str]]:
         """(where it listens, model -> why it can't be served yet)."""
         return self.addresses, self._directory.missing()
+
+    async def door(self) -> tuple[str, str | None]:
+        """(its name in the ids of streams, its own address: the public one may lead to any gateway)."""
+        return self._recordings.gateway, self._door
 
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
@@ -107,8 +130,13 @@ class Gateway:
         config = self._config
         ports = [config.port, *([config.ollama_port] if config.ollama_port >= 0 else [])]
         socks = [bound_socket(config.host, port, shared=True) for port in ports]
+        scheme = "https" if config.ssl_certfile else "http"
+        addresses = [f"{scheme}://{authority(*sock.getsockname()[:2])}" for sock in socks]
+        if config.num_gateways > 1:
+            socks.append(door := bound_socket(config.host, 0, shared=False))
+            self._door = f"{scheme}://{authority(_reachable(config.host), door.getsockname()[1])}"
         options = uvicorn.Config(
-            create_app(self._desk, config),
+            create_app(self._desk, config, self._find_gateway),
             log_config=None,
             access_log=False,
             ws="none",
@@ -124,8 +152,14 @@ class Gateway:
             await asyncio.sleep(0.005)
             if self._http_task.done():
                 await self._http_task
-        scheme = "https" if config.ssl_certfile else "http"
-        return [f"{scheme}://{authority(*sock.getsockname()[:2])}" for sock in socks]
+        return addresses
+
+    async def _find_gateway(self, name: str) -> str | None:
+        """The door of another gateway."""
+        if name not in self._doors and time.monotonic() - self._asked_at > ASK_PAUSE_S:
+            self._asked_at = time.monotonic()
+            self._doors = await _doors()
+        return self._doors.get(name)
 
     async def _start_grpc(self) -> str | None:
         from kvasir.cluster.gateway import create_grpc_server
@@ -151,6 +185,23 @@ class Gateway:
             await self._grpc.stop(grace=0.5)
         await self._directory.close()
         await asyncio.to_thread(self._tracing.shutdown)
+
+
+def _reachable(host: str) -> str:
+    """An address that leads to what listens on `host`."""
+    found: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return found if host in ("0.0.0.0", "::", "") else host
+
+
+async def _doors() -> dict[str, str]:
+    """Name -> door of the gateways that live."""
+    context = serve.get_replica_context()
+    handle: DeploymentHandle[Any] = serve.get_deployment_handle(context.deployment, context.app_name)
+    try:
+        answers = await handle.broadcast("door").results_async(timeout_s=ASK_TIMEOUT_S, return_exceptions=True)
+    except (TimeoutError, RayError, RayServeException):
+        return {}
+    return {name: door for name, door in (a for a in answers if not isinstance(a, BaseException)) if door}
 
 
 async def _endpoints(group: DeploymentHandle[Any]) -> Sequence[Endpoint]:

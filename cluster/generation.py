@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import time
 from collections.abc import Sequence
 
-from kvasir.cluster.group_client import Stream
+from kvasir.cluster.failover import LastingStream
+from kvasir.cluster.merged import Merged
 from kvasir.cluster.metrics import CallRecord
 from kvasir.cluster.reading import PLAIN, Reading
+from kvasir.cluster.recordings import Recording
 from kvasir.cluster.served_model import ServedModel
 from kvasir.cluster.telemetry import RequestSpan
+from kvasir.cluster.timing import CallTiming
 from kvasir.engine.errors import KvasirError, UnavailableError
 from kvasir.engine.event import Event, Finished
 from kvasir.engine.info import ModelInfo
@@ -30,10 +32,12 @@ class Generation:
         model: ServedModel,
         info: ModelInfo,
         requests: Sequence[Request],
-        streams: Sequence[Stream],
+        streams: Sequence[LastingStream],
         *,
         span: RequestSpan,
         record: CallRecord,
+        recording: Recording,
+        started: float,
         reading: Reading = PLAIN,
     ) -> None:
         self.model = model
@@ -43,15 +47,18 @@ class Generation:
         self.transcripts = [
             Transcript(r, model.tokenizer, eos_token_ids=info.eos_token_ids, shown=reading.shown) for r in requests
         ]
+        self.recording = recording
+        """What is known of it as a stream."""
         self.closed = False
         self.route: str | None = None
         """The router's reasons, for a client that asked for them."""
         self._streams = streams
-        self._merged = _Merged(streams) if len(streams) > 1 else None
+        self._merged = Merged(streams) if len(streams) > 1 else None
         self._open = len(streams)
         self._span = span
         self._record = record
-        self._started = time.monotonic()
+        self._started = started
+        self._why: KvasirError | None = None
         self.error: str | None = None
         """Once closed: the code of what went wrong; `cancelled` when the client went away."""
 
@@ -65,6 +72,16 @@ class Generation:
     def truncated_tokens(self) -> int:
         """What was cut off the prompts because the client wanted it so."""
         return sum(request.truncated_tokens for request in self.requests)
+
+    @property
+    def timing(self) -> CallTiming:
+        """Complete when iteration has ended."""
+        return CallTiming.of(
+            (output.timing for transcript in self.transcripts for output in transcript.outputs),
+            total_s=time.monotonic() - self._started,
+            cached_tokens=sum(transcript.cached_tokens for transcript in self.transcripts),
+            group=self._streams[0].placement.client.name,
+        )
 
     def summary(self) -> str:
         """One line for the log: no text of anybody's."""
@@ -83,8 +100,9 @@ class Generation:
             self._merged.close()
         self._conclude()
 
-    def abandon(self) -> None:
-        """Abort what still runs; who iterates is told that the group is unavailable."""
+    def abandon(self, why: KvasirError | None = None) -> None:
+        """Abort what still runs; who iterates is told why, or that the group is unavailable."""
+        self._why = self._why or why
         for stream in self._streams:
             stream.close()
 
@@ -122,10 +140,12 @@ class Generation:
             self._streams[number].abort(index, "stop")
         return [(number, delta) for delta in deltas]
 
-    def _ended_early(self) -> UnavailableError:
-        """Nobody here asked for it: the server drains, or the group does."""
-        self.error = UnavailableError.code
-        return UnavailableError("the server ended this request before it was complete", retry_after_s=1.0)
+    def _ended_early(self) -> KvasirError:
+        """It was abandoned; without a reason the server drains, or the group does."""
+        ended = "the server ended this request before it was complete"
+        error = self._why or UnavailableError(ended, retry_after_s=1.0)
+        self.error = error.code
+        return error
 
     def _conclude(self) -> None:
         """End span and record; a call that was closed early counts as aborted."""
@@ -140,26 +160,3 @@ class Generation:
             cached_tokens=usage.cached_tokens,
             error=self.error,
         )
-
-
-class _Merged:
-    """Several streams read as one. Holds one batch at most: for slow readers the streams have their own limit."""
-
-    def __init__(self, streams: Sequence[Stream]) -> None:
-        self._queue: asyncio.Queue[tuple[int, Sequence[Event]]] = asyncio.Queue(maxsize=1)
-        self._tasks = [asyncio.ensure_future(self._pump(number, stream)) for number, stream in enumerate(streams)]
-
-    async def next(self) -> tuple[int, Sequence[Event]]:
-        """(stream's number, its events); no events: that stream has ended."""
-        return await self._queue.get()
-
-    def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-
-    async def _pump(self, number: int, stream: Stream) -> None:
-        events: Sequence[Event] = await stream.batch()
-        while events:
-            await self._queue.put((number, events))
-            events = await stream.batch()
-        await self._queue.put((number, ()))

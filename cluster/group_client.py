@@ -32,6 +32,8 @@ SILENCE_S = 1.5
 """A group that says nothing for six of its load periods is dead, or not to be told from it."""
 BACKOFF_S = (0.05, 1.0)
 """First and longest pause between attempts to connect."""
+WARY_S = 2.0
+"""So long after a group said that it can't go on, others are asked first: its process may outlive its engine a little."""
 POLL_S = (0.2, 2.0)
 """How often the directory asks where a model's groups are: while it has none, and then; at once when one breaks."""
 
@@ -169,6 +171,7 @@ class GroupClient:
         self._numbers = itertools.count(1)
         self._outbox: asyncio.Queue[pb.GatewayMessage] | None = None
         self._heartbeat = self._seen = 0.0
+        self._failed_at: float | None = None
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -191,6 +194,16 @@ class GroupClient:
     def alive(self) -> bool:
         """Connected, and the group's step loop turned within `wire.STALL_S`."""
         return self._outbox is not None and time.monotonic() - self._heartbeat < wire.STALL_S
+
+    @property
+    def name(self) -> str:
+        """Tells this life of this group from others."""
+        return self.endpoint.incarnation[:8]
+
+    @property
+    def failing(self) -> bool:
+        """It said within `WARY_S` that it can't serve a request."""
+        return self._failed_at is not None and time.monotonic() - self._failed_at < WARY_S
 
     @property
     def load(self) -> int:
@@ -293,10 +306,15 @@ class GroupClient:
 
     def _answered(self, answer: pb.Answer) -> None:
         if stream := self._streams.get(answer.number):
-            stream._answered(wire.decode_error(answer.error) if answer.HasField("error") else None)
+            error = wire.decode_error(answer.error) if answer.HasField("error") else None
+            if isinstance(error, UnavailableError):
+                self._failed_at = time.monotonic()
+            stream._answered(error)
 
     def _deliver(self, number: int, event: Event) -> None:
         stream = self._streams[number]
+        if isinstance(event, Failed) and event.code == UnavailableError.code:
+            self._failed_at = time.monotonic()
         stream._push(event)
         if stream.complete:
             del self._streams[number]
@@ -446,8 +464,9 @@ class GroupDirectory:
         await asyncio.gather(*(client.close() for client in self.clients()))
 
     def _alive(self, known: _Model) -> list[GroupClient]:
+        """Those that fail are asked only where there are no others."""
         if alive := known.alive:
-            return alive
+            return [client for client in alive if not client.failing] or alive
         raise UnavailableError(f"model {known.name!r} isn't available: {self._why(known)}", retry_after_s=2.0)
 
     def _known(self, model: str) -> _Model:

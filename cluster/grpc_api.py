@@ -6,8 +6,8 @@ import asyncio
 import dataclasses
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeAlias
 
 import grpc
@@ -16,7 +16,7 @@ from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_reflection.v1alpha import reflection
 
 from kvasir.cluster.auth import ApiKeys, UnauthenticatedError, load_keys
-from kvasir.cluster.call import ROUTE_HEADER, Call, request_id_from
+from kvasir.cluster.call import Call, request_id_from
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
@@ -28,10 +28,11 @@ from kvasir.cluster.grpc_schema import (
     opening_reply,
     prompt_of_tokenize,
     write_delta,
-    write_usage,
+    write_end,
 )
 from kvasir.cluster.health import Health
 from kvasir.cluster.reading import AnswerStream
+from kvasir.cluster.recordings import STREAM_ID, Recording, StreamNotFoundError
 from kvasir.engine.errors import KvasirError, ServerError
 from kvasir.proto import inference_pb2 as pb
 from kvasir.proto.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
@@ -39,6 +40,8 @@ from kvasir.proto.inference_pb2_grpc import InferenceServicer, add_InferenceServ
 log = logging.getLogger(__name__)
 
 SERVICE = "kvasir.v1.Inference"
+KIND = b"gRPC"
+"""Of streams that Resume goes on with."""
 WATCH_S = 0.25
 """How often those who watch grpc.health.v1 are told of changes."""
 
@@ -46,7 +49,9 @@ STATUS = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
     404: grpc.StatusCode.NOT_FOUND,
+    410: grpc.StatusCode.OUT_OF_RANGE,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    499: grpc.StatusCode.CANCELLED,
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
@@ -72,10 +77,24 @@ class Inference(InferenceServicer):
         self._desk = desk
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
-        await self._answer(lambda: call_of_generate(request), request.return_prompt_token_ids, context)
+        await self._answer(lambda: call_of_generate(request), request, context)
 
     async def Chat(self, request: pb.ChatRequest, context: Context) -> None:  # noqa: N802
-        await self._answer(lambda: call_of_chat(request), request.return_prompt_token_ids, context)
+        await self._answer(lambda: call_of_chat(request), request, context)
+
+    async def Resume(self, request: pb.ResumeRequest, context: Context) -> None:  # noqa: N802
+        async with _as_status(context):
+            self._check_here(request.stream_id)
+            recordings, headers = self._desk.recordings, _metadata(context)
+            recording = recordings.resumed(request.stream_id, request.after, headers, (KIND,))
+            await context.send_initial_metadata(((STREAM_ID, recording.id),))
+            await _play(recording, request.after, context)
+
+    async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelReply:  # noqa: N802
+        async with _as_status(context):
+            self._check_here(request.stream_id)
+            self._desk.recordings.cancel(request.stream_id, _metadata(context))
+            return pb.CancelReply()
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedReply:  # noqa: N802
         headers = _metadata(context)
@@ -108,33 +127,72 @@ class Inference(InferenceServicer):
                     card.ready = not self._desk.draining
         return reply
 
-    async def _answer(self, parse: Callable[[], Call], with_prompt: bool, context: Context) -> None:
+    def _check_here(self, stream_id: str) -> None:
+        """Several gateways share a port. A channel stays with one of them; after a new connection it may be another."""
+        if self._desk.recordings.is_elsewhere(stream_id):
+            text = f"stream {stream_id!r:.80} wasn't begun by this gateway: connect again until it is, or begin anew"
+            raise StreamNotFoundError(text)
+
+    async def _answer(
+        self, parse: Callable[[], Call], request: pb.GenerateRequest | pb.ChatRequest, context: Context
+    ) -> None:
         headers = _metadata(context)
         async with _as_status(context):
             request_id = request_id_from(headers.get("x-request-id"), "x-request-id")
-            await context.send_initial_metadata((("x-request-id", request_id),))
-            call = dataclasses.replace(parse(), deadline_s=context.time_remaining())
-            generation = await self._desk.begin(call, request_id, headers)
-            if generation.route is not None:
-                context.set_trailing_metadata(((ROUTE_HEADER, generation.route),))
+            named = ("x-request-id", request_id)
             try:
-                await _write(generation, opening_reply(generation, request_id, with_prompt), context)
+                call = dataclasses.replace(parse(), deadline_s=context.time_remaining())
+                generation = await self._desk.begin(call, request_id, headers)
+            except KvasirError:
+                await context.send_initial_metadata((named,))
+                raise
+            try:
+                recording = generation.recording
+                recording.open(KIND)
+                await context.send_initial_metadata((named, (STREAM_ID, recording.id)))
+                reply = opening_reply(generation, request_id, request.return_prompt_token_ids)
+                replies = _replies(generation, reply, request.return_timing)
+                if recording.resumable:
+                    recording.record(_numbered(replies))
+                    await _play(recording, 0, context)
+                else:
+                    async for reply in replies:
+                        await context.write(reply)
+                route = [] if generation.route is None else [(ROUTE_HEADER, generation.route)]
+                context.set_trailing_metadata((("server-timing", generation.timing.text()), *route))
             finally:
                 self._desk.end(generation)
 
 
-async def _write(generation: Generation, reply: pb.GenerateReply, context: Context) -> None:
+async def _replies(generation: Generation, reply: pb.GenerateReply, timed: bool) -> AsyncIterator[pb.GenerateReply]:
     """One reply per delta; the last has the counts. `reply`: the first one's beginning."""
     same = pb.GenerateReply(request_id=reply.request_id, model=reply.model)
     answers: dict[int, AnswerStream] = {}
     async for deltas in generation:
         for _, delta in deltas:
             write_delta(reply, delta, generation, answers)
-            await context.write(reply)
+            yield reply
             reply = pb.GenerateReply()
             reply.CopyFrom(same)
-    write_usage(reply, generation)
-    await context.write(reply)
+    write_end(reply, generation, timed)
+    yield reply
+
+
+async def _numbered(replies: AsyncIterator[pb.GenerateReply]) -> AsyncIterator[Sequence[bytes]]:
+    """As a recording holds them."""
+    number = 0
+    async for reply in replies:
+        number += 1
+        reply.number = number
+        yield [reply.SerializeToString()]
+
+
+async def _play(recording: Recording, after: int, context: Context) -> None:
+    """The replies behind number `after`, those that are there and those to come."""
+    async with aclosing(recording.read(after)) as batches:
+        async for events in batches:
+            for event in events:
+                await context.write(pb.GenerateReply.FromString(event))
 
 
 class HealthService(health_pb2_grpc.HealthServicer):

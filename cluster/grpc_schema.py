@@ -167,13 +167,15 @@ def _write_parts(reply: pb.GenerateReply, parts: Sequence[Part], answer: AnswerS
             reply.tool_calls.add(index=part.call, arguments=part.text)
 
 
-def write_usage(reply: pb.GenerateReply, generation: Generation) -> None:
-    """Put the counts into `reply`."""
+def write_end(reply: pb.GenerateReply, generation: Generation, timed: bool) -> None:
+    """Put the counts into `reply`, and where the time went if it was asked for."""
     usage = generation.usage
     reply.usage.prompt_tokens = usage.prompt_tokens
     reply.usage.cached_tokens = usage.cached_tokens
     reply.usage.completion_tokens = usage.completion_tokens
     reply.usage.truncated_tokens = generation.truncated_tokens
+    if timed:
+        reply.timing.CopyFrom(pb.Timing(**generation.timing.json()))
 
 
 def _sampling(message: pb.Sampling) -> dict[str, Any]:

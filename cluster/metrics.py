@@ -65,6 +65,12 @@ class Metrics:
         }
         self._success = self._counter("vllm:request_success", "Requests that ended well, by reason.", "finished_reason")
         self._failed = self._counter("kvasir:request_failed", "Requests refused or failed, by code.", "code")
+        self._failovers = Counter(
+            "kvasir:failovers",
+            "Requests whose group died, and that went on at another.",
+            ["model_name"],
+            registry=self._registry,
+        )
         self._series: dict[tuple[str, str], _Series] = {}
 
     def call(self, model: str, operation: str, requests: Sequence[Request], started: float) -> CallRecord:
@@ -77,6 +83,10 @@ class Metrics:
     def failed(self, model: str, code: str) -> None:
         """A call was refused, or failed later; `cancelled`: its client went away."""
         self._failed.labels(model, code).inc()
+
+    def failover(self, model: str) -> None:
+        """A request's group died."""
+        self._failovers.labels(model).inc()
 
     def render(self, directory: GroupDirectory, models: Sequence[str]) -> bytes:
         """Prometheus' text format, with what the groups of `models` last said about themselves."""

@@ -33,7 +33,7 @@ from kvasir.cluster.ollama_schema import (
     parse_embeddings,
     parse_generate,
 )
-from kvasir.cluster.reply_stream import NDJSON, stream
+from kvasir.cluster.reply_stream import NDJSON, stream, whole
 from kvasir.cluster.served_model import ServedModel
 from kvasir.cluster.vectors import PoolingCall
 from kvasir.engine.errors import ClientError, KvasirError
@@ -94,9 +94,7 @@ class OllamaGeneration:
             if ask.stream:
                 await stream(generation, reply, send, [NDJSON, *extra], _failed)
             else:
-                async for _ in generation:
-                    pass
-                await send_json(send, 200, reply.whole(), extra)
+                await whole(generation, reply.whole, send, extra)
         finally:
             self._desk.end(generation)
 

@@ -25,7 +25,7 @@ from kvasir.cluster.http_front import (
 )
 from kvasir.cluster.openai_reply import ChatReply, CompletionReply, Reply
 from kvasir.cluster.openai_schema import Ask, parse_chat, parse_completion, parse_detokenize, parse_tokenize
-from kvasir.cluster.reply_stream import SSE, stream
+from kvasir.cluster.reply_stream import SSE, stream, whole
 from kvasir.engine.errors import KvasirError
 
 _ANTHROPIC = "anthropic-version"
@@ -70,9 +70,7 @@ class Completions:
             if ask.stream:
                 await stream(generation, reply, send, [SSE, *extra], _failed)
             else:
-                async for _ in generation:
-                    pass
-                await send_json(send, 200, reply.whole(), extra)
+                await whole(generation, reply.whole, send, extra)
         finally:
             self._desk.end(generation)
 

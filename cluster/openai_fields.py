@@ -149,6 +149,7 @@ _HONOURED: dict[str, Check] = {
     "cache_salt": string,
     "request_id": string,
     "return_token_ids": boolean,
+    "return_timing": boolean,
 }
 
 CHAT_HONOURED: dict[str, Check] = {

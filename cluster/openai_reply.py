@@ -1,7 +1,7 @@
 """Answers of /v1/chat/completions and /v1/completions, whole or as SSE frames, in OpenAI's shapes.
 
-`return_token_ids`, `stop_reason` and `prompt_logprobs` are vLLM's additions. A frame costs a few microseconds: what is
-the same in all chunks of an answer is encoded once.
+`return_token_ids`, `stop_reason` and `prompt_logprobs` are vLLM's additions, `timing` is ours. A frame costs a few
+microseconds: what is the same in all chunks of an answer is encoded once.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ChatReply:
         self._role = role if conversation.add_generation_prompt else last["role"]
         self._opening = _text(last) if ask.echo and last["role"] == self._role else ""
         self._envelope = _envelope(f"chatcmpl-{request_id}", ask, generation)
-        self._frames = _Frames({**self._envelope, "object": "chat.completion.chunk"}, ask.include_usage)
+        self._frames = _Frames({**self._envelope, "object": "chat.completion.chunk"}, ask)
         self._logprobs = ChatLogprobs(generation.model.tokenizer, ask.logprobs or 0)
         self._begun = False
         self._plain = ask.logprobs is None and not ask.return_token_ids
@@ -75,7 +75,7 @@ class ChatReply:
         return out
 
     def closing(self) -> bytes:
-        return self._frames.closing(self._generation.usage)
+        return self._frames.closing(self._generation, self._generation.usage)
 
     def whole(self) -> Json:
         transcript = self._generation.transcripts[0]
@@ -90,7 +90,7 @@ class ChatReply:
                 choice["token_ids"] = output.token_ids
             choices.append(choice)
         answer = {**self._envelope, "object": "chat.completion", "choices": choices, **self._extra()}
-        return answer | {"usage": usage_json(self._generation.usage)}
+        return answer | {"usage": usage_json(self._generation.usage)} | _timing(self._ask, self._generation)
 
     def _begin(self) -> bytes:
         """The role, and what comes once: one chunk per choice."""
@@ -171,7 +171,7 @@ class CompletionReply:
         self._generation = generation
         self._n = generation.requests[0].sampling.n
         self._envelope = _envelope(f"cmpl-{request_id}", ask, generation)
-        self._frames = _Frames({**self._envelope, "object": "text_completion"}, ask.include_usage)
+        self._frames = _Frames({**self._envelope, "object": "text_completion"}, ask)
         choices = len(generation.requests) * self._n
         self._logprobs = [CompletionLogprobs(generation.model.tokenizer, ask.logprobs) for _ in range(choices)]
         self._begun = [False] * choices
@@ -191,7 +191,7 @@ class CompletionReply:
         return out
 
     def closing(self) -> bytes:
-        return self._frames.closing(self._usage())
+        return self._frames.closing(self._generation, self._usage())
 
     def whole(self) -> Json:
         choices = []
@@ -205,7 +205,7 @@ class CompletionReply:
                 choice |= {"finish_reason": output.finish_reason, "stop_reason": output.stop_reason}
                 choices.append(_joined(first, choice) if first else choice)
         answer = {**self._envelope, "object": "text_completion", "choices": choices}
-        return answer | {"usage": usage_json(self._usage())}
+        return answer | {"usage": usage_json(self._usage())} | _timing(self._ask, self._generation)
 
     def _opening(self, number: int, index: int) -> Json:
         """What comes before the output: the prompt's text and scores, as far as they were asked for."""
@@ -241,10 +241,10 @@ class CompletionReply:
 class _Frames:
     """SSE frames of one answer."""
 
-    def __init__(self, envelope: Json, include_usage: bool) -> None:
+    def __init__(self, envelope: Json, ask: Ask) -> None:
         self._head = b"data: " + orjson.dumps(envelope)[:-1] + b',"choices":['
-        self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
-        self._include_usage = include_usage
+        self._tail = b'],"usage":null}\n\n' if ask.include_usage else b"]}\n\n"
+        self._ask = ask
         self._contents: dict[int, bytes] = {}
         self._texts: dict[int, bytes] = {}
         self._end = b',"logprobs":null,"finish_reason":null}' + self._tail
@@ -266,10 +266,18 @@ class _Frames:
         beside = b"," + orjson.dumps(extra)[1:-1] if extra else b""
         return self._head + orjson.dumps(choice) + b"]" + beside + self._tail[1:]
 
-    def closing(self, usage: Usage) -> bytes:
-        if not self._include_usage:
+    def closing(self, generation: Generation, usage: Usage) -> bytes:
+        """A chunk without choices for what was asked for, and the end. Who asks for the counts is told the times, too: as
+        in the header of a whole answer."""
+        if not (self._ask.include_usage or self._ask.return_timing):
             return DONE
-        return self._head + b'],"usage":' + orjson.dumps(usage_json(usage)) + b"}\n\n" + DONE
+        extra = {"usage": usage_json(usage)} if self._ask.include_usage else {}
+        return self._head + b"]," + orjson.dumps(extra | {"timing": generation.timing.json()})[1:] + b"\n\n" + DONE
+
+
+def _timing(ask: Ask, generation: Generation) -> Json:
+    """The field `timing`, if it was asked for."""
+    return {"timing": generation.timing.json()} if ask.return_timing else {}
 
 
 def _part(part: Part, answer: AnswerStream) -> Json:

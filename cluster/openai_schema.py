@@ -53,6 +53,8 @@ class Ask:
     no_output: bool = False
     """max_tokens 0 with echo: the prompt alone was wanted, scored. One token is made and dropped."""
     return_token_ids: bool = False
+    return_timing: bool = False
+    """Say where the time went."""
     request_id: str | None = None
     warnings: tuple[str, ...] = ()
     """Fields that were ignored."""
@@ -266,6 +268,7 @@ def _shape(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> dict[str, An
         "include_usage": include_usage,
         "prompt_logprobs": "prompt_logprobs" in fields,
         "return_token_ids": fields.get("return_token_ids", False),
+        "return_timing": fields.get("return_timing", False),
         "request_id": fields.get("request_id"),
         "warnings": (*warnings, *undrawn(fields)),
     }

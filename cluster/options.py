@@ -41,7 +41,7 @@ GROUPS = {
     "parallelism": ("tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel", "data_parallel_size",
                     "pipeline_layer_partition", "distributed_executor_backend", "collective_timeout"),
     "listening": ("host", "port", "grpc_port", "ollama_port", "num_gateways", "allowed_origins", "max_body_bytes",
-                  "max_stream_buffer", "drain_timeout"),
+                  "max_stream_buffer", "drain_timeout", "failover_timeout", "stream_ttl", "stream_memory"),
     "routing": ("routing_policy", "max_ttft"),
     "security": ("api_key", "api_key_file", "insecure", "ssl_keyfile", "ssl_certfile"),
 }  # fmt: skip
@@ -195,6 +195,9 @@ GATEWAY_RANGES: dict[str, tuple[float, float]] = {
     "max_stream_buffer": (1, 2**31),
     "drain_timeout": (0, 86400),
     "max_ttft": (0, 86400),
+    "failover_timeout": (0, 86400),
+    "stream_ttl": (0, 86400),
+    "stream_memory": (0, 2**40),
 }
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvasir.cluster.group_client import Placement, Stream
+from kvasir.cluster.failover import Failover, LastingStream
 from kvasir.cluster.metrics import CallRecord
 from kvasir.cluster.served_model import ServedModel
 from kvasir.cluster.telemetry import RequestSpan
@@ -64,7 +64,7 @@ class Vectors:
         model: ServedModel,
         info: ModelInfo,
         requests: Sequence[Request],
-        place: Callable[[Request], Placement],
+        failover: Failover,
         *,
         span: RequestSpan,
         record: CallRecord,
@@ -72,11 +72,11 @@ class Vectors:
         self.model, self.info, self.requests = model, info, requests
         self.error: str | None = None
         """Once closed: the code of what went wrong; `cancelled` when the client went away."""
-        self._place = place
+        self._failover = failover
         self._span, self._record = span, record
         self._started = time.monotonic()
         self._found: dict[int, Pooled] = {}
-        self._streams: set[Stream] = set()
+        self._streams: set[LastingStream] = set()
         self._closed = False
 
     @property
@@ -113,9 +113,10 @@ class Vectors:
         return [self._found[number] for number in range(len(self.requests))]
 
     async def _one(self, request: Request) -> Pooled:
-        stream = await self._place(request).submit()
+        stream = LastingStream(request, self._failover)
         self._streams.add(stream)
         try:
+            await stream.start()
             return _pooled(await stream.batch())
         finally:
             stream.close()

@@ -49,6 +49,16 @@ class InferenceStub:
                 request_serializer=kvasir_dot_proto_dot_inference__pb2.ChatRequest.SerializeToString,
                 response_deserializer=kvasir_dot_proto_dot_inference__pb2.GenerateReply.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/kvasir.v1.Inference/Resume',
+                request_serializer=kvasir_dot_proto_dot_inference__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=kvasir_dot_proto_dot_inference__pb2.GenerateReply.FromString,
+                _registered_method=True)
+        self.Cancel = channel.unary_unary(
+                '/kvasir.v1.Inference/Cancel',
+                request_serializer=kvasir_dot_proto_dot_inference__pb2.CancelRequest.SerializeToString,
+                response_deserializer=kvasir_dot_proto_dot_inference__pb2.CancelReply.FromString,
+                _registered_method=True)
         self.Embed = channel.unary_unary(
                 '/kvasir.v1.Inference/Embed',
                 request_serializer=kvasir_dot_proto_dot_inference__pb2.EmbedRequest.SerializeToString,
@@ -88,6 +98,20 @@ class InferenceServicer:
 
     def Chat(self, request, context):
         """Answers a conversation, rendered by the model's chat template.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Goes on with the replies of a Generate or Chat call that was begun with `kvasir-resumable: true` and broke.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Cancel(self, request, context):
+        """Ends a Generate or Chat call, whoever made it, and frees what it holds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -133,6 +157,16 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Chat,
                     request_deserializer=kvasir_dot_proto_dot_inference__pb2.ChatRequest.FromString,
                     response_serializer=kvasir_dot_proto_dot_inference__pb2.GenerateReply.SerializeToString,
+            ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=kvasir_dot_proto_dot_inference__pb2.ResumeRequest.FromString,
+                    response_serializer=kvasir_dot_proto_dot_inference__pb2.GenerateReply.SerializeToString,
+            ),
+            'Cancel': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cancel,
+                    request_deserializer=kvasir_dot_proto_dot_inference__pb2.CancelRequest.FromString,
+                    response_serializer=kvasir_dot_proto_dot_inference__pb2.CancelReply.SerializeToString,
             ),
             'Embed': grpc.unary_unary_rpc_method_handler(
                     servicer.Embed,
@@ -214,6 +248,60 @@ class Inference:
             '/kvasir.v1.Inference/Chat',
             kvasir_dot_proto_dot_inference__pb2.ChatRequest.SerializeToString,
             kvasir_dot_proto_dot_inference__pb2.GenerateReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvasir.v1.Inference/Resume',
+            kvasir_dot_proto_dot_inference__pb2.ResumeRequest.SerializeToString,
+            kvasir_dot_proto_dot_inference__pb2.GenerateReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cancel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvasir.v1.Inference/Cancel',
+            kvasir_dot_proto_dot_inference__pb2.CancelRequest.SerializeToString,
+            kvasir_dot_proto_dot_inference__pb2.CancelReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -464,8 +464,9 @@ def test_client_that_goes_away_frees_its_blocks(stories: Server) -> None:
 
 
 def test_rank_killed_during_a_stream(tmp_path: Path, data: Callable[[str], Path]) -> None:
-    """Kill -9 of rank 0: an error within 2 s, red health, and it comes back by itself."""
-    server = start(tmp_path, "--model", str(data("model-stories260k/hf")), "--served-model-name", "stories")
+    """Kill -9 of rank 0, without failover: an error within 2 s, red health, and it comes back by itself."""
+    flags = ("--served-model-name", "stories", "--failover-timeout", "0")
+    server = start(tmp_path, "--model", str(data("model-stories260k/hf")), *flags)
     try:
         body = {"model": "stories", "prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True, "n": 4}
         assert len(server.ranks()) == 1
@@ -527,6 +528,86 @@ def test_a_prompt_starts_from_the_disk_after_a_kill_and_after_a_restart(
     finally:
         assert server.stop() == 0, "".join(server.log)
     assert list((tmp_path / "cache" / "kvasir" / "kv").iterdir())
+
+
+@dataclass
+class Heard:
+    """What a client got of a streamed completion."""
+
+    texts: list[str]
+    tokens: list[list[str]]
+    sums: list[float]
+    """Of log probabilities."""
+    usage: Any = None
+
+
+def hear(server: Server, kill_at: int | None, fields: dict[str, Any]) -> Heard:
+    """A completion by OpenAI's client; kills rank 0 when the chunk of that number has come."""
+    n = fields["n"]
+    heard = Heard([""] * n, [[] for _ in range(n)], [0.0] * n)
+    with server.client() as client:
+        for number, chunk in enumerate(client.completions.create(**fields)):
+            if number == kill_at:
+                os.kill(server.ranks()[0], signal.SIGKILL)
+            for choice in chunk.choices:
+                heard.texts[choice.index] += choice.text
+                if choice.logprobs is not None:
+                    heard.tokens[choice.index] += choice.logprobs.tokens or []
+                    heard.sums[choice.index] += sum(score or 0.0 for score in choice.logprobs.token_logprobs or [])
+            heard.usage = chunk.usage or heard.usage
+    return heard
+
+
+def test_streams_survive_their_group(tmp_path: Path, data: Callable[[str], Path]) -> None:
+    """Kill -9 of rank 0 in mid-stream: OpenAI's client sees a pause, and the text, scores and counts of an undisturbed one."""
+    common = {"model": "stories", "prompt": "Once upon a time", "temperature": 1.0, "seed": 11, "logprobs": 1}
+    common |= {"stream": True, "stream_options": {"include_usage": True}}
+    long = {"n": 2, "max_tokens": 400, "extra_body": {"ignore_eos": True, "repetition_penalty": 1.1}}
+    bound = {"n": 1, "max_tokens": 450, "extra_body": {"guided_regex": "([a-z]{1,9} ){40}"}}
+    server = start(tmp_path, "--model", str(data("model-stories260k/hf")), "--served-model-name", "stories")
+    try:
+        for kill_at, fields in ((40, common | long), (30, common | bound)):
+            expected, failovers = hear(server, None, fields), 0.0
+            if kill_at == 30:
+                failovers = server.metric("kvasir:failovers_total")
+                assert re.fullmatch(fields["extra_body"]["guided_regex"], expected.texts[0])
+            heard = hear(server, kill_at, fields)
+            assert (heard.texts, heard.tokens) == (expected.texts, expected.tokens)
+            assert heard.sums == pytest.approx(expected.sums, rel=1e-4)
+            assert heard.usage.completion_tokens == expected.usage.completion_tokens
+            assert server.metric("kvasir:failovers_total") > failovers
+    finally:
+        status = server.stop()
+    assert status == 0, "".join(server.log)
+
+
+def test_streams_are_found_whichever_gateway_is_asked(tmp_path: Path, data: Callable[[str], Path]) -> None:
+    """Two gateways share the port: a client that lost its connection gets the rest from either, and cancels by either."""
+    flags = ("--served-model-name", "stories", "--num-gateways", "2", "--stream-ttl", "20")
+    server = start(tmp_path, "--model", str(data("model-stories260k/hf")), *flags)
+    body = {"model": "stories", "prompt": "Once", "max_tokens": 300, "ignore_eos": True, "stream": True, "seed": 2}
+    try:
+        held = []
+        for seed in range(12):
+            asked = httpx.stream(
+                "POST", server.url + "/v1/completions", json=body | {"seed": seed}, headers={"kvasir-resumable": "true"}
+            )
+            with asked as reply:
+                assert reply.status_code == 200
+                lines = reply.iter_lines()
+                held.append((reply.headers["kvasir-stream-id"], next(line for line in lines if line == "id: 7")))
+        assert len({stream_id.partition("-")[0] for stream_id, _ in held}) == 2
+        for stream_id, _ in held:
+            texts = {httpx.get(f"{server.url}/v1/streams/{stream_id}?after=7", timeout=60).text for _ in range(4)}
+            (text,) = texts
+            assert text.startswith("id: 8\n")
+            assert text.endswith("data: [DONE]\n\n")
+        for stream_id, _ in held:
+            assert httpx.delete(f"{server.url}/v1/streams/{stream_id}").status_code == 200
+            assert httpx.get(f"{server.url}/v1/streams/{stream_id}").status_code == 404
+    finally:
+        status = server.stop()
+    assert status == 0, "".join(server.log)
 
 
 def test_sigterm_drains(tmp_path: Path, data: Callable[[str], Path]) -> None:

@@ -44,7 +44,8 @@ MAX_MODEL_LEN = 2**21
 
 
 class FakeEngine:
-    """One thread that gives each continuation the next of the ids 65 (A) to 90 (Z) every `step_s`."""
+    """One thread that gives each continuation a token every `step_s`: what `token` says of (seed, position), from 65 (A) on
+    to 90 (Z) by default."""
 
     info = ModelInfo(name="fake", max_model_len=MAX_MODEL_LEN, vocab_size=2**17, eos_token_ids=(2,), max_num_seqs=256)
 
@@ -52,6 +53,9 @@ class FakeEngine:
         self.deliver = deliver
         self.failure: BaseException | None = None
         self.step_s = step_s
+        self.token = lambda seed, position: 65 + position % 26
+        self.refusal = None
+        """Raised by submit."""
         self.heartbeat = time.monotonic()
         self.on_blocks: Callable[..., None] | None = None
         """`on_blocks(tier, changes)` once a service listens."""
@@ -72,9 +76,12 @@ class FakeEngine:
     def submit(self, request: Request) -> None:
         if len(request.prompt_token_ids) > MAX_MODEL_LEN:
             raise ContextLengthError(f"the prompt has more than {MAX_MODEL_LEN} tokens", param="prompt")
+        if self.refusal is not None:
+            raise self.refusal
+        assert request.sampling.n == 1 or not request.resume_token_ids
         with self._lock:
             self.submitted.append(request)
-            counts = dict.fromkeys(range(request.sampling.n), 0)
+            counts = dict.fromkeys(range(request.sampling.n), len(request.resume_token_ids))
             self.requests[request.request_id] = (request, counts, time.time())
 
     def abort(self, request_id: str, index: int | None = None, reason: str = "abort") -> None:
@@ -122,7 +129,7 @@ class FakeEngine:
             return [Pooled(name, (0.5, -1.0), len(request.prompt_token_ids), timing=timing)]
         events: list[Event] = []
         for index in [*counts]:
-            events.append(Token(name, index, (65 + counts[index] % 26,)))
+            events.append(self._token(request, index, counts[index]))
             counts[index] += 1
             if counts[index] == request.sampling.max_tokens:
                 del counts[index]
@@ -134,6 +141,13 @@ class FakeEngine:
         if not counts:
             del self.requests[name]
         return events
+
+    def _token(self, request: Request, index: int, position: int) -> Token:
+        sampling, prompt = request.sampling, request.prompt_token_ids
+        token = self.token((sampling.seed or 0) + index, position)
+        scores = None if sampling.logprobs is None else [TokenLogprob(-0.25 * position, 1, ((token, -0.5),))]
+        scored = sampling.prompt_logprobs is not None and not index and position == len(request.resume_token_ids)
+        return Token(request.request_id, index, (token,), scores, [None] * len(prompt) if scored else None)
 
 
 class Group:
@@ -230,6 +244,7 @@ class FakeGroup:
     def __init__(self, model: str = "bytes", max_model_len: int = 4096, max_stream_buffer: int = 4096) -> None:
         self.info = ModelInfo(name=model, max_model_len=max_model_len, vocab_size=261, eos_token_ids=(END,))
         self.stats = Stats(running=3, waiting=1, kv_usage=0.25, prefix_queries=40, prefix_hits=16, prompt_tokens=40)
+        self.name = "group-1"
         self.alive = True
         self.last_error = None
         self.script = lambda request, index: [*b"Hello, w\xc3\xb6rld!", END]
@@ -279,10 +294,10 @@ class FakeGroup:
             timing = Timing(began, began, time.time(), time.time())
             stream._push(Pooled(name, self.vector(request), len(request.prompt_token_ids), 1, timing))
             return
-        outputs = {index: [*self.script(request, index)] for index in live}
-        for step in itertools.count():
+        outputs, begin = {index: [*self.script(request, index)] for index in live}, len(request.resume_token_ids)
+        for step in itertools.count(begin):
             await asyncio.sleep(self.step_s)
-            if self.dies_after is not None and step >= self.dies_after:
+            if self.dies_after is not None and step - begin >= self.dies_after:
                 live.clear()
                 stream._push(Failed(name, "unavailable", "the group died"))
             for index in [*live]:
@@ -354,17 +369,31 @@ class LiveGateway:
     def __init__(
         self, folder: Path, config: GatewayConfig | None = None, tracing: Tracing | None = None, **options: Any
     ) -> None:
+        from kvasir.cluster.auth import load_keys
         from kvasir.cluster.desk import Desk
         from kvasir.cluster.metrics import Metrics
+        from kvasir.cluster.recordings import Recordings
         from kvasir.cluster.served_model import ServedModel
 
         engine = EngineConfig(model=str(folder), served_model_name=("bytes", "alias/bytes"))
-        self.config = config or GatewayConfig()
+        self.config = config or GatewayConfig(failover_timeout_s=0)
         self.group = FakeGroup(max_stream_buffer=self.config.max_stream_buffer)
         self.directory = FakeDirectory(self.group)
         self.model = ServedModel.load(dataclasses.replace(engine, **options))
         log_requests = self.config.enable_log_requests
-        self.desk = Desk([self.model], self.directory, Metrics(), tracing or Tracing(), log_requests=log_requests)
+        self.desk = Desk(
+            [self.model],
+            self.directory,
+            Metrics(),
+            tracing or Tracing(),
+            log_requests=log_requests,
+            failover_timeout_s=self.config.failover_timeout_s,
+            recordings=Recordings(
+                load_keys(self.config, {}), ttl_s=self.config.stream_ttl_s, max_bytes=self.config.stream_memory
+            ),
+        )
+        self.others: dict[str, str] = {}
+        """Name of another gateway -> its URL."""
         self.loop = asyncio.new_event_loop()
         self.url = self.grpc_address = ""
 
@@ -393,9 +422,12 @@ class LiveGateway:
 
         config, self._stop = self.config, asyncio.Event()
         tls = {"ssl_keyfile": config.ssl_keyfile, "ssl_certfile": config.ssl_certfile} if config.ssl_certfile else {}
-        options = uvicorn.Config(
-            create_app(self.desk, config), log_config=None, access_log=False, lifespan="off", **tls
-        )
+
+        async def find(name: str) -> str | None:
+            return self.others.get(name)
+
+        app = create_app(self.desk, config, find)
+        options = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", **tls)
         server, self.server = uvicorn.Server(options), create_grpc_server(self.desk, config)
         sock = socket.create_server(("127.0.0.1", 0))
         self.url = f"{'https' if tls else 'http'}://localhost:{sock.getsockname()[1]}"

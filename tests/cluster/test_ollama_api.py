@@ -84,8 +84,11 @@ def test_generate_defaults_options_and_system(gateway):
 
 
 def test_random_seed_and_unlimited_output(gateway):
-    generate(gateway, options={"seed": -1, "num_predict": -2})
-    assert gateway.group.requests[-1].sampling.seed is None
+    for _ in range(2):
+        generate(gateway, options={"seed": -1, "num_predict": -2})
+    one, other = (request.sampling.seed for request in gateway.group.requests[-2:])
+    assert one != other
+    assert min(one, other) >= 0
     assert gateway.group.requests[-1].sampling.max_tokens is None
 
 

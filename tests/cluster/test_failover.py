@@ -1,0 +1,393 @@
+"""Streams over groups that die: what a client gets is what one living group would have given."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import json
+import random
+import time
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvasir.cluster import failover
+from kvasir.cluster.config import GatewayConfig
+from kvasir.cluster.failover import Failover, LastingStream
+from kvasir.cluster.group_client import GroupDirectory
+from kvasir.engine.errors import ClientError, OverloadedError, UnavailableError
+from kvasir.engine.event import Failed, Finished, Pooled, Token
+from kvasir.engine.request import PoolingParams, Request, SamplingParams
+
+
+def draw(seed, position):
+    """A token that depends on seed and position alone, as the sampler's do."""
+    return (
+        65
+        + int.from_bytes(hashlib.blake2b(f"{seed % 2**64}/{position}".encode(), digest_size=4).digest(), "little") % 26
+    )
+
+
+def request(prompt=(1, 2, 3), **sampling):
+    fields = {"seed": 7, "max_tokens": 40, **sampling}
+    return Request(request_id="r", prompt_token_ids=prompt, sampling=SamplingParams(**fields))
+
+
+async def until(condition, timeout=5.0):
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < timeout, "it didn't happen in time"
+        await asyncio.sleep(0.002)
+
+
+class Fleet:
+    """Groups of fakes behind a directory; `kill` ends one, `add` starts another."""
+
+    def __init__(self, make, count, step_s):
+        self.directory = GroupDirectory({"m": "m"})
+        self.groups, self._make, self._count, self._step_s = [], make, count, step_s
+        self._stack = contextlib.AsyncExitStack()
+
+    async def __aenter__(self):
+        for _ in range(self._count):
+            await self.add()
+        return self
+
+    async def __aexit__(self, *_):
+        await self.directory.close()
+        await self._stack.aclose()
+
+    async def add(self):
+        group = await self._stack.enter_async_context(self._make(step_s=self._step_s))
+        group.engine.token = draw
+        self.groups.append(group)
+        self._tell()
+        await until(lambda: len([c for c in self.directory.clients("m") if c.alive]) == len(self.groups))
+
+    async def kill(self, group, how="crash"):
+        """crash: its process ends; fail: its engine does, and the process a little later."""
+        if how == "fail":
+            group.engine.refusal = UnavailableError("the engine has stopped")
+            group.engine.fail()
+            await asyncio.sleep(0.02)
+        self.groups.remove(group)
+        await group.service.stop()
+        self._tell()
+
+    def serving(self):
+        """Groups that hold a request."""
+        return [group for group in self.groups if group.engine.requests]
+
+    def _tell(self):
+        self.directory.update("m", [group.endpoint for group in self.groups])
+
+    def failover(self, timeout_s=5.0):
+        return Failover(lambda request: self.directory.place("m", request), timeout_s)
+
+
+async def read(stream):
+    events = []
+    while batch := await stream.batch():
+        events += batch
+    return events
+
+
+def outcome(events, n):
+    """What a client sees of each continuation: tokens, scores, reason and count."""
+    found = []
+    for index in range(n):
+        mine = [event for event in events if event.index == index]
+        tokens = [event for event in mine if isinstance(event, Token)]
+        ends = [event for event in mine if isinstance(event, Finished)]
+        assert [type(event) for event in mine] == [Token] * len(tokens) + [Finished] * len(ends)
+        ids = [token for event in tokens for token in event.token_ids]
+        scores = [score for event in tokens for score in event.logprobs or ()]
+        prompt = [event.prompt_logprobs for event in tokens if event.prompt_logprobs]
+        found.append((ids, scores, prompt, [(end.reason, end.output_tokens) for end in ends]))
+    return found
+
+
+def run(coroutine):
+    return asyncio.run(asyncio.wait_for(coroutine, 30))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    n=st.sampled_from([1, 1, 2, 3]),
+    max_tokens=st.integers(1, 40),
+    seed=st.sampled_from([0, 7, 2**63 - 1, -(2**63)]),
+    scores=st.booleans(),
+    deaths=st.lists(st.tuples(st.floats(0, 0.03), st.sampled_from(["crash", "fail"])), max_size=4),
+    chance=st.integers(0, 2**32),
+)
+def test_deaths_at_any_moment_change_nothing(group_of_fakes, n, max_tokens, seed, scores, deaths, chance):
+    sampling = {"n": n, "max_tokens": max_tokens, "seed": seed}
+    sampling |= {"logprobs": 1, "prompt_logprobs": 1} if scores else {}
+
+    async def main():
+        rng = random.Random(chance)
+        async with Fleet(group_of_fakes, 2, 0.001) as fleet:
+            stream = LastingStream(request(**sampling), fleet.failover())
+            await stream.start()
+            reader = asyncio.ensure_future(read(stream))
+            for pause, how in deaths:
+                await asyncio.sleep(pause)
+                if reader.done():
+                    break
+                await fleet.kill(rng.choice(fleet.serving() or fleet.groups), how)
+                if rng.random() < 0.7 or not fleet.groups:
+                    await fleet.add()
+            if not fleet.groups:
+                await fleet.add()
+            return outcome(await reader, n)
+
+    expected = []
+    for index in range(n):
+        ids = [draw(seed + index, position) for position in range(max_tokens)]
+        expected.append((ids, [("length", max_tokens)]))
+    found = run(main())
+    assert [(ids, ends) for ids, _, _, ends in found] == expected
+    if scores:
+        assert [[score.logprob for score in scored] for _, scored, _, _ in found] == [
+            [-0.25 * position for position in range(max_tokens)]
+        ] * n
+        assert [len(prompt) for _, _, prompt, _ in found] == [1] + [0] * (n - 1)
+
+
+async def _some(stream, count=5):
+    """Read until so many tokens came."""
+    events = []
+    while sum(isinstance(event, Token) for event in events) < count:
+        events += await stream.batch()
+    return events
+
+
+def test_the_only_group_comes_back(group_of_fakes):
+    async def main():
+        async with Fleet(group_of_fakes, 1, 0.002) as fleet:
+            stream = LastingStream(request(), fleet.failover())
+            await stream.start()
+            events = await _some(stream)
+            first = stream.placement.client.name
+            await fleet.kill(fleet.groups[0])
+            reader = asyncio.ensure_future(read(stream))
+            await asyncio.sleep(0.3)
+            assert not reader.done()
+            await fleet.add()
+            events += await reader
+            assert outcome(events, 1)[0][0] == [draw(7, position) for position in range(40)]
+            assert stream.placement.client.name != first
+            again = fleet.groups[0].engine.submitted[0]
+            assert again.sampling == request().sampling
+            assert 5 <= len(again.resume_token_ids) < 40
+            timing = events[-1].timing
+            assert timing.queued <= timing.scheduled <= timing.first_token < timing.finished - 0.3
+
+    run(main())
+
+
+def test_no_group_in_time(group_of_fakes):
+    async def main():
+        async with Fleet(group_of_fakes, 1, 0.002) as fleet:
+            stream = LastingStream(request(), fleet.failover(timeout_s=0.2))
+            await stream.start()
+            await _some(stream)
+            await fleet.kill(fleet.groups[0])
+            began = time.monotonic()
+            (failed,) = [event for event in await read(stream) if isinstance(event, Failed)]
+            assert 0.05 < time.monotonic() - began < 1.0
+            assert failed.code == "unavailable"
+            assert "died while it served this request" in failed.message
+            assert "--failover-timeout" in failed.message
+
+    run(main())
+
+
+def test_turned_off(group_of_fakes):
+    async def main():
+        async with Fleet(group_of_fakes, 2, 0.002) as fleet:
+            stream = LastingStream(request(), fleet.failover(timeout_s=0))
+            await stream.start()
+            await _some(stream)
+            await fleet.kill(fleet.serving()[0])
+            assert isinstance((await read(stream))[-1], Failed)
+
+    run(main())
+
+
+def test_what_kills_groups_ends(group_of_fakes):
+    """A request that no group survives takes three down, not all of them."""
+
+    async def main():
+        async with Fleet(group_of_fakes, 5, 10.0) as fleet:
+            stream = LastingStream(request(), fleet.failover())
+            await stream.start()
+            reader = asyncio.ensure_future(read(stream))
+            while not reader.done():
+                for group in fleet.serving():
+                    await fleet.kill(group)
+                await asyncio.sleep(0.01)
+            assert len(fleet.groups) == 5 - failover.MAX_DEATHS
+            assert (await reader)[-1].code == "unavailable"
+
+    run(main())
+
+
+def test_what_is_done_about_the_answer_counts(group_of_fakes):
+    """One continuation was told to stop when its group died: it has ended. The others go on."""
+
+    async def main():
+        async with Fleet(group_of_fakes, 1, 0.005) as fleet:
+            stream = LastingStream(request(n=3), fleet.failover())
+            await stream.start()
+            events = await _some(stream)
+            fleet.groups[0].engine.abort = lambda *_: None  # the group dies before it hears of it
+            stream.abort(1, "stop")
+            reader = asyncio.ensure_future(read(stream))
+            await asyncio.sleep(0.02)
+            await fleet.kill(fleet.groups[0])
+            await fleet.add()
+            await until(lambda: fleet.groups[0].engine.submitted)
+            stream.abort(2, "stop")
+            found = outcome(events + await reader, 3)
+            assert found[0][3] == [("length", 40)]
+            assert found[1][3] == [("stop", len(found[1][0]))]
+            assert found[2][3][0][0] == "stop"
+            assert len(fleet.groups[0].engine.submitted) == 2
+
+    run(main())
+
+
+def test_a_full_group_is_waited_for(group_of_fakes):
+    async def main():
+        async with Fleet(group_of_fakes, 2, 0.002) as fleet:
+            stream = LastingStream(request(), fleet.failover())
+            await stream.start()
+            await _some(stream)
+            dying = fleet.serving()[0]
+            (other,) = [group for group in fleet.groups if group is not dying]
+            other.engine.refusal = OverloadedError("the queue is full", retry_after_s=1.0)
+            await fleet.kill(dying)
+            reader = asyncio.ensure_future(read(stream))
+            await asyncio.sleep(0.2)
+            other.engine.refusal = None
+            assert isinstance((await reader)[-1], Finished)
+
+    run(main())
+
+
+def test_a_refusal_is_told(group_of_fakes):
+    async def main():
+        async with Fleet(group_of_fakes, 2, 0.002) as fleet:
+            stream = LastingStream(request(), fleet.failover())
+            await stream.start()
+            await _some(stream)
+            dying = fleet.serving()[0]
+            for group in fleet.groups:
+                group.engine.refusal = ClientError("no such adapter")
+            await fleet.kill(dying)
+            failed = (await read(stream))[-1]
+            assert (failed.code, failed.message) == ("invalid_request_error", "no such adapter")
+
+    run(main())
+
+
+def test_deadlines_go_on(group_of_fakes):
+    async def main():
+        async with Fleet(group_of_fakes, 1, 0.002) as fleet:
+            wanted = dataclasses.replace(request(), deadline_s=0.4)
+            stream = LastingStream(wanted, fleet.failover())
+            await stream.start()
+            await _some(stream)
+            await fleet.kill(fleet.groups[0])
+            assert (await read(stream))[-1].code == "deadline_exceeded"
+
+    run(main())
+
+
+def test_a_stream_that_is_closed_waits_for_nobody(group_of_fakes):
+    async def main():
+        async with Fleet(group_of_fakes, 1, 0.002) as fleet:
+            stream = LastingStream(request(n=2), fleet.failover())
+            await stream.start()
+            await _some(stream)
+            await fleet.kill(fleet.groups[0])
+            reader = asyncio.ensure_future(read(stream))
+            await asyncio.sleep(0.05)
+            stream.close()
+            await asyncio.wait_for(reader, 1.0)
+            await fleet.add()
+            await asyncio.sleep(0.6)
+            assert not fleet.groups[0].engine.requests
+
+    run(main())
+
+
+def test_a_group_that_dies_while_it_is_asked(group_of_fakes):
+    """Its engine has stopped, its process lives on: another one is asked, and it is asked last from then on."""
+
+    async def main():
+        async with Fleet(group_of_fakes, 2, 0.002) as fleet:
+            broken = fleet.groups[0]
+            broken.engine.refusal = UnavailableError("the engine has stopped")
+            for number in range(6):
+                stream = LastingStream(dataclasses.replace(request(), request_id=f"r{number}"), fleet.failover())
+                await stream.start()
+                assert isinstance((await read(stream))[-1], Finished)
+            assert not broken.engine.submitted
+
+    run(main())
+
+
+def test_vectors_too(group_of_fakes):
+    async def main():
+        async with Fleet(group_of_fakes, 2, 0.2) as fleet:
+            stream = LastingStream(dataclasses.replace(request(), pooling=PoolingParams()), fleet.failover())
+            await stream.start()
+            await fleet.kill(fleet.serving()[0])
+            (event,) = await read(stream)
+            assert isinstance(event, Pooled)
+
+    run(main())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_over_http(live_gateway, stream):
+    """Every four tokens the group dies: text, stop strings, scores and counts are those of one that doesn't."""
+    body = {"model": "bytes", "prompt": "Hi", "n": 2, "stop": ["rld"], "logprobs": 2, "seed": 3, "stream": stream}
+    body |= {"stream_options": {"include_usage": True}} if stream else {}
+
+    def ask(gateway):
+        return httpx.post(gateway.url + "/v1/completions", json=body, timeout=20)
+
+    with live_gateway(GatewayConfig()) as gateway:
+        undisturbed = _shown(ask(gateway))
+        gateway.group.dies_after = 4
+        found = _shown(ask(gateway))
+        metrics = gateway.desk.metrics.render(gateway.directory, []).decode()
+        run(until(lambda: gateway.desk.running == gateway.group.running == 0))
+    assert found == undisturbed
+    assert found["texts"] == ["Hello, wö"] * 2
+    assert 'kvasir:failovers_total{model_name="bytes"}' in metrics
+
+
+def _shown(reply):
+    assert reply.status_code == 200, reply.text
+    if reply.headers["content-type"].startswith("application/json"):
+        parts = [reply.json()]
+    else:
+        frames = [frame for frame in reply.text.split("\n\n") if frame.startswith("data: {")]
+        parts = [json.loads(frame[6:]) for frame in frames]
+    assert not any("error" in part for part in parts)
+    choices = [choice for part in parts for choice in part["choices"]]
+    mine = [[choice for choice in choices if choice["index"] == index] for index in (0, 1)]
+    return {
+        "texts": ["".join(choice["text"] for choice in own) for own in mine],
+        "scored": [[t for c in own if c["logprobs"] for t in c["logprobs"]["tokens"]] for own in mine],
+        "ends": [[c["stop_reason"] for c in own if c["finish_reason"]] for own in mine],
+        "usage": parts[-1]["usage"]["completion_tokens"],
+    }
