@@ -16,7 +16,7 @@ from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_reflection.v1alpha import reflection
 
 from kvasir.cluster.auth import ApiKeys, UnauthenticatedError, load_keys
-from kvasir.cluster.call import Call, request_id_from
+from kvasir.cluster.call import ROUTE_HEADER, Call, request_id_from
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
