@@ -72,6 +72,8 @@ class Member:
         """Prompt tokens that it computes in a second, beside its decoding."""
         self._measured_at = -KNOWN_S
         self._max_num_seqs = 0
+        self._step_s = 0.0
+        """A step's length: a request waits for the end of the one that is being computed."""
         self._end_rate: float | None = None
         """Sequences that end in a second while others wait for a seat."""
         self._hashers, self._directory, self._pace = hashers, directory, pace
@@ -126,13 +128,21 @@ class Member:
         each step, so that none of them is ahead by more than it has."""
         return min(self.prefill_tokens, self.prefills * tokens)
 
-    def wait(self, tokens: float = 0.0, together: bool = False) -> float:
-        """Seconds until `tokens` more are computed there; together: with all that was given to it before. 0 while its
-        speed isn't known."""
+    def queue(self, tokens: float, together: bool = False) -> float:
+        """Seconds that a request with so many tokens to compute waits for others; together: for all that were given to it
+        before. 0 while its speed isn't known."""
         seats = self._seat_wait(tokens) if self._end_rate else 0.0
-        rate = self.rate or self._pace.rate
         ahead = self.prefill_tokens if together else self.before(tokens)
-        return seats + (ahead + tokens) / rate if rate else seats
+        return seats + self._step_s + ahead / self.speed if self.speed else seats
+
+    def wait(self, tokens: float, together: bool = False) -> float:
+        """The same, and for its own tokens."""
+        return self.queue(tokens, together) + (tokens / self.speed if self.speed else 0.0)
+
+    @property
+    def speed(self) -> float | None:
+        """Its rate, or its like's."""
+        return self.rate or self._pace.rate
 
     def known(self, now: float) -> bool:
         """Its speed was measured lately."""
@@ -161,6 +171,8 @@ class Member:
         if before.queued_prefill_tokens and after.queued_prefill_tokens:
             computed = after.step_tokens - before.step_tokens - (after.generation_tokens - before.generation_tokens)
             self.rate = _average(self.rate, max(0, computed) / seconds, share)
+            if after.steps > before.steps:
+                self._step_s += share * (seconds / (after.steps - before.steps) - self._step_s)
             self._measured_at = now
             self._pace.rate = _average(self._pace.rate, self.rate or 0.0, share)
         if before.waiting and after.waiting:

@@ -28,11 +28,11 @@ HOST_PRICE, DISK_PRICE = 0.05, 0.25
 """What a cached token costs that has to be brought back to the device, in tokens computed."""
 OTHERS = 2.0
 """A request waits for others' tokens, and they for as many of its own."""
-AFFINITY = 0.5
+AFFINITY = 0.8
 """Share of a prompt that makes a group its home."""
 SLACK = 0.75
 """Share of a limit that predictions may use up: those that come later take their part of each step."""
-STAY_S = 1.0
+STAY_S = 0.5
 """A home is left when the predicted wait there is longer."""
 TIE = 0.02
 """Costs that differ by less than this share count as equal."""
@@ -96,6 +96,10 @@ class _Choices:
     def wait(self, place: int) -> float:
         """Predicted seconds to the first token."""
         return self.members[place].wait(self.rest[place])
+
+    def queue(self, place: int) -> float:
+        """Predicted seconds until its own tokens' turn."""
+        return self.members[place].queue(self.rest[place])
 
     def clear(self, place: int) -> float:
         """Predicted seconds until this and all before have their first token."""
@@ -210,7 +214,7 @@ class Router:
             return "only", 0
         if at_home in choices.members:
             home = choices.members.index(at_home)
-            if choices.wait(home) <= STAY_S:
+            if choices.queue(home) <= STAY_S:
                 return "session", home
         if self.policy == "round-robin":
             self._turn += 1
@@ -226,7 +230,7 @@ class Router:
         if (best := max(cached)) and best >= AFFINITY * (best + min(choices.rest)):
             places = [place for place, tokens in enumerate(cached) if tokens >= (1 - TIE) * best]
             home = min(places, key=costs.__getitem__)
-            if choices.wait(home) <= STAY_S:
+            if choices.queue(home) <= STAY_S:
                 return "home", home
         return "cost", self._least(choices, costs, TIE)
 

@@ -112,13 +112,13 @@ def test_decoding_counts():
 
 def test_a_conversation_stays_home_until_the_wait_there_is_too_long():
     fleet = Fleet(2)
-    fleet.hold(1, prompt(1)[:800])
+    fleet.hold(1, prompt(1)[:816])
     fleet.load(0, rate=1000.0)
-    fleet.load(1, rate=1000.0, queued_prefill_tokens=int(1000 * STAY_S) - 200, prefills=9)
+    fleet.load(1, rate=1000.0, queued_prefill_tokens=int(1000 * STAY_S), prefills=9)
     route = fleet.place(prompt(1), expect=False)
     assert (fleet.number(route), route.why) == (1, "home")
     route.reservation.settle()
-    fleet.load(1, rate=1000.0, queued_prefill_tokens=int(1000 * STAY_S) - 199, prefills=9)
+    fleet.load(1, rate=1000.0, queued_prefill_tokens=int(1000 * STAY_S) + 1, prefills=9)
     route = fleet.place(prompt(1))
     assert (fleet.number(route), route.why) == (0, "cost")
 
@@ -187,10 +187,10 @@ def test_seats_are_waited_for():
     member = fleet.members[0]
     member.report(Stats(running=8, waiting=2, ended=0, **FREE), 0, 1.0)
     member.report(Stats(running=8, waiting=2, ended=4, **FREE), 0, 2.0)
-    assert member.wait() == pytest.approx(3 / 4)
+    assert member.queue(0) == pytest.approx(3 / 4)
     member.report(Stats(running=3, waiting=0, ended=9, free_blocks=10), 0, 3.0)
-    assert member.wait(160) == 0.0
-    assert member.wait(161) == pytest.approx(1 / 4)
+    assert member.queue(160) == 0.0
+    assert member.queue(161) == pytest.approx(1 / 4)
 
 
 def test_what_cant_be_served_in_time_is_refused_at_once():
@@ -229,7 +229,7 @@ def test_sessions_stick_while_that_is_good_for_them():
     for number in range(2, 8):
         assert fleet.place(prompt(number), session="s", expect=False).member is first.member
     for number in range(4):
-        fleet.load(number, rate=1000.0)
+        fleet.load(number, rate=10_000.0)
     fleet.load(fleet.number(first), rate=100.0, queued_prefill_tokens=10_000, prefills=10)
     moved = fleet.place(prompt(9), session="s", expect=False)
     assert moved.member is not first.member
