@@ -203,10 +203,7 @@ def test_a_full_disk(llama: Path, filled: tuple[Path, list[int]], tmp_path: Path
 def test_blocks_of_another_model_are_not_taken(
     llama: Path, filled: tuple[Path, list[int]], disk: Path, tmp_path: Path, change: str
 ) -> None:
-    model, given = Path(shutil.copytree(llama, tmp_path / "llama")), options(disk)
-    given["served_model_name"] = ("x",)
-    for path in model.iterdir():
-        shutil.copystat(llama / path.name, path)
+    model, given = Path(shutil.copytree(llama, tmp_path / llama.name)), options(disk)
     if change == "weights":
         weights = model / "model.safetensors"
         whole = bytearray(weights.read_bytes())
@@ -214,13 +211,15 @@ def test_blocks_of_another_model_are_not_taken(
         weights.write_bytes(whole)
     elif change == "config":
         path = model / "config.json"
-        path.write_text(path.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 500.0'))
+        before = path.read_text()
+        path.write_text(before.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.1'))
+        assert path.read_text() != before
     elif change == "dtype":
         given["dtype"] = "bfloat16"
     elif change == "block_size":
         given["block_size"] = 16
     else:
-        given["hf_overrides"] = {"rms_norm_eps": 0.1}
+        given["hf_overrides"] = {"rms_norm_eps": 0.2}
     with LLM(str(model), **given) as llm:
         assert ask(llm)[1] == 0
 
