@@ -123,7 +123,7 @@ def test_sizes_of_the_tiers() -> None:
     with pytest.raises(ConfigError, match="--kv-offloading-backend lmcache: not supported yet"):
         parse_spec({"kv_offloading_backend": "lmcache"})
     (engine,) = parse_spec({"kv_disk_size": "200G", "kv_disk_path": "/kv", "kv_offloading_size": 0.5}).engines
-    assert (engine.kv_disk_size, engine.kv_disk_path, engine.kv_offloading_size) == (200 * 10**9, "/kv", 0.5)
+    assert (engine.kv_disk_size, engine.kv_disk_path, engine.kv_offloading_size) == (200 * 2**30, "/kv", 0.5)
 
 
 def test_options_beside_models_hold_for_all() -> None:

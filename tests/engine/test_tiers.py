@@ -406,6 +406,25 @@ def test_where_auto_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert disk_root("~/kv") == Path.home() / "kv"
 
 
+@pytest.mark.parametrize("path", ["auto", "{tmp}/file/kv", "/proc/nowhere/kv"])
+def test_a_disk_that_cannot_be_had_is_said_and_done_without(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "expanduser", _no_home)
+    with LLM(str(llama), **options(tmp_path, kv_disk_path=path.format(tmp=tmp_path))) as llm:
+        assert llm.engine._tiers is None
+        assert "no KV blocks are kept on disk" in caplog.text
+        assert ask(llm)[0]
+
+
+def _no_home(path: Path) -> Path:
+    if str(path).startswith("~"):
+        raise RuntimeError("Could not determine home directory.")
+    return path
+
+
 @pytest.mark.parametrize(("name", "value"), [("kv_offloading_size", -1.0), ("kv_disk_size", -1)])
 def test_sizes_that_make_no_sense(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} must be at least 0"):
