@@ -189,6 +189,28 @@ def test_an_unplugged_disk(llama: Path, filled: tuple[Path, list[int]], disk: Pa
         assert ask(llm) == (filled[1], 0)
 
 
+def test_a_disk_that_hangs(
+    llama: Path, filled: tuple[Path, list[int]], disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It delays one request, not for long, and is asked again when it has come round."""
+    monkeypatch.setattr("kvasir.engine.loads.FETCH_S", 0.3)
+    with LLM(str(llama), **options(disk)) as llm:
+        tiers, go = llm.engine._tiers, threading.Event()
+        assert tiers is not None
+        assert tiers._disk is not None
+        read = tiers._disk.read
+        monkeypatch.setattr(tiers._disk, "read", lambda *said: go.wait() and read(*said))
+        began = time.monotonic()
+        assert ask(llm) == (filled[1], 0)
+        assert 0.3 < time.monotonic() - began < 5
+        llm.engine.pool.reset()
+        assert ask(llm) == (filled[1], 0)
+        llm.engine.pool.reset()
+        go.set()
+        _wait_for(lambda: not llm.engine._scheduler._loads._overdue)
+        assert ask(llm) == (filled[1], 144)
+
+
 def test_a_full_disk(llama: Path, filled: tuple[Path, list[int]], tmp_path: Path) -> None:
     """Room for five blocks: a prompt of 18 is answered, and later ones from what is there."""
     size = blocks(filled[0])[0].stat().st_size
