@@ -42,11 +42,10 @@ def _open_disk(config: EngineConfig, files: ModelFiles, share: Share, cache: KVC
     if config.kv_disk_path is None or config.kv_disk_size == 0:
         return None
     place, mark = share.mesh.place, fingerprint(config, files, cache)
-    root = disk_root(config.kv_disk_path)
-    own = _claimed(root, mark, 0, None) if place.rank == 0 else None
+    own = _claimed(config.kv_disk_path, mark, 0, None) if place.rank == 0 else None
     (copy,) = share.mesh.least(own.copy if own is not None else MOST_COPIES)
     if place.rank and copy < MOST_COPIES:
-        own = _claimed(root, mark, place.rank, copy)
+        own = _claimed(config.kv_disk_path, mark, place.rank, copy)
     (all_have,) = share.mesh.least(own is not None)
     if own is None or not all_have:
         if own is not None:
@@ -63,14 +62,14 @@ def disk_root(path: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvasir" / "kv"
 
 
-def _claimed(root: Path, mark: bytes, rank: int, copy: int | None) -> Claim | None:
+def _claimed(path: str, mark: bytes, rank: int, copy: int | None) -> Claim | None:
     try:
-        found = claim(root, mark.hex(), rank, copy)
-    except OSError as error:
-        logger.warning("--kv-disk-path %s: no KV blocks are kept on disk: %s", root, error)
-        return None
+        found = claim(disk_root(path), mark.hex(), rank, copy)
+        why: object = "another process has their folder"
+    except (OSError, RuntimeError) as error:  # pathlib's RuntimeError: there is no home
+        found, why = None, error
     if found is None:
-        logger.warning("--kv-disk-path %s: no KV blocks are kept on disk: another process has their folder", root)
+        logger.warning("--kv-disk-path %s: no KV blocks are kept on disk: %s", path, why)
     return found
 
 

@@ -243,7 +243,16 @@ class FakeGroup:
 
     def __init__(self, model: str = "bytes", max_model_len: int = 4096, max_stream_buffer: int = 4096) -> None:
         self.info = ModelInfo(name=model, max_model_len=max_model_len, vocab_size=261, eos_token_ids=(END,))
-        self.stats = Stats(running=3, waiting=1, kv_usage=0.25, prefix_queries=40, prefix_hits=16, prompt_tokens=40)
+        self.stats = Stats(
+            running=3,
+            waiting=1,
+            kv_usage=0.25,
+            prefix_queries=40,
+            prefix_hits=16,
+            prompt_tokens=40,
+            disk_stored=7,
+            host_bytes=9,
+        )
         self.name = "group-1"
         self.alive = True
         self.last_error = None

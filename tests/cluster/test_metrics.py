@@ -80,6 +80,9 @@ def test_the_groups_stats(live):
     assert value(found, "vllm:kv_cache_usage_perc") == 0.25
     assert value(found, "vllm:prefix_cache_queries_total") == 40
     assert value(found, "vllm:prefix_cache_hits_total") == 16
+    assert value(found, "kvasir:kv_blocks_stored_total", tier="disk", model_name="bytes") == 7
+    assert value(found, "kvasir:kv_blocks_stored_total", tier="host") == 0
+    assert value(found, "kvasir:kv_tier_bytes", tier="host") == 9
     assert value(found, "kvasir:group_alive") == 1
     live.group.alive = False
     found = samples(live)

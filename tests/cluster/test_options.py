@@ -112,6 +112,20 @@ def test_mapped_spellings_warn_once_each() -> None:
     assert len(found) == 3
 
 
+def test_sizes_of_the_tiers() -> None:
+    with pytest.warns(CompatibilityWarning, match="--swap-space is spelled --kv-offloading-size"):
+        (engine,) = parse_spec({"swap_space": "4", "tensor_parallel_size": 2, "pipeline_parallel_size": 3}).engines
+    assert engine.kv_offloading_size == 24.0  # vLLM's is each rank's
+    with pytest.raises(ConfigError, match="both given"):
+        parse_spec({"swap_space": 1, "kv_offloading_size": 1})
+    with pytest.raises(ConfigError, match="--swap-space must be a number"):
+        parse_spec({"swap_space": "much"})
+    with pytest.raises(ConfigError, match="--kv-offloading-backend lmcache: not supported yet"):
+        parse_spec({"kv_offloading_backend": "lmcache"})
+    (engine,) = parse_spec({"kv_disk_size": "200G", "kv_disk_path": "/kv", "kv_offloading_size": 0.5}).engines
+    assert (engine.kv_disk_size, engine.kv_disk_path, engine.kv_offloading_size) == (200 * 2**30, "/kv", 0.5)
+
+
 def test_options_beside_models_hold_for_all() -> None:
     config = parse_spec({"models": [{"model": "a"}, {"model": "b", "seed": 2}], "seed": 1, "port": 0})
     assert [(engine.model, engine.seed) for engine in config.engines] == [("a", 1), ("b", 2)]

@@ -189,6 +189,28 @@ def test_an_unplugged_disk(llama: Path, filled: tuple[Path, list[int]], disk: Pa
         assert ask(llm) == (filled[1], 0)
 
 
+def test_a_disk_that_hangs(
+    llama: Path, filled: tuple[Path, list[int]], disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It delays one request, not for long, and is asked again when it has come round."""
+    monkeypatch.setattr("kvasir.engine.loads.FETCH_S", 0.3)
+    with LLM(str(llama), **options(disk)) as llm:
+        tiers, go = llm.engine._tiers, threading.Event()
+        assert tiers is not None
+        assert tiers._disk is not None
+        read = tiers._disk.read
+        monkeypatch.setattr(tiers._disk, "read", lambda *said: go.wait() and read(*said))
+        began = time.monotonic()
+        assert ask(llm) == (filled[1], 0)
+        assert 0.3 < time.monotonic() - began < 5
+        llm.engine.pool.reset()
+        assert ask(llm) == (filled[1], 0)
+        llm.engine.pool.reset()
+        go.set()
+        _wait_for(lambda: not llm.engine._scheduler._loads._overdue)
+        assert ask(llm) == (filled[1], 144)
+
+
 def test_a_full_disk(llama: Path, filled: tuple[Path, list[int]], tmp_path: Path) -> None:
     """Room for five blocks: a prompt of 18 is answered, and later ones from what is there."""
     size = blocks(filled[0])[0].stat().st_size
@@ -203,10 +225,7 @@ def test_a_full_disk(llama: Path, filled: tuple[Path, list[int]], tmp_path: Path
 def test_blocks_of_another_model_are_not_taken(
     llama: Path, filled: tuple[Path, list[int]], disk: Path, tmp_path: Path, change: str
 ) -> None:
-    model, given = Path(shutil.copytree(llama, tmp_path / "llama")), options(disk)
-    given["served_model_name"] = ("x",)
-    for path in model.iterdir():
-        shutil.copystat(llama / path.name, path)
+    model, given = Path(shutil.copytree(llama, tmp_path / llama.name)), options(disk)
     if change == "weights":
         weights = model / "model.safetensors"
         whole = bytearray(weights.read_bytes())
@@ -214,13 +233,15 @@ def test_blocks_of_another_model_are_not_taken(
         weights.write_bytes(whole)
     elif change == "config":
         path = model / "config.json"
-        path.write_text(path.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 500.0'))
+        before = path.read_text()
+        path.write_text(before.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.1'))
+        assert path.read_text() != before
     elif change == "dtype":
         given["dtype"] = "bfloat16"
     elif change == "block_size":
         given["block_size"] = 16
     else:
-        given["hf_overrides"] = {"rms_norm_eps": 0.1}
+        given["hf_overrides"] = {"rms_norm_eps": 0.2}
     with LLM(str(model), **given) as llm:
         assert ask(llm)[1] == 0
 
@@ -405,6 +426,25 @@ def test_where_auto_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert disk_root("auto") == Path.home() / ".cache" / "kvasir" / "kv"
     assert disk_root("~/kv") == Path.home() / "kv"
+
+
+@pytest.mark.parametrize("path", ["auto", "{tmp}/file/kv", "/proc/nowhere/kv"])
+def test_a_disk_that_cannot_be_had_is_said_and_done_without(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "expanduser", _no_home)
+    with LLM(str(llama), **options(tmp_path, kv_disk_path=path.format(tmp=tmp_path))) as llm:
+        assert llm.engine._tiers is None
+        assert "no KV blocks are kept on disk" in caplog.text
+        assert ask(llm)[0]
+
+
+def _no_home(path: Path) -> Path:
+    if str(path).startswith("~"):
+        raise RuntimeError("Could not determine home directory.")
+    return path
 
 
 @pytest.mark.parametrize(("name", "value"), [("kv_offloading_size", -1.0), ("kv_disk_size", -1)])
