@@ -15,9 +15,11 @@ from kvasir.engine.layers import Linear, Norm, empty
 from kvasir.engine.rope import stretched_turning, turning
 from kvasir.engine.share import Share, share_of
 from kvasir.engine.spec import Layer, QueryScale, Spec
+from kvasir.engine.stacking import stack_of
 from kvasir.kernels.linear import is_packed, linear, packed
 from kvasir.kernels.ragged import Ragged
 from kvasir.kernels.rope import Angles, rope_angles
+from kvasir.kernels.stack import MOST_ROWS, Stack
 
 BEFORE = ("pre", "sandwich", "parallel", "parallel_two")
 """Placements that normalise what goes into a branch."""
@@ -113,6 +115,8 @@ class Decoder(nn.Module):
         self.turnings = {
             rope: (turning(rope).to(device), stretched_turning(rope, spec.max_len).to(device)) for rope in ropes
         }
+        self._stack: tuple[KVCache, Stack | None] | None = None
+        """What `_stacked` found for this cache."""
         self.query_scales = {layer.query_scale for _, layer in layers if layer.query_scale is not None}
 
     def forward(self, tokens: Tensor, ragged: Ragged, cache: KVCache, rows: Tensor) -> Tensor | None:
@@ -140,14 +144,31 @@ class Decoder(nn.Module):
             x = self.mesh.receive(len(tokens), self.spec.hidden, self.dtype, self.device)
         positional = self._positional(ragged, x.dtype)
         layers = self.share.layers
-        y: Tensor | None = None
-        for i, block in zip(layers, self.blocks.values(), strict=True):
+        x, y, done = self._stacked(x, positional, ragged, cache, rows)
+        for i, block in zip(layers[done:], list(self.blocks.values())[done:], strict=True):
             chosen = rows if self.share.last and i == layers[-1] else None
             x, y = block(x, y, positional, ragged.group(cache.group_of[i]), cache.layer(i), chosen)
         x, h = joined(self.norm, x, y, self.spec.residual_scale)
         if not self.share.last:
             self.mesh.send(x)
         return h
+
+    def _stacked(
+        self, x: Tensor, positional: Positional, ragged: Ragged, cache: KVCache, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, int]:
+        """Few rows go through layers of the commonest kind in one call: (x, what is to be added, layers done). The last
+        layer is left out when not all of its rows are wanted."""
+        if not 0 < len(x) <= MOST_ROWS or self.dtype != torch.bfloat16 or self.device.type != "cpu":
+            return x, None, 0
+        if self._stack is None or self._stack[0] is not cache:
+            self._stack = cache, stack_of(self, cache)
+        stack = self._stack[1]
+        if stack is None:
+            return x, None, 0
+        all_rows = rows is None or not self.share.last or len(rows) == len(x)
+        count = len(self.share.layers) - (not all_rows)
+        angles = [positional[rope] for rope in self.turnings]
+        return *stack(x, count, angles, ragged), count
 
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:

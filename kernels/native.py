@@ -37,6 +37,7 @@ SIGNATURES: dict[str, Types] = {
     "rms_norm": (N, P, N, N, N, P, F, P, F, F, P, P, N, N, N),
     "gated": (N, P, P, N, N, N, N),
     "turn_and_write": (N, P, N, P, N, P, N, P, P, P, P, P, N, N, N, N, N, N, N, N, N, N, N),
+    "run_layers": (P, N, P, P, P, P, N, N),
     "pack_linear": (P, P, N, N, N),
     "linear": (P, N, P, P, P, N, N, N, N),
 }

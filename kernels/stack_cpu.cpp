@@ -1,0 +1,100 @@
+// Layers one after the other in a single call: with few rows the time between calls would be longer than the calls.
+#include "native.h"
+
+extern "C" {
+void rms_norm(int64_t, const void *, int64_t, int64_t, int64_t, const void *, double, const void *, double, double, void *, void *,
+              int64_t, int64_t, int64_t);
+void linear(const bf16 *, int64_t, const uint32_t *, const bf16 *, bf16 *, int64_t, int64_t, int64_t, int64_t);
+void gated(int64_t, const void *, void *, int64_t, int64_t, int64_t, int64_t);
+void turn_and_write(int64_t, void *, int64_t, const void *, int64_t, const void *, int64_t, const void *, const void *, void *,
+                    void *, const int64_t *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                    int64_t, int64_t);
+void attention(int64_t, const void *, int64_t, int64_t, const void *, const void *, int64_t, int64_t, int64_t, const int32_t *,
+               int64_t, const int32_t *, const int32_t *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double, double,
+               int64_t, int64_t, int64_t, const float *, const float *, void *, int64_t);
+}
+
+namespace {
+
+struct Product {
+  const uint32_t *weights;
+  const bf16 *bias;
+  int64_t outputs;
+};
+
+// One layer's facts; stack_native.py lays them out alike.
+struct Layer {
+  const bf16 *attn_norm, *mlp_norm, *q_norm, *k_norm;
+  Product qkv, o, up, down;
+  bf16 *k_cache, *v_cache;
+  const float *sinks, *slopes;
+  int64_t window, chunk, rope, interleaved, group;
+};
+
+struct Shape {
+  int64_t hidden, ffn, heads, kv_heads, dim, gate, causal;
+  int64_t block, slot, head, block_size;
+  double eps, offset, residual, scale, softcap;
+};
+
+struct Angles {
+  const bf16 *cos, *sin;
+  int64_t turned;
+};
+
+struct Group {
+  const int32_t *table;
+  int64_t table_row;
+  const int64_t *slots;
+};
+
+struct Step {
+  int64_t rows, sequences;
+  const int32_t *starts, *lengths;
+  const Angles *angles;
+  const Group *groups;
+};
+
+constexpr int64_t BF16 = 1;
+thread_local Scratch scratch;
+
+void product(const bf16 *x, const Product &p, bf16 *out, int64_t rows, int64_t inputs, int64_t threads) {
+  linear(x, inputs, p.weights, p.bias, out, rows, inputs, p.outputs, threads);
+}
+
+} // namespace
+
+// x[T, M] and, unless `fresh`, y[T, M] to be added to it -> the same behind `count` layers.
+EXPORT void run_layers(const Layer *layers, int64_t count, const Shape *shape, const Step *step, bf16 *x, bf16 *y, int64_t fresh,
+                       int64_t threads) {
+  const Shape &s = *shape;
+  int64_t t = step->rows, q_width = s.heads * s.dim, k_width = s.kv_heads * s.dim, row = q_width + 2 * k_width;
+  bf16 *h = (bf16 *)scratch.get(2 * (size_t)t * (s.hidden + row + 2 * q_width + k_width + 3 * s.ffn));
+  bf16 *qkv = h + t * s.hidden, *found = qkv + t * row, *q_normed = found + t * q_width, *k_normed = q_normed + t * q_width;
+  bf16 *up = k_normed + t * k_width, *gate = up + 2 * t * s.ffn;
+  for (const Layer *l = layers; l < layers + count; l++, fresh = 0) {
+    const Group &group = step->groups[l->group];
+    const Angles &angles = step->angles[l->rope];
+    rms_norm(BF16, x, s.hidden, 1, 0, fresh ? nullptr : y, s.residual, l->attn_norm, s.offset, s.eps, x, h, t, s.hidden, threads);
+    product(h, l->qkv, qkv, t, s.hidden, threads);
+    bf16 *q = qkv, *k = qkv + q_width;
+    int64_t q_row = row, k_row = row;
+    if (l->q_norm) {
+      rms_norm(BF16, q, row, s.heads, s.dim, nullptr, 1, l->q_norm, s.offset, s.eps, nullptr, q_normed, t * s.heads, s.dim, threads);
+      rms_norm(BF16, k, row, s.kv_heads, s.dim, nullptr, 1, l->k_norm, s.offset, s.eps, nullptr, k_normed, t * s.kv_heads, s.dim,
+               threads);
+      q = q_normed, k = k_normed, q_row = q_width, k_row = k_width;
+    }
+    turn_and_write(BF16, q, q_row, k, k_row, qkv + q_width + k_width, row, angles.cos, angles.sin, l->k_cache, l->v_cache,
+                   group.slots, s.block, s.slot, s.head, s.block_size, t, s.heads, s.kv_heads, s.dim, angles.turned,
+                   l->interleaved, threads);
+    attention(BF16, q, q_row, s.dim, l->k_cache, l->v_cache, s.block, s.slot, s.head, group.table, group.table_row, step->starts,
+              step->lengths, step->sequences, s.heads, s.kv_heads, s.dim, s.dim, s.block_size, s.scale, s.softcap, l->window,
+              l->chunk, s.causal, l->sinks, l->slopes, found, threads);
+    product(found, l->o, y, t, q_width, threads);
+    rms_norm(BF16, x, s.hidden, 1, 0, y, s.residual, l->mlp_norm, s.offset, s.eps, x, h, t, s.hidden, threads);
+    product(h, l->up, up, t, s.hidden, threads);
+    gated(BF16, up, gate, t, s.ffn, s.gate, threads);
+    product(gate, l->down, y, t, s.ffn, threads);
+  }
+}
