@@ -127,7 +127,9 @@ def test_ollamas_sampler_options_work(url):
     found = [httpx.post(url + "/api/generate", json=body | {"options": options}, timeout=30) for _ in range(2)]
     assert found[0].json()["response"] == found[1].json()["response"] != ""
     assert "x-kvasir-warning" not in found[0].headers
-    other = httpx.post(url + "/api/generate", json=body | {"options": options | {"mirostat_tau": 9.0, "tfs_z": 1.0}}, timeout=30)
+    other = httpx.post(
+        url + "/api/generate", json=body | {"options": options | {"mirostat_tau": 9.0, "tfs_z": 1.0}}, timeout=30
+    )
     assert other.json()["response"] != found[0].json()["response"]
     banned = options | {"bad_words": ["sea"], "temperature": 0, "num_predict": 60}
     text = httpx.post(url + "/api/generate", json=body | {"options": banned}, timeout=30).json()["response"]
