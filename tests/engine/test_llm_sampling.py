@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from kvasir.engine import LLM, SamplingParams
+from kvasir.engine import LLM, SamplingParams, StructuredOutput
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.request import Request
 
@@ -144,6 +146,67 @@ def test_newlines_stay_likely(llm: LLM) -> None:
         for flag in (True, False)
     ]
     assert texts[1].count("\n") > texts[0].count("\n")
+
+
+ASKED = st.fixed_dictionaries(
+    {"max_tokens": st.integers(1, 14), "seed": st.integers(0, 9)},
+    optional={
+        "n": st.integers(1, 3),
+        "best_of": st.integers(3, 4),
+        "use_beam_search": st.booleans(),
+        "length_penalty": st.sampled_from([-1.0, 0.0, 2.0]),
+        "early_stopping": st.sampled_from([True, False, "never"]),
+        "temperature": st.sampled_from([0.0, 0.6, 1.5]),
+        "top_k": st.integers(1, 40),
+        "top_p": st.sampled_from([0.2, 0.9]),
+        "min_p": st.sampled_from([0.0, 0.3]),
+        "typical_p": st.sampled_from([0.3, 0.95]),
+        "tfs_z": st.sampled_from([0.4, 0.99]),
+        "mirostat": st.integers(0, 2),
+        "mirostat_tau": st.sampled_from([0.0, 2.0, 8.0]),
+        "repetition_penalty": st.sampled_from([0.8, 1.5]),
+        "frequency_penalty": st.sampled_from([-1.0, 1.0]),
+        "repeat_last_n": st.sampled_from([-1, 0, 3]),
+        "penalize_newline": st.booleans(),
+        "bad_words": st.lists(st.sampled_from(["Lily", "a", "the park", "\n", "é"]), max_size=3),
+        "allowed_token_ids": st.lists(st.integers(0, 511), min_size=1, max_size=200),
+        "logit_bias": st.dictionaries(st.integers(0, 511), st.sampled_from([-100.0, 30.0]), max_size=3),
+        "min_tokens": st.integers(0, 1),
+        "stop_token_ids": st.lists(st.sampled_from([426, 432, 261]), max_size=2),
+        "stop": st.lists(st.sampled_from(["She", "e", " in"]), max_size=2),
+        "logprobs": st.integers(0, 2),
+        "prompt_logprobs": st.just(0),
+        "truncate_prompt_tokens": st.sampled_from([-1, 3, 8]),
+        "structured_outputs": st.sampled_from(
+            [StructuredOutput(regex="[a-z ]{1,30}"), StructuredOutput(choice=["yes", "a dog"])]
+        ),
+    },
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ASKED)
+def test_whatever_is_asked_is_done_or_refused(llm: LLM, asked: dict[str, Any]) -> None:
+    """Alone as in a crowd; every request ends, and the engine lives on."""
+    try:
+        sampling = SamplingParams(**asked)
+        (alone,) = llm.generate(PROMPT, sampling, **QUIET)
+    except ClientError as error:
+        refused = "no token to choose" in error.message or error.param == "best_of"
+        assert refused
+        assert llm.engine.failure is None
+        return
+    crowd = llm.generate([PROMPT[:20], PROMPT, PROMPT[5:]], [SamplingParams(seed=1), sampling, seeded({}, 2)], **QUIET)
+    assert [o.token_ids for o in crowd[1].outputs] == [o.token_ids for o in alone.outputs]
+    assert len(alone.outputs) == sampling.n
+    for output in alone.outputs:
+        assert len(output.token_ids) <= sampling.max_tokens  # type: ignore[operator]
+        assert output.finish_reason in ("stop", "length")
+        if sampling.allowed_token_ids and not sampling.structured_outputs:
+            assert set(output.token_ids) <= {*sampling.allowed_token_ids}
+        assert not any(word in output.text for word in sampling.bad_words if word.isalpha() and word != "a")
+        assert (output.logprobs is None) == (sampling.logprobs is None or not output.token_ids)
+    assert llm.engine.pool.check() == []
 
 
 def test_what_leaves_no_token_fails_by_name(llm: LLM) -> None:
