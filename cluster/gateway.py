@@ -17,18 +17,23 @@ from starlette.routing import Route
 from kvasir.cluster import metrics
 from kvasir.cluster.anthropic_api import anthropic_routes
 from kvasir.cluster.auth import check_exposure, load_keys
+from kvasir.cluster.background import Background
+from kvasir.cluster.batches_api import batches_routes
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.error_shapes import openai_error
+from kvasir.cluster.files_api import files_routes
 from kvasir.cluster.grpc_api import create_grpc_server
 from kvasir.cluster.health import Health
 from kvasir.cluster.http_front import HANDLERS, Front
 from kvasir.cluster.ollama_models import ollama_routes
 from kvasir.cluster.openai_api import Completions, Detokenize, Models, Tokenize
 from kvasir.cluster.pooling_api import PoolingEndpoint
+from kvasir.cluster.responses_api import responses_routes
+from kvasir.cluster.store import Store
 from kvasir.engine.errors import UnavailableError
 
-__all__ = ["create_app", "create_grpc_server"]
+__all__ = ["close_app", "create_app", "create_grpc_server"]
 
 
 def create_app(desk: Desk, config: GatewayConfig) -> FastAPI:
@@ -37,7 +42,13 @@ def create_app(desk: Desk, config: GatewayConfig) -> FastAPI:
     check_exposure(config, os.environ)
     app = FastAPI(title="Kvasir", openapi_url=None, docs_url=None, redoc_url=None)
     limit = config.max_body_bytes
-    others = [*ollama_routes(desk, limit), *anthropic_routes(desk, limit)]
+    store = Store.open(config.state_path, config.max_state_bytes, os.environ)
+    app.state.store, app.state.background = store, (background := Background(desk, store))
+    others = [
+        *ollama_routes(desk, limit),
+        *anthropic_routes(desk, limit),
+        *_stored_routes(desk, background, store, config),
+    ]
     app.router.routes.extend([*_openai_routes(desk, config), *others, *_operator_routes(desk)])
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
@@ -46,7 +57,7 @@ def create_app(desk: Desk, config: GatewayConfig) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(config.allowed_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["X-Request-ID", "X-Kvasir-Warning", "Retry-After"],
         )
@@ -66,6 +77,21 @@ def _openai_routes(desk: Desk, config: GatewayConfig) -> list[Route]:
         *(Route(path, detokenize, methods=["POST"]) for path in ("/detokenize", "/v1/detokenize")),
         *(Route(path, pool, methods=["POST"]) for path, pool in PoolingEndpoint.routes(desk, limit).items()),
     ]
+
+
+def _stored_routes(desk: Desk, background: Background, store: Store, config: GatewayConfig) -> list[Route]:
+    limit, ttl_s = config.max_body_bytes, config.response_ttl_s
+    return [
+        *responses_routes(desk, store, background, config),
+        *files_routes(store, background, ttl_s),
+        *batches_routes(store, background, ttl_s=ttl_s, max_body_bytes=limit),
+    ]
+
+
+async def close_app(app: FastAPI) -> None:
+    """End what runs behind the routes; what is stored stays."""
+    await app.state.background.close()
+    app.state.store.close()
 
 
 def _operator_routes(desk: Desk) -> list[Route]:

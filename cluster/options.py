@@ -40,6 +40,7 @@ GROUPS = {
                     "pipeline_layer_partition", "distributed_executor_backend", "collective_timeout"),
     "listening": ("host", "port", "grpc_port", "ollama_port", "num_gateways", "allowed_origins", "max_body_bytes",
                   "max_stream_buffer", "drain_timeout"),
+    "storage": ("state_path", "response_ttl", "max_state_bytes"),
     "security": ("api_key", "api_key_file", "insecure", "ssl_keyfile", "ssl_certfile"),
 }  # fmt: skip
 """Order and headings of --help; what isn't named here comes last, under "other"."""
@@ -191,6 +192,8 @@ GATEWAY_RANGES: dict[str, tuple[float, float]] = {
     "max_body_bytes": (1, 2**40),
     "max_stream_buffer": (1, 2**31),
     "drain_timeout": (0, 86400),
+    "response_ttl": (1, 10 * 366 * 86400),
+    "max_state_bytes": (2**20, 2**50),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Protocol
 
 from starlette.types import Send
@@ -13,7 +13,7 @@ from kvasir.engine.transcript import Delta
 
 SSE = (b"content-type", b"text/event-stream; charset=utf-8")
 NDJSON = (b"content-type", b"application/x-ndjson")
-_UNBUFFERED = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
+UNBUFFERED = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
 
 
 class Frames(Protocol):
@@ -32,18 +32,22 @@ async def stream(
     send: Send,
     headers: Iterable[tuple[bytes, bytes]],
     failed: Callable[[KvasirError], bytes],
+    keep: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
-    """Headers go out with the first tokens: what fails before has a status of its own; later it is `failed`'s bytes."""
+    """Headers go out with the first tokens: what fails before has a status of its own; later it is `failed`'s bytes.
+    `keep`: done when the answer is complete, before the client is told."""
     begun = False
     try:
         async for deltas in generation:
             if not begun:
-                start = [*headers, *_UNBUFFERED]
+                start = [*headers, *UNBUFFERED]
                 await send({"type": "http.response.start", "status": 200, "headers": start})
                 begun = True
             if frames := reply.frames(deltas):
                 await send({"type": "http.response.body", "body": frames, "more_body": True})
         last = reply.closing()
+        if keep is not None:
+            await keep()
     except KvasirError as error:
         if not begun:
             raise

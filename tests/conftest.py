@@ -33,6 +33,14 @@ def data() -> Callable[[str], Path]:
     return find
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What gateways store lies in a folder of this session, not in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 class OtlpReceiver(TraceServiceServicer):  # type: ignore[misc]
     """A real OTLP/gRPC collector: keeps the spans it is sent."""
 

@@ -250,6 +250,10 @@ class FakeGroup:
         return stream
 
     @property
+    def load(self) -> int:
+        return self.stats.running + self.stats.waiting
+
+    @property
     def running(self) -> int:
         """Requests that hold anything."""
         return sum(bool(live) for live in self._live.values())
@@ -373,13 +377,12 @@ class LiveGateway:
         return asyncio.run_coroutine_threadsafe(run(), self.loop).result(10)
 
     async def _serve(self) -> None:
-        from kvasir.cluster.gateway import create_app, create_grpc_server
+        from kvasir.cluster.gateway import close_app, create_app, create_grpc_server
 
         config, self._stop = self.config, asyncio.Event()
         tls = {"ssl_keyfile": config.ssl_keyfile, "ssl_certfile": config.ssl_certfile} if config.ssl_certfile else {}
-        options = uvicorn.Config(
-            create_app(self.desk, config), log_config=None, access_log=False, lifespan="off", **tls
-        )
+        self.app = create_app(self.desk, config)
+        options = uvicorn.Config(self.app, log_config=None, access_log=False, lifespan="off", **tls)
         server, self.server = uvicorn.Server(options), create_grpc_server(self.desk, config)
         sock = socket.create_server(("127.0.0.1", 0))
         self.url = f"{'https' if tls else 'http'}://localhost:{sock.getsockname()[1]}"
@@ -398,6 +401,7 @@ class LiveGateway:
         await self.server.stop(grace=0)
         server.force_exit = True
         await server.shutdown(sockets=[sock])
+        await close_app(self.app)
 
 
 @pytest.fixture

@@ -1,0 +1,204 @@
+"""What runs without a client: responses that are made in the background, and batches.
+
+A gateway holds leases on what it works on; what a gateway leaves behind, another one of the same machine takes over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Coroutine
+from typing import Any
+
+from kvasir.cluster.batch_run import BatchRun
+from kvasir.cluster.desk import Desk
+from kvasir.cluster.generation import Generation
+from kvasir.cluster.idle import Idle
+from kvasir.cluster.responses_history import history
+from kvasir.cluster.responses_reply import ResponseReply, event, failed
+from kvasir.cluster.responses_schema import ResponseAsk, parse_response
+from kvasir.cluster.store import Part, Store, Stored
+from kvasir.engine.errors import KvasirError, OverloadedError, ServerError, UnavailableError
+
+log = logging.getLogger(__name__)
+Json = dict[str, Any]
+
+WATCH_S = 3.0
+"""How often leases are renewed, and looked for what others left."""
+RETRY_S = 1.0
+MAX_BATCHES = 8
+"""Batches that one gateway works on at a time."""
+
+
+class Background:
+    """The jobs of one gateway."""
+
+    def __init__(self, desk: Desk, store: Store) -> None:
+        self._desk = desk
+        self._store = store
+        self._idle = Idle(desk)
+        self._jobs: dict[str, asyncio.Task[None]] = {}
+        self._watcher: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Look after what is stored, from now on. Any number of times."""
+        if self._watcher is None:
+            self._watcher = asyncio.ensure_future(self._watch())
+
+    async def close(self) -> None:
+        """Stop; what isn't done is left to another gateway, or to the next start."""
+        tasks = [task for task in (self._watcher, *self._jobs.values()) if task is not None]
+        left = list(self._jobs)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._store.release(left)
+
+    async def respond(
+        self, ask: ResponseAsk, reply: ResponseReply, stored: Stored, generation: Generation | None
+    ) -> None:
+        """Keep `stored`, and make the response. `generation` has begun already; None: it begins when there is room."""
+        self.start()
+        opening = _parts(0, reply.opening()) if stored.private["streamed"] else ()
+        try:
+            await self._store.put(stored, opening)
+        except BaseException:
+            if generation is not None:
+                self._desk.end(generation)
+            raise
+        self._run(stored.id, self._respond(ask, reply, stored, generation))
+
+    async def run_batch(self, stored: Stored) -> None:
+        """Keep `stored`, and do it."""
+        self.start()
+        await self._store.put(stored)
+        self._run(stored.id, BatchRun(self._desk, self._store, self._idle, stored).run())
+
+    async def cancel(self, stored: Stored) -> Json:
+        """The response as it is then."""
+
+        def cancelled(body: Json) -> Json | None:
+            return {**body, "status": "cancelled"} if body["status"] in ("queued", "in_progress") else None
+
+        body = await self._store.change(stored.id, cancelled, done=True)
+        self.stop(stored.id)
+        return body or stored.body
+
+    def stop(self, object_id: str) -> None:
+        """End the work on it, if it is done here; elsewhere that is noticed by its lease."""
+        if task := self._jobs.get(object_id):
+            task.cancel()
+
+    def _run(self, object_id: str, work: Coroutine[Any, Any, None]) -> None:
+        task = self._jobs[object_id] = asyncio.ensure_future(self._guarded(object_id, work))
+        task.add_done_callback(lambda _: self._jobs.pop(object_id, None))
+
+    async def _guarded(self, object_id: str, work: Coroutine[Any, Any, None]) -> None:
+        """A state file that can't be written ends the work for now, not the gateway."""
+        try:
+            await work
+        except KvasirError as error:
+            log.warning("%s: %s", object_id, error.message)
+            with contextlib.suppress(ServerError):
+                await self._store.release([object_id])
+
+    async def _watch(self) -> None:
+        while True:
+            try:
+                known = list(self._jobs)
+                mine = await self._store.renew()
+                for object_id in known:
+                    if object_id not in mine:
+                        self.stop(object_id)
+                await self._take_over()
+            except ServerError as error:
+                log.warning("%s", error.message)
+            await asyncio.sleep(WATCH_S)
+
+    async def _take_over(self) -> None:
+        served = {model.name for model in self._desk.models}
+        for stored in await self._store.claim("response", served, 256):
+            self._run(stored.id, self._respond_again(stored))
+        room = MAX_BATCHES - len(self._jobs)
+        for stored in await self._store.claim("batch", served, max(0, room)):
+            self._run(stored.id, BatchRun(self._desk, self._store, self._idle, stored).run())
+
+    async def _respond_again(self, stored: Stored) -> None:
+        """One whose gateway is gone. What a client has read of a stream can't be taken back: it ends."""
+        if stored.private["streamed"]:
+            numbers = await self._store.numbers(stored.id)
+            body = failed(stored.body, UnavailableError("the server was stopped before this response was complete"))
+            number = max(numbers, default=-1) + 1
+            end = Part(number, event("response.failed", number, response=body))
+            await self._store.finish(stored.id, body, [end])
+            return
+        ask = parse_response(stored.private["ask"])
+        try:
+            earlier = await history(self._store, ask.previous, stored.principal, 0.0)
+        except KvasirError as error:
+            await self._store.finish(stored.id, failed(stored.body, error))
+            return
+        ask = ask.with_history(earlier)
+        reply = ResponseReply(ask, self._desk.model(ask.call.model), stored.id)
+        reply.response["created_at"] = stored.body["created_at"]
+        await self._respond(ask, reply, stored, None)
+
+    async def _respond(
+        self, ask: ResponseAsk, reply: ResponseReply, stored: Stored, generation: Generation | None
+    ) -> None:
+        streamed = stored.private["streamed"]
+        while True:
+            try:
+                generation = generation or await self._begin(ask, stored.id)
+                last = await self._generate(generation, reply, stored.id, streamed)
+                break
+            except UnavailableError as error:
+                if streamed and reply.begun:
+                    last = _parts(reply.count, [reply.failure(error)])
+                    break
+                await asyncio.sleep(RETRY_S)
+            except KvasirError as error:
+                last = _parts(reply.count, [reply.failure(error)])
+                break
+            finally:
+                if generation is not None:
+                    self._desk.end(generation)
+                generation = None
+        await self._store.finish(stored.id, reply.response, last if streamed else ())
+
+    async def _begin(self, ask: ResponseAsk, response_id: str) -> Generation:
+        """When there is room."""
+        while True:
+            with contextlib.suppress(OverloadedError):
+                return await self._desk.begin(ask.call, response_id, {})
+            await asyncio.sleep(RETRY_S)
+
+    async def _generate(
+        self, generation: Generation, reply: ResponseReply, response_id: str, streamed: bool
+    ) -> list[Part]:
+        """Run it to its end; the last events. Stops when somebody ended the response."""
+        reply.begin(generation)
+        await self._store.change(response_id, _in_progress)
+        if not streamed:
+            async for _ in generation:
+                pass
+            reply.whole()
+            return []
+        await self._append(response_id, reply.count, [reply.now()])
+        async for deltas in generation:
+            await self._append(response_id, reply.count, reply.events(deltas))
+        return _parts(reply.count, reply.ending())
+
+    async def _append(self, response_id: str, first: int, events: list[bytes]) -> None:
+        if not await self._store.append(response_id, _parts(first, events)):
+            raise asyncio.CancelledError  # somebody ended it
+
+
+def _in_progress(body: Json) -> Json | None:
+    return {**body, "status": "in_progress"} if body["status"] == "queued" else None
+
+
+def _parts(first: int, events: list[bytes]) -> list[Part]:
+    """Events as parts, numbered from `first` on."""
+    return [Part(first + i, data) for i, data in enumerate(events)]
