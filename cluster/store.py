@@ -13,6 +13,7 @@ import os
 import sqlite3
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -105,6 +106,7 @@ class Store:
         self._written = SWEEP_BYTES
         self._swept = 0.0
         self._db = _opened(path)
+        self._close = weakref.finalize(self, self._db.close)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store")
 
     @classmethod
@@ -200,10 +202,7 @@ class Store:
     def close(self) -> None:
         """Waits for what is being written."""
         self._thread.shutdown()
-        self._db.close()
-
-    def __del__(self) -> None:
-        self._db.close()
+        self._close()
 
     async def _run(self, function: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, partial(self._guarded, function, *args))
