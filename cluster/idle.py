@@ -6,6 +6,8 @@ import asyncio
 from collections import Counter
 
 from kvasir.cluster.desk import Desk
+from kvasir.cluster.service_fields import BATCH_PRIORITY
+from kvasir.engine.scheduler import Stats
 
 RESERVE = 8
 """One seat in so many stays free: whoever comes next doesn't wait for a line of a batch to end."""
@@ -18,6 +20,9 @@ class Idle:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self._inside: Counter[str] = Counter()
+        self._told: dict[str, list[Stats]] = {}
+        self._theirs: dict[str, int] = {}
+        """Requests of other gateways when their groups last reported."""
 
     async def enter(self, model: str) -> None:
         """Wait until `model` has room, and take some of it until `leave`."""
@@ -32,10 +37,13 @@ class Idle:
 
     def _room(self, model: str) -> int:
         """Seats that others leave, in all groups."""
-        room, busy = 0, 0
+        ours = self._desk.priorities(self._desk.model(model))
+        seats, told = 0, []
         for client in self._desk.directory.clients(model):
-            if client.info is not None:
-                seats = client.info.max_num_seqs
-                room += seats - seats // RESERVE
-            busy += client.load
-        return room - max(0, busy - self._inside[model])
+            if client.info is not None and client.stats is not None:
+                seats += client.info.max_num_seqs - client.info.max_num_seqs // RESERVE
+                told.append(client.stats)
+        if self._told.get(model) != told:  # reports are older than what we have begun since
+            self._told[model] = told
+            self._theirs[model] = max(0, sum(stats.running + stats.waiting for stats in told) - len(ours))
+        return seats - self._theirs[model] - sum(priority < BATCH_PRIORITY for priority in ours)

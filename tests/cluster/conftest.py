@@ -250,10 +250,6 @@ class FakeGroup:
         return stream
 
     @property
-    def load(self) -> int:
-        return self.stats.running + self.stats.waiting
-
-    @property
     def running(self) -> int:
         """Requests that hold anything."""
         return sum(bool(live) for live in self._live.values())

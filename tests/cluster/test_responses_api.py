@@ -180,7 +180,8 @@ def test_logprobs(gateway):
     assert part["logprobs"][0]["token"] == "H"
     assert [top["token"] for top in part["logprobs"][0]["top_logprobs"]] == ["H", "A"]
     streamed = events(post(gateway, stream=True, **include).text)
-    assert sum((one["logprobs"] for one in streamed if one["type"].endswith("text.delta")), []) == part["logprobs"]
+    scored = [score for one in streamed if one["type"].endswith("text.delta") for score in one["logprobs"]]
+    assert scored == part["logprobs"]
 
 
 def test_nothing_is_kept_unless_wanted(gateway, client):
@@ -290,7 +291,9 @@ def test_stream_that_fails(gateway):
 def test_another_key_sees_nothing(live_gateway, tmp_path):
     config = GatewayConfig(api_key=("one", "two"), state_path=str(tmp_path / "deep" / "state.db"))
     with live_gateway(config) as gateway:
-        mine, theirs = (openai.OpenAI(base_url=gateway.url + "/v1", api_key=key, max_retries=0) for key in ("one", "two"))
+        mine, theirs = (
+            openai.OpenAI(base_url=gateway.url + "/v1", api_key=key, max_retries=0) for key in ("one", "two")
+        )
         with mine, theirs:
             found = mine.responses.create(model="bytes", input="secret")
             calls = [
