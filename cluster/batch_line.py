@@ -73,7 +73,8 @@ def _completion(desk: Desk, url: str, body: Json) -> _Asked:
         whole: Whole = make(ask, generation, uuid.uuid4().hex, ROLE).whole
         return whole
 
-    return ask.warnings, ask.call, reply
+    warned = ("store",) if ask.store else ()
+    return (*ask.warnings, *warned), ask.call, reply
 
 
 def _response(desk: Desk, url: str, body: Json) -> _Asked:

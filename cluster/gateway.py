@@ -31,6 +31,7 @@ from kvasir.cluster.openai_api import Completions, Detokenize, Models, Tokenize
 from kvasir.cluster.pooling_api import PoolingEndpoint
 from kvasir.cluster.responses_api import responses_routes
 from kvasir.cluster.store import Store
+from kvasir.cluster.stored_chats import Chats, stored_chat_routes
 from kvasir.engine.errors import UnavailableError
 
 __all__ = ["close_app", "create_app", "create_grpc_server"]
@@ -44,12 +45,14 @@ def create_app(desk: Desk, config: GatewayConfig) -> FastAPI:
     limit = config.max_body_bytes
     store = Store.open(config.state_path, config.max_state_bytes, os.environ)
     app.state.store, app.state.background = store, (background := Background(desk, store))
+    chats = Chats(store, config.response_ttl_s)
     others = [
+        *stored_chat_routes(chats),
         *ollama_routes(desk, limit),
         *anthropic_routes(desk, limit),
         *_stored_routes(desk, background, store, config),
     ]
-    app.router.routes.extend([*_openai_routes(desk, config), *others, *_operator_routes(desk)])
+    app.router.routes.extend([*_openai_routes(desk, chats, config), *others, *_operator_routes(desk)])
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
     app.add_middleware(Front, keys=load_keys(config, os.environ))
@@ -64,12 +67,12 @@ def create_app(desk: Desk, config: GatewayConfig) -> FastAPI:
     return app
 
 
-def _openai_routes(desk: Desk, config: GatewayConfig) -> list[Route]:
+def _openai_routes(desk: Desk, chats: Chats, config: GatewayConfig) -> list[Route]:
     limit, role = config.max_body_bytes, config.response_role
     models = Models(desk, int(time.time()))
     tokenize, detokenize = Tokenize(desk, limit), Detokenize(desk, limit)
     return [
-        Route("/v1/chat/completions", Completions.chat(desk, limit, role), methods=["POST"]),
+        Route("/v1/chat/completions", Completions.chat(desk, limit, role, chats), methods=["POST"]),
         Route("/v1/completions", Completions.text(desk, limit, role), methods=["POST"]),
         Route("/v1/models", models.list, methods=["GET"]),
         Route("/v1/models/{name:path}", models.get, methods=["GET"]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from kvasir.cluster.service_fields import check_metadata, check_tier
 from kvasir.cluster.structured_fields import FIELDS as STRUCTURED
 from kvasir.cluster.structured_fields import check_backend
 from kvasir.engine.errors import ClientError
@@ -93,6 +94,7 @@ _HONOURED: dict[str, Check] = {
     "echo": boolean,
     "add_special_tokens": boolean,
     "priority": integer_from(-(2**31), 2**31 - 1),
+    "service_tier": check_tier,
     "cache_salt": string,
     "request_id": string,
     "return_token_ids": boolean,
@@ -110,6 +112,8 @@ CHAT_HONOURED: dict[str, Check] = {
     "add_generation_prompt": boolean,
     "continue_final_message": boolean,
     "chat_template_kwargs": _OBJECT,
+    "store": boolean,
+    "metadata": check_metadata,
 }
 
 COMPLETION_HONOURED: dict[str, Check] = {
@@ -137,9 +141,6 @@ STREAM_OPTIONS: dict[str, Check] = {"include_usage": boolean}
 
 _IGNORED: Neutral = {
     "user": (),
-    "metadata": ({},),
-    "store": (False,),
-    "service_tier": ("auto", "default"),
     "safety_identifier": (),
     "prompt_cache_key": (),
     "prompt_cache_retention": (),
@@ -156,7 +157,7 @@ CHAT_IGNORED: Neutral = {
     "include_reasoning": (True,),
 }
 
-COMPLETION_IGNORED: Neutral = dict(_IGNORED)
+COMPLETION_IGNORED: Neutral = {**_IGNORED, "metadata": ({},), "store": (False,)}
 
 _REFUSED: Neutral = {
     "best_of": (1,),

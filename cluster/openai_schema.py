@@ -8,7 +8,7 @@ fine. A field in no table is unknown, and named in a warning too.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvasir.cluster.call import Call, Conversation, Prompt, Text, check_tools, check_variables
@@ -26,6 +26,7 @@ from kvasir.cluster.openai_fields import (
     Check,
     integer_from,
 )
+from kvasir.cluster.service_fields import priority
 from kvasir.cluster.structured_fields import structured_output
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.request import MAX_LOGPROBS
@@ -54,6 +55,11 @@ class Ask:
     request_id: str | None = None
     warnings: tuple[str, ...] = ()
     """Fields that were ignored."""
+    service_tier: str | None = None
+    store: bool = False
+    """The answer can be fetched again."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """Labels of what is stored."""
 
 
 def parse_chat(body: Mapping[str, Any]) -> Ask:
@@ -206,8 +212,8 @@ def _prompts(prompt: Any, add_special_tokens: bool) -> list[Prompt]:
 
 def _common(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `Call` that both bodies have."""
-    given = {name: fields[name] for name in ("priority", "cache_salt") if name in fields}
-    return {"model": fields.get("model", ""), **given}
+    salt = {"cache_salt": fields["cache_salt"]} if "cache_salt" in fields else {}
+    return {"model": fields.get("model", ""), "priority": priority(fields), **salt}
 
 
 def _shape(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> dict[str, Any]:
@@ -226,7 +232,8 @@ def _shape(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> dict[str, An
         "prompt_logprobs": "prompt_logprobs" in fields,
         "return_token_ids": fields.get("return_token_ids", False),
         "request_id": fields.get("request_id"),
-        "warnings": warnings,
+        "warnings": warnings if fields.get("store") or not fields.get("metadata") else (*warnings, "metadata"),
+        **{name: fields[name] for name in ("service_tier", "store", "metadata") if name in fields},
     }
 
 

@@ -34,13 +34,27 @@ class Page:
             raise ClientError(f"order must be asc or desc, got {order!r:.60}", param="order")
         return cls(int(given), query.get("after"), order == "desc")
 
-    async def of_store(self, store: Store, kind: Kind, principal: str, match: Mapping[str, Any]) -> list[Json]:
-        """Bodies whose fields are as in `match`: those of the page and, if there is one, the next."""
+    def of_items(self, items: Sequence[Json]) -> list[Json]:
+        """Of a whole list, oldest first: those of the page and, if there is one, the next. ClientError when there is no
+        item `after`."""
+        ordered = list(reversed(items)) if self.newest_first else list(items)
+        ids = [item["id"] for item in ordered]
+        if self.after is not None and self.after not in ids:
+            raise ClientError(f"there is no item {self.after!r:.100}", param="after")
+        start = 0 if self.after is None else ids.index(self.after) + 1
+        return ordered[start : start + self.limit + 1]
+
+    async def of_store(
+        self, store: Store, kind: Kind, principal: str, match: Mapping[str, Any], labels: Mapping[str, str] = {}
+    ) -> list[Json]:
+        """The same of what is stored; only bodies whose fields are as in `match`, and their metadata as in `labels`."""
         found: list[Json] = []
         after, some = self.after, self.limit + 1
         while len(found) <= self.limit and some > self.limit:
             stored = await store.listed(kind, principal, after, self.limit + 1, newest_first=self.newest_first)
-            found += [s.body for s in stored if match.items() <= s.body.items() and not (s.open and kind == "file")]
+            found += [
+                one.body for one in stored if not (one.open and kind == "file") and _fits(one.body, match, labels)
+            ]
             some, after = len(stored), stored[-1].id if stored else None
         return found[: self.limit + 1]
 
@@ -49,6 +63,13 @@ class Page:
         shown = data[: self.limit]
         ends = {"first_id": shown[0]["id"] if shown else None, "last_id": shown[-1]["id"] if shown else None}
         return json_response({"object": "list", "data": shown, **ends, "has_more": len(data) > self.limit})
+
+
+def _fits(body: Json, match: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    return (
+        all(body.get(name) == value for name, value in match.items())
+        and labels.items() <= (body.get("metadata") or {}).items()
+    )
 
 
 def json_response(value: Any) -> Response:

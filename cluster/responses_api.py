@@ -146,14 +146,7 @@ class Responses:
         stored = await self._stored(request)
         page = Page.of(request.query_params)
         earlier = await history(self._store, stored.private["previous"], stored.principal, 0.0)
-        items = [*earlier, *stored.private["items"]]
-        if page.newest_first:
-            items.reverse()
-        ids = [item["id"] for item in items]
-        if page.after is not None and page.after not in ids:
-            raise ClientError(f"there is no item {page.after!r:.100}", param="after")
-        start = 0 if page.after is None else ids.index(page.after) + 1
-        return page.json(items[start : start + page.limit + 1])
+        return page.json(page.of_items([*earlier, *stored.private["items"]]))
 
     async def _stored(self, request: Request) -> Stored:
         return await self._store.get(request.path_params["id"], "response", principal_of(request))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvasir.cluster.call import Call, Conversation, check_tools, check_variables
+from kvasir.cluster.call import Call, Conversation, check_variables
 from kvasir.cluster.foreign_fields import foreign_constraints
 from kvasir.cluster.openai_fields import CHAT_HONOURED, SAMPLING, Check, Neutral, boolean, integer_from, later, string
 from kvasir.cluster.openai_schema import sort_fields
@@ -98,7 +98,7 @@ def parse_response(body: Body) -> ResponseAsk:
     """Body of POST /v1/responses. Raises ClientError or UnsupportedError naming the field."""
     fields, warnings = sort_fields(body, _HONOURED, _IGNORED, _REFUSED)
     _check_together(fields)
-    check_tools(fields.get("tools"), fields.get("tool_choice"))
+    _check_tools(fields.get("tools"), fields.get("tool_choice"))
     check_variables(fields.get("chat_template_kwargs", {}), "chat_template_kwargs")
     sampling: Json = {name: fields[name] for name in SAMPLING if name in fields}
     if "max_output_tokens" in fields:
@@ -141,6 +141,16 @@ def _check_together(fields: Mapping[str, Any]) -> None:
         raise UnsupportedError(text, param="truncation")
     if fields.get("top_logprobs") and LOGPROBS not in fields.get("include", ()):
         raise ClientError(f'top_logprobs needs include to hold "{LOGPROBS}"', param="top_logprobs")
+
+
+def _check_tools(tools: Sequence[Mapping[str, Any]] | None, choice: object) -> None:
+    """None so far: an answer is one message."""
+    if tools:
+        raise UnsupportedError(
+            "tools aren't supported in responses so far; /v1/chat/completions has them", param="tools"
+        )
+    if choice not in (None, "none", "auto"):
+        raise ClientError("tool_choice needs tools", param="tool_choice")
 
 
 def _format(fields: Mapping[str, Any]) -> Json:
