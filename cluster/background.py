@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Coroutine
 from typing import Any
 
@@ -15,11 +16,13 @@ from kvasir.cluster.batch_run import BatchRun
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.idle import Idle
+from kvasir.cluster.responses_fit import fitted
 from kvasir.cluster.responses_history import history
 from kvasir.cluster.responses_reply import ResponseReply, event, failed
 from kvasir.cluster.responses_schema import ResponseAsk, parse_response
+from kvasir.cluster.service_fields import in_session
 from kvasir.cluster.store import Part, Store, Stored
-from kvasir.engine.errors import KvasirError, OverloadedError, ServerError, UnavailableError
+from kvasir.engine.errors import ClientError, KvasirError, OverloadedError, ServerError, UnavailableError
 
 log = logging.getLogger(__name__)
 Json = dict[str, Any]
@@ -27,6 +30,7 @@ Json = dict[str, Any]
 WATCH_S = 3.0
 """How often leases are renewed, and looked for what others left."""
 RETRY_S = 1.0
+MAX_JOBS = 10_000
 MAX_BATCHES = 8
 """Batches that one gateway works on at a time."""
 
@@ -54,6 +58,12 @@ class Background:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._store.release(left)
+
+    def check_room(self) -> None:
+        """Raises OverloadedError when more responses wait than can be looked after."""
+        if len(self._jobs) >= MAX_JOBS:
+            text = f"{MAX_JOBS} responses are being made in the background already"
+            raise OverloadedError(text, retry_after_s=RETRY_S)
 
     async def respond(
         self, ask: ResponseAsk, reply: ResponseReply, stored: Stored, generation: Generation | None
@@ -95,13 +105,17 @@ class Background:
         task.add_done_callback(lambda _: self._jobs.pop(object_id, None))
 
     async def _guarded(self, object_id: str, work: Coroutine[Any, Any, None]) -> None:
-        """A state file that can't be written ends the work for now, not the gateway."""
+        """A state file that can't be written ends the work for now, not the gateway. A bug ends it for good, or it would
+        be tried for ever."""
         try:
             await work
         except KvasirError as error:
             log.warning("%s: %s", object_id, error.message)
             with contextlib.suppress(ServerError):
                 await self._store.release([object_id])
+        except Exception:
+            log.exception("%s failed", object_id)
+            await self._store.change(object_id, _broken, done=True)
 
     async def _watch(self) -> None:
         while True:
@@ -120,8 +134,8 @@ class Background:
         served = {model.name for model in self._desk.models}
         for stored in await self._store.claim("response", served, 256):
             self._run(stored.id, self._respond_again(stored))
-        room = MAX_BATCHES - len(self._jobs)
-        for stored in await self._store.claim("batch", served, max(0, room)):
+        batches = sum(object_id.startswith("batch_") for object_id in self._jobs)
+        for stored in await self._store.claim("batch", served, max(0, MAX_BATCHES - batches)):
             self._run(stored.id, BatchRun(self._desk, self._store, self._idle, stored).run())
 
     async def _respond_again(self, stored: Stored) -> None:
@@ -136,10 +150,10 @@ class Background:
         ask = parse_response(stored.private["ask"])
         try:
             earlier = await history(self._store, ask.previous, stored.principal, 0.0)
-        except KvasirError as error:
+            ask = await fitted(self._desk, ask, earlier)
+        except ClientError as error:
             await self._store.finish(stored.id, failed(stored.body, error))
             return
-        ask = ask.with_history(earlier)
         reply = ResponseReply(ask, self._desk.model(ask.call.model), stored.id)
         reply.response["created_at"] = stored.body["created_at"]
         await self._respond(ask, reply, stored, None)
@@ -171,7 +185,7 @@ class Background:
         """When there is room."""
         while True:
             with contextlib.suppress(OverloadedError):
-                return await self._desk.begin(ask.call, response_id, {})
+                return await self._desk.begin(ask.call, response_id, in_session({}, ask.session))
             await asyncio.sleep(RETRY_S)
 
     async def _generate(
@@ -193,6 +207,15 @@ class Background:
     async def _append(self, response_id: str, first: int, events: list[bytes]) -> None:
         if not await self._store.append(response_id, _parts(first, events)):
             raise asyncio.CancelledError  # somebody ended it
+
+
+def _broken(body: Json) -> Json:
+    """A response or a batch after an error that nobody thought of."""
+    message = "internal error; the server's log says more"
+    if body["object"] == "response":
+        return failed(body, ServerError(message))
+    error = {"code": ServerError.code, "message": message, "param": None, "line": None}
+    return {**body, "status": "failed", "failed_at": int(time.time()), "errors": {"object": "list", "data": [error]}}
 
 
 def _in_progress(body: Json) -> Json | None:

@@ -92,10 +92,12 @@ def _alone(ask: ResponseAsk) -> ResponseAsk:
     """A response that leaves nothing behind. ClientError when it needs something of another one, or time."""
     if ask.previous is not None:
         raise ClientError("previous_response_id can't be used in a batch", param="previous_response_id")
+    if ask.truncates:
+        raise ClientError("truncation must be disabled in a batch", param="truncation")
     if ask.background:
         raise ClientError("background must be false in a batch", param="background")
     echo, warned = {**ask.echo, "store": False}, ("store",) if ask.body.get("store") else ()
-    return dataclasses.replace(ask.with_history(()), echo=echo, store=False, warnings=(*ask.warnings, *warned))
+    return dataclasses.replace(ask.with_items(ask.items), echo=echo, store=False, warnings=(*ask.warnings, *warned))
 
 
 def _warned(body: Json, warnings: tuple[str, ...]) -> Json:

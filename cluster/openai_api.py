@@ -26,6 +26,7 @@ from kvasir.cluster.http_front import (
 from kvasir.cluster.openai_reply import ChatReply, CompletionReply, Reply
 from kvasir.cluster.openai_schema import Ask, parse_chat, parse_completion, parse_detokenize, parse_tokenize
 from kvasir.cluster.reply_stream import SSE, stream
+from kvasir.cluster.service_fields import in_session
 from kvasir.cluster.stored_chats import Chats
 from kvasir.engine.errors import KvasirError
 
@@ -72,7 +73,7 @@ class Completions:
         await until_gone(receive, self._answer(ask, scope["state"], headers, send))
 
     async def _answer(self, ask: Ask, state: Mapping[str, Any], headers: Mapping[str, str], send: Send) -> None:
-        generation = await self._desk.begin(ask.call, state["request_id"], headers)
+        generation = await self._desk.begin(ask.call, state["request_id"], in_session(headers, ask.session))
         try:
             answer_id = (
                 uuid.uuid4().hex if ask.store else state["request_id"]

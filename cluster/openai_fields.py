@@ -46,6 +46,16 @@ def integer_from(low: int, high: int) -> Check:
     return check
 
 
+def one_of(*values: str) -> Check:
+    """One of these words."""
+
+    def check(name: str, value: Any) -> None:
+        if value not in values:
+            raise ClientError(f"{name} must be one of {', '.join(values)}, got {value!r:.60}", param=name)
+
+    return check
+
+
 def _strings(name: str, value: Any) -> None:
     if not isinstance(value, str):
         _list_of(str, "strings, or one string")(name, value)
@@ -95,6 +105,8 @@ _HONOURED: dict[str, Check] = {
     "add_special_tokens": boolean,
     "priority": integer_from(-(2**31), 2**31 - 1),
     "service_tier": check_tier,
+    "prompt_cache_key": string,
+    "session_id": string,
     "cache_salt": string,
     "request_id": string,
     "return_token_ids": boolean,
@@ -142,10 +154,8 @@ STREAM_OPTIONS: dict[str, Check] = {"include_usage": boolean}
 _IGNORED: Neutral = {
     "user": (),
     "safety_identifier": (),
-    "prompt_cache_key": (),
     "prompt_cache_retention": (),
     "prompt_cache_options": ({},),
-    "session_id": (),
     "stream_interval": (1,),
     "skip_reading_prefix_cache": (False,),
 }

@@ -56,6 +56,8 @@ class Ask:
     warnings: tuple[str, ...] = ()
     """Fields that were ignored."""
     service_tier: str | None = None
+    session: str = ""
+    """Requests of one session go to one group, where their prefixes are cached."""
     store: bool = False
     """The answer can be fetched again."""
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -233,6 +235,7 @@ def _shape(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> dict[str, An
         "return_token_ids": fields.get("return_token_ids", False),
         "request_id": fields.get("request_id"),
         "warnings": warnings if fields.get("store") or not fields.get("metadata") else (*warnings, "metadata"),
+        "session": fields.get("session_id", fields.get("prompt_cache_key", "")),
         **{name: fields[name] for name in ("service_tier", "store", "metadata") if name in fields},
     }
 

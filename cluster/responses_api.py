@@ -15,16 +15,18 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvasir.cluster.background import Background
-from kvasir.cluster.call import request_id_from
+from kvasir.cluster.call import Conversation, request_id_from
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.http_front import header_map, read_json, send_json, until_gone, warning_header
 from kvasir.cluster.pages import Page, json_response, principal_of
 from kvasir.cluster.reply_stream import SSE, UNBUFFERED, stream
+from kvasir.cluster.responses_fit import fitted
 from kvasir.cluster.responses_history import history
 from kvasir.cluster.responses_reply import ResponseReply
-from kvasir.cluster.responses_schema import ResponseAsk, parse_response
+from kvasir.cluster.responses_schema import ResponseAsk, parse_input_tokens, parse_response
+from kvasir.cluster.service_fields import in_session
 from kvasir.cluster.store import Store, Stored
 from kvasir.engine.errors import ClientError, OverloadedError
 
@@ -56,7 +58,8 @@ class CreateResponse:
         self, ask: ResponseAsk, principal: str, request_id: str, headers: Mapping[str, str], send: Send
     ) -> None:
         expires = time.time() + self._ttl_s
-        ask = ask.with_history(await history(self._store, ask.previous, principal, expires))
+        headers = in_session(headers, ask.session)
+        ask = await fitted(self._desk, ask, await history(self._store, ask.previous, principal, expires))
         reply = ResponseReply(ask, self._desk.model(ask.call.model))
         stored = _stored(ask, reply, principal, expires, self._desk.model(ask.call.model).name)
         warnings = warning_header(ask.warnings)
@@ -97,6 +100,7 @@ class CreateResponse:
         send: Send,
     ) -> None:
         """Answer at once that it will be done. What is wrong with it is said now, a full server is no reason to refuse."""
+        self._background.check_room()
         generation: Generation | None = None
         with contextlib.suppress(OverloadedError):
             generation = await self._desk.begin(ask.call, *caller)
@@ -105,6 +109,25 @@ class CreateResponse:
             await follow(self._store, stored.id, -1, send, warnings)
         else:
             await send_json(send, 200, stored.body, warnings)
+
+
+class CountInput:
+    """POST /v1/responses/input_tokens."""
+
+    def __init__(self, desk: Desk, store: Store, max_body_bytes: int) -> None:
+        self._desk = desk
+        self._store = store
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ask = parse_input_tokens(await read_json(scope, receive, self._max_body_bytes))
+        earlier = await history(self._store, ask.previous, scope["state"]["principal"], 0.0)
+        ask = await fitted(self._desk, ask, earlier)
+        (conversation,) = ask.call.prompts
+        assert isinstance(conversation, Conversation)
+        count = len(await self._desk.model(ask.call.model).encode(conversation))
+        answer = {"object": "response.input_tokens", "input_tokens": count}
+        await send_json(send, 200, answer, warning_header(ask.warnings))
 
 
 class Responses:
@@ -170,9 +193,11 @@ async def follow(store: Store, response_id: str, after: int, send: Send, headers
 def responses_routes(desk: Desk, store: Store, background: Background, config: GatewayConfig) -> list[Route]:
     """All routes of responses."""
     create = CreateResponse(desk, store, background, ttl_s=config.response_ttl_s, max_body_bytes=config.max_body_bytes)
-    stored, one = Responses(store, background), "/v1/responses/{id}"
+    stored, all_ = Responses(store, background), "/v1/responses"
+    one = f"{all_}/{{id}}"
     return [
-        Route("/v1/responses", create, methods=["POST"]),
+        Route(all_, create, methods=["POST"]),
+        Route(f"{all_}/input_tokens", CountInput(desk, store, config.max_body_bytes), methods=["POST"]),
         Route(one, Streamed(stored.get), methods=["GET"]),
         Route(one, stored.delete, methods=["DELETE"]),
         Route(f"{one}/cancel", stored.cancel, methods=["POST"]),

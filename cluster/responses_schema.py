@@ -9,7 +9,17 @@ from typing import Any
 
 from kvasir.cluster.call import Call, Conversation, check_variables
 from kvasir.cluster.foreign_fields import foreign_constraints
-from kvasir.cluster.openai_fields import CHAT_HONOURED, SAMPLING, Check, Neutral, boolean, integer_from, later, string
+from kvasir.cluster.openai_fields import (
+    CHAT_HONOURED,
+    SAMPLING,
+    Check,
+    Neutral,
+    boolean,
+    integer_from,
+    later,
+    one_of,
+    string,
+)
 from kvasir.cluster.openai_schema import sort_fields
 from kvasir.cluster.responses_items import input_items, messages
 from kvasir.cluster.service_fields import check_metadata, check_tier, priority
@@ -41,7 +51,7 @@ _HONOURED: dict[str, Check] = {
     "stream": boolean,
     "stream_options": _OBJECT,
     "service_tier": check_tier,
-    "truncation": later,
+    "truncation": one_of("auto", "disabled"),
     **dict.fromkeys(("user", "safety_identifier", "prompt_cache_key"), string),
 }
 _IGNORED: Neutral = {
@@ -71,26 +81,28 @@ class ResponseAsk:
 
     body: Body
     call: Call
-    """Without a prompt, which depends on what was said before: see `with_history`."""
+    """Without a prompt, which depends on what was said before: see `with_items`."""
     items: Sequence[Json]
     """Input of this response alone."""
     instructions: str | None
     variables: Mapping[str, Any]
     echo: Json
     """Fields of the answer that repeat the body's."""
+    session: str = ""
+    """Requests of one session go to one group, where their prefixes are cached."""
     previous: str | None = None
     store: bool = True
     background: bool = False
     stream: bool = False
+    truncates: bool = False
+    """What doesn't fit into the context may be left out."""
     logprobs: int | None = None
     request_id: str | None = None
     warnings: tuple[str, ...] = ()
 
-    def with_history(self, history: Sequence[Json]) -> ResponseAsk:
-        """The same behind the items of an earlier conversation."""
-        conversation = Conversation(
-            messages=messages([*history, *self.items], self.instructions), variables=self.variables
-        )
+    def with_items(self, items: Sequence[Json]) -> ResponseAsk:
+        """The same with a prompt: all that was said so far."""
+        conversation = Conversation(messages=messages(items, self.instructions), variables=self.variables)
         return dataclasses.replace(self, call=dataclasses.replace(self.call, prompts=(conversation,)))
 
 
@@ -124,7 +136,9 @@ def parse_response(body: Body) -> ResponseAsk:
         instructions=fields.get("instructions"),
         variables=fields.get("chat_template_kwargs", {}),
         echo=_echo(fields, form),
+        session=fields.get("prompt_cache_key", ""),
         previous=fields.get("previous_response_id"),
+        truncates=fields.get("truncation") == "auto",
         logprobs=logprobs,
         request_id=fields.get("request_id"),
         warnings=(*warnings, *more, *_stream_options(fields)),
@@ -132,13 +146,15 @@ def parse_response(body: Body) -> ResponseAsk:
     )
 
 
+def parse_input_tokens(body: Body) -> ResponseAsk:
+    """Body of POST /v1/responses/input_tokens: the fields of a response; those that say nothing about input are ignored."""
+    return parse_response({**body, "store": False, "background": False, "stream": False, "stream_options": None})
+
+
 def _check_together(fields: Mapping[str, Any]) -> None:
     """Fields that only make sense with others."""
     if fields.get("background") and not fields.get("store", True):
         raise ClientError("background needs store to be true: the answer is fetched later", param="background")
-    if fields.get("truncation", "disabled") != "disabled":
-        text = "truncation must be disabled: what doesn't fit into the context is an error here, nothing is left out"
-        raise UnsupportedError(text, param="truncation")
     if fields.get("top_logprobs") and LOGPROBS not in fields.get("include", ()):
         raise ClientError(f'top_logprobs needs include to hold "{LOGPROBS}"', param="top_logprobs")
 
@@ -210,7 +226,7 @@ def _echo(fields: Mapping[str, Any], form: Json) -> Json:
         "tool_choice": fields.get("tool_choice", "auto"),
         "tools": fields.get("tools", []),
         "top_logprobs": fields.get("top_logprobs", 0),
-        "truncation": "disabled",
+        "truncation": fields.get("truncation", "disabled"),
     }
 
 

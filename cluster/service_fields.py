@@ -31,6 +31,11 @@ def priority(fields: Mapping[str, Any]) -> int:
     return max(-(2**31), min(2**31 - 1, given + TIERS[fields.get("service_tier", "auto")]))
 
 
+def in_session(headers: Mapping[str, str], session: str) -> Mapping[str, str]:
+    """`headers` with what a body says belongs together, unless they say it themselves."""
+    return {"x-session-id": session, **headers} if session else headers
+
+
 def check_metadata(name: str, value: Any) -> None:
     """Up to 16 pairs of strings, as OpenAI has them."""
     if not isinstance(value, dict) or len(value) > MAX_LABELS:

@@ -353,7 +353,7 @@ class Store:
 
     def _sweep(self) -> None:
         now = time.time()
-        self._db.execute("DELETE FROM object WHERE expires <= ? AND NOT open", (now,))
+        self._db.execute("DELETE FROM object WHERE expires <= ? AND (NOT open OR lease < ?)", (now, now))
         self._db.execute(
             "DELETE FROM object WHERE kind = 'file' AND open AND lease < ?", (now - LEASE_S,)
         )  # half written

@@ -240,6 +240,13 @@ def test_a_server_that_is_full_or_away_fails_no_line(gateway, client):
         assert ended(client, batch).request_counts.completed == 1
 
 
+def test_a_bug_ends_its_batch(gateway, client, monkeypatch, caplog):
+    monkeypatch.setattr("kvasir.cluster.batch_run.openai_entry", lambda *_: 1 // 0)
+    done = ended(client, start(client, line("a")))
+    assert (done.status, done.errors.data[0].code) == ("failed", "internal_error")
+    assert "ZeroDivisionError" in caplog.text
+
+
 def test_idle_capacity(live_gateway):
     """Lines fill seven of eight seats, less those that others have; one at least."""
     with live_gateway(GatewayConfig(state_path=":memory:")) as gateway:

@@ -10,8 +10,10 @@ import httpx
 import openai
 import pydantic
 import pytest
+import yaml
 from openai.types.responses import Response, ResponseStreamEvent
 
+from kvasir.cluster import responses_schema
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.store import Store
 from kvasir.engine.errors import ConfigError, OverloadedError
@@ -145,7 +147,7 @@ def test_items(gateway):
         ({"reasoning": {"effort": "low"}}, "reasoning"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"prompt": {"id": "p"}}, "prompt"),
-        ({"truncation": "auto"}, "truncation"),
+        ({"truncation": "some"}, "truncation"),
         ({"background": True, "store": False}, "background"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"text": {"verbosity": "low"}}, "text"),
@@ -182,6 +184,96 @@ def test_logprobs(gateway):
     streamed = events(post(gateway, stream=True, **include).text)
     scored = [score for one in streamed if one["type"].endswith("text.delta") for score in one["logprobs"]]
     assert scored == part["logprobs"]
+
+
+def test_truncation(gateway):
+    """The fewest oldest items go; what the system said stays, a result without its call doesn't."""
+    items = [
+        {"role": "system", "content": "S" * 10},
+        {"role": "user", "content": "a" * 2000},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "b" * 1700},
+        {"role": "user", "content": "c" * 1500},
+        {"role": "user", "content": "d" * 1000},
+    ]
+    assert post(gateway, input=items).json()["error"]["code"] == "context_length_exceeded"
+    reply = post(gateway, input=items, truncation="auto")
+    assert prompt_of(gateway) == b"S" * 10 + b"c" * 1500 + b"d" * 1000
+    assert reply.headers["x-kvasir-warning"] == "ignored: input: 3 items that don't fit into the context"
+    assert reply.json()["truncation"] == "auto"
+    assert post(gateway, input=items, truncation="auto", max_output_tokens=2500).status_code == 200
+    assert prompt_of(gateway) == b"S" * 10 + b"d" * 1000
+    assert post(gateway, input="x" * 5000, truncation="auto").status_code == 400
+
+
+def test_input_tokens(gateway, client):
+    first = client.responses.create(model="bytes", input="Hi")
+    assert client.responses.input_tokens.count(model="bytes", input="Hi").input_tokens == first.usage.input_tokens
+    second = client.responses.input_tokens.count(model="bytes", input="Hi", previous_response_id=first.id)
+    assert second.input_tokens == client.responses.create(
+        model="bytes", input="Hi", previous_response_id=first.id
+    ).usage.input_tokens  # fmt: skip
+
+
+def test_a_bug_ends_its_response(gateway, client, monkeypatch, caplog):
+    monkeypatch.setattr("kvasir.cluster.responses_reply.usage_json", lambda usage: 1 // 0)
+    found = client.responses.create(model="bytes", input="Hi", background=True)
+    until(lambda: client.responses.retrieve(found.id).status == "failed")
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_sessions(gateway, monkeypatch):
+    """What clients say belongs together reaches the router as it reads it of headers."""
+    seen = []
+    begin = gateway.desk.begin
+
+    async def watched(call, request_id, headers):
+        seen.append(headers.get("x-session-id"))
+        return await begin(call, request_id, headers)
+
+    monkeypatch.setattr(gateway.desk, "begin", watched)
+    assert "x-kvasir-warning" not in post(gateway, prompt_cache_key="a").headers
+    chat = {"model": "bytes", "messages": [{"role": "user", "content": "Hi"}], "prompt_cache_key": "b"}
+    for more, headers in (({}, {}), ({"session_id": "c"}, {}), ({}, {"X-Session-ID": "d"})):
+        httpx.post(gateway.url + "/v1/chat/completions", json=chat | more, headers=headers)
+    assert seen == ["a", "b", "c", "d"]
+
+
+def test_every_specified_field_is_in_one_table(data):
+    with open(data("api-openai/openapi.inference-only.yaml")) as file:
+        schemas = yaml.load(file, getattr(yaml, "CSafeLoader", yaml.SafeLoader))["components"]["schemas"]
+
+    def fields(schema):
+        parts = [
+            schemas[part["$ref"].rsplit("/", 1)[1]] if "$ref" in part else part for part in schema.get("allOf", ())
+        ]
+        return set(schema.get("properties", ())).union(*map(fields, parts))
+
+    names = fields(schemas["CreateResponse"])
+    assert len(names) > 25
+    tables = (responses_schema._HONOURED, responses_schema._IGNORED, responses_schema._REFUSED)
+    assert {name for name in names if sum(name in table for table in tables) != 1} == set()
+
+
+def test_documented_examples(gateway, data):
+    """Each is answered, or refused for a field that it names."""
+    checked = answered = 0
+    for line in data("api-openai/examples.jsonl").read_text().splitlines():
+        example = json.loads(line)
+        if not example["path"].startswith("/responses") or "-d '" not in example["curl"]:
+            continue
+        body = json.loads(example["curl"].split("-d '")[1].rsplit("'", 1)[0]) | {"model": "bytes"}
+        reply = httpx.post(f"{gateway.url}/v1{example['path']}", json=body)
+        checked += 1
+        if reply.status_code == 200:
+            answered += 1
+            if body.get("stream"):
+                events(reply.text)
+        else:
+            error = reply.json()["error"]
+            assert (reply.status_code, error["code"]) == (400, "unsupported_parameter")
+            assert error["param"] in body
+    assert (checked, answered) == (9, 3)
 
 
 def test_nothing_is_kept_unless_wanted(gateway, client):
