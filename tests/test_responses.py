@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import threading
 import time
 
@@ -18,6 +17,7 @@ from openai.types.responses import ResponseStreamEvent
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.gateway import close_app, create_app
 from kvasir.cluster.local_desk import local_desk
+from kvasir.cluster.sockets import bound_socket
 from kvasir.engine import EngineConfig
 
 SUM = "What is 47 + 38?"
@@ -29,7 +29,7 @@ class Server:
 
     def __init__(self, state_path):
         self._config = GatewayConfig(state_path=state_path)
-        sock = socket.create_server(("127.0.0.1", 0))
+        sock = bound_socket("127.0.0.1", 0, shared=False)
         self.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         self._ready, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=asyncio.run, args=(self._serve(sock),))

@@ -8,7 +8,6 @@ import functools
 import itertools
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -374,13 +373,14 @@ class LiveGateway:
 
     async def _serve(self) -> None:
         from kvasir.cluster.gateway import close_app, create_app, create_grpc_server
+        from kvasir.cluster.sockets import bound_socket
 
         config, self._stop = self.config, asyncio.Event()
         tls = {"ssl_keyfile": config.ssl_keyfile, "ssl_certfile": config.ssl_certfile} if config.ssl_certfile else {}
         self.app = create_app(self.desk, config)
         options = uvicorn.Config(self.app, log_config=None, access_log=False, lifespan="off", **tls)
         server, self.server = uvicorn.Server(options), create_grpc_server(self.desk, config)
-        sock = socket.create_server(("127.0.0.1", 0))
+        sock = bound_socket("127.0.0.1", 0, shared=False)
         self.url = f"{'https' if tls else 'http'}://localhost:{sock.getsockname()[1]}"
         options.load()
         server.lifespan = options.lifespan_class(options)
