@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from kvasir.cluster.config import ClusterConfig, GatewayConfig
 from kvasir.cluster.sockets import bound_socket
-from kvasir.cluster.store import MEMORY
+from kvasir.cluster.state_file import MEMORY
 from kvasir.engine.errors import UnavailableError
 from kvasir.engine.model_files import ModelFiles
 

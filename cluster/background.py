@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 from kvasir.cluster.batch_run import BatchRun
@@ -30,6 +30,8 @@ Json = dict[str, Any]
 WATCH_S = 3.0
 """How often leases are renewed, and looked for what others left."""
 RETRY_S = 1.0
+FOLLOW_S = 0.1
+"""How often a stream is looked at that another process writes."""
 MAX_JOBS = 10_000
 MAX_BATCHES = 8
 """Batches that one gateway works on at a time."""
@@ -43,6 +45,7 @@ class Background:
         self._store = store
         self._idle = Idle(desk)
         self._jobs: dict[str, asyncio.Task[None]] = {}
+        self._news: dict[str, asyncio.Event] = {}
         self._watcher: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -95,6 +98,24 @@ class Background:
         self.stop(stored.id)
         return body or stored.body
 
+    async def follow(self, response_id: str, after: int) -> AsyncIterator[list[Part]]:
+        """Events behind number `after`, those too that are still to come."""
+        more = True
+        try:
+            while more:
+                news = self._news.setdefault(response_id, asyncio.Event())  # before we look, or we might miss some
+                more, parts = await self._store.follow(response_id, after)
+                if parts:
+                    after = parts[-1].number
+                    yield parts
+                elif more:  # written in another process it is looked for again and again
+                    seconds = 1.0 if response_id in self._jobs else FOLLOW_S
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(news.wait(), seconds)
+        finally:
+            if response_id not in self._jobs:
+                self._news.pop(response_id, None)
+
     def stop(self, object_id: str) -> None:
         """End the work on it, if it is done here; elsewhere that is noticed by its lease."""
         if task := self._jobs.get(object_id):
@@ -102,7 +123,16 @@ class Background:
 
     def _run(self, object_id: str, work: Coroutine[Any, Any, None]) -> None:
         task = self._jobs[object_id] = asyncio.ensure_future(self._guarded(object_id, work))
-        task.add_done_callback(lambda _: self._jobs.pop(object_id, None))
+        task.add_done_callback(lambda _: self._ended(object_id))
+
+    def _ended(self, object_id: str) -> None:
+        self._jobs.pop(object_id, None)
+        self._tell(object_id)
+
+    def _tell(self, object_id: str) -> None:
+        """Wake those who follow."""
+        if news := self._news.pop(object_id, None):
+            news.set()
 
     async def _guarded(self, object_id: str, work: Coroutine[Any, Any, None]) -> None:
         """A state file that can't be written ends the work for now, not the gateway. A bug ends it for good, or it would
@@ -207,6 +237,7 @@ class Background:
     async def _append(self, response_id: str, first: int, events: list[bytes]) -> None:
         if not await self._store.append(response_id, _parts(first, events)):
             raise asyncio.CancelledError  # somebody ended it
+        self._tell(response_id)
 
 
 def _broken(body: Json) -> Json:

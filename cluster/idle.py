@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 
 from kvasir.cluster.desk import Desk
-from kvasir.cluster.service_fields import BATCH_PRIORITY
+from kvasir.cluster.service_fields import of_batch
 from kvasir.engine.scheduler import Stats
 
 RESERVE = 8
@@ -46,4 +46,4 @@ class Idle:
         if self._told.get(model) != told:  # reports are older than what we have begun since
             self._told[model] = told
             self._theirs[model] = max(0, sum(stats.running + stats.waiting for stats in told) - len(ours))
-        return seats - self._theirs[model] - sum(priority < BATCH_PRIORITY for priority in ours)
+        return seats - self._theirs[model] - sum(not of_batch(priority) for priority in ours)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import time
@@ -32,8 +31,6 @@ from kvasir.engine.errors import ClientError, OverloadedError
 
 Json = dict[str, Any]
 Headers = Sequence[tuple[bytes, bytes]]
-FOLLOW_S = 0.03
-"""How often a stream is looked at which another process may be writing."""
 
 
 class CreateResponse:
@@ -106,7 +103,7 @@ class CreateResponse:
             generation = await self._desk.begin(ask.call, *caller)
         await self._background.respond(ask, reply, stored, generation)
         if ask.stream:
-            await follow(self._store, stored.id, -1, send, warnings)
+            await _follow(self._background, stored.id, -1, send, warnings)
         else:
             await send_json(send, 200, stored.body, warnings)
 
@@ -148,7 +145,7 @@ class Responses:
             text = f"response {stored.id} can't be streamed: it wasn't created with background and stream"
             raise ClientError(text, param="stream")
         after = _number(request.query_params, "starting_after", -1)
-        await until_gone(receive, follow(self._store, stored.id, after, send, ()))
+        await until_gone(receive, _follow(self._background, stored.id, after, send, ()))
 
     async def delete(self, request: Request) -> Response:
         stored = await self._stored(request)
@@ -175,18 +172,12 @@ class Responses:
         return await self._store.get(request.path_params["id"], "response", principal_of(request))
 
 
-async def follow(store: Store, response_id: str, after: int, send: Send, headers: Headers) -> None:
+async def _follow(background: Background, response_id: str, after: int, send: Send, headers: Headers) -> None:
     """Send the events behind number `after`, those too that are still to come."""
     await send({"type": "http.response.start", "status": 200, "headers": [SSE, *headers, *UNBUFFERED]})
-    more = True
-    while more:
-        more, parts = await store.follow(response_id, after)
-        if parts:
-            after = parts[-1].number
-            body = b"".join(part.data for part in parts)
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-        elif more:
-            await asyncio.sleep(FOLLOW_S)
+    async for parts in background.follow(response_id, after):
+        body = b"".join(part.data for part in parts)
+        await send({"type": "http.response.body", "body": body, "more_body": True})
     await send({"type": "http.response.body", "body": b""})
 
 

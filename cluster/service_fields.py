@@ -20,6 +20,11 @@ def check_tier(name: str, value: Any) -> None:
         raise ClientError(f"{name} must be one of {', '.join(TIERS)}; got {value!r:.60}", param=name)
 
 
+def of_batch(priority: int) -> bool:
+    """Whether nobody waits for a request of that priority."""
+    return priority >= BATCH_PRIORITY + min(TIERS.values())
+
+
 def tier_served(given: str | None) -> str:
     """What an answer says about the tier that was asked for."""
     return {"auto": "default", "fast": "priority", "ultrafast": "priority"}.get(given or "auto", given or "default")

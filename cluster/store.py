@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import sqlite3
 import time
 import uuid
@@ -18,11 +17,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import orjson
 
+from kvasir.cluster.state_file import MEMORY, default_path, opened
 from kvasir.engine.errors import ClientError, ConfigError, ServerError
 
 log = logging.getLogger(__name__)
@@ -30,26 +29,8 @@ Json = dict[str, Any]
 T = TypeVar("T")
 Kind = Literal["response", "chat.completion", "file", "batch"]
 
-VERSION = 1
 LEASE_S = 15.0
 SWEEP_BYTES = 16 * 2**20
-MEMORY = ":memory:"
-_SCHEMA = """
-PRAGMA auto_vacuum = INCREMENTAL;
-PRAGMA journal_mode = WAL;
-PRAGMA synchronous = NORMAL;
-PRAGMA foreign_keys = ON;
-CREATE TABLE IF NOT EXISTS object (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, principal TEXT NOT NULL,
-    created REAL NOT NULL, expires REAL NOT NULL, size INTEGER NOT NULL, open INTEGER NOT NULL,
-    owner TEXT NOT NULL, lease REAL NOT NULL, body BLOB NOT NULL, private BLOB NOT NULL);
-CREATE INDEX IF NOT EXISTS listed ON object (principal, kind, number);
-CREATE INDEX IF NOT EXISTS expiring ON object (expires);
-CREATE INDEX IF NOT EXISTS working ON object (kind, lease) WHERE open;
-CREATE TABLE IF NOT EXISTS part (
-    id TEXT NOT NULL REFERENCES object (id) ON DELETE CASCADE, number INTEGER NOT NULL, failed INTEGER NOT NULL,
-    data BLOB NOT NULL, PRIMARY KEY (id, number)) WITHOUT ROWID;
-"""
 _COLUMNS = "id, kind, principal, created, expires, size, open, body, private"
 
 
@@ -105,7 +86,7 @@ class Store:
         self.owner = uuid.uuid4().hex
         self._written = SWEEP_BYTES
         self._swept = 0.0
-        self._db = _opened(path)
+        self._db = opened(path)
         self._close = weakref.finalize(self, self._db.close)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store")
 
@@ -221,8 +202,15 @@ class Store:
             raise ServerError(f"the state file {self.path} (--state-path) can't be used: {error}") from error
         if self._written >= SWEEP_BYTES or time.time() - self._swept > 60:
             self._written, self._swept = 0, time.time()
-            self._guarded(self._sweep)
+            self._tidy()
         return found
+
+    def _tidy(self) -> None:
+        """Now and then. It is nobody's request, so nobody's fails with it."""
+        try:
+            self._guarded(self._sweep)
+        except ServerError as error:
+            log.warning("%s", error.message)
 
     def _put(self, stored: Stored, parts: Sequence[Part]) -> None:
         body, private = orjson.dumps(stored.body), orjson.dumps(stored.private)
@@ -366,10 +354,12 @@ class Store:
         self._db.execute("PRAGMA incremental_vacuum").fetchall()
 
 
-def default_path(environ: Mapping[str, str]) -> str:
-    """Where state is kept when nobody says where."""
-    state = Path(environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    return str(state / "kvasir" / "state.sqlite3")
+def _stored(row: Any) -> Stored:
+    object_id, kind, principal, created, expires, size, open_, body, private = row
+    facts = {"created": created, "expires": expires, "size": size, "open": bool(open_)}
+    return Stored(
+        id=object_id, kind=kind, principal=principal, body=orjson.loads(body), private=orjson.loads(private), **facts
+    )
 
 
 def _first(rows: Iterable[tuple[str, int]], excess: int) -> list[tuple[str]]:
@@ -381,34 +371,3 @@ def _first(rows: Iterable[tuple[str, int]], excess: int) -> list[tuple[str]]:
         found.append((object_id,))
         excess -= size
     return found
-
-
-def _opened(path: str) -> sqlite3.Connection:
-    try:
-        if path != MEMORY:
-            Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # prompts and answers are in it
-        return _prepared(path)
-    except (OSError, sqlite3.Error) as error:
-        raise ConfigError(f"--state-path {path}: {error}", param="state_path") from error
-
-
-def _prepared(path: str) -> sqlite3.Connection:
-    db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-    try:
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version not in (0, VERSION):
-            raise sqlite3.DatabaseError(f"it has version {version} of the state, this program writes {VERSION}")
-        db.executescript(f"{_SCHEMA}PRAGMA user_version = {VERSION};")
-    except BaseException:
-        db.close()
-        raise
-    return db
-
-
-def _stored(row: Any) -> Stored:
-    object_id, kind, principal, created, expires, size, open_, body, private = row
-    facts = {"created": created, "expires": expires, "size": size, "open": bool(open_)}
-    return Stored(
-        id=object_id, kind=kind, principal=principal, body=orjson.loads(body), private=orjson.loads(private), **facts
-    )
