@@ -17,7 +17,7 @@ from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.idle import Idle
 from kvasir.cluster.responses_fit import fitted
-from kvasir.cluster.responses_history import history
+from kvasir.cluster.responses_history import add_to_conversation, said_before
 from kvasir.cluster.responses_reply import ResponseReply, event, failed
 from kvasir.cluster.responses_schema import ResponseAsk, parse_response
 from kvasir.cluster.service_fields import in_session
@@ -179,7 +179,7 @@ class Background:
             return
         ask = parse_response(stored.private["ask"])
         try:
-            earlier = await history(self._store, ask.previous, stored.principal, 0.0)
+            earlier = await said_before(self._store, ask, stored.principal, 0.0)
             ask = await fitted(self._desk, ask, earlier)
         except ClientError as error:
             await self._store.finish(stored.id, failed(stored.body, error))
@@ -209,7 +209,8 @@ class Background:
                 if generation is not None:
                     self._desk.end(generation)
                 generation = None
-        await self._store.finish(stored.id, reply.response, last if streamed else ())
+        if await self._store.finish(stored.id, reply.response, last if streamed else ()):
+            await add_to_conversation(self._store, ask, reply.response, stored.expires)
 
     async def _begin(self, ask: ResponseAsk, response_id: str) -> Generation:
         """When there is room."""

@@ -90,8 +90,9 @@ def _response(desk: Desk, url: str, body: Json) -> _Asked:
 
 def _alone(ask: ResponseAsk) -> ResponseAsk:
     """A response that leaves nothing behind. ClientError when it needs something of another one, or time."""
-    if ask.previous is not None:
-        raise ClientError("previous_response_id can't be used in a batch", param="previous_response_id")
+    for name, value in (("previous_response_id", ask.previous), ("conversation", ask.conversation)):
+        if value is not None:
+            raise ClientError(f"{name} can't be used in a batch", param=name)
     if ask.truncates:
         raise ClientError("truncation must be disabled in a batch", param="truncation")
     if ask.background:

@@ -35,7 +35,6 @@ class FileWriter:
             "filename": filename,
             "purpose": purpose,
             "status": "processed",
-            "status_details": None,
         }
         self._begun = False
 

@@ -20,6 +20,7 @@ from kvasir.cluster.auth import check_exposure, load_keys
 from kvasir.cluster.background import Background
 from kvasir.cluster.batches_api import batches_routes
 from kvasir.cluster.config import GatewayConfig
+from kvasir.cluster.conversations_api import conversation_routes
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.error_shapes import openai_error
 from kvasir.cluster.files_api import files_routes
@@ -86,6 +87,7 @@ def _stored_routes(desk: Desk, background: Background, store: Store, config: Gat
     limit, ttl_s = config.max_body_bytes, config.response_ttl_s
     return [
         *responses_routes(desk, store, background, config),
+        *conversation_routes(store, ttl_s, limit),
         *files_routes(store, background, ttl_s),
         *batches_routes(store, background, ttl_s=ttl_s, max_body_bytes=limit),
     ]

@@ -22,7 +22,7 @@ from kvasir.cluster.http_front import header_map, read_json, send_json, until_go
 from kvasir.cluster.pages import Page, json_response, principal_of
 from kvasir.cluster.reply_stream import SSE, UNBUFFERED, stream
 from kvasir.cluster.responses_fit import fitted
-from kvasir.cluster.responses_history import history
+from kvasir.cluster.responses_history import add_to_conversation, history, said_before
 from kvasir.cluster.responses_reply import ResponseReply
 from kvasir.cluster.responses_schema import ResponseAsk, parse_input_tokens, parse_response
 from kvasir.cluster.service_fields import in_session
@@ -56,7 +56,7 @@ class CreateResponse:
     ) -> None:
         expires = time.time() + self._ttl_s
         headers = in_session(headers, ask.session)
-        ask = await fitted(self._desk, ask, await history(self._store, ask.previous, principal, expires))
+        ask = await fitted(self._desk, ask, await said_before(self._store, ask, principal, expires))
         reply = ResponseReply(ask, self._desk.model(ask.call.model))
         stored = _stored(ask, reply, principal, expires, self._desk.model(ask.call.model).name)
         warnings = warning_header(ask.warnings)
@@ -64,7 +64,7 @@ class CreateResponse:
             await self._later(ask, reply, stored, (request_id, headers), warnings, send)
             return
         generation = await self._desk.begin(ask.call, request_id, headers)
-        keep = self._keeping(reply, stored)
+        keep = self._keeping(ask, reply, stored)
         try:
             reply.begin(generation)
             if ask.stream:
@@ -78,12 +78,13 @@ class CreateResponse:
         finally:
             self._desk.end(generation)
 
-    def _keeping(self, reply: ResponseReply, stored: Stored) -> Callable[[], Awaitable[None]]:
+    def _keeping(self, ask: ResponseAsk, reply: ResponseReply, stored: Stored) -> Callable[[], Awaitable[None]]:
         """Called when the answer is complete, before the client knows."""
 
         async def keep() -> None:
             if reply.response["store"]:
                 await self._store.put(dataclasses.replace(stored, body=reply.response))
+            await add_to_conversation(self._store, ask, reply.response, stored.expires)
 
         return keep
 
@@ -118,7 +119,7 @@ class CountInput:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         ask = parse_input_tokens(await read_json(scope, receive, self._max_body_bytes))
-        earlier = await history(self._store, ask.previous, scope["state"]["principal"], 0.0)
+        earlier = await said_before(self._store, ask, scope["state"]["principal"], 0.0)
         ask = await fitted(self._desk, ask, earlier)
         (conversation,) = ask.call.prompts
         assert isinstance(conversation, Conversation)

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvasir.cluster.conversations_api import add_items, conversation_items
+from kvasir.cluster.responses_schema import ResponseAsk
 from kvasir.cluster.store import NotFoundError, Store, Stored
 from kvasir.engine.errors import ClientError
 
 Json = dict[str, Any]
+
+
+async def said_before(store: Store, ask: ResponseAsk, principal: str, expires: float) -> list[Json]:
+    """Items that come before those of `ask`. What they are kept in lives until `expires` at least."""
+    if ask.conversation is not None:
+        return await conversation_items(store, ask.conversation, principal, expires)
+    return await history(store, ask.previous, principal, expires)
+
+
+async def add_to_conversation(store: Store, ask: ResponseAsk, response: Json, expires: float) -> None:
+    """What was asked and answered, if that was in a conversation."""
+    if ask.conversation is not None:
+        await add_items(store, ask.conversation, [*ask.items, *response["output"]], expires)
 
 
 async def history(store: Store, previous: str | None, principal: str, expires: float) -> list[Json]:

@@ -17,13 +17,13 @@ _TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal"
 """Type of a content part -> the field that holds its text."""
 
 
-def input_items(given: Any) -> list[Json]:
+def input_items(given: Any, param: str = "input") -> list[Json]:
     """`input` of a body as items, each with an id. ClientError or UnsupportedError when one can't be read."""
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     if not isinstance(given, list) or not given or not all(isinstance(item, dict) for item in given):
-        raise ClientError(f"input must be a text or a list of items, not empty; got {given!r:.60}", param="input")
-    items = [_item(item, f"input[{number}]") for number, item in enumerate(given)]
+        raise ClientError(f"{param} must be a text or a list of items, not empty; got {given!r:.60}", param=param)
+    items = [_item(item, f"{param}[{number}]") for number, item in enumerate(given)]
     messages(items, None)
     return items
 

@@ -47,6 +47,7 @@ _HONOURED: dict[str, Check] = {
     "metadata": check_metadata,
     "store": boolean,
     "previous_response_id": string,
+    "conversation": later,
     "background": boolean,
     "stream": boolean,
     "stream_options": _OBJECT,
@@ -64,7 +65,6 @@ _IGNORED: Neutral = {
 _REFUSED: Neutral = {
     **foreign_constraints({*_HONOURED, *_IGNORED}),
     "reasoning": ({},),
-    "conversation": (),
     "prompt": (),
     "context_management": ([],),
     "moderation": (),
@@ -91,6 +91,8 @@ class ResponseAsk:
     session: str = ""
     """Requests of one session go to one group, where their prefixes are cached."""
     previous: str | None = None
+    conversation: str | None = None
+    """What is said is read from there, and added."""
     store: bool = True
     background: bool = False
     stream: bool = False
@@ -137,6 +139,7 @@ def parse_response(body: Body) -> ResponseAsk:
         variables=fields.get("chat_template_kwargs", {}),
         echo=_echo(fields, form),
         session=fields.get("prompt_cache_key", ""),
+        conversation=_conversation_id(fields.get("conversation")),
         previous=fields.get("previous_response_id"),
         truncates=fields.get("truncation") == "auto",
         logprobs=logprobs,
@@ -155,6 +158,8 @@ def _check_together(fields: Mapping[str, Any]) -> None:
     """Fields that only make sense with others."""
     if fields.get("background") and not fields.get("store", True):
         raise ClientError("background needs store to be true: the answer is fetched later", param="background")
+    if "conversation" in fields and "previous_response_id" in fields:
+        raise ClientError("conversation and previous_response_id exclude each other", param="conversation")
     if fields.get("top_logprobs") and LOGPROBS not in fields.get("include", ()):
         raise ClientError(f'top_logprobs needs include to hold "{LOGPROBS}"', param="top_logprobs")
 
@@ -212,11 +217,21 @@ def _stream_options(fields: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"stream_options.{name}" for name, value in options.items() if value not in (None, False))
 
 
+def _conversation_id(given: Any) -> str | None:
+    """Of an id, or an object with one."""
+    found = given.get("id") if isinstance(given, dict) else given
+    if given is not None and not isinstance(found, str):
+        raise ClientError(f"conversation must be an id, or an object with one; got {given!r:.60}", param="conversation")
+    return found
+
+
 def _echo(fields: Mapping[str, Any], form: Json) -> Json:
     """What the answer repeats, with OpenAI's defaults."""
+    conversation = _conversation_id(fields.get("conversation"))
     return {
         **{name: fields.get(name) for name in _ECHOED},
         "background": fields.get("background", False),
+        "conversation": None if conversation is None else {"id": conversation},
         "max_tool_calls": None,
         "metadata": fields.get("metadata", {}),
         "parallel_tool_calls": True,

@@ -27,7 +27,7 @@ from kvasir.engine.errors import ClientError, ConfigError, ServerError
 log = logging.getLogger(__name__)
 Json = dict[str, Any]
 T = TypeVar("T")
-Kind = Literal["response", "chat.completion", "file", "batch"]
+Kind = Literal["response", "chat.completion", "conversation", "file", "batch"]
 
 LEASE_S = 15.0
 SWEEP_BYTES = 16 * 2**20
@@ -139,6 +139,14 @@ class Store:
     async def append(self, object_id: str, parts: Sequence[Part]) -> bool:
         """Add parts to an open object; False: it isn't open any more, or gone."""
         return await self._run(self._append, object_id, parts)
+
+    async def extend(self, object_id: str, data: Sequence[bytes]) -> None:
+        """Add parts behind the last, whoever works on it; nothing happens where the object is gone."""
+        await self._run(self._extend, object_id, data)
+
+    async def drop(self, object_id: str, number: int) -> None:
+        """Remove one part."""
+        await self._run(self._drop, object_id, number)
 
     async def parts(self, object_id: str, after: int = -1, limit: int = 64) -> list[Part]:
         """Parts behind number `after`, in order."""
@@ -282,6 +290,15 @@ class Store:
         self._add(object_id, parts)
         return True
 
+    def _extend(self, object_id: str, data: Sequence[bytes]) -> None:
+        if self._db.execute("SELECT 1 FROM object WHERE id = ?", (object_id,)).fetchone() is not None:
+            sql = "SELECT coalesce(max(number) + 1, 0) FROM part WHERE id = ?"
+            (first,) = self._db.execute(sql, (object_id,)).fetchone()
+            self._add(object_id, [Part(first + i, one) for i, one in enumerate(data)])
+
+    def _drop(self, object_id: str, number: int) -> None:
+        self._db.execute("DELETE FROM part WHERE id = ? AND number = ?", (object_id, number))
+
     def _add(self, object_id: str, parts: Sequence[Part]) -> None:
         rows = [(object_id, part.number, part.failed, part.data) for part in parts]
         self._db.executemany("INSERT OR REPLACE INTO part VALUES (?, ?, ?, ?)", rows)
@@ -346,9 +363,7 @@ class Store:
             "DELETE FROM object WHERE kind = 'file' AND open AND lease < ?", (now - LEASE_S,)
         )  # half written
         (used,) = self._db.execute("SELECT coalesce(sum(size), 0) FROM object").fetchone()
-        answers = (
-            "SELECT id, size FROM object WHERE NOT open AND kind IN ('response', 'chat.completion') ORDER BY number"
-        )
+        answers = "SELECT id, size FROM object WHERE NOT open AND kind NOT IN ('file', 'batch') ORDER BY number"
         gone = _first(self._db.execute(answers), used - self.max_bytes)
         self._db.executemany("DELETE FROM object WHERE id = ?", gone)
         self._db.execute("PRAGMA incremental_vacuum").fetchall()

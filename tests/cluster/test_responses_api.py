@@ -11,6 +11,7 @@ import openai
 import pydantic
 import pytest
 import yaml
+from jsonschema import Draft202012Validator as Validator
 from openai.types.responses import Response, ResponseStreamEvent
 
 from kvasir.cluster import responses_schema
@@ -145,7 +146,9 @@ def test_items(gateway):
         ({"tools": [{"type": "function", "name": "f"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"reasoning": {"effort": "low"}}, "reasoning"),
-        ({"conversation": "conv_1"}, "conversation"),
+        ({"conversation": "conv_none"}, "conversation"),
+        ({"conversation": 1}, "conversation"),
+        ({"conversation": "conv_1", "previous_response_id": "resp_1"}, "conversation"),
         ({"prompt": {"id": "p"}}, "prompt"),
         ({"truncation": "some"}, "truncation"),
         ({"background": True, "store": False}, "background"),
@@ -253,6 +256,39 @@ def test_every_specified_field_is_in_one_table(data):
     assert len(names) > 25
     tables = (responses_schema._HONOURED, responses_schema._IGNORED, responses_schema._REFUSED)
     assert {name for name in names if sum(name in table for table in tables) != 1} == set()
+
+
+def test_answers_are_as_specified(gateway, data):
+    """Null is written for fields that aren't set, as OpenAI does, though its schemas say that `user` is left out."""
+    with open(data("api-openai/openapi.inference-only.yaml")) as file:
+        loaded = yaml.load(file, getattr(yaml, "CSafeLoader", yaml.SafeLoader))["components"]
+    components = _json_schema(loaded)
+
+    def check(name, value):
+        schema = {"components": components, "$ref": f"#/components/schemas/{name}"}
+        found = [(list(error.path), error.message[:200]) for error in Validator(schema).iter_errors(value)]
+        assert found == [], value
+
+    fields = {"user": "me", "metadata": {"a": "b"}, "text": {"format": {"type": "json_object"}}}
+    whole = post(gateway, **fields).json()
+    check("Response", whole)
+    kinds = set()
+    for event in events(post(gateway, stream=True, max_output_tokens=2, **fields).text):
+        if event["type"] not in kinds:
+            kinds.add(event["type"])
+            check("ResponseStreamEvent", event)
+    assert len(kinds) == 9
+    check("ResponseItemList", httpx.get(f"{gateway.url}/v1/responses/{whole['id']}/input_items").json())
+
+
+def _json_schema(schema):
+    """OpenAPI's schema as JSON Schema has it."""
+    if isinstance(schema, list):
+        return [_json_schema(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {name: _json_schema(one) for name, one in schema.items() if name not in ("discriminator", "nullable")}
+    return {"anyOf": [found, {"type": "null"}]} if schema.get("nullable") is True else found
 
 
 def test_documented_examples(gateway, data):
