@@ -270,8 +270,7 @@ def test_answers_are_as_specified(gateway, data):
         assert found == [], value
 
     fields = {"user": "me", "metadata": {"a": "b"}, "text": {"format": {"type": "json_object"}}}
-    whole = post(gateway, **fields).json()
-    check("Response", whole)
+    check("Response", post(gateway, **fields).json())
     kinds = set()
     for event in events(post(gateway, stream=True, max_output_tokens=2, **fields).text):
         if event["type"] not in kinds:
@@ -280,7 +279,6 @@ def test_answers_are_as_specified(gateway, data):
                 del event["response"]["usage"]
             check("ResponseStreamEvent", event)
     assert len(kinds) == 9
-    check("ResponseItemList", httpx.get(f"{gateway.url}/v1/responses/{whole['id']}/input_items").json())
 
 
 def _json_schema(schema):
