@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from kvasir.cluster.config import ClusterConfig, GatewayConfig
 from kvasir.cluster.sockets import bound_socket
+from kvasir.cluster.state_file import MEMORY
 from kvasir.engine.errors import UnavailableError
 from kvasir.engine.model_files import ModelFiles
 
@@ -191,6 +192,9 @@ def with_absolute_paths(config: ClusterConfig) -> ClusterConfig:
     )
     gateway = config.gateway
     files = {name: _absolute(getattr(gateway, name)) for name in ("api_key_file", "ssl_keyfile", "ssl_certfile")}
+    state = gateway.state_path
+    if state not in (None, MEMORY):  # it needn't exist yet
+        files["state_path"] = str(Path(state).expanduser().absolute())
     return ClusterConfig(engines=engines, gateway=replace(gateway, **files))
 
 

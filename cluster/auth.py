@@ -31,11 +31,12 @@ class ApiKeys:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def check(self, authorization: str | None, x_api_key: str | None = None) -> None:
+    def check(self, authorization: str | None, x_api_key: str | None = None) -> str:
         """Raise UnauthenticatedError unless the header's value is `Bearer KEY` with one of the keys, or that of
-        `x-api-key` (Anthropic's clients) is one where there is no other."""
+        `x-api-key` (Anthropic's clients) is one where there is no other. Returns the principal: who called, as a name
+        that doesn't give the key away; everybody is the same one where no key is needed."""
         if not self._digests:
-            return
+            return ""
         authorization = _header(authorization, x_api_key)
         if not authorization:
             raise UnauthenticatedError("no API key; send the header Authorization: Bearer KEY, or x-api-key: KEY")
@@ -44,6 +45,7 @@ class ApiKeys:
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]  # all of them: no early way out
         if not any(matches) or scheme.lower() != "bearer":
             raise UnauthenticatedError("the API key is wrong; send the header Authorization: Bearer KEY")
+        return hmac.digest(given, b"principal", "sha256").hex()
 
     def owner(self, authorization: str | None, x_api_key: str | None = None) -> bytes:
         """Tells clients apart by the keys that they sent; where none is needed all are the same."""

@@ -13,7 +13,6 @@ import dataclasses
 import fcntl
 import os
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,19 +22,24 @@ from typing import Any, BinaryIO, Union
 import orjson
 from tqdm import tqdm
 
-from kvasir.cluster.desk import Desk
-from kvasir.cluster.error_shapes import openai_error
+from kvasir.cluster.batch_line import (
+    CHAT,
+    COMPLETION,
+    MAX_LINE_BYTES,
+    Line,
+    answer,
+    dumped,
+    error_json,
+    line_label,
+    line_object,
+    openai_entry,
+    openai_line,
+)
 from kvasir.cluster.local_desk import local_desk
-from kvasir.cluster.openai_reply import ChatReply, CompletionReply, Reply
-from kvasir.cluster.openai_schema import parse_chat, parse_completion
-from kvasir.cluster.pooling_api import ROUTES
 from kvasir.cluster.rank_actor import MakeEngine, load_engine
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ClientError, ConfigError, KvasirError, ServerError, UnavailableError
 
-CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
-ROLE = "assistant"
-MAX_LINE_BYTES = 32 * 2**20
 SYNC_S = 2.0
 """After a crash of the machine at most this much work is lost; after one of the process none."""
 
@@ -52,17 +56,6 @@ class Tally:
     succeeded: int
     failed: int
     skipped: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """A line understood: what to ask, and the fields by which its answer is recognised."""
-
-    number: int
-    url: str
-    body: Json
-    label: Json
-    simple: bool
 
 
 def run_batch(
@@ -89,33 +82,8 @@ async def _run(
     with Output.opened(input_path, output_path) as output:
         async with local_desk(unlimited, os.environ, make_engine) as desk:
             return await answer_lines(
-                input_path, output, partial(_ask, desk), concurrency=concurrency, progress=progress
+                input_path, output, partial(answer, desk), concurrency=concurrency, progress=progress
             )
-
-
-async def _ask(desk: Desk, url: str, body: Json) -> Json:
-    """As the HTTP endpoint of that name answers."""
-    if url in ROUTES:
-        parse, pool = ROUTES[url]
-        inputs = parse(body)
-        found = await pool(desk, inputs, uuid.uuid4().hex, {})
-        return found | {"warnings": list(inputs.warnings)} if inputs.warnings else found
-    ask = (parse_chat if url == CHAT else parse_completion)(body)
-    if ask.stream:
-        raise ClientError("stream must be false in a batch", param="stream")
-    request_id = uuid.uuid4().hex
-    generation = await desk.begin(ask.call, request_id, {})
-    try:
-        make_reply: Callable[..., Reply] = ChatReply if url == CHAT else CompletionReply
-        reply = make_reply(ask, generation, request_id, ROLE)
-        async for _ in generation:
-            pass
-        whole = reply.whole()
-        cut = generation.truncated_tokens
-        warnings = [*ask.warnings, *([f"{cut} tokens of the prompt were cut off"] if cut else [])]
-        return whole | {"warnings": warnings} if warnings else whole
-    finally:
-        desk.end(generation)
 
 
 async def answer_lines(
@@ -157,11 +125,11 @@ class _Work:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
 
-    def _begin(self, number: int, raw: bytes | None) -> _Line | None:
+    def _begin(self, number: int, raw: bytes | None) -> Line | None:
         """The line, unless it is done: before this run, or right here because nothing can be asked."""
         label: Json = {}
         try:
-            if self._output.has_line(number) or self._output.has(label := _label(value := _object(raw))):
+            if self._output.has_line(number) or self._output.has(label := line_label(value := line_object(raw))):
                 self._bar.update()
                 self.skipped += 1
                 return None
@@ -169,7 +137,7 @@ class _Work:
             return _parsed(value, number, label)
         except ClientError as error:
             label = {} if error.param == "custom_id" else label  # a second line of that id must not count as the first
-            self._write(number, {**label, "error": _error(error)}, failed=True)
+            self._write(number, {**label, "error": error_json(error)}, failed=True)
             return None
 
     def _check_unique(self, label: Json, number: int) -> None:
@@ -178,7 +146,7 @@ class _Work:
                 raise ClientError(f"{name} {key!r} is that of line {self._seen[key]} too", param="custom_id")
             self._seen[key] = number
 
-    async def _one(self, line: _Line) -> None:
+    async def _one(self, line: Line) -> None:
         body, failure = None, None
         try:
             body = await self._answer(line.url, line.body)
@@ -187,8 +155,9 @@ class _Work:
             raise ServerError(text) from error
         except KvasirError as error:
             failure = error
-        self._tokens += body["usage"]["completion_tokens"] if body else 0
-        entry = _simple_entry(line, body, failure) if line.simple else _openai_entry(line, body, failure)
+        usage = body["usage"] if body else {}
+        self._tokens += usage.get("completion_tokens", usage.get("output_tokens", 0))
+        entry = _simple_entry(line, body, failure) if line.simple else openai_entry(line.label, body, failure)
         self._write(line.number, entry, failed=failure is not None)
 
     def _write(self, number: int, entry: Json, *, failed: bool) -> None:
@@ -283,7 +252,7 @@ class Output:
 
     def append(self, entry: Json) -> None:
         """One whole line at a time, so that a crash leaves at most one broken."""
-        self.file.write(orjson.dumps(entry, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+        self.file.write(dumped(entry))
         self.file.flush()
         if time.monotonic() - self.synced > SYNC_S:
             self._sync()
@@ -327,63 +296,20 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
                 yield number, text
 
 
-def _object(raw: bytes | None) -> Json:
-    if raw is None:
-        raise ClientError(f"the line is longer than {MAX_LINE_BYTES} bytes")
-    try:
-        value = orjson.loads(raw)
-    except ValueError as error:
-        raise ClientError(f"the line isn't valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ClientError(f"the line must be a JSON object, got a {type(value).__name__}")
-    return value
-
-
-def _label(value: Json) -> Json:
-    """The field by which the sender knows the line: custom_id, or a simple line's id."""
-    name = next((name for name in ("custom_id", "id") if value.get(name) is not None), None)
-    if name is None:
-        return {}
-    if isinstance(value[name], bool) or not isinstance(value[name], (str, int)):
-        raise ClientError(f"{name} must be a string or an integer, got {value[name]!r:.60}", param=name)
-    return {name: value[name]}
-
-
-def _parsed(value: Json, number: int, label: Json) -> _Line:
+def _parsed(value: Json, number: int, label: Json) -> Line:
     if "body" in value or "url" in value or "method" in value:
-        return _openai_line(value, number, label)
+        return openai_line(value, number, label)
     body = {name: field for name, field in value.items() if name not in ("custom_id", "id")}
     if ("messages" in body) == ("prompt" in body):
         raise ClientError("the line must hold prompt, or messages, or OpenAI's custom_id, method, url and body")
-    return _Line(number, CHAT if "messages" in body else COMPLETION, body, label, simple=True)
+    return Line(number, CHAT if "messages" in body else COMPLETION, body, label, simple=True)
 
 
-def _openai_line(value: Json, number: int, label: Json) -> _Line:
-    if "custom_id" not in label:
-        raise ClientError("custom_id is missing")
-    if value.get("method", "POST") != "POST":
-        raise ClientError(f"method must be POST, got {value['method']!r:.60}")
-    if value.get("url") not in (CHAT, COMPLETION, *ROUTES):
-        known = ", ".join((CHAT, COMPLETION, *ROUTES))
-        raise ClientError(f"url must be one of {known}; got {value.get('url')!r:.60}")
-    if not isinstance(value.get("body"), dict):
-        raise ClientError("body must be an object")
-    return _Line(number, value["url"], value["body"], label, simple=False)
-
-
-def _openai_entry(line: _Line, body: Json | None, failure: KvasirError | None) -> Json:
-    """A line of OpenAI's output file."""
-    status, content = (200, body) if failure is None else (failure.status, openai_error(failure))
-    response = {"status_code": status, "request_id": body["id"] if body else None, "body": content}
-    error = _error(failure) if failure else None
-    return {"id": f"batch_req_{uuid.uuid4().hex}", **line.label, "response": response, "error": error}
-
-
-def _simple_entry(line: _Line, body: Json | None, failure: KvasirError | None) -> Json:
+def _simple_entry(line: Line, body: Json | None, failure: KvasirError | None) -> Json:
     """The text, or several as `choices`, and the usage."""
     if body is None:
         assert failure is not None
-        return {**line.label, "error": _error(failure)}
+        return {**line.label, "error": error_json(failure)}
     choices = [_simple_choice(choice) for choice in body["choices"]]
     answer: Json = choices[0] if len(choices) == 1 else {"choices": choices}
     return {**line.label, **answer, "usage": body["usage"]}
@@ -393,7 +319,3 @@ def _simple_choice(choice: Json) -> Json:
     text = choice["message"]["content"] if "message" in choice else choice["text"]
     rest = {name: value for name, value in choice.items() if name not in ("index", "message", "text")}
     return {"text": text, **{name: value for name, value in rest.items() if value is not None}}
-
-
-def _error(error: KvasirError) -> Json:
-    return {"code": error.code, "message": error.message, "param": error.param}

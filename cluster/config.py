@@ -39,6 +39,13 @@ class GatewayConfig:
     """Largest request body; a larger one is refused with 413."""
     max_stream_buffer: int = 4096
     """Events held for one client that reads slowly; beyond it its request is cancelled."""
+    state_path: str | None = None
+    """SQLite file for stored responses, chats, files and batches; gateways of one machine share it; ":memory:" keeps them
+    in this process. Default: kvasir/state.sqlite3 in $XDG_STATE_HOME or ~/.local/state."""
+    response_ttl_s: float = 30 * 86400.0
+    """Seconds that stored responses and chats live; files, too, unless their sender says otherwise. Flag: --response-ttl."""
+    max_state_bytes: int = 4 * 2**30
+    """Largest size of what is stored: the oldest responses and chats make room, files are refused."""
     num_gateways: int = 1
     """Gateway processes; they share the ports."""
     routing_policy: Literal["round-robin", "least-load", "prefix", "cost"] = "cost"

@@ -75,6 +75,10 @@ class Desk:
         """Calls that haven't ended."""
         return self._beginning + len(self._running)
 
+    def priorities(self, model: ServedModel) -> list[int]:
+        """Of each request for `model` that hasn't ended."""
+        return [request.priority for work in self._running if work.model is model for request in work.requests]
+
     def abandon(self) -> None:
         """Abort everything; clients are told that the server is unavailable."""
         for work in self._running:

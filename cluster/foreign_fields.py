@@ -6,7 +6,8 @@ from collections.abc import Collection
 
 from kvasir.cluster.openai_fields import CHAT_HONOURED, CHAT_REFUSED, Neutral
 
-_HARMLESS = frozenset({"model", "stream", "stream_options", "request_id", "priority", "cache_salt", "return_token_ids"})
+_HARMLESS = frozenset({"model", "stream", "stream_options", "request_id", "priority", "cache_salt", "return_token_ids",
+                       "service_tier", "store", "metadata", "prompt_cache_key", "session_id"})  # fmt: skip
 """They change nothing about the text: where they aren't known a warning will do."""
 
 

@@ -17,9 +17,13 @@ from starlette.routing import Route
 from kvasir.cluster import metrics
 from kvasir.cluster.anthropic_api import anthropic_routes
 from kvasir.cluster.auth import check_exposure, load_keys
+from kvasir.cluster.background import Background
+from kvasir.cluster.batches_api import batches_routes
 from kvasir.cluster.config import GatewayConfig
+from kvasir.cluster.conversations_api import conversation_routes
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.error_shapes import openai_error
+from kvasir.cluster.files_api import files_routes
 from kvasir.cluster.grpc_api import create_grpc_server
 from kvasir.cluster.health import Health
 from kvasir.cluster.http_front import HANDLERS, Front
@@ -27,10 +31,13 @@ from kvasir.cluster.ollama_models import ollama_routes
 from kvasir.cluster.openai_api import Completions, Detokenize, Models, Tokenize
 from kvasir.cluster.pooling_api import PoolingEndpoint
 from kvasir.cluster.recordings import STREAM_ID
+from kvasir.cluster.responses_api import responses_routes
+from kvasir.cluster.store import Store
+from kvasir.cluster.stored_chats import Chats, stored_chat_routes
 from kvasir.cluster.stream_api import FindGateway, Streams, nowhere
 from kvasir.engine.errors import UnavailableError
 
-__all__ = ["create_app", "create_grpc_server"]
+__all__ = ["close_app", "create_app", "create_grpc_server"]
 
 
 def create_app(desk: Desk, config: GatewayConfig, find_gateway: FindGateway = nowhere) -> FastAPI:
@@ -40,8 +47,17 @@ def create_app(desk: Desk, config: GatewayConfig, find_gateway: FindGateway = no
     app = FastAPI(title="Kvasir", openapi_url=None, docs_url=None, redoc_url=None)
     limit = config.max_body_bytes
     streams = Route("/v1/streams/{id}", Streams(desk.recordings, find_gateway), methods=["GET", "DELETE"])
-    others = [*ollama_routes(desk, limit), *anthropic_routes(desk, limit), streams]
-    app.router.routes.extend([*_openai_routes(desk, config), *others, *_operator_routes(desk)])
+    store = Store.open(config.state_path, config.max_state_bytes, os.environ)
+    app.state.store, app.state.background = store, (background := Background(desk, store))
+    chats = Chats(store, config.response_ttl_s)
+    others = [
+        *stored_chat_routes(chats),
+        *ollama_routes(desk, limit),
+        *anthropic_routes(desk, limit),
+        streams,
+        *_stored_routes(desk, background, store, config),
+    ]
+    app.router.routes.extend([*_openai_routes(desk, chats, config), *others, *_operator_routes(desk)])
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
     app.add_middleware(Front, keys=load_keys(config, os.environ))
@@ -56,12 +72,12 @@ def create_app(desk: Desk, config: GatewayConfig, find_gateway: FindGateway = no
     return app
 
 
-def _openai_routes(desk: Desk, config: GatewayConfig) -> list[Route]:
+def _openai_routes(desk: Desk, chats: Chats, config: GatewayConfig) -> list[Route]:
     limit, role = config.max_body_bytes, config.response_role
     models = Models(desk, int(time.time()))
     tokenize, detokenize = Tokenize(desk, limit), Detokenize(desk, limit)
     return [
-        Route("/v1/chat/completions", Completions.chat(desk, limit, role), methods=["POST"]),
+        Route("/v1/chat/completions", Completions.chat(desk, limit, role, chats), methods=["POST"]),
         Route("/v1/completions", Completions.text(desk, limit, role), methods=["POST"]),
         Route("/v1/models", models.list, methods=["GET"]),
         Route("/v1/models/{name:path}", models.get, methods=["GET"]),
@@ -69,6 +85,22 @@ def _openai_routes(desk: Desk, config: GatewayConfig) -> list[Route]:
         *(Route(path, detokenize, methods=["POST"]) for path in ("/detokenize", "/v1/detokenize")),
         *(Route(path, pool, methods=["POST"]) for path, pool in PoolingEndpoint.routes(desk, limit).items()),
     ]
+
+
+def _stored_routes(desk: Desk, background: Background, store: Store, config: GatewayConfig) -> list[Route]:
+    limit, ttl_s = config.max_body_bytes, config.response_ttl_s
+    return [
+        *responses_routes(desk, store, background, config),
+        *conversation_routes(store, ttl_s, limit),
+        *files_routes(store, background, ttl_s),
+        *batches_routes(store, background, ttl_s=ttl_s, max_body_bytes=limit),
+    ]
+
+
+async def close_app(app: FastAPI) -> None:
+    """End what runs behind the routes; what is stored stays."""
+    await app.state.background.close()
+    app.state.store.close()
 
 
 def _operator_routes(desk: Desk) -> list[Route]:

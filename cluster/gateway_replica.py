@@ -128,6 +128,8 @@ class Gateway:
         from kvasir.cluster.gateway import create_app
 
         config = self._config
+        self._app = create_app(self._desk, config, self._find_gateway)
+        self._app.state.background.start()
         ports = [config.port, *([config.ollama_port] if config.ollama_port >= 0 else [])]
         socks = [bound_socket(config.host, port, shared=True) for port in ports]
         scheme = "https" if config.ssl_certfile else "http"
@@ -136,7 +138,7 @@ class Gateway:
             socks.append(door := bound_socket(config.host, 0, shared=False))
             self._door = f"{scheme}://{authority(_reachable(config.host), door.getsockname()[1])}"
         options = uvicorn.Config(
-            create_app(self._desk, config, self._find_gateway),
+            self._app,
             log_config=None,
             access_log=False,
             ws="none",
@@ -179,8 +181,11 @@ class Gateway:
         return authority(config.host, port)
 
     async def _stop(self) -> None:
+        from kvasir.cluster.gateway import close_app
+
         self._http.should_exit = True
         await asyncio.gather(self._http_task, return_exceptions=True)
+        await close_app(self._app)
         if self._grpc is not None:
             await self._grpc.stop(grace=0.5)
         await self._directory.close()

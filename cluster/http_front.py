@@ -61,7 +61,7 @@ class Front:
             return
         headers = header_map(scope)
         state = scope.setdefault("state", {})
-        state["request_id"] = None
+        state["request_id"], state["principal"] = None, ""
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -73,7 +73,7 @@ class Front:
         try:
             state["request_id"] = request_id_from(headers.get("x-request-id"), "X-Request-ID")
             if scope["path"] not in OPEN_PATHS:
-                self._keys.check(headers.get("authorization"), headers.get("x-api-key"))
+                state["principal"] = self._keys.check(headers.get("authorization"), headers.get("x-api-key"))
         except KvasirError as error:
             await send_error(send_with_id, error, scope["path"], state["request_id"])
             return

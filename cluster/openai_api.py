@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import orjson
@@ -11,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from kvasir.cluster.anthropic_reply import model_card
-from kvasir.cluster.call import request_id_from
+from kvasir.cluster.call import Conversation, request_id_from
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.error_shapes import openai_error
 from kvasir.cluster.generation import Generation
@@ -26,6 +27,8 @@ from kvasir.cluster.http_front import (
 from kvasir.cluster.openai_reply import ChatReply, CompletionReply, Reply
 from kvasir.cluster.openai_schema import Ask, parse_chat, parse_completion, parse_detokenize, parse_tokenize
 from kvasir.cluster.reply_stream import SSE, stream, whole
+from kvasir.cluster.service_fields import in_session
+from kvasir.cluster.stored_chats import Chats
 from kvasir.engine.errors import KvasirError
 
 _ANTHROPIC = "anthropic-version"
@@ -39,17 +42,25 @@ class Completions:
     """POST /v1/chat/completions or /v1/completions."""
 
     def __init__(
-        self, desk: Desk, parse: Callable[[Body], Ask], make_reply: MakeReply, *, max_body_bytes: int, role: str
+        self,
+        desk: Desk,
+        parse: Callable[[Body], Ask],
+        make_reply: MakeReply,
+        *,
+        max_body_bytes: int,
+        role: str,
+        chats: Chats | None = None,
     ) -> None:
         self._desk = desk
         self._parse = parse
         self._make_reply = make_reply
         self._max_body_bytes = max_body_bytes
         self._role = role
+        self._chats = chats
 
     @classmethod
-    def chat(cls, desk: Desk, max_body_bytes: int, role: str) -> Completions:
-        return cls(desk, parse_chat, ChatReply, max_body_bytes=max_body_bytes, role=role)
+    def chat(cls, desk: Desk, max_body_bytes: int, role: str, chats: Chats) -> Completions:
+        return cls(desk, parse_chat, ChatReply, max_body_bytes=max_body_bytes, role=role, chats=chats)
 
     @classmethod
     def text(cls, desk: Desk, max_body_bytes: int, role: str) -> Completions:
@@ -60,19 +71,34 @@ class Completions:
         headers = header_map(scope)
         if ask.request_id is not None and "x-request-id" not in headers:
             scope["state"]["request_id"] = request_id_from(ask.request_id, "request_id")
-        await until_gone(receive, self._answer(ask, scope["state"]["request_id"], headers, send))
+        await until_gone(receive, self._answer(ask, scope["state"], headers, send))
 
-    async def _answer(self, ask: Ask, request_id: str, headers: Mapping[str, str], send: Send) -> None:
-        generation = await self._desk.begin(ask.call, request_id, headers)
+    async def _answer(self, ask: Ask, state: Mapping[str, Any], headers: Mapping[str, str], send: Send) -> None:
+        generation = await self._desk.begin(ask.call, state["request_id"], in_session(headers, ask.session))
         try:
-            reply = self._make_reply(ask, generation, request_id, self._role)
+            answer_id = (
+                uuid.uuid4().hex if ask.store else state["request_id"]
+            )  # which clients may choose, and use twice
+            reply = self._make_reply(ask, generation, answer_id, self._role)
+            keep = self._keeping(ask, reply, state["principal"])
             extra = [*warning_header(ask.warnings, generation.truncated_tokens), *route_header(generation.route)]
             if ask.stream:
-                await stream(generation, reply, send, [SSE, *extra], _failed)
+                await stream(generation, reply, send, [SSE, *extra], _failed, keep)
             else:
-                await whole(generation, reply.whole, send, extra)
+                await whole(generation, reply.whole, send, extra, keep)
         finally:
             self._desk.end(generation)
+
+    def _keeping(self, ask: Ask, reply: Reply, principal: str) -> Callable[[], Awaitable[None]]:
+        """Keeps the answer, if that was asked for."""
+        prompt = ask.call.prompts[0]
+        if not ask.store or self._chats is None or not isinstance(prompt, Conversation):
+            return _nothing
+        return self._chats.keeping(reply.whole, principal, dict(ask.metadata), prompt.messages)
+
+
+async def _nothing() -> None:
+    """Nothing is kept."""
 
 
 class Tokenize:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kvasir.cluster.service_fields import check_metadata, check_tier
 from kvasir.cluster.structured_fields import FIELDS as STRUCTURED
 from kvasir.cluster.structured_fields import check_backend
 from kvasir.engine.errors import ClientError
@@ -45,7 +46,9 @@ def integer_from(low: int, high: int) -> Check:
     return check
 
 
-def _one_of(*values: str) -> Check:
+def one_of(*values: str) -> Check:
+    """One of these words."""
+
     def check(name: str, value: Any) -> None:
         if value not in values:
             raise ClientError(f"{name} must be one of {', '.join(values)}, got {value!r:.60}", param=name)
@@ -146,6 +149,9 @@ _HONOURED: dict[str, Check] = {
     "echo": boolean,
     "add_special_tokens": boolean,
     "priority": integer_from(-(2**31), 2**31 - 1),
+    "service_tier": check_tier,
+    "prompt_cache_key": string,
+    "session_id": string,
     "cache_salt": string,
     "request_id": string,
     "return_token_ids": boolean,
@@ -162,13 +168,15 @@ CHAT_HONOURED: dict[str, Check] = {
     "tools": _OBJECTS,
     "tool_choice": later,
     "parallel_tool_calls": boolean,
-    "reasoning_effort": _one_of("none", "minimal", "low", "medium", "high", "xhigh", "max"),
+    "reasoning_effort": one_of("none", "minimal", "low", "medium", "high", "xhigh", "max"),
     "enable_thinking": boolean,
     "include_reasoning": boolean,
     "thinking_token_budget": _NOT_NEGATIVE,
     "add_generation_prompt": boolean,
     "continue_final_message": boolean,
     "chat_template_kwargs": _OBJECT,
+    "store": boolean,
+    "metadata": check_metadata,
 }
 
 COMPLETION_HONOURED: dict[str, Check] = {
@@ -196,14 +204,9 @@ STREAM_OPTIONS: dict[str, Check] = {"include_usage": boolean}
 
 _IGNORED: Neutral = {
     "user": (),
-    "metadata": ({},),
-    "store": (False,),
-    "service_tier": ("auto", "default"),
     "safety_identifier": (),
-    "prompt_cache_key": (),
     "prompt_cache_retention": (),
     "prompt_cache_options": ({},),
-    "session_id": (),
     "stream_interval": (1,),
     "skip_reading_prefix_cache": (False,),
 }
@@ -213,7 +216,7 @@ CHAT_IGNORED: Neutral = {
     "prediction": (),  # speeds generation up elsewhere
 }
 
-COMPLETION_IGNORED: Neutral = dict(_IGNORED)
+COMPLETION_IGNORED: Neutral = {**_IGNORED, "metadata": ({},), "store": (False,)}
 
 _REFUSED: Neutral = {
     "guided_whitespace_pattern": (),

@@ -18,6 +18,7 @@ from kvasir.cluster.generation import Generation
 from kvasir.cluster.openai_logprobs import ChatLogprobs, CompletionLogprobs, prompt_logprobs_json
 from kvasir.cluster.openai_schema import Ask
 from kvasir.cluster.reading import AnswerStream, read_whole
+from kvasir.cluster.service_fields import tier_served
 from kvasir.engine.transcript import Delta, Output, Usage
 
 DONE = b"data: [DONE]\n\n"
@@ -311,7 +312,8 @@ def usage_json(usage: Usage) -> Json:
 def _envelope(answer_id: str, ask: Ask, generation: Generation) -> Json:
     """What all chunks begin with. `model` is the name that the client used."""
     model = ask.call.model or generation.model.name
-    return {"id": answer_id, "created": int(time.time()), "model": model, "system_fingerprint": FINGERPRINT}
+    tier = {"service_tier": tier_served(ask.service_tier)} if ask.service_tier else {}
+    return {"id": answer_id, "created": int(time.time()), "model": model, "system_fingerprint": FINGERPRINT, **tier}
 
 
 def _text(message: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ fine. A field in no table is unknown, and named in a warning too.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvasir.cluster.call import Call, Conversation, Prompt, Text, check_variables, thinking_variables
@@ -27,6 +27,7 @@ from kvasir.cluster.openai_fields import (
     integer_from,
     undrawn,
 )
+from kvasir.cluster.service_fields import priority
 from kvasir.cluster.structured_fields import structured_output
 from kvasir.cluster.tool_use import tool_use
 from kvasir.engine.errors import ClientError, UnsupportedError
@@ -60,6 +61,13 @@ class Ask:
     """Fields that were ignored."""
     include_reasoning: bool = True
     """Show the model's thoughts."""
+    service_tier: str | None = None
+    session: str = ""
+    """Requests of one session go to one group, where their prefixes are cached."""
+    store: bool = False
+    """The answer can be fetched again."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """Labels of what is stored."""
 
 
 def parse_chat(body: Mapping[str, Any]) -> Ask:
@@ -249,8 +257,8 @@ def _prompts(prompt: Any, add_special_tokens: bool) -> list[Prompt]:
 
 def _common(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `Call` that both bodies have."""
-    given = {name: fields[name] for name in ("priority", "cache_salt") if name in fields}
-    return {"model": fields.get("model", ""), **given}
+    salt = {"cache_salt": fields["cache_salt"]} if "cache_salt" in fields else {}
+    return {"model": fields.get("model", ""), "priority": priority(fields), **salt}
 
 
 def _shape(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> dict[str, Any]:
@@ -263,6 +271,7 @@ def _shape(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> dict[str, An
             raise ClientError("stream_options needs stream to be true", param="stream_options")
         include_usage, more = _stream_options(options)
         warnings += more
+    unstored = ("metadata",) if fields.get("metadata") and not fields.get("store") else ()
     return {
         "stream": stream,
         "include_usage": include_usage,
@@ -270,7 +279,9 @@ def _shape(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> dict[str, An
         "return_token_ids": fields.get("return_token_ids", False),
         "return_timing": fields.get("return_timing", False),
         "request_id": fields.get("request_id"),
-        "warnings": (*warnings, *undrawn(fields)),
+        "warnings": (*warnings, *undrawn(fields), *unstored),
+        "session": fields.get("session_id", fields.get("prompt_cache_key", "")),
+        **{name: fields[name] for name in ("service_tier", "store", "metadata") if name in fields},
     }
 
 

@@ -43,6 +43,7 @@ GROUPS = {
     "listening": ("host", "port", "grpc_port", "ollama_port", "num_gateways", "allowed_origins", "max_body_bytes",
                   "max_stream_buffer", "drain_timeout", "failover_timeout", "stream_ttl", "stream_memory"),
     "routing": ("routing_policy", "max_ttft"),
+    "storage": ("state_path", "response_ttl", "max_state_bytes"),
     "security": ("api_key", "api_key_file", "insecure", "ssl_keyfile", "ssl_certfile"),
 }  # fmt: skip
 """Order and headings of --help; what isn't named here comes last, under "other"."""
@@ -198,6 +199,8 @@ GATEWAY_RANGES: dict[str, tuple[float, float]] = {
     "failover_timeout": (0, 86400),
     "stream_ttl": (0, 86400),
     "stream_memory": (0, 2**40),
+    "response_ttl": (1, 10 * 366 * 86400),
+    "max_state_bytes": (2**20, 2**50),
 }
 
 

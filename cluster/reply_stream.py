@@ -4,7 +4,7 @@ dialect has them; where its client may come back it is recorded, and the client 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -18,9 +18,10 @@ from kvasir.engine.transcript import Delta
 
 SSE = (b"content-type", b"text/event-stream; charset=utf-8")
 NDJSON = (b"content-type", b"application/x-ndjson")
-_UNBUFFERED = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
+UNBUFFERED = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
 
 Headers = Iterable[tuple[bytes, bytes]]
+Keep = Callable[[], Awaitable[None]]
 
 
 class Frames(Protocol):
@@ -33,10 +34,14 @@ class Frames(Protocol):
         """What comes behind the last step."""
 
 
-async def whole(generation: Generation, answer: Callable[[], Any], send: Send, headers: Headers) -> None:
-    """The answer in one piece, as JSON."""
+async def whole(
+    generation: Generation, answer: Callable[[], Any], send: Send, headers: Headers, keep: Keep | None = None
+) -> None:
+    """The answer in one piece, as JSON. `keep`: done before the client is told."""
     async for _ in generation:
         pass
+    if keep is not None:
+        await keep()
     warnings = (f"{RESUMABLE} (only streams are)",) if generation.recording.resumable else ()
     await send_json(send, 200, answer(), [*headers, *warning_header(warnings), generation.timing.header()])
 
@@ -47,13 +52,15 @@ async def stream(
     send: Send,
     headers: Headers,
     failed: Callable[[KvasirError], bytes],
+    keep: Keep | None = None,
 ) -> None:
     """Headers go out with the first tokens: what fails before has a status of its own; later it is `failed`'s bytes.
-    When the client may come back they go out at once, since they hold the id for that."""
+    When the client may come back they go out at once, since they hold the id for that. `keep`: done when the answer is
+    complete, before the client is told."""
     recording, headers = generation.recording, [*headers]
     recording.open(dict(headers)[b"content-type"], failed)
     if recording.resumable:
-        recording.record(_events(generation, reply, recording.kind == SSE[1]))
+        recording.record(_events(generation, reply, recording.kind == SSE[1], keep))
         await play(recording, 0, send, headers)
         return
     begun = False
@@ -65,6 +72,8 @@ async def stream(
             if frames := reply.frames(deltas):
                 await send({"type": "http.response.body", "body": frames, "more_body": True})
         last = reply.closing()
+        if keep is not None:
+            await keep()
     except KvasirError as error:
         if not begun:
             raise
@@ -86,18 +95,23 @@ async def play(recording: Recording, after: int, send: Send, headers: Headers) -
 
 
 async def _start(send: Send, recording: Recording, headers: Headers) -> None:
-    start = [*headers, *_UNBUFFERED, (STREAM_ID.encode(), recording.id.encode())]
+    start = [*headers, *UNBUFFERED, (STREAM_ID.encode(), recording.id.encode())]
     await send({"type": "http.response.start", "status": 200, "headers": start})
 
 
-async def _events(generation: Generation, reply: Frames, sse: bool) -> AsyncIterator[Sequence[bytes]]:
+async def _events(
+    generation: Generation, reply: Frames, sse: bool, keep: Keep | None
+) -> AsyncIterator[Sequence[bytes]]:
     """The answer event by event, each server-sent one with its number."""
     count = 0
     async for deltas in generation:
         if events := _cut(reply.frames(deltas), sse, count):
             count += len(events)
             yield events
-    yield _cut(reply.closing(), sse, count)
+    closing = reply.closing()
+    if keep is not None:
+        await keep()
+    yield _cut(closing, sse, count)
 
 
 def _cut(frames: bytes, sse: bool, count: int) -> list[bytes]:

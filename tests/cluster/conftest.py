@@ -8,7 +8,6 @@ import functools
 import itertools
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -427,7 +426,8 @@ class LiveGateway:
         return asyncio.run_coroutine_threadsafe(run(), self.loop).result(10)
 
     async def _serve(self) -> None:
-        from kvasir.cluster.gateway import create_app, create_grpc_server
+        from kvasir.cluster.gateway import close_app, create_app, create_grpc_server
+        from kvasir.cluster.sockets import bound_socket
 
         config, self._stop = self.config, asyncio.Event()
         tls = {"ssl_keyfile": config.ssl_keyfile, "ssl_certfile": config.ssl_certfile} if config.ssl_certfile else {}
@@ -435,10 +435,10 @@ class LiveGateway:
         async def find(name: str) -> str | None:
             return self.others.get(name)
 
-        app = create_app(self.desk, config, find)
-        options = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", **tls)
+        self.app = create_app(self.desk, config, find)
+        options = uvicorn.Config(self.app, log_config=None, access_log=False, lifespan="off", **tls)
         server, self.server = uvicorn.Server(options), create_grpc_server(self.desk, config)
-        sock = socket.create_server(("127.0.0.1", 0))
+        sock = bound_socket("127.0.0.1", 0, shared=False)
         self.url = f"{'https' if tls else 'http'}://localhost:{sock.getsockname()[1]}"
         options.load()
         server.lifespan = options.lifespan_class(options)
@@ -455,6 +455,7 @@ class LiveGateway:
         await self.server.stop(grace=0)
         server.force_exit = True
         await server.shutdown(sockets=[sock])
+        await close_app(self.app)
 
 
 @pytest.fixture

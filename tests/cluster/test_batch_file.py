@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from kvasir.cluster import batch_file
+from kvasir.cluster import batch_file, batch_line
 from kvasir.cluster.batch_file import Output, Tally, answer_lines, run_batch
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ClientError, ConfigError, ServerError, UnavailableError
@@ -128,6 +128,7 @@ def test_an_id_twice(tmp_path: Path, out: Path) -> None:
 
 def test_lines_that_are_too_long(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_file, "MAX_LINE_BYTES", 64)
+    monkeypatch.setattr(batch_line, "MAX_LINE_BYTES", 64)
     source = _write(tmp_path / "in.jsonl", {"prompt": "x" * 40}, {"prompt": "y" * 300}, {"prompt": "z"})
     source.write_text(source.read_text().rstrip("\n"))
     assert _run(source, out) == Tally(2, 1, 0)

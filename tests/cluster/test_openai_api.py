@@ -224,14 +224,12 @@ def test_every_sampling_field_reaches_the_group(gateway):
 
 
 def test_warnings_name_what_was_ignored(gateway):
-    reply = chat(
-        gateway, user="me", store=True, metadata={"a": "b"}, unheard_of=1, extra_body={"top_k": 3, "odd\r\nX: y": 1}
-    )
+    reply = chat(gateway, user="me", metadata={"a": "b"}, unheard_of=1, extra_body={"top_k": 3, "odd\r\nX: y": 1})
     assert reply.status_code == 200
-    assert reply.headers["x-kvasir-warning"] == r"ignored: user, store, metadata, unheard_of, odd\r\nX: y"
+    assert reply.headers["x-kvasir-warning"] == r"ignored: user, unheard_of, odd\r\nX: y, metadata"
     assert gateway.group.requests[-1].sampling.top_k == 3
-    streamed = chat(gateway, stream=True, service_tier="flex")
-    assert streamed.headers["x-kvasir-warning"] == "ignored: service_tier"
+    streamed = chat(gateway, stream=True, safety_identifier="me")
+    assert streamed.headers["x-kvasir-warning"] == "ignored: safety_identifier"
 
 
 def test_request_id(gateway):

@@ -1,0 +1,253 @@
+"""Bodies of /v1/responses as asks. As in `openai_schema`, each field is honoured, ignored with a warning, or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvasir.cluster.call import Call, Conversation, check_variables
+from kvasir.cluster.foreign_fields import foreign_constraints
+from kvasir.cluster.openai_fields import (
+    CHAT_HONOURED,
+    SAMPLING,
+    Check,
+    Neutral,
+    boolean,
+    integer_from,
+    later,
+    one_of,
+    string,
+)
+from kvasir.cluster.openai_schema import sort_fields
+from kvasir.cluster.responses_items import input_items, messages
+from kvasir.cluster.service_fields import check_metadata, check_tier, priority
+from kvasir.cluster.structured_fields import structured_output
+from kvasir.engine.errors import ClientError, UnsupportedError
+from kvasir.engine.request import MAX_LOGPROBS
+
+Body = Mapping[str, Any]
+Json = dict[str, Any]
+
+_OBJECT = CHAT_HONOURED["chat_template_kwargs"]
+_HONOURED: dict[str, Check] = {
+    **{name: SAMPLING[name] for name in ("temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids")},
+    **{name: SAMPLING[name] for name in ("presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos")},
+    **{name: CHAT_HONOURED[name] for name in ("cache_salt", "chat_template_kwargs", "priority", "request_id")},
+    "model": string,
+    "input": later,
+    "instructions": string,
+    "max_output_tokens": integer_from(1, 2**31 - 1),
+    "text": _OBJECT,
+    "tools": CHAT_HONOURED["tools"],
+    "tool_choice": later,
+    "include": CHAT_HONOURED["stop"],
+    "top_logprobs": integer_from(0, MAX_LOGPROBS),
+    "metadata": check_metadata,
+    "store": boolean,
+    "previous_response_id": string,
+    "conversation": later,
+    "background": boolean,
+    "stream": boolean,
+    "stream_options": _OBJECT,
+    "service_tier": check_tier,
+    "truncation": one_of("auto", "disabled"),
+    **dict.fromkeys(("user", "safety_identifier", "prompt_cache_key"), string),
+}
+_IGNORED: Neutral = {
+    "parallel_tool_calls": (True, False),  # means something only where tools may be called
+    "max_tool_calls": (),  # counts calls of tools that the server runs; there are none
+    "prompt_cache_retention": (),
+    "prompt_cache_options": ({},),
+    "prewarm": (False,),
+}
+_REFUSED: Neutral = {
+    **foreign_constraints({*_HONOURED, *_IGNORED}),
+    "reasoning": ({},),
+    "prompt": (),
+    "context_management": ([],),
+    "moderation": (),
+    "access_programs": ({},),
+    "image": ({},),
+}
+LOGPROBS = "message.output_text.logprobs"
+_ECHOED = ("previous_response_id", "prompt_cache_key", "safety_identifier", "user", "max_output_tokens", "instructions")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResponseAsk:
+    """A body of /v1/responses understood. `body` is kept to ask it again after a restart."""
+
+    body: Body
+    call: Call
+    """Without a prompt, which depends on what was said before: see `with_items`."""
+    items: Sequence[Json]
+    """Input of this response alone."""
+    instructions: str | None
+    variables: Mapping[str, Any]
+    echo: Json
+    """Fields of the answer that repeat the body's."""
+    session: str = ""
+    """Requests of one session go to one group, where their prefixes are cached."""
+    previous: str | None = None
+    conversation: str | None = None
+    """What is said is read from there, and added."""
+    store: bool = True
+    background: bool = False
+    stream: bool = False
+    truncates: bool = False
+    """What doesn't fit into the context may be left out."""
+    logprobs: int | None = None
+    request_id: str | None = None
+    warnings: tuple[str, ...] = ()
+
+    def with_items(self, items: Sequence[Json]) -> ResponseAsk:
+        """The same with a prompt: all that was said so far."""
+        conversation = Conversation(messages=messages(items, self.instructions), variables=self.variables)
+        return dataclasses.replace(self, call=dataclasses.replace(self.call, prompts=(conversation,)))
+
+
+def parse_response(body: Body) -> ResponseAsk:
+    """Body of POST /v1/responses. Raises ClientError or UnsupportedError naming the field."""
+    fields, warnings = sort_fields(body, _HONOURED, _IGNORED, _REFUSED)
+    _check_together(fields)
+    _check_tools(fields.get("tools"), fields.get("tool_choice"))
+    check_variables(fields.get("chat_template_kwargs", {}), "chat_template_kwargs")
+    sampling: Json = {name: fields[name] for name in SAMPLING if name in fields}
+    if "max_output_tokens" in fields:
+        sampling["max_tokens"] = fields["max_output_tokens"]
+    form = _format(fields)
+    if (wanted := structured_output({"response_format": _chat_format(form)})) is not None:
+        sampling["structured_outputs"] = wanted
+    logprobs, more = _logprobs(fields)
+    if logprobs is not None:
+        sampling["logprobs"] = logprobs
+    items = input_items(fields.get("input"))
+    call = Call(
+        model=fields.get("model", ""),
+        prompts=(),
+        sampling=sampling,
+        priority=priority(fields),
+        cache_salt=fields.get("cache_salt", ""),
+    )
+    return ResponseAsk(
+        body=body,
+        call=call,
+        items=items,
+        instructions=fields.get("instructions"),
+        variables=fields.get("chat_template_kwargs", {}),
+        echo=_echo(fields, form),
+        session=fields.get("prompt_cache_key", ""),
+        conversation=_conversation_id(fields.get("conversation")),
+        previous=fields.get("previous_response_id"),
+        truncates=fields.get("truncation") == "auto",
+        logprobs=logprobs,
+        request_id=fields.get("request_id"),
+        warnings=(*warnings, *more, *_stream_options(fields)),
+        **{name: fields[name] for name in ("store", "background", "stream") if name in fields},
+    )
+
+
+def parse_input_tokens(body: Body) -> ResponseAsk:
+    """Body of POST /v1/responses/input_tokens: the fields of a response; those that say nothing about input are ignored."""
+    return parse_response({**body, "store": False, "background": False, "stream": False, "stream_options": None})
+
+
+def _check_together(fields: Mapping[str, Any]) -> None:
+    """Fields that only make sense with others."""
+    if fields.get("background") and not fields.get("store", True):
+        raise ClientError("background needs store to be true: the answer is fetched later", param="background")
+    if "conversation" in fields and "previous_response_id" in fields:
+        raise ClientError("conversation and previous_response_id exclude each other", param="conversation")
+    if fields.get("top_logprobs") and LOGPROBS not in fields.get("include", ()):
+        raise ClientError(f'top_logprobs needs include to hold "{LOGPROBS}"', param="top_logprobs")
+
+
+def _check_tools(tools: Sequence[Mapping[str, Any]] | None, choice: object) -> None:
+    """None so far: an answer is one message."""
+    if tools:
+        raise UnsupportedError(
+            "tools aren't supported in responses so far; /v1/chat/completions has them", param="tools"
+        )
+    if choice not in (None, "none", "auto"):
+        raise ClientError("tool_choice needs tools", param="tool_choice")
+
+
+def _format(fields: Mapping[str, Any]) -> Json:
+    """text.format; its other field, verbosity, says nothing to the models here."""
+    text = fields.get("text", {})
+    if other := [name for name, value in text.items() if name not in ("format", "verbosity") and value is not None]:
+        raise UnsupportedError(f"text.{other[0]} isn't supported", param="text")
+    if text.get("verbosity") not in (None, "medium"):
+        raise UnsupportedError(f"text.verbosity must be medium, got {text['verbosity']!r:.60}", param="text")
+    form = text.get("format")
+    if form is None:
+        return {"type": "text"}
+    if not isinstance(form, dict) or form.get("type") not in ("text", "json_object", "json_schema"):
+        known = "text, json_object or json_schema"
+        raise ClientError(f"text.format must be an object whose type is {known}; got {form!r:.60}", param="text")
+    if form["type"] == "json_schema" and "schema" not in form:
+        raise ClientError("text.format: json_schema has no schema", param="text")
+    return form
+
+
+def _chat_format(form: Json) -> Json:
+    """The same as response_format of chats, where the schema lies deeper."""
+    if form["type"] != "json_schema":
+        return form
+    return {"type": "json_schema", "json_schema": {"schema": form["schema"]}}
+
+
+def _logprobs(fields: Mapping[str, Any]) -> tuple[int | None, tuple[str, ...]]:
+    """(most likely tokens that are shown, what of `include` there is nothing of)."""
+    include = fields.get("include", [])
+    include = [include] if isinstance(include, str) else include
+    wanted = fields.get("top_logprobs", 0) if LOGPROBS in include else None
+    return wanted, tuple(f"include: {name}" for name in include if name != LOGPROBS)
+
+
+def _stream_options(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """What of it is ignored."""
+    options = fields.get("stream_options")
+    if options is None:
+        return ()
+    if not fields.get("stream"):
+        raise ClientError("stream_options needs stream to be true", param="stream_options")
+    return tuple(f"stream_options.{name}" for name, value in options.items() if value not in (None, False))
+
+
+def _conversation_id(given: Any) -> str | None:
+    """Of an id, or an object with one."""
+    found = given.get("id") if isinstance(given, dict) else given
+    if given is not None and not isinstance(found, str):
+        raise ClientError(f"conversation must be an id, or an object with one; got {given!r:.60}", param="conversation")
+    return found
+
+
+def _echo(fields: Mapping[str, Any], form: Json) -> Json:
+    """What the answer repeats, with OpenAI's defaults."""
+    conversation = _conversation_id(fields.get("conversation"))
+    return {
+        **{name: fields.get(name) for name in _ECHOED},
+        "background": fields.get("background", False),
+        "conversation": None if conversation is None else {"id": conversation},
+        "max_tool_calls": None,
+        "metadata": fields.get("metadata", {}),
+        "parallel_tool_calls": True,
+        "reasoning": {"effort": None, "summary": None},
+        "store": fields.get("store", True),
+        "text": {"format": _shown(form), "verbosity": "medium"},
+        "tool_choice": fields.get("tool_choice", "auto"),
+        "tools": fields.get("tools", []),
+        "top_logprobs": fields.get("top_logprobs", 0),
+        "truncation": fields.get("truncation", "disabled"),
+    }
+
+
+def _shown(form: Json) -> Json:
+    """text.format with what OpenAI's clients read of it."""
+    if form["type"] != "json_schema":
+        return {"type": form["type"]}
+    shown = {"name": "response", "description": None, "strict": True, **form}
+    return {name: shown[name] for name in ("type", "name", "description", "schema", "strict")}

@@ -1,0 +1,58 @@
+"""The SQLite file of the store: where it lies, and what its tables are."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Mapping
+from pathlib import Path
+
+from kvasir.engine.errors import ConfigError
+
+VERSION = 1
+MEMORY = ":memory:"
+_SCHEMA = """
+PRAGMA auto_vacuum = INCREMENTAL;
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = NORMAL;
+PRAGMA foreign_keys = ON;
+CREATE TABLE IF NOT EXISTS object (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, principal TEXT NOT NULL,
+    created REAL NOT NULL, expires REAL NOT NULL, size INTEGER NOT NULL, open INTEGER NOT NULL,
+    owner TEXT NOT NULL, lease REAL NOT NULL, body BLOB NOT NULL, private BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS listed ON object (principal, kind, number);
+CREATE INDEX IF NOT EXISTS expiring ON object (expires);
+CREATE INDEX IF NOT EXISTS working ON object (kind, lease) WHERE open;
+CREATE TABLE IF NOT EXISTS part (
+    id TEXT NOT NULL REFERENCES object (id) ON DELETE CASCADE, number INTEGER NOT NULL, failed INTEGER NOT NULL,
+    data BLOB NOT NULL, PRIMARY KEY (id, number)) WITHOUT ROWID;
+"""
+
+
+def default_path(environ: Mapping[str, str]) -> str:
+    """Where state is kept when nobody says where."""
+    state = Path(environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return str(state / "kvasir" / "state.sqlite3")
+
+
+def opened(path: str) -> sqlite3.Connection:
+    try:
+        if path != MEMORY:
+            Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # prompts and answers are in it
+        return _prepared(path)
+    except (OSError, sqlite3.Error) as error:
+        raise ConfigError(f"--state-path {path}: {error}", param="state_path") from error
+
+
+def _prepared(path: str) -> sqlite3.Connection:
+    db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+    try:
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version not in (0, VERSION):
+            raise sqlite3.DatabaseError(f"it has version {version} of the state, this program writes {VERSION}")
+        db.executescript(f"{_SCHEMA}PRAGMA user_version = {VERSION};")
+    except BaseException:
+        db.close()
+        raise
+    return db

@@ -1,0 +1,177 @@
+"""The store by itself: what is kept, for whom, how long, and who works on it."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvasir.cluster import store as store_module
+from kvasir.cluster.store import FullError, NotFoundError, Part, Store, Stored
+from kvasir.engine.errors import ConfigError, ServerError
+
+
+def thing(name: str, **fields: Any) -> Stored:
+    given: dict[str, Any] = {"kind": "response", "principal": "me", "expires": time.time() + 60, "body": {"id": name}}
+    return Stored(id=name, **{**given, "private": {"models": ["m"]}, **fields})
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Any:
+    """Stores of one file, closed at the end."""
+    stores: list[Store] = []
+
+    def make(max_bytes: int = 2**30) -> Store:
+        stores.append(Store(str(tmp_path / "state.db"), max_bytes))
+        return stores[-1]
+
+    yield make
+    for one in stores:
+        one.close()
+
+
+Made = Callable[..., Store]
+
+
+def test_belongs_to_one(made: Made) -> None:
+    async def run() -> None:
+        store = made()
+        await store.put(thing("a"))
+        assert (await store.get("a", "response", "me")).body == {"id": "a"}
+        for kind, principal in (("response", "you"), ("file", "me")):
+            with pytest.raises(NotFoundError):
+                await store.get("a", kind, principal)  # type: ignore[arg-type]
+            with pytest.raises(NotFoundError):
+                await store.delete("a", kind, principal)  # type: ignore[arg-type]
+        await store.delete("a", "response", "me")
+        assert await store.change("a", lambda body: body) is None
+
+    asyncio.run(run())
+
+
+def test_parts_die_with_their_object(made: Made, tmp_path: Path) -> None:
+    async def run() -> None:
+        store = made()
+        await store.put(thing("a", open=True), [Part(0, b"x")])
+        assert await store.append("a", [Part(1, b"yy", True)])
+        assert await store.follow("a", -1) == (True, [Part(0, b"x"), Part(1, b"yy", True)])
+        assert await store.numbers("a") == {0: False, 1: True}
+        assert await store.counts("a") == (1, 1)
+        assert await store.finish("a", {"done": 1}, [Part(2, b"z")])
+        assert not await store.append("a", [Part(3, b"late")])
+        assert not await store.finish("a", {"done": 2})
+        assert await store.follow("a", 1) == (False, [Part(2, b"z")])
+        await store.delete("a", "response", "me")
+        assert await store.parts("a") == []
+
+    asyncio.run(run())
+
+
+def test_leases(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is worked on has one owner; another takes over when that one is silent, or lets go."""
+    monkeypatch.setattr(store_module, "LEASE_S", 0.2)
+
+    async def run() -> None:
+        one, other = made(), made()
+        for name in ("a", "b", "c"):
+            await one.put(thing(name, open=True))
+        await one.put(thing("else", open=True, private={"models": ["n"]}))
+        assert await other.claim("response", {"m"}, 9) == []
+        await one.release(["a"])
+        assert [found.id for found in await other.claim("response", {"m"}, 9)] == ["a"]
+        assert await one.renew() == {"b", "c", "else"}
+        await asyncio.sleep(0.3)
+        assert [found.id for found in await other.claim("response", {"m"}, 1)] == ["a"]
+        assert [found.id for found in await other.claim("response", {"m"}, 9)] == ["b", "c"]
+        assert await one.renew() == {"else"}
+
+    asyncio.run(run())
+
+
+def test_expired(made: Made) -> None:
+    async def run() -> None:
+        store = made()
+        await store.put(thing("old", expires=time.time() - 1))
+        await store.put(thing("busy", expires=time.time() - 1, open=True))
+        await store.put(thing("new"))
+        with pytest.raises(NotFoundError):
+            await store.get("old", "response", "me")
+        await store.sweep()
+        await store.keep(["old", "busy"], time.time() + 9)
+        assert [found.id for found in await store.listed("response", "me")] == ["new", "busy"]
+
+    asyncio.run(run())
+
+
+def test_the_oldest_answers_make_room(made: Made) -> None:
+    async def run() -> None:
+        store = made(max_bytes=10_000)
+        await store.put(thing("file", kind="file", body={"x": "x" * 4000}))
+        for name in "abcdef":
+            await store.put(thing(name, body={"x": "x" * 1800}))
+        await store.sweep()
+        assert [found.id for found in await store.listed("response", "me", newest_first=False)] == ["d", "e", "f"]
+        await store.room(5900)
+        with pytest.raises(FullError, match="--max-state-bytes"):
+            await store.room(6100)
+
+    asyncio.run(run())
+
+
+def test_half_written_files_are_swept(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "LEASE_S", 0.05)
+
+    async def run() -> None:
+        store = made()
+        await store.put(thing("half", kind="file", open=True))
+        await asyncio.sleep(0.15)
+        await store.sweep()
+        assert await store.counts("half") == (0, 0)
+        assert await store.listed("file", "me") == []
+
+    asyncio.run(run())
+
+
+def test_two_write_at_once(made: Made) -> None:
+    """Changes of two processes follow each other: none is lost."""
+
+    async def run() -> None:
+        stores = [made(), made()]
+        await stores[0].put(thing("a", body={"n": 0}))
+        for _ in range(10):
+            await asyncio.gather(
+                *(one.change("a", lambda body: {"n": body["n"] + 1}) for one in stores for _ in range(5))
+            )
+        assert (await stores[0].get("a", "response", "me")).body == {"n": 100}
+
+    asyncio.run(run())
+
+
+def test_a_change_that_fails_changes_nothing(made: Made) -> None:
+    def wrong(body: Any) -> Any:
+        raise ValueError
+
+    async def run() -> None:
+        store = made()
+        await store.put(thing("a"))
+        with pytest.raises(ValueError):
+            await store.change("a", wrong)
+        with pytest.raises(ServerError, match="--state-path"):
+            await store.put(thing("a"))
+        assert (await store.get("a", "response", "me")).body == {"id": "a"}
+
+    asyncio.run(run())
+
+
+def test_state_of_another_version(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    db = sqlite3.connect(path)
+    db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(ConfigError, match="version 99"):
+        Store(str(path), 2**20)
