@@ -1,7 +1,7 @@
 """Answers of /v1/responses, whole or as numbered server-sent events.
 
-An answer is a list of items; `_Message` writes one that is text. Other kinds (calls of tools, thoughts) are classes like
-it, which open, grow and close with events of their own; one item is open at a time.
+An answer is a list of items: text, thoughts and calls of tools, which open, grow and close with events of their own; one
+is open at a time.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 
 import orjson
 
+from kvasir.cluster.answer_parts import Part
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.openai_logprobs import ChatLogprobs
+from kvasir.cluster.reading import AnswerStream
 from kvasir.cluster.responses_schema import ResponseAsk
 from kvasir.cluster.served_model import ServedModel
 from kvasir.cluster.service_fields import tier_served
@@ -22,6 +24,10 @@ from kvasir.engine.errors import KvasirError
 from kvasir.engine.transcript import Delta, Output, Usage
 
 Json = dict[str, Any]
+Events = list[tuple[str, Json]]
+"""(type, fields) of server-sent events."""
+KINDS = {"content": "message", "reasoning": "reasoning", "call": "function_call", "arguments": "function_call"}
+"""Part of an answer -> the item that it belongs to."""
 
 _ERRORS = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
 """Status -> the nearest of the codes that OpenAI's responses have; any other is a server_error."""
@@ -34,7 +40,8 @@ class ResponseReply:
         sampling = {"temperature": 1.0, "top_p": 1.0, **model.sampling_defaults, **ask.call.sampling}
         self._ask = ask
         self._number = 0
-        self._item: _Message | None = None
+        self._item: _Message | _Thoughts | _Call | None = None
+        self._answer: AnswerStream | None = None
         self._generation: Generation | None = None
         self.response: Json = {
             "id": response_id or f"resp_{uuid.uuid4().hex}",
@@ -54,7 +61,7 @@ class ResponseReply:
 
     def begin(self, generation: Generation) -> None:
         """From now on `generation` writes the answer."""
-        self._generation = generation
+        self._generation, self._answer = generation, AnswerStream(generation.reading)
         self.response["status"] = "in_progress"
 
     def opening(self) -> list[bytes]:
@@ -69,19 +76,13 @@ class ResponseReply:
         """Events of one step."""
         out = [] if self._number else self.opening()
         for _, delta in deltas:
-            if delta.text or (delta.token_ids and self._ask.logprobs is not None):
-                out += self._open()
-                out.append(self._text(delta))
+            out += self._feed(delta)
         return out
 
     def ending(self) -> list[bytes]:
         """Events behind the last step; `response` is complete."""
         out = [] if self._number else self.opening()
-        out += self._open()
-        self._complete()
-        assert self._item is not None
-        out += [self._event(kind, **fields) for kind, fields in self._item.closing(self.response["output"][0])]
-        return [*out, self.now()]
+        return [*out, *self._complete(), self.now()]
 
     def frames(self, deltas: Sequence[tuple[int, Delta]]) -> bytes:
         return b"".join(self.events(deltas))
@@ -91,6 +92,8 @@ class ResponseReply:
 
     def whole(self) -> Json:
         """The answer in one piece."""
+        output = self._output
+        self._feed(Delta(0, output.text, output.token_ids, output.logprobs))
         self._complete()
         return self.response
 
@@ -109,31 +112,76 @@ class ResponseReply:
         """Events so far."""
         return self._number
 
-    def _open(self) -> list[bytes]:
-        if self._item is not None:
-            return []
-        self._item = _Message()
-        return [self._event(kind, **fields) for kind, fields in self._item.opening()]
+    @property
+    def _output(self) -> Output:
+        assert self._generation is not None, "begin comes first"
+        return self._generation.transcripts[0].outputs[0]
 
-    def _text(self, delta: Delta) -> bytes:
-        assert self._item is not None
+    def _feed(self, delta: Delta) -> list[bytes]:
+        """What a delta brings: more of the open item, or the next ones."""
+        assert self._answer is not None, "begin comes first"
+        out: list[bytes] = []
         scores = self._logprobs(delta.token_ids, delta.logprobs)
-        return self._event("response.output_text.delta", **self._item.place, delta=delta.text, logprobs=scores)
+        parts = self._answer.parts(delta.text, last=False)
+        if not parts and scores and isinstance(self._item, _Message):
+            parts = [Part("content", "")]
+        for part in parts:
+            out += self._grow(part, scores)
+            scores = scores if part.kind != "content" else []
+        return out
 
-    def _complete(self) -> None:
+    def _grow(self, part: Part, scores: list[Json]) -> list[bytes]:
+        assert self._answer is not None
+        out: list[bytes] = []
+        if part.kind == "call" or self._item is None or self._item.kind != KINDS[part.kind]:
+            out += self._close("completed")
+            index = len(self.response["output"])
+            if part.kind == "call":
+                self._item = _Call(index, part.text, self._answer.ids[part.call])
+            else:
+                self._item = _Message(index) if part.kind == "content" else _Thoughts(index)
+            out += self._events(self._item.opening())
+        return out if part.kind == "call" else [*out, *self._events(self._item.grow(part.text, scores))]
+
+    def _close(self, status: str) -> list[bytes]:
+        """The open item is complete."""
+        if self._item is None:
+            return []
+        item, events = self._item.closing(status)
+        self.response["output"] = [*self.response["output"], item]
+        self._item = None
+        return self._events(events)
+
+    def _complete(self) -> list[bytes]:
         """Fill in what is known at the end."""
         assert self._generation is not None
-        output = self._generation.transcripts[0].outputs[0]
-        cut = output.finish_reason == "length"
+        assert self._answer is not None
+        cut = self._output.finish_reason == "length"
         status = "incomplete" if cut else "completed"
-        self._item = self._item or _Message()
+        out: list[bytes] = []
+        for part in self._answer.parts("", last=True):
+            out += self._grow(part, [])
+        if self._item is None and not self.response["output"]:
+            out += self._grow(Part("content", ""), [])
+        out += self._close(status)
         self.response |= {
             "status": status,
             "completed_at": None if cut else int(time.time()),
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-            "output": [self._item.whole(output, self._logprobs(output.token_ids, output.logprobs), status)],
-            "usage": usage_json(self._generation.usage),
+            "usage": usage_json(self._generation.usage, self._thought_tokens()),
         }
+        return out
+
+    def _thought_tokens(self) -> int:
+        """How many tokens the thoughts are."""
+        texts = [
+            part["text"] for item in self.response["output"] if item["type"] == "reasoning" for part in item["content"]
+        ]
+        tokenizer = self._generation.model.tokenizer if self._generation is not None else None
+        return sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts) if tokenizer else 0
+
+    def _events(self, events: Sequence[tuple[str, Json]]) -> list[bytes]:
+        return [self._event(kind, **fields) for kind, fields in events]
 
     def _logprobs(self, ids: Sequence[int], scores: Any) -> list[Json]:
         if self._ask.logprobs is None or self._generation is None:
@@ -150,30 +198,100 @@ class ResponseReply:
 class _Message:
     """An item that is text."""
 
-    def __init__(self) -> None:
+    kind = "message"
+
+    def __init__(self, index: int) -> None:
         self._id = f"msg_{uuid.uuid4().hex}"
-        self.place = {"item_id": self._id, "output_index": 0, "content_index": 0}
+        self._index, self._place = index, {"item_id": self._id, "output_index": index, "content_index": 0}
+        self._text, self._logprobs = "", []  # type: str, list[Json]
 
-    def opening(self) -> list[tuple[str, Json]]:
+    def opening(self) -> Events:
         empty = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-        item = {"output_index": 0, "item": self._item([], "in_progress")}
-        return [("response.output_item.added", item), ("response.content_part.added", {**self.place, "part": empty})]
+        item = {"output_index": self._index, "item": self._item([], "in_progress")}
+        return [("response.output_item.added", item), ("response.content_part.added", {**self._place, "part": empty})]
 
-    def closing(self, item: Json) -> list[tuple[str, Json]]:
-        (part,) = item["content"]
-        done = {**self.place, "text": part["text"], "logprobs": part["logprobs"]}
-        return [
+    def grow(self, text: str, logprobs: list[Json]) -> Events:
+        if not text and not logprobs:
+            return []
+        self._text += text
+        self._logprobs += logprobs
+        return [("response.output_text.delta", {**self._place, "delta": text, "logprobs": logprobs})]
+
+    def closing(self, status: str) -> tuple[Json, Events]:
+        """(the whole item, its last events)."""
+        part = {"type": "output_text", "text": self._text, "annotations": [], "logprobs": self._logprobs}
+        item = self._item([part], status)
+        done = {**self._place, "text": self._text, "logprobs": self._logprobs}
+        return item, [
             ("response.output_text.done", done),
-            ("response.content_part.done", {**self.place, "part": part}),
-            ("response.output_item.done", {"output_index": 0, "item": item}),
+            ("response.content_part.done", {**self._place, "part": part}),
+            ("response.output_item.done", {"output_index": self._index, "item": item}),
         ]
-
-    def whole(self, output: Output, logprobs: list[Json], status: str) -> Json:
-        part = {"type": "output_text", "text": output.text, "annotations": [], "logprobs": logprobs}
-        return self._item([part], status)
 
     def _item(self, content: list[Json], status: str) -> Json:
         return {"type": "message", "id": self._id, "role": "assistant", "status": status, "content": content}
+
+
+class _Thoughts:
+    """An item of what the model thought."""
+
+    kind = "reasoning"
+
+    def __init__(self, index: int) -> None:
+        self._id = f"rs_{uuid.uuid4().hex}"
+        self._index, self._place = index, {"item_id": self._id, "output_index": index, "content_index": 0}
+        self._text = ""
+
+    def opening(self) -> Events:
+        part = {"type": "reasoning_text", "text": ""}
+        item = {"output_index": self._index, "item": self._item([], "in_progress")}
+        return [("response.output_item.added", item), ("response.content_part.added", {**self._place, "part": part})]
+
+    def grow(self, text: str, logprobs: list[Json]) -> Events:
+        self._text += text
+        return [("response.reasoning_text.delta", {**self._place, "delta": text})]
+
+    def closing(self, status: str) -> tuple[Json, Events]:
+        part = {"type": "reasoning_text", "text": self._text}
+        item = self._item([part], status)
+        return item, [
+            ("response.reasoning_text.done", {**self._place, "text": self._text}),
+            ("response.content_part.done", {**self._place, "part": part}),
+            ("response.output_item.done", {"output_index": self._index, "item": item}),
+        ]
+
+    def _item(self, content: list[Json], status: str) -> Json:
+        return {"type": "reasoning", "id": self._id, "summary": [], "content": content, "status": status}
+
+
+class _Call:
+    """An item that calls a tool of the client's."""
+
+    kind = "function_call"
+
+    def __init__(self, index: int, name: str, call_id: str) -> None:
+        self._id = f"fc_{uuid.uuid4().hex}"
+        self._index, self._place = index, {"item_id": self._id, "output_index": index}
+        self._name, self._call_id, self._arguments = name, call_id, ""
+
+    def opening(self) -> Events:
+        return [("response.output_item.added", {"output_index": self._index, "item": self._item("in_progress")})]
+
+    def grow(self, text: str, logprobs: list[Json]) -> Events:
+        self._arguments += text
+        return [("response.function_call_arguments.delta", {**self._place, "delta": text})]
+
+    def closing(self, status: str) -> tuple[Json, Events]:
+        item = self._item(status)
+        done = {**self._place, "name": self._name, "arguments": self._arguments}
+        return item, [
+            ("response.function_call_arguments.done", done),
+            ("response.output_item.done", {"output_index": self._index, "item": item}),
+        ]
+
+    def _item(self, status: str) -> Json:
+        called = {"call_id": self._call_id, "name": self._name, "arguments": self._arguments}
+        return {"type": "function_call", "id": self._id, **called, "status": status}
 
 
 def event(kind: str, number: int, **fields: Any) -> bytes:
@@ -188,12 +306,12 @@ def failed(response: Json, error: KvasirError) -> Json:
     return {**response, "status": "failed", "error": {"code": code, "message": error.message}}
 
 
-def usage_json(usage: Usage) -> Json:
+def usage_json(usage: Usage, thought_tokens: int) -> Json:
     """The shape that responses have for it."""
     return {
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": thought_tokens},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }

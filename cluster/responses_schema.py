@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvasir.cluster.call import Call, Conversation, check_variables
+from kvasir.cluster.call import Call, Conversation, check_variables, thinking_variables
 from kvasir.cluster.foreign_fields import foreign_constraints
 from kvasir.cluster.openai_fields import (
     CHAT_HONOURED,
@@ -24,6 +24,7 @@ from kvasir.cluster.openai_schema import sort_fields
 from kvasir.cluster.responses_items import input_items, messages
 from kvasir.cluster.service_fields import check_metadata, check_tier, priority
 from kvasir.cluster.structured_fields import structured_output
+from kvasir.cluster.tool_use import tool_use
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.request import MAX_LOGPROBS
 
@@ -42,6 +43,9 @@ _HONOURED: dict[str, Check] = {
     "text": _OBJECT,
     "tools": CHAT_HONOURED["tools"],
     "tool_choice": later,
+    "parallel_tool_calls": boolean,
+    "reasoning": _OBJECT,
+    "thinking_token_budget": CHAT_HONOURED["thinking_token_budget"],
     "include": CHAT_HONOURED["stop"],
     "top_logprobs": integer_from(0, MAX_LOGPROBS),
     "metadata": check_metadata,
@@ -56,7 +60,6 @@ _HONOURED: dict[str, Check] = {
     **dict.fromkeys(("user", "safety_identifier", "prompt_cache_key"), string),
 }
 _IGNORED: Neutral = {
-    "parallel_tool_calls": (True, False),  # means something only where tools may be called
     "max_tool_calls": (),  # counts calls of tools that the server runs; there are none
     "prompt_cache_retention": (),
     "prompt_cache_options": ({},),
@@ -64,7 +67,6 @@ _IGNORED: Neutral = {
 }
 _REFUSED: Neutral = {
     **foreign_constraints({*_HONOURED, *_IGNORED}),
-    "reasoning": ({},),
     "prompt": (),
     "context_management": ([],),
     "moderation": (),
@@ -86,6 +88,8 @@ class ResponseAsk:
     """Input of this response alone."""
     instructions: str | None
     variables: Mapping[str, Any]
+    tools: Sequence[Json]
+    """As chat templates know them."""
     echo: Json
     """Fields of the answer that repeat the body's."""
     session: str = ""
@@ -104,7 +108,8 @@ class ResponseAsk:
 
     def with_items(self, items: Sequence[Json]) -> ResponseAsk:
         """The same with a prompt: all that was said so far."""
-        conversation = Conversation(messages=messages(items, self.instructions), variables=self.variables)
+        said = messages(items, self.instructions)
+        conversation = Conversation(messages=said, tools=self.tools or None, variables=self.variables)
         return dataclasses.replace(self, call=dataclasses.replace(self.call, prompts=(conversation,)))
 
 
@@ -112,7 +117,9 @@ def parse_response(body: Body) -> ResponseAsk:
     """Body of POST /v1/responses. Raises ClientError or UnsupportedError naming the field."""
     fields, warnings = sort_fields(body, _HONOURED, _IGNORED, _REFUSED)
     _check_together(fields)
-    _check_tools(fields.get("tools"), fields.get("tool_choice"))
+    tools = [_tool(tool, f"tools[{number}]") for number, tool in enumerate(fields.get("tools", ()))]
+    use = tool_use(tools, fields.get("tool_choice"), fields.get("parallel_tool_calls", True))
+    effort, unknown = _effort(fields.get("reasoning", {}))
     check_variables(fields.get("chat_template_kwargs", {}), "chat_template_kwargs")
     sampling: Json = {name: fields[name] for name in SAMPLING if name in fields}
     if "max_output_tokens" in fields:
@@ -130,13 +137,16 @@ def parse_response(body: Body) -> ResponseAsk:
         sampling=sampling,
         priority=priority(fields),
         cache_salt=fields.get("cache_salt", ""),
+        tools=use,
+        thinking_budget=fields.get("thinking_token_budget"),
     )
     return ResponseAsk(
         body=body,
         call=call,
         items=items,
         instructions=fields.get("instructions"),
-        variables=fields.get("chat_template_kwargs", {}),
+        variables={**thinking_variables(effort), **fields.get("chat_template_kwargs", {})},
+        tools=tools,
         echo=_echo(fields, form),
         session=fields.get("prompt_cache_key", ""),
         conversation=_conversation_id(fields.get("conversation")),
@@ -144,7 +154,7 @@ def parse_response(body: Body) -> ResponseAsk:
         truncates=fields.get("truncation") == "auto",
         logprobs=logprobs,
         request_id=fields.get("request_id"),
-        warnings=(*warnings, *more, *_stream_options(fields)),
+        warnings=(*warnings, *more, *unknown, *_stream_options(fields)),
         **{name: fields[name] for name in ("store", "background", "stream") if name in fields},
     )
 
@@ -164,14 +174,27 @@ def _check_together(fields: Mapping[str, Any]) -> None:
         raise ClientError(f'top_logprobs needs include to hold "{LOGPROBS}"', param="top_logprobs")
 
 
-def _check_tools(tools: Sequence[Mapping[str, Any]] | None, choice: object) -> None:
-    """None so far: an answer is one message."""
-    if tools:
+def _tool(tool: Mapping[str, Any], at: str) -> Json:
+    """As chats have it: the function's fields in an object of their own."""
+    if tool.get("type") != "function":
+        kind = tool.get("type")
         raise UnsupportedError(
-            "tools aren't supported in responses so far; /v1/chat/completions has them", param="tools"
+            f"{at}: this server runs no tools of its own, such as {kind!r:.60}; describe yours", param="tools"
         )
-    if choice not in (None, "none", "auto"):
-        raise ClientError("tool_choice needs tools", param="tool_choice")
+    names = ("name", "description", "parameters", "strict")
+    return {"type": "function", "function": {name: tool[name] for name in names if tool.get(name) is not None}}
+
+
+def _effort(reasoning: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
+    """(how much the model is to think, what is ignored)."""
+    if other := [name for name in reasoning if name not in ("effort", "summary", "generate_summary")]:
+        raise UnsupportedError(f"reasoning.{other[0]:.60} isn't supported", param="reasoning")
+    effort = reasoning.get("effort")
+    if effort is not None:
+        CHAT_HONOURED["reasoning_effort"]("reasoning.effort", effort)
+    ignored = ["reasoning.effort (but by chat templates that know it, or enable_thinking)"] if effort else []
+    wanted = reasoning.get("summary") or reasoning.get("generate_summary")
+    return effort, (*ignored, *(["reasoning.summary (thoughts are shown whole)"] if wanted else []))
 
 
 def _format(fields: Mapping[str, Any]) -> Json:
@@ -234,8 +257,8 @@ def _echo(fields: Mapping[str, Any], form: Json) -> Json:
         "conversation": None if conversation is None else {"id": conversation},
         "max_tool_calls": None,
         "metadata": fields.get("metadata", {}),
-        "parallel_tool_calls": True,
-        "reasoning": {"effort": None, "summary": None},
+        "parallel_tool_calls": fields.get("parallel_tool_calls", True),
+        "reasoning": {"effort": None, "summary": None, **fields.get("reasoning", {})},
         "store": fields.get("store", True),
         "text": {"format": _shown(form), "verbosity": "medium"},
         "tool_choice": fields.get("tool_choice", "auto"),

@@ -18,6 +18,7 @@ from kvasir.engine.errors import ConfigError
 from kvasir.engine.layout import Layout, Room, layout
 from kvasir.engine.share import Share, stages
 from kvasir.engine.spec import Spec
+from kvasir.kernels.native import native
 
 CPU_SHARE = 0.4
 """Of the RAM that is free beside the weights: the machine has other things to do."""
@@ -244,3 +245,9 @@ def _human(size: int) -> str:
     if abs(size) >= 1 << 30:
         return f"{size / (1 << 30):.2f} GiB"
     return f"{size / (1 << 20):.1f} MiB" if abs(size) >= 1 << 20 else f"{size / 1024:.1f} KiB"
+
+
+def compiled_kernels() -> tuple[bool, str]:
+    """(whether this process has the CPU's compiled kernels, which, or why not)."""
+    found = native()
+    return found.library is not None, found.text

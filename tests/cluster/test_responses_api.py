@@ -143,9 +143,11 @@ def test_items(gateway):
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input"),
         ({"input": [{"role": "robot", "content": "x"}]}, "input"),
-        ({"tools": [{"type": "function", "name": "f"}]}, "tools"),
+        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tools": [{"type": "function", "name": ""}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"reasoning": {"effort": "low"}}, "reasoning"),
+        ({"reasoning": {"effort": "often"}}, "reasoning.effort"),
+        ({"reasoning": {"mood": "low"}}, "reasoning"),
         ({"conversation": "conv_none"}, "conversation"),
         ({"conversation": 1}, "conversation"),
         ({"conversation": "conv_1", "previous_response_id": "resp_1"}, "conversation"),
@@ -219,7 +221,7 @@ def test_input_tokens(gateway, client):
 
 
 def test_a_bug_ends_its_response(gateway, client, monkeypatch, caplog):
-    monkeypatch.setattr("kvasir.cluster.responses_reply.usage_json", lambda usage: 1 // 0)
+    monkeypatch.setattr("kvasir.cluster.responses_reply.usage_json", lambda *_: 1 // 0)
     found = client.responses.create(model="bytes", input="Hi", background=True)
     until(lambda: client.responses.retrieve(found.id).status == "failed")
     assert "ZeroDivisionError" in caplog.text
@@ -309,7 +311,7 @@ def test_documented_examples(gateway, data):
             error = reply.json()["error"]
             assert (reply.status_code, error["code"]) == (400, "unsupported_parameter")
             assert error["param"] in body
-    assert (checked, answered) == (9, 3)
+    assert (checked, answered) == (9, 5)
 
 
 def test_nothing_is_kept_unless_wanted(gateway, client):

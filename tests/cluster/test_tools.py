@@ -626,3 +626,32 @@ def test_grpc(thinker):
     assert max(reply.finish_reason for reply in replies) == pb.FINISH_REASON_TOOL_CALLS
     form = json.loads(sampling_of(thinker).structured_outputs.structural_tag)["format"]
     assert form["stop_after_first"]
+
+
+def test_responses(thinker, closing):
+    says(thinker, SAID)
+    client = closing(openai.OpenAI(base_url=thinker.url + "/v1", api_key="none"))
+    tool = {"type": "function", "name": "get_weather", "parameters": WEATHER, "strict": True}
+    ask = {"model": "bytes", "input": "Rain?", "tools": [tool], "reasoning": {"effort": "high"}}
+    found = client.responses.create(**ask)
+    thoughts, message, call = found.output
+    assert (thoughts.type, thoughts.content[0].text) == ("reasoning", "A city.")
+    assert (message.type, message.content[0].text) == ("message", "Let me see.\n")
+    assert (call.type, call.name, json.loads(call.arguments)) == ("function_call", "get_weather", {"city": "Bergen"})
+    assert found.usage.output_tokens_details.reasoning_tokens == len("A city.")
+    tag = json.loads(sampling_of(thinker).structured_outputs.structural_tag)["format"]["tags"][0]
+    assert not tag["content"]["lenient"]
+    with client.responses.stream(**ask) as stream:
+        kinds = [event.type for event in stream]
+        streamed = stream.get_final_response()
+    assert [item.type for item in streamed.output] == ["reasoning", "message", "function_call"]
+    assert streamed.output[2].arguments == call.arguments
+    assert kinds.count("response.output_item.added") == kinds.count("response.output_item.done") == 3
+    assert "response.function_call_arguments.delta" in kinds
+    assert "response.reasoning_text.delta" in kinds
+    says(thinker, "</think>It rains.")
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
+    again = client.responses.create(model="bytes", input=[result], previous_response_id=found.id, tools=[tool])
+    assert again.output_text == "</think>It rains."
+    prompt = bytes(i for i in thinker.group.requests[-1].prompt_token_ids if i < 256)
+    assert b"rain" in prompt
