@@ -262,6 +262,25 @@ def test_what_is_done_about_the_answer_counts(group_of_fakes):
     run(main())
 
 
+def test_what_was_ended_while_it_waited_ends(group_of_fakes):
+    async def main():
+        async with Fleet(group_of_fakes, 1, 0.005) as fleet:
+            stream = LastingStream(request(n=2, max_tokens=200), fleet.failover())
+            await stream.start()
+            events = await _some(stream)
+            await fleet.kill(fleet.groups[0])
+            reader = asyncio.ensure_future(read(stream))
+            await asyncio.sleep(0.1)
+            stream.abort(1, "stop")
+            await fleet.add()
+            found = outcome(events + await reader, 2)
+            assert found[0][3] == [("length", 200)]
+            assert found[1][3][0][0] == "stop"
+            assert len(found[1][0]) < 100
+
+    run(main())
+
+
 def test_a_full_group_is_waited_for(group_of_fakes):
     async def main():
         async with Fleet(group_of_fakes, 2, 0.002) as fleet:
