@@ -48,7 +48,7 @@ def create_app(desk: Desk, config: GatewayConfig) -> FastAPI:
             allow_origins=list(config.allowed_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["X-Request-ID", "X-Kvasir-Warning", "Retry-After"],
+            expose_headers=["X-Request-ID", "X-Kvasir-Warning", "Kvasir-Route", "Retry-After"],
         )
     return app
 
