@@ -69,7 +69,7 @@ class Report:
     good: int
     hits: float
     real_time: float
-    """Simulated seconds in a second."""
+    """Simulated seconds in a second of one core."""
 
     @property
     def attained(self) -> float:
@@ -101,17 +101,17 @@ HEAD = f"\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 def simulate(asks: Sequence[Ask], policy: Policy, speed: float, shape: Shape, args: argparse.Namespace) -> Report:
     """One policy at one speed."""
     routers = [Router(policy, max_ttft_s=args.max_ttft, draw=random.Random(n)) for n in range(args.gateways)]
-    began = time.perf_counter()
+    began = time.process_time()
     simulation = Simulation(args.groups, shape, routers)
     runs, refused = simulation.run((ask.at / speed, ask.prompt, ask.output) for ask in asks)
-    wall = time.perf_counter() - began
+    spent = time.process_time() - began
     outcomes = [
         Outcome(run.first_token - run.arrived, (run.finished - run.first_token) / max(1, run.output - 1), run.cached,
                 run.request.prompt_token_ids)
         for run in runs
     ]  # fmt: skip
     span = max(run.finished for run in runs)
-    return _report(policy, speed, asks, outcomes, len(refused), shape.block_size, span / wall, args)
+    return _report(policy, speed, asks, outcomes, len(refused), shape.block_size, span / spent, args)
 
 
 def _report(
