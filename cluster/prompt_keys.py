@@ -20,8 +20,11 @@ BLOCKS = 32
 MEMORY = 8192
 """Portions remembered: with blocks of 16 tokens 4 M tokens, about 30 MB."""
 
-Memory = OrderedDict[tuple[ContentId, bytes], tuple[ContentId, list[Key]]]
-"""(id before, tokens) -> (id of the last block, keys of all)"""
+PROBE = 64
+"""Bytes of a portion's end that tell it from others behind the same block, mostly; then all are compared."""
+
+Memory = OrderedDict[tuple[ContentId, bytes], tuple[bytes, ContentId, list[Key]]]
+"""(id before, end of the tokens) -> (tokens, id of the last block, keys of all)"""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,12 +47,14 @@ class Hasher:
 
     def portion(self, before: ContentId, token_ids: Sequence[int]) -> tuple[ContentId, list[Key]]:
         """(id of the last block, keys) of at most BLOCKS full blocks."""
-        asked = (before, token_bytes(token_ids))
-        if (known := self.memory.get(asked)) is not None:
-            self.memory.move_to_end(asked)
-            return known
-        ids = content_ids(before, asked[1], self.block_size)
-        found = self.memory[asked] = ids[-1], key_list(ids)
+        tokens = token_bytes(token_ids)
+        probe = (before, tokens[-PROBE:])
+        if (known := self.memory.get(probe)) is not None and known[0] == tokens:
+            self.memory.move_to_end(probe)
+            return known[1], known[2]
+        ids = content_ids(before, tokens, self.block_size)
+        found = ids[-1], key_list(ids)
+        self.memory[probe] = tokens, *found
         if len(self.memory) > MEMORY:
             self.memory.popitem(last=False)
         return found

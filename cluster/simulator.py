@@ -61,7 +61,7 @@ class Shape:
         return ModelInfo(
             name="simulated",
             max_model_len=self.num_blocks * self.block_size,
-            vocab_size=2**32,
+            vocab_size=2**31,
             num_blocks=self.num_blocks,
             block_size=self.block_size,
             max_num_seqs=self.max_num_seqs,

@@ -349,6 +349,8 @@ class FakeDirectory:
 
     def __init__(self, *groups: FakeGroup) -> None:
         self.groups = {group.info.name: group for group in groups}
+        self.sessions: list[str] = []
+        """Of what was placed."""
 
     def find(self, model: str) -> FakeGroup:
         if not self.groups[model].alive:
@@ -357,6 +359,7 @@ class FakeDirectory:
 
     def place(self, model: str, request: Request, session: str = "") -> Placement:
         group = self.find(model)
+        self.sessions.append(session)
         router = Router()
         route = router.place(request, [router.join("fake")], 0.0, session)
         return Placement(group, request, route, router)

@@ -101,6 +101,34 @@ def test_overload_and_retry_after(live_gateway):
         assert gateway.desk.running == 0
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": ["Hi", "Ho"]}),
+        ("/v1/completions", {"prompt": "Hi", "stream": True}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}),
+        ("/api/generate", {"prompt": "Hi", "stream": False}),
+    ],
+)
+def test_who_asks_is_told_the_route(live_gateway, path, body):
+    with live_gateway() as gateway:
+        asked = httpx.post(gateway.url + path, json={"model": "bytes", **body}, headers={"kvasir-route": "1"})
+        assert asked.headers["kvasir-route"].startswith(
+            "policy=cost; why=only; group=fake; candidates=1; prompt_tokens="
+        )
+        assert asked.headers["kvasir-route"].count("policy=") == (2 if isinstance(body.get("prompt"), list) else 1)
+        assert "kvasir-route" not in httpx.post(gateway.url + path, json={"model": "bytes", **body}).headers
+
+
+@pytest.mark.parametrize(
+    ("headers", "session"), [({}, ""), ({"kvasir-session": "a"}, "a"), ({"X-Session-ID": "b"}, "b")]
+)
+def test_sessions_reach_the_router(live_gateway, headers, session):
+    with live_gateway() as gateway:
+        assert complete(gateway, headers).status_code == 200
+        assert gateway.directory.sessions == [session]
+
+
 def test_one_refusal_of_many_aborts_the_others(live_gateway):
     with live_gateway() as gateway:
         submit = gateway.group.submit
@@ -146,7 +174,7 @@ def test_alive_but_not_able_to_decode(live_gateway):
 
 def test_draining(live_gateway):
     with live_gateway() as gateway:
-        gateway.group.step_s = 0.02
+        gateway.group.step_s = 0.06
         with httpx.stream("POST", gateway.url + "/v1/completions", json=BODY | {"stream": True}) as reply:
             lines = reply.iter_lines()
             next(lines)

@@ -103,6 +103,12 @@ def test_generate(gateway, client):
     assert gateway.group.requests[-1].sampling.max_tokens == 16
 
 
+def test_who_asks_is_told_the_route(client):
+    call = client.call("Generate", {"model": "bytes", "text": "Hi"}, metadata=(("kvasir-route", "1"),))
+    list(call)
+    assert "why=only" in dict(call.trailing_metadata())["kvasir-route"]
+
+
 def test_generate_from_ids_and_by_default_model(gateway, client):
     body = {"prompt_token_ids": {"ids": [72, 105]}, "sampling": {"max_tokens": 3}, "return_prompt_token_ids": True}
     replies = list(client.call("Generate", body))

@@ -186,10 +186,10 @@ def test_a_full_queue_is_429_only_when_nothing_of_the_call_runs(gateway, monkeyp
     submit, room = gateway.group.submit, 3
     running = lambda: len([one for one in gateway.group.streams.values() if not one.complete])  # noqa: E731
 
-    async def narrow(request, *place):
+    async def narrow(request, placement):
         if running() >= room:
             raise OverloadedError("3 requests are waiting", retry_after_s=7)
-        return await submit(request, *place)
+        return await submit(request, placement)
 
     gateway.group.step_s = 0.001
     monkeypatch.setattr(gateway.group, "submit", narrow)

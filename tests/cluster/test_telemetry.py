@@ -38,7 +38,8 @@ async def one_request(group, tracing, headers, n=1, pooling=None):
         trace_context=span.trace_context,
         pooling=pooling,
     )
-    with span.stage("route"):
+    with span.stage("route") as facts:
+        facts["why"] = "only"
         stream = await client.submit(request)
     ends = [event async for event in stream if isinstance(event, (Finished, Pooled))]
     span.end(response_id="x", finish_reasons=["length"], input_tokens=3, output_tokens=4 * n)
@@ -62,6 +63,8 @@ def test_one_tree_per_request(group_of_fakes, otlp_receiver, monkeypatch):
     assert {span.trace_id.hex() for span in spans} == {TRACE}
     assert root.parent_span_id.hex() == PARENT
     assert {span.parent_span_id for span in spans if span is not root} == {root.span_id}
+    (route,) = (span for span in spans if span.name == "route")
+    assert otlp_receiver.attributes(route) == {"kvasir.route.why": "only"}
     facts = otlp_receiver.attributes(root)
     assert facts[telemetry.USAGE_INPUT_TOKENS] == 3
     assert facts[telemetry.REQUEST_MAX_TOKENS] == 4
