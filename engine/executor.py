@@ -108,9 +108,9 @@ class GroupExecutor:
         return result
 
     def close(self) -> None:
-        if self._tiers is not None:
-            self._tiers.close()
         self._hub.close()
+        if self._tiers is not None:
+            self._tiers.close()  # meanwhile the others write what they have left
         self._kill()
         self._mesh.close()
 

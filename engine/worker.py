@@ -61,14 +61,19 @@ def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
     if (tiers := loaded.tiers) is not None:
         tiers.on_fetched = lambda ticket, count: spoke.send("fetched", FETCHED.pack(ticket, count))
     spoke.send("ready")
-    while True:
-        kind, content = spoke.receive()
-        step, results = decode_step(content)
-        for result in results:
-            rank.learn(result)
-        found = rank.run(step)
-        if place.samples:
-            spoke.send("result", encode_result(found))
+    try:
+        while True:
+            kind, content = spoke.receive()
+            step, results = decode_step(content)
+            for result in results:
+                rank.learn(result)
+            found = rank.run(step)
+            if place.samples:
+                spoke.send("result", encode_result(found))
+    except EOFError:
+        if tiers is not None:
+            tiers.close()
+        raise
 
 
 def config_of(said: Mapping[str, Any]) -> EngineConfig:
