@@ -18,6 +18,7 @@ from kvasir.engine.errors import ConfigError
 from kvasir.engine.layout import Layout, Room, layout
 from kvasir.engine.share import Share, stages
 from kvasir.engine.spec import Spec
+from kvasir.kernels.native import native
 
 CPU_SHARE = 0.4
 """Of the RAM that is free beside the weights: the machine has other things to do."""
@@ -72,6 +73,12 @@ def resolve_dtype(config: EngineConfig, config_json: Mapping[str, Any], device: 
         )
     dtype = DTYPES[name]
     return dtype if computes_well(dtype, device) else torch.float32
+
+
+def compiled_kernels() -> tuple[bool, str]:
+    """Whether the CPU's kernels are compiled code, and where that lies or why not."""
+    found = native()
+    return found.library is not None, found.text
 
 
 def computes_well(dtype: torch.dtype, device: torch.device) -> bool:
