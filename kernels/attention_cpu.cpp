@@ -237,14 +237,6 @@ struct Worker {
     }
   }
 
-  static W16 paired(F16 x) {
-#if KVASIR_PAIRS
-    return (W16)_mm512_cvtneps_pbh((__m512)x);
-#else
-    return rounded(x);
-#endif
-  }
-
   // Scores of a tile for row i become weights; what was summed before is scaled to the new largest score.
   __attribute__((noinline)) void weigh(int64_t i, int64_t tile) {
     F16 x[4];
@@ -282,7 +274,7 @@ struct Worker {
       F16 e = exponential(x[j] - now);
       lanes[i] += e;
       if (PAIRS)
-        store((bf16 *)w + 16 * j, paired(e));
+        store((bf16 *)w + 16 * j, rounded(e));
       else
         store(w + 16 * j, e);
     }

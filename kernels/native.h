@@ -92,11 +92,15 @@ static inline F16 widen(const fp16 *p) {
 static inline void narrow(float *p, F16 x) { store(p, x); }
 
 static inline W16 rounded(F16 x) { // to the nearest even; a NaN stays one
+#if KVASIR_PAIRS
+  return (W16)_mm512_cvtneps_pbh((__m512)x);
+#else
   U16 u = (U16)x;
   U16 near = (u + 0x7fff + (u >> 16 & 1)) >> 16;
   U16 quiet = u >> 16 | 0x40;
   U16 nan = (U16)(x != x);
   return __builtin_convertvector((nan & quiet) | (~nan & near), W16);
+#endif
 }
 
 static inline void narrow(bf16 *p, F16 x) { store(p, rounded(x)); }
