@@ -29,6 +29,7 @@ from kvasir.engine.spec import Spec
 from kvasir.engine.tiers import Tiers
 from kvasir.engine.tokenizer import Tokenizer
 from kvasir.engine.weights import load_decoder, random_decoder, weight_bytes
+from kvasir.kernels.native import library
 
 if TYPE_CHECKING:  # transformers, which is slow to import and seldom needed
     from kvasir.engine.fallback import Fallback
@@ -65,6 +66,8 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
     cores = max(1, usable_cores() // mesh.place.local_ranks)
     torch.set_num_threads(config.num_threads or cores)  # Ray sets OMP_NUM_THREADS, which is torch's default
     keep_freed_memory()
+    if device.type == "cpu":
+        library()  # compiled now if ever, so that no request waits for it
     if not ours and mesh.place.size > 1:
         _refuse_ranks(config, files)
     partition, dealt = config.pipeline_layer_partition, config.enable_expert_parallel

@@ -75,6 +75,12 @@ def resolve_dtype(config: EngineConfig, config_json: Mapping[str, Any], device: 
     return dtype if computes_well(dtype, device) else torch.float32
 
 
+def compiled_kernels() -> tuple[bool, str]:
+    """Whether the CPU's kernels are compiled code, and where that lies or why not."""
+    found = native()
+    return found.library is not None, found.text
+
+
 def computes_well(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the device has instructions for products in this type."""
     if dtype == torch.float32:
@@ -245,9 +251,3 @@ def _human(size: int) -> str:
     if abs(size) >= 1 << 30:
         return f"{size / (1 << 30):.2f} GiB"
     return f"{size / (1 << 20):.1f} MiB" if abs(size) >= 1 << 20 else f"{size / 1024:.1f} KiB"
-
-
-def compiled_kernels() -> tuple[bool, str]:
-    """(whether this process has the CPU's compiled kernels, which, or why not)."""
-    found = native()
-    return found.library is not None, found.text

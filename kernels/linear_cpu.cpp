@@ -18,8 +18,8 @@ thread_local Scratch scratch;
 struct Panel {
   const uint32_t *weights;
   int64_t deep;
-  const uint32_t *ahead; // what is called for meanwhile
-  int64_t lines;
+  const uint32_t *ahead; // what is called for meanwhile, `step` lines with every pair
+  int64_t step, lines;
 };
 
 // sums[R][64] of x[R] (rows of pairs) with a panel.
@@ -31,7 +31,8 @@ void multiply(const uint32_t *x, int64_t x_row, const Panel &p, float *sums, boo
   for (int64_t k = 0; k < p.deep; k++) {
     __m512bh w[4];
     for (int i = 0; i < 4; i++) w[i] = (__m512bh)_mm512_loadu_si512(p.weights + k * WIDE + 16 * i);
-    if (k < p.lines) __builtin_prefetch(p.ahead + 16 * k, 0, 2);
+    for (int64_t line = k * p.step; line < std::min((k + 1) * p.step, p.lines); line++)
+      __builtin_prefetch(p.ahead + 16 * line, 0, 2);
     for (int r = 0; r < R; r++) {
       __m512bh a = (__m512bh)_mm512_set1_epi32((int)x[r * x_row + k]);
       for (int i = 0; i < 4; i++) s[r][i] = _mm512_dpbf16_ps(s[r][i], w[i], a);
@@ -58,12 +59,13 @@ void block(const uint32_t *x, int64_t x_row, const uint32_t *weights, int64_t pa
   float *sums = (float *)scratch.get(CHUNK * WIDE * 4);
   int64_t deep = rows <= ROWS ? pairs : DEEP, turns = (rows + ROWS - 1) / ROWS;
   for (int64_t k = 0; k < pairs; k += deep) {
-    Panel p{weights + k * WIDE, std::min(deep, pairs - k), nullptr, 0};
+    Panel p{weights + k * WIDE, std::min(deep, pairs - k), nullptr, 0, 0};
+    p.step = (4 + turns - 1) / turns;
     int64_t lines = std::max<int64_t>(0, std::min(deep, pairs - k - deep)) * 4, done = 0;
-    for (int64_t i = 0; i < turns; i++, done += p.deep) { // as many rows in each as can be: few sums wait for one another
+    for (int64_t i = 0; i < turns; i++, done += p.deep * p.step) { // as many rows in each as can be: few sums wait for one another
       int64_t r = i * rows / turns, stop = (i + 1) * rows / turns;
       p.ahead = p.weights + (deep * 4 + done) * 16;
-      p.lines = std::max<int64_t>(0, std::min(p.deep, lines - done));
+      p.lines = std::max<int64_t>(0, std::min(p.deep * p.step, lines - done));
       multiply(stop - r, x + r * x_row + k, x_row, p, sums + r * WIDE, k > 0);
     }
   }

@@ -44,7 +44,7 @@ static inline void store(P *p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-static inline F16 where(I16 mask, F16 a, F16 b) { return (F16)((mask & (I16)a) | (~mask & (I16)b)); }
+static inline F16 where(I16 mask, F16 a, F16 b) { return mask ? a : b; }
 
 static inline float scalar(float x) { return x; }
 
@@ -92,11 +92,15 @@ static inline F16 widen(const fp16 *p) {
 static inline void narrow(float *p, F16 x) { store(p, x); }
 
 static inline W16 rounded(F16 x) { // to the nearest even; a NaN stays one
+#if KVASIR_PAIRS
+  return (W16)_mm512_cvtneps_pbh((__m512)x);
+#else
   U16 u = (U16)x;
   U16 near = (u + 0x7fff + (u >> 16 & 1)) >> 16;
   U16 quiet = u >> 16 | 0x40;
   U16 nan = (U16)(x != x);
   return __builtin_convertvector((nan & quiet) | (~nan & near), W16);
+#endif
 }
 
 static inline void narrow(bf16 *p, F16 x) { store(p, rounded(x)); }
@@ -150,20 +154,39 @@ static inline float sum(F16 x) { // by halves: a fixed order
   return part[0];
 }
 
-static inline F16 larger(F16 a, F16 b) { return where(a > b, a, b); }
+// A NaN in b comes through.
+static inline F16 larger(F16 a, F16 b) {
+#ifdef __AVX512F__
+  return (F16)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return where(a > b, a, b);
+#endif
+}
+
+static inline F16 smaller(F16 a, F16 b) {
+#ifdef __AVX512F__
+  return (F16)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+  return where(a < b, a, b);
+#endif
+}
 
 static inline float largest(F16 x) {
+#ifdef __AVX512F__
+  return _mm512_reduce_max_ps((__m512)x);
+#else
   float part[16];
   store(part, x);
   for (int n = 8; n; n /= 2)
     for (int i = 0; i < n; i++) part[i] = part[i] > part[i + n] ? part[i] : part[i + n];
   return part[0];
+#endif
 }
 
 // e^x to 2 units in the last place (Cephes' polynomial); below -87 zero, e^0 is 1 exactly.
 static inline F16 exponential(F16 x) {
   I16 tiny = x < -87.0f;
-  x = where(x > 88.0f, splat(88.0f), where(tiny, splat(0.0f), x));
+  x = smaller(splat(88.0f), larger(splat(-87.0f), x));
   F16 n = x * 1.44269504f + 12582912.0f; // 1.5 * 2^23: rounds to an integer
   I16 power = (I16)n - 0x4b400000;
   n -= 12582912.0f;

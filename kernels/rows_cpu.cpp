@@ -16,6 +16,8 @@ F16 rounded_to(F16 x) {
 }
 template <>
 F16 rounded_to<float>(F16 x) { return x; }
+template <>
+F16 rounded_to<bf16>(F16 x) { return (F16)(__builtin_convertvector(rounded(x), U16) << 16); }
 
 template <class Run>
 void by_rows(int64_t threads, int64_t rows, int64_t numbers, Run run) {
