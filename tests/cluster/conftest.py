@@ -71,7 +71,7 @@ class FakeEngine:
             raise ContextLengthError(f"the prompt has more than {MAX_MODEL_LEN} tokens", param="prompt")
         with self._lock:
             self.submitted.append(request)
-            counts = dict.fromkeys(range(request.sampling.streams), 0)
+            counts = dict.fromkeys(range(request.sampling.n), 0)
             self.requests[request.request_id] = (request, counts, time.time())
 
     def abort(self, request_id: str, index: int | None = None, reason: str = "abort") -> None:
@@ -243,7 +243,7 @@ class FakeGroup:
         self.requests.append(request)
         stream = Stream(request, self._limit, lambda index, reason: self._abort(request, stream, index, reason))
         self.streams[request.request_id] = stream
-        self._live[request.request_id] = set(range(request.sampling.streams))
+        self._live[request.request_id] = set(range(request.sampling.n))
         task = asyncio.ensure_future(self._run(request, stream))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
