@@ -377,7 +377,8 @@ class Scheduler:
             sequence.computed = matched * self.pool.block_size
             if not sequence.scheduled:
                 sequence.scheduled = now
-            if not sequence.preemptions and not sequence.index:  # what its own prompt left behind is no hit
+            # what its own prompt left behind is no hit, nor what a beam's parent did
+            if not (sequence.preemptions or sequence.index or sequence.first_token):
                 sequence.cached = min(sequence.computed, sequence.prompt_len)
                 self._totals["prefix_queries"] += len(sequence.tokens)
                 self._totals["prefix_hits"] += sequence.computed
@@ -623,7 +624,6 @@ class Scheduler:
 
     def _drop(self, beam: Sequence) -> None:
         """Its place goes to others."""
-        beam.ended = True
         if beam.seat is not None:
             self._leave(beam)
 

@@ -124,6 +124,7 @@ def test_under_pressure(folder: str, llm: LLM, blocks: int, caching: bool) -> No
         for _ in range(2):
             found = small.generate(PROMPTS, params, **QUIET)
             assert [ids_of(output) for output in found] == wanted
+            assert all(output.num_cached_tokens <= len(output.prompt_token_ids) for output in found)
         time.sleep(0.3)
         assert small.engine.pool.check() == []
         assert small.engine.pool.num_used == 0
