@@ -49,7 +49,7 @@ class LastingStream:
         self._stream: Stream | None = None
         self._parts: _Parts | None = None
         self._placement: Placement | None = None
-        self._live: dict[int, list[int]] = {index: [] for index in range(request.sampling.n)}
+        self._live: dict[int, list[int]] = {index: [] for index in range(request.sampling.streams)}
         """Continuations that haven't ended -> their tokens so far."""
         self._aborted: dict[int, FinishReason] = {}
         self._failed: Failed | None = None
@@ -155,7 +155,7 @@ class LastingStream:
         if self._deaths >= MAX_DEATHS:
             return [replace(failed, message=f"{failed.message}; so did the {self._deaths - 1} before it")]
         self._failed = None
-        if self._request.sampling.n == 1 or self._untouched:
+        if self._request.sampling.streams == 1 or self._untouched:
             return await self._resubmit(failed)
         self._parts = _Parts({index: self._part(index, failed) for index in self._live})
         return []
@@ -163,7 +163,7 @@ class LastingStream:
     @property
     def _untouched(self) -> bool:
         """Nothing was delivered."""
-        return len(self._live) == self._request.sampling.n and not any(self._live.values())
+        return len(self._live) == self._request.sampling.streams and not any(self._live.values())
 
     def _end(self, index: int, reason: FinishReason) -> Finished:
         """What its group would have said had it lived."""
@@ -175,7 +175,9 @@ class LastingStream:
         """One continuation, from where it is, as a request of its own."""
         request, sampling = self._request, self._request.sampling
         scores = None if index or self._live[index] else sampling.prompt_logprobs
-        alone = replace(sampling, n=1, seed=_nth(sampling.seed, index), prompt_logprobs=scores)
+        alone = replace(sampling, n=1, best_of=None, seed=_nth(sampling.seed, index), prompt_logprobs=scores)
+        if sampling.streams > sampling.n:  # the best are chosen by them
+            alone = replace(alone, logprobs=sampling.logprobs or 0)
         own = replace(
             request,
             request_id=f"{request.request_id}.{index}",

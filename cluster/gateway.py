@@ -67,7 +67,14 @@ def create_app(desk: Desk, config: GatewayConfig, find_gateway: FindGateway = no
             allow_origins=list(config.allowed_origins),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["X-Request-ID", "X-Kvasir-Warning", "Kvasir-Route", "Retry-After", "Server-Timing", STREAM_ID],
+            expose_headers=[
+                "X-Request-ID",
+                "X-Kvasir-Warning",
+                "Kvasir-Route",
+                "Retry-After",
+                "Server-Timing",
+                STREAM_ID,
+            ],
         )
     return app
 

@@ -80,7 +80,7 @@ class FakeEngine:
         assert request.sampling.n == 1 or not request.resume_token_ids
         with self._lock:
             self.submitted.append(request)
-            counts = dict.fromkeys(range(request.sampling.n), len(request.resume_token_ids))
+            counts = dict.fromkeys(range(request.sampling.streams), len(request.resume_token_ids))
             self.requests[request.request_id] = (request, counts, time.time())
 
     def abort(self, request_id: str, index: int | None = None, reason: str = "abort") -> None:
@@ -276,7 +276,7 @@ class FakeGroup:
         self.requests.append(request)
         stream = Stream(request, self._limit, lambda index, reason: self._abort(request, stream, index, reason))
         self.streams[request.request_id] = stream
-        self._live[request.request_id] = set(range(request.sampling.n))
+        self._live[request.request_id] = set(range(request.sampling.streams))
         task = asyncio.ensure_future(self._run(request, stream))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -120,12 +120,15 @@ def run(coroutine):
     n=st.sampled_from([1, 1, 2, 3]),
     max_tokens=st.integers(1, 40),
     seed=st.sampled_from([0, 7, 2**63 - 1, -(2**63)]),
+    more=st.sampled_from([0, 0, 2]),
     scores=st.booleans(),
     deaths=st.lists(st.tuples(st.floats(0, 0.03), st.sampled_from(["crash", "fail"])), max_size=4),
     chance=st.integers(0, 2**32),
 )
-def test_deaths_at_any_moment_change_nothing(group_of_fakes, n, max_tokens, seed, scores, deaths, chance):
-    sampling = {"n": n, "max_tokens": max_tokens, "seed": seed}
+def test_deaths_at_any_moment_change_nothing(group_of_fakes, n, max_tokens, seed, more, scores, deaths, chance):
+    """With best_of `more` are made than are delivered: all of them reach whoever chooses."""
+    sampling = {"n": n, "max_tokens": max_tokens, "seed": seed, "best_of": n + more}
+    n += more
     sampling |= {"logprobs": 1, "prompt_logprobs": 1} if scores else {}
 
     async def main():
