@@ -113,7 +113,7 @@ class Disk:
             with open(unfinished, "wb", buffering=0, opener=_private) as file:
                 file.write(head)
                 if file.write(data) != len(data):
-                    raise OSError("the disk took a part of a block only")
+                    raise OSError(errno.ENOSPC, "the disk took a part of a block only")
             os.replace(unfinished, path)
         except OSError:
             with contextlib.suppress(OSError):
