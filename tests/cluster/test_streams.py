@@ -28,6 +28,7 @@ DIALECTS = {
     "/v1/messages": {
         "model": "bytes", "max_tokens": 20, "messages": [{"role": "user", "content": "Hi"}], "stream": True,
     },
+    "/v1/responses": {"model": "bytes", "input": "Hi", "stream": True},
     "/api/generate": {"model": "bytes", "prompt": "Hi"},
     "/api/chat": {"model": "bytes", "messages": [{"role": "user", "content": "Hi"}]},
 }  # fmt: skip
