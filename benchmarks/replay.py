@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import math
 import random
@@ -34,6 +35,7 @@ from kvasir.cluster.block_journal import BlockJournal
 from kvasir.cluster.router import Policy, Router
 from kvasir.cluster.simulator import Shape, Simulation, StepTime, ideal_hits
 from kvasir.engine.blocks import chain_start, content_ids, token_bytes
+from kvasir.engine.event import Event, Finished
 from kvasir.engine.request import Request, SamplingParams
 from kvasir.engine.scheduler import Stats
 
@@ -227,28 +229,27 @@ def fit(model: str) -> StepTime:
     from kvasir.engine.config import EngineConfig
     from kvasir.engine.engine import Engine
 
-    times: list[float] = []
-    engine = Engine(
-        EngineConfig(model=model, enable_prefix_caching=False), lambda events: times.append(time.perf_counter())
-    )
+    ends: list[float] = []
+
+    def note(events: Sequence[Event]) -> None:
+        ends.extend(time.perf_counter() for event in events if isinstance(event, Finished))
+
+    engine = Engine(EngineConfig(model=model, enable_prefix_caching=False), note)
     engine.start()
     rows, seconds = [], []
-    for streams in (1, 2, 4, 8, 16):
-        for length in (16, 128, min(512, engine.info.max_model_len // 2)):
-            times.clear()
-            began, before = time.perf_counter(), engine.stats().steps
-            for number in range(streams):
-                draw = random.Random(f"{streams}/{length}/{number}")
-                prompt = [draw.randrange(engine.info.vocab_size) for _ in range(length)]
-                sampling = SamplingParams(max_tokens=17, ignore_eos=True)
-                engine.submit(
-                    Request(request_id=f"{streams}/{length}/{number}", prompt_token_ids=prompt, sampling=sampling)
-                )
-            while len(times) < 16 or engine.stats().running or engine.stats().waiting:
-                time.sleep(0.01)
-            steps = engine.stats().steps - before
-            rows.append([steps, streams * length, streams * 16, streams * 16 * (length + 8)])
-            seconds.append(times[-1] - began)
+    longest = min(1024, engine.info.max_model_len // 2)
+    for streams, length, output in itertools.product((1, 4, 16), (16, longest // 4, longest), (2, 34)):
+        ends.clear()
+        began, before, draw = time.perf_counter(), engine.stats().steps, random.Random(streams * length)
+        for number in range(streams):
+            prompt = [draw.randrange(engine.info.vocab_size) for _ in range(length)]
+            sampling = SamplingParams(max_tokens=output, ignore_eos=True)
+            engine.submit(Request(request_id=str(number), prompt_token_ids=prompt, sampling=sampling))
+        while len(ends) < streams or engine.stats().running:
+            time.sleep(0.01)
+        decoded = streams * (output - 1)
+        rows.append([engine.stats().steps - before, streams * length, decoded, decoded * (length + output / 2)])
+        seconds.append(ends[-1] - began)
     engine.shutdown()
     weights = 1 / np.array(seconds)  # relative errors count, so that short measurements aren't drowned
     found = _not_negative(np.array(rows, float) * weights[:, None], np.ones(len(seconds)))

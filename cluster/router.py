@@ -31,7 +31,7 @@ OTHERS = 2.0
 AFFINITY = 0.8
 """Share of a prompt that makes a group its home."""
 SLACK = 0.75
-"""Share of a limit that predictions may use up: those that come later take their part of each step."""
+"""Share of max_ttft_s that predictions may use up: those that come later take their part of each step."""
 STAY_S = 0.5
 """A home is left when the predicted wait there is longer."""
 TIE = 0.02
@@ -108,7 +108,7 @@ class _Choices:
     def late(self, place: int, limit: float, now: float) -> bool:
         """It would come, or make others come, too late there. What an idle group can do is tried again now and then."""
         member = self.members[place]
-        return self.clear(place) > SLACK * limit and (member.requests > 0 or member.known(now))
+        return self.clear(place) > limit and (member.requests > 0 or member.known(now))
 
     def add(self, other: _Choices) -> None:
         self.members = [*self.members, *other.members]
@@ -152,7 +152,7 @@ class Router:
         length = len(request.prompt_token_ids) + len(request.resume_token_ids)
         choices = self._choices(request, members, length)
         why, place = self._choose(choices, self._sessions.get(session) if session else None)
-        limit = min(self.max_ttft_s or math.inf, request.deadline_s or math.inf)
+        limit = min(SLACK * self.max_ttft_s or math.inf, request.deadline_s or math.inf)
         if choices.late(place, limit, now):
             why, place = "limit", min(range(len(choices.members)), key=choices.clear)
             if choices.late(place, limit, now):
@@ -251,9 +251,10 @@ class Router:
         return min(near, key=lambda place: choices.members[place].requests)
 
     def _late(self, wait: float, limit: float) -> OverloadedError:
-        which = "--max-ttft" if limit == self.max_ttft_s else "the request's deadline"
-        text = f"the first token would come in about {wait:.1f} s, too close to {which} of {limit:g} s; ask again later"
-        return OverloadedError(text, retry_after_s=max(1.0, wait - SLACK * limit))
+        own = limit == SLACK * self.max_ttft_s
+        which = f"too close to --max-ttft, {self.max_ttft_s:g} s" if own else f"the request's deadline is {limit:g} s"
+        text = f"the first token would come in about {wait:.1f} s, {which}; ask again later"
+        return OverloadedError(text, retry_after_s=max(1.0, wait - limit))
 
     def _remember(self, session: str, member: Member) -> None:
         self._sessions[session] = member
