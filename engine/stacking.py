@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -27,7 +27,8 @@ def stack_of(decoder: Decoder, cache: KVCache) -> Stack | None:
         return None
     ropes = list(decoder.turnings)
     layers = [
-        _layer(block, number, cache, ropes) for number, block in zip(numbers, decoder.blocks.values(), strict=True)
+        _layer(cast("Block", block), number, cache, ropes)
+        for number, block in zip(numbers, decoder.blocks.values(), strict=True)
     ]
     whole = [layer for layer in layers if layer is not None]
     return Stack(whole, _shape(share.spec)) if len(whole) == len(layers) else None
