@@ -174,6 +174,8 @@ def _capabilities(model: ServedModel, info: ModelInfo) -> list[str]:
     found = [word for task, word in (("generate", "completion"), ("embed", "embedding")) if task in info.tasks]
     if "generate" in info.tasks:
         found += ["insert"] if filling_tokens(model) else []
+        found += ["tools"] if model.shows_tools else []
+        found += ["thinking"] if model.thoughts or (model.tools and model.tools.thoughts) else []
     return found
 
 

@@ -274,7 +274,7 @@ def test_client_models(client):
     (running,) = client.ps().models
     assert (running.model, running.context_length) == ("bytes:latest", 4096)
     shown = client.show(model.model)
-    assert shown.capabilities == ["completion"]
+    assert shown.capabilities == ["completion", "tools"]
     assert "messages" in shown.template
     assert shown.modelinfo["general.architecture"] == "llama"
     assert "temperature" in shown.parameters

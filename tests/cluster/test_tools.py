@@ -600,6 +600,11 @@ def test_ollama(thinker, closing):
     assert [call.function.arguments for part in parts for call in part.message.tool_calls or ()] == [{"city": "Bergen"}]
 
 
+def test_ollama_tells_what_the_model_can_do(thinker):
+    shown = httpx.post(thinker.url + "/api/show", json={"model": "bytes"}).json()
+    assert shown["capabilities"] == ["completion", "tools", "thinking"]
+
+
 def test_ollama_shows_arguments_that_were_cut_short(thinker):
     says(thinker, SAID[:-20])
     reply = httpx.post(
