@@ -296,5 +296,10 @@ class Engine:
         if not self._listening:
             self._listening = True
             self.pool.listen()
+            if self._tiers is not None:
+                self._tiers.listen()
         if changes := self._scheduler.tables.drain():
             on_blocks("device", changes)
+        if self._tiers is not None:
+            for tier, changes in self._tiers.drain():
+                on_blocks(tier, self._scheduler.tables.decisive(changes))

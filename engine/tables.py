@@ -156,9 +156,12 @@ class Tables:
         sequence.blocks, sequence.near_from = [], []
 
     def drain(self) -> Changes:
-        """The pool's changes to the blocks that decide how long a hit is: those of one group that sees everything. The
-        near groups' blocks come and go behind it."""
-        changes = self.pool.drain()
+        """The pool's `decisive` changes."""
+        return self.decisive(self.pool.drain())
+
+    def decisive(self, changes: Changes) -> Changes:
+        """Those of the blocks that decide how long a hit is: of one group that sees everything. The near groups' blocks come
+        and go behind it."""
         if len(self.layout.groups) == 1 or not changes:
             return changes
         group = self._far[0] if self._far else 0

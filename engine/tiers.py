@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvasir.engine.blocks import ContentId
+from kvasir.engine.blocks import Changes, ContentId, Tier
 from kvasir.engine.cache import KVCache
 from kvasir.engine.disk import Disk
 from kvasir.engine.host import Host
@@ -74,6 +74,18 @@ class Tiers:
     def forget(self, contents: Iterable[ContentId]) -> None:
         """These blocks are of no use."""
         self._behind.put(partial(self._drop, contents))
+
+    def listen(self) -> None:
+        """Note what the tiers store and evict from now on, for `drain`."""
+        for shelf in self._shelves:
+            shelf.listen()
+
+    def drain(self) -> Iterator[tuple[Tier, Changes]]:
+        """(tier, what changed in it since the last time), of those where anything did."""
+        named: tuple[tuple[Tier, Host | Disk | None], ...] = (("host", self._host), ("disk", self._disk))
+        for name, tier in named:
+            if tier is not None and (changes := tier.shelf.drain()):
+                yield name, changes
 
     def counts(self) -> dict[str, int]:
         """What the tiers hold and have done, by the names of the scheduler's Stats."""

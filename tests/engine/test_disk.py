@@ -110,7 +110,9 @@ class SlowShelf:
 def test_a_shelf_does_what_the_plain_one_does(seed: int) -> None:
     draw = random.Random(seed)
     shelf, plain = Shelf(30), SlowShelf(30)
-    for _ in range(2000):
+    told: set[bytes] = set()
+    listens = draw.randrange(1000)
+    for step in range(2000):
         name = content(draw.randrange(20))
         match draw.randrange(5):
             case 0 | 1:
@@ -129,6 +131,14 @@ def test_a_shelf_does_what_the_plain_one_does(seed: int) -> None:
                 assert shelf.shrink(size) == plain.shrink(size)
         assert [*shelf] == [entry[0] for entry in plain.held]
         assert not shelf.check()
+        if step == listens:
+            shelf.listen()
+        if step >= listens and draw.random() < 0.3:
+            for changed, held in shelf.drain().items():
+                (told.add if held else told.discard)(changed)
+            assert told == {*shelf}
+        elif step < listens:
+            assert not shelf.drain()
 
 
 def test_host_memory_holds_what_fits_and_gives_back_what_it_was_given() -> None:

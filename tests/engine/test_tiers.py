@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,33 @@ def test_a_second_process_starts_from_the_disk(llama: Path, filled: tuple[Path, 
     assert LLM(str(llama), **options(disk, kv_disk_path=None)).engine._tiers is None
     with LLM(str(llama), **options(disk, kv_disk_path=None)) as llm:
         assert ask(llm, turn) == (second[0], 0)
+
+
+def test_what_the_tiers_hold_is_told(llama: Path, tmp_path: Path) -> None:
+    """To who routes: what an earlier process left, and what is stored and evicted from then on."""
+    found: dict[str, set[bytes]] = {"device": set(), "host": set(), "disk": set()}
+
+    def tell(tier: str, changes: Mapping[bytes, bool]) -> None:
+        for content, held in changes.items():
+            (found[tier].add if held else found[tier].discard)(content)
+
+    for left in (0, 20):
+        with LLM(str(llama), **options(tmp_path, kv_offloading_size=0.001)) as llm:
+            found = {tier: set() for tier in found}
+            llm.engine.listen(tell)
+            limit = time.monotonic() + 10
+            while len(found["disk"]) < left and time.monotonic() < limit:
+                time.sleep(0.01)
+            assert len(found["disk"]) == left
+            ask(llm, [*PROMPT, left])
+            tiers = llm.engine._tiers
+            assert tiers is not None
+            while found["disk"] != {*tiers._disk.shelf} and time.monotonic() < limit:  # type: ignore[union-attr]
+                time.sleep(0.01)
+            while found["host"] != {*tiers._host.shelf} and time.monotonic() < limit:  # type: ignore[union-attr]
+                time.sleep(0.01)
+            assert found["device"] <= found["disk"] == {*tiers._disk.shelf}  # type: ignore[union-attr]
+            assert found["host"] == {*tiers._host.shelf}  # type: ignore[union-attr]
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
