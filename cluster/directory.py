@@ -6,7 +6,6 @@ A block is known by half of its content id, 64 bits: a false match costs one req
 from __future__ import annotations
 
 from array import array
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import reduce
 from operator import or_
@@ -38,17 +37,15 @@ class BlockDirectory:
 
     def __init__(self, max_holdings: int = MAX_HOLDINGS) -> None:
         self._masks: dict[Tier, dict[Key, int]] = {tier: {} for tier in TIERS}
-        """Bit g: group g holds the block in this tier, or is expected to."""
+        """Bit g: group g holds the block in this tier."""
         self._held: dict[int, dict[Tier, set[Key]]] = {}
-        self._expected: deque[tuple[float, int, Sequence[Key]]] = deque()
-        self._num_expected = 0
         self._room = max_holdings
         self._max = max_holdings
 
     @property
     def num_holdings(self) -> int:
-        """Blocks times groups, those expected included."""
-        return self._max - self._room + self._num_expected
+        """Blocks times groups that hold them."""
+        return self._max - self._room
 
     def join(self) -> int:
         """A number for a new group, the smallest free one."""
@@ -62,13 +59,9 @@ class BlockDirectory:
         del self._held[group]
 
     def clear(self, group: int) -> None:
-        """The group holds nothing, and nothing is expected of it."""
+        """The group holds nothing."""
         for tier in TIERS:
             self.replace(group, tier, ())
-        mine = [entry for entry in self._expected if entry[1] == group]
-        self._expected = deque(entry for entry in self._expected if entry[1] != group)
-        for entry in mine:
-            self._unexpect(entry)
 
     def change(self, group: int, tier: Tier, stored: Iterable[Key], evicted: Iterable[Key]) -> None:
         """What the group stored in a tier, and what went from it."""
@@ -77,7 +70,7 @@ class BlockDirectory:
             if key in held:
                 held.discard(key)
                 room += 1
-            _drop(masks, key, bit)
+                _drop(masks, key, bit)
         for key in stored:
             if key not in held and room > 0:
                 held.add(key)
@@ -86,26 +79,9 @@ class BlockDirectory:
         self._room = room
 
     def replace(self, group: int, tier: Tier, keys: Collection[Key]) -> None:
-        """The group holds exactly these in a tier. What is expected stays so."""
+        """The group holds exactly these in a tier."""
         held, wanted = self._held[group][tier], set(keys)
         self.change(group, tier, wanted - held, held - wanted)
-
-    def expect(self, group: int, keys: Sequence[Key], until: float) -> None:
-        """The group was sent a request whose blocks it will hold soon; believed until then, or until it says so."""
-        while self._expected and self._num_expected + len(keys) > self._room:
-            self._unexpect(self._expected.popleft())
-        if len(keys) > self._room:
-            return
-        masks, bit = self._masks["device"], 1 << group
-        for key in keys:
-            masks[key] = masks.get(key, 0) | bit
-        self._expected.append((until, group, keys))
-        self._num_expected += len(keys)
-
-    def expire(self, now: float) -> None:
-        """Believe no longer what was expected until now."""
-        while self._expected and self._expected[0][0] <= now:
-            self._unexpect(self._expected.popleft())
 
     def prefixes(self, portions: Iterable[Sequence[Key]], worst: Tier = "device") -> dict[int, int]:
         """Group -> how many of the first blocks it holds without a gap, in tiers up to `worst`; those with none are left
@@ -142,14 +118,6 @@ class BlockDirectory:
     def has_tier(self, tier: Tier) -> bool:
         """Some group holds something there."""
         return bool(self._masks[tier])
-
-    def _unexpect(self, entry: tuple[float, int, Sequence[Key]]) -> None:
-        _, group, keys = entry
-        self._num_expected -= len(keys)
-        held, masks, bit = self._held[group]["device"], self._masks["device"], 1 << group
-        for key in keys:
-            if key not in held:
-                _drop(masks, key, bit)
 
 
 def _drop(masks: dict[Key, int], key: Key, bit: int) -> None:

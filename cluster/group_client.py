@@ -353,7 +353,6 @@ class Placement:
     client: GroupClient
     request: Request
     route: Route
-    router: Router
 
     async def submit(self) -> Stream:
         """As GroupClient.submit."""
@@ -366,7 +365,6 @@ class Placement:
     def sent(self, number: int) -> Reservation:
         """The request is on its way under this number."""
         self.route.reservation.number = number
-        self.router.expect(self.route, time.monotonic())
         return self.route.reservation
 
 
@@ -422,7 +420,7 @@ class GroupDirectory:
         alive = self._alive(known)
         route = known.router.place(request, [client.member for client in alive], time.monotonic(), session)
         client = next(client for client in alive if client.member is route.member)
-        return Placement(client, request, route, known.router)
+        return Placement(client, request, route)
 
     def clients(self, model: str | None = None) -> list[GroupClient]:
         """All groups of one model, or of all, the living and the dead."""

@@ -88,7 +88,3 @@ class PromptKeys:
                 self._portions.append(keys)
             yield self._portions[number]
             number += 1
-
-    def after(self, blocks: int) -> list[Key]:
-        """Keys behind the first `blocks`."""
-        return [key for portion in self for key in portion][blocks:]

@@ -3,6 +3,9 @@
 Policy `cost`: where the request has least to wait for, in tokens: what must be computed first there (queue and uncached
 prompt, by how fast the group is), what its decoding slows down, and what blocks from slower tiers or peers cost. A
 conversation stays where most of it is cached until that group's predicted wait passes a limit: moving it costs others.
+
+Blocks count from the moment at which a group says that it holds them. To count those that a request sent there will leave
+behind was tried: who comes meanwhile computes them again, so that they draw others to a queue (benchmarks/results).
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import math
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from kvasir.cluster.directory import BlockDirectory
@@ -32,12 +35,10 @@ AFFINITY = 0.8
 """Share of a prompt that makes a group its home."""
 SLACK = 0.75
 """Share of max_ttft_s that predictions may use up: those that come later take their part of each step."""
-STAY_S = 0.5
+STAY_S = 0.25
 """A home is left when the predicted wait there is longer."""
 TIE = 0.02
 """Costs that differ by less than this share count as equal."""
-EXPECT_S = 30.0
-"""How long a group is believed to hold, or be about to hold, the blocks of a request that it was sent."""
 MAX_SESSIONS = 65536
 
 
@@ -60,8 +61,6 @@ class Route:
     queued_tokens: int
     """To be computed there before."""
     candidates: int
-    keys: PromptKeys | None
-    """Its blocks; None where nobody looks."""
 
     def facts(self) -> dict[str, str | int | float]:
         """For a trace's span."""
@@ -91,7 +90,6 @@ class _Choices:
     """Tokens on the device."""
     rest: list[float]
     """What all others cost, in tokens computed."""
-    keys: dict[Hasher | None, PromptKeys] = field(default_factory=dict)
 
     def wait(self, place: int) -> float:
         """Predicted seconds to the first token."""
@@ -114,7 +112,6 @@ class _Choices:
         self.members = [*self.members, *other.members]
         self.cached += other.cached
         self.rest += other.rest
-        self.keys |= other.keys
 
 
 class Router:
@@ -144,11 +141,7 @@ class Router:
         return Member(name, self.directory, self._hashers, self._pace)
 
     def place(self, request: Request, members: Sequence[Member], now: float, session: str = "") -> Route:
-        """Choose one of `members`, at least one, and reserve. Raises OverloadedError when none can serve it in time.
-
-        Then, before anything else is placed, call `expect`.
-        """
-        self.directory.expire(now)
+        """Choose one of `members`, at least one, and reserve. Raises OverloadedError when none can serve it in time."""
         length = len(request.prompt_token_ids) + len(request.resume_token_ids)
         choices = self._choices(request, members, length)
         why, place = self._choose(choices, self._sessions.get(session) if session else None)
@@ -161,16 +154,8 @@ class Router:
         if session:
             self._remember(session, member)
         wait, queued, best = choices.wait(place), member.prefill_tokens, max(choices.cached)
-        keys = choices.keys.get(member.hasher)
         reservation = member.reserve(int(choices.rest[place]), -(-length // member.block_size))
-        return Route(member, reservation, self.policy, why, length, cached, best, wait, queued, len(members), keys)
-
-    def expect(self, route: Route, now: float) -> None:
-        """Believe that the group will hold the request's blocks: for those that come before it says so itself. Takes the
-        longer the more of the prompt is new, since that must be hashed, so it isn't part of `place`."""
-        member = route.member
-        if route.keys is not None and (keys := route.keys.after(route.cached_tokens // member.block_size)):
-            self.directory.expect(member.group, keys, now + EXPECT_S)
+        return Route(member, reservation, self.policy, why, length, cached, best, wait, queued, len(members))
 
     @property
     def _looks(self) -> bool:
@@ -182,9 +167,7 @@ class Router:
             same = [member for member in members if member.hasher is hasher] if self._looks else members
             found = _Choices(same, [0] * len(same), [float(length)] * len(same))
             if hasher is not None:
-                keys = hasher.prompt(request)
-                found = self._held(same, keys, hasher, length)
-                found.keys[hasher] = keys
+                found = self._held(same, hasher.prompt(request), hasher, length)
             if len(same) == len(members):
                 return found
             nothing.add(found)

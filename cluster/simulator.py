@@ -288,7 +288,6 @@ class Simulation:
     def _begin(self, run: Run, turn: int, now: float) -> Run:
         router = self.routers[turn]
         run.route = router.place(run.request, self._members[turn], now)
-        router.expect(run.route, now)
         run.route.reservation.number = 1
         number = self._number[run.route.member]
         self._busy.add(number)

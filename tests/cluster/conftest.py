@@ -362,7 +362,7 @@ class FakeDirectory:
         self.sessions.append(session)
         router = Router()
         route = router.place(request, [router.join("fake")], 0.0, session)
-        return Placement(group, request, route, router)
+        return Placement(group, request, route)
 
     def clients(self, model: str) -> list[FakeGroup]:
         return [self.groups[model]]

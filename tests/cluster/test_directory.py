@@ -98,34 +98,15 @@ def test_memory_is_bounded():
     directory = BlockDirectory(max_holdings=100)
     one, two = directory.join(), directory.join()
     directory.change(one, "device", range(1000), ())
-    directory.expect(two, range(5000, 5060), 1.0)
+    directory.change(two, "host", range(50), ())
     assert directory.num_holdings == 100
-    directory.change(one, "device", (), range(50))
-    directory.expect(two, range(5000, 5030), 1.0)
-    directory.expect(two, range(6000, 6030), 1.0)
-    assert directory.num_holdings <= 100
+    directory.change(one, "device", (), range(60))
+    directory.change(two, "host", range(500, 550), ())
+    assert directory.num_holdings == 90
     directory.leave(one)
-    directory.expire(1.0)
     directory.leave(two)
     assert directory.num_holdings == 0
     assert not any(directory.has_tier(tier) for tier in ("device", "host", "disk"))
-
-
-def test_what_is_expected_holds_until_told_otherwise():
-    directory = BlockDirectory()
-    group, wanted = directory.join(), keys(range(4))
-    directory.expect(group, wanted, until=5.0)
-    assert directory.prefixes([one] for one in wanted) == {group: 4}
-    directory.change(group, "device", wanted[:3], ())
-    directory.expire(4.9)
-    assert directory.prefixes([one] for one in wanted) == {group: 4}
-    directory.expire(5.0)
-    assert directory.prefixes([one] for one in wanted) == {group: 3}
-    directory.expect(group, wanted, until=9.0)
-    directory.change(group, "device", (), wanted[3:])
-    assert directory.prefixes([one] for one in wanted) == {group: 3}
-    directory.clear(group)
-    assert directory.prefixes([one] for one in wanted) == {}
 
 
 class Life:

@@ -51,12 +51,9 @@ class Fleet:
         self.members[number].report(Stats(**{**FREE, **stats}), 0, 0.0)
         self.members[number].rate = rate
 
-    def place(self, tokens, session="", now=0.0, expect=True, **fields):
+    def place(self, tokens, session="", now=0.0, **fields):
         asked = request(tokens, **fields)
-        route = self.router.place(asked, self.members, now, session)
-        if expect:
-            self.router.expect(route, now)
-        return route
+        return self.router.place(asked, self.members, now, session)
 
     def number(self, route):
         return self.members.index(route.member)
@@ -113,12 +110,12 @@ def test_decoding_counts():
 def test_a_conversation_stays_home_until_the_wait_there_is_too_long():
     fleet = Fleet(2)
     fleet.hold(1, prompt(1)[:816])
-    fleet.load(0, rate=1000.0)
-    fleet.load(1, rate=1000.0, queued_prefill_tokens=int(1000 * STAY_S), prefills=9)
-    route = fleet.place(prompt(1), expect=False)
+    fleet.load(0, rate=2000.0)
+    fleet.load(1, rate=2000.0, queued_prefill_tokens=int(2000 * STAY_S), prefills=9)
+    route = fleet.place(prompt(1))
     assert (fleet.number(route), route.why) == (1, "home")
     route.reservation.settle()
-    fleet.load(1, rate=1000.0, queued_prefill_tokens=int(1000 * STAY_S) + 1, prefills=9)
+    fleet.load(1, rate=2000.0, queued_prefill_tokens=int(2000 * STAY_S) + 1, prefills=9)
     route = fleet.place(prompt(1))
     assert (fleet.number(route), route.why) == (0, "cost")
 
@@ -129,7 +126,7 @@ def test_equals_are_drawn_and_the_less_loaded_of_two_is_taken():
         fleet.load(number, waiting=number, running=0)
     found = Counter()
     for _ in range(400):
-        route = fleet.place(prompt(1), expect=False)
+        route = fleet.place(prompt(1))
         found[fleet.number(route)] += 1
         route.reservation.settle()
     assert 0 < found[5] < found[1]
@@ -140,18 +137,6 @@ def test_a_burst_is_spread_before_any_report():
     fleet = Fleet(4)
     found = Counter(fleet.number(fleet.place(prompt(number))) for number in range(40))
     assert all(count == 10 for count in found.values())
-
-
-def test_those_who_ask_the_same_at_once_meet():
-    fleet = Fleet(4)
-    assert len({fleet.number(fleet.place(prompt(1))) for _ in range(5)}) == 1
-
-
-def test_what_was_expected_and_never_came_is_forgotten():
-    fleet = Fleet(1)
-    fleet.place(prompt(1))
-    assert fleet.place(prompt(1), now=29.0, expect=False).cached_tokens == 992
-    assert fleet.place(prompt(1), now=31.0, expect=False).cached_tokens == 0
 
 
 def test_reservations_end_when_the_group_counts_them():
@@ -225,15 +210,15 @@ def test_an_idle_group_is_given_a_chance_whatever_is_believed_of_it():
 
 def test_sessions_stick_while_that_is_good_for_them():
     fleet = Fleet(4)
-    first = fleet.place(prompt(1), session="s", expect=False)
+    first = fleet.place(prompt(1), session="s")
     for number in range(2, 8):
-        assert fleet.place(prompt(number), session="s", expect=False).member is first.member
+        assert fleet.place(prompt(number), session="s").member is first.member
     for number in range(4):
         fleet.load(number, rate=10_000.0)
     fleet.load(fleet.number(first), rate=100.0, queued_prefill_tokens=10_000, prefills=10)
-    moved = fleet.place(prompt(9), session="s", expect=False)
+    moved = fleet.place(prompt(9), session="s")
     assert moved.member is not first.member
-    assert fleet.place(prompt(10), session="s", expect=False).member is moved.member
+    assert fleet.place(prompt(10), session="s").member is moved.member
     fleet.members.remove(moved.member)
     fleet.place(prompt(11), session="s")
 
@@ -242,10 +227,10 @@ def test_sessions_stick_while_that_is_good_for_them():
 def test_salts_and_adapters_share_nothing(fields):
     fleet = Fleet(2)
     fleet.hold(0, prompt(1))
-    assert fleet.place(prompt(1), expect=False).cached_tokens == 992
-    assert fleet.place(prompt(1), expect=False, **fields).best_tokens == 0
+    assert fleet.place(prompt(1)).cached_tokens == 992
+    assert fleet.place(prompt(1), **fields).best_tokens == 0
     fleet.hold(1, prompt(1), salt=fields.get("cache_salt", ""), adapter=fields.get("adapter"))
-    assert fleet.place(prompt(1), expect=False, **fields).cached_tokens == 992
+    assert fleet.place(prompt(1), **fields).cached_tokens == 992
 
 
 def test_delivered_tokens_are_part_of_the_prompt():
@@ -270,14 +255,14 @@ def test_worse_tiers_and_peers_have_their_price():
     fleet = Fleet(3)
     fleet.hold(1, prompt(1), "disk")
     fleet.hold(2, prompt(1), "host")
-    route = fleet.place(prompt(1), expect=False)
+    route = fleet.place(prompt(1))
     assert (fleet.number(route), route.cached_tokens) == (2, 0)
     assert route.reservation.tokens == 8 + int(992 * 0.05)
     route.reservation.settle()
     fleet.router.fetch_price = lambda tokens: 10.0 + tokens / 1000
     fleet.load(1, queued_prefill_tokens=1000)
     fleet.load(2, queued_prefill_tokens=1000)
-    route = fleet.place(prompt(1), expect=False)
+    route = fleet.place(prompt(1))
     assert (fleet.number(route), route.reservation.tokens) == (0, 18)
 
 
