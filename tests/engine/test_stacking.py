@@ -1,0 +1,77 @@
+"""Layers in one compiled call: the same bits as layer by layer, and as in any other batch."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from kvasir.engine import decoder as decoder_module
+from kvasir.engine.cache import KVCache
+from kvasir.engine.decoder import Decoder
+from kvasir.engine.spec import Layer, Rope, Spec
+from kvasir.engine.stacking import stack_of
+from kvasir.engine.weights import random_decoder
+from kvasir.kernels import native
+
+CPU = torch.device("cpu")
+ROPE = Rope(10000.0, dim=32)
+SPEC = Spec(
+    hidden=128,
+    ffn=192,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    vocab=128,
+    eps=1e-5,
+    max_len=512,
+    layers=(Layer(ROPE), Layer(ROPE, window=20), Layer(replace(ROPE, interleaved=True))),
+    tied=True,
+)
+KINDS = {
+    "plain": SPEC,
+    "heads are normalised": replace(SPEC, qk_norm="head"),
+    "biased, capped, sinks": replace(SPEC, qkv_bias=True, attn_softcap=20.0, sinks=True, residual_scale=0.5),
+}
+pytestmark = pytest.mark.skipif(
+    not native.multiplies_pairs(), reason="bfloat16 products are oneDNN's here, or the compiled kernels are missing"
+)
+
+
+def made(spec: Spec) -> Decoder:
+    return random_decoder(spec, torch.bfloat16, CPU)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_bits_in_any_batch(kind: str, in_chunks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of random chunks, with the layers in one call and without."""
+    rng = random.Random(0)
+    decoder = made(KINDS[kind])
+    assert stack_of(decoder, KVCache(decoder.spec, 4, 16, torch.bfloat16, CPU)) is not None
+    prompts = [[rng.randrange(128) for _ in range(n)] for n in (150, 40, 1, 70)]
+    want = in_chunks(decoder, prompts, 16, seed=0)
+    for seed, most in ((1, 64), (2, 0), (3, 16)):
+        monkeypatch.setattr(decoder_module, "MOST_ROWS", most)
+        for found, expected in zip(in_chunks(decoder, prompts, 16, seed=seed), want, strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_only_wanted_rows_leave_the_last_layer(ragged: Any) -> None:
+    decoder = made(SPEC)
+    cache = KVCache(decoder.spec, 8, 16, torch.bfloat16, CPU)
+    step, tokens = ragged([([1, 3], 0, 20), ([5], 0, 9)], 16), torch.arange(29)
+    every = decoder(tokens, step, cache, torch.arange(29))
+    assert torch.equal(decoder(tokens, step, cache, torch.tensor([3, 28])), every[[3, 28]])
+    assert decoder(tokens, step, cache, torch.tensor([], dtype=torch.int64)).shape == (0, 128)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"placement": "parallel"}, {"gated": False}, {"norm": "layer"}, {"clip_qkv": 3.0}, {"activation": "relu"}],
+)
+def test_other_kinds_go_layer_by_layer(change: dict[str, Any]) -> None:
+    decoder = made(replace(SPEC, **change))
+    assert stack_of(decoder, KVCache(decoder.spec, 4, 16, torch.bfloat16, CPU)) is None
