@@ -1,17 +1,24 @@
 """Grammar libraries on the shared schemas: share compiled, soundness, compile time, mask time per token.
 
     python benchmarks/grammar.py [--library llguidance|xgrammar] [--data ../shared/data] [--model skald]
+    python benchmarks/grammar.py --keywords [--json FILE]
 
 Prints one JSON line. Instances are the data's own: a valid one that is refused is "rejected", an invalid one that is
 accepted "unsound".
+
+With --keywords: Markdown tables of what the engine does with each keyword of the official suite and with each set of
+JSONSchemaBench. Each instance is fed twice, without spaces and as json.dumps writes it; "accepted" means for valid ones
+in both spellings, for invalid ones in either.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +26,20 @@ import numpy as np
 
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import KvasirError
-from kvasir.engine.grammar import LIMITS, Vocabulary
+from kvasir.engine.grammar import LIMITS, Vocabulary, refusal
 from kvasir.engine.grammar_text import grammar_text
 from kvasir.engine.model_files import ModelFiles
 from kvasir.engine.request import StructuredOutput
+
+DIALECTS = {
+    "draft2020-12": "https://json-schema.org/draft/2020-12/schema",
+    "draft7": "http://json-schema.org/draft-07/schema#",
+    "draft4": "http://json-schema.org/draft-04/schema#",
+}
+"""The drafts that the suite has, newest first, and how a schema says that it is written in one."""
+SPELLINGS = ((",", ":"), (", ", ": "))
+"""Separators of items and keys: compact, and json.dumps' own."""
+COLUMNS = ("compiled", "refused", "unnamed", "valid_accepted", "valid_rejected", "invalid_rejected", "invalid_accepted")
 
 
 class Guidance:
@@ -33,10 +50,10 @@ class Guidance:
     def compile(self, schema: Any) -> Any:
         from llguidance import LLMatcher
 
-        text = grammar_text(StructuredOutput(json=json.dumps(schema)), {})
-        found = LLMatcher(self.vocabulary.compiled, text, log_level=0, limits=LIMITS)
+        wanted = StructuredOutput(json=json.dumps(schema))
+        found = LLMatcher(self.vocabulary.compiled, grammar_text(wanted, {}), log_level=0, limits=LIMITS)
         if found.is_error():
-            raise ValueError(found.get_error())
+            raise refusal(wanted, found.get_error())
         return found
 
     def start(self, grammar: Any) -> Any:
@@ -127,17 +144,153 @@ def cases_in(data: Path, which: str) -> list[dict[str, Any]]:
     return [case for file in files for case in json.loads(file.read_text())]
 
 
+def suite_groups(data: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(draft, keyword, group) of the official suite. A group's schema says its draft, as the suite asks for it."""
+    for draft, dialect in DIALECTS.items():
+        folder = data / "structured-json-schema-test-suite/tests" / draft
+        for file in sorted(folder.rglob("*.json"), key=lambda file: (len(file.parts), file)):
+            keyword = file.relative_to(folder).with_suffix("").as_posix()
+            for group in json.loads(file.read_text()):
+                schema = group["schema"]
+                yield (
+                    draft,
+                    keyword,
+                    group | {"schema": {"$schema": dialect} | schema if isinstance(schema, dict) else schema},
+                )
+
+
+def bench_groups(data: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """("jsonschemabench", set, schema with instances)."""
+    for file in sorted((data / "structured-jsonschemabench/share").glob("*.json")):
+        name = file.stem.split("---")[0] if "---" in file.stem else file.stem.split("_")[0]
+        yield "jsonschemabench", name, json.loads(file.read_text())
+
+
+def keywords(library: Any, vocabulary: Vocabulary, groups: Iterable[tuple[str, str, dict[str, Any]]]) -> dict[str, Any]:
+    """`{source: {keyword: row}}`; a row has COLUMNS, compile times and the reasons of refusals."""
+    found: dict[str, Any] = {}
+    for source, keyword, group in groups:
+        blank = {**dict.fromkeys(COLUMNS, 0), "compile_ms": [], "reasons": {}}
+        row = found.setdefault(source, {}).setdefault(keyword, blank)
+        start = time.perf_counter()
+        try:
+            grammar = library.compile(group["schema"])
+        except KvasirError as error:
+            count_refusal(row, group["schema"], str(error))
+            continue
+        finally:
+            row["compile_ms"].append(round((time.perf_counter() - start) * 1e3, 3))
+        row["compiled"] += 1
+        for test in group["tests"]:
+            row[outcome(library, grammar, vocabulary, test)] += 1
+    return found
+
+
+def count_refusal(row: dict[str, Any], schema: Any, message: str) -> None:
+    """It is one by name when the message has a keyword of this schema."""
+    words = set(re.findall(r"\$?\w+", message))
+    row["refused"] += 1
+    row["unnamed"] += not words & set(keys(schema))
+    reason = re.sub(r"^structured output: this json can't be enforced: ", "", message)
+    row["reasons"][reason] = row["reasons"].get(reason, 0) + 1
+
+
+def keys(schema: Any) -> Iterator[str]:
+    """Every key at every depth; a schema that is `false` counts as its own keyword."""
+    if schema is False:
+        yield "false"
+    if isinstance(schema, dict):
+        yield from schema
+    for child in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        yield from keys(child)
+
+
+def outcome(library: Any, grammar: Any, vocabulary: Vocabulary, test: dict[str, Any]) -> str:
+    """The column that an instance counts in."""
+    accepted = set()
+    for separators in SPELLINGS:
+        text = json.dumps(test["data"], separators=separators, ensure_ascii=False)
+        tokens = vocabulary(text)
+        assert b"".join(vocabulary.tokens[token] for token in tokens) == text.encode(), text
+        accepted.add(accepts(library, grammar, tokens, []))
+    if test["valid"]:
+        return "valid_rejected" if False in accepted else "valid_accepted"
+    return "invalid_accepted" if True in accepted else "invalid_rejected"
+
+
+def tables(found: dict[str, Any]) -> str:
+    """Markdown: a table per source, a line per keyword, and the sums."""
+    lines = []
+    for source, rows in found.items():
+        heads = (
+            "keyword or set",
+            "compiled",
+            "valid accepted",
+            "invalid rejected",
+            "invalid accepted",
+            "compile p50 / p95, ms",
+        )
+        lines += [f"## {source}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        lines += [f"| {line(keyword, [row])} |" for keyword, row in rows.items()]
+        required = [row for keyword, row in rows.items() if not keyword.startswith("optional/")]
+        lines += [f"| {line('all but optional', required)} |"] if len(required) < len(rows) else []
+        lines += [f"| {line('all', list(rows.values()))} |", ""]
+    return "\n".join(lines)
+
+
+def line(keyword: str, rows: list[dict[str, Any]]) -> str:
+    """Of one keyword, or of several as one; shares are of what was compiled."""
+    total = {column: sum(row[column] for row in rows) for column in COLUMNS}
+    groups = total["compiled"] + total["refused"]
+    p50, p95 = np.percentile([ms for row in rows for ms in row["compile_ms"]], (50, 95))
+    cells = [
+        keyword,
+        f"{total['compiled']}/{groups} ({total['compiled'] / groups:.0%})",
+        share(total["valid_accepted"], total["valid_rejected"]),
+        share(total["invalid_rejected"], total["invalid_accepted"]),
+        str(total["invalid_accepted"]),
+        f"{p50:.2f} / {p95:.2f}",
+    ]
+    return " | ".join(cells)
+
+
+def share(right: int, wrong: int) -> str:
+    return f"{right}/{right + wrong}" if right + wrong else "-"
+
+
+def reasons(found: dict[str, Any]) -> str:
+    """How often each reason was given, per source; numbers and addresses are left out of it."""
+    lines = []
+    for source, rows in found.items():
+        counts: Counter[str] = Counter()
+        for row in rows.values():
+            for reason, count in row["reasons"].items():
+                counts[re.sub(r"'[a-z-]+:/[^']*'|-?\d[\d.e]+|/\S+/", "…", reason)[:100]] += count
+        unnamed = sum(row["unnamed"] for row in rows.values())
+        lines += [f"{source}: {counts.total()} refused, {unnamed} of them without a keyword's name"]
+        lines += [f"    {count:4} {reason}" for reason, count in counts.most_common()]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--library", choices=["llguidance", "xgrammar"], default="llguidance")
     parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared/data")
     parser.add_argument("--model", default="skald")
     parser.add_argument("--set", choices=["jsonschemabench", "suite"], default="jsonschemabench")
+    parser.add_argument("--keywords", action="store_true", help="a table per draft and set, keyword by keyword")
+    parser.add_argument("--json", type=Path, help="with --keywords: where to write the tables' numbers")
     args = parser.parse_args()
     tokenizer = ModelFiles(EngineConfig(model=args.model)).tokenizer()
     assert tokenizer is not None
     vocabulary = Vocabulary(tokenizer, tokenizer.vocab_size, tokenizer.eos_token_ids)
     library = {"llguidance": Guidance, "xgrammar": XGrammar}[args.library](vocabulary)
+    if args.keywords:
+        by_keyword = keywords(library, vocabulary, (*suite_groups(args.data), *bench_groups(args.data)))
+        print(tables(by_keyword), reasons(by_keyword), sep="\n")
+        if args.json:
+            args.json.write_text(json.dumps(by_keyword, indent=1))
+        return
     found = measure(library, vocabulary, cases_in(args.data, args.set))
     print(json.dumps({"library": args.library, "set": args.set, "vocabulary": vocabulary.size, **found}))
 

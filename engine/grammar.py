@@ -39,6 +39,19 @@ LIMITS = LLParserLimits(
 )
 """What bounds a grammar's work in compilation (about 40 ms of regex building) and in each step."""
 
+UNNAMED = {
+    "patternProperty regexes": "patternProperties",
+    "regex parse error": "pattern",
+    "for float range": "minimum/maximum/exclusiveMinimum/exclusiveMaximum",
+    "for integer range": "minimum/maximum/exclusiveMinimum/exclusiveMaximum",
+    "anyOf is empty": "enum/anyOf",
+    "in a registry": "$ref/$schema",
+    "Anchor ": "$ref",
+    "circular references": "$ref",
+    "intersection stack": "allOf/$ref",
+}
+"""What the library's reasons for a schema are about, by a phrase of those that don't name it."""
+
 
 class Vocabulary:
     """The bytes of every token, as llguidance wants them. Added and special tokens stand outside of every text."""
@@ -131,8 +144,10 @@ class Grammars:
 
 def refusal(wanted: StructuredOutput, why: str) -> ClientError:
     """Of a grammar that can't be compiled: what it is, and the library's reason in one line."""
-    reason = " ".join(why.split("<state>")[0].split())[:500]
+    reason = " ".join(why.split("<state>")[0].split(" Enable 'coerce_one_of'")[0].split())[:500]
     kinds = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
     kind = next(name for name in kinds if getattr(wanted, name) not in (None, False, ()))
+    if kind == "json":
+        reason = "".join(f"{keyword}: " for phrase, keyword in UNNAMED.items() if phrase in reason) + reason
     cause = UnsupportedError if "nimplemented" in reason or "not supported" in reason else ClientError
     return cause(f"structured output: this {kind} can't be enforced: {reason}", param="structured_outputs")

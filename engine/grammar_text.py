@@ -77,9 +77,15 @@ def _children(value: Any) -> list[Any]:
 
 def _parsed(text: str, kind: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_float=_number)
     except (ValueError, RecursionError) as error:
         raise ClientError(f"structured output: {kind} isn't JSON: {error}", param="structured_outputs") from error
+
+
+def _number(text: str) -> float | int:
+    """2.0 is 2 in JSON Schema, and the library takes no other for a count; above 2^53 floats aren't exact."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
 def _context_free(text: str) -> str:

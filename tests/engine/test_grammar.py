@@ -145,6 +145,12 @@ def test_a_grammar_begins_behind_the_thoughts(llm, write):
         (StructuredOutput(json='{"type": "array", "uniqueItems": true}'), UnsupportedError, "uniqueItems"),
         (StructuredOutput(json='{"if": {"type": "string"}, "then": false}'), UnsupportedError, "if"),
         (StructuredOutput(json='{"x-guidance": {"lenient": true}}'), ClientError, "x-guidance"),
+        (StructuredOutput(json='{"oneOf": [{}, {}]}'), UnsupportedError, "oneOf constraints are not supported.$"),
+        (StructuredOutput(json='{"maximum": 1e30}'), ClientError, "maximum"),
+        (StructuredOutput(json='{"pattern": "(?=a)"}'), UnsupportedError, "pattern: .*look-ahead"),
+        (StructuredOutput(json='{"patternProperties": {"a": {}, "b": {}}}'), ClientError, "patternProperties: "),
+        (StructuredOutput(json='{"$ref": "http://localhost/a"}'), ClientError, r"\$ref"),
+        (StructuredOutput(json='{"enum": []}'), ClientError, "enum"),
         (StructuredOutput(json="{"), ClientError, "isn't JSON"),
         (StructuredOutput(json="[" * 100_000), ClientError, "isn't JSON"),
         (StructuredOutput(json='{"items":' * 90 + "{}" + "}" * 90), ClientError, "levels"),
@@ -159,6 +165,12 @@ def test_what_cant_be_enforced_is_refused_by_name(write, wanted, error, text):
     with pytest.raises(ClientError, match=text) as caught:
         write(wanted)
     assert isinstance(caught.value, error)
+
+
+def test_a_count_may_be_written_as_a_float(write):
+    """2.0 is 2 in JSON Schema, and some clients (protobuf's Struct) know no integers."""
+    (output,) = write(StructuredOutput(json='{"type": "string", "minLength": 2.0, "maxLength": 2.0}'))
+    assert len(json.loads(output.text)) == 2
 
 
 def test_preemption_and_resumption_give_the_same_tokens(llm, write):
