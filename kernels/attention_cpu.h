@@ -1,0 +1,393 @@
+// What one thread does for attention: some rows of a sequence under some kv heads, tile of keys by tile.
+#pragma once
+#include "native.h"
+
+#include <algorithm>
+
+namespace {
+
+constexpr int64_t TILE = 64;   // keys whose scores a row takes at once
+constexpr int64_t PART = 1024; // keys after which a row's softmax begins anew, to be merged: long contexts use all threads
+constexpr int64_t QUERIES = 64; // query rows (of all heads of a group) that share a tile's keys
+#ifdef __AVX512F__
+constexpr int BLOCK = 6; // rows whose sums are in registers at once
+#else
+constexpr int BLOCK = 2;
+#endif
+
+struct Call {
+  const void *q;
+  int64_t q_row, q_head;
+  const void *k, *v;
+  int64_t block, slot, head; // strides of both caches, in numbers
+  const int32_t *table;
+  int64_t table_row;
+  const int32_t *starts, *lengths;
+  int64_t sequences, heads, kv_heads, dim, value_dim, block_size;
+  float scale, softcap;
+  int64_t window, chunk, causal;
+  const float *sinks, *slopes;
+  void *out;
+  int64_t threads;
+};
+
+struct Unit { // some rows of one sequence under some kv heads, and some parts of their keys
+  int32_t sequence, head, heads, first, count;
+  int64_t part, parts;
+  int64_t partial; // where its sums go, in floats; -1: it ends here
+};
+
+int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+template <class T, bool PAIRS>
+struct Worker {
+  const Call &c;
+  const Unit &u;
+  const int64_t group, rows, all, wide, length, origin; // rows: of one kv head; origin: position of the unit's first row
+  float *kt, *vt, *scores, *weights, *acc, *total, *queries, *m, *total_m, *total_l;
+  int64_t *low, *high;
+  F16 *lanes;
+
+  static int64_t bytes(const Call &c, int64_t rows, int64_t heads) {
+    int64_t wide = up(c.value_dim, 16), dim = up(c.dim, 16);
+    return 4 * (TILE * (dim + wide) + rows * (2 * TILE + 4) + heads * rows * (2 * wide + dim + 16 + 3)) + 4096;
+  }
+
+  Worker(const Call &call, const Unit &unit, char *memory)
+      : c(call), u(unit), group(c.heads / c.kv_heads), rows(unit.count * group), all(rows * unit.heads),
+        wide(up(c.value_dim, 16)), length(c.lengths[unit.sequence]),
+        origin(length - (c.starts[unit.sequence + 1] - c.starts[unit.sequence]) + unit.first) {
+    auto take = [&](int64_t floats) {
+      char *found = memory;
+      memory += up(4 * floats, 64);
+      return (float *)found;
+    };
+    kt = take(TILE * up(c.dim, 16)), vt = take(TILE * wide);
+    scores = take(rows * TILE), weights = take(rows * TILE);
+    low = (int64_t *)take(2 * rows), high = (int64_t *)take(2 * rows);
+    acc = take(all * wide), total = take(all * wide), queries = take(all * up(c.dim, 16));
+    lanes = (F16 *)take(all * 16);
+    m = take(all), total_m = take(all), total_l = take(all);
+  }
+
+  // Row i of all: kv head by kv head, its query heads' rows.
+  int64_t row(int64_t i) const { return c.starts[u.sequence] + u.first + i % rows / group; }
+  int64_t head(int64_t i) const { return (u.head + i / rows) * group + i % group; }
+  const T *query(int64_t i) const { return (const T *)c.q + row(i) * c.q_row + head(i) * c.q_head; }
+
+  // The keys that a row at this position sees: low..high, both included.
+  void range(int64_t position, int64_t &from, int64_t &to) const {
+    from = 0, to = c.causal ? position : length - 1;
+    if (c.window) {
+      from = std::max(from, position - c.window + 1);
+      to = std::min(to, position + c.window - 1);
+    }
+    if (c.chunk) {
+      int64_t begin = position / c.chunk * c.chunk;
+      from = std::max(from, begin), to = std::min(to, begin + c.chunk - 1);
+    }
+  }
+
+  // Where each of the keys of a tile lies, in numbers from the cache's start; -1: beyond the sequence.
+  void find(int64_t tile, int64_t *places) const {
+    int64_t number = tile / c.block_size, within = tile % c.block_size;
+    const int32_t *table = c.table + u.sequence * c.table_row;
+    int64_t count = std::min(TILE, length - tile);
+    for (int64_t j = 0; j < count;) {
+      int64_t place = table[number++] * c.block + within * c.slot;
+      for (; j < count && within < c.block_size; j++, within++, place += c.slot) places[j] = place;
+      within = 0;
+    }
+    for (int64_t j = std::max<int64_t>(count, 0); j < TILE; j++) places[j] = -1;
+  }
+
+  const T *at(const void *cache, int64_t place, int64_t h) const {
+    return place < 0 ? nullptr : (const T *)cache + place + (u.head + h) * c.head;
+  }
+
+  static void prefetch(const T *row, int64_t dim) {
+    for (int64_t b = 0; row && b < dim * (int64_t)sizeof(T); b += 64) __builtin_prefetch((const char *)row + b, 0, 2);
+  }
+
+  // kt[dim (pairs)][TILE]: keys of a tile side by side; keys beyond the sequence are zero.
+  // Meanwhile those of the next tile or head are called for.
+  void pack_keys(const int64_t *places, int64_t h, const int64_t *next, int64_t next_h) {
+    int64_t dims = PAIRS ? c.dim / 2 : c.dim;
+    for (int64_t j = 0; j < TILE; j += 16) {
+      const T *from[16];
+      for (int64_t i = 0; i < 16; i++) from[i] = at(c.k, places[j + i], h), prefetch(at(c.k, next[j + i], next_h), c.dim);
+#ifdef __AVX512F__
+      for (int64_t d = 0; d < dims; d += 16) {
+        __m512 r[16];
+        for (int i = 0; i < 16; i++) {
+          int64_t left = dims - d < 16 ? dims - d : 16;
+          if (!from[i])
+            r[i] = _mm512_setzero_ps();
+          else if (PAIRS)
+            r[i] = _mm512_maskz_loadu_ps((__mmask16)((1u << left) - 1), (const float *)from[i] + d);
+          else
+            r[i] = (__m512)widen(from[i] + d, left);
+        }
+        transpose(r);
+        for (int64_t i = 0; i < 16 && d + i < dims; i++) store(kt + (d + i) * TILE + j, r[i]);
+      }
+#else
+      for (int64_t i = 0; i < 16; i++)
+        for (int64_t d = 0; d < dims; d++) kt[d * TILE + j + i] = from[i] ? scalar(from[i][d]) : 0.0f;
+#endif
+    }
+  }
+
+#ifdef __AVX512F__
+  static void transpose(__m512 *r) {
+    __m512 t[16];
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+      for (int j = 0; j < 2; j++) {
+        r[i + 2 * j] = (__m512)_mm512_unpacklo_pd((__m512d)t[i + j], (__m512d)t[i + j + 2]);
+        r[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd((__m512d)t[i + j], (__m512d)t[i + j + 2]);
+      }
+    for (int j = 0; j < 4; j++) {
+      t[j] = _mm512_shuffle_f32x4(r[j], r[j + 4], 0x88), t[j + 4] = _mm512_shuffle_f32x4(r[j], r[j + 4], 0xdd);
+      t[j + 8] = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0x88), t[j + 12] = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0xdd);
+    }
+    for (int j = 0; j < 8; j++) {
+      r[j] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0x88);
+      r[j + 8] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0xdd);
+    }
+  }
+#endif
+
+  // vt[TILE][wide], or vt[TILE / 2][wide] of pairs of neighbouring keys; zero beyond the sequence: 0 * NaN is NaN.
+  void pack_values(const int64_t *places, int64_t h, const int64_t *next, int64_t next_h) {
+    const void *cache = c.v ? c.v : c.k;
+    for (int64_t j = 0; j < TILE; j += PAIRS ? 2 : 1) {
+      const T *from = at(cache, places[j], h);
+      if (c.v)
+        for (int64_t i = 0; i < (PAIRS ? 2 : 1); i++) prefetch(at(cache, next[j + i], next_h), c.value_dim);
+#if KVASIR_PAIRS
+      if constexpr (PAIRS) {
+        const T *next = at(cache, places[j + 1], h);
+        const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                               5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+        const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+        for (int64_t d = 0; d < wide; d += 32) {
+          int64_t left = c.value_dim - d < 32 ? c.value_dim - d : 32;
+          __mmask32 mask = left == 32 ? 0xffffffffu : (1u << left) - 1;
+          __m512i a = from ? _mm512_maskz_loadu_epi16(mask, from + d) : _mm512_setzero_si512();
+          __m512i b = next ? _mm512_maskz_loadu_epi16(mask, next + d) : _mm512_setzero_si512();
+          float *to = vt + j / 2 * wide + d;
+          _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, first, b));
+          if (d + 16 < wide) _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(a, second, b));
+        }
+        continue;
+      }
+#endif
+      for (int64_t d = 0; d < wide; d += 16)
+        store(vt + j * wide + d, from ? widen(from + d, c.value_dim - d) : splat(0.0f));
+    }
+  }
+
+  static F16 product(F16 sum, float a, F16 b) {
+#if KVASIR_PAIRS
+    if constexpr (PAIRS) {
+      uint32_t pair;
+      std::memcpy(&pair, &a, 4);
+      return (F16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)pair), (__m512bh)b);
+    }
+#endif
+    return sum + a * b;
+  }
+
+  // to[R][columns..] += from[R][inner] (rows `step` apart) times tile[inner][line], for 16 * C columns.
+  template <int R, int C>
+  static void multiply(const float *const *from, int64_t inner, const float *tile, int64_t line, float *to, int64_t to_row,
+                       bool add) {
+    F16 sums[R][C];
+    for (int r = 0; r < R; r++)
+      for (int i = 0; i < C; i++) sums[r][i] = add ? load<F16>(to + r * to_row + 16 * i) : splat(0.0f);
+    for (int64_t p = 0; p < inner; p++) {
+      F16 b[C];
+      for (int i = 0; i < C; i++) b[i] = load<F16>(tile + p * line + 16 * i);
+      for (int r = 0; r < R; r++) {
+        float a;
+        std::memcpy(&a, from[r] + p, 4);
+        for (int i = 0; i < C; i++) sums[r][i] = product(sums[r][i], a, b[i]);
+      }
+    }
+    for (int r = 0; r < R; r++)
+      for (int i = 0; i < C; i++) store(to + r * to_row + 16 * i, sums[r][i]);
+  }
+
+  template <int C>
+  static void multiply(int64_t count, const float *const *from, int64_t inner, const float *tile, int64_t line, float *to,
+                       int64_t to_row, bool add) {
+    switch (count) {
+    case 1: return multiply<1, C>(from, inner, tile, line, to, to_row, add);
+    case 2: return multiply<2, C>(from, inner, tile, line, to, to_row, add);
+    case 3: return multiply<3, C>(from, inner, tile, line, to, to_row, add);
+    case 4: return multiply<4, C>(from, inner, tile, line, to, to_row, add);
+    case 5: return multiply<5, C>(from, inner, tile, line, to, to_row, add);
+    default: return multiply<6, C>(from, inner, tile, line, to, to_row, add);
+    }
+  }
+
+  // Scores of a tile for row i become weights; what was summed before is scaled to the new largest score.
+  __attribute__((noinline)) void weigh(int64_t i, int64_t tile) {
+    F16 x[4];
+    float *s = scores + i % rows * TILE, *w = weights + i % rows * TILE;
+    const I16 number = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    int32_t from = (int32_t)(low[i % rows] - tile), to = (int32_t)(high[i % rows] - tile);
+    bool whole = from <= 0 && to >= TILE - 1;
+    float slope = c.slopes ? c.slopes[head(i)] : 0.0f;
+    float behind = (float)(origin + i % rows / group - tile);
+    F16 best = splat(-INFINITY);
+    for (int j = 0; j < 4; j++) {
+      x[j] = load<F16>(s + 16 * j) * c.scale;
+      if (c.softcap != 0.0f) x[j] = tangent(x[j] / c.softcap) * c.softcap;
+      I16 key = number + 16 * j;
+      if (c.slopes) {
+        F16 distance = behind - __builtin_convertvector(key, F16);
+        x[j] -= slope * where(distance < 0.0f, -distance, distance);
+      }
+      if (!whole) x[j] = where((key >= from) & (key <= to), x[j], splat(-INFINITY));
+      best = larger(x[j], best);
+    }
+    float now = largest(best);
+    if (!(now > m[i])) now = m[i];
+    if (now == -INFINITY) { // nothing seen yet
+      std::memset(w, 0, TILE * 4);
+      return;
+    }
+    if (now != m[i]) {
+      F16 shrink = exponential(splat(m[i] - now));
+      lanes[i] *= shrink;
+      for (int64_t d = 0; d < wide; d += 16) store(acc + i * wide + d, load<F16>(acc + i * wide + d) * shrink);
+      m[i] = now;
+    }
+    for (int j = 0; j < 4; j++) {
+      F16 e = exponential(x[j] - now);
+      lanes[i] += e;
+      if (PAIRS)
+        store((bf16 *)w + 16 * j, rounded(e));
+      else
+        store(w + 16 * j, e);
+    }
+  }
+
+  void one_tile(int64_t tile, const int64_t *places, int64_t h, const int64_t *next, int64_t next_h) {
+    pack_keys(places, h, next, next_h);
+    int64_t inner = PAIRS ? c.dim / 2 : c.dim, base = h * rows;
+    const float *from[BLOCK];
+    for (int64_t i = 0; i < rows; i += BLOCK) {
+      int64_t count = std::min<int64_t>(BLOCK, rows - i);
+      for (int64_t r = 0; r < count; r++)
+        from[r] = PAIRS ? (const float *)query(base + i + r) : queries + (base + i + r) * up(c.dim, 16);
+      multiply<4>(count, from, inner, kt, TILE, scores + i * TILE, TILE, false);
+    }
+    for (int64_t i = 0; i < rows; i++) weigh(base + i, tile);
+    pack_values(places, h, next, next_h);
+    for (int64_t i = 0; i < rows; i += BLOCK) {
+      int64_t count = std::min<int64_t>(BLOCK, rows - i), d = 0;
+      for (int64_t r = 0; r < count; r++) from[r] = weights + (i + r) * TILE;
+      float *to = acc + (base + i) * wide;
+      for (; d + 64 <= wide; d += 64) multiply<4>(count, from, PAIRS ? TILE / 2 : TILE, vt + d, wide, to + d, wide, true);
+      for (; d < wide; d += 16) multiply<1>(count, from, PAIRS ? TILE / 2 : TILE, vt + d, wide, to + d, wide, true);
+    }
+  }
+
+  // One part's sums, from nothing: tile by tile under all heads, whose keys are neighbours in a block.
+  void one_part(int64_t part, int64_t first, int64_t last) {
+    for (int64_t i = 0; i < all; i++) m[i] = -INFINITY, lanes[i] = splat(0.0f);
+    std::memset(acc, 0, all * wide * 4);
+    int64_t begin = std::max(part * PART, first / TILE * TILE), end = std::min((part + 1) * PART, last + 1);
+    int64_t places[2][TILE];
+    find(begin, places[0]);
+    for (int64_t tile = begin, turn = 0; tile < end; tile += TILE, turn ^= 1) {
+      find(tile + TILE < end ? tile + TILE : length, places[turn ^ 1]);
+      for (int64_t h = 0; h < u.heads; h++) {
+        bool over = h + 1 == u.heads;
+        one_tile(tile, places[turn], h, places[turn ^ over], over ? 0 : h + 1);
+      }
+    }
+  }
+
+  void prepare(int64_t &first, int64_t &last) {
+    first = length, last = 0;
+    for (int64_t i = 0; i < rows; i++) {
+      range(origin + i / group, low[i], high[i]);
+      first = std::min(first, low[i]), last = std::max(last, high[i]);
+    }
+    for (int64_t i = 0; i < all; i++) {
+      total_m[i] = -INFINITY, total_l[i] = 0.0f;
+      if (!PAIRS)
+        for (int64_t d = 0; d < c.dim; d += 16) store(queries + i * up(c.dim, 16) + d, widen(query(i) + d, c.dim - d));
+    }
+    std::memset(total, 0, all * wide * 4);
+  }
+
+  // What a part found joins what the parts before it found. One copy of the code, so that it always rounds alike.
+  __attribute__((noinline)) void merge(int64_t i, float part_m, float part_l, const float *part_acc) {
+    if (part_m == -INFINITY) return;
+    float now = std::max(total_m[i], part_m);
+    float old = total_m[i] == -INFINITY ? 0.0f : exponential(splat(total_m[i] - now))[0];
+    float own = exponential(splat(part_m - now))[0];
+    total_l[i] = total_l[i] * old + part_l * own;
+    for (int64_t d = 0; d < wide; d += 16) {
+      float *t = total + i * wide + d;
+      store(t, load<F16>(t) * old + load<F16>(part_acc + d) * own);
+    }
+    total_m[i] = now;
+  }
+
+  __attribute__((noinline)) void finish() {
+    for (int64_t i = 0; i < all; i++) {
+      float sum = total_l[i], factor = 1.0f;
+      if (c.sinks) {
+        float sink = c.sinks[head(i)], now = std::max(total_m[i], sink);
+        factor = exponential(splat(total_m[i] - now))[0];
+        sum = sum * factor + exponential(splat(sink - now))[0];
+      }
+      factor /= sum;
+      T *to = (T *)c.out + (row(i) * c.heads + head(i)) * c.value_dim;
+      for (int64_t d = 0; d < c.value_dim; d += 16)
+        narrow(to + d, load<F16>(total + i * wide + d) * factor, c.value_dim - d);
+    }
+  }
+
+  // `partials`: where units leave [all][wide + 2] for each of their parts.
+  void run(float *partials) {
+    int64_t first, last;
+    prepare(first, last);
+    for (int64_t part = u.part; part < u.part + u.parts; part++) {
+      one_part(part, first, last);
+      for (int64_t i = 0; i < all; i++) {
+        float l = sum(lanes[i]);
+        if (u.partial < 0) {
+          merge(i, m[i], l, acc + i * wide);
+          continue;
+        }
+        float *to = partials + u.partial + i * (wide + 2);
+        to[0] = m[i], to[1] = l;
+        std::memcpy(to + 2, acc + i * wide, wide * 4);
+      }
+    }
+    if (u.partial < 0) finish();
+  }
+
+  void join(const float *partials) {
+    int64_t first, last;
+    prepare(first, last);
+    for (int64_t p = 0; p < u.parts; p++)
+      for (int64_t i = 0; i < all; i++) {
+        const float *from = partials + u.partial + (p * all + i) * (wide + 2);
+        merge(i, from[0], from[1], from + 2);
+      }
+    finish();
+  }
+};
+
+} // namespace
