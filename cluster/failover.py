@@ -13,7 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
-from kvasir.cluster.group_client import Placement, Stream
+from kvasir.cluster.group_client import Placement
+from kvasir.cluster.group_stream import Stream
 from kvasir.cluster.merged import Merged
 from kvasir.engine.errors import DeadlineError, KvasirError, OverloadedError, UnavailableError
 from kvasir.engine.event import Event, Failed, Finished, FinishReason, Timing, Token

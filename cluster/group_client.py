@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, cast
@@ -17,11 +16,12 @@ from typing import TypeAlias, cast
 import grpc
 
 from kvasir.cluster import wire
+from kvasir.cluster.group_stream import Stream
 from kvasir.cluster.member import Member, Reservation
 from kvasir.cluster.router import Policy, Route, Router
 from kvasir.cluster.wire import Endpoint
-from kvasir.engine.errors import KvasirError, ModelNotFoundError, UnavailableError
-from kvasir.engine.event import Event, Failed, Finished, FinishReason, Pooled
+from kvasir.engine.errors import ModelNotFoundError, UnavailableError
+from kvasir.engine.event import Event, Failed, FinishReason
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.request import Request
 from kvasir.engine.scheduler import Stats
@@ -40,106 +40,6 @@ POLL_S = (0.2, 2.0)
 
 GroupCall: TypeAlias = "grpc.aio.StreamStreamCall[pb.GatewayMessage, pb.GroupMessage]"
 Fetch: TypeAlias = "Callable[[], Awaitable[Sequence[Endpoint]]]"
-
-
-class Stream:
-    """Events of one request, one by one or in batches: ends behind the last `Finished`, or behind `Failed`.
-
-    Holds at most `limit` events for a reader that is slow; then the request is aborted and fails as overloaded.
-    """
-
-    def __init__(self, request: Request, limit: int, send_abort: Callable[[int | None, FinishReason], None]) -> None:
-        self.request_id = request.request_id
-        self._remaining = request.sampling.streams
-        self._limit = limit
-        self._send_abort = send_abort
-        self._events: deque[Event] = deque()
-        self._wakeup: asyncio.Future[None] | None = None
-        self._answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._reservation: Reservation | None = None
-
-    @property
-    def complete(self) -> bool:
-        """Nothing more will come from the group."""
-        return self._remaining <= 0
-
-    def abort(self, index: int | None = None, reason: FinishReason = "abort") -> None:
-        """End continuation `index`, or all; its `Finished` still comes."""
-        if not self.complete:
-            self._send_abort(index, reason)
-
-    def close(self) -> None:
-        """The reader goes away: abort what still runs, hold nothing."""
-        self.abort()
-        self._remaining = 0
-        self._events.clear()
-        self._release()
-        self._wake()
-
-    def __aiter__(self) -> Stream:
-        return self
-
-    async def __anext__(self) -> Event:
-        if await self._some():
-            return self._events.popleft()
-        raise StopAsyncIteration
-
-    async def batch(self) -> list[Event]:
-        """All events that are here, at least one; none when the stream has ended."""
-        await self._some()
-        events = [*self._events]
-        self._events.clear()
-        return events
-
-    async def _some(self) -> bool:
-        """Wait for events; False when none will come."""
-        while not self._events and not self.complete:
-            self._wakeup = asyncio.get_running_loop().create_future()
-            await self._wakeup
-        return bool(self._events)
-
-    def _push(self, event: Event) -> None:
-        """Take an event from the group."""
-        if self.complete:
-            return
-        if len(self._events) >= self._limit and not isinstance(event, (Finished, Pooled, Failed)):
-            self.abort()
-            why = f"the client reads too slowly: {self._limit} events are waiting"
-            event = Failed(self.request_id, "overloaded", why)
-        if isinstance(event, (Pooled, Failed)):
-            self._remaining = 0
-        elif isinstance(event, Finished):
-            self._remaining -= 1
-        self._events.append(event)
-        if self._reservation is not None:
-            self._reservation.streams()
-            if self.complete:
-                self._release()
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._wakeup and not self._wakeup.done():
-            self._wakeup.set_result(None)
-
-    def _answered(self, error: KvasirError | None) -> None:
-        """The group took the request, or refused it."""
-        if error is None and not self._answer.done():
-            self._answer.set_result(None)
-        elif error is not None and not self._answer.done():
-            self._remaining = 0
-            self._release()
-            self._answer.set_exception(error)
-
-    def _release(self) -> None:
-        """The group has nothing to do for it any more."""
-        if self._reservation is not None:
-            self._reservation.settle()
-            self._reservation = None
-
-    def _break(self, why: str) -> None:
-        """The group is gone."""
-        self._answered(UnavailableError(why, retry_after_s=1.0))
-        self._push(Failed(self.request_id, "unavailable", why))
 
 
 class GroupClient:

@@ -24,8 +24,9 @@ import uvicorn
 from pydantic.warnings import PydanticDeprecatedSince20
 
 from kvasir.cluster.config import GatewayConfig
-from kvasir.cluster.group_client import Placement, Stream
+from kvasir.cluster.group_client import Placement
 from kvasir.cluster.group_service import GroupService
+from kvasir.cluster.group_stream import Stream
 from kvasir.cluster.router import Router
 from kvasir.cluster.telemetry import Tracing
 from kvasir.engine.config import EngineConfig
