@@ -76,7 +76,7 @@ def test_a_batch_survives_a_restart(tmp_path):
         answer = client.chat.completions.create(
             model="skald", messages=[{"role": "user", "content": "Hi"}], max_tokens=1
         )
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30
         assert answer.usage.completion_tokens == 1
         assert client.batches.retrieve(batch.id).status == "in_progress"
     with served(tmp_path) as url, client_of(url) as client:

@@ -326,7 +326,7 @@ def test_a_heavy_grammar_costs_its_sender_alone(skald: Server) -> None:
         slow = [pool.submit(chat, skald, "Hi", max_tokens=5, extra_body=heavy) for _ in range(3)]
         began = time.monotonic()
         assert chat(skald, "Who are you?", temperature=0, max_tokens=40).choices[0].message.content
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30
         for future in slow:
             with contextlib.suppress(openai.BadRequestError):
                 assert set(future.result(60).choices[0].message.content) <= set("abcdex")

@@ -53,7 +53,7 @@ def pids(handle):
     return handle.broadcast("rank_pids").results(timeout_s=5)[0]
 
 
-def until(condition, timeout=30.0):
+def until(condition, timeout=60.0):
     began = time.monotonic()
     while not (found := condition()):
         assert time.monotonic() - began < timeout, "it didn't happen in time"
@@ -124,7 +124,7 @@ def test_any_rank_s_death_is_told_and_mended(deployed):
             os.kill(ranks[-1], number)
             began = time.monotonic()
             ends = [last for _, last in await asyncio.gather(*running)]
-            assert time.monotonic() - began < 3.0
+            assert time.monotonic() - began < 15.0
             await client.close()
             return ends
 
@@ -165,7 +165,7 @@ def test_a_rank_that_an_exchange_holds_is_replaced():
 
 def test_sizes_that_dont_work_are_told_plainly(deployed, serve_on_ray):
     deployed(wait=False, pipeline_parallel_size=6)
-    until(lambda: serve_on_ray.status().applications["test"].status == "DEPLOY_FAILED", timeout=60)
+    until(lambda: serve_on_ray.status().applications["test"].status == "DEPLOY_FAILED", timeout=90)
     text = app.failure_text(serve_on_ray.status().applications["test"])
     assert "this model has 5 layers, so 1 to 5 work (see --pipeline-parallel-size)" in text
 
@@ -187,13 +187,15 @@ def test_chaos(deployed):
             running = [asyncio.ensure_future(tokens(client, [1, 5 + i], LONG)) for i in range(3)]
             await asyncio.sleep(delay)
             os.kill(victim, number)
-            ends = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), 20)
+            ends = await asyncio.wait_for(
+                asyncio.gather(*running, return_exceptions=True), 25
+            )  # below --collective-timeout
             await client.close()
             return ends
 
         ends = asyncio.run(main())
         assert all(isinstance(end, KvasirError) or isinstance(end[1], (Failed, Finished)) for end in ends)
         until(lambda ranks=ranks: not any(os.path.exists(f"/proc/{pid}") for pid in ranks))
-        until(lambda where=where: (now := endpoints(handle)) and now[0] != where, timeout=60)
+        until(lambda where=where: (now := endpoints(handle)) and now[0] != where, timeout=90)
     assert len([g for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]) == 1
     assert {name for name in os.listdir("/dev/shm") if "torch" in name or "gloo" in name} <= ours

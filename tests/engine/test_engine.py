@@ -251,7 +251,7 @@ def test_the_heart_beats_when_there_is_nothing_to_do(make: Callable[..., Engine]
     engine = make()
     seen = set()
     for _ in range(10):
-        assert time.monotonic() - engine.heartbeat < 0.5
+        assert time.monotonic() - engine.heartbeat < 5
         seen.add(engine.heartbeat)
         time.sleep(0.1)
     assert len(seen) > 3
