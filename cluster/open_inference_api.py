@@ -20,7 +20,7 @@ from kvasir.cluster.open_inference_schema import (
     INPUTS,
     OUTPUTS,
     VERSION,
-    Inference,
+    TensorAsk,
     check_version,
     parse_inference,
     response,
@@ -143,7 +143,7 @@ class OpenInference(GRPCInferenceServiceServicer):
 
     @asynccontextmanager
     async def _begun(
-        self, asked: Inference, request_id: str, headers: Mapping[str, str], context: Context
+        self, asked: TensorAsk, request_id: str, headers: Mapping[str, str], context: Context
     ) -> AsyncIterator[Generation]:
         """The earlier of the call's deadline and the request's timeout holds."""
         limits = [limit for limit in (context.time_remaining(), asked.timeout_s) if limit is not None]
@@ -160,7 +160,7 @@ def _request_id(request: pb.ModelInferRequest, headers: Mapping[str, str]) -> st
     return request_id_from(given, "x-request-id") if given else request_id_from(request.id, "id")
 
 
-async def _whole(asked: Inference, generation: Generation) -> pb.ModelInferResponse:
+async def _whole(asked: TensorAsk, generation: Generation) -> pb.ModelInferResponse:
     async for _ in generation:
         pass
     outputs = generation.transcripts[0].outputs
@@ -173,7 +173,7 @@ async def _whole(asked: Inference, generation: Generation) -> pb.ModelInferRespo
     return response(asked, generation.model.name, values)
 
 
-async def _one(asked: Inference, generation: Generation) -> AsyncGenerator[pb.ModelInferResponse, None]:
+async def _one(asked: TensorAsk, generation: Generation) -> AsyncGenerator[pb.ModelInferResponse, None]:
     """The only response of a stream to a request that wants no deltas."""
     reply = await _whole(asked, generation)
     reply.parameters[FINAL].bool_param = True
@@ -181,7 +181,7 @@ async def _one(asked: Inference, generation: Generation) -> AsyncGenerator[pb.Mo
     yield reply
 
 
-async def _pieces(asked: Inference, generation: Generation) -> AsyncGenerator[pb.ModelInferResponse, None]:
+async def _pieces(asked: TensorAsk, generation: Generation) -> AsyncGenerator[pb.ModelInferResponse, None]:
     """A response per step; the last is marked."""
     transcript = generation.transcripts[0]
     async for deltas in generation:
@@ -204,7 +204,7 @@ def _step(deltas: Sequence[Delta], count: int) -> dict[str, list[Any]]:
     return {"text_output": texts, "finish_reason": reasons, "num_output_tokens": tokens}
 
 
-def _write_end(reply: pb.ModelInferResponse, asked: Inference, generation: Generation) -> None:
+def _write_end(reply: pb.ModelInferResponse, asked: TensorAsk, generation: Generation) -> None:
     """Into the last response: what was ignored or cut off, and the router's reasons if they were asked for."""
     resumable = (f"{RESUMABLE} (not in this protocol)",) if generation.recording.resumable else ()
     for _, text in warning_header((*asked.ask.warnings, *resumable), generation.truncated_tokens):

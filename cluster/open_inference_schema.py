@@ -50,7 +50,7 @@ _PARAMETERS = {**INPUTS, "text_input": "a tensor alone", "triton_enable_empty_fi
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Inference:
+class TensorAsk:
     """A request understood."""
 
     ask: Ask
@@ -64,7 +64,7 @@ class Inference:
     """Values are bytes beside the tensors, in the request and so in the answer."""
 
 
-def parse_inference(request: pb.ModelInferRequest) -> Inference:
+def parse_inference(request: pb.ModelInferRequest) -> TensorAsk:
     """Raises ClientError or UnsupportedError naming the tensor, the parameter or the field."""
     check_version(request.model_version)
     tensors = dict(_tensors(request))
@@ -78,7 +78,7 @@ def parse_inference(request: pb.ModelInferRequest) -> Inference:
     if stream and not excluded:
         why = "exclude_input_in_output can't be false when stream is true: deltas don't repeat the prompt"
         raise ClientError(why, param="exclude_input_in_output")
-    return Inference(
+    return TensorAsk(
         ask=parse_completion({**fields, "model": request.model_name, "prompt": text}),
         id=request.id,
         stream=stream,
@@ -95,7 +95,7 @@ def check_version(version: str) -> None:
         raise ModelNotFoundError(f"models have version {VERSION} alone, got {version!r:.60}", param="model_version")
 
 
-def response(asked: Inference, model: str, values: Mapping[str, Sequence[Any]]) -> pb.ModelInferResponse:
+def response(asked: TensorAsk, model: str, values: Mapping[str, Sequence[Any]]) -> pb.ModelInferResponse:
     """The outputs that were asked for, of `values` by their names."""
     reply = pb.ModelInferResponse(model_name=model, model_version=VERSION, id=asked.id)
     for name in asked.outputs:

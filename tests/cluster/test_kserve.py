@@ -15,10 +15,15 @@ import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_tools import protoc
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvasir.cluster import open_inference_api
 from kvasir.cluster.config import GatewayConfig
-from kvasir.engine.errors import OverloadedError
+from kvasir.cluster.open_inference_schema import INPUTS, parse_inference
+from kvasir.cluster.openai_fields import SAMPLING
+from kvasir.cluster.structured_fields import FIELDS as STRUCTURED
+from kvasir.engine.errors import ClientError, OverloadedError
 from kvasir.proto import open_inference_pb2 as pb
 from kvasir.proto.open_inference_pb2_grpc import GRPCInferenceServiceStub
 
@@ -226,6 +231,8 @@ def test_what_means_nothing_is_told(stub):
         (asking(parameters={"stream": False}, stream=False), "INVALID_ARGUMENT", "stream"),
         (changed(lambda r: r.parameters["seed"].SetInParent()), "INVALID_ARGUMENT", "seed"),
         (asking(sampling={"temperature": -1}), "INVALID_ARGUMENT", "temperature"),
+        (asking(parameters={"temperature": float("nan")}), "INVALID_ARGUMENT", "temperature"),
+        (asking(sampling={"seed": "[1]"}), "INVALID_ARGUMENT", "seed"),
         (asking(sampling={"temperature": "warm"}), "INVALID_ARGUMENT", "temperature"),
         (asking(sampling={"echo": True}), "INVALID_ARGUMENT", "echo"),
         (asking(sampling={"logprobs": 1}), "INVALID_ARGUMENT", "logprobs"),
@@ -262,6 +269,37 @@ def test_refusals(stub, request_, code, param):
     assert failed.infer_response.id == request_.id
     (good,) = [reply for reply in replies if not reply.error_message]
     assert good.infer_response.outputs[0].contents.bytes_contents[0].decode() == "Hi" + TEXT
+
+
+VALUES = (
+    True, 0, -1, 7, 2**63 - 1, -(2**63), 0.5, float("nan"), float("inf"), "", "1", "[1]", "{}", "1e999", "é",
+)  # fmt: skip
+LISTS = st.lists(st.sampled_from([*VALUES, None]), max_size=3)
+
+
+@given(
+    sampling=st.dictionaries(
+        st.sampled_from([*SAMPLING, *STRUCTURED, "logit_bias", "x"]), LISTS | st.sampled_from(VALUES), max_size=5
+    ),
+    parameters=st.dictionaries(st.sampled_from([*SAMPLING, *INPUTS, "timeout"]), st.sampled_from(VALUES), max_size=5),
+    raw=st.none() | st.lists(st.sampled_from([b"", b"\1", b"\1\0\0\0a", b"\2\0\0\0{}", b"\5\0\0\0"]), max_size=3),
+    shape=st.sampled_from([(1,), (1, 1), (), (0,), (-1,), (2,)]),
+)
+def test_any_request_is_understood_or_refused(sampling, parameters, raw, shape):
+    request = asking(parameters=parameters, sampling=sampling, stream=True)
+    if raw is not None:
+        for tensor in request.inputs:
+            tensor.ClearField("contents")
+        request.raw_input_contents.extend(raw)
+    del request.inputs[0].shape[:]
+    request.inputs[0].shape.extend(shape)
+    try:
+        assert parse_inference(request).outputs
+    except ClientError as error:
+        named = error.param
+    else:
+        named = "nothing"
+    assert named
 
 
 @pytest.mark.parametrize("raw", [b"", b"\x05\0\0\0a", b"\x01\0\0\0\xff"])
