@@ -45,7 +45,7 @@ format: venv  ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-proto: venv  ## regenerate the stubs of proto/kvasir/v1
+proto: venv  ## regenerate the stubs of proto
 	$(BIN)/python proto/generate.py
 
 bench: venv  ## the figures of the README (about ten minutes)

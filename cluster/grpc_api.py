@@ -1,14 +1,14 @@
-"""kvasir.v1.Inference, grpc.health.v1 and reflection: the gRPC server around a `Desk`, without its sockets."""
+"""kvasir.v1.Inference, grpc.health.v1, reflection and, beside them, the Open Inference Protocol: the gRPC server around a
+`Desk`, without its sockets."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
-from typing import Any, TypeAlias
+from contextlib import aclosing
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -20,6 +20,7 @@ from kvasir.cluster.call import ROUTE_HEADER, Call, request_id_from
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
+from kvasir.cluster.grpc_call import Context, abort, as_status, metadata
 from kvasir.cluster.grpc_schema import (
     call_of_chat,
     call_of_embed,
@@ -31,33 +32,21 @@ from kvasir.cluster.grpc_schema import (
     write_end,
 )
 from kvasir.cluster.health import Health
+from kvasir.cluster.open_inference_api import OPEN_INFERENCE, OpenInference
 from kvasir.cluster.reading import AnswerStream
 from kvasir.cluster.recordings import STREAM_ID, Recording, StreamNotFoundError
-from kvasir.engine.errors import KvasirError, ServerError
+from kvasir.engine.errors import KvasirError
 from kvasir.proto import inference_pb2 as pb
 from kvasir.proto.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
-
-log = logging.getLogger(__name__)
+from kvasir.proto.open_inference_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
 
 SERVICE = "kvasir.v1.Inference"
 KIND = b"gRPC"
 """Of streams that Resume goes on with."""
 WATCH_S = 0.25
 """How often those who watch grpc.health.v1 are told of changes."""
-
-STATUS = {
-    400: grpc.StatusCode.INVALID_ARGUMENT,
-    401: grpc.StatusCode.UNAUTHENTICATED,
-    404: grpc.StatusCode.NOT_FOUND,
-    410: grpc.StatusCode.OUT_OF_RANGE,
-    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    499: grpc.StatusCode.CANCELLED,
-    503: grpc.StatusCode.UNAVAILABLE,
-    504: grpc.StatusCode.DEADLINE_EXCEEDED,
-}
-"""HTTP status -> gRPC's; others are INTERNAL."""
-
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+_OPEN = (f"/{HEALTH}/", *(f"/{OPEN_INFERENCE}/{name}" for name in ("ServerLive", "ServerReady", "ModelReady")))
+"""What probes ask needs no key."""
 
 
 def create_grpc_server(desk: Desk, config: GatewayConfig) -> grpc.aio.Server:
@@ -65,8 +54,9 @@ def create_grpc_server(desk: Desk, config: GatewayConfig) -> grpc.aio.Server:
     options = [("grpc.max_receive_message_length", config.max_body_bytes), ("grpc.so_reuseport", 1)]
     server = grpc.aio.server(interceptors=[_KeyCheck(load_keys(config, os.environ))], options=options)
     add_InferenceServicer_to_server(Inference(desk), server)
+    add_GRPCInferenceServiceServicer_to_server(OpenInference(desk), server)
     health_pb2_grpc.add_HealthServicer_to_server(HealthService(desk), server)
-    reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), server)
+    reflection.enable_server_reflection((SERVICE, OPEN_INFERENCE, HEALTH, reflection.SERVICE_NAME), server)
     return server
 
 
@@ -83,22 +73,22 @@ class Inference(InferenceServicer):
         await self._answer(lambda: call_of_chat(request), request, context)
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> None:  # noqa: N802
-        async with _as_status(context):
+        async with as_status(context):
             self._check_here(request.stream_id)
-            recordings, headers = self._desk.recordings, _metadata(context)
+            recordings, headers = self._desk.recordings, metadata(context)
             recording = recordings.resumed(request.stream_id, request.after, headers, (KIND,))
             await context.send_initial_metadata(((STREAM_ID, recording.id),))
             await _play(recording, request.after, context)
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelReply:  # noqa: N802
-        async with _as_status(context):
+        async with as_status(context):
             self._check_here(request.stream_id)
-            self._desk.recordings.cancel(request.stream_id, _metadata(context))
+            self._desk.recordings.cancel(request.stream_id, metadata(context))
             return pb.CancelReply()
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedReply:  # noqa: N802
-        headers = _metadata(context)
-        async with _as_status(context):
+        headers = metadata(context)
+        async with as_status(context):
             request_id = request_id_from(headers.get("x-request-id"), "x-request-id")
             await context.send_initial_metadata((("x-request-id", request_id),))
             call = dataclasses.replace(call_of_embed(request), deadline_s=context.time_remaining())
@@ -106,13 +96,13 @@ class Inference(InferenceServicer):
             return embed_reply(vectors, events, request_id)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeReply:  # noqa: N802
-        async with _as_status(context):
+        async with as_status(context):
             model = self._desk.model(request.model)
             ids = await model.encode(prompt_of_tokenize(request))
             return pb.TokenizeReply(token_ids=ids, max_model_len=self._desk.info(model).max_model_len)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeReply:  # noqa: N802
-        async with _as_status(context):
+        async with as_status(context):
             model, ids, skip = self._desk.model(request.model), list(request.token_ids), request.skip_special_tokens
             return pb.DetokenizeReply(text=await self._desk.detokenize(model, ids, skip_special_tokens=skip))
 
@@ -136,8 +126,8 @@ class Inference(InferenceServicer):
     async def _answer(
         self, parse: Callable[[], Call], request: pb.GenerateRequest | pb.ChatRequest, context: Context
     ) -> None:
-        headers = _metadata(context)
-        async with _as_status(context):
+        headers = metadata(context)
+        async with as_status(context):
             request_id = request_id_from(headers.get("x-request-id"), "x-request-id")
             named = ("x-request-id", request_id)
             try:
@@ -196,7 +186,7 @@ async def _play(recording: Recording, after: int, context: Context) -> None:
 
 
 class HealthService(health_pb2_grpc.HealthServicer):
-    """grpc.health.v1. Services: "" (all models), kvasir.v1.Inference, and every model by its names."""
+    """grpc.health.v1. Services: "" (all models), those of this server that generate, and every model by its names."""
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
@@ -220,7 +210,7 @@ class HealthService(health_pb2_grpc.HealthServicer):
     def _status(self, service: str) -> Any:
         names = {name: model.name for model in self._desk.models for name in model.names}
         dead = self._health.dead()
-        if service in ("", SERVICE):
+        if service in ("", SERVICE, OPEN_INFERENCE):
             bad = bool(dead)
         elif service in names:
             bad = names[service] in dead
@@ -231,7 +221,7 @@ class HealthService(health_pb2_grpc.HealthServicer):
 
 
 class _KeyCheck(grpc.aio.ServerInterceptor):
-    """Every method needs a key, but those of the health service."""
+    """Every method needs a key, but those that probes call."""
 
     def __init__(self, keys: ApiKeys) -> None:
         self._keys = keys
@@ -239,7 +229,7 @@ class _KeyCheck(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
     ) -> Any:
-        if details.method.startswith(f"/{HEALTH}/"):
+        if details.method.startswith(_OPEN):
             return await continuation(details)
         given = dict(details.invocation_metadata or ()).get("authorization")
         try:
@@ -254,7 +244,7 @@ class _KeyCheck(grpc.aio.ServerInterceptor):
         """A handler of the method's own kind that aborts; methods that don't exist are refused alike."""
 
         async def refuse(_: Any, context: Context) -> None:
-            await _abort(context, error)
+            await abort(context, error)
 
         handler = await continuation(details)
         if handler is not None and handler.request_streaming:
@@ -262,30 +252,3 @@ class _KeyCheck(grpc.aio.ServerInterceptor):
         if handler is not None and handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(refuse)
         return grpc.unary_unary_rpc_method_handler(refuse)
-
-
-@asynccontextmanager
-async def _as_status(context: Context) -> AsyncIterator[None]:
-    """An error ends the call with its status; of what isn't a KvasirError the log alone has the text."""
-    try:
-        yield
-    except KvasirError as error:
-        await _abort(context, error)
-    except Exception:
-        log.exception("a gRPC call failed")
-        await _abort(context, ServerError("internal error; the server's log says more"))
-
-
-async def _abort(context: Context, error: KvasirError) -> None:
-    trailers = [("kvasir-code", error.code)]
-    if error.param is not None:
-        trailers.append(("kvasir-param", error.param))
-    if error.retry_after_s is not None:
-        trailers.append(("retry-after", str(max(1, round(error.retry_after_s)))))
-    status = STATUS.get(error.status, grpc.StatusCode.INTERNAL)
-    await context.abort(status, error.message, tuple(trailers))
-
-
-def _metadata(context: Context) -> dict[str, str]:
-    """Names are lower case in gRPC; binary values are left out."""
-    return {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}

@@ -1,4 +1,4 @@
-"""Writes the stubs beside this file from the sources in `kvasir/v1`: python proto/generate.py [FOLDER].
+"""Writes the stubs beside this file from the sources in the folders below: python proto/generate.py [FOLDER].
 
 The sources are found under the virtual path kvasir/proto: generated imports read `from kvasir.proto import ...`.
 """
@@ -16,7 +16,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSe
 from grpc_tools import protoc
 
 HERE = Path(__file__).resolve().parent
-SOURCES = HERE / "kvasir" / "v1"
+SOURCES = (HERE / "kvasir" / "v1", HERE / "inference")
 
 
 def generate(folder: Path) -> list[Path]:
@@ -29,10 +29,10 @@ def generate(folder: Path) -> list[Path]:
 
 def _compile(scratch: Path) -> None:
     """Run protoc; with the type stubs of the gRPC modules, which it doesn't write itself."""
-    names = [f"kvasir/proto/{path.name}" for path in sorted(SOURCES.glob("*.proto"))]
+    names = [f"kvasir/proto/{path.name}" for folder in SOURCES for path in sorted(folder.glob("*.proto"))]
     outputs = [f"--{kind}={scratch}" for kind in ("python_out", "pyi_out", "grpc_python_out")]
     descriptors = scratch / "all.desc"
-    include = [f"-Ikvasir/proto={SOURCES}", f"-I{files('grpc_tools') / '_proto'}"]
+    include = [*(f"-Ikvasir/proto={folder}" for folder in SOURCES), f"-I{files('grpc_tools') / '_proto'}"]
     command = ["protoc", *include, *outputs, f"--descriptor_set_out={descriptors}", *names]
     if protoc.main(command) != 0:
         raise SystemExit(f"protoc refused {', '.join(names)}: see above")

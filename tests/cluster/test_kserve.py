@@ -1,0 +1,414 @@
+"""The Open Inference Protocol over a real socket: Triton's own client in a process of its own, since a process has room for
+one definition of the protocol's messages, and stubs for what that client can't say."""
+
+from __future__ import annotations
+
+import json
+import queue
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_tools import protoc
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvasir.cluster import open_inference_api
+from kvasir.cluster.config import GatewayConfig
+from kvasir.cluster.open_inference_schema import INPUTS, parse_inference
+from kvasir.cluster.openai_fields import SAMPLING
+from kvasir.cluster.structured_fields import FIELDS as STRUCTURED
+from kvasir.engine.errors import ClientError, OverloadedError
+from kvasir.proto import open_inference_pb2 as pb
+from kvasir.proto.open_inference_pb2_grpc import GRPCInferenceServiceStub
+
+TEXT = "Hello, wörld!"
+PUBLISHED = (
+    ("kserve+open-inference-protocol", "open_inference_grpc.proto"),
+    ("triton-inference-server+common", "grpc_service.proto"),
+)
+PROBES = ("ServerLive", "ServerReady", "ModelReady")
+TRITON = """
+import json, queue, sys
+import numpy as np
+import tritonclient.grpc as triton
+
+def tensor(name, value, shape):
+    kind, dtype = ("BOOL", bool) if isinstance(value, bool) else ("BYTES", object)
+    made = triton.InferInput(name, shape, kind)
+    made.set_data_from_numpy(np.array([value if dtype is bool else value.encode()], dtype=dtype).reshape(shape))
+    return made
+
+def inputs(shape=[1], **given):
+    return [tensor(name, value, shape) for name, value in given.items()]
+
+found = {}
+with triton.InferenceServerClient(sys.argv[1]) as client:
+    found["health"] = [client.is_server_live(), client.is_server_ready(), client.is_model_ready("bytes")]
+    found["health"] += [client.is_model_ready("other"), client.is_model_ready("bytes", "2")]
+    found["server"] = client.get_server_metadata().name
+    metadata = client.get_model_metadata("alias/bytes", as_json=True)
+    found["model"] = [metadata["name"], metadata["versions"], metadata["inputs"][0], metadata["outputs"][0]]
+    sampling = json.dumps({"temperature": "0.5", "top_p": "0.95", "max_tokens": 16})
+    given = inputs([1, 1], text_input="Hi ", sampling_parameters=sampling, return_finish_reason=True,
+                   return_num_input_tokens=True, return_num_output_tokens=True)
+    reply = client.infer("bytes", given, request_id="7", parameters={"seed": 3})
+    found["id"] = reply.get_response().id
+    for name in ("text_output", "finish_reason", "num_input_tokens", "num_output_tokens"):
+        values = reply.as_numpy(name).tolist()
+        found[name] = [value.decode() if isinstance(value, bytes) else value for value in values]
+    wanted = [triton.InferRequestedOutput("text_output")]
+    reply = client.infer("bytes", inputs(text_input="Hi", exclude_input_in_output=True), outputs=wanted)
+    found["without"] = reply.as_numpy("text_output")[0].decode()
+    try:
+        client.infer("bytes", inputs(text_input="Hi", image="x"))
+    except triton.InferenceServerException as error:
+        found["error"] = [error.status(), error.message()]
+    answers = queue.Queue()
+    client.start_stream(lambda result, error: answers.put((result, error)))
+    for name in ("a", "b"):
+        client.async_stream_infer("bytes", inputs(text_input="Hi", stream=True), request_id=name,
+                                  enable_empty_final_response=True)
+    texts, left = {"a": [], "b": []}, 2
+    while left:
+        result, error = answers.get(timeout=10)
+        response = result.get_response()
+        texts[response.id].append(result.as_numpy("text_output")[0].decode())
+        left -= response.parameters["triton_final_response"].bool_param
+    found["stream"] = {name: ["".join(pieces), len(pieces) > 3] for name, pieces in texts.items()}
+    client.async_stream_infer("bytes", inputs(text_input="Hi", stream=True, sampling_parameters='{"top_p": 7}'))
+    result, error = answers.get(timeout=10)
+    found["stream error"] = error.message()
+    client.stop_stream()
+print(json.dumps(found))
+"""
+
+
+def test_tritons_client(gateway, tmp_path, monkeypatch):
+    monkeypatch.setattr(gateway.group, "step_s", 0.01)
+    command = [sys.executable, "-c", TRITON, gateway.grpc_address]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["health"] == [True, True, True, False, False]
+    assert found["server"] == "kvasir"
+    text_input = {"name": "text_input", "datatype": "BYTES", "shape": ["1"]}
+    assert found["model"] == ["bytes", ["1"], text_input, {"name": "text_output", "datatype": "BYTES", "shape": ["-1"]}]
+    assert (found["text_output"], found["finish_reason"]) == (["Hi " + TEXT], ["stop"])
+    assert (found["num_input_tokens"], found["num_output_tokens"], found["id"]) == ([3], [15], "7")
+    seeded = next(request for request in gateway.group.requests if request.request_id.startswith("7-"))
+    assert (seeded.sampling.temperature, seeded.sampling.top_p, seeded.sampling.seed) == (0.5, 0.95, 3)
+    assert found["without"] == TEXT
+    status, message = found["error"]
+    assert status == "StatusCode.INVALID_ARGUMENT"
+    assert "'image'" in message
+    assert found["stream"] == {"a": [TEXT, True], "b": [TEXT, True]}
+    assert "top_p" in found["stream error"]
+
+
+def test_names_and_numbers_are_the_published_ones(data, tmp_path):
+    """Each message, field and method of ours is KServe's or Triton's."""
+    published = {}
+    for folder, name in PUBLISHED:
+        out = tmp_path / name
+        source = data(f"api-grpc/{folder}")
+        assert protoc.main(["protoc", f"-I{source}", f"--descriptor_set_out={out}", str(source / name)]) == 0
+        published |= shape(FileDescriptorSet.FromString(out.read_bytes()).file[-1])
+    ours = FileDescriptorProto()
+    pb.DESCRIPTOR.CopyToProto(ours)
+    assert len(shape(ours)) > 60
+    assert shape(ours).items() <= published.items()
+
+
+def shape(file: FileDescriptorProto) -> dict[str, tuple]:
+    """Name of each field and method -> what is on the wire."""
+    found = {}
+    messages = [(message.name, message) for message in file.message_type]
+    while messages:
+        name, message = messages.pop()
+        messages += [(f"{name}.{inner.name}", inner) for inner in message.nested_type]
+        found |= {f"{name}.{f.name}": (f.number, f.type, f.label, f.type_name) for f in message.field}
+    for service in file.service:
+        for m in service.method:
+            found[f"{file.package}.{service.name}/{m.name}"] = (
+                m.input_type, m.output_type, m.client_streaming, m.server_streaming,
+            )  # fmt: skip
+    return found
+
+
+@pytest.fixture(scope="module")
+def stub(gateway):
+    with grpc.insecure_channel(gateway.grpc_address) as channel:
+        yield GRPCInferenceServiceStub(channel)
+
+
+@pytest.fixture
+def connect():
+    """Stubs for a gateway of the test's own."""
+    channels = []
+
+    def make(gateway):
+        channels.append(grpc.insecure_channel(gateway.grpc_address))
+        return GRPCInferenceServiceStub(channels[-1])
+
+    yield make
+    for channel in channels:
+        channel.close()
+
+
+def asking(text="Hi", parameters=(), outputs=(), sampling=None, **inputs):
+    """A request with values inside its tensors."""
+    request = pb.ModelInferRequest(model_name="bytes")
+    given = {"text_input": text, **inputs} | ({} if sampling is None else {"sampling_parameters": json.dumps(sampling)})
+    for name, value in given.items():
+        add_input(request, name, value)
+    for name, value in dict(parameters).items():
+        kind = {bool: "bool_param", int: "int64_param", str: "string_param", float: "double_param"}[type(value)]
+        setattr(request.parameters[name], kind, value)
+    request.outputs.extend(pb.ModelInferRequest.InferRequestedOutputTensor(name=name) for name in outputs)
+    return request
+
+
+def add_input(request, name, value):
+    flag = isinstance(value, bool)
+    tensor = request.inputs.add(name=name, datatype="BOOL" if flag else "BYTES", shape=[1])
+    if flag:
+        tensor.contents.bool_contents.append(value)
+    else:
+        tensor.contents.bytes_contents.append(value.encode())
+
+
+def changed(change, **options):
+    request = asking(**options)
+    change(request)
+    return request
+
+
+def test_infer_with_values_inside_the_tensors(gateway, stub):
+    parameters = {"temperature": 0.5, "exclude_input_in_output": True, "priority": 4, "timeout": 2_000_000}
+    request = asking(parameters=parameters, sampling={"n": 2, "stop": ["wör"], "guided_regex": ".*"})
+    request.outputs.add(name="num_output_tokens")
+    request.outputs.add(name="text_output")
+    reply, call = stub.ModelInfer.with_call(
+        request, timeout=10, metadata=(("x-request-id", "mine"), ("kvasir-route", "1"))
+    )
+    assert [tensor.name for tensor in reply.outputs] == ["num_output_tokens", "text_output"]
+    assert list(reply.outputs[1].contents.bytes_contents) == [b"Hello, "] * 2
+    assert list(reply.outputs[0].shape) == [2]
+    assert not reply.raw_output_contents
+    assert (reply.model_name, reply.model_version) == ("bytes", "1")
+    assert "why=only" in reply.parameters["kvasir-route"].string_param
+    assert dict(call.initial_metadata())["x-request-id"] == "mine"
+    assert "total" in dict(call.trailing_metadata())["server-timing"]
+    sent = gateway.group.requests[-1]
+    assert (sent.sampling.temperature, sent.sampling.max_tokens, sent.priority) == (0.5, 16, 4)
+    assert sent.sampling.structured_outputs.regex == ".*"
+    assert 1 < sent.deadline_s <= 2
+
+
+def test_what_means_nothing_is_told(stub):
+    request = asking(sampling={"use_beam_search": True, "best_of": 2, "seed": 3, "truncate_prompt_tokens": 1})
+    reply = stub.ModelInfer(request, timeout=10, metadata=(("kvasir-resumable", "true"),))
+    warning = reply.parameters["warning"].string_param
+    assert all(part in warning for part in ("seed", "kvasir-resumable", "1 tokens"))
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "param"),
+    [
+        (asking(stream=True), "INVALID_ARGUMENT", "stream"),
+        (asking(image="x"), "INVALID_ARGUMENT", "image"),
+        (asking(parameters={"sequence_id": 4}), "INVALID_ARGUMENT", "sequence_id"),
+        (asking(parameters={"text_input": "a"}), "INVALID_ARGUMENT", "text_input"),
+        (asking(parameters={"stream": 1}), "INVALID_ARGUMENT", "stream"),
+        (asking(parameters={"timeout": -1}), "INVALID_ARGUMENT", "timeout"),
+        (asking(parameters={"temperature": 0.5}, sampling={"temperature": 1}), "INVALID_ARGUMENT", "temperature"),
+        (asking(parameters={"stream": False}, stream=False), "INVALID_ARGUMENT", "stream"),
+        (changed(lambda r: r.parameters["seed"].SetInParent()), "INVALID_ARGUMENT", "seed"),
+        (asking(sampling={"temperature": -1}), "INVALID_ARGUMENT", "temperature"),
+        (asking(parameters={"temperature": float("nan")}), "INVALID_ARGUMENT", "temperature"),
+        (asking(sampling={"seed": "[1]"}), "INVALID_ARGUMENT", "seed"),
+        (asking(sampling={"temperature": "warm"}), "INVALID_ARGUMENT", "temperature"),
+        (asking(sampling={"echo": True}), "INVALID_ARGUMENT", "echo"),
+        (asking(sampling={"logprobs": 1}), "INVALID_ARGUMENT", "logprobs"),
+        (asking(sampling={"max_tokens": 9999}), "INVALID_ARGUMENT", "max_tokens"),
+        (asking(sampling=[1]), "INVALID_ARGUMENT", "sampling_parameters"),
+        (asking(sampling_parameters="{"), "INVALID_ARGUMENT", "sampling_parameters"),
+        (asking(outputs=["logprobs"]), "INVALID_ARGUMENT", "logprobs"),
+        (changed(lambda r: add_input(r, "text_input", "b")), "INVALID_ARGUMENT", "text_input"),
+        (changed(lambda r: r.ClearField("inputs")), "INVALID_ARGUMENT", "text_input"),
+        (changed(lambda r: r.inputs[0].shape.append(2)), "INVALID_ARGUMENT", "text_input"),
+        (changed(lambda r: setattr(r.inputs[0], "datatype", "INT8")), "INVALID_ARGUMENT", "text_input"),
+        (changed(lambda r: r.inputs[0].ClearField("contents")), "INVALID_ARGUMENT", "text_input"),
+        (changed(lambda r: r.inputs[0].contents.int_contents.append(1)), "INVALID_ARGUMENT", "text_input"),
+        (changed(lambda r: r.inputs[0].parameters["x"].SetInParent()), "INVALID_ARGUMENT", "text_input"),
+        (changed(lambda r: r.inputs[0].contents.bytes_contents.__setitem__(0, b"\xff")), "INVALID_ARGUMENT", "text_input"),
+        (changed(lambda r: r.raw_input_contents.append(b"\x01\0\0\0a")), "INVALID_ARGUMENT", "text_input"),
+        (changed(lambda r: r.raw_input_contents.extend([b"", b""])), "INVALID_ARGUMENT", "raw_input_contents"),
+        (changed(lambda r: setattr(r, "id", "a b")), "INVALID_ARGUMENT", "id"),
+        (changed(lambda r: setattr(r, "model_version", "2")), "NOT_FOUND", "model_version"),
+        (changed(lambda r: setattr(r, "model_name", "other")), "NOT_FOUND", "model"),
+    ],
+)  # fmt: skip
+def test_refusals(stub, request_, code, param):
+    """A call's status, and the same as a message of a stream, which goes on."""
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ModelInfer(request_, timeout=10)
+    assert caught.value.code() == grpc.StatusCode[code]
+    assert dict(caught.value.trailing_metadata())["kvasir-param"] == param
+    if param == "stream" and request_.inputs[-1].name == "stream" and not request_.parameters:
+        return  # which a stream may ask for
+    replies = list(stub.ModelStreamInfer(iter([request_, asking(parameters={"seed": 1})]), timeout=10))
+    (failed,) = [reply for reply in replies if reply.error_message]
+    assert failed.infer_response.parameters["param"].string_param == param
+    assert failed.infer_response.id == request_.id
+    (good,) = [reply for reply in replies if not reply.error_message]
+    assert good.infer_response.outputs[0].contents.bytes_contents[0].decode() == "Hi" + TEXT
+
+
+VALUES = (
+    True, 0, -1, 7, 2**63 - 1, -(2**63), 0.5, float("nan"), float("inf"), "", "1", "[1]", "{}", "1e999", "é",
+)  # fmt: skip
+LISTS = st.lists(st.sampled_from([*VALUES, None]), max_size=3)
+
+
+@given(
+    sampling=st.dictionaries(
+        st.sampled_from([*SAMPLING, *STRUCTURED, "logit_bias", "x"]), LISTS | st.sampled_from(VALUES), max_size=5
+    ),
+    parameters=st.dictionaries(st.sampled_from([*SAMPLING, *INPUTS, "timeout"]), st.sampled_from(VALUES), max_size=5),
+    raw=st.none() | st.lists(st.sampled_from([b"", b"\1", b"\1\0\0\0a", b"\2\0\0\0{}", b"\5\0\0\0"]), max_size=3),
+    shape=st.sampled_from([(1,), (1, 1), (), (0,), (-1,), (2,)]),
+)
+def test_any_request_is_understood_or_refused(sampling, parameters, raw, shape):
+    request = asking(parameters=parameters, sampling=sampling, stream=True)
+    if raw is not None:
+        for tensor in request.inputs:
+            tensor.ClearField("contents")
+        request.raw_input_contents.extend(raw)
+    del request.inputs[0].shape[:]
+    request.inputs[0].shape.extend(shape)
+    try:
+        assert parse_inference(request).outputs
+    except ClientError as error:
+        named = error.param
+    else:
+        named = "nothing"
+    assert named
+
+
+@pytest.mark.parametrize("raw", [b"", b"\x05\0\0\0a", b"\x01\0\0\0\xff"])
+def test_raw_values_that_are_none(stub, raw):
+    request = asking()
+    request.inputs[0].ClearField("contents")
+    request.raw_input_contents.append(raw)
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ModelInfer(request, timeout=10)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_stream_of_several_continuations(stub):
+    request = asking(stream=True, sampling={"n": 2}, return_num_output_tokens=True, return_finish_reason=True)
+    replies = [reply.infer_response for reply in stub.ModelStreamInfer(iter([request]), timeout=10)]
+    texts, counts = [b"", b""], [0, 0]
+    for reply in replies:
+        values = {tensor.name: tensor.contents for tensor in reply.outputs}
+        for index in range(2):
+            texts[index] += values["text_output"].bytes_contents[index]
+            counts[index] += values["num_output_tokens"].uint_contents[index]
+    assert [text.decode() for text in texts] == [TEXT, TEXT]
+    assert counts == [15, 15]
+    marks = [reply.parameters["triton_final_response"].bool_param for reply in replies]
+    assert marks == [False] * (len(marks) - 1) + [True]
+    assert b"stop" in {tensor.name: tensor.contents for tensor in replies[-1].outputs}["finish_reason"].bytes_contents
+
+
+def test_a_stream_cant_repeat_the_prompt(stub):
+    request = asking(stream=True, exclude_input_in_output=False)
+    (reply,) = stub.ModelStreamInfer(iter([request]), timeout=10)
+    assert reply.infer_response.parameters["param"].string_param == "exclude_input_in_output"
+
+
+def wait_until(condition, seconds=5.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it didn't happen in time"
+        time.sleep(0.005)
+
+
+def test_cancellation_deadlines_and_limits(live_gateway, connect, monkeypatch):
+    monkeypatch.setattr(open_inference_api, "MAX_AT_ONCE", 2)
+    with live_gateway() as gateway:
+        stub, group = connect(gateway), gateway.group
+        group.step_s = 0.01
+        group.script = lambda request, index: [65] * 2000
+        long = asking(stream=True, sampling={"max_tokens": 2000})
+        requests = queue.Queue()
+        for _ in range(3):
+            requests.put(long)
+        call = stub.ModelStreamInfer(iter(requests.get, None), timeout=30)
+        next(call)
+        wait_until(lambda: group.running == 2)
+        call.cancel()
+        requests.put(None)
+        wait_until(lambda: not group.running and not gateway.desk.running)
+        assert len(group.requests) == 2  # the third one wasn't read
+        whole = asking(sampling={"max_tokens": 2000})
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.ModelInfer(whole, timeout=0.2)
+        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        wait_until(lambda: not group.running and not gateway.desk.running)
+
+
+def test_overload_drain_and_bugs(live_gateway, connect, caplog):
+    with live_gateway() as gateway:
+        stub = connect(gateway)
+        gateway.group.refusal = OverloadedError("the queue is full", retry_after_s=2.0)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.ModelInfer(asking(), timeout=10)
+        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert dict(caught.value.trailing_metadata())["retry-after"] == "2"
+        gateway.desk.draining = True
+        assert not stub.ServerReady(pb.ServerReadyRequest(), timeout=10).ready
+        assert not stub.ModelReady(pb.ModelReadyRequest(name="bytes"), timeout=10).ready
+        assert stub.ServerLive(pb.ServerLiveRequest(), timeout=10).live
+        gateway.desk.draining, gateway.group.alive = False, False
+        assert not stub.ServerLive(pb.ServerLiveRequest(), timeout=10).live
+        gateway.desk.directory = None
+        (reply,) = stub.ModelStreamInfer(iter([asking()]), timeout=10)
+        assert "AttributeError" not in reply.error_message
+    assert "AttributeError" in caplog.text
+
+
+def test_probes_need_no_key(live_gateway, connect):
+    with live_gateway(GatewayConfig(api_key=("secret",))) as gateway:
+        stub = connect(gateway)
+        service = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+        for name, method in service.methods_by_name.items():
+            request = getattr(pb, method.input_type.name)()
+            call = getattr(stub, name)
+            if name in PROBES:
+                assert call(request, timeout=10) is not None
+                continue
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call(iter([request]), timeout=10)) if method.client_streaming else call(request, timeout=10)
+            assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED, name
+        metadata = (("authorization", "Bearer secret"),)
+        assert stub.ModelInfer(asking(), timeout=10, metadata=metadata).outputs
+        with grpc.insecure_channel(gateway.grpc_address) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            request = health_pb2.HealthCheckRequest(service="inference.GRPCInferenceService")
+            assert health.Check(request, timeout=5).status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_every_field_is_commented():
+    """Readers of the definition find what becomes of each."""
+    source = Path(open_inference_api.__file__).parents[1] / "proto" / "inference" / "open_inference.proto"
+    lines = source.read_text().splitlines()
+    ends = [number for number, line in enumerate(lines) if line.startswith("  ") and line.endswith(";")]
+    assert [lines[number] for number in ends if not lines[number - 1].strip().startswith("//")] == []
