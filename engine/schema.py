@@ -1,0 +1,51 @@
+"""What a JSON Schema goes through before the grammar library reads it: a limit, and formats that it takes too loosely."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvasir.engine.errors import ClientError
+
+MAX_DEPTH = 64
+"""Of a schema's nesting."""
+DAY = (
+    r"((\d\d(0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00)-02-29"
+    r"|\d{4}-(0[13-9]|1[0-2])-\d\d|\d{4}-02-([01]\d|2[0-8]))"
+)
+"""A date whose 29th of February is in a leap year; the library sees to everything else in it."""
+TIME = r"(\d\d:\d\d:[0-5].*|23:59:60(\.\d+)?([Zz]|[+-]00:00))"
+"""Leap seconds end a day of UTC, and are written in UTC only: in other zones each offset has a minute of its own."""
+NARROWED: dict[str, dict[str, Any]] = {
+    "date": {"pattern": f"^{DAY}$"},
+    "time": {"pattern": f"^{TIME}$"},
+    "date-time": {"pattern": f"^{DAY}.{TIME}$"},
+    "hostname": {"maxLength": 253},
+}
+"""What a string of a format must also fit (RFC 3339, 5.7; RFC 1123, 2.1)."""
+
+
+def check_depth(value: Any, limit: int = MAX_DEPTH, what: str = "a schema") -> None:
+    """ClientError when it is nested deeper than `limit`."""
+    level, depth = [value], 0
+    while level:
+        if depth > limit:
+            raise ClientError(f"{what} is nested {limit} levels at most", param="structured_outputs")
+        inner = [child for one in level for child in _children(one)]
+        level, depth = [child for child in inner if isinstance(child, (dict, list))], depth + 1
+
+
+def narrowed(schema: Any) -> Any:
+    """The schema with NARROWED's rules beside its formats. Values to choose from are no schemas, and stay."""
+    if isinstance(schema, list):
+        return [narrowed(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: value if key in ("enum", "const") else narrowed(value) for key, value in schema.items()}
+    form, others = schema.get("format"), found.get("allOf", [])
+    if isinstance(form, str) and form in NARROWED and isinstance(others, list):
+        found["allOf"] = [*others, NARROWED[form]]
+    return found
+
+
+def _children(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else list(value)
