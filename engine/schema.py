@@ -1,4 +1,4 @@
-"""What a JSON Schema goes through before the grammar library reads it: a limit, and formats that it takes too loosely."""
+"""What a JSON Schema goes through before the grammar library reads it: limits, and rules in words that it knows."""
 
 from __future__ import annotations
 
@@ -35,16 +35,37 @@ def check_depth(value: Any, limit: int = MAX_DEPTH, what: str = "a schema") -> N
 
 
 def narrowed(schema: Any) -> Any:
-    """The schema with NARROWED's rules beside its formats. Values to choose from are no schemas, and stay."""
+    """The schema with NARROWED's rules beside its formats, and numbers one of which is to be chosen as anyOf.
+
+    Values to choose from are no schemas, and stay.
+    """
     if isinstance(schema, list):
         return [narrowed(one) for one in schema]
     if not isinstance(schema, dict):
         return schema
     found = {key: value if key in ("enum", "const") else narrowed(value) for key, value in schema.items()}
     form, others = schema.get("format"), found.get("allOf", [])
-    if isinstance(form, str) and form in NARROWED and isinstance(others, list):
-        found["allOf"] = [*others, NARROWED[form]]
-    return found
+    if not isinstance(others, list):
+        return found
+    more = [NARROWED[form]] if isinstance(form, str) and form in NARROWED else []
+    if _numbers_apart(schema.get("oneOf")):
+        more.append({"anyOf": found.pop("oneOf")})
+    return found | {"allOf": [*others, *more]} if more else found
+
+
+def _numbers_apart(branches: Any) -> bool:
+    """Has each branch values of its own? Then one fits at most. The library sees that by itself where they are texts."""
+    if not isinstance(branches, list) or not all(
+        isinstance(one, dict) and {"const", "enum"} & set(one) for one in branches
+    ):
+        return False
+    lists = [[one["const"]] if "const" in one else one["enum"] for one in branches]
+    if not all(isinstance(values, list) for values in lists):
+        return False
+    values = [value for each in lists for value in each]
+    if all(isinstance(value, str) for value in values) or any(isinstance(value, (dict, list)) for value in values):
+        return False
+    return len({(isinstance(value, bool), value) for value in values}) == len(values)
 
 
 def _children(value: Any) -> list[Any]:

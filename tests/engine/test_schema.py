@@ -65,6 +65,10 @@ def test_dates_are_those_of_the_calendar(takes, year, month, day):
         ({"anyOf": [DATE, {"type": "null"}]}, None, True),
         ({"enum": [{"format": "date"}]}, {"format": "date"}, True),
         ({"properties": {"format": {"const": "date"}}}, {"format": "date"}, True),
+        ({"oneOf": [{"const": 1, "title": "low"}, {"const": 2}, {"enum": [True, None]}]}, 2, True),
+        ({"oneOf": [{"const": 1}, {"const": 2}]}, 3, False),
+        ({"oneOf": [{"const": 1}, {"const": 2}], "anyOf": [{"const": 2}, {"type": "string"}]}, 2, True),
+        ({"oneOf": [{"const": 1}, {"const": 2}], "anyOf": [{"const": 2}, {"type": "string"}]}, 1, False),
         ({"$ref": "#/$defs/day", "$defs": {"day": DATE}}, "2023-02-29", False),
     ],
 )
@@ -72,6 +76,12 @@ def test_formats_are_narrowed(takes, schema, value, fits):
     assert takes(StructuredOutput(json=json.dumps(schema)), json.dumps(value)) == fits
     tag = {"format": {"type": "json_schema", "json_schema": schema}}
     assert takes(StructuredOutput(structural_tag=json.dumps(tag)), json.dumps(value)) == fits
+
+
+@pytest.mark.parametrize("branches", [[1, 2, 1.0], [1, [1]], ["a", "b"]])
+def test_values_that_arent_numbers_apart_are_left_to_the_library(branches):
+    schema = {"oneOf": [{"const": value} for value in branches]}
+    assert narrowed(schema) == schema
 
 
 def test_other_schemas_stay_as_they_are():
