@@ -11,19 +11,18 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from kvasir.engine.errors import ClientError
 from kvasir.engine.request import StructuredOutput
+from kvasir.engine.schema import MAX_DEPTH, check_depth, narrowed
 from kvasir.engine.structural_tag import JSON_RULES, tag_grammar
 
 MAX_BYTES = 1 << 20
 """Of a schema, regex, grammar or all choices."""
-MAX_DEPTH = 64
-"""Of a schema's nesting."""
 
 
 def grammar_text(wanted: StructuredOutput, special: Mapping[str, int]) -> str:
     """`special`: added tokens by their text, which structural tags may name."""
     check_size(wanted)
     if wanted.json is not None:
-        return LLMatcher.grammar_from_json_schema(json.dumps(parse_schema(wanted.json)), overrides=JSON_RULES)
+        return LLMatcher.grammar_from_json_schema(json.dumps(narrowed(parse_schema(wanted.json))), overrides=JSON_RULES)
     if wanted.json_object:
         return LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides=JSON_RULES)
     if wanted.regex is not None:
@@ -31,7 +30,9 @@ def grammar_text(wanted: StructuredOutput, special: Mapping[str, int]) -> str:
     if wanted.choice:
         return LLMatcher.grammar_from_lark("start: " + " | ".join(quoted(text) for text in wanted.choice))
     if wanted.structural_tag is not None:
-        return tag_grammar(_parsed(wanted.structural_tag, "structural_tag"), special)
+        spec = _parsed(wanted.structural_tag, "structural_tag")
+        check_depth(spec, 2 * MAX_DEPTH, "a structural tag")
+        return tag_grammar(spec, special)
     return _context_free(wanted.grammar or "")
 
 
@@ -56,23 +57,9 @@ def check_size(wanted: StructuredOutput) -> None:
         raise ClientError(f"structured output takes {MAX_BYTES} bytes at most, got {size}", param="structured_outputs")
 
 
-def check_depth(schema: Any) -> None:
-    """ClientError when it is nested deeper than MAX_DEPTH."""
-    level, depth = [schema], 0
-    while level:
-        if depth > MAX_DEPTH:
-            raise ClientError(f"a schema is nested {MAX_DEPTH} levels at most", param="structured_outputs")
-        inner = [child for value in level for child in _children(value)]
-        level, depth = [child for child in inner if isinstance(child, (dict, list))], depth + 1
-
-
 def quoted(text: str) -> str:
     """A literal of Lark's."""
     return json.dumps(text)
-
-
-def _children(value: Any) -> list[Any]:
-    return list(value.values()) if isinstance(value, dict) else list(value)
 
 
 def _parsed(text: str, kind: str) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvasir.engine.errors import ClientError, UnsupportedError
+from kvasir.engine.schema import narrowed
 
 if TYPE_CHECKING:  # only its stubs know it
     from llguidance._lib import JsonCompileOptions
@@ -76,7 +77,8 @@ class _Writer:
         if not isinstance(schema, (dict, bool)) or (isinstance(schema, dict) and "x-guidance" in schema):
             raise ClientError(f"structural tag: json_schema must be a JSON Schema, got {schema!r:.60}", param=PARAM)
         rules = JSON_RULES | {"lenient": form.get("lenient") is True}
-        return self._rule(f"%json {json.dumps({**(schema if isinstance(schema, dict) else {}), 'x-guidance': rules})}")
+        body = narrowed(schema) if isinstance(schema, dict) else {}
+        return self._rule(f"%json {json.dumps({**body, 'x-guidance': rules})}")
 
     def _tag(self, tag: Any) -> str:
         return self._rule(f"{self._literal(_text(tag, 'begin'))} {self._rest(tag)}")

@@ -158,6 +158,11 @@ def test_a_grammar_begins_behind_the_thoughts(llm, write):
         (StructuredOutput(regex="(?=a)b"), ClientError, "look-around"),
         (StructuredOutput(grammar='root ::= "a'), ClientError, "grammar"),
         (StructuredOutput(structural_tag="{}"), ClientError, "structures"),
+        (
+            StructuredOutput(structural_tag='{"elements":[' * 400 + "]}" * 400),
+            ClientError,
+            "structural tag is nested 128",
+        ),
         (StructuredOutput(structural_tag='{"format": {"type": "x"}}'), UnsupportedError, "type 'x'"),
     ],
 )
