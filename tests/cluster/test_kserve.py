@@ -347,10 +347,10 @@ def test_cancellation_deadlines_and_limits(live_gateway, connect, monkeypatch):
         stub, group = connect(gateway), gateway.group
         group.step_s = 0.01
         group.script = lambda request, index: [65] * 2000
-        long = asking(stream=True, sampling={"max_tokens": 2000})
+        whole = asking(sampling={"max_tokens": 2000})
         requests = queue.Queue()
-        for _ in range(3):
-            requests.put(long)
+        for request in (asking(stream=True, sampling={"max_tokens": 2000}), whole, whole):
+            requests.put(request)
         call = stub.ModelStreamInfer(iter(requests.get, None), timeout=30)
         next(call)
         wait_until(lambda: group.running == 2)
@@ -358,7 +358,6 @@ def test_cancellation_deadlines_and_limits(live_gateway, connect, monkeypatch):
         requests.put(None)
         wait_until(lambda: not group.running and not gateway.desk.running)
         assert len(group.requests) == 2  # the third one wasn't read
-        whole = asking(sampling={"max_tokens": 2000})
         with pytest.raises(grpc.RpcError) as caught:
             stub.ModelInfer(whole, timeout=0.2)
         assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
