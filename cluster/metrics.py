@@ -251,8 +251,20 @@ _STATS: dict[str, tuple[str, str, str, tuple[str, ...]]] = dict(
 _TIERS: dict[str, tuple[str, str, dict[str, str]]] = {
     "kvasir:kv_tier_bytes": ("Bytes that rank 0 holds.", "gauge", {"host": "host_bytes", "disk": "disk_bytes"}),
     "kvasir:kv_blocks_stored": ("KV blocks put there.", "counter", {"host": "host_stored", "disk": "disk_stored"}),
-    "kvasir:kv_blocks_loaded": ("KV blocks read.", "counter", {"host": "host_loaded", "disk": "disk_loaded"}),
+    "kvasir:kv_blocks_loaded": (
+        "KV blocks read.",
+        "counter",
+        {"host": "host_loaded", "disk": "disk_loaded", "peer": "peer_loaded"},
+    ),
     "kvasir:kv_blocks_evicted": ("KV blocks that left.", "counter", {"host": "host_evicted", "disk": "disk_evicted"}),
-    "kvasir:kv_blocks_failed": ("KV blocks not written, or bad when read.", "counter", {"disk": "disk_failed"}),
+    "kvasir:kv_blocks_failed": (
+        "KV blocks not written, or missing or bad when read.",
+        "counter",
+        {"disk": "disk_failed", "peer": "peer_failed"},
+    ),
+    "kvasir:kv_blocks_served": ("KV blocks sent to other groups.", "counter", {"peer": "peer_served"}),
+    "kvasir:kv_fetched_bytes": ("Bytes of KV blocks that came from other groups.", "counter", {"peer": "peer_bytes"}),
+    "kvasir:kv_fetch_floor_seconds": ("Time before a fetch's first byte, lately.", "gauge", {"peer": "fetch_floor_s"}),
+    "kvasir:kv_fetch_bytes_per_second": ("Speed of fetches, lately.", "gauge", {"peer": "fetch_bytes_per_s"}),
 }
-"""Name -> (text, type, tier -> field of Stats)."""
+"""Name -> (text, type, tier or "peer" -> field of Stats)."""

@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from kvasir.engine.errors import ERRORS, ClientError, KvasirError, ServerError
 from kvasir.engine.event import Event, Failed, Finished, FinishReason, Pooled, Timing, Token, TokenLogprob
 from kvasir.engine.info import ModelInfo
-from kvasir.engine.request import NESTED, PoolingParams, Request, SamplingParams
+from kvasir.engine.request import NESTED, Peer, PoolingParams, Request, SamplingParams
 from kvasir.engine.scheduler import Stats
 from kvasir.proto import group_pb2 as pb
 
@@ -48,6 +48,10 @@ class Endpoint:
     address: str
     incarnation: str
     token: str = field(repr=False)
+    kv_address: str = ""
+    """Where its blocks are served to other groups; empty: nowhere."""
+    kv_secret: str = field(default="", repr=False)
+    """What lets other groups in there."""
 
 
 def check_size(message: Message, what: str) -> None:
@@ -69,6 +73,7 @@ def encode_request(request: Request, number: int) -> pb.Submit:
         trace_context=dict(request.trace_context),
         resume_token_ids=request.resume_token_ids,
         token_type_ids=request.token_type_ids,
+        peers=[_encode_fields(pb.Peer(), peer) for peer in request.peers],
     )
     if request.pooling is not None:
         message.pooling.CopyFrom(_encode_fields(pb.Pooling(), request.pooling))
@@ -94,6 +99,7 @@ def decode_request(message: pb.Submit, request_id: str) -> Request:
         pooling=PoolingParams(**pooling) if message.HasField("pooling") else None,
         token_type_ids=tuple(message.token_type_ids),
         resume_token_ids=tuple(message.resume_token_ids),
+        peers=tuple(Peer(**_decode_fields(peer, Peer)) for peer in message.peers),
     )
 
 

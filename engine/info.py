@@ -28,6 +28,8 @@ class ModelInfo:
     """Names of what a classifier tells apart."""
     salt: bytes = b""
     """Where the content ids of its blocks start (`blocks.chain_start`); empty: it keeps no prefixes."""
+    block_bytes: int = 0
+    """Keys and values of `block_size` tokens in all layers and heads: what a fetch of a block moves."""
     stretch_len: int | None = None
     """Sequences longer than this have other content ids."""
     memory_report: str = ""

@@ -89,6 +89,7 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
         num_blocks=plan.num_blocks,
         block_size=config.block_size,
         dtype=str(dtype).removeprefix("torch."),
+        block_bytes=KVCache.block_bytes(spec, config.block_size, dtype),
         device=str(device),
         max_num_seqs=config.max_num_seqs,
         memory_report=plan.report,

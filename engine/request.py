@@ -222,6 +222,20 @@ class PoolingParams:
             _whole("dimensions", self.dimensions, 1, None)
 
 
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another group that is believed to hold the head of a prompt: its blocks may be fetched instead of computed."""
+
+    address: str
+    """Where it serves blocks: HOST:PORT."""
+    secret: str = field(repr=False)
+    """What it is shown."""
+    tokens: int
+    """So many leading tokens it is believed to hold."""
+    ordered: bool = False
+    """Fetch from it without weighing that against computing: it computed the prompt for this request."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """One prompt for one model. The engine answers with `Event`s that carry `request_id`."""
@@ -244,6 +258,8 @@ class Request:
     """Segment of each prompt token, for encoders that read pairs; empty: all 0."""
     resume_token_ids: Sequence[int] = ()
     """Tokens already delivered by another group: the sequence goes on behind them (n must be 1)."""
+    peers: tuple[Peer, ...] = ()
+    """Who may have the prompt's blocks, the best first. A hint: the answer is the same without."""
     truncated_tokens: int = 0
     """How many tokens of the prompt were left out before it came here: for reports alone."""
 

@@ -66,6 +66,18 @@ class Stats:
     disk_evicted: int = 0
     disk_failed: int = 0
     """Could not be written, or were bad when they were read."""
+    peer_loaded: int = 0
+    """Came from other groups to rank 0, and were good."""
+    peer_served: int = 0
+    """Went from rank 0 to other groups."""
+    peer_failed: int = 0
+    """Were asked of other groups and didn't come, or were bad."""
+    peer_bytes: int = 0
+    """Came from other groups, to all ranks together."""
+    fetch_floor_s: float = 0.0
+    """What a fetch from a peer took lately before its first byte; 0: nothing was fetched yet."""
+    fetch_bytes_per_s: float = 0.0
+    """How fast the rest of it came, to all ranks together; 0: nothing was fetched yet."""
 
 
 @dataclass(slots=True)

@@ -59,7 +59,7 @@ class TierBlocks(_message.Message):
     def __init__(self, tier: _Optional[str] = ..., stored: _Optional[bytes] = ..., evicted: _Optional[bytes] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("number", "request_id", "prompt_token_ids", "sampling", "priority", "cache_salt", "deadline_s", "adapter", "trace_context", "resume_token_ids", "pooling", "token_type_ids")
+    __slots__ = ("number", "request_id", "prompt_token_ids", "sampling", "priority", "cache_salt", "deadline_s", "adapter", "trace_context", "resume_token_ids", "pooling", "token_type_ids", "peers")
     class TraceContextEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -79,6 +79,7 @@ class Submit(_message.Message):
     RESUME_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     POOLING_FIELD_NUMBER: _ClassVar[int]
     TOKEN_TYPE_IDS_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
     number: int
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -91,7 +92,20 @@ class Submit(_message.Message):
     resume_token_ids: _containers.RepeatedScalarFieldContainer[int]
     pooling: Pooling
     token_type_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, number: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., deadline_s: _Optional[float] = ..., adapter: _Optional[str] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., resume_token_ids: _Optional[_Iterable[int]] = ..., pooling: _Optional[_Union[Pooling, _Mapping]] = ..., token_type_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    peers: _containers.RepeatedCompositeFieldContainer[Peer]
+    def __init__(self, number: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., deadline_s: _Optional[float] = ..., adapter: _Optional[str] = ..., trace_context: _Optional[_Mapping[str, str]] = ..., resume_token_ids: _Optional[_Iterable[int]] = ..., pooling: _Optional[_Union[Pooling, _Mapping]] = ..., token_type_ids: _Optional[_Iterable[int]] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ...) -> None: ...
+
+class Peer(_message.Message):
+    __slots__ = ("address", "secret", "tokens", "ordered")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    SECRET_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ORDERED_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    secret: str
+    tokens: int
+    ordered: bool
+    def __init__(self, address: _Optional[str] = ..., secret: _Optional[str] = ..., tokens: _Optional[int] = ..., ordered: _Optional[bool] = ...) -> None: ...
 
 class Pooling(_message.Message):
     __slots__ = ("task", "dimensions", "normalize")
@@ -246,7 +260,7 @@ class Hello(_message.Message):
     def __init__(self, incarnation: _Optional[str] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "max_model_len", "vocab_size", "eos_token_ids", "bos_token_id", "num_blocks", "block_size", "dtype", "device", "max_num_seqs", "memory_report", "tasks", "labels", "salt", "stretch_len")
+    __slots__ = ("name", "max_model_len", "vocab_size", "eos_token_ids", "bos_token_id", "num_blocks", "block_size", "dtype", "device", "max_num_seqs", "memory_report", "tasks", "labels", "salt", "stretch_len", "block_bytes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -262,6 +276,7 @@ class ModelInfo(_message.Message):
     LABELS_FIELD_NUMBER: _ClassVar[int]
     SALT_FIELD_NUMBER: _ClassVar[int]
     STRETCH_LEN_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     max_model_len: int
     vocab_size: int
@@ -277,7 +292,8 @@ class ModelInfo(_message.Message):
     labels: _containers.RepeatedScalarFieldContainer[str]
     salt: bytes
     stretch_len: int
-    def __init__(self, name: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., bos_token_id: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., max_num_seqs: _Optional[int] = ..., memory_report: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., labels: _Optional[_Iterable[str]] = ..., salt: _Optional[bytes] = ..., stretch_len: _Optional[int] = ...) -> None: ...
+    block_bytes: int
+    def __init__(self, name: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., bos_token_id: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., max_num_seqs: _Optional[int] = ..., memory_report: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., labels: _Optional[_Iterable[str]] = ..., salt: _Optional[bytes] = ..., stretch_len: _Optional[int] = ..., block_bytes: _Optional[int] = ...) -> None: ...
 
 class Answer(_message.Message):
     __slots__ = ("number", "error")
@@ -412,7 +428,7 @@ class Load(_message.Message):
     def __init__(self, heartbeat_age_s: _Optional[float] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., counted: _Optional[int] = ...) -> None: ...
 
 class Stats(_message.Message):
-    __slots__ = ("running", "waiting", "kv_usage", "prefix_queries", "prefix_hits", "preemptions", "prompt_tokens", "generation_tokens", "queued_prefill_tokens", "steps", "step_tokens", "decode_blocks", "free_blocks", "ended", "prefills", "host_bytes", "host_stored", "host_loaded", "host_evicted", "disk_bytes", "disk_stored", "disk_loaded", "disk_evicted", "disk_failed")
+    __slots__ = ("running", "waiting", "kv_usage", "prefix_queries", "prefix_hits", "preemptions", "prompt_tokens", "generation_tokens", "queued_prefill_tokens", "steps", "step_tokens", "decode_blocks", "free_blocks", "ended", "prefills", "host_bytes", "host_stored", "host_loaded", "host_evicted", "disk_bytes", "disk_stored", "disk_loaded", "disk_evicted", "disk_failed", "peer_loaded", "peer_served", "peer_failed", "peer_bytes", "fetch_floor_s", "fetch_bytes_per_s")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_USAGE_FIELD_NUMBER: _ClassVar[int]
@@ -437,6 +453,12 @@ class Stats(_message.Message):
     DISK_LOADED_FIELD_NUMBER: _ClassVar[int]
     DISK_EVICTED_FIELD_NUMBER: _ClassVar[int]
     DISK_FAILED_FIELD_NUMBER: _ClassVar[int]
+    PEER_LOADED_FIELD_NUMBER: _ClassVar[int]
+    PEER_SERVED_FIELD_NUMBER: _ClassVar[int]
+    PEER_FAILED_FIELD_NUMBER: _ClassVar[int]
+    PEER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FETCH_FLOOR_S_FIELD_NUMBER: _ClassVar[int]
+    FETCH_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     kv_usage: float
@@ -461,4 +483,10 @@ class Stats(_message.Message):
     disk_loaded: int
     disk_evicted: int
     disk_failed: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., step_tokens: _Optional[int] = ..., decode_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., ended: _Optional[int] = ..., prefills: _Optional[int] = ..., host_bytes: _Optional[int] = ..., host_stored: _Optional[int] = ..., host_loaded: _Optional[int] = ..., host_evicted: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., disk_stored: _Optional[int] = ..., disk_loaded: _Optional[int] = ..., disk_evicted: _Optional[int] = ..., disk_failed: _Optional[int] = ...) -> None: ...
+    peer_loaded: int
+    peer_served: int
+    peer_failed: int
+    peer_bytes: int
+    fetch_floor_s: float
+    fetch_bytes_per_s: float
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., step_tokens: _Optional[int] = ..., decode_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., ended: _Optional[int] = ..., prefills: _Optional[int] = ..., host_bytes: _Optional[int] = ..., host_stored: _Optional[int] = ..., host_loaded: _Optional[int] = ..., host_evicted: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., disk_stored: _Optional[int] = ..., disk_loaded: _Optional[int] = ..., disk_evicted: _Optional[int] = ..., disk_failed: _Optional[int] = ..., peer_loaded: _Optional[int] = ..., peer_served: _Optional[int] = ..., peer_failed: _Optional[int] = ..., peer_bytes: _Optional[int] = ..., fetch_floor_s: _Optional[float] = ..., fetch_bytes_per_s: _Optional[float] = ...) -> None: ...

@@ -10,7 +10,7 @@ from kvasir.cluster import wire
 from kvasir.engine.errors import ClientError, ContextLengthError, OverloadedError
 from kvasir.engine.event import Failed, Finished, Pooled, Timing, Token, TokenLogprob
 from kvasir.engine.info import ModelInfo
-from kvasir.engine.request import PoolingParams, Request, SamplingParams, StructuredOutput
+from kvasir.engine.request import Peer, PoolingParams, Request, SamplingParams, StructuredOutput
 from kvasir.engine.scheduler import Stats
 from kvasir.proto import group_pb2 as pb
 
@@ -70,6 +70,7 @@ def test_request_survives():
         adapter="pirate",
         trace_context={"traceparent": "00-1-2-01"},
         resume_token_ids=(4, 5),
+        peers=(Peer("10.0.0.2:4711", "secret", 512), Peer("[::1]:1", "", 0, ordered=True)),
     )
     message = sent(wire.encode_request(request, 77))
     assert message.number == 77
