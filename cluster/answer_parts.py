@@ -15,7 +15,7 @@ _SHORT = 2
 KINDS: tuple[Literal["reasoning"], Literal["content"]] = ("reasoning", "content")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, as engine.event.Token
 class Part:
     """A piece of an answer. Of a call: first its function's name, then its arguments, JSON text in any number of pieces."""
 
@@ -161,7 +161,7 @@ class AnswerReader:
             except StopIteration:
                 self._over = True
         parts, self._parts = self._parts, []
-        return _joined(parts)
+        return _joined(parts) if len(parts) > 1 else parts
 
     def _say(self, kind: Literal["content", "reasoning"], text: str) -> None:
         if shown := self._texts[kind].add(text):

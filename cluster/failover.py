@@ -84,7 +84,11 @@ class LastingStream:
         while self._live and not self._closed:
             if self._parts is not None:
                 return await self._parts.batch()
-            events = await self._read() if self._failed is None else await self._go_on(self._failed)
+            if self._failed is not None:
+                events = await self._go_on(self._failed)
+            else:
+                assert self._stream is not None, "start comes first"
+                events = self._living(await self._stream.batch())
             if events:
                 return self._noted(events)
         return []
@@ -113,10 +117,8 @@ class LastingStream:
         for index, reason in self._aborted.items():  # while it was asked
             self._stream.abort(index, reason)
 
-    async def _read(self) -> list[Event]:
+    def _living(self, events: list[Event]) -> list[Event]:
         """What the group says; its death is put aside."""
-        assert self._stream is not None, "start comes first"
-        events = await self._stream.batch()
         if not events:
             self._closed = True
         elif self._is_death(last := events[-1]):

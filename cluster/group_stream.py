@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from kvasir.cluster.member import Reservation
 from kvasir.engine.errors import KvasirError, UnavailableError
-from kvasir.engine.event import Event, Failed, Finished, FinishReason, Pooled
+from kvasir.engine.event import Event, Failed, Finished, FinishReason, Token
 from kvasir.engine.request import Request
 
 
@@ -50,40 +50,44 @@ class Stream:
         return self
 
     async def __anext__(self) -> Event:
-        if await self._some():
+        if not self._events:
+            await self._some()
+        if self._events:
             return self._events.popleft()
         raise StopAsyncIteration
 
     async def batch(self) -> list[Event]:
         """All events that are here, at least one; none when the stream has ended."""
-        await self._some()
+        if not self._events:
+            await self._some()
         events = [*self._events]
         self._events.clear()
         return events
 
-    async def _some(self) -> bool:
-        """Wait for events; False when none will come."""
-        while not self._events and not self.complete:
+    async def _some(self) -> None:
+        """Wait for events, or for the end."""
+        while not self._events and self._remaining > 0:
             self._wakeup = asyncio.get_running_loop().create_future()
             await self._wakeup
-        return bool(self._events)
 
     def _push(self, event: Event) -> None:
         """Take an event from the group."""
-        if self.complete:
+        if self._remaining <= 0:
             return
-        if len(self._events) >= self._limit and not isinstance(event, (Finished, Pooled, Failed)):
-            self.abort()
-            why = f"the client reads too slowly: {self._limit} events are waiting"
-            event = Failed(self.request_id, "overloaded", why)
-        if isinstance(event, (Pooled, Failed)):
-            self._remaining = 0
+        if isinstance(event, Token):
+            if len(self._events) >= self._limit:
+                self.abort()
+                why = f"the client reads too slowly: {self._limit} events are waiting"
+                event = Failed(self.request_id, "overloaded", why)
+                self._remaining = 0
         elif isinstance(event, Finished):
             self._remaining -= 1
+        else:
+            self._remaining = 0
         self._events.append(event)
         if self._reservation is not None:
             self._reservation.streams()
-            if self.complete:
+            if self._remaining <= 0:
                 self._release()
         self._wake()
 

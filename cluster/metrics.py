@@ -6,12 +6,15 @@ vLLM's names (as of 0.32), and OpenTelemetry's gen_ai.server.* in Prometheus' sp
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.exposition import generate_latest
-from prometheus_client.metrics_core import Metric
+from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from kvasir.cluster import telemetry
 from kvasir.cluster.group_client import GroupClient, GroupDirectory
@@ -27,7 +30,6 @@ _COUNT = (1.0, 2.0, 5.0, 10.0, 20.0)
 
 _HISTOGRAMS: dict[str, tuple[str, Sequence[float]]] = {
     "time_to_first_token_seconds": ("Seconds from the request's arrival to its first token.", _SHORT_S),
-    "inter_token_latency_seconds": ("Seconds between two deliveries of a continuation's tokens.", _SHORT_S),
     "request_time_per_output_token_seconds": ("Mean seconds per output token behind the first.", _SHORT_S),
     "e2e_request_latency_seconds": ("Seconds from the request's arrival to its end.", _LONG_S),
     "request_queue_time_seconds": ("Seconds that the request waited in its group.", _LONG_S),
@@ -58,6 +60,8 @@ class Metrics:
             name: Histogram(f"vllm:{name}", text, ["model_name"], buckets=bounds, registry=self._registry)
             for name, (text, bounds) in _HISTOGRAMS.items()
         }
+        self._gaps = _Gaps()
+        self._registry.register(self._gaps)
         gen_ai = [_flat(name) for name in (telemetry.OPERATION_NAME, telemetry.PROVIDER_NAME, telemetry.REQUEST_MODEL)]
         self._gen_ai = {
             name: Histogram(f"{_flat(name)}_seconds", text, gen_ai, buckets=bounds, registry=self._registry)
@@ -77,7 +81,7 @@ class Metrics:
         """A call was accepted at `started` (time.monotonic)."""
         key = model, operation
         if key not in self._series:
-            self._series[key] = _Series(self._children(model, operation), self._success, model)
+            self._series[key] = _Series(self._children(model, operation), self._success, self._gaps.of(model), model)
         return CallRecord(self._series[key], requests, started)
 
     def failed(self, model: str, code: str) -> None:
@@ -106,11 +110,13 @@ class Metrics:
 class _Series:
     """The series of one model and operation, looked up once."""
 
-    def __init__(self, histograms: Mapping[str, Histogram], success: Counter, model: str) -> None:
+    def __init__(
+        self, histograms: Mapping[str, Histogram], success: Counter, gap: Callable[[float], None], model: str
+    ) -> None:
         self._observe = {name: histogram.observe for name, histogram in histograms.items()}
         self._success = success
         self._model = model
-        self.gap = self._observe["inter_token_latency_seconds"]
+        self.gap = gap
 
     def first(self, seconds: float) -> None:
         self._observe["time_to_first_token_seconds"](seconds)
@@ -153,6 +159,34 @@ class _Series:
         self._observe[telemetry.REQUEST_DURATION_METRIC](seconds)
         self._observe["request_max_num_generation_tokens"](longest)
         self._success.labels(self._model, reason).inc()
+
+
+class _Gaps(Collector):
+    """The only histogram that is told of every token: without locks, in the loop's thread alone (0.3 us; Histogram: 3)."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, list[int]] = {}
+        self._sums: dict[str, float] = {}
+
+    def of(self, model: str) -> Callable[[float], None]:
+        """What observes the seconds between two deliveries of a continuation's tokens."""
+        counts = self._counts.setdefault(model, [0] * (len(_SHORT_S) + 1))
+        sums = self._sums
+        sums.setdefault(model, 0.0)
+
+        def observe(seconds: float) -> None:
+            counts[bisect_left(_SHORT_S, seconds)] += 1
+            sums[model] += seconds
+
+        return observe
+
+    def collect(self) -> Iterable[Metric]:
+        text = "Seconds between two deliveries of a continuation's tokens."
+        family = HistogramMetricFamily("vllm:inter_token_latency_seconds", text, labels=["model_name"])
+        bounds = [*map(floatToGoString, _SHORT_S), "+Inf"]
+        for model, counts in self._counts.items():
+            family.add_metric([model], [*zip(bounds, accumulate(counts), strict=True)], self._sums[model])
+        return [family]
 
 
 class CallRecord:

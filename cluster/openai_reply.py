@@ -58,11 +58,12 @@ class ChatReply:
         self._begun = False
         self._plain = ask.logprobs is None and not ask.return_token_ids
         self._answers: dict[int, AnswerStream] = {}
+        self._reads = not generation.reading.plain
 
     def frames(self, deltas: Deltas) -> bytes:
         out = b"" if self._begun else self._begin()
         for _, delta in deltas:
-            if not self._generation.reading.plain:
+            if self._reads:
                 out += self._parts(delta)
             elif delta.text and self._plain:
                 out += self._frames.content(delta.index, delta.text)
@@ -127,23 +128,21 @@ class ChatReply:
     def _parts(self, delta: Delta) -> bytes:
         """One chunk for each part; what was asked for of the tokens goes with the first, or alone."""
         answer = self._answers.setdefault(delta.index, AnswerStream(self._generation.reading))
-        parts = [_part(part, answer) for part in answer.parts(delta.text, last=delta.finish_reason is not None)]
+        parts = answer.parts(delta.text, last=delta.finish_reason is not None)
         if not self._ask.include_reasoning:
-            parts = [part for part in parts if "reasoning" not in part]
+            parts = [part for part in parts if part.kind != "reasoning"]
         if not self._plain and delta.token_ids:
+            said: list[Json] = [_part(part, answer) for part in parts] or [{}]
             return b"".join(
                 self._frames.chunk(self._choice(delta if number == 0 else Delta(delta.index), part))
-                for number, part in enumerate(parts or [{}])
+                for number, part in enumerate(said)
             )
-        out = b""
-        for part in parts:
-            if content := part.get("content"):
-                out += self._frames.content(delta.index, content)
-            else:
-                out += self._frames.chunk(
-                    {"index": delta.index, "delta": part, "logprobs": None, "finish_reason": None}
-                )
-        return out
+        return b"".join(
+            self._frames.content(delta.index, part.text)
+            if part.kind == "content"
+            else self._frames.said(delta.index, _part(part, answer))
+            for part in parts
+        )
 
     def _choice(self, delta: Delta, said: Json) -> Json:
         choice: Json = {"index": delta.index, "delta": said}
@@ -255,6 +254,10 @@ class _Frames:
         if index not in self._contents:
             self._contents[index] = self._head + b'{"index":%d,"delta":{"content":' % index
         return self._contents[index] + orjson.dumps(text) + b"}" + self._end
+
+    def said(self, index: int, delta: Json) -> bytes:
+        """A chat chunk with anything else."""
+        return self._head + b'{"index":%d,"delta":' % index + orjson.dumps(delta) + self._end
 
     def text(self, index: int, text: str) -> bytes:
         """A completion chunk with nothing but text."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -81,9 +81,10 @@ class Scanner:
     def until(self, marks: Sequence[str], take: Take | None = None) -> Steps[str | None]:
         """Over the first of `marks`, that is returned; None when the text ends without. What stands before it goes to `take`
         as soon as it can't be a part of a mark."""
+        longest, firsts = max(map(len, marks), default=0), {mark[:1] for mark in marks}
         while True:
             at, mark = self._first(marks)
-            held = self._held(marks)
+            held = self._held(marks, longest, firsts)
             if mark and (self._ended or held > at):
                 self._give(at, take)
                 self._at += len(mark)
@@ -156,11 +157,11 @@ class Scanner:
         at, _, mark = min(found, default=(-1, 0, ""))
         return at, mark
 
-    def _held(self, marks: Sequence[str]) -> int:
-        """Where the text's end may be the beginning of a (longer) mark."""
-        longest = max(map(len, marks), default=0)
+    def _held(self, marks: Sequence[str], longest: int, firsts: Collection[str]) -> int:
+        """Where the text's end may be the beginning of a (longer) mark; `firsts`: what marks begin with."""
         for at in range(max(self._at, len(self._text) - longest + 1), len(self._text)):
-            rest = self._text[at:]
-            if any(len(rest) < len(one) and one.startswith(rest) for one in marks):
-                return at
+            if self._text[at] in firsts:
+                rest = self._text[at:]
+                if any(len(rest) < len(one) and one.startswith(rest) for one in marks):
+                    return at
         return len(self._text)

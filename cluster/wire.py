@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import groupby
 from typing import Any, TypeVar, cast
 
 from google.protobuf.message import Message
@@ -123,10 +122,17 @@ def add_event(step: pb.Step, number: int, event: Event) -> None:
 
 def step_events(step: pb.Step, name: Callable[[int], str | None]) -> Iterator[tuple[int, Event]]:
     """(number, event) of the requests whose id `name(number)` still knows; each request's events keep their order."""
-    rows = zip(step.numbers, step.indexes, step.token_ids, strict=True)
-    for (number, index), group in groupby(rows, key=lambda row: row[:2]):
+    numbers, indexes, ids = step.numbers[:], step.indexes[:], step.token_ids[:]  # lists, at once
+    if not len(numbers) == len(indexes) == len(ids):
+        raise ValueError(f"a step with {len(numbers)}, {len(indexes)} and {len(ids)} rows in its columns")
+    start, rows = 0, len(numbers)
+    while start < rows:
+        number, index, end = numbers[start], indexes[start], start + 1
+        while end < rows and numbers[end] == number and indexes[end] == index:
+            end += 1
         if (request_id := name(number)) is not None:
-            yield number, Token(request_id, index, tuple(row[2] for row in group))
+            yield number, Token(request_id, index, tuple(ids[start:end]))
+        start = end
     for message in step.events:
         if (request_id := name(message.number)) is not None:
             yield message.number, _decode_event(message, request_id)

@@ -24,9 +24,9 @@ class TokenLogprob:
     top: TopLogprobs = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen it would take 1.6 us to make instead of 0.2, and one is made for each token
 class Token:
-    """New tokens of continuation `index`; a step usually brings one."""
+    """New tokens of continuation `index`; a step usually brings one. Not to be changed."""
 
     request_id: str
     index: int

@@ -12,7 +12,7 @@ from kvasir.engine.request import Request
 from kvasir.engine.tokenizer import DecodeStream, Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, as Token
 class Delta:
     """What is new in one continuation. Tokens come at once; text may lag behind them (see `Transcript`)."""
 
@@ -116,15 +116,19 @@ class Transcript:
         `Finished`, further tokens of that continuation are ignored. With best_of all come when the last has ended."""
         deltas: dict[int, Delta] = {}
         for event in events:
-            if isinstance(event, Failed):
+            if isinstance(event, Token):
+                delta = self._token(event)
+            elif isinstance(event, Failed):
                 raise ERRORS.get(event.code, ServerError)(event.message)
-            assert not isinstance(event, Pooled), "a request for a vector has no transcript"
-            delta = self._token(event) if isinstance(event, Token) else self._finish(event)
+            else:
+                assert not isinstance(event, Pooled), "a request for a vector has no transcript"
+                delta = self._finish(event)
             if delta is not None:
                 before = deltas.get(event.index)
                 deltas[event.index] = _merged(before, delta) if before else delta
-        self._matched += [index for index, delta in deltas.items() if delta.matched]
-        return list(deltas.values()) if self._made is self.outputs else self._choose()
+        found = list(deltas.values())
+        self._matched += [delta.index for delta in found if delta.stop_reason.__class__ is str]
+        return found if self._made is self.outputs else self._choose()
 
     def take_matched(self) -> list[int]:
         """Continuations that a stop string ended since the last time, which the engine doesn't know: abort them with reason
@@ -159,11 +163,11 @@ class Transcript:
             self.prompt_logprobs = event.prompt_logprobs
         if output.finish_reason:
             return None
-        text, count, stop = "", len(event.token_ids), None
+        text, ids, stop, logprobs = "", event.token_ids, None, event.logprobs
         if self._writers:
-            text, count, stop = self._writers[event.index].write(event.token_ids)
-        ids = event.token_ids if count == len(event.token_ids) else event.token_ids[:count]
-        logprobs = event.logprobs[:count] if event.logprobs is not None else None
+            text, count, stop = self._writers[event.index].write(ids)
+            if stop is not None:
+                ids, logprobs = ids[:count], logprobs and logprobs[:count]
         output.token_ids += ids
         if logprobs is not None:
             output.logprobs = output.logprobs or []

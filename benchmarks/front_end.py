@@ -1,0 +1,239 @@
+"""What a streamed token costs the gateway: CPU time of its process, by the kernel's account, over a fixed number of tokens.
+
+    python benchmarks/front_end.py --streams 32 --tokens 400 --rate 200
+
+Three processes: a group whose engine computes nothing and says a text at a fixed rate, the gateway (HTTP server, tokenizer,
+router, everything but Ray), and a client that only counts. Steps come slowly enough that nearly each token is a chunk of its
+own; a gateway that lags would put several into one and look cheaper, so chunks per token are printed beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+MODEL = "skald"
+TEXT = "Kvasir was the wisest of them all, and he went far and wide over the world to teach men what he knew of it. "
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+MESSAGES = [{"role": "user", "content": "Tell me of Kvasir."}]
+COMMON = {"model": MODEL, "stream": True, "ignore_eos": True, "temperature": 0}
+KINDS = {
+    "completions": ("/v1/completions", COMMON | {"prompt": "Once upon a time"}),
+    "completions, token ids": ("/v1/completions", COMMON | {"prompt": "Once", "return_token_ids": True}),
+    "chat": ("/v1/chat/completions", COMMON | {"messages": MESSAGES}),
+    "chat with a tool": ("/v1/chat/completions", COMMON | {"messages": MESSAGES, "tools": [TOOL]}),
+    "chat with stop strings": ("/v1/chat/completions", COMMON | {"messages": MESSAGES, "stop": ["Ragnarok", "\n\n\n"]}),
+    "Ollama": ("/api/chat", {"model": MODEL, "messages": MESSAGES, "options": {"ignore_eos": True}}),
+    "Anthropic": ("/v1/messages", {"model": MODEL, "messages": MESSAGES, "stream": True}),
+}
+
+
+class Reciter:
+    """An engine that computes nothing: `rate` steps a second, each with the next token of every request."""
+
+    failure = None
+
+    def __init__(self, deliver: Callable[[Sequence[object]], None], rate: float) -> None:
+        from kvasir.engine.config import EngineConfig
+        from kvasir.engine.info import ModelInfo
+        from kvasir.engine.model_files import ModelFiles
+
+        tokenizer = ModelFiles(EngineConfig(model=MODEL)).tokenizer()
+        assert tokenizer is not None
+        self._ids = tokenizer.encode(TEXT)
+        self.info = ModelInfo(name=MODEL, max_model_len=2**20, vocab_size=tokenizer.vocab_size, max_num_seqs=1024)
+        self._deliver, self._period = deliver, 1 / rate
+        self._left: dict[str, int] = {}
+        self._step = 0
+        self._lock = threading.Lock()
+        self.heartbeat = time.monotonic()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def submit(self, request) -> None:  # type: ignore[no-untyped-def]
+        with self._lock:
+            self._left[request.request_id] = request.sampling.max_tokens or 16
+
+    def abort(self, request_id: str, index: int | None = None, reason: str = "abort") -> None:
+        with self._lock:
+            self._left.pop(request_id, None)
+
+    def stats(self):  # type: ignore[no-untyped-def]
+        from kvasir.engine.scheduler import Stats
+
+        return Stats(running=len(self._left))
+
+    @property
+    def stats_at(self) -> float:
+        return time.monotonic()
+
+    def listen(self, on_blocks: object) -> None:
+        """It keeps no blocks."""
+
+    def _run(self) -> None:
+        from kvasir.engine.event import Finished, Token
+
+        due = time.monotonic()
+        while True:
+            due = max(due + self._period, time.monotonic())
+            time.sleep(max(0.0, due - time.monotonic()))
+            self.heartbeat = time.monotonic()
+            events: list[object] = []
+            with self._lock:
+                self._step += 1
+                token = self._ids[self._step % len(self._ids)]
+                for name in [*self._left]:
+                    events.append(Token(name, 0, (token,)))
+                    self._left[name] -= 1
+                    if not self._left[name]:
+                        del self._left[name]
+                        events.append(Finished(name, 0, "length"))
+            if events:
+                self._deliver(events)
+
+
+async def run_group(rate: float) -> None:
+    """A group's process: prints its endpoint, serves until its input ends."""
+    from kvasir.cluster.group_service import GroupService
+    from kvasir.cluster.telemetry import Tracing
+
+    service = GroupService(Tracing())
+    endpoint = await service.start(Reciter(service.deliver, rate), "127.0.0.1")  # type: ignore[arg-type]
+    print(json.dumps(asdict(endpoint)), flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+
+
+async def run_gateway() -> None:
+    """A gateway's process, as a replica of it serves: reads the group's endpoint, prints its port, serves until its input
+    ends."""
+    import uvicorn
+
+    from kvasir.cluster.config import GatewayConfig
+    from kvasir.cluster.desk import Desk
+    from kvasir.cluster.gateway import create_app
+    from kvasir.cluster.group_client import GroupDirectory
+    from kvasir.cluster.metrics import Metrics
+    from kvasir.cluster.served_model import ServedModel
+    from kvasir.cluster.sockets import bound_socket
+    from kvasir.cluster.telemetry import Tracing
+    from kvasir.cluster.wire import Endpoint
+    from kvasir.engine.config import EngineConfig
+
+    directory = GroupDirectory({MODEL: MODEL})
+    directory.update(MODEL, [Endpoint(**json.loads(await asyncio.to_thread(sys.stdin.readline)))])
+    while directory.missing():
+        await asyncio.sleep(0.01)
+    desk = Desk([ServedModel.load(EngineConfig(model=MODEL))], directory, Metrics(), Tracing())
+    app = create_app(desk, GatewayConfig(state_path=":memory:"))
+    sock = bound_socket("127.0.0.1", 0, shared=False)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none"))
+    serving = asyncio.ensure_future(server.serve(sockets=[sock]))
+    while not server.started:
+        await asyncio.sleep(0.01)
+    print(sock.getsockname()[1], flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    server.should_exit = True
+    await serving
+
+
+async def stream(port: int, path: str, body: dict[str, object]) -> int:
+    """One streamed answer: how many chunks came."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    payload = json.dumps(body).encode()
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", "Connection: close"]
+    writer.write("\r\n".join([*lines, f"Content-Length: {len(payload)}", "", ""]).encode() + payload)
+    chunks = 0
+    mark = b'"done":false' if path.startswith("/api") else b"data: {"
+    while data := await reader.read(2**16):
+        chunks += data.count(mark)
+    writer.close()
+    if not chunks:
+        raise SystemExit(f"no chunk came from {path}")
+    return chunks
+
+
+def cpu_s(pid: int) -> tuple[float, float]:
+    """CPU seconds of a process: (its own, the kernel's for it) (proc(5), fields 14 and 15)."""
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rsplit(")", 1)[1].split()
+    tick = os.sysconf("SC_CLK_TCK")
+    return int(fields[11]) / tick, int(fields[12]) / tick
+
+
+async def measure(port: int, pid: int, kind: str, options: argparse.Namespace) -> dict[str, float]:
+    """Of one kind of request: microseconds of the gateway's CPU per token, chunks and wall time per token of a stream."""
+    path, body = KINDS[kind]
+    if path.startswith("/api"):
+        body = body | {"options": {"num_predict": options.tokens, "ignore_eos": True}}
+    else:
+        body = body | {"max_tokens": options.tokens}
+    await stream(port, path, body | ({"max_tokens": 4} if "max_tokens" in body else {}))
+    costs: list[tuple[float, float]] = []
+    chunks, seconds = 0, 0.0
+    for _ in range(options.repeat):
+        before, began = cpu_s(pid), time.perf_counter()
+        counts = await asyncio.gather(*(stream(port, path, body) for _ in range(options.streams)))
+        seconds += time.perf_counter() - began
+        await asyncio.sleep(0.1)
+        own, kernel = (
+            1e6 * (b - a) / (options.streams * options.tokens) for a, b in zip(before, cpu_s(pid), strict=True)
+        )
+        costs.append((own + kernel, kernel))
+        chunks += sum(counts)
+    count = options.repeat * options.streams * options.tokens
+    best, worst = min(costs), max(costs)
+    return {
+        "us": best[0],
+        "kernel_us": best[1],
+        "worst_us": worst[0],
+        "chunks": chunks / count,
+        "tok_s": count / seconds,
+    }
+
+
+def child(role: str, options: argparse.Namespace) -> subprocess.Popen[str]:
+    command = [sys.executable, __file__, "--role", role, "--rate", str(options.rate)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=32, help="streams at once (default: 32)")
+    parser.add_argument("--tokens", type=int, default=400, help="tokens of each stream (default: 400)")
+    parser.add_argument("--rate", type=float, default=200.0, help="steps per second (default: 200)")
+    parser.add_argument("--repeat", type=int, default=3, help="measurements; the cheapest counts (default: 3)")
+    parser.add_argument("--kinds", nargs="+", default=[*KINDS], choices=[*KINDS], metavar="KIND")
+    parser.add_argument("--role", choices=["group", "gateway"], help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    if options.role:
+        import uvloop  # as Ray's actors do
+
+        uvloop.run(run_group(options.rate) if options.role == "group" else run_gateway())
+        return
+    with child("group", options) as group, child("gateway", options) as gateway:
+        assert group.stdout and gateway.stdin and gateway.stdout and group.stdin
+        gateway.stdin.write(group.stdout.readline())
+        gateway.stdin.flush()
+        port = int(gateway.stdout.readline())
+        print(f"{'gateway, per token':24}{'CPU us':>8}{'kernel':>8}{'worst':>8}{'chunks':>8}{'tok/s':>8}")
+        for kind in options.kinds:
+            found = asyncio.run(measure(port, gateway.pid, kind, options))
+            costs = "".join(f"{found[name]:8.1f}" for name in ("us", "kernel_us", "worst_us"))
+            print(f"{kind:24}{costs}{found['chunks']:8.2f}{found['tok_s']:8.0f}", flush=True)
+        gateway.stdin.close()
+        group.stdin.close()
+
+
+if __name__ == "__main__":
+    main()
