@@ -222,7 +222,10 @@ def main() -> None:
         uvloop.run(run_group(options.rate) if options.role == "group" else run_gateway())
         return
     with child("group", options) as group, child("gateway", options) as gateway:
-        assert group.stdout and gateway.stdin and gateway.stdout and group.stdin
+        assert group.stdout is not None
+        assert gateway.stdin is not None
+        assert gateway.stdout is not None
+        assert group.stdin is not None
         gateway.stdin.write(group.stdout.readline())
         gateway.stdin.flush()
         port = int(gateway.stdout.readline())

@@ -252,12 +252,27 @@ def _start_ray(config: ClusterConfig, address: str | None) -> None:
 def _neutral_folder() -> Iterator[None]:
     """Work in an empty folder: Ray puts ours on every worker's sys.path, where our `kernels` and `proto` mustn't lie bare."""
     before = Path.cwd()
-    with tempfile.TemporaryDirectory(prefix="kvasir-", ignore_cleanup_errors=True) as folder:
-        os.chdir(folder)
+    with contextlib.ExitStack() as stack:
+        os.chdir(_lasting_folder() or stack.enter_context(_temporary_folder()))
         try:
             yield
         finally:
             os.chdir(before)
+
+
+def _lasting_folder() -> Path | None:
+    """One for every start: whoever is killed leaves none behind. None where there is no place that is ours alone."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvasir" / "empty"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mine = folder.stat().st_uid == os.getuid()
+        return folder if mine and not folder.is_symlink() and not any(folder.iterdir()) else None
+    except OSError:
+        return None
+
+
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="kvasir-", ignore_cleanup_errors=True)
 
 
 def _check_room(config: ClusterConfig, *, own: bool) -> None:

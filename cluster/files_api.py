@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from kvasir.cluster.background import Background
 from kvasir.cluster.files import FileWriter, find_file, pieces
-from kvasir.cluster.http_front import BodyTooLargeError, header_map, send_json, warning_header
+from kvasir.cluster.http_front import BodyTooLargeError, ClientGoneError, header_map, send_json, warning_header
 from kvasir.cluster.multipart import Data, Field, Multipart
 from kvasir.cluster.pages import Page, json_response, principal_of
 from kvasir.cluster.store import Store
@@ -180,6 +179,6 @@ async def _pieces(receive: Receive) -> AsyncIterator[bytes]:
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise asyncio.CancelledError("the client went away while it sent its file")
+            raise ClientGoneError
         yield message.get("body", b"")
         more = message.get("more_body", False)

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from kvasir.cluster import metrics
+from kvasir.cluster.all_metrics import OtherMetrics, merged, no_others
 from kvasir.cluster.anthropic_api import anthropic_routes
 from kvasir.cluster.auth import check_exposure, load_keys
 from kvasir.cluster.background import Background
@@ -40,7 +41,12 @@ from kvasir.engine.errors import UnavailableError
 __all__ = ["close_app", "create_app", "create_grpc_server"]
 
 
-def create_app(desk: Desk, config: GatewayConfig, find_gateway: FindGateway = nowhere) -> FastAPI:
+def create_app(
+    desk: Desk,
+    config: GatewayConfig,
+    find_gateway: FindGateway = nowhere,
+    other_metrics: OtherMetrics = no_others,
+) -> FastAPI:
     """All HTTP routes. ConfigError when other machines could call without a key. The endpoints that POST are plain ASGI,
     so that nothing lies between them and the socket. `find_gateway`: where other gateways are, that hold streams."""
     check_exposure(config, os.environ)
@@ -57,7 +63,7 @@ def create_app(desk: Desk, config: GatewayConfig, find_gateway: FindGateway = no
         streams,
         *_stored_routes(desk, background, store, config),
     ]
-    app.router.routes.extend([*_openai_routes(desk, chats, config), *others, *_operator_routes(desk)])
+    app.router.routes.extend([*_openai_routes(desk, chats, config), *others, *_operator_routes(desk, other_metrics)])
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
     app.add_middleware(Front, keys=load_keys(config, os.environ))
@@ -110,7 +116,7 @@ async def close_app(app: FastAPI) -> None:
     app.state.store.close()
 
 
-def _operator_routes(desk: Desk) -> list[Route]:
+def _operator_routes(desk: Desk, other_metrics: OtherMetrics) -> list[Route]:
     health = Health(desk)
     names = [model.name for model in desk.models]
 
@@ -121,7 +127,11 @@ def _operator_routes(desk: Desk) -> list[Route]:
         return _health(await health.unready())
 
     async def scrape(request: Request) -> Response:
-        return Response(desk.metrics.render(desk.directory, names), media_type=metrics.CONTENT_TYPE)
+        own, others = desk.metrics.render(), await other_metrics()
+        if others:
+            own = merged({**others, desk.recordings.gateway: own.decode()})
+        groups = desk.metrics.render_groups(desk.directory, names)
+        return Response(groups + own, media_type=metrics.CONTENT_TYPE)
 
     async def show_version(request: Request) -> Response:
         return _json({"version": version("kvasir")})

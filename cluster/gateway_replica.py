@@ -105,6 +105,10 @@ class Gateway:
         """(its name in the ids of streams, its own address: the public one may lead to any gateway)."""
         return self._recordings.gateway, self._door
 
+    async def metrics(self) -> tuple[str, str]:
+        """(its name, its own series)."""
+        return self._recordings.gateway, self._desk.metrics.render().decode()
+
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
         if self._http_task.done():
@@ -126,9 +130,10 @@ class Gateway:
     async def _start_http(self) -> list[str]:
         """One address, or that and the one of --ollama-port."""
         from kvasir.cluster.gateway import create_app
+        from kvasir.cluster.http_protocol import server_config
 
         config = self._config
-        self._app = create_app(self._desk, config, self._find_gateway)
+        self._app = create_app(self._desk, config, self._find_gateway, self._other_metrics)
         self._app.state.background.start()
         ports = [config.port, *([config.ollama_port] if config.ollama_port >= 0 else [])]
         socks = [bound_socket(config.host, port, shared=True) for port in ports]
@@ -137,18 +142,7 @@ class Gateway:
         if config.num_gateways > 1:
             socks.append(door := bound_socket(config.host, 0, shared=False))
             self._door = f"{scheme}://{authority(_reachable(config.host), door.getsockname()[1])}"
-        options = uvicorn.Config(
-            self._app,
-            log_config=None,
-            access_log=False,
-            ws="none",
-            lifespan="off",
-            server_header=False,
-            ssl_keyfile=config.ssl_keyfile,
-            ssl_certfile=config.ssl_certfile,
-            timeout_graceful_shutdown=1,
-        )
-        self._http = _Server(options)
+        self._http = _Server(server_config(self._app, config))
         self._http_task = asyncio.ensure_future(self._http.serve(sockets=socks))
         while not self._http.started:
             await asyncio.sleep(0.005)
@@ -162,6 +156,14 @@ class Gateway:
             self._asked_at = time.monotonic()
             self._doors = await _doors()
         return self._doors.get(name)
+
+    async def _other_metrics(self) -> dict[str, str]:
+        """What the other gateways measured: they share our port."""
+        if self._config.num_gateways == 1:
+            return {}
+        told: dict[str, str] = dict(await _ask_gateways("metrics"))
+        told.pop(self._recordings.gateway, None)
+        return told
 
     async def _start_grpc(self) -> str | None:
         from kvasir.cluster.gateway import create_grpc_server
@@ -200,13 +202,18 @@ def _reachable(host: str) -> str:
 
 async def _doors() -> dict[str, str]:
     """Name -> door of the gateways that live."""
+    return {name: door for name, door in await _ask_gateways("door") if door}
+
+
+async def _ask_gateways(method: str) -> list[Any]:
+    """What the gateways that live answer, this one too."""
     context = serve.get_replica_context()
     handle: DeploymentHandle[Any] = serve.get_deployment_handle(context.deployment, context.app_name)
     try:
-        answers = await handle.broadcast("door").results_async(timeout_s=ASK_TIMEOUT_S, return_exceptions=True)
+        answers = await handle.broadcast(method).results_async(timeout_s=ASK_TIMEOUT_S, return_exceptions=True)
     except (TimeoutError, RayError, RayServeException):
-        return {}
-    return {name: door for name, door in (a for a in answers if not isinstance(a, BaseException)) if door}
+        return []
+    return [answer for answer in answers if not isinstance(answer, BaseException)]
 
 
 async def _endpoints(group: DeploymentHandle[Any]) -> Sequence[Endpoint]:

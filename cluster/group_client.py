@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ from kvasir.engine.scheduler import Stats
 from kvasir.proto import group_pb2 as pb
 from kvasir.proto.group_pb2_grpc import GroupStub
 
+log = logging.getLogger(__name__)
+
 SILENCE_S = 1.5
 """A group that says nothing for six of its load periods is dead, or not to be told from it."""
 BACKOFF_S = (0.05, 1.0)
@@ -37,6 +41,8 @@ WARY_S = 2.0
 POLL_S = (0.2, 2.0)
 """How often the directory asks where a model's groups are: while it has none, and then; at once when one breaks."""
 
+_ADDRESS = re.compile(r"\s*\b(?:ipv[46]:\S+|\d+(?:\.\d+){3}(?::\d+)?):?")
+"""As gRPC writes it into its errors."""
 
 GroupCall: TypeAlias = "grpc.aio.StreamStreamCall[pb.GatewayMessage, pb.GroupMessage]"
 Fetch: TypeAlias = "Callable[[], Awaitable[Sequence[Endpoint]]]"
@@ -142,13 +148,20 @@ class GroupClient:
             try:
                 await self._converse()
             except grpc.aio.AioRpcError as error:
-                self.last_error = error.details() or error.code().name.lower()
+                self._lost(error.details() or error.code().name.lower())
             except UnavailableError as error:
-                self.last_error = error.message
+                self._lost(error.message)
             finally:
                 self._disconnected()
             pause = BACKOFF_S[0] if self._seen > began else min(2 * pause, BACKOFF_S[1])
             await asyncio.sleep(pause)
+
+    def _lost(self, why: str) -> None:
+        """There is no connection. Clients are told why, but no address of ours, which only the log says."""
+        told = _ADDRESS.sub("", why)
+        if told != self.last_error:
+            log.info("group %s at %s: %s", self.name, self.endpoint.address, why)
+        self.last_error = told
 
     async def _converse(self) -> None:
         """One connection's life: raises when it breaks."""
@@ -195,7 +208,7 @@ class GroupClient:
     def _welcome(self, hello: pb.Hello) -> None:
         """Another life behind the same address (a port is soon used again) may serve another model: it isn't ours."""
         if hello.incarnation != self.endpoint.incarnation:
-            raise UnavailableError(f"the group at {self.endpoint.address} was replaced")
+            raise UnavailableError("the group was replaced")
         self.info = wire.decode_info(hello.model)
         self.member.welcome(self.info, hello.incarnation)
         self.last_error = None

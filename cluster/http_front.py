@@ -48,6 +48,10 @@ class RouteError(ClientError):
         self.status = status
 
 
+class ClientGoneError(Exception):
+    """The client went away while it sent its request: nobody is there to be answered."""
+
+
 class Front:
     """The middleware around all routes: request id in and out, API keys."""
 
@@ -77,7 +81,8 @@ class Front:
         except KvasirError as error:
             await send_error(send_with_id, error, scope["path"], state["request_id"])
             return
-        await self._app(scope, receive, send_with_id)
+        with contextlib.suppress(ClientGoneError):
+            await self._app(scope, receive, send_with_id)
 
 
 def header_map(scope: Scope) -> dict[str, str]:
@@ -98,7 +103,7 @@ async def read_json(scope: Scope, receive: Receive, max_bytes: int, *, any_type:
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise asyncio.CancelledError("the client went away while it sent its request")
+            raise ClientGoneError
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         more = message.get("more_body", False)

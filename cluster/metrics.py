@@ -92,11 +92,16 @@ class Metrics:
         """A request's group died."""
         self._failovers.labels(model).inc()
 
-    def render(self, directory: GroupDirectory, models: Sequence[str]) -> bytes:
-        """Prometheus' text format, with what the groups of `models` last said about themselves."""
+    def render(self) -> bytes:
+        """This gateway's own series, in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    @staticmethod
+    def render_groups(directory: GroupDirectory, models: Sequence[str]) -> bytes:
+        """What the groups of `models` last said about themselves."""
         groups = CollectorRegistry()
         groups.register(_GroupStats(directory, models))
-        return generate_latest(groups) + generate_latest(self._registry)
+        return generate_latest(groups)
 
     def _counter(self, name: str, text: str, label: str) -> Counter:
         return Counter(name, text, ["model_name", label], registry=self._registry)

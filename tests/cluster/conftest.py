@@ -431,22 +431,23 @@ class LiveGateway:
 
     async def _serve(self) -> None:
         from kvasir.cluster.gateway import close_app, create_app, create_grpc_server
+        from kvasir.cluster.http_protocol import server_config
         from kvasir.cluster.sockets import bound_socket
 
         config, self._stop = self.config, asyncio.Event()
-        tls = {"ssl_keyfile": config.ssl_keyfile, "ssl_certfile": config.ssl_certfile} if config.ssl_certfile else {}
 
         async def find(name: str) -> str | None:
             return self.others.get(name)
 
         self.app = create_app(self.desk, config, find)
-        options = uvicorn.Config(self.app, log_config=None, access_log=False, lifespan="off", **tls)
+        options = server_config(self.app, config)
         server, self.server = uvicorn.Server(options), create_grpc_server(self.desk, config)
+        self.connections = server.server_state.connections
         sock = bound_socket("127.0.0.1", 0, shared=False)
-        self.url = f"{'https' if tls else 'http'}://localhost:{sock.getsockname()[1]}"
+        self.url = f"{'https' if config.ssl_certfile else 'http'}://localhost:{sock.getsockname()[1]}"
         options.load()
         server.lifespan = options.lifespan_class(options)
-        if tls:
+        if config.ssl_certfile:
             pair = (Path(config.ssl_keyfile).read_bytes(), Path(config.ssl_certfile).read_bytes())
             port = self.server.add_secure_port("localhost:0", grpc.ssl_server_credentials([pair]))
         else:

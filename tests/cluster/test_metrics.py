@@ -8,6 +8,11 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from kvasir.cluster.all_metrics import merged
+from kvasir.cluster.metrics import Metrics
+from kvasir.engine.event import Finished
+from kvasir.engine.request import Request, SamplingParams
+
 NOT_MEASURED = {
     "vllm:iteration_tokens_total",
     "vllm:kv_block_idle_before_evict_seconds",
@@ -119,3 +124,29 @@ def test_what_tools_query_is_there(live, data):
 
 def test_unmeasured_names_are_not_made_up(live):
     assert not any(name.startswith(tuple(NOT_MEASURED)) for name, *_ in samples(live))
+
+
+def test_of_several_gateways():
+    """Each has its own series; what they share, their groups, is told once."""
+    texts = {}
+    for name, calls in (("a", 1), ("b", 3)):
+        own = Metrics()
+        for number in range(calls):
+            request = Request(request_id=str(number), prompt_token_ids=[1], sampling=SamplingParams())
+            record = own.call("bytes", "chat", [request], 0.0)
+            record.tokens(0)
+            record.tokens(0)
+            record.finished(0, Finished(str(number), 0, "stop"))
+        texts[name] = own.render().decode()
+    families = {family.name: family for family in text_string_to_metric_families(merged(texts).decode())}
+    ends = {(s.labels["gateway"], s.name): s.value for s in families["vllm:request_success"].samples}
+    assert ends["a", "vllm:request_success_total"] == 1
+    assert ends["b", "vllm:request_success_total"] == 3
+    gaps = families["vllm:inter_token_latency_seconds"]
+    assert gaps.type == "histogram"
+    counts = [s.value for s in gaps.samples if s.labels == {"gateway": "b", "model_name": "bytes"}]
+    assert counts[0] == 3
+    buckets = [s for s in gaps.samples if s.labels["gateway"] == "b" and s.name.endswith("_bucket")]
+    assert [s.labels["le"] for s in (buckets[0], buckets[-1])] == ["0.001", "+Inf"]
+    assert buckets[-1].value == 3
+    assert [s.value for s in buckets] == sorted(s.value for s in buckets)
