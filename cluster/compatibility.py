@@ -74,7 +74,7 @@ SPELLINGS: dict[str, Renamed | Always | Refused] = {
     "disable_custom_all_reduce": Always(TRUE, "there is no custom all-reduce"),
     "enable_chunked_prefill": Always(TRUE, "long prompts are always cut into chunks"),
     "num_scheduler_steps": Always((1, "1"), "every step is scheduled by itself"),
-    "kv_cache_dtype": Always(("auto",), "the KV cache has the type of the model"),
+    "calculate_kv_scales": Always(TRUE, "scales are always computed, for each token and head"),
     "logits_processor_pattern": Refused("name those that requests may use: --logits-processors NAME,..."),
     "quantization": Refused("quantised weights are not supported yet"),
     "enable_auto_tool_choice": Always(TRUE, "a model may always call the tools that a request offers"),
@@ -101,6 +101,18 @@ SPELLINGS: dict[str, Renamed | Always | Refused] = {
 }
 """vLLM's flags that are no option of ours -> what becomes of them."""
 
+KV_CACHE_DTYPES = {
+    "f32": "float32",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "q8_0": "int8",
+    "half": "float16",
+    "float": "float32",
+    "int8_per_token_head": "int8",
+    "fp8_per_token_head": "fp8",
+}
+"""Other spellings of KV cache types: llama.cpp's and Ollama's, vLLM's."""
+
 SHORT = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-dp": "--data-parallel-size"}
 SHORT |= {"-q": "--quantization"}
 
@@ -114,6 +126,7 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "VLLM_CPU_KVCACHE_SPACE": ("kv_cache_memory_bytes", _gib),
     "VLLM_TARGET_DEVICE": ("device", str.lower),
     "VLLM_PP_LAYER_PARTITION": ("pipeline_layer_partition", str),
+    "OLLAMA_KV_CACHE_TYPE": ("kv_cache_dtype", str),
 }
 """vLLM's variables -> (option, how its value reads). VLLM_API_KEY is read with KVASIR_API_KEY, never shown."""
 
@@ -174,6 +187,8 @@ def _value(name: str, value: Any) -> Any:
     """Values that have another spelling."""
     if name == "dtype" and value in ("half", "float"):
         return {"half": "float16", "float": "float32"}[value]
+    if name == "kv_cache_dtype":
+        return KV_CACHE_DTYPES.get(value, value) if isinstance(value, str) else value
     if name == "max_model_len" and value == "auto":
         return None
     return value

@@ -64,6 +64,7 @@ def plan(engine: EngineConfig, gpu: str, gpus: int, *, streams: int, as_json: bo
     if as_json:
         print(json.dumps([asdict(one) for one in found], indent=1))
         return 0
+    kept = "" if engine.kv_cache_dtype == "auto" else f", KV cache in {engine.kv_cache_dtype},"
     heads = (
         "",
         "tensor",
@@ -78,7 +79,7 @@ def plan(engine: EngineConfig, gpu: str, gpus: int, *, streams: int, as_json: bo
         "sent/token",
     )
     print(
-        f"{engine.model} in {str(dtype).removeprefix('torch.')} on {gpus} x {gpu}; {streams} streams of {length} tokens:\n"
+        f"{engine.model} in {str(dtype).removeprefix('torch.')}{kept} on {gpus} x {gpu}; {streams} streams of {length} tokens:\n"
     )
     print(_table(heads, (_layout(one, best=one is found[0] and one.fits) for one in found)))
     print("\nPer rank, at the devices' published limits: bounds, not measurements.")
@@ -129,7 +130,10 @@ def _lines(facts: ModelFacts) -> Iterable[tuple[str, ...]]:
         yield "defaults", ", ".join(f"{name} {value}" for name, value in facts.generation.items())
     yield "memory", f"{_bytes(memory.total)} for {memory.batch} x {memory.max_model_len} tokens"
     yield "", f"{_bytes(memory.weights)} weights"
-    yield "", f"{_bytes(memory.kv_cache)} KV cache ({_bytes(memory.kv_cache_per_sequence)} a sequence)"
+    yield (
+        "",
+        f"{_bytes(memory.kv_cache)} KV cache in {facts.kv_cache_dtype} ({_bytes(memory.kv_cache_per_sequence)} a sequence)",
+    )
     yield "", f"{_bytes(memory.activations)} activations (estimate)"
 
 

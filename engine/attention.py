@@ -14,6 +14,7 @@ from kvasir.engine.spec import Latent, Layer, QueryScale, Rope, Spec
 from kvasir.kernels.attention import attention
 from kvasir.kernels.cache import turn_and_write, write
 from kvasir.kernels.norm import rms_norm
+from kvasir.kernels.quantise import Cache
 from kvasir.kernels.ragged import Ragged
 from kvasir.kernels.rope import Angles, rotate
 
@@ -55,7 +56,7 @@ class Attention(nn.Module):
         shape = shapes.get(self.spec.qk_norm or "")
         return Norm(self.spec, shape, dtype, device) if shape else None
 
-    def forward(self, x: Tensor, positional: Positional, ragged: Ragged, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positional: Positional, ragged: Ragged, k_cache: Cache, v_cache: Cache) -> Tensor:
         """x[T, M] -> [T, M]."""
         spec, layer = self.spec, self.layer
         x = self.qkv(x)
@@ -93,7 +94,7 @@ class Attention(nn.Module):
         return q.view(len(q), -1, self.spec.head_dim), k.view(len(k), -1, self.spec.head_dim)
 
     def _placed(
-        self, q: Tensor, k: Tensor, v: Tensor, positional: Positional, ragged: Ragged, k_cache: Tensor, v_cache: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, positional: Positional, ragged: Ragged, k_cache: Cache, v_cache: Cache
     ) -> Tensor:
         """The turned queries; turned keys and the values go into the cache."""
         rope, l2 = self.layer.rope, self.spec.qk_norm == "l2"
@@ -139,7 +140,7 @@ class LatentAttention(nn.Module):
         self.kv_b = empty(spec.heads * (latent.nope_dim + latent.v_dim), latent.kv_rank, dtype=dtype, device=device)
         self.o = Linear(spec.heads * latent.v_dim, {"o": spec.hidden}, spec.o_bias, dtype, device)
 
-    def forward(self, x: Tensor, positional: Positional, ragged: Ragged, k_cache: Tensor, v_cache: None) -> Tensor:
+    def forward(self, x: Tensor, positional: Positional, ragged: Ragged, k_cache: Cache, v_cache: None) -> Tensor:
         """x[T, M] -> [T, M]."""
         rows, latent = len(x), self.latent
         q, compressed, k_turn = torch.split(self.down(x), self.inputs, -1)

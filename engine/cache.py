@@ -10,8 +10,9 @@ from torch import Tensor
 
 from kvasir.engine.layout import LayerGroup, Layout
 from kvasir.engine.spec import Spec
+from kvasir.kernels.quantise import LARGEST, Cache, Quantised
 
-Views = tuple[Tensor, Union[Tensor, None]]
+Views = tuple[Cache, Union[Cache, None]]
 """Keys and values of a layer; no values where the keys serve as such (latent attention)."""
 
 
@@ -19,7 +20,8 @@ class KVCache:
     """N blocks of P slots. Nothing is written until it is used: on a CPU, untouched blocks cost no memory.
 
     A block holds slots of as many layers as a group of the layout has; without a layout all layers are one group. A rank
-    of several keeps its own heads in the `layers` of its stage: the spec is its share's.
+    of several keeps its own heads in the `layers` of its stage: the spec is its share's. In 8 bits, the slots of a head in a
+    block are followed by their scales.
     """
 
     def __init__(
@@ -39,21 +41,25 @@ class KVCache:
         bytes_ = num_blocks * self.block_bytes(spec, block_size, dtype, self.layout.height)
         self.arena = torch.empty(bytes_, dtype=torch.uint8, device=device)
         kinds = 2 if spec.value_dim else 1
-        shape = (self.layout.height, kinds, num_blocks, spec.cache_heads, block_size, spec.key_dim)
-        self._blocks = self.arena.view(dtype).view(shape)
-        views = self._blocks.transpose(3, 4)
+        self._blocks = self.arena.view(self.layout.height, kinds, num_blocks, spec.cache_heads, -1)
         self.group_of = [0] * depth
-        self._layers: list[Views] = [(views[0, 0], None)] * depth
+        self._layers: list[Views] = [(self._blocks[0, 0], None)] * depth
         for number, group in enumerate(self.layout.groups):
             for place, layer in enumerate(layer for layer in group.layers if layer in here):
                 self.group_of[layer] = number
-                self._layers[layer] = (views[place, 0], views[place, 1] if spec.value_dim else None)
+                parts = self._blocks[place]
+                self._layers[layer] = (
+                    _view(parts[0], block_size, spec.key_dim, dtype),
+                    _view(parts[1], block_size, spec.value_dim, dtype) if spec.value_dim else None,
+                )
 
     @staticmethod
     def block_bytes(spec: Spec, block_size: int, dtype: torch.dtype, height: int | None = None) -> int:
         """Bytes of one block: P slots of keys and values in `height` layers, by default in all."""
         layers = len(spec.layers) if height is None else height
-        return layers * block_size * spec.cache_heads * (spec.key_dim + spec.value_dim) * dtype.itemsize
+        return (
+            layers * spec.cache_heads * sum(_head_bytes(block_size, d, dtype) for d in (spec.key_dim, spec.value_dim))
+        )
 
     def layer(self, index: int) -> Views:
         """(keys, values), each [N, P, K, D]; in memory a head's slots are neighbours: [N, K, P, D]."""
@@ -67,13 +73,13 @@ class KVCache:
     def read(self, blocks: Sequence[int]) -> Tensor:
         """[n, bytes_per_block] uint8: what these blocks hold in all layers, each in one piece, on the cache's device."""
         index = torch.tensor(blocks, device=self.arena.device)
-        return self._blocks.movedim(2, 0).index_select(0, index).view(len(blocks), -1).view(torch.uint8)
+        return self._blocks.movedim(2, 0).index_select(0, index).view(len(blocks), -1)
 
     @torch.inference_mode()
     def write(self, blocks: Sequence[int], held: Tensor) -> None:
         """Put into these blocks what `read` gave, on the cache's device."""
         index, target = torch.tensor(blocks, device=self.arena.device), self._blocks.movedim(2, 0)
-        target.index_copy_(0, index, held.view(self._blocks.dtype).view(len(blocks), *target.shape[1:]))
+        target.index_copy_(0, index, held.view(len(blocks), *target.shape[1:]))
 
     @torch.inference_mode()
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
@@ -81,3 +87,20 @@ class KVCache:
         if pairs:
             sources, targets = torch.tensor(pairs, device=self.arena.device).unbind(1)
             self._blocks.index_copy_(2, targets, self._blocks.index_select(2, sources))
+
+
+def _head_bytes(block_size: int, dim: int, dtype: torch.dtype) -> int:
+    """Of a block's keys or values in one layer under one head, with their scales; a multiple of four where there are some."""
+    size = block_size * dim * dtype.itemsize
+    return size if dtype not in LARGEST or not dim else -(-size // 4) * 4 + 4 * block_size
+
+
+def _view(parts: Tensor, block_size: int, dim: int, dtype: torch.dtype) -> Cache:
+    """Bytes parts[N, K, _head_bytes] as [N, P, K, D]."""
+    shape = (*parts.shape[:2], block_size, dim)
+    if dtype not in LARGEST:
+        return parts.view(dtype).view(shape).transpose(1, 2)
+    # a view of the first bytes: rows don't follow each other, scales lie between
+    values = parts.as_strided(shape, (*parts.stride()[:2], dim, 1)).view(dtype)
+    scales = parts.view(torch.float32)[..., -block_size:]
+    return Quantised(values.transpose(1, 2), scales.transpose(1, 2))

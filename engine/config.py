@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from kvasir.engine.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+KVCacheDtype = Literal["auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -56,6 +57,9 @@ class EngineConfig:
     """Names under which clients ask for the model; default: MODEL as given."""
     dtype: Dtype = "auto"
     """Type of weights and activations; auto: the checkpoint's, float32 if the device has no fast bfloat16."""
+    kv_cache_dtype: KVCacheDtype = "auto"
+    """Type of keys and values in the KV cache; auto: that of weights and activations. int8 and fp8 (which is fp8_e4m3) have a
+    scale for each token and head, computed when it is written; they take half of what bfloat16 takes."""
     device: Device = "auto"
     """auto: cuda when there is one. cuda fails where there is none; nothing falls back silently."""
     seed: int = 0

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kvasir.engine import attention, mlp
 from kvasir.engine.attention import Positional
-from kvasir.engine.cache import KVCache
+from kvasir.engine.cache import KVCache, Views
 from kvasir.engine.layers import Linear, Norm, empty
 from kvasir.engine.rope import stretched_turning, turning
 from kvasir.engine.share import Share, share_of
@@ -51,7 +51,7 @@ class Block(nn.Module):
         y: Tensor | None,
         positional: Positional,
         ragged: Ragged,
-        cache: tuple[Tensor, Tensor],
+        cache: Views,
         rows: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """x[T, M] and what is still to be added to it -> the same behind this block, so that sums and norms go together.

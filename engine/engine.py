@@ -53,7 +53,8 @@ class Engine:
             executor = executor_of(config) if loaded is None else LocalExecutor(config, loaded)
         self._executor, loaded = executor, executor.loaded
         spec = loaded.decoder.spec
-        salt = salted(Path(config.model).name, config.revision or "", loaded.info.dtype)
+        types = (loaded.info.dtype, loaded.info.kv_cache_dtype)
+        salt = salted(Path(config.model).name, config.revision or "", *types)
         caching = config.enable_prefix_caching and spec.causal
         self.config = config
         self.info = replace(loaded.info, salt=salt if caching else b"", stretch_len=spec.stretch_len)

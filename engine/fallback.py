@@ -23,6 +23,7 @@ from kvasir.engine.share import share_of
 from kvasir.engine.spec import Layer, Spec
 from kvasir.kernels.attention import attention
 from kvasir.kernels.cache import write
+from kvasir.kernels.quantise import numbers
 from kvasir.kernels.ragged import Ragged
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def paged_attention(
     if number is None or position_bias is not None:
         raise ConfigError(f"{kind} needs more of attention than keys and values: it can't run here", param="model")
     k_cache, v_cache = cache.layer(number)
-    if v_cache is None or key.shape[1::2] != k_cache.shape[2:] or value.shape != key.shape:
+    if v_cache is None or key.shape[1::2] != numbers(k_cache).shape[2:] or value.shape != key.shape:
         shapes = f"keys {list(key.shape[1::2])}, values {list(value.shape[1::2])}"
         raise ConfigError(
             f"{kind}: {shapes} (heads, width) aren't what config.json says: it can't run here", param="model"

@@ -20,6 +20,7 @@ class ModelInfo:
     num_blocks: int = 0
     block_size: int = 16
     dtype: str = ""
+    kv_cache_dtype: str = ""
     device: str = ""
     max_num_seqs: int = 0
     tasks: tuple[str, ...] = ("generate",)

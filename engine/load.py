@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from zlib import crc32
 
 import torch
 
@@ -16,7 +17,7 @@ from kvasir.engine.config import EngineConfig
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.info import ModelInfo
-from kvasir.engine.memory import keep_freed_memory, plan_memory, resolve_device, resolve_dtype
+from kvasir.engine.memory import keep_freed_memory, plan_memory, resolve_cache_dtype, resolve_device, resolve_dtype
 from kvasir.engine.mesh import Mesh, Place
 from kvasir.engine.model_files import ModelFiles
 from kvasir.engine.open_tiers import open_tiers
@@ -80,7 +81,9 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
         decoder, pooler = _weights(config, files, share, pooling, dtype, device)
     else:
         decoder, pooler = _fallback(config, files, spec, dtype, device), None
-    cache = KVCache(share.spec, plan.num_blocks, config.block_size, dtype, device, plan.layout, share.layers)
+    kept = resolve_cache_dtype(config, dtype)
+    _agree(mesh, dtype, kept)
+    cache = KVCache(share.spec, plan.num_blocks, config.block_size, kept, device, plan.layout, share.layers)
     info = ModelInfo(
         name=(config.served_model_name or (config.model,))[0],
         max_model_len=plan.max_model_len,
@@ -89,6 +92,7 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
         num_blocks=plan.num_blocks,
         block_size=config.block_size,
         dtype=str(dtype).removeprefix("torch."),
+        kv_cache_dtype=str(kept).removeprefix("torch."),
         block_bytes=KVCache.block_bytes(spec, config.block_size, dtype),
         device=str(device),
         max_num_seqs=config.max_num_seqs,
@@ -97,6 +101,18 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
         labels=pooling.labels.names if pooling.labels else (),
     )
     return Loaded(decoder, cache, info, pooler, files.tokenizer, open_tiers(config, files, share, cache))
+
+
+def _agree(mesh: Mesh, *dtypes: torch.dtype) -> None:
+    """ConfigError where ranks took different types, each as its own machine does best: their tensors wouldn't fit."""
+    marks = [crc32(str(dtype).encode()) for dtype in dtypes]
+    least = mesh.least(*marks, *(-mark for mark in marks))
+    if any(low != -high for low, high in zip(least[: len(marks)], least[len(marks) :], strict=True)):
+        raise ConfigError(
+            f"the ranks' machines don't agree on a type: this one would take {str(dtypes[0]).removeprefix('torch.')};"
+            " name one with --dtype",
+            param="dtype",
+        )
 
 
 def check_ranks(config: EngineConfig) -> None:

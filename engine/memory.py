@@ -23,6 +23,12 @@ from kvasir.kernels.native import native
 CPU_SHARE = 0.4
 """Of the RAM that is free beside the weights: the machine has other things to do."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CACHE_DTYPES = DTYPES | {
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,11 @@ def resolve_dtype(config: EngineConfig, config_json: Mapping[str, Any], device: 
     return dtype if computes_well(dtype, device) else torch.float32
 
 
+def resolve_cache_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
+    """--kv-cache-dtype; auto: that of the activations."""
+    return dtype if config.kv_cache_dtype == "auto" else CACHE_DTYPES[config.kv_cache_dtype]
+
+
 def compiled_kernels() -> tuple[bool, str]:
     """Whether the CPU's kernels are compiled code, and where that lies or why not."""
     found = native()
@@ -109,7 +120,7 @@ def plan_memory(
     spec, mesh = share.full, share.mesh
     wanted, rows = _wanted_len(config, spec), token_budget(config, spec, device)
     shape = layout(spec, wanted, stages(spec, mesh.place.pp, config.pipeline_layer_partition))
-    block = KVCache.block_bytes(share.spec, config.block_size, dtype, shape.height)
+    block = KVCache.block_bytes(share.spec, config.block_size, resolve_cache_dtype(config, dtype), shape.height)
     budget = _budget(config, share, dtype, device, weight_bytes)
     (fitting,) = mesh.least(max(0, budget.free) // block)
     held = Room(shape, config.block_size, rows)

@@ -18,7 +18,7 @@ from kvasir.engine.decoder import Decoder
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.gguf import is_gguf, read_gguf
 from kvasir.engine.layout import Room, layout
-from kvasir.engine.memory import activation_bytes, resolve_device, resolve_dtype, token_budget
+from kvasir.engine.memory import activation_bytes, resolve_cache_dtype, resolve_device, resolve_dtype, token_budget
 from kvasir.engine.mlp import Mixture
 from kvasir.engine.model_files import ModelFiles
 from kvasir.engine.pooling import pooling_of, tasks_of
@@ -73,6 +73,7 @@ class ModelFacts:
     rope: str
     dtype: str
     """Of weights and activations here."""
+    kv_cache_dtype: str
     tensor_types: Mapping[str, int]
     """GGUF: type -> how many tensors."""
     disk: int
@@ -122,6 +123,7 @@ def model_facts(config: EngineConfig, batch: int = 1) -> ModelFacts:
         context=spec.max_len,
         rope=_ropes(spec),
         dtype=str(dtype).removeprefix("torch."),
+        kv_cache_dtype=str(resolve_cache_dtype(config, dtype)).removeprefix("torch."),
         tensor_types=_types(files.path),
         disk=_disk(files.path),
         tokenizer=tokenizer,
@@ -223,7 +225,7 @@ def _memory(
     length = config.max_model_len or spec.max_len
     shape = layout(spec, length)
     room = Room(shape, config.block_size, token_budget(config, spec, device))
-    block = KVCache.block_bytes(spec, config.block_size, dtype, shape.height)
+    block = KVCache.block_bytes(spec, config.block_size, resolve_cache_dtype(config, dtype), shape.height)
     each = room.blocks(length) * block if spec.causal else 0
     activations = activation_bytes(replace(config, max_num_seqs=batch), spec, dtype, device)
     return Memory(length, batch, weights, each, each * batch, activations)

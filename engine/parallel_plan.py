@@ -16,7 +16,7 @@ from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.layout import Room, layout
-from kvasir.engine.memory import activation_bytes
+from kvasir.engine.memory import activation_bytes, resolve_cache_dtype
 from kvasir.engine.mesh import Mesh, Place
 from kvasir.engine.share import Share, share_of, stages
 from kvasir.engine.spec import Spec
@@ -108,7 +108,8 @@ def plan(
     held = [_share(config, spec, place, stage) for stage in range(place.pp)]
     sizes = [_weights(share, dtype) for share in held]
     shape = layout(spec, length, stages(spec, place.pp, config.pipeline_layer_partition))
-    block = max(KVCache.block_bytes(share.spec, config.block_size, dtype, shape.height) for share in held)
+    kept = resolve_cache_dtype(config, dtype)
+    block = max(KVCache.block_bytes(share.spec, config.block_size, kept, shape.height) for share in held)
     free = min(
         int(device.memory * config.gpu_memory_utilization)
         - size

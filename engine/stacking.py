@@ -66,7 +66,7 @@ def _layer(block: Block, number: int, cache: KVCache, ropes: list[Rope]) -> Laye
     norms = [_weight(norm) for norm in (block.attn_norm, block.mlp_norm)]
     facts, (k_cache, v_cache) = attn.layer, cache.layer(number)
     odd = facts.rope is None or facts.query_scale is not None or facts.sparse is not None
-    if odd or v_cache is None or k_cache.dtype != torch.bfloat16:
+    if odd or v_cache is None:
         return None
     qkv, o, up, down = matrices
     attn_norm, mlp_norm = norms

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvasir.kernels.op import op
+from kvasir.kernels.quantise import Cache, get, numbers
 from kvasir.kernels.ragged import Ragged
 
 Sparse = tuple[int, int, int, int, int]
@@ -20,8 +21,8 @@ number of the first head): see `_sparse`."""
 @op("native", "cpu")
 def attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor | None,
+    k_cache: Cache,
+    v_cache: Cache | None,
     ragged: Ragged,
     *,
     scale: float,
@@ -40,15 +41,16 @@ def attention(
     softcap: scores become cap * tanh(score / cap). causal False: a row sees its whole sequence. sinks[H]: a logit more in
     each head's softmax, without a value. slopes[H]: scores fall by slope * distance. v_cache None: the first `value_dim`
     numbers of the keys are the values -> [T, H, value_dim].
+    Caches may be of another type than q, or quantised: then what is read is value times scale.
     Blocks that no row may attend to are never read, so whatever lies there (NaN too) has no effect.
     """
     dim = q.shape[-1] if value_dim is None else value_dim
-    out = q.new_empty(*q.shape[:2], dim)
+    out, size = q.new_empty(*q.shape[:2], dim), numbers(k_cache).shape[1]
     for s, length in enumerate(ragged.host_lengths.tolist()):
         rows = slice(int(ragged.host_starts[s]), int(ragged.host_starts[s + 1]))
         start = length - (rows.stop - rows.start)
         first = max(0, start - (window or length) + 1, start // chunk * chunk if chunk else 0)
-        first = first // k_cache.shape[1] * k_cache.shape[1] if causal else 0
+        first = first // size * size if causal else 0
         k = _read(k_cache, ragged.table[s], first, length)
         v = k[..., :dim] if v_cache is None else _read(v_cache, ragged.table[s], first, length)
         seen = _seen(start, first, length, q, window=window, chunk=chunk, causal=causal)
@@ -58,10 +60,10 @@ def attention(
     return out
 
 
-def _read(cache: Tensor, table: Tensor, first: int, length: int) -> Tensor:
+def _read(cache: Cache, table: Tensor, first: int, length: int) -> Tensor:
     """Slots first..length - 1 [length - first, K, D] of the blocks in table[B]; `first` is a block's first slot."""
-    size = cache.shape[1]
-    return cache[table[first // size : -(-length // size)].long()].flatten(0, 1)[: length - first]
+    size = numbers(cache).shape[1]
+    return get(cache, table[first // size : -(-length // size)].long()).flatten(0, 1)[: length - first]
 
 
 def _seen(

@@ -80,18 +80,20 @@ void attend(const Call &c) {
 
 } // namespace
 
-// type: 0 float32, 1 bfloat16, 2 float16. v null: values are the first value_dim numbers of the keys.
-EXPORT void attention(int64_t type, const void *q, int64_t q_row, int64_t q_head, const void *k, const void *v, int64_t block,
-                      int64_t slot, int64_t head, const int32_t *table, int64_t table_row, const int32_t *starts,
-                      const int32_t *lengths, int64_t sequences, int64_t heads, int64_t kv_heads, int64_t dim,
-                      int64_t value_dim, int64_t block_size, double scale, double softcap, int64_t window, int64_t chunk,
-                      int64_t causal, const float *sinks, const float *slopes, void *out, int64_t threads) {
-  Call c{q, q_row, q_head, k, v, block, slot, head, table, table_row, starts, lengths, sequences, heads, kv_heads, dim,
-         value_dim, block_size, (float)scale, (float)softcap, window, chunk, causal, sinks, slopes, out, threads};
-  if (type == 0)
-    attend<float, false>(c);
-  else if (type == 1)
-    attend<bf16, KVASIR_PAIRS>(c);
-  else
-    attend<fp16, false>(c);
+// type: of q and out, FLOAT32 to FLOAT16.
+EXPORT void attention(int64_t type, const void *q, int64_t q_row, int64_t q_head, const Cache *cache, const int32_t *table,
+                      int64_t table_row, const int32_t *starts, const int32_t *lengths, int64_t sequences, int64_t heads,
+                      int64_t kv_heads, int64_t dim, int64_t value_dim, double scale, double softcap, int64_t window,
+                      int64_t chunk, int64_t causal, const float *sinks, const float *slopes, void *out, int64_t threads) {
+  Call c{type, q, q_row, q_head, *cache, table, table_row, starts, lengths, sequences, heads, kv_heads, dim, value_dim,
+         (float)scale, (float)softcap, window, chunk, causal, sinks, slopes, out, threads};
+  bool pairs = KVASIR_PAIRS && type == BFLOAT16;
+  switch (cache->type) {
+  case FLOAT32: return attend<float, false>(c);
+  case BFLOAT16: return pairs ? attend<bf16, KVASIR_PAIRS>(c) : attend<bf16, false>(c);
+  case FLOAT16: return attend<fp16, false>(c);
+  case INT8: return pairs ? attend<int8, KVASIR_PAIRS>(c) : attend<int8, false>(c);
+  case E4M3: return pairs ? attend<e4m3, KVASIR_PAIRS>(c) : attend<e4m3, false>(c);
+  default: return pairs ? attend<e5m2, KVASIR_PAIRS>(c) : attend<e5m2, false>(c);
+  }
 }

@@ -3,6 +3,7 @@
 #include "native.h"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace {
 
@@ -16,14 +17,14 @@ constexpr int BLOCK = 2;
 #endif
 
 struct Call {
+  int64_t type; // of queries and results
   const void *q;
   int64_t q_row, q_head;
-  const void *k, *v;
-  int64_t block, slot, head; // strides of both caches, in numbers
+  const Cache &cache;
   const int32_t *table;
   int64_t table_row;
   const int32_t *starts, *lengths;
-  int64_t sequences, heads, kv_heads, dim, value_dim, block_size;
+  int64_t sequences, heads, kv_heads, dim, value_dim;
   float scale, softcap;
   int64_t window, chunk, causal;
   const float *sinks, *slopes;
@@ -39,13 +40,22 @@ struct Unit { // some rows of one sequence under some kv heads, and some parts o
 
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// Where the keys of a tile and their scales lie, in numbers from the cache's start; -1: not one of the sequence's.
+struct Places {
+  int64_t row[TILE], scale[TILE];
+};
+
+// T: the cache's type. PAIRS: bfloat16 queries, whose products with pairs of numbers are added up in float32; 8 bits are
+// bfloat16 numbers too.
 template <class T, bool PAIRS>
 struct Worker {
   const Call &c;
+  const Cache &cache;
   const Unit &u;
   const int64_t group, rows, all, wide, length, origin; // rows: of one kv head; origin: position of the unit's first row
   float *kt, *vt, *scores, *weights, *acc, *total, *queries, *m, *total_m, *total_l;
   int64_t *low, *high;
+  float k_scales[TILE], v_scales[TILE]; // of a tile's keys under the head at hand
   F16 *lanes;
 
   static int64_t bytes(const Call &c, int64_t rows, int64_t heads) {
@@ -54,7 +64,7 @@ struct Worker {
   }
 
   Worker(const Call &call, const Unit &unit, char *memory)
-      : c(call), u(unit), group(c.heads / c.kv_heads), rows(unit.count * group), all(rows * unit.heads),
+      : c(call), cache(call.cache), u(unit), group(c.heads / c.kv_heads), rows(unit.count * group), all(rows * unit.heads),
         wide(up(c.value_dim, 16)), length(c.lengths[unit.sequence]),
         origin(length - (c.starts[unit.sequence + 1] - c.starts[unit.sequence]) + unit.first) {
     auto take = [&](int64_t floats) {
@@ -73,7 +83,7 @@ struct Worker {
   // Row i of all: kv head by kv head, its query heads' rows.
   int64_t row(int64_t i) const { return c.starts[u.sequence] + u.first + i % rows / group; }
   int64_t head(int64_t i) const { return (u.head + i / rows) * group + i % group; }
-  const T *query(int64_t i) const { return (const T *)c.q + row(i) * c.q_row + head(i) * c.q_head; }
+  int64_t query(int64_t i) const { return row(i) * c.q_row + head(i) * c.q_head; }
 
   // The keys that a row at this position sees: low..high, both included.
   void range(int64_t position, int64_t &from, int64_t &to) const {
@@ -88,34 +98,59 @@ struct Worker {
     }
   }
 
-  // Where each of the keys of a tile lies, in numbers from the cache's start; -1: beyond the sequence.
-  void find(int64_t tile, int64_t *places) const {
-    int64_t number = tile / c.block_size, within = tile % c.block_size;
+  // Keys in front of `first`, which nobody sees, may lie in blocks that belong to others by now.
+  void find(int64_t tile, int64_t first, Places &places) const {
+    int64_t number = tile / cache.block_size, within = tile % cache.block_size;
     const int32_t *table = c.table + u.sequence * c.table_row;
     int64_t count = std::min(TILE, length - tile);
     for (int64_t j = 0; j < count;) {
-      int64_t place = table[number++] * c.block + within * c.slot;
-      for (; j < count && within < c.block_size; j++, within++, place += c.slot) places[j] = place;
+      int64_t row = table[number] * cache.block + within * cache.slot;
+      int64_t scale = table[number++] * cache.scale_block + within * cache.scale_slot;
+      for (; j < count && within < cache.block_size; j++, within++, row += cache.slot, scale += cache.scale_slot)
+        places.row[j] = tile + j < first ? -1 : row, places.scale[j] = scale;
       within = 0;
     }
-    for (int64_t j = std::max<int64_t>(count, 0); j < TILE; j++) places[j] = -1;
+    for (int64_t j = std::max<int64_t>(count, 0); j < TILE; j++) places.row[j] = -1;
   }
 
-  const T *at(const void *cache, int64_t place, int64_t h) const {
-    return place < 0 ? nullptr : (const T *)cache + place + (u.head + h) * c.head;
+  const T *at(const void *numbers, int64_t place, int64_t h) const {
+    return place < 0 ? nullptr : (const T *)numbers + place + (u.head + h) * cache.head;
+  }
+
+  void find_scales(const Places &places, int64_t h) {
+    for (int64_t j = 0; j < TILE; j++) {
+      k_scales[j] = v_scales[j] = 0.0f;
+      if (places.row[j] < 0) continue;
+      int64_t at = places.scale[j] + (u.head + h) * cache.scale_head;
+      k_scales[j] = cache.k_scales[at];
+      v_scales[j] = cache.v ? cache.v_scales[at] : k_scales[j];
+    }
   }
 
   static void prefetch(const T *row, int64_t dim) {
     for (int64_t b = 0; row && b < dim * (int64_t)sizeof(T); b += 64) __builtin_prefetch((const char *)row + b, 0, 2);
   }
 
+#if KVASIR_PAIRS
+  // `left` of 32 numbers as bfloat16, the rest 0.
+  static __m512i pairs(const T *from, int64_t left) {
+    if constexpr (std::is_same_v<T, bf16>) {
+      return _mm512_maskz_loadu_epi16(left >= 32 ? 0xffffffffu : (1u << left) - 1, from);
+    } else {
+      F16 low = widen(from, left), high = left > 16 ? widen(from + 16, left - 16) : splat(0.0f);
+      return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    }
+  }
+#endif
+
   // kt[dim (pairs)][TILE]: keys of a tile side by side; keys beyond the sequence are zero.
   // Meanwhile those of the next tile or head are called for.
-  void pack_keys(const int64_t *places, int64_t h, const int64_t *next, int64_t next_h) {
+  void pack_keys(const Places &places, int64_t h, const Places &next, int64_t next_h) {
     int64_t dims = PAIRS ? c.dim / 2 : c.dim;
     for (int64_t j = 0; j < TILE; j += 16) {
       const T *from[16];
-      for (int64_t i = 0; i < 16; i++) from[i] = at(c.k, places[j + i], h), prefetch(at(c.k, next[j + i], next_h), c.dim);
+      for (int64_t i = 0; i < 16; i++)
+        from[i] = at(cache.k, places.row[j + i], h), prefetch(at(cache.k, next.row[j + i], next_h), c.dim);
 #ifdef __AVX512F__
       for (int64_t d = 0; d < dims; d += 16) {
         __m512 r[16];
@@ -123,8 +158,10 @@ struct Worker {
           int64_t left = dims - d < 16 ? dims - d : 16;
           if (!from[i])
             r[i] = _mm512_setzero_ps();
-          else if (PAIRS)
-            r[i] = _mm512_maskz_loadu_ps((__mmask16)((1u << left) - 1), (const float *)from[i] + d);
+#if KVASIR_PAIRS
+          else if constexpr (PAIRS)
+            r[i] = (__m512)pairs(from[i] + 2 * d, 2 * left);
+#endif
           else
             r[i] = (__m512)widen(from[i] + d, left);
         }
@@ -133,7 +170,10 @@ struct Worker {
       }
 #else
       for (int64_t i = 0; i < 16; i++)
-        for (int64_t d = 0; d < dims; d++) kt[d * TILE + j + i] = from[i] ? scalar(from[i][d]) : 0.0f;
+        for (int64_t d = 0; d < dims; d += 16) {
+          F16 x = from[i] ? widen(from[i] + d, dims - d) : splat(0.0f);
+          for (int64_t e = 0; e < std::min<int64_t>(16, dims - d); e++) kt[(d + e) * TILE + j + i] = x[e];
+        }
 #endif
     }
   }
@@ -162,23 +202,21 @@ struct Worker {
 #endif
 
   // vt[TILE][wide], or vt[TILE / 2][wide] of pairs of neighbouring keys; zero beyond the sequence: 0 * NaN is NaN.
-  void pack_values(const int64_t *places, int64_t h, const int64_t *next, int64_t next_h) {
-    const void *cache = c.v ? c.v : c.k;
+  void pack_values(const Places &places, int64_t h, const Places &next, int64_t next_h) {
+    const void *numbers = cache.v ? cache.v : cache.k;
     for (int64_t j = 0; j < TILE; j += PAIRS ? 2 : 1) {
-      const T *from = at(cache, places[j], h);
-      if (c.v)
-        for (int64_t i = 0; i < (PAIRS ? 2 : 1); i++) prefetch(at(cache, next[j + i], next_h), c.value_dim);
+      const T *from = at(numbers, places.row[j], h);
+      if (cache.v)
+        for (int64_t i = 0; i < (PAIRS ? 2 : 1); i++) prefetch(at(numbers, next.row[j + i], next_h), c.value_dim);
 #if KVASIR_PAIRS
       if constexpr (PAIRS) {
-        const T *next = at(cache, places[j + 1], h);
+        const T *other = at(numbers, places.row[j + 1], h);
         const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
                                                5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
         const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
         for (int64_t d = 0; d < wide; d += 32) {
-          int64_t left = c.value_dim - d < 32 ? c.value_dim - d : 32;
-          __mmask32 mask = left == 32 ? 0xffffffffu : (1u << left) - 1;
-          __m512i a = from ? _mm512_maskz_loadu_epi16(mask, from + d) : _mm512_setzero_si512();
-          __m512i b = next ? _mm512_maskz_loadu_epi16(mask, next + d) : _mm512_setzero_si512();
+          __m512i a = from ? pairs(from + d, c.value_dim - d) : _mm512_setzero_si512();
+          __m512i b = other ? pairs(other + d, c.value_dim - d) : _mm512_setzero_si512();
           float *to = vt + j / 2 * wide + d;
           _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, first, b));
           if (d + 16 < wide) _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(a, second, b));
@@ -247,6 +285,7 @@ struct Worker {
     F16 best = splat(-INFINITY);
     for (int j = 0; j < 4; j++) {
       x[j] = load<F16>(s + 16 * j) * c.scale;
+      if (scaled<T>) x[j] *= load<F16>(k_scales + 16 * j);
       if (c.softcap != 0.0f) x[j] = tangent(x[j] / c.softcap) * c.softcap;
       I16 key = number + 16 * j;
       if (c.slopes) {
@@ -271,6 +310,7 @@ struct Worker {
     for (int j = 0; j < 4; j++) {
       F16 e = exponential(x[j] - now);
       lanes[i] += e;
+      if (scaled<T>) e *= load<F16>(v_scales + 16 * j);
       if (PAIRS)
         store((bf16 *)w + 16 * j, rounded(e));
       else
@@ -278,14 +318,15 @@ struct Worker {
     }
   }
 
-  void one_tile(int64_t tile, const int64_t *places, int64_t h, const int64_t *next, int64_t next_h) {
+  void one_tile(int64_t tile, const Places &places, int64_t h, const Places &next, int64_t next_h) {
+    if (scaled<T>) find_scales(places, h);
     pack_keys(places, h, next, next_h);
     int64_t inner = PAIRS ? c.dim / 2 : c.dim, base = h * rows;
     const float *from[BLOCK];
     for (int64_t i = 0; i < rows; i += BLOCK) {
       int64_t count = std::min<int64_t>(BLOCK, rows - i);
       for (int64_t r = 0; r < count; r++)
-        from[r] = PAIRS ? (const float *)query(base + i + r) : queries + (base + i + r) * up(c.dim, 16);
+        from[r] = PAIRS ? (const float *)((const bf16 *)c.q + query(base + i + r)) : queries + (base + i + r) * up(c.dim, 16);
       multiply<4>(count, from, inner, kt, TILE, scores + i * TILE, TILE, false);
     }
     for (int64_t i = 0; i < rows; i++) weigh(base + i, tile);
@@ -304,15 +345,20 @@ struct Worker {
     for (int64_t i = 0; i < all; i++) m[i] = -INFINITY, lanes[i] = splat(0.0f);
     std::memset(acc, 0, all * wide * 4);
     int64_t begin = std::max(part * PART, first / TILE * TILE), end = std::min((part + 1) * PART, last + 1);
-    int64_t places[2][TILE];
-    find(begin, places[0]);
+    Places places[2];
+    find(begin, first, places[0]);
     for (int64_t tile = begin, turn = 0; tile < end; tile += TILE, turn ^= 1) {
-      find(tile + TILE < end ? tile + TILE : length, places[turn ^ 1]);
+      find(tile + TILE < end ? tile + TILE : length, first, places[turn ^ 1]);
       for (int64_t h = 0; h < u.heads; h++) {
         bool over = h + 1 == u.heads;
         one_tile(tile, places[turn], h, places[turn ^ over], over ? 0 : h + 1);
       }
     }
+  }
+
+  F16 numbers_of(const void *q, int64_t at, int64_t left) const {
+    if (c.type == FLOAT32) return widen((const float *)q + at, left);
+    return c.type == BFLOAT16 ? widen((const bf16 *)q + at, left) : widen((const fp16 *)q + at, left);
   }
 
   void prepare(int64_t &first, int64_t &last) {
@@ -324,7 +370,7 @@ struct Worker {
     for (int64_t i = 0; i < all; i++) {
       total_m[i] = -INFINITY, total_l[i] = 0.0f;
       if (!PAIRS)
-        for (int64_t d = 0; d < c.dim; d += 16) store(queries + i * up(c.dim, 16) + d, widen(query(i) + d, c.dim - d));
+        for (int64_t d = 0; d < c.dim; d += 16) store(queries + i * up(c.dim, 16) + d, numbers_of(c.q, query(i) + d, c.dim - d));
     }
     std::memset(total, 0, all * wide * 4);
   }
@@ -352,9 +398,16 @@ struct Worker {
         sum = sum * factor + exponential(splat(sink - now))[0];
       }
       factor /= sum;
-      T *to = (T *)c.out + (row(i) * c.heads + head(i)) * c.value_dim;
-      for (int64_t d = 0; d < c.value_dim; d += 16)
-        narrow(to + d, load<F16>(total + i * wide + d) * factor, c.value_dim - d);
+      int64_t to = (row(i) * c.heads + head(i)) * c.value_dim;
+      for (int64_t d = 0; d < c.value_dim; d += 16) {
+        F16 x = load<F16>(total + i * wide + d) * factor;
+        if (c.type == FLOAT32)
+          narrow((float *)c.out + to + d, x, c.value_dim - d);
+        else if (c.type == BFLOAT16)
+          narrow((bf16 *)c.out + to + d, x, c.value_dim - d);
+        else
+          narrow((fp16 *)c.out + to + d, x, c.value_dim - d);
+      }
     }
   }
 

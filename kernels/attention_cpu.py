@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Union
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kvasir.kernels import attention as reference
+from kvasir.kernels.quantise import Cache, numbers
 from kvasir.kernels.ragged import Ragged
 
 ROWS = 64
@@ -88,8 +90,8 @@ class Kind:
 
 def attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor | None,
+    k_cache: Cache,
+    v_cache: Cache | None,
     ragged: Ragged,
     *,
     scale: float,
@@ -125,12 +127,12 @@ def attention(
     kind = Kind(window, chunk, causal, slopes is not None, dtype)
     batches = ragged.plans.get(kind)
     if batches is None:
-        batches = ragged.plans[kind] = _plan(ragged, k_cache, q.shape[1], kind)
+        batches = ragged.plans[kind] = _plan(ragged, numbers(k_cache), q.shape[1], kind)
     scoring = Scoring(scale, softcap, sinks, slopes)
-    v_rows = None if v_cache is None else _heads_first(v_cache)
+    k_rows, v_rows = _rows_of(k_cache), None if v_cache is None else _rows_of(v_cache)
     out = q.new_empty(*q.shape[:2], q.shape[-1] if value_dim is None else value_dim)
     for batch in batches:
-        found = _attend(q[batch.rows].to(dtype), _heads_first(k_cache), v_rows, batch, scoring, out)
+        found = _attend(q[batch.rows].to(dtype), k_rows, v_rows, batch, scoring, out)
         if batch.kept is None:
             out[batch.rows] = found
         else:
@@ -144,10 +146,19 @@ def _working(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _heads_first(cache: Tensor) -> Tensor:
-    """[N * K, P, D] view: one row per block and head, which is what a batched product wants to read."""
-    n, p, k, d = cache.shape
-    return cache.transpose(1, 2).view(n * k, p, d)
+Stored = tuple[Tensor, Union[Tensor, None]]
+"""Numbers [N * K, P, D] and scales [N * K, P] of a cache: one row per block and head, which is what a batched product wants
+to read."""
+
+
+def _rows_of(cache: Cache) -> Stored:
+    n, p, k, d = numbers(cache).shape
+    if isinstance(cache, Tensor):
+        return cache.transpose(1, 2).view(n * k, p, d), None
+    # a block's rows and scales are one piece of memory: all rows have the same stride
+    values, scales = (t.transpose(1, 2) for t in cache)
+    rows = values.as_strided((n * k, p, d), (values.stride(1), *values.stride()[2:]))
+    return rows, scales.as_strided((n * k, p), (scales.stride(1), scales.stride(2)))
 
 
 @dataclass(frozen=True)
@@ -167,29 +178,34 @@ class Scoring:
         return Scoring(self.scale, self.softcap, *own)
 
 
-def _attend(q: Tensor, k_rows: Tensor, v_rows: Tensor | None, batch: Batch, scoring: Scoring, like: Tensor) -> Tensor:
+def _attend(q: Tensor, k_rows: Stored, v_rows: Stored | None, batch: Batch, scoring: Scoring, like: Tensor) -> Tensor:
     """The batch's rows q[S * c, H, D] -> [S * c, H, V] of the type and width of `like`, a few kv heads at a time when scores
     would get too large."""
     pieces, kv_heads, blocks = batch.blocks.shape
     width = like.shape[-1]
     queries = q.view(pieces, batch.count, kv_heads, -1, q.shape[-1]).transpose(1, 2)
-    scores = pieces * batch.count * queries.shape[3] * blocks * k_rows.shape[1]
+    scores = pieces * batch.count * queries.shape[3] * blocks * k_rows[0].shape[1]
     step = max(1, min(kv_heads, ELEMENTS // scores))
     out = like.new_empty(len(q), q.shape[1], width)
     heads = out.view(pieces, batch.count, kv_heads, -1, width)
     for h in range(0, kv_heads, step):
         index = batch.blocks[:, h : h + step]
-        k = _gather(k_rows, index, batch.stale).to(q.dtype)
-        v = k[..., :width] if v_rows is None else _gather(v_rows, index, batch.stale).to(q.dtype)
+        k = _gather(k_rows, index, batch.stale, q.dtype)
+        v = k[..., :width] if v_rows is None else _gather(v_rows, index, batch.stale, q.dtype)
         own = scoring.of_heads(h, h + step, kv_heads)
         heads[:, :, h : h + step] = _products(queries[:, h : h + step], k, v, batch, own)
     return out
 
 
-def _gather(rows: Tensor, index: Tensor, stale: tuple[Tensor, Tensor]) -> Tensor:
-    """Blocks index[S, K, B] of rows[N * K, P, D] -> [S, K, L, D], stale slots zeroed."""
-    pieces, heads, _ = index.shape
-    out = rows.flatten(1).index_select(0, index.flatten()).view(pieces, heads, -1, rows.shape[-1])
+def _gather(stored: Stored, index: Tensor, stale: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """Blocks index[S, K, B] -> [S, K, L, D], stale slots zeroed."""
+    (rows, scales), (pieces, heads, _), dim, flat = stored, index.shape, stored[0].shape[-1], index.flatten()
+    if scales is None:
+        out = rows.flatten(1).index_select(0, flat).to(dtype)
+    else:
+        found = rows.view(torch.uint8).index_select(0, flat).view(rows.dtype)  # torch selects no float8
+        out = (found.float() * scales.index_select(0, flat)[..., None]).to(dtype)
+    out = out.view(pieces, heads, -1, dim)
     if len(stale[0]):
         out.transpose(1, 2).index_put_(stale, out.new_zeros(()))
     return out

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from kvasir.kernels import attention_cpu
 from kvasir.kernels.attention import Sparse
-from kvasir.kernels.native import TYPES, library
+from kvasir.kernels.native import TYPES, cache_of, library
+from kvasir.kernels.quantise import Cache, numbers
 from kvasir.kernels.ragged import Ragged
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -16,8 +19,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 def attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor | None,
+    k_cache: Cache,
+    v_cache: Cache | None,
     ragged: Ragged,
     *,
     scale: float,
@@ -30,9 +33,10 @@ def attention(
     sparse: Sparse | None = None,
     value_dim: int | None = None,
 ) -> Tensor:
-    """As the definition says; keys that only blocks of a stride see, odd head dims and mixed types are left to torch."""
-    compiled = library()
-    if compiled is None or sparse is not None or not _suits(q, k_cache, v_cache):
+    """As the definition says; keys that only blocks of a stride see and odd head dims are left to torch."""
+    compiled, cache = library(), cache_of(k_cache, v_cache)
+    suits = cache is not None and q.dtype in TYPES and q.shape[-1] % 2 == 0 and q.stride(-1) == 1
+    if compiled is None or cache is None or sparse is not None or not suits:
         return attention_cpu.attention(
             q,
             k_cache,
@@ -49,21 +53,16 @@ def attention(
             value_dim=value_dim,
         )
     rows, heads, dim = q.shape
-    _, block_size, kv_heads, _ = k_cache.shape
+    kv_heads = numbers(k_cache).shape[2]
     value_dim = value_dim or dim
     out = q.new_empty(rows, heads, value_dim)
     sinks = None if sinks is None else sinks.float()
     slopes = None if slopes is None else slopes.float()
-    block, slot, head, _ = k_cache.stride()
     compiled.attention(
         TYPES[q.dtype],
         q.data_ptr(),
         *q.stride()[:2],
-        k_cache.data_ptr(),
-        None if v_cache is None else v_cache.data_ptr(),
-        block,
-        slot,
-        head,
+        ctypes.addressof(cache),
         ragged.table.data_ptr(),
         ragged.table.stride(0),
         ragged.starts.data_ptr(),
@@ -73,7 +72,6 @@ def attention(
         kv_heads,
         dim,
         value_dim,
-        block_size,
         scale,
         softcap or 0.0,
         window or 0,
@@ -85,11 +83,3 @@ def attention(
         torch.get_num_threads(),
     )
     return out
-
-
-def _suits(q: Tensor, k_cache: Tensor, v_cache: Tensor | None) -> bool:
-    """Whether the compiled code can read these."""
-    if q.dtype not in TYPES or q.dtype != k_cache.dtype or q.shape[-1] % 2:
-        return False
-    alike = v_cache is None or (v_cache.stride() == k_cache.stride() and v_cache.shape == k_cache.shape)
-    return alike and q.stride(-1) == k_cache.stride(-1) == 1

@@ -6,20 +6,22 @@ import torch
 from torch import Tensor
 
 from kvasir.kernels.op import op
+from kvasir.kernels.quantise import Cache, numbers, put
 from kvasir.kernels.ragged import Ragged
 from kvasir.kernels.rope import Angles, rotate
 
 
-def write(k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, ragged: Ragged) -> None:
-    """Row t of k and v[T, K, D] goes to slot ragged.slots[t] of k_cache and v_cache[N, P, K, D], in place. v None: keys alone."""
+def write(k: Tensor, v: Tensor | None, k_cache: Cache, v_cache: Cache | None, ragged: Ragged) -> None:
+    """Row t of k and v[T, K, D] goes to slot ragged.slots[t] of k_cache and v_cache[N, P, K, D], in place, rounded to their
+    type or quantised. v None: keys alone."""
     places = ragged.plans.get("write")
     if places is None:
-        block_size = k_cache.shape[1]
+        block_size = numbers(k_cache).shape[1]
         blocks = torch.div(ragged.slots, block_size, rounding_mode="floor")
         places = ragged.plans["write"] = (blocks, ragged.slots - blocks * block_size)
-    k_cache.index_put_(places, k)
+    put(k_cache, places, k)
     if v is not None and v_cache is not None:
-        v_cache.index_put_(places, v)
+        put(v_cache, places, v)
 
 
 @op("native")
@@ -28,8 +30,8 @@ def turn_and_write(
     k: Tensor,
     v: Tensor,
     angles: Angles,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
     ragged: Ragged,
     *,
     interleaved: bool,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from kvasir.kernels import cache as plain
-from kvasir.kernels.native import TYPES, library
+from kvasir.kernels.native import TYPES, cache_of, library
+from kvasir.kernels.quantise import Cache
 from kvasir.kernels.ragged import Ragged
 from kvasir.kernels.rope import Angles
 
@@ -21,18 +24,17 @@ def turn_and_write(
     k: Tensor,
     v: Tensor,
     angles: Angles,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
     ragged: Ragged,
     *,
     interleaved: bool,
 ) -> Tensor:
     """As the definition says; q is overwritten."""
-    compiled = library()
-    if compiled is None or not _suits(q, k, v, angles, k_cache, v_cache):
+    compiled, cache = library(), cache_of(k_cache, v_cache)
+    if compiled is None or cache is None or not _suits(q, k, v, angles):
         return plain.turn_and_write.reference(q, k, v, angles, k_cache, v_cache, ragged, interleaved=interleaved)
     cos, sin = angles
-    block, slot, head, _ = k_cache.stride()
     compiled.turn_and_write(
         TYPES[q.dtype],
         q.data_ptr(),
@@ -43,13 +45,8 @@ def turn_and_write(
         v.stride(0),
         cos.data_ptr(),
         sin.data_ptr(),
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
+        ctypes.addressof(cache),
         ragged.slots.data_ptr(),
-        block,
-        slot,
-        head,
-        k_cache.shape[1],
         *q.shape[:2],
         k.shape[1],
         q.shape[2],
@@ -60,12 +57,9 @@ def turn_and_write(
     return q
 
 
-def _suits(q: Tensor, k: Tensor, v: Tensor, angles: Angles, k_cache: Tensor, v_cache: Tensor) -> bool:
-    """Whether the compiled code can read and write these: heads are whole and lie side by side."""
+def _suits(q: Tensor, k: Tensor, v: Tensor, angles: Angles) -> bool:
+    """Whether the compiled code can read these: heads are whole and lie side by side."""
     dim = q.shape[-1]
     rows = all(t.stride()[1:] == (dim, 1) and t.dtype == q.dtype for t in (q, k, v))
-    caches = (
-        k_cache.stride() == v_cache.stride() and k_cache.dtype == v_cache.dtype == q.dtype and k_cache.stride(-1) == 1
-    )
     turned = all(t.dtype == q.dtype and t.is_contiguous() for t in angles)
-    return rows and caches and turned and q.dtype in TYPES and dim <= WIDEST
+    return rows and turned and q.dtype in TYPES and dim <= WIDEST

@@ -29,6 +29,39 @@ struct bf16 {
 struct fp16 {
   uint16_t bits;
 };
+struct int8 {
+  int8_t number;
+};
+template <int MANTISSA> // float8_e4m3fn (3) and float8_e5m2 (2)
+struct fp8 {
+  uint8_t bits;
+  static constexpr int BIAS = (1 << (6 - MANTISSA)) - 1;
+};
+typedef fp8<3> e4m3;
+typedef fp8<2> e5m2;
+typedef uint8_t B16 __attribute__((vector_size(16)));
+typedef int8_t C16 __attribute__((vector_size(16)));
+
+// Types by their numbers in native.py; those of 8 bits have a scale for every row.
+enum Type { FLOAT32, BFLOAT16, FLOAT16, INT8, E4M3, E5M2 };
+template <class T>
+constexpr bool scaled = sizeof(T) == 1;
+template <class T>
+constexpr float most = 0.0f; // the largest number
+template <>
+constexpr float most<int8> = 127.0f;
+template <>
+constexpr float most<e4m3> = 448.0f;
+template <>
+constexpr float most<e5m2> = 57344.0f;
+
+// Where keys and values lie: a slot's head is a row. Strides are in numbers of the type, those of scales in floats.
+struct Cache {
+  int64_t type;
+  void *k, *v; // v null: values are the first numbers of the keys
+  float *k_scales, *v_scales;
+  int64_t block, slot, head, scale_block, scale_slot, scale_head, block_size;
+};
 
 static inline F16 splat(float x) { return F16{} + x; }
 
@@ -89,6 +122,27 @@ static inline F16 widen(const fp16 *p) {
 #endif
 }
 
+static inline F16 widen(const int8 *p) {
+#if defined(__AVX512F__)
+  return (F16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#else
+  return __builtin_convertvector(__builtin_convertvector(load<C16>(p), I16), F16);
+#endif
+}
+
+// The bits fall into place in a float whose exponent is too small by a constant; subnormals too.
+template <int M>
+static inline F16 widen(const fp8<M> *p) {
+#if defined(__AVX512F__)
+  U16 u = (U16)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+#else
+  U16 u = __builtin_convertvector(load<B16>(p), U16);
+#endif
+  U16 sign = (u & 0x80) << 24, rest = (u & 0x7f) << (23 - M);
+  F16 size = (F16)rest * std::ldexp(1.0f, 127 - fp8<M>::BIAS);
+  return (F16)((U16)size | sign);
+}
+
 static inline void narrow(float *p, F16 x) { store(p, x); }
 
 static inline W16 rounded(F16 x) { // to the nearest even; a NaN stays one
@@ -104,6 +158,23 @@ static inline W16 rounded(F16 x) { // to the nearest even; a NaN stays one
 }
 
 static inline void narrow(bf16 *p, F16 x) { store(p, rounded(x)); }
+
+// Numbers up to most<T>: to the nearest even.
+static inline void narrow(int8 *p, F16 x) {
+  I16 near = (I16)(x + 12582912.0f) - 0x4b400000; // 1.5 * 2^23: rounds to an integer
+  store(p, __builtin_convertvector(near, C16));
+}
+
+template <int M>
+static inline void narrow(fp8<M> *p, F16 x) {
+  constexpr int SHIFT = 23 - M, BIAS = fp8<M>::BIAS;
+  U16 u = (U16)x, sign = u >> 24 & 0x80, size = u & 0x7fffffff;
+  U16 normal = ((size + ((1u << (SHIFT - 1)) - 1) + (size >> SHIFT & 1)) >> SHIFT) - ((127u - BIAS) << M);
+  F16 unit = splat(std::ldexp(1.0f, 24 - BIAS - M)); // a sum with it rounds where a subnormal ends
+  U16 small = (U16)((F16)size + unit) - (U16)unit;
+  U16 tiny = (U16)(size < (uint32_t)(128 - BIAS) << 23);
+  store(p, __builtin_convertvector(sign | (tiny & small) | (~tiny & normal), B16));
+}
 
 static inline uint16_t half_of(float f) {
   uint32_t u;

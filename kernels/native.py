@@ -20,6 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from kvasir.kernels.quantise import Cache, Quantised
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +32,15 @@ FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-e
 TIMEOUT_S = 120
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers that the sources know types by."""
+CACHE_TYPES = TYPES | {torch.int8: 3, torch.float8_e4m3fn: 4, torch.float8_e5m2: 5}
 P, N, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 Types = tuple[type, ...]
 SIGNATURES: dict[str, Types] = {
     "use_threads": (P, P, P),
-    "attention": (N, P, N, N, P, P, N, N, N, P, N, P, P, N, N, N, N, N, N, F, F, N, N, N, P, P, P, N),
+    "attention": (N, P, N, N, P, P, N, P, P, N, N, N, N, N, F, F, N, N, N, P, P, P, N),
     "rms_norm": (N, P, N, N, N, P, F, P, F, F, P, P, N, N, N),
     "gated": (N, P, P, N, N, N, N),
-    "turn_and_write": (N, P, N, P, N, P, N, P, P, P, P, P, N, N, N, N, N, N, N, N, N, N, N),
+    "turn_and_write": (N, P, N, P, N, P, N, P, P, P, P, N, N, N, N, N, N, N),
     "run_layers": (P, N, P, P, P, P, N, N),
     "pack_linear": (P, P, N, N, N),
     "linear": (P, N, P, P, P, N, N, N, N),
@@ -49,6 +53,34 @@ class Native:
 
     library: ctypes.CDLL | None
     text: str
+
+
+class CacheC(ctypes.Structure):
+    """Where keys and values lie (native.h)."""
+
+    _fields_ = (
+        ("type", N),
+        *((name, P) for name in ("k", "v", "k_scales", "v_scales")),
+        *((name, N) for name in ("block", "slot", "head", "scale_block", "scale_slot", "scale_head", "block_size")),
+    )
+
+
+def cache_of(k_cache: Cache, v_cache: Cache | None) -> CacheC | None:
+    """None: keys and values aren't laid out alike, or not as the compiled code can read them."""
+    k, k_scales = _parts(k_cache)
+    v, v_scales = (None, None) if v_cache is None else _parts(v_cache)
+    alike = v is None or (v.stride() == k.stride() and v.shape == k.shape and v.dtype == k.dtype)
+    if not alike or k.stride(-1) != 1 or k.dtype not in CACHE_TYPES:
+        return None
+    steps = (0, 0, 0) if k_scales is None else k_scales.stride()
+    if v_scales is not None and v_scales.stride() != steps:
+        return None
+    addresses = (None if t is None else t.data_ptr() for t in (k, v, k_scales, v_scales))
+    return CacheC(CACHE_TYPES[k.dtype], *addresses, *k.stride()[:3], *steps, k.shape[1])
+
+
+def _parts(cache: Cache) -> tuple[Tensor, Tensor | None]:
+    return (cache.values, cache.scales) if isinstance(cache, Quantised) else (cache, None)
 
 
 class NativeError(Exception):

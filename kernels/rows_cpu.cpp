@@ -3,6 +3,7 @@
 #include "native.h"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace {
 
@@ -80,8 +81,39 @@ void gates(const T *x, T *out, int64_t rows, int64_t width, int64_t kind, int64_
 struct Turn {
   int64_t q_row, k_row, v_row, heads, keys, dim, turned, interleaved;
   const int64_t *slots;
-  int64_t block, slot, head, block_size;
 };
+
+// One head's numbers, rounded to the cache's type; 8 bits are shares of the largest.
+template <class C, class T>
+void put_row(const T *x, int64_t dim, C *to, float *scale) {
+  if constexpr (std::is_same_v<C, T>) {
+    std::memcpy((void *)to, x, dim * sizeof(T));
+  } else if constexpr (scaled<C>) {
+    F16 best = splat(0.0f);
+    for (int64_t d = 0; d < dim; d += 16) {
+      F16 v = widen(x + d, dim - d);
+      best = larger(best, where(v < 0.0f, -v, v));
+    }
+    *scale = largest(best) / most<C>;
+    float by = *scale == 0.0f ? 1.0f : *scale;
+    for (int64_t d = 0; d < dim; d += 16)
+      narrow(to + d, smaller(splat(most<C>), larger(splat(-most<C>), widen(x + d, dim - d) / by)), dim - d);
+  } else {
+    for (int64_t d = 0; d < dim; d += 16) narrow(to + d, widen(x + d, dim - d), dim - d);
+  }
+}
+
+template <class T>
+void put(const T *x, int64_t dim, int64_t type, void *cache, int64_t place, float *scale) {
+  switch (type) {
+  case FLOAT32: return put_row(x, dim, (float *)cache + place, scale);
+  case BFLOAT16: return put_row(x, dim, (bf16 *)cache + place, scale);
+  case FLOAT16: return put_row(x, dim, (fp16 *)cache + place, scale);
+  case INT8: return put_row(x, dim, (int8 *)cache + place, scale);
+  case E4M3: return put_row(x, dim, (e4m3 *)cache + place, scale);
+  default: return put_row(x, dim, (e5m2 *)cache + place, scale);
+  }
+}
 
 // One head by cos and sin [turned]: to[i] = x[i] cos[i] + partner(i) sin[i]; the rest as it is. `to` may be x.
 template <class T>
@@ -103,19 +135,22 @@ void turn_head(const T *x, const float *cos, const float *sin, const Turn &t, T 
 }
 
 template <class T>
-void turns(T *q, const T *k, const T *v, const T *cos, const T *sin, T *k_cache, T *v_cache, const Turn &t, int64_t rows, int64_t threads) {
+void turns(T *q, const T *k, const T *v, const T *cos, const T *sin, const Cache &cache, const Turn &t, int64_t rows, int64_t threads) {
   by_rows(threads, rows, (t.heads + 2 * t.keys) * t.dim, [&](int64_t r) {
     float c[1024], s[1024];
+    T turned[1024];
     for (int64_t d = 0; d < t.turned; d += 16) {
       store(c + d, widen(cos + r * t.turned + d, t.turned - d));
       store(s + d, widen(sin + r * t.turned + d, t.turned - d));
     }
     T *query = q + r * t.q_row;
     for (int64_t h = 0; h < t.heads; h++, query += t.dim) turn_head(query, c, s, t, query);
-    int64_t place = t.slots[r] / t.block_size * t.block + t.slots[r] % t.block_size * t.slot;
-    for (int64_t h = 0; h < t.keys; h++, place += t.head) {
-      turn_head(k + r * t.k_row + h * t.dim, c, s, t, k_cache + place);
-      std::memcpy((void *)(v_cache + place), v + r * t.v_row + h * t.dim, t.dim * sizeof(T));
+    int64_t number = t.slots[r] / cache.block_size, within = t.slots[r] % cache.block_size;
+    int64_t place = number * cache.block + within * cache.slot, at = number * cache.scale_block + within * cache.scale_slot;
+    for (int64_t h = 0; h < t.keys; h++, place += cache.head, at += cache.scale_head) {
+      turn_head(k + r * t.k_row + h * t.dim, c, s, t, turned);
+      put(turned, t.dim, cache.type, cache.k, place, cache.k_scales + at);
+      put(v + r * t.v_row + h * t.dim, t.dim, cache.type, cache.v, place, cache.v_scales + at);
     }
   });
 }
@@ -150,9 +185,8 @@ EXPORT void gated(int64_t type, const void *x, void *out, int64_t rows, int64_t 
 
 // q[T, H, D] turned in place, k[T, K, D] turned and written to its slots, v written; each has its own distance of rows.
 EXPORT void turn_and_write(int64_t type, void *q, int64_t q_row, const void *k, int64_t k_row, const void *v, int64_t v_row,
-                           const void *cos, const void *sin, void *k_cache, void *v_cache,
-                           const int64_t *slots, int64_t block, int64_t slot, int64_t head, int64_t block_size, int64_t rows,
+                           const void *cos, const void *sin, const Cache *cache, const int64_t *slots, int64_t rows,
                            int64_t heads, int64_t keys, int64_t dim, int64_t turned, int64_t interleaved, int64_t threads) {
-  Turn t{q_row, k_row, v_row, heads, keys, dim, turned, interleaved, slots, block, slot, head, block_size};
-  BY_TYPE(type, turns((T *)q, (const T *)k, (const T *)v, (const T *)cos, (const T *)sin, (T *)k_cache, (T *)v_cache, t, rows, threads))
+  Turn t{q_row, k_row, v_row, heads, keys, dim, turned, interleaved, slots};
+  BY_TYPE(type, turns((T *)q, (const T *)k, (const T *)v, (const T *)cos, (const T *)sin, *cache, t, rows, threads))
 }

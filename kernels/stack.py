@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvasir.kernels.native import library
+from kvasir.kernels.native import CacheC, cache_of, library
+from kvasir.kernels.quantise import Cache
 from kvasir.kernels.ragged import Ragged
 from kvasir.kernels.rope import Angles
 
@@ -30,7 +31,8 @@ class LayerC(ctypes.Structure):
     _fields_ = (
         *((name, P) for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm")),
         *((name, ProductC) for name in ("qkv", "o", "up", "down")),
-        *((name, P) for name in ("k_cache", "v_cache", "sinks", "slopes")),
+        ("cache", CacheC),
+        *((name, P) for name in ("sinks", "slopes")),
         *((name, N) for name in ("window", "chunk", "rope", "interleaved", "group")),
     )
 
@@ -38,7 +40,6 @@ class LayerC(ctypes.Structure):
 class ShapeC(ctypes.Structure):
     _fields_ = (
         *((name, N) for name in ("hidden", "ffn", "heads", "kv_heads", "dim", "gate", "causal")),
-        *((name, N) for name in ("block", "slot", "head", "block_size")),
         *((name, F) for name in ("eps", "offset", "residual", "scale", "softcap")),
     )
 
@@ -65,7 +66,7 @@ class Product:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """What one layer reads. Norms are [M] or [D]; caches [N, P, K, D], alike in all layers; sinks and slopes float32."""
+    """What one layer reads. Norms are [M] or [D]; caches [N, P, K, D]; sinks and slopes float32."""
 
     attn_norm: Tensor
     mlp_norm: Tensor
@@ -75,8 +76,8 @@ class Layer:
     o: Product
     up: Product
     down: Product
-    k_cache: Tensor
-    v_cache: Tensor
+    k_cache: Cache
+    v_cache: Cache
     sinks: Tensor | None
     slopes: Tensor | None
     window: int | None
@@ -114,10 +115,8 @@ class Stack:
         assert compiled is not None
         self._compiled, self._layers = compiled, layers
         self._table = (LayerC * len(layers))(*map(_layer, layers))
-        block, slot, head, _ = layers[0].k_cache.stride()
-        size = layers[0].k_cache.shape[1]
         s = shape
-        common = (s.hidden, s.ffn, s.heads, s.kv_heads, s.dim, s.gate, s.causal, block, slot, head, size)
+        common = (s.hidden, s.ffn, s.heads, s.kv_heads, s.dim, s.gate, s.causal)
         self._shape = ShapeC(*common, s.eps, s.offset, s.residual, s.scale, s.softcap or 0.0)
 
     def __call__(self, x: Tensor, count: int, angles: Sequence[Angles], ragged: Ragged) -> tuple[Tensor, Tensor]:
@@ -152,9 +151,11 @@ class Stack:
 def _layer(layer: Layer) -> LayerC:
     norms = map(_address, (layer.attn_norm, layer.mlp_norm, layer.q_norm, layer.k_norm))
     products = map(_product, (layer.qkv, layer.o, layer.up, layer.down))
-    others = map(_address, (layer.k_cache, layer.v_cache, layer.sinks, layer.slopes))
+    cache = cache_of(layer.k_cache, layer.v_cache)
+    assert cache is not None
+    others = map(_address, (layer.sinks, layer.slopes))
     kind = (layer.window or 0, layer.chunk or 0, layer.rope, layer.interleaved, layer.group)
-    return LayerC(*norms, *products, *others, *kind)
+    return LayerC(*norms, *products, cache, *others, *kind)
 
 
 def _product(product: Product) -> ProductC:

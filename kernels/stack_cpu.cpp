@@ -6,12 +6,11 @@ void rms_norm(int64_t, const void *, int64_t, int64_t, int64_t, const void *, do
               int64_t, int64_t, int64_t);
 void linear(const bf16 *, int64_t, const uint32_t *, const bf16 *, bf16 *, int64_t, int64_t, int64_t, int64_t);
 void gated(int64_t, const void *, void *, int64_t, int64_t, int64_t, int64_t);
-void turn_and_write(int64_t, void *, int64_t, const void *, int64_t, const void *, int64_t, const void *, const void *, void *,
-                    void *, const int64_t *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                    int64_t, int64_t);
-void attention(int64_t, const void *, int64_t, int64_t, const void *, const void *, int64_t, int64_t, int64_t, const int32_t *,
-               int64_t, const int32_t *, const int32_t *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double, double,
-               int64_t, int64_t, int64_t, const float *, const float *, void *, int64_t);
+void turn_and_write(int64_t, void *, int64_t, const void *, int64_t, const void *, int64_t, const void *, const void *,
+                    const Cache *, const int64_t *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
+void attention(int64_t, const void *, int64_t, int64_t, const Cache *, const int32_t *, int64_t, const int32_t *,
+               const int32_t *, int64_t, int64_t, int64_t, int64_t, int64_t, double, double, int64_t, int64_t, int64_t,
+               const float *, const float *, void *, int64_t);
 }
 
 namespace {
@@ -22,18 +21,17 @@ struct Product {
   int64_t outputs;
 };
 
-// One layer's facts; stack_native.py lays them out alike.
+// One layer's facts; stack.py lays them out alike.
 struct Layer {
   const bf16 *attn_norm, *mlp_norm, *q_norm, *k_norm;
   Product qkv, o, up, down;
-  bf16 *k_cache, *v_cache;
+  Cache cache;
   const float *sinks, *slopes;
   int64_t window, chunk, rope, interleaved, group;
 };
 
 struct Shape {
   int64_t hidden, ffn, heads, kv_heads, dim, gate, causal;
-  int64_t block, slot, head, block_size;
   double eps, offset, residual, scale, softcap;
 };
 
@@ -55,7 +53,7 @@ struct Step {
   const Group *groups;
 };
 
-constexpr int64_t BF16 = 1;
+constexpr int64_t BF16 = BFLOAT16;
 thread_local Scratch scratch;
 
 void product(const bf16 *x, const Product &p, bf16 *out, int64_t rows, int64_t inputs, int64_t threads) {
@@ -85,12 +83,11 @@ EXPORT void run_layers(const Layer *layers, int64_t count, const Shape *shape, c
                threads);
       q = q_normed, k = k_normed, q_row = q_width, k_row = k_width;
     }
-    turn_and_write(BF16, q, q_row, k, k_row, qkv + q_width + k_width, row, angles.cos, angles.sin, l->k_cache, l->v_cache,
-                   group.slots, s.block, s.slot, s.head, s.block_size, t, s.heads, s.kv_heads, s.dim, angles.turned,
-                   l->interleaved, threads);
-    attention(BF16, q, q_row, s.dim, l->k_cache, l->v_cache, s.block, s.slot, s.head, group.table, group.table_row, step->starts,
-              step->lengths, step->sequences, s.heads, s.kv_heads, s.dim, s.dim, s.block_size, s.scale, s.softcap, l->window,
-              l->chunk, s.causal, l->sinks, l->slopes, found, threads);
+    turn_and_write(BF16, q, q_row, k, k_row, qkv + q_width + k_width, row, angles.cos, angles.sin, &l->cache,
+                   group.slots, t, s.heads, s.kv_heads, s.dim, angles.turned, l->interleaved, threads);
+    attention(BF16, q, q_row, s.dim, &l->cache, group.table, group.table_row, step->starts, step->lengths, step->sequences,
+              s.heads, s.kv_heads, s.dim, s.dim, s.scale, s.softcap, l->window, l->chunk, s.causal, l->sinks, l->slopes, found,
+              threads);
     product(found, l->o, y, t, q_width, threads);
     rms_norm(BF16, x, s.hidden, 1, 0, y, s.residual, l->mlp_norm, s.offset, s.eps, x, h, t, s.hidden, threads);
     product(h, l->up, up, t, s.hidden, threads);

@@ -183,3 +183,11 @@ def test_variables_that_mean_nothing_are_named() -> None:
     with pytest.warns(CompatibilityWarning, match="^KVASIR_MAX_MODLE_LEN, VLLM_DP_RANK: no meaning"):
         assert from_environment(environ | {"VLLM_DP_RANK": "1"}) == {}
     assert from_environment({"VLLM_PP_LAYER_PARTITION": "1,2"}) == {"pipeline_layer_partition": (1, 2)}
+
+
+@pytest.mark.parametrize(("given", "wanted"), [("q8_0", "int8"), ("f16", "float16"), ("fp8_e5m2", "fp8_e5m2")])
+def test_spellings_of_kv_cache_types(given: str, wanted: str) -> None:
+    assert parse_engine({"kv_cache_dtype": given}).kv_cache_dtype == wanted
+    assert from_environment({"OLLAMA_KV_CACHE_TYPE": given}) == {"kv_cache_dtype": wanted}
+    with pytest.raises(ConfigError, match=r"OLLAMA_KV_CACHE_TYPE='q4_0': --kv-cache-dtype must be one of"):
+        from_environment({"OLLAMA_KV_CACHE_TYPE": "q4_0"})

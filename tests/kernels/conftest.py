@@ -11,6 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvasir.engine.cache import KVCache
+from kvasir.engine.spec import Layer, Spec
+from kvasir.kernels.cache import write
+from kvasir.kernels.quantise import Cache
 from kvasir.kernels.ragged import Ragged
 
 
@@ -58,5 +62,26 @@ def paged() -> Callable[..., Paged]:
         ragged = Ragged(torch.cat(positions), torch.cat(slots), *tensors, starts, lengths)
         q = torch.randn(int(starts[-1]), heads, head_dim, generator=torch_rng).to(dtype)
         return Paged(q, caches[0], caches[1], ragged)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def kept() -> Callable[..., tuple[Cache, Cache]]:
+    """`kept(batch, dtype)`: the batch's keys and values in a cache of this type, laid out as the engine does."""
+
+    def build(batch: Paged, dtype: torch.dtype) -> tuple[Cache, Cache]:
+        blocks, size, heads, dim = batch.k_cache.shape
+        facts = {"vocab": 1, "hidden": 1, "heads": heads, "kv_heads": heads, "head_dim": dim, "ffn": 1, "eps": 0.0}
+        spec = Spec(**facts, max_len=1, layers=(Layer(),))  # type: ignore[arg-type]
+        cache = KVCache(spec, blocks, size, dtype, torch.device("cpu"))
+        cache.arena.fill_(255)  # NaN, as numbers or as scales
+        k, v = cache.layer(0)
+        assert v is not None
+        there = ~batch.k_cache[..., 0, 0].isnan()
+        at = there.flatten().nonzero()[:, 0]
+        slots = Ragged(at, at, *[at] * 3, np.zeros(1, np.int32), np.zeros(1, np.int32))
+        write(batch.k_cache[there], batch.v_cache[there], k, v, slots)
+        return k, v
 
     return build
