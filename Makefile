@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # not `python -m pytest`: that makes our folders kernels and proto importable by their bare names, which are others'
 PYTEST := $(BIN)/pytest
+SPREAD := -n auto --maxprocesses 8 --dist loadscope
 
 .DEFAULT_GOAL := help
 .PHONY: help venv serve test test-fast lint format proto bench clean
@@ -31,10 +32,11 @@ serve: venv  ## serve the bundled model: HTTP on port 8000, gRPC on port 9000
 	$(BIN)/kvasir serve
 
 test: venv  ## all tests
-	$(PYTEST)
+	$(PYTEST) -m 'not ray' $(SPREAD)
+	$(PYTEST) -m ray
 
-test-fast: venv  ## the tests that need no Ray
-	$(PYTEST) -m 'not ray'
+test-fast: venv  ## the tests that need no Ray and take no ten seconds
+	$(PYTEST) -m 'not ray and not slow' $(SPREAD)
 
 lint: venv  ## ruff and mypy
 	$(BIN)/ruff check

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from kvasir.cluster.config import GatewayConfig
@@ -13,6 +13,9 @@ from kvasir.engine.errors import ClientError, ConfigError
 
 KEY_VARIABLES = ("KVASIR_API_KEY", "VLLM_API_KEY")
 """Each may hold several keys, separated by commas."""
+PRINCIPAL_HEADER = "kvasir-principal"
+"""Whose work it is, where work of ours has no caller's headers (batches, the background). What a client sends under this
+name counts for nothing: its key does."""
 
 
 class UnauthenticatedError(ClientError):
@@ -47,6 +50,11 @@ class ApiKeys:
             raise UnauthenticatedError("the API key is wrong; send the header Authorization: Bearer KEY")
         return hmac.digest(given, b"principal", "sha256").hex()
 
+    def principal(self, headers: Mapping[str, str]) -> str:
+        """Whose work a call with these headers is, by the name that `check` gives."""
+        given = headers.get("authorization"), headers.get("x-api-key")
+        return self.check(*given) if any(given) else headers.get(PRINCIPAL_HEADER, "")
+
     def owner(self, authorization: str | None, x_api_key: str | None = None) -> bytes:
         """Tells clients apart by the keys that they sent; where none is needed all are the same."""
         if not self._digests:
@@ -61,12 +69,21 @@ def load_keys(config: GatewayConfig, environ: Mapping[str, str]) -> ApiKeys:
         keys += environ.get(variable, "").split(",")
     if config.api_key_file is not None:
         keys += _read(Path(config.api_key_file).expanduser())
-    return ApiKeys(stripped for key in keys if (stripped := key.strip()))
+    found = ApiKeys(stripped for key in keys if (stripped := key.strip()))
+    if config.isolate_keys and not found:
+        raise ConfigError("--isolate-keys needs API keys: set --api-key or --api-key-file", param="isolate_keys")
+    return found
+
+
+def tenant_of(config: GatewayConfig, keys: ApiKeys) -> Callable[[Mapping[str, str]], str]:
+    """A call's headers -> with whom it shares cached blocks: everybody, unless --isolate-keys."""
+    return keys.principal if config.isolate_keys else lambda headers: ""
 
 
 def check_exposure(config: GatewayConfig, environ: Mapping[str, str]) -> None:
     """ConfigError unless only this machine can connect, a key is needed, or --insecure says that none is."""
-    if config.insecure or is_local(config.host) or load_keys(config, environ):
+    keys = load_keys(config, environ)
+    if config.insecure or is_local(config.host) or keys:
         return
     text = f"--host {config.host} lets other machines connect, and there is no API key"
     raise ConfigError(f"{text}; set --api-key (or KVASIR_API_KEY), or --insecure to serve everybody", param="host")

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
+from kvasir.cluster.auth import PRINCIPAL_HEADER
 from kvasir.cluster.batch_run import BatchRun
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
@@ -194,7 +195,7 @@ class Background:
         streamed = stored.private["streamed"]
         while True:
             try:
-                generation = generation or await self._begin(ask, stored.id)
+                generation = generation or await self._begin(ask, stored.id, stored.principal)
                 last = await self._generate(generation, reply, stored.id, streamed)
                 break
             except UnavailableError as error:
@@ -212,11 +213,12 @@ class Background:
         if await self._store.finish(stored.id, reply.response, last if streamed else ()):
             await add_to_conversation(self._store, ask, reply.response, stored.expires)
 
-    async def _begin(self, ask: ResponseAsk, response_id: str) -> Generation:
+    async def _begin(self, ask: ResponseAsk, response_id: str, principal: str) -> Generation:
         """When there is room."""
         while True:
             with contextlib.suppress(OverloadedError):
-                return await self._desk.begin(ask.call, response_id, in_session({}, ask.session))
+                headers = in_session({PRINCIPAL_HEADER: principal}, ask.session)
+                return await self._desk.begin(ask.call, response_id, headers)
             await asyncio.sleep(RETRY_S)
 
     async def _generate(

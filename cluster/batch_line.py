@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,16 +41,16 @@ class Line:
     simple: bool = False
 
 
-async def answer(desk: Desk, url: str, body: Json) -> Json:
-    """As the HTTP endpoint of that name answers; nothing is stored."""
+async def answer(desk: Desk, url: str, body: Json, headers: Mapping[str, str] = {}) -> Json:
+    """As the HTTP endpoint of that name answers a call with these headers; nothing is stored."""
     if url in ROUTES:
         parse, pool = ROUTES[url]
         inputs = parse(body)
-        return _warned(await pool(desk, inputs, uuid.uuid4().hex, {}), inputs.warnings)
+        return _warned(await pool(desk, inputs, uuid.uuid4().hex, headers), inputs.warnings)
     if body.get("stream"):
         raise ClientError("stream must be false in a batch", param="stream")
     warnings, call, reply = (_response if url == RESPONSE else _completion)(desk, url, body)
-    generation = await desk.begin(call, uuid.uuid4().hex, {})
+    generation = await desk.begin(call, uuid.uuid4().hex, headers)
     try:
         whole = reply(generation)
         async for _ in generation:

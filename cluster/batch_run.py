@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 
+from kvasir.cluster.auth import PRINCIPAL_HEADER
 from kvasir.cluster.batch_line import (
     Line,
     answer,
@@ -172,10 +173,12 @@ class BatchRun:
 
     async def _one(self, line: Line, model: str) -> None:
         """Answer a line that has entered. A server that is full, or away, is no fault of the line."""
+        headers = {PRINCIPAL_HEADER: self._stored.principal}
         try:
             while True:
                 try:
-                    body, failure = await answer(self._desk, line.url, {**line.body, "priority": BATCH_PRIORITY}), None
+                    asked = {**line.body, "priority": BATCH_PRIORITY}
+                    body, failure = await answer(self._desk, line.url, asked, headers), None
                     break
                 except (OverloadedError, UnavailableError):
                     await asyncio.sleep(RETRY_S)

@@ -27,6 +27,9 @@ class GatewayConfig:
     """Keys that clients must send (Authorization: Bearer ...), also from KVASIR_API_KEY or VLLM_API_KEY (comma-separated)."""
     api_key_file: str | None = None
     """File with one key per line."""
+    isolate_keys: bool = False
+    """Share no cached blocks between API keys, so that nobody learns from the time to a first token what others asked. Within
+    a key, cache_salt tells tenants apart."""
     insecure: bool = False
     """Serve beyond localhost without a key."""
     ssl_keyfile: str | None = None

@@ -8,7 +8,7 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -55,12 +55,15 @@ class Desk:
         log_requests: bool = False,
         failover_timeout_s: float = 0.0,
         recordings: Recordings | None = None,
+        tenant: Callable[[Mapping[str, str]], str] = lambda headers: "",
     ) -> None:
         self.models = tuple(models)
         self.directory = directory
         self.metrics = metrics
         self.recordings = recordings or Recordings()
         """Answers that are streamed, by their ids."""
+        self._tenant = tenant
+        """A call's headers -> with whom it shares cached blocks."""
         self.draining = False
         """New calls are refused."""
         self._beginning = 0
@@ -101,6 +104,7 @@ class Desk:
         """Start `call`. Raises a KvasirError when it can't be run, or not now. `headers` may hold a traceparent, and say
         that the answer may be resumed."""
         started = time.monotonic()
+        call = dataclasses.replace(call, cache_salt=self._salt(call.cache_salt, headers))
         model = self.model(call.model)
         recording = self.recordings.new(headers)
         span = self._span(call, model, headers)
@@ -115,6 +119,7 @@ class Desk:
     ) -> tuple[Vectors, list[Pooled]]:
         """Run `call` to its end: a vector for each input. Raises a KvasirError when it can't be run, or not now."""
         started = time.monotonic()
+        call = dataclasses.replace(call, cache_salt=self._salt(call.cache_salt, headers))
         model = self.model(call.model)
         facts = {telemetry.RESPONSE_MODEL: model.name, telemetry.REQUEST_DIMENSIONS: call.params.dimensions}
         span = self._tracing.request(call.operation, call.model or model.name, headers, facts)
@@ -148,6 +153,10 @@ class Desk:
                 self.metrics.failed(work.model.name, work.error)
             if self._log_requests:
                 log.info("%s", work.summary())
+
+    def _salt(self, given: str, headers: Mapping[str, str]) -> str:
+        tenant = self._tenant(headers)
+        return f"{tenant}:{given}" if tenant else given
 
     @contextmanager
     def _opening(self, model: ServedModel, span: RequestSpan) -> Iterator[None]:

@@ -24,7 +24,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from kvasir.cluster import telemetry
-from kvasir.cluster.auth import load_keys
+from kvasir.cluster.auth import load_keys, tenant_of
 from kvasir.cluster.config import ClusterConfig
 from kvasir.cluster.group_client import GroupDirectory
 from kvasir.cluster.sockets import authority, bound_socket
@@ -93,6 +93,7 @@ class Gateway:
             log_requests=config.gateway.enable_log_requests,
             failover_timeout_s=config.gateway.failover_timeout_s,
             recordings=self._recordings,
+            tenant=tenant_of(config.gateway, keys),
         )
         http, *ollama = await self._start_http()
         self.addresses = Addresses(http, await self._start_grpc(), *ollama)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,15 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("KVASIR_DATA") or ROOT.parent / "shared" / "data")
 
 
+def pytest_configure() -> None:
+    """Workers of one run (pytest -n) share the cores out: threads of several that spin for the same one take many times as
+    long."""
+    if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+        number, count = int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[number::count] or cores)
+
+
 @pytest.fixture(scope="session")
 def data() -> Callable[[str], Path]:
     """`data("folder/file")`: its path in the shared data; skips the test that asks for what isn't there."""
@@ -36,8 +46,12 @@ def data() -> Callable[[str], Path]:
 @pytest.fixture(scope="session", autouse=True)
 def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What servers keep by default lies in folders of this run, not in the user's."""
+    cache, usual = tmp_path_factory.mktemp("cache"), os.environ.get("XDG_CACHE_HOME")
+    (cache / "kvasir").mkdir(mode=0o700)
+    for compiled in (Path(usual) if usual else Path.home() / ".cache").glob("kvasir/*.so"):  # it takes half a minute
+        shutil.copy(compiled, cache / "kvasir")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(cache))
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
 

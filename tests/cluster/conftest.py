@@ -381,7 +381,7 @@ class LiveGateway:
     def __init__(
         self, folder: Path, config: GatewayConfig | None = None, tracing: Tracing | None = None, **options: Any
     ) -> None:
-        from kvasir.cluster.auth import load_keys
+        from kvasir.cluster.auth import load_keys, tenant_of
         from kvasir.cluster.desk import Desk
         from kvasir.cluster.metrics import Metrics
         from kvasir.cluster.recordings import Recordings
@@ -389,6 +389,7 @@ class LiveGateway:
 
         engine = EngineConfig(model=str(folder), served_model_name=("bytes", "alias/bytes"))
         self.config = config or GatewayConfig(failover_timeout_s=0)
+        keys = load_keys(self.config, {})
         self.group = FakeGroup(max_stream_buffer=self.config.max_stream_buffer)
         self.directory = FakeDirectory(self.group)
         self.model = ServedModel.load(dataclasses.replace(engine, **options))
@@ -400,9 +401,8 @@ class LiveGateway:
             tracing or Tracing(),
             log_requests=log_requests,
             failover_timeout_s=self.config.failover_timeout_s,
-            recordings=Recordings(
-                load_keys(self.config, {}), ttl_s=self.config.stream_ttl_s, max_bytes=self.config.stream_memory
-            ),
+            tenant=tenant_of(self.config, keys),
+            recordings=Recordings(keys, ttl_s=self.config.stream_ttl_s, max_bytes=self.config.stream_memory),
         )
         self.others: dict[str, str] = {}
         """Name of another gateway -> its URL."""

@@ -141,10 +141,10 @@ def test_nobody_comes_back(live_gateway):
 
 
 def test_readers_keep_it(live_gateway):
-    with live_gateway(GatewayConfig(stream_ttl_s=0.2)) as gateway:
+    with live_gateway(GatewayConfig(stream_ttl_s=1.0)) as gateway:
         long(gateway)
-        stream_id, _ = begin(gateway, max_tokens=100)
-        assert "[DONE]" in resume(gateway, stream_id, after=1).text  # takes a second
+        stream_id, _ = begin(gateway, max_tokens=200)
+        assert "[DONE]" in resume(gateway, stream_id, after=1).text  # takes two seconds
 
 
 @pytest.mark.parametrize("headers", [RESUMABLE, {}])

@@ -388,7 +388,7 @@ SOURCES = [("llama", KEYS), ("deepseek2", {**KEYS, **LATENT_KEYS}), ("gemma3", {
 FURTHER = ("rope.scaling.type", "rope.scaling.factor", "attention.key_length", "nextn_predict_layers", "pooling_type")
 
 
-@settings(max_examples=150, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(SOURCES), st.data())
 def test_any_metadata_is_read_or_refused(
     tmp_path: Path, source: tuple[str, dict[str, Any]], data: st.DataObject

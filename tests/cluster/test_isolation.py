@@ -1,0 +1,75 @@
+"""--isolate-keys: whose prompts share cached blocks, through every way in."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import grpc
+import httpx
+import openai
+import pytest
+
+from kvasir.cluster.auth import PRINCIPAL_HEADER, ApiKeys, load_keys
+from kvasir.cluster.config import GatewayConfig
+from kvasir.engine.errors import ConfigError
+from kvasir.proto import inference_pb2 as pb
+from kvasir.proto.inference_pb2_grpc import InferenceStub
+
+CONFIG = GatewayConfig(api_key=("one", "two"), isolate_keys=True, failover_timeout_s=0)
+BODY = {"model": "bytes", "prompt": "Hi"}
+
+
+def test_each_key_shares_blocks_with_itself_alone(live_gateway):
+    with live_gateway(CONFIG) as gateway:
+
+        def salt(headers, **fields):
+            reply = httpx.post(gateway.url + "/v1/completions", json=BODY | fields, headers=headers)
+            assert reply.status_code == 200, reply.text
+            return gateway.group.requests[-1].cache_salt
+
+        first, second = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
+        mine = salt(first)
+        assert mine == salt({"x-api-key": "one"})
+        assert mine == salt(first | {PRINCIPAL_HEADER: "somebody else's"})
+        assert "one" not in mine
+        others = {salt(second), salt(first, cache_salt="a"), salt(second, cache_salt="a"), salt(first, cache_salt="b")}
+        assert len(others | {mine}) == 5
+
+        with grpc.insecure_channel(gateway.grpc_address) as channel:
+            ask = pb.GenerateRequest(model="bytes", text="Hi")
+            list(InferenceStub(channel).Generate(ask, metadata=[("authorization", "Bearer one")]))
+        assert gateway.group.requests[-1].cache_salt == mine
+
+        httpx.post(gateway.url + "/v1/embeddings", json={"model": "bytes", "input": "Hi"}, headers=first)
+        assert gateway.group.requests[-1].cache_salt == mine
+
+
+def test_so_do_batches_and_what_runs_in_the_background(live_gateway, monkeypatch):
+    monkeypatch.setattr("kvasir.cluster.batch_run.LOOK_S", 0.02)
+    with live_gateway(CONFIG) as gateway, openai.OpenAI(base_url=gateway.url + "/v1", api_key="two") as client:
+        client.completions.create(**BODY)
+        mine = gateway.group.requests[-1].cache_salt
+        told = client.responses.create(model="bytes", input="Hi", background=True)
+        while (told := client.responses.retrieve(told.id)).status not in ("completed", "failed"):
+            time.sleep(0.02)
+        line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": BODY}
+        file = client.files.create(file=("in.jsonl", json.dumps(line).encode()), purpose="batch")
+        batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+        while (batch := client.batches.retrieve(batch.id)).status not in ("completed", "failed"):
+            time.sleep(0.02)
+        assert (told.status, batch.status, batch.request_counts.completed) == ("completed", "completed", 1)
+        assert [request.cache_salt for request in gateway.group.requests] == [mine] * 3
+
+
+def test_without_it_all_share(live_gateway):
+    with live_gateway(GatewayConfig(api_key=("one", "two"), failover_timeout_s=0)) as gateway:
+        for key in ("one", "two"):
+            httpx.post(gateway.url + "/v1/completions", json=BODY, headers={"Authorization": f"Bearer {key}"})
+        assert [request.cache_salt for request in gateway.group.requests] == ["", ""]
+
+
+def test_needs_keys():
+    with pytest.raises(ConfigError, match="--isolate-keys needs API keys"):
+        load_keys(GatewayConfig(isolate_keys=True), {})
+    assert ApiKeys(()).principal({PRINCIPAL_HEADER: "x"}) == "x"
