@@ -71,7 +71,6 @@ SPELLINGS: dict[str, Renamed | Always | Refused] = {
     "enforce_eager": Always(TRUE, "every step runs eagerly"),
     "max_seq_len_to_capture": Refused(_GRAPHS),
     "max_cudagraph_capture_size": Refused(_GRAPHS),
-    "disable_custom_all_reduce": Always(TRUE, "there is no custom all-reduce"),
     "enable_chunked_prefill": Always(TRUE, "long prompts are always cut into chunks"),
     "num_scheduler_steps": Always((1, "1"), "every step is scheduled by itself"),
     "calculate_kv_scales": Always(TRUE, "scales are always computed, for each token and head"),

@@ -112,6 +112,8 @@ class EngineConfig:
     distributed_executor_backend: Literal["auto", "uni", "mp", "ray"] = "auto"
     """Who runs the ranks: uni, this process (one rank); mp, processes on this node; ray, actors wherever the cluster has
     room; auto: uni for one rank, ray under `kvasir serve`, else mp."""
+    disable_custom_all_reduce: bool = False
+    """Sums over ranks go through NCCL (gloo on a CPU) alone, not through memory that GPUs share (connections of our own)."""
     collective_timeout: float = 30.0
     """Seconds after which an exchange between ranks that hangs counts as failed, at start and later."""
 

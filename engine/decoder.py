@@ -13,6 +13,7 @@ from kvasir.engine.attention import Positional
 from kvasir.engine.cache import KVCache, Views
 from kvasir.engine.layers import Linear, Norm, empty
 from kvasir.engine.rope import stretched_turning, turning
+from kvasir.engine.rows import DealtRows, Rows, WholeRows, rows_of
 from kvasir.engine.share import Share, share_of
 from kvasir.engine.spec import Layer, QueryScale, Spec
 from kvasir.engine.stacking import stack_of
@@ -33,7 +34,7 @@ class Block(nn.Module):
     def __init__(self, share: Share, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         spec = share.spec
-        self.placement, self.scale, self.mesh = spec.placement, spec.residual_scale, share.mesh
+        self.placement, self.scale = spec.placement, spec.residual_scale
 
         def norm(*placements: str) -> Norm | None:
             return Norm(spec, (spec.hidden,), dtype, device) if spec.placement in placements else None
@@ -52,25 +53,28 @@ class Block(nn.Module):
         positional: Positional,
         ragged: Ragged,
         cache: Views,
-        rows: Tensor | None,
+        wanted: Tensor | None,
+        rows: Rows,
     ) -> tuple[Tensor, Tensor | None]:
         """x[T, M] and what is still to be added to it -> the same behind this block, so that sums and norms go together.
 
-        [R, M] when only some rows are wanted: the others end with their keys and values.
+        [R, M] when only some rows are `wanted`: the others end with their keys and values. All of that is this rank's part
+        where `rows` are dealt out; they are whole where only some are wanted.
         """
         x, h = joined(self.attn_norm if self.placement in BEFORE else None, x, y, self.scale)
+        h = rows.spread(h)
         y = self.attn(h, positional, ragged, *cache)
-        if rows is not None:
-            x, y, h = (t.index_select(0, rows) for t in (x, y, h))
+        if wanted is not None:
+            x, y, h = (t.index_select(0, wanted) for t in (x, y, h))
         if self.placement.startswith("parallel"):  # one sum over ranks for both
-            h = h if self.mlp_norm is None else self.mlp_norm(x)
-            return x, self.mesh.reduce(y + self.mlp(h))
-        y = _normed(self.post_attn_norm, self.mesh.reduce(y))
+            h = h if self.mlp_norm is None else rows.spread(self.mlp_norm(x))
+            return x, rows.summed(y + self.mlp(h))
+        y = _normed(self.post_attn_norm, rows.summed(y))
         if self.placement == "after":
             _, x = joined(self.attn_norm, x, y, self.scale)
-            return joined(self.mlp_norm, x, self.mesh.reduce(self.mlp(x)), self.scale)[1], None
+            return joined(self.mlp_norm, x, rows.summed(self.mlp(rows.spread(x))), self.scale)[1], None
         x, h = joined(self.mlp_norm, x, y, self.scale)
-        return x, _normed(self.post_mlp_norm, self.mesh.reduce(self.mlp(h)))
+        return x, _normed(self.post_mlp_norm, rows.summed(self.mlp(rows.spread(h))))
 
 
 class Decoder(nn.Module):
@@ -138,20 +142,25 @@ class Decoder(nn.Module):
 
         A stage that isn't the last hands its own [T, M] on to the next, and the result means nothing.
         """
+        held = rows_of(self.mesh, len(tokens), self.spec.hidden)
         if self.share.first:
-            x = self._embedded(tokens, ragged, token_types)
+            x = held.own(self._embedded(tokens, ragged, token_types))
         else:
-            x = self.mesh.receive(len(tokens), self.spec.hidden, self.dtype, self.device)
+            x = self.mesh.receive(held.count(), self.spec.hidden, self.dtype, self.device)
         positional = self._positional(ragged, x.dtype)
         layers = self.share.layers
         x, y, done = self._stacked(x, positional, ragged, cache, rows)
         for i, block in zip(layers[done:], list(self.blocks.values())[done:], strict=True):
             chosen = rows if self.share.last and i == layers[-1] else None
-            x, y = block(x, y, positional, ragged.group(cache.group_of[i]), cache.layer(i), chosen)
+            if chosen is not None and isinstance(held, DealtRows):
+                x, y = held.spread(joined(None, x, y, self.spec.residual_scale)[0]), None
+                held = WholeRows(self.mesh, len(tokens))
+            x, y = block(x, y, positional, ragged.group(cache.group_of[i]), cache.layer(i), chosen, held)
         x, h = joined(self.norm, x, y, self.spec.residual_scale)
         if not self.share.last:
             self.mesh.send(x)
-        return h
+            return h
+        return held.spread(h)
 
     def _stacked(
         self, x: Tensor, positional: Positional, ragged: Ragged, cache: KVCache, rows: Tensor | None

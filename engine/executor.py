@@ -193,7 +193,8 @@ def _meet(config: EngineConfig, hub: Hub, own_gpus: bool) -> Mesh:
     for place in found[1:]:
         said = {name: getattr(place, name) for name in ("tp", "pp", "local_ranks", "device_index")}
         hub.welcome(place.rank, {"place": said, "store": [hub.host, port]})
-    return join(found[0], store, resolve_device(config, found[0].device_index), hub.host, timeout, hub.token)
+    device, one_shot = resolve_device(config, found[0].device_index), not config.disable_custom_all_reduce
+    return join(found[0], store, device, hub.host, timeout, hub.token, one_shot=one_shot)
 
 
 def _symptom(error: RuntimeError, config: EngineConfig) -> str:

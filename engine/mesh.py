@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvasir.engine.links import Links
+from kvasir.engine.symmetric import shared_sum
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,6 @@ class Place:
 
 ALONE = Place()
 c10d: Any = torch.distributed  # most of what is used of it has no types
-ONE_SHOT_BYTES = 1 << 18
-"""Up to here a sum of 3 CPU ranks or more is exchanged directly (see `links`); beyond, gloo's ring sends fewer bytes."""
 SENDING = 4
 """Hidden states on their way to the next stage, of which it may not have taken the first: then this one waits, or memory
 would fill up."""
@@ -73,14 +72,22 @@ would fill up."""
 
 @dataclass
 class Traffic:
-    """What a rank has exchanged: calls, and bytes of its own tensors that went into them."""
+    """What a rank has exchanged: calls, and the bytes that it sent in them."""
 
     calls: int = 0
-    bytes: int = 0
+    bytes: float = 0
 
-    def note(self, tensor: Tensor) -> None:
+    def note(self, tensor: Tensor, times: float = 1) -> None:
         self.calls += 1
-        self.bytes += tensor.nbytes
+        self.bytes += tensor.nbytes * times
+
+
+class OneShot(Protocol):
+    """Sums in which every rank reads what every other one has, at once: fewest messages, most bytes. `takes`: whether that
+    is faster for x than the process group's; the same on all ranks."""
+
+    def takes(self, x: Tensor) -> bool: ...
+    def sum(self, x: Tensor) -> Tensor: ...
 
 
 class Mesh:
@@ -93,8 +100,9 @@ class Mesh:
         tensor: Any = None,
         links: Links | None = None,
         device: torch.device = torch.device("cpu"),
+        one_shot: OneShot | None = None,
     ) -> None:
-        self.place, self.links, self.device = place, links, device
+        self.place, self.links, self.device, self.one_shot = place, links, device, one_shot
         self.world, self.tensor = world, tensor
         """torch's ProcessGroups of all ranks, and of those of this stage."""
         self.traffic = Traffic()
@@ -105,15 +113,38 @@ class Mesh:
         if self.tensor is None or not x.numel():
             return x
         x = x.contiguous()
-        self.traffic.note(x)
-        if self.links is not None and (self.place.tp == 2 or x.nbytes <= ONE_SHOT_BYTES):
-            total, second, *rest = self.links.exchange(x)
-            total = total + second
-            for part in rest:  # in the order of the ranks: the same bits everywhere
-                total += part
-            return total
+        others = self.place.tp - 1
+        if self.one_shot is not None and self.one_shot.takes(x):
+            self.traffic.note(x, others)
+            return self.one_shot.sum(x)
+        self.traffic.note(x, 2 * others / self.place.tp)
         self.tensor.allreduce([x]).wait()
         return x
+
+    def scatter_sum(self, x: Tensor) -> Tensor:
+        """x[tp * R, M] of every rank of the stage -> [R, M], this rank's rows of the sum: half of what `reduce` does."""
+        x = x.contiguous()
+        own = x.new_empty(len(x) // self.place.tp, *x.shape[1:])
+        self.traffic.note(own, self.place.tp - 1)
+        if self._direct is not None:
+            return self._direct.scatter_sum(x)
+        self.tensor._reduce_scatter_base(own, x).wait()
+        return own
+
+    def gather_rows(self, x: Tensor) -> Tensor:
+        """x[R, M] -> [tp * R, M], the rows of all ranks of the stage in their order: the other half."""
+        x = x.contiguous()
+        self.traffic.note(x, self.place.tp - 1)
+        if self._direct is not None:
+            return self._direct.gather_rows(x)
+        whole = x.new_empty(len(x) * self.place.tp, *x.shape[1:])
+        self.tensor._allgather_base(whole, x).wait()
+        return whole
+
+    @property
+    def _direct(self) -> Links | None:
+        """Links that may stand in for the process group."""
+        return self.links if self.one_shot is self.links else None
 
     def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
         """x[R, W] of every rank of the stage, widths[r] columns of rank r -> [R, sum(widths)] side by side on its first
@@ -121,7 +152,7 @@ class Mesh:
         if self.tensor is None or not len(x):
             return x.new_empty(len(x), sum(widths)) if self.tensor is not None else x
         own = F.pad(x, (0, max(widths) - x.shape[1])).contiguous()  # equal shapes: that is what collectives take
-        self.traffic.note(own)
+        self.traffic.note(own, self.place.tp_rank > 0)
         parts = self.links.gather(own) if self.links is not None else self._gather(own, len(widths))
         if self.place.tp_rank:
             return x.new_empty(len(x), sum(widths))
@@ -173,21 +204,35 @@ class Mesh:
             self.links.close()
 
 
-def join(place: Place, store: Any, device: torch.device, host: str, timeout_s: float, secret: str = "") -> Mesh:
+def join(
+    place: Place,
+    store: Any,
+    device: torch.device,
+    host: str,
+    timeout_s: float,
+    secret: str = "",
+    *,
+    one_shot: bool = True,
+) -> Mesh:
     """Meet the other ranks at `store`, listening on this node's address `host` alone. RuntimeError when they don't come
     within `timeout_s`; an exchange that hangs for so long raises it, too. `secret` is what ranks know each other by.
+    Without `one_shot` every sum goes over NCCL or gloo.
     """
     if place.size == 1:
         return Mesh(place)
     tensor = links = None
+    direct: OneShot | None = None
     if place.tp > 1:
         stage = c10d.PrefixStore(f"stage {place.stage}", store)
         tensor = process_group(stage, place.tp_rank, place.tp, device, host, timeout_s)
     if place.tp > 1 and device.type == "cpu":
         prefixed = c10d.PrefixStore(f"links {place.stage}", store)
-        links = Links(prefixed, place.tp_rank, place.tp, host, timeout_s, secret)
+        direct = links = Links(prefixed, place.tp_rank, place.tp, host, timeout_s, secret)
+    elif place.tp > 1 and one_shot:
+        shared = c10d.PrefixStore(f"shared {place.stage}", store)
+        direct = shared_sum(tensor, shared, place.tp_rank, place.tp, device, host, timeout_s)
     world = process_group(c10d.PrefixStore("world", store), place.rank, place.size, device, host, timeout_s)
-    return Mesh(place, world, tensor, links, device)
+    return Mesh(place, world, tensor, links, device, direct if one_shot else None)
 
 
 def process_group(store: Any, rank: int, size: int, device: torch.device, host: str, timeout_s: float) -> Any:

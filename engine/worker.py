@@ -55,7 +55,8 @@ def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
     host, port = said["store"]
     store = reach_store(host, port, place.size, config.collective_timeout)
     device = resolve_device(config, place.device_index)
-    mesh = join(place, store, device, spoke.host, config.collective_timeout, token)
+    one_shot = not config.disable_custom_all_reduce
+    mesh = join(place, store, device, spoke.host, config.collective_timeout, token, one_shot=one_shot)
     loaded = load(config, mesh)
     rank = rank_of(config, loaded, grammars_of(loaded))
     if (tiers := loaded.tiers) is not None:

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from kvasir.engine import rows
 from kvasir.engine.arch import load_spec
 from kvasir.engine.cache import KVCache
 from kvasir.engine.decoder import Decoder
+from kvasir.engine.mesh import Mesh
+from kvasir.engine.share import share_of
 from kvasir.engine.weights import load_decoder
 
 CPU = torch.device("cpu")
@@ -35,11 +38,11 @@ def hidden(
     """Last hidden states of these prompts, all computed in one step."""
     blocks = iter(range(1, 100))
     tables = [[next(blocks) for _ in range(-(-len(p) // 16))] for p in prompts]
-    cache = KVCache(decoder.spec, 100, 16, decoder.dtype, CPU)
+    cache = KVCache(decoder.share.spec, 100, 16, decoder.dtype, CPU, layers=decoder.share.layers)
     cache.arena.fill_(255)
     step = ragged([(table, 0, len(p)) for table, p in zip(tables, prompts, strict=True)], 16)
     x = decoder.hidden(torch.tensor([t for p in prompts for t in p]), step, cache, None, types)
-    return list(x.split([len(p) for p in prompts]))
+    return list(x.split([len(p) for p in prompts])) if decoder.share.last else []
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,27 @@ def test_hidden_states_equal(case: str, encoder: Callable[..., tuple[Decoder, An
     rng = random.Random(case)
     prompts = [[rng.randrange(3, 97) for _ in range(n)] for n in (70, 1, 33, 16, 12)]
     for prompt, got in zip(prompts, hidden(decoder, prompts, ragged), strict=True):
+        with torch.no_grad():
+            want = model(torch.tensor([prompt])).last_hidden_state[0]
+        assert (got - want).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("dealt", [False, True])
+def test_hidden_states_equal_on_ranks(
+    dealt: bool, checkpoint: Callable[..., tuple[Path, Any]], ragged: Any, on_ranks: Any, monkeypatch: Any
+) -> None:
+    """Two stages of two ranks; rows dealt out between them, or not."""
+    monkeypatch.setattr(rows, "dealing_wins", lambda mesh, *_: dealt)
+    folder, model = checkpoint("Bert", auto="AutoModel")
+    spec = load_spec(json.loads((folder / "config.json").read_text()))
+    prompts = [list(range(3, 3 + n)) for n in (30, 1, 12)]
+
+    def work(mesh: Mesh) -> list[torch.Tensor]:
+        return hidden(
+            load_decoder(folder, spec, dtype=torch.float32, device=CPU, share=share_of(spec, mesh)), prompts, ragged
+        )
+
+    for got, prompt in zip(on_ranks(2, 2, work)[2], prompts, strict=True):
         with torch.no_grad():
             want = model(torch.tensor([prompt])).last_hidden_state[0]
         assert (got - want).abs().max() <= 1e-4

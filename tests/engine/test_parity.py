@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvasir.engine import rows
 from kvasir.engine.arch import load_spec
 from kvasir.engine.llm import LLM
 from kvasir.engine.mesh import Mesh
@@ -210,6 +211,33 @@ def test_logits_equal_on_many_ranks(
         found = on_ranks(tp, pp, logits)[tp * (pp - 1)]
         for got, want in zip(found, wanted, strict=True):
             assert (got - want).abs().max() <= TOLERANCE, f"{tp} x {pp} ranks"
+
+
+DEALT = ("llama", "qwen3", "gemma3", "mixtral", "deepseek-v2", "opt-350m", "falcon-11b", "cohere-plus")
+"""Every placement of norms, every kind of attention and mixture."""
+
+
+@pytest.mark.parametrize("case", DEALT)
+def test_logits_equal_where_rows_are_dealt_out(
+    case: str, checkpoint: Callable[..., tuple[Path, Any]], in_chunks: Any, on_ranks: Any, monkeypatch: Any
+) -> None:
+    """Sequence parallelism: counts of rows that don't divide, fewer rows than ranks, stages."""
+    monkeypatch.setattr(rows, "dealing_wins", lambda mesh, *_: mesh.place.tp > 1)
+    family, changes = CASES[case]
+    folder, model = checkpoint(family, **changes)
+    spec = load_spec(json.loads((folder / "config.json").read_text()))
+    rng = random.Random(case)
+    prompts = [[rng.randrange(97) for _ in range(n)] for n in (40, 1, 33)]
+    with torch.no_grad():
+        wanted = [model(torch.tensor([prompt])).logits[0] for prompt in prompts]
+
+    def logits(mesh: Mesh) -> list[torch.Tensor]:
+        decoder = load_decoder(folder, spec, dtype=torch.float32, device=CPU, share=share_of(spec, mesh))
+        found: list[torch.Tensor] = in_chunks(decoder, prompts, 16, seed=3)
+        return found
+
+    for got, want in zip(on_ranks(2, 2, logits)[2], wanted, strict=True):
+        assert (got - want).abs().max() <= TOLERANCE
 
 
 OUTGROWN = {

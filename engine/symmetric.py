@@ -1,0 +1,157 @@
+"""Sums of a stage's GPUs through memory that all of them see (torch's symmetric memory): one kernel in which each rank reads
+what every other one has, instead of NCCL's ring of messages. A decode's sum of 100 kB is all waiting, and waits once here.
+
+Every rank gets the same bits: the kernel adds in the order of the ranks, and where a switch adds (multimem) each row is
+added once and told to all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+c10d: Any = torch.distributed  # most of what is used of it has no types
+inner: Any = torch._C._distributed_c10d
+
+BUFFER = 8 << 20
+"""Bytes that each rank shows the others: the largest sum that comes here."""
+SETTLE_S, LINK = 5e-6, 450e9
+"""Of GPUs behind NVLink: how long they take to wait for each other, and bytes per second, one way."""
+TYPES = (torch.bfloat16, torch.float32)
+"""What torch's kernels add."""
+ALIGNED = 16
+
+
+class Memory(Protocol):
+    """What one rank shows to all others of its stage; this is all that is used of it."""
+
+    multicast: bool
+    """The switch between the GPUs can add."""
+
+    def one_shot(self, x: Tensor) -> Tensor: ...
+    def multimem(self, x: Tensor) -> Tensor: ...
+
+
+class SharedSum:
+    """A `mesh.OneShot` of GPUs."""
+
+    def __init__(self, memory: Memory, size: int) -> None:
+        self.most = BUFFER if memory.multicast else one_shot_bytes(size)
+        self._sum = memory.multimem if memory.multicast else memory.one_shot
+
+    def takes(self, x: Tensor) -> bool:
+        """Small enough, and of a shape and type that the kernels take."""
+        return x.nbytes <= self.most and x.nbytes % ALIGNED == 0 and x.dtype in TYPES
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of every rank's x, in the stream of this device."""
+        return self._sum(x)
+
+
+def one_shot_bytes(size: int) -> int:
+    """Up to here it is faster to read (size - 1) tensors at once than 2 (size - 1) / size of one in two turns, of which each
+    has to be waited for: (size - 1) b / LINK < SETTLE_S + 2 (size - 1) / size * b / LINK."""
+    if size == 2:
+        return BUFFER
+    return min(BUFFER, int(SETTLE_S * LINK * size / ((size - 1) * (size - 2))))
+
+
+def shared_sum(
+    group: Any, store: Any, rank: int, size: int, device: torch.device, host: str, timeout_s: float
+) -> SharedSum | None:
+    """All ranks of a stage call it. None on all of them where one can't: NCCL does everything then, and the log says why."""
+    return agreed(lambda: TorchMemory(group, store, rank, size, device), store, rank, size, host, timeout_s)
+
+
+def agreed(
+    make: Callable[[], Memory], store: Any, rank: int, size: int, host: str, timeout_s: float
+) -> SharedSum | None:
+    """What all ranks can `make`, or nothing. Each tells its host, then whether it could, and reads what the others say."""
+    hosts = _told(store, "host", rank, size, host, timeout_s)
+    if len(set(hosts)) > 1:
+        _fall_back(rank, f"the ranks of a stage are on {len(set(hosts))} nodes")
+        return None
+    memory, why = None, ""
+    try:
+        memory = make()
+    except (RuntimeError, AttributeError, ImportError) as error:  # of torch: no peer access, no such operator
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+    reasons = _told(store, "why", rank, size, why, 2 * timeout_s)
+    if memory is None or any(reasons):
+        _fall_back(rank, next(filter(None, reasons)))
+        return None
+    return SharedSum(memory, size)
+
+
+def _told(store: Any, what: str, rank: int, size: int, said: str, timeout_s: float) -> list[str]:
+    """What every rank says."""
+    keys = [f"shared {what} {number}" for number in range(size)]
+    store.set(keys[rank], said)
+    store.wait(keys, timedelta(seconds=timeout_s))
+    return [store.get(key).decode() for key in keys]
+
+
+def _fall_back(rank: int, why: str) -> None:
+    if rank == 0:
+        log.warning("sums between GPUs go over NCCL alone, not through shared memory: %s", why)
+
+
+class TorchMemory:
+    """torch's symmetric memory. RuntimeError where these GPUs have no access to each other's memory, or only over the bus:
+    more than two of them are slower there than NCCL."""
+
+    def __init__(self, group: Any, store: Any, rank: int, size: int, device: torch.device) -> None:
+        import torch.distributed._symmetric_memory as symmetric
+
+        if size > 2 and torch.cuda.device_count() >= size and not _nvlinks(device.index or 0):
+            raise RuntimeError("these GPUs have no NVLink between them")
+        # each rank of Ray's sees one GPU, as number 0: torch takes that for one GPU that all of them share
+        os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+        self._group = registered(group, store, rank, size, device)
+        self._name: str = self._group.group_name
+        self._buffer = symmetric.empty(BUFFER, dtype=torch.uint8, device=device)
+        handle: Any = symmetric.rendezvous(self._buffer, self._name)
+        self.multicast = bool(handle.multicast_ptr)
+
+    def one_shot(self, x: Tensor) -> Tensor:
+        found: Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(self._view(x), x, "sum", self._name)
+        return found
+
+    def multimem(self, x: Tensor) -> Tensor:
+        shared = self._view(x).copy_(x)
+        torch.ops.symm_mem.multimem_all_reduce_(shared, "sum", self._name)
+        return shared.clone()
+
+    def _view(self, x: Tensor) -> Tensor:
+        return self._buffer[: x.nbytes].view(x.dtype).view(x.shape)
+
+
+def registered(group: Any, store: Any, rank: int, size: int, device: torch.device) -> Any:
+    """This process group so that torch's operators find it by its `group_name`, as long as somebody holds it."""
+    kind = c10d.ProcessGroup.BackendType.NCCL if device.type == "cuda" else c10d.ProcessGroup.BackendType.GLOO
+    whole = c10d.ProcessGroup(store, rank, size)
+    whole._set_default_backend(kind)
+    whole._register_backend(device, kind, group)
+    if rank == 0:
+        store.set("shared name", f"kvasir {secrets.token_hex(8)}")
+    name: str = store.get("shared name").decode()
+    whole._set_group_name(name)
+    inner._register_process_group(name, whole)
+    return whole
+
+
+def _nvlinks(index: int) -> int:
+    """NVLinks between this GPU and the others that this process sees."""
+    from torch._C._autograd import DeviceType
+
+    found: Any = inner._detect_dma_connectivity(DeviceType.CUDA, "nvlink")
+    return sum(bool(links) for links in found.matrix[index])
