@@ -319,7 +319,7 @@ def _exactly(connection: socket.socket, count: int) -> bytes:
     while view:
         try:
             got = connection.recv_into(view)
-        except ConnectionError as error:
+        except (ConnectionError, TimeoutError) as error:
             raise EOFError(str(error)) from error
         if not got:
             raise EOFError("the connection was closed")
@@ -336,7 +336,10 @@ def _tune(connection: socket.socket) -> None:
     connection.settimeout(None)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
+    silence = int(
+        SILENCE_S * 1000
+    )  # what was sent, beats above all, has to arrive by then: a kernel tries for 15 minutes
+    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", silence)):
         if hasattr(socket, name):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
