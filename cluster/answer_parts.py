@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kvasir.cluster.text_scanner import Scanner, Steps
+from kvasir.engine.argument_style import ArgumentStyle
+from kvasir.engine.raw_values import resolved
 
 Kind = Literal["content", "reasoning", "call", "arguments"]
 _SHORT = 2
@@ -49,14 +51,28 @@ class ToolFormat:
     """Marks inside of calls, some of which are special tokens."""
     signs: tuple[str, ...] = ()
     """A chat template that holds all of these teaches this format; default: `begins`."""
-    call: tuple[str, str] | None = None
-    """What stands before the arguments' JSON, with NAME for the name, and behind: for grammars. None: it isn't JSON."""
+    call: tuple[str, str]
+    """What stands before the arguments, with NAME for the name, and behind: for grammars."""
+    arguments: ArgumentStyle | None = None
+    """How they are written; None: as a JSON object."""
+    unwrapped: tuple[str, str] | None = None
+    """As `call`, in a second way that the models have."""
     wrap: tuple[str, str, str] = ("", "\n", "")
     """What stands before, between and behind several calls."""
     whole: Callable[[AnswerReader], Steps[None]] | None = None
     """Reads the answer from its beginning, thoughts included."""
     thoughts: ThoughtFormat | None = None
     """With `whole`: what stands before and behind the thoughts, up to the answer itself."""
+    blocks: tuple[tuple[str, str], ...] = ()
+    """With `whole`: what stands before and behind thoughts and remarks, any number of which precede calls or the answer. The
+    first are the thoughts."""
+    answer: tuple[str, str] = ("", "")
+    """With `whole`: what stands before an answer that is no call, and may stand behind it."""
+
+    @property
+    def thoughts_before_calls(self) -> ThoughtFormat | None:
+        """With `whole`: the thoughts, up to a call or the answer."""
+        return ThoughtFormat(self.name, (self.blocks[0][0],), self.blocks[0][1]) if self.blocks else self.thoughts
 
 
 @dataclass(slots=True)
@@ -149,8 +165,9 @@ class AnswerReader:
     def properties(self, name: str) -> Mapping[str, Any]:
         """Schemas of a tool's parameters by their names, as far as it says them."""
         schema = self.schemas.get(name)
-        found = schema.get("properties") if isinstance(schema, Mapping) else None
-        return found if isinstance(found, Mapping) else {}
+        found = resolved(schema, schema)
+        known = found.get("properties") if isinstance(found, Mapping) else None
+        return {key: resolved(one, schema) for key, one in known.items()} if isinstance(known, Mapping) else {}
 
     # --
 

@@ -84,7 +84,9 @@ def constraints(call: Call, found: Reading, tokenizer: Tokenizer, taught: ToolFo
     wanted: StructuredOutput | None = call.sampling.get("structured_outputs")
     if found.use is not None and (calls := found.use.grammar(taught, instead=wanted)) is not None:
         given["structured_outputs"] = wanted = calls
-    thoughts = found.thoughts or (found.tools.thoughts if found.tools else None)
+    thoughts = found.thoughts
+    if thoughts is None and found.tools is not None:
+        thoughts = found.tools.thoughts if found.use is None else found.tools.thoughts_before_calls
     if (call.thinks or call.thinking_budget is not None) and thoughts is None:
         text = "this model has no thoughts that are told from its answer (its chat template knows none, or this request"
         raise UnsupportedError(f"{text} turns them off; see --reasoning-parser)", param="thinking")

@@ -9,20 +9,21 @@ from collections.abc import Mapping, Sequence
 
 from kvasir.cluster.answer_parts import ThoughtFormat, ToolFormat
 from kvasir.cluster.derived_format import derived_format
+from kvasir.cluster.tagged_readers import glm, tagged
+from kvasir.cluster.thought_formats import THOUGHT_ALIASES, THOUGHT_FORMATS
 from kvasir.cluster.tool_readers import (
     cohere,
     function,
     gemma,
-    glm,
     harmony,
     mistral,
     named,
     never,
     objects,
     pythonic,
-    tagged,
 )
 from kvasir.cluster.tool_values import unescaped
+from kvasir.engine.argument_style import ArgumentStyle
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.tokenizer import Tokenizer
 
@@ -32,6 +33,11 @@ _COHERE = tuple(
     f"<|{edge}_{kind}|>" for edge in ("START", "END") for kind in ("THINKING", "ACTION", "RESPONSE", "TEXT")
 )
 _DSML = "｜DSML｜"
+
+_PARAMETERS = ArgumentStyle(
+    key=("<parameter=", ">"), end="</parameter>", marks=("</parameter>", "</function>"), edge="\n", gap="\n"
+)
+_KEYWORDS = ArgumentStyle(key=("", "="), between=", ", texts="json")
 
 TOOL_FORMATS: Mapping[str, ToolFormat] = {
     form.name: form
@@ -45,6 +51,12 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
             signs=("<|channel|>", "<|call|>"),
             call=("<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>", ""),
             wrap=("", "<|call|><|start|>assistant", ""),
+            unwrapped=(" to=functions.NAME<|channel|>commentary <|constrain|>json<|message|>", ""),
+            blocks=(
+                ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),
+                ("<|channel|>commentary<|message|>", "<|end|><|start|>assistant"),
+            ),
+            answer=("<|channel|>final<|message|>", ""),
             thoughts=ThoughtFormat(
                 "openai", ("<|channel|>analysis<|message|>",), "<|end|><|start|>assistant<|channel|>final<|message|>"
             ),
@@ -58,6 +70,8 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
             signs=("<|START_ACTION|>",),
             call=('{"tool_call_id": "0", "tool_name": "NAME", "parameters": ', "}"),
             wrap=("<|START_ACTION|>[", ", ", "]<|END_ACTION|>"),
+            blocks=(("<|START_THINKING|>", "<|END_THINKING|>"),),
+            answer=("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
             thoughts=ThoughtFormat("cohere", ("<|START_THINKING|>",), "<|END_THINKING|><|START_RESPONSE|>"),
         ),
         ToolFormat(
@@ -70,6 +84,16 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
                 decode=unescaped,
             ),
             inner=("</minimax:tool_call>",),
+            call=('<invoke name="NAME">\n', "</invoke>\n"),
+            wrap=("<minimax:tool_call>\n", "", "</minimax:tool_call>"),
+            arguments=ArgumentStyle(
+                key=('<parameter name="', '">'),
+                end="</parameter>",
+                marks=("</parameter>", "</invoke>"),
+                edge="\n",
+                gap="\n",
+                escapes=True,
+            ),
         ),
         ToolFormat(
             name="step3",
@@ -80,6 +104,18 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
                 "<｜tool_calls_end｜>",
             ),
             inner=("<｜tool_calls_end｜>", "<｜tool_call_begin｜>", "<｜tool_call_end｜>", "<｜tool_sep｜>"),
+            call=(
+                '<｜tool_call_begin｜>function<｜tool_sep｜><steptml:invoke name="NAME">',
+                "</steptml:invoke><｜tool_call_end｜>",
+            ),
+            wrap=("<｜tool_calls_begin｜>", "", "<｜tool_calls_end｜>"),
+            arguments=ArgumentStyle(
+                key=('<steptml:parameter name="', '">'),
+                end="</steptml:parameter>",
+                marks=("</steptml:parameter>", "</steptml:invoke>"),
+                edge="\n",
+                gap="\n",
+            ),
         ),
         ToolFormat(
             name="deepseek_v32",
@@ -91,13 +127,38 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
             ),
             inner=(_DSML, f"</{_DSML}function_calls>"),
             signs=(_DSML,),
+            call=(f'<{_DSML}invoke name="NAME">\n', f"</{_DSML}invoke>\n"),
+            wrap=(f"<{_DSML}function_calls>\n", "", f"</{_DSML}function_calls>"),
+            arguments=ArgumentStyle(
+                key=(f'<{_DSML}parameter name="', '" string="true">'),
+                key_json='" string="false">',
+                end=f"</{_DSML}parameter>",
+                marks=(f"</{_DSML}parameter>", f"</{_DSML}invoke>"),
+                edge="\n",
+                gap="\n",
+            ),
         ),
-        ToolFormat(name="glm45", begins=("<tool_call>",), read=glm, inner=("</tool_call>",), signs=("<arg_key>",)),
+        ToolFormat(
+            name="glm45",
+            begins=("<tool_call>",),
+            read=glm,
+            inner=("</tool_call>",),
+            signs=("<arg_key>",),
+            call=("<tool_call>NAME", "</tool_call>"),
+            arguments=ArgumentStyle(
+                key=("<arg_key>", "</arg_key>\n<arg_value>"),
+                end="</arg_value>",
+                marks=("</arg_value>", "<arg_key>", "</tool_call>"),
+                gap="\n",
+            ),
+        ),
         ToolFormat(
             name="seed_oss",
             begins=("<seed:tool_call>",),
             read=tagged(("<function=", ">", "</function>"), ("<parameter=", ">", "</parameter>"), "</seed:tool_call>"),
             inner=("</seed:tool_call>",),
+            call=("<seed:tool_call>\n<function=NAME>", "</function>\n</seed:tool_call>"),
+            arguments=_PARAMETERS,
         ),
         ToolFormat(
             name="qwen3_coder",
@@ -105,6 +166,9 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
             read=tagged(("<function=", ">", "</function>"), ("<parameter=", ">", "</parameter>"), "</tool_call>"),
             inner=("</tool_call>",),
             signs=("<function=", "<parameter="),
+            call=("<tool_call>\n<function=NAME>", "</function>\n</tool_call>"),
+            unwrapped=("<function=NAME>", "</function>"),
+            arguments=_PARAMETERS,
         ),
         ToolFormat(
             name="kimi_k2",
@@ -151,20 +215,38 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
             begins=("<|tool_call>", "<tool_call|>"),
             read=gemma("<tool_call|>", '<|"|>'),
             inner=('<|"|>',),
+            call=("<|tool_call>call:NAME{", "}<tool_call|>"),
+            wrap=("", "", ""),
+            arguments=ArgumentStyle(key=("", ":"), between=",", texts="quoted", quote='<|"|>', marks=("<tool_call|>",)),
         ),
         ToolFormat(
             name="functiongemma",
             begins=("<start_function_call>",),
             read=gemma("<end_function_call>", "<escape>"),
             inner=("<end_function_call>", "<escape>"),
+            call=("<start_function_call>call:NAME{", "}<end_function_call>"),
+            wrap=("", "", ""),
+            arguments=ArgumentStyle(
+                key=("", ":"), between=",", texts="quoted", quote="<escape>", marks=("<end_function_call>",)
+            ),
         ),
         ToolFormat(
             name="lfm2",
             begins=("<|tool_call_start|>",),
             read=pythonic("<|tool_call_end|>"),
             inner=("<|tool_call_end|>",),
+            call=("NAME(", ")"),
+            wrap=("<|tool_call_start|>[", ", ", "]<|tool_call_end|>"),
+            arguments=_KEYWORDS,
         ),
-        ToolFormat(name="olmo3", begins=("<function_calls>",), read=pythonic("</function_calls>")),
+        ToolFormat(
+            name="olmo3",
+            begins=("<function_calls>",),
+            read=pythonic("</function_calls>"),
+            call=("NAME(", ")"),
+            wrap=("<function_calls>", "\n", "</function_calls>"),
+            arguments=_KEYWORDS,
+        ),
         ToolFormat(
             name="internlm",
             begins=("<|action_start|><|plugin|>",),
@@ -229,6 +311,9 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
             begins=("[",),
             read=pythonic(),
             signs=("func_name1(params_name1=",),
+            call=("NAME(", ")"),
+            wrap=("[", ", ", "]"),
+            arguments=_KEYWORDS,
         ),
         ToolFormat(
             name="json",
@@ -237,34 +322,12 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
             signs=('{"name": function name, "parameters":',),
             call=('{"name": "NAME", "arguments": ', "}"),
             wrap=("[", ", ", "]"),
+            unwrapped=('{"name": "NAME", "arguments": ', "}"),
         ),
     )
 }
 """The first whose signs a chat template holds is what it teaches; `json` is what a model is told that was taught none."""
 
-THOUGHT_FORMATS: Mapping[str, ThoughtFormat] = {
-    form.name: form
-    for form in (
-        ThoughtFormat("gemma4", ("<|channel>thought\n", "<|channel>"), "<channel|>"),
-        ThoughtFormat("mistral", ("[THINK]",), "[/THINK]"),
-        ThoughtFormat("seed_oss", ("<seed:think>",), "</seed:think>"),
-        ThoughtFormat("cohere", ("<|START_THINKING|>",), "<|END_THINKING|>"),
-        ThoughtFormat("granite", ("Here is my thought process:",), "Here is my response:"),
-        ThoughtFormat("think", ("<think>",), "</think>"),
-        ThoughtFormat("deepseek_r1", ("<think>",), "</think>", always=True),
-    )
-}
-"""As `TOOL_FORMATS`; a chat template that holds the end mark teaches it."""
-
-_THOUGHT_ALIASES = {
-    "qwen3": "think",
-    "deepseek_v3": "think",
-    "glm45": "think",
-    "olmo3": "deepseek_r1",
-    "minimax_m2": "deepseek_r1",
-    "nemotron": "deepseek_r1",
-    "step3": "deepseek_r1",
-}
 _TOOL_ALIASES = {
     "qwen3_xml": "qwen3_coder",
     "qwen": "hermes",
@@ -293,9 +356,9 @@ def model_formats(
         )
     if thoughts == "auto":
         return found, taught_thoughts(templates)
-    name = _THOUGHT_ALIASES.get(thoughts, thoughts)
+    name = THOUGHT_ALIASES.get(thoughts, thoughts)
     if name not in (*THOUGHT_FORMATS, "none", "openai"):
-        known = ", ".join(sorted({*THOUGHT_FORMATS, *_THOUGHT_ALIASES}))
+        known = ", ".join(sorted({*THOUGHT_FORMATS, *THOUGHT_ALIASES}))
         text = f"--reasoning-parser must be auto, none or one of {known}; got {thoughts!r:.60}"
         raise ConfigError(text, param="reasoning_parser")
     return found, THOUGHT_FORMATS.get(name)

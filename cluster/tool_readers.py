@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kvasir.cluster.answer_parts import AnswerReader
-from kvasir.cluster.text_scanner import Steps
-from kvasir.cluster.tool_values import Literals, dumps, typed
+from kvasir.cluster.text_scanner import Steps, Take
+from kvasir.cluster.tool_values import Literals, dumps
 
 _NAMES = ("name", "tool_name", "function_name")
 _ARGUMENTS = ("arguments", "parameters", "args")
@@ -199,84 +199,6 @@ def function(answer: AnswerReader, mark: str) -> Steps[bool]:
     return True
 
 
-# -- a tag for each parameter
-
-
-def tagged(
-    call: tuple[str, str, str],
-    parameter: tuple[str, str, str],
-    *ends: str,
-    decode: Callable[[str], str] = str,
-) -> Read:
-    """call, parameter: what stands before the name, behind it, and at the end. Values are typed by the tool's schema."""
-
-    def read(answer: AnswerReader, mark: str) -> Steps[bool]:
-        scanner, begun, before = answer.scanner, mark == call[0], answer.calls
-        while True:
-            if not begun:
-                found = yield from scanner.until([call[0], *ends])
-                if found != call[0]:
-                    return answer.calls > before or found is not None
-            begun = False
-            name, found = yield from scanner.collect([call[1]])
-            if found is None:
-                return answer.calls > before
-            yield from _parameters(answer, name.strip(), call[2], parameter, decode)
-            if not ends:
-                return True
-
-    return read
-
-
-def _parameters(
-    answer: AnswerReader, name: str, end: str, form: tuple[str, str, str], decode: Callable[[str], str]
-) -> Steps[None]:
-    scanner, schemas, written = answer.scanner, answer.properties(name), "{"
-    answer.call(name)
-    while (yield from scanner.until([form[0], end])) == form[0]:
-        head, _ = yield from scanner.collect([form[1]])
-        key, _, rest = head.partition('"') if form[0].endswith('"') else (head, "", "")
-        value, mark = yield from scanner.collect([form[2], end])
-        text = _unwrapped(decode(value))
-        forced = text if 'string="true"' in rest else typed(text, schemas.get(key.strip()))
-        answer.arguments(f"{written}{dumps(key.strip())}: {dumps(forced)}")
-        written = ", "
-        if mark != form[2]:
-            break
-    answer.arguments("{}" if written == "{" else "}")
-
-
-def _unwrapped(text: str) -> str:
-    """Without the line breaks around it that belong to the tags."""
-    text = text[1:] if text.startswith("\n") else text
-    return text[:-1] if text.endswith("\n") else text
-
-
-def glm(answer: AnswerReader, mark: str) -> Steps[bool]:
-    """`<tool_call>NAME <arg_key>K</arg_key><arg_value>V</arg_value> </tool_call>`."""
-    scanner, written = answer.scanner, "{"
-    name, found = yield from scanner.collect(["<arg_key>", "</tool_call>"])
-    if found is None or not name.strip():
-        return False
-    name = name.strip()
-    schemas = answer.properties(name)
-    answer.call(name)
-    while found == "<arg_key>":
-        key, _ = yield from scanner.collect(["</arg_key>"])
-        yield from scanner.space()
-        opened = yield from scanner.literal("<arg_value>")
-        value, found = yield from scanner.collect(
-            ["</arg_value>", "<arg_key>", "</tool_call>"]
-        )  # models forget to close
-        text = value if opened else value.strip()
-        answer.arguments(f"{written}{dumps(key.strip())}: {dumps(typed(text, schemas.get(key.strip())))}")
-        written = ", "
-        if found == "</arg_value>":
-            found = yield from scanner.until(["<arg_key>", "</tool_call>"])
-    answer.arguments("{}" if written == "{" else "}")
-    return True
-
-
 # -- calls as a programming language has them
 
 
@@ -284,12 +206,13 @@ def pythonic(*ends: str) -> Read:
     """`[f(a=1), g(b="x")]` up to one of `ends`; without them the whole answer from "[" on, of tools that were offered."""
 
     def read(answer: AnswerReader, mark: str) -> Steps[bool]:
-        parts: list[str] = []
-        if ends:
-            yield from answer.scanner.until(ends, parts.append)
-        else:
-            answer.scanner.skip(-1)
-            yield from answer.scanner.value(parts.append)
+        scanner, parts = answer.scanner, list[str]()
+        if not ends:
+            scanner.skip(-1)
+            yield from scanner.value(parts.append)
+        elif not (yield from _listed(answer, ends, parts.append)):
+            parts.clear()
+            yield from scanner.until(ends, parts.append)
         try:
             calls = Literals("".join(parts)).calls()
         except ValueError:
@@ -302,6 +225,20 @@ def pythonic(*ends: str) -> Read:
         return True
 
     return read
+
+
+def _listed(answer: AnswerReader, ends: Sequence[str], take: Take) -> Steps[bool]:
+    """A list in brackets, up to one of `ends`, which its texts may hold; back to its beginning when it isn't that."""
+    scanner = answer.scanner
+    place = scanner.keep()
+    yield from scanner.space()
+    if (yield from scanner.peek()) == "[" and (yield from scanner.value(take)):
+        yield from scanner.space()
+        if (yield from scanner.literal(*ends)):
+            return True
+    scanner.rewind(place)
+    scanner.keep()
+    return False
 
 
 def gemma(end: str, quote: str) -> Read:
@@ -346,6 +283,8 @@ def harmony(answer: AnswerReader) -> Steps[None]:
         if recipient:
             answer.call(recipient[1])
             take = answer.arguments
+            if (yield from scanner.peek()) == "{":  # its texts may hold marks
+                yield from scanner.value(take)
         if (yield from scanner.until(["<|end|>", "<|call|>", "<|return|>", "<|start|>"], take)) is None:
             return
 

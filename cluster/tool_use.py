@@ -10,6 +10,8 @@ from typing import Any
 
 from kvasir.cluster.answer_parts import ToolFormat
 from kvasir.cluster.tool_formats import TOOL_FORMATS
+from kvasir.engine.argument_grammar import check_arguments
+from kvasir.engine.argument_style import style_json
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.request import StructuredOutput
 
@@ -40,7 +42,7 @@ class ToolUse:
 
     def format(self, taught: ToolFormat | None) -> ToolFormat:
         """How calls are written: as the model was `taught`, but where that can't be enforced and has to be, as JSON."""
-        if taught is None or (self.required and taught.call is None):
+        if taught is None or (self.required and self._unenforceable(taught, exact=True)):
             return TOOL_FORMATS["json"]
         return taught
 
@@ -48,52 +50,110 @@ class ToolUse:
         """What holds the model to it; None: nothing can, and nobody was promised that. instead: what an answer that is no
         call has to look like."""
         form = self.format(taught)
-        strict = [name for name in self.names if self._function(name).get("strict")]
-        if form.call is None or (not self.required and form.whole is not None):
-            if strict:
-                text = f"tool {strict[0]!r} is strict, which can't be enforced in this model's format of calls ({form.name})"
-                raise UnsupportedError(f'{text}; use tool_choice "required" or leave strict out', param="tools")
-            if instead is not None:
-                text = f"tools and a structured output together can't be enforced in this model's format of calls ({form.name})"
-                raise UnsupportedError(f'{text}; use tool_choice "required" or "none"', param="tool_choice")
-            return None
-        if instead is not None and not self.required:
-            content = {"type": "or", "elements": [_schema(instead), self._required(form)]}
+        if not self.required and (why := self._unenforceable(form)):
+            strict = [name for name in self.names if self._function(name).get("strict")]
+            if not strict and instead is None:
+                return None
+            what = f"tool {strict[0]!r} is strict, which" if strict else "tools and a structured output together"
+            text = f"{what} can't be enforced in this model's format of calls ({form.name}): {why}"
+            raise UnsupportedError(f'{text}; use tool_choice "required" or "none"', param="tools")
+        if self.required:
+            content = self._required(form)
+        elif instead is not None:
+            content = {"type": "or", "elements": [*self._answers(form, _schema(instead)), self._required(form)]}
         else:
-            content = self._required(form) if self.required else self._triggered(form)
+            content = self._whole(form) if form.whole is not None else self._triggered(form)
         return StructuredOutput(structural_tag=json.dumps({"type": "structural_tag", "format": content}))
+
+    def _unenforceable(self, form: ToolFormat, *, exact: bool = False) -> str | None:
+        """Why calls in this format can't be held to their schemas, as far as that has to be. (What is wrong with JSON is told
+        when the grammar is compiled.)"""
+        if form.arguments is None:
+            return None
+        try:
+            for name in self.names:
+                strict = exact or bool(self._function(name).get("strict"))
+                check_arguments(self._parameters(name), form.arguments, exact=strict)
+        except UnsupportedError as error:
+            return error.message
+        return None
 
     def _required(self, form: ToolFormat) -> Json:
         before, between, behind = form.wrap
         calls = self._calls(form, between)
         return {"type": "tag", "begin": before, "content": calls, "end": behind} if before or behind else calls
 
+    def _answers(self, form: ToolFormat, answer: Json) -> list[Json]:
+        """An answer that is no call, with what the format puts around it."""
+        before, behind = form.answer
+        if not before:
+            return [answer]
+        shut = {"type": "tag", "begin": before, "content": answer, "end": ""}
+        return [shut, {"type": "tag", "begin": before, "content": answer, "end": behind}] if behind else [shut]
+
+    def _whole(self, form: ToolFormat) -> Json:
+        """Thoughts and remarks, then an answer or calls; or text alone, where the prompt has begun one of them."""
+        blocks = [{"begin": begin, "content": {"type": "any_text"}, "end": end} for begin, end in form.blocks]
+        before: Json = {"type": "tags_with_separator", "tags": blocks, "separator": ""}
+        then = {"type": "or", "elements": [*self._answers(form, {"type": "any_text"}), self._required(form)]}
+        begun = [
+            {"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": end} for _, end in form.blocks[:1]
+        ]
+        later = {"type": "sequence", "elements": [before, then]}
+        return {
+            "type": "or",
+            "elements": [
+                {"type": "any_text"},
+                later,
+                *({"type": "sequence", "elements": [one, before, then]} for one in begun),
+            ],
+        }
+
     def _triggered(self, form: ToolFormat) -> Json:
         """Free text, until a call begins."""
         before, between, behind = form.wrap
-        tags = self._tags(form)
-        if before:
-            tags = [{"begin": before, "content": self._calls(form, between), "end": behind}]
+        tags = self._tags(form, form.call)
         bare = len(form.begins[0]) == 1  # what announces such calls is their own beginning
-        trigger = tags[0]["begin"].partition(self.names[0])[0] if bare else form.begins[0]
-        return {"type": "triggered_tags", "triggers": [trigger], "tags": tags, "stop_after_first": not self.parallel}
+        if before and bare:
+            tags = [self._listed(form, name) for name in self.names]
+        elif before:
+            tags = [{"begin": before, "content": self._calls(form, between), "end": behind}]
+        tags += self._tags(form, form.unwrapped) if form.unwrapped else []
+        triggers = [tag["begin"] for tag in tags] if bare or form.unwrapped else [form.begins[0]]
+        return {"type": "triggered_tags", "triggers": triggers, "tags": tags, "stop_after_first": not self.parallel}
+
+    def _listed(self, form: ToolFormat, first: str) -> Json:
+        """A list of calls whose first one is of that tool."""
+        before, between, behind = form.wrap
+        begin, end = form.call
+        more = {"type": "tags_with_separator", "tags": self._tags(form, (between + begin, end)), "separator": ""}
+        rest = [{"type": "const_string", "value": end}, *([more] if self.parallel else [])]
+        content = {"type": "sequence", "elements": [self._arguments(form, first), *rest]}
+        return {"begin": before + begin.replace("NAME", first), "content": content, "end": behind}
 
     def _calls(self, form: ToolFormat, between: str) -> Json:
-        calls: Json = {"type": "tags_with_separator", "tags": self._tags(form), "separator": between}
+        tags = self._tags(form, form.call)
+        if form.unwrapped and form.whole is not None:
+            tags += self._tags(form, form.unwrapped)
+        calls: Json = {"type": "tags_with_separator", "tags": tags, "separator": between}
         return calls | {"at_least_one": True, "stop_after_first": not self.parallel}
 
-    def _tags(self, form: ToolFormat) -> list[Json]:
-        assert form.call is not None
-        begin, end = form.call
+    def _tags(self, form: ToolFormat, around: tuple[str, str]) -> list[Json]:
+        begin, end = around
         return [
-            {"begin": begin.replace("NAME", name), "content": self._arguments(name), "end": end} for name in self.names
+            {"begin": begin.replace("NAME", name), "content": self._arguments(form, name), "end": end}
+            for name in self.names
         ]
 
-    def _arguments(self, name: str) -> Json:
-        function = self._function(name)
-        schema = {"type": "object", **(function.get("parameters") or {})}
-        exact = self.required or bool(function.get("strict"))
-        return {"type": "json_schema", "json_schema": schema, "lenient": not exact}
+    def _arguments(self, form: ToolFormat, name: str) -> Json:
+        exact = self.required or bool(self._function(name).get("strict"))
+        kind = (
+            {"type": "json_schema"} if form.arguments is None else {"type": "arguments", **style_json(form.arguments)}
+        )
+        return {**kind, "json_schema": self._parameters(name), "lenient": not exact}
+
+    def _parameters(self, name: str) -> Json:
+        return {"type": "object", **(self._function(name).get("parameters") or {})}
 
     def _function(self, name: str) -> Mapping[str, Any]:
         found: Mapping[str, Any] = next(t["function"] for t in self.tools if t["function"]["name"] == name)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-_WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
+from kvasir.engine.raw_values import WORDS
+
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _BARE = re.compile(r"[^,:=\[\]{}()\s]+")
 _NAME = re.compile(r"[^\s(]+")
 _KEY = re.compile(r"""[^\s=:,(){}\[\]"']+""")
+_LOW = re.compile(r"\\u([dD][c-fC-F][0-9a-fA-F]{2})")
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 
 
@@ -21,38 +23,9 @@ def dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def typed(text: str, schema: Any) -> Any:
-    """The value that a parameter's text means, by its JSON Schema; without one, what it looks like."""
-    kinds = _types(schema)
-    if kinds == {"string"}:
-        return text
-    stripped = text.strip()
-    if stripped in _WORDS:
-        return _WORDS[stripped]
-    try:
-        value = json.loads(stripped)
-    except ValueError:
-        return text
-    return text if isinstance(value, str) or ("string" in kinds and not isinstance(value, (dict, list))) else value
-
-
 def unescaped(text: str) -> str:
     """Without XML's entities."""
     return html.unescape(text)
-
-
-def _types(schema: Any) -> set[str]:
-    """Of a parameter's schema, as far as it says them."""
-    if not isinstance(schema, Mapping):
-        return set()
-    kind = schema.get("type")
-    found = {kind} if isinstance(kind, str) else set(kind) if isinstance(kind, list) else set()
-    for name in ("anyOf", "oneOf"):
-        if isinstance(schema.get(name), list):
-            found |= set().union(*map(_types, schema[name]))
-    if "enum" in schema and not found and isinstance(schema["enum"], list):
-        found = {"string"} if all(isinstance(one, str) for one in schema["enum"]) else set()
-    return found
 
 
 class Literals:
@@ -114,7 +87,7 @@ class Literals:
                 self._at = number.end()
                 return json.loads(_plain(number[0]))
         word = self._matching(_BARE)
-        return _WORDS.get(word, word)
+        return WORDS.get(word, word)
 
     def _items(self, closing: str) -> list[Any]:
         found = []
@@ -146,9 +119,16 @@ class Literals:
         if char in ("u", "x"):
             digits = self._text[self._at + 2 : self._at + (6 if char == "u" else 4)]
             self._at += 2 + len(digits)
-            return chr(int(digits, 16))
+            return self._paired(int(digits, 16))
         self._at += 2
         return _ESCAPES.get(char, char)
+
+    def _paired(self, code: int) -> str:
+        """The character of a code, and of the one behind it where two are one character."""
+        if 0xD800 <= code < 0xDC00 and (low := _LOW.match(self._text, self._at)):
+            self._at = low.end()
+            return chr(0x10000 + ((code - 0xD800) << 10) + int(low[1], 16) - 0xDC00)
+        return chr(code)
 
     def _quoted(self) -> str:
         """The quote that comes next."""

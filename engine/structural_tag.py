@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvasir.engine.argument_grammar import ArgumentRules
+from kvasir.engine.argument_style import style_of
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.schema import narrowed
 
@@ -58,14 +60,15 @@ class _Writer:
     def _of(self, form: Any) -> str:
         kinds = {
             "json_schema": self._schema,
-            "const_string": lambda f: self._rule(self._literal(_text(f, "value"))),
-            "regex": lambda f: self._token(f"/{_text(f, 'pattern').replace('/', chr(92) + '/')}/"),
-            "any_text": lambda f: self._token(r"/(.|\n)*/"),
-            "sequence": lambda f: self._rule(" ".join(self._of(one) for one in _list(f, "elements"))),
-            "or": lambda f: self._rule(" | ".join(self._of(one) for one in _list(f, "elements"))),
+            "const_string": lambda f: self.rule(self.literal(_text(f, "value"))),
+            "regex": lambda f: self.token(f"/{_text(f, 'pattern').replace('/', chr(92) + '/')}/"),
+            "any_text": lambda f: self.token(r"/(.|\n)*/"),
+            "sequence": lambda f: self.rule(" ".join(self._of(one) for one in _list(f, "elements"))),
+            "or": lambda f: self.rule(" | ".join(self._of(one) for one in _list(f, "elements"))),
             "tag": self._tag,
             "triggered_tags": self._triggered,
             "tags_with_separator": self._separated,
+            "arguments": self._arguments,
         }
         kind = form.get("type") if isinstance(form, dict) else None
         if kind not in kinds:
@@ -76,27 +79,31 @@ class _Writer:
         schema = form.get("json_schema", {})
         if not isinstance(schema, (dict, bool)) or (isinstance(schema, dict) and "x-guidance" in schema):
             raise ClientError(f"structural tag: json_schema must be a JSON Schema, got {schema!r:.60}", param=PARAM)
-        rules = JSON_RULES | {"lenient": form.get("lenient") is True}
-        body = narrowed(schema) if isinstance(schema, dict) else {}
-        return self._rule(f"%json {json.dumps({**body, 'x-guidance': rules})}")
+        return self.json(schema, lenient=form.get("lenient") is True)
+
+    def _arguments(self, form: Any) -> str:
+        schema = form.get("json_schema", {})
+        if not isinstance(schema, dict):
+            raise ClientError("structural tag: json_schema of arguments must be an object", param=PARAM)
+        return ArgumentRules(style_of(form), schema, self, exact=form.get("lenient") is not True).write()
 
     def _tag(self, tag: Any) -> str:
-        return self._rule(f"{self._literal(_text(tag, 'begin'))} {self._rest(tag)}")
+        return self.rule(f"{self.literal(_text(tag, 'begin'))} {self._rest(tag)}")
 
     def _rest(self, tag: Any) -> str:
         """What stands between the begin and the end, and the end."""
-        return f"{self._of(tag.get('content', {'type': 'json_schema'}))} {self._literal(_text(tag, 'end'))}"
+        return f"{self._of(tag.get('content', {'type': 'json_schema'}))} {self.literal(_text(tag, 'end'))}"
 
     def _triggered(self, form: Any) -> str:
         triggers = [one for one in _list(form, "triggers") if isinstance(one, str) and one]
-        text = self._token(r"/(.|\n)*/")
+        text = self.token(r"/(.|\n)*/")
         tags = [self._behind(tag, triggers, text) for tag in _list(form, "tags")]
         if not tags:
             raise ClientError("structural tag: tags must not be empty", param=PARAM)
-        some = self._rule(" | ".join(tags))
+        some = self.rule(" | ".join(tags))
         if form.get("stop_after_first"):
-            return self._rule(some if form.get("at_least_one") else f"{some} | {text}")
-        return self._rule(f"{some}{'+' if form.get('at_least_one') else '*'} {text}")
+            return self.rule(some if form.get("at_least_one") else f"{some} | {text}")
+        return self.rule(f"{some}{'+' if form.get('at_least_one') else '*'} {text}")
 
     def _behind(self, tag: Any, triggers: Sequence[str], text: str) -> str:
         """Free text up to a tag's trigger, then the tag."""
@@ -106,21 +113,39 @@ class _Writer:
             raise ClientError(f"structural tag: no trigger begins {begin!r:.60}", param=PARAM)
         token = next((name for name in self._special if begin.startswith(name)), None)
         if token is not None:
-            head = self._literal(begin)
-            return self._rule(f"{text} {head} {self._rest(tag)}")
+            head = self.literal(begin)
+            return self.rule(f"{text} {head} {self._rest(tag)}")
         self._count += 1
         head = f"lead_{self._count}"
         self._rules.append(f"{head}[lazy]: /(.|\\n)*/ {json.dumps(trigger)}")
-        return self._rule(f"{head} {self._literal(begin[len(trigger) :])} {self._rest(tag)}")
+        return self.rule(f"{head} {self.literal(begin[len(trigger) :])} {self._rest(tag)}")
 
     def _separated(self, form: Any) -> str:
-        one = self._rule(" | ".join(self._tag(tag) for tag in _list(form, "tags")))
+        one = self.rule(" | ".join(self._tag(tag) for tag in _list(form, "tags")))
         if form.get("stop_after_first"):
             return one
-        many = self._rule(f"{one} ({self._literal(_text(form, 'separator'))} {one})*")
-        return many if form.get("at_least_one") else self._rule(f"{many}?")
+        many = self.rule(f"{one} ({self.literal(_text(form, 'separator'))} {one})*")
+        return many if form.get("at_least_one") else self.rule(f"{many}?")
 
-    def _literal(self, text: str) -> str:
+    # -- for `ArgumentRules` too
+
+    def json(self, schema: Any, *, lenient: bool) -> str:
+        """A value of a JSON Schema."""
+        body = narrowed(schema) if isinstance(schema, dict) else {}
+        return self.rule(f"%json {json.dumps({**body, 'x-guidance': JSON_RULES | {'lenient': lenient}})}")
+
+    def lazy(self, body: str) -> str:
+        """Text that ends as soon as it can."""
+        self._count += 1
+        self._rules.append(f"lazy_{self._count}[lazy]: {body}")
+        return f"lazy_{self._count}"
+
+    def split(self, text: str) -> tuple[str, str]:
+        """(what stands before the first special token, the rest)."""
+        at = min((text.find(name) for name in self._special if name and name in text), default=len(text))
+        return text[:at], self.literal(text[at:]) if at < len(text) else ""
+
+    def literal(self, text: str) -> str:
         """Special tokens by their number, what is between them as text."""
         parts, left = [], text
         while left:
@@ -134,12 +159,14 @@ class _Writer:
             left = left[at + len(name) :]
         return " ".join(parts)
 
-    def _rule(self, body: str) -> str:
+    def rule(self, body: str) -> str:
+        """The name of a new rule."""
         self._count += 1
         self._rules.append(f"rule_{self._count}: {body}")
         return f"rule_{self._count}"
 
-    def _token(self, body: str) -> str:
+    def token(self, body: str) -> str:
+        """The name of a new kind of text."""
         self._count += 1
         self._rules.append(f"TOKEN_{self._count}: {body}")
         return f"TOKEN_{self._count}"

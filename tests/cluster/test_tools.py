@@ -336,7 +336,12 @@ def accepts(wanted, text):
     return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 
 
-ENFORCED = [name for name, form in TOOL_FORMATS.items() if form.call is not None]
+HARD = {
+    "type": "function",
+    "function": {"name": "hard", "parameters": {"properties": {"a": {"allOf": [{"type": "string"}]}}}},
+}
+ENFORCED = [name for name, form in TOOL_FORMATS.items() if form.arguments is None]
+"""Those with JSON in them; others: test_tool_arguments.py."""
 
 
 @pytest.mark.parametrize("form", ENFORCED)
@@ -385,18 +390,20 @@ def test_an_answer_beside_tools_may_have_a_schema():
     assert accepts(held, SAMPLES["hermes"])
     assert not accepts(held, "Hello")
     assert not accepts(held, '{"a": "b"}')
-    with pytest.raises(UnsupportedError, match="qwen3_coder"):
-        tool_use([TOOL], "auto").grammar(TOOL_FORMATS["qwen3_coder"], instead=wanted)
+    tagged = tool_use([TOOL], "auto").grammar(TOOL_FORMATS["qwen3_coder"], instead=wanted)
+    assert accepts(tagged, '{"a": 1}')
+    assert accepts(tagged, SAMPLES["qwen3_coder"])
+    assert not accepts(tagged, "Hello")
 
 
 def test_strict_tools_are_enforced_or_refused():
-    strict = {"type": "function", "function": {"name": "f", "strict": True, "parameters": WEATHER}}
-    with pytest.raises(UnsupportedError, match="'f' is strict"):
+    """What a format with a tag for each argument can't hold is written as JSON where it must be held."""
+    strict = {"type": "function", "function": {**HARD["function"], "strict": True}}
+    with pytest.raises(UnsupportedError, match=r"'hard' is strict.*allOf"):
         tool_use([strict], "auto").grammar(TOOL_FORMATS["qwen3_coder"])
-    assert tool_use([TOOL], "auto").grammar(TOOL_FORMATS["qwen3_coder"]) is None
-    forced = tool_use([TOOL], "required").grammar(TOOL_FORMATS["qwen3_coder"])
-    assert accepts(forced, '[{"name": "get_weather", "arguments": {"city": "Oslo"}}]')
     assert tool_use([strict], "required").format(TOOL_FORMATS["qwen3_coder"]).name == "json"
+    forced = tool_use([HARD], "required").grammar(TOOL_FORMATS["qwen3_coder"])
+    assert accepts(forced, '[{"name": "hard", "arguments": {"a": "Oslo"}}]')
 
 
 def test_allowed_tools_narrow_the_choice():

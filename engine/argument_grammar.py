@@ -1,0 +1,400 @@
+"""Arguments of a call that aren't one JSON object, as rules of a grammar: a tag for each, or a list as programs have it.
+
+What these rules let through, read back as `raw_values` says, satisfies the schema. Arguments come in the schema's order.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kvasir.engine.argument_style import ArgumentStyle
+from kvasir.engine.argument_text import ANY, held, other_readings, plain, refused, slashed
+from kvasir.engine.errors import ClientError
+from kvasir.engine.raw_values import kinds_of, resolved, typed
+
+MAX_ARGUMENTS = 512
+_NOTES = frozenset({
+    "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment", "$defs",
+    "definitions", "$schema", "$id", "optional", "nullable", "strict",
+})  # fmt: skip
+"""Keywords that hold a value to nothing."""
+_OBJECT = frozenset({"type", "properties", "required", "additionalProperties"})
+_TEXT = frozenset({"type", "minLength", "maxLength", "pattern", "format"})
+_NUMBER = frozenset({"type", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
+_ARRAY = frozenset({"type", "items", "minItems", "maxItems"})
+Json = Mapping[str, Any]
+
+
+def check_arguments(schema: Json, style: ArgumentStyle, *, exact: bool) -> None:
+    """UnsupportedError when a schema can't be enforced in this style, as far as that is known without compiling it."""
+    ArgumentRules(style, schema, _Names(), exact=exact).write()
+
+
+class _Names:
+    """Where rules go that nobody wants."""
+
+    def rule(self, body: str) -> str:
+        return "r"
+
+    def token(self, body: str) -> str:
+        return "T"
+
+    def lazy(self, body: str) -> str:
+        return "l"
+
+    def literal(self, text: str) -> str:
+        return json.dumps(text)
+
+    def split(self, text: str) -> tuple[str, str]:
+        return text, ""
+
+    def json(self, schema: Any, *, lenient: bool) -> str:
+        return "j"
+
+
+class ArgumentRules:
+    """Rules for the arguments of one tool. `out` (a `_Writer` of structural tags) names them. not exact: keywords that can't
+    be enforced are skipped over."""
+
+    def __init__(self, style: ArgumentStyle, schema: Json, out: Any, *, exact: bool) -> None:
+        self._style, self._root, self._out, self._exact = style, schema, out, exact
+        self._known: dict[str, str] = {}
+        self._told = style.key_json is not None
+        """Whether a value is a text is written beside it."""
+        self._depth = 0
+
+    def write(self) -> str:
+        """The name of the rule of all arguments."""
+        schema = resolved(self._root, self._root)
+        self._only(schema, _OBJECT, "parameters")
+        return self._members(schema, self._argument)
+
+    # -- members of objects
+
+    def _members(self, schema: Json, member: Callable[[str, Any], str]) -> str:
+        """All arguments, each at most once, those that are required always."""
+        properties = dict(schema.get("properties") or {})
+        required = [name for name in schema.get("required") or () if isinstance(name, str)]
+        properties |= {name: {} for name in required if name not in properties}
+        if len(properties) > MAX_ARGUMENTS:
+            raise ClientError(f"a tool takes {MAX_ARGUMENTS} parameters at most", param="tools")
+        more = schema.get("additionalProperties", True)
+        if not properties and more is not False:
+            return self._free(more)
+        gap, between = self._gap(), self._style.between
+        none = some = self._out.rule('""')  # what may follow when nothing, or something, was written
+        for name in reversed(properties):
+            one = self._out.rule(f"{member(name, properties[name])} {gap}")
+            then = f"{one} {some}"
+            follow = f"{self._out.literal(between)} {then}" if between else then
+            if name in required:
+                none, some = self._out.rule(then), self._out.rule(follow)
+            else:
+                none, some = self._out.rule(f"{then} | {none}"), self._out.rule(f"{follow} | {some}")
+        return str(self._out.rule(f"{gap} {none}"))
+
+    def _free(self, schema: Any) -> str:
+        """Any arguments at all."""
+        style, gap = self._style, self._gap()
+        name = self._out.token(r"/[a-zA-Z_][a-zA-Z0-9_]{0,63}/")
+        value = self._value({} if schema is True else schema)
+        before, behind = (self._loose(one) for one in style.key)
+        one = self._out.rule(f"{before} {name} {behind} {value} {gap}")
+        between = self._out.literal(style.between) if style.between else ""
+        return str(self._out.rule(f"{gap} ({one} ({between} {one})*)?"))
+
+    def _argument(self, name: str, schema: Any) -> str:
+        """One, with its name."""
+        style = self._style
+        if name != name.strip() or not name or any(mark and mark in name for mark in (style.key[1], *style.marks, '"')):
+            raise refused(f"a parameter of the name {name!r:.60}")
+        if style.texts != "raw" and not re.fullmatch(r"[A-Za-z0-9_.$/-]+", name):
+            raise refused(f"a parameter of the name {name!r:.60}")
+        head = style.key[0] + name
+        schema = self._schema(schema)
+        if style.key_json is None or style.texts != "raw":
+            return str(self._out.rule(f"{self._loose(head + style.key[1])} {self._value(schema)}"))
+        texts, others = self._raw(schema)
+        choices = [f"{self._loose(head + style.key[1])} {one}" for one in texts]
+        choices += [f"{self._loose(head + style.key_json)} {one}" for one in others]
+        return str(self._out.rule(" | ".join(choices)))
+
+    def _value(self, schema: Any) -> str:
+        """A value and what ends it."""
+        schema = self._schema(schema)
+        if self._style.texts == "raw":
+            texts, others = self._raw(schema)
+            return str(self._out.rule(" | ".join([*texts, *others])))
+        return self._quoted(schema) if self._style.texts == "quoted" else self._programs(schema)
+
+    def _edge(self) -> str:
+        return self._maybe(self._style.edge)
+
+    def _gap(self) -> str:
+        return self._maybe(self._style.gap)
+
+    def _maybe(self, text: str) -> str:
+        """It, or nothing."""
+        return self._named(text, lambda: str(self._out.rule(f'{json.dumps(text)} | ""'))) if text else ""
+
+    def _loose(self, text: str) -> str:
+        """In which gaps may be left out."""
+        parts = text.split(self._style.gap) if self._style.gap else [text]
+        return f" {self._gap()} ".join(self._out.literal(part) if part else "" for part in parts)
+
+    # -- texts as they are
+
+    def _raw(self, schema: Json) -> tuple[list[str], list[str]]:
+        """(ways to write it as text, as JSON), each with what ends it."""
+        if "enum" in schema or "const" in schema:
+            return self._choices(schema)
+        kinds = kinds_of(schema)
+        for name in ("anyOf", "oneOf"):
+            if isinstance(schema.get(name), list):
+                return self._branches(schema, name)
+        if not kinds:
+            self._only(schema, frozenset(), "a parameter without a type")
+            return [self._text([], kinds)], []
+        if "string" not in kinds:
+            return [], [self._json(schema)]
+        texts, rest = self._parted(schema, kinds)
+        return texts, [self._json(one) for one in rest]
+
+    def _parted(self, schema: Json, kinds: set[str]) -> tuple[list[str], list[Json]]:
+        """(as text, what it may be besides). kinds: all that the text may be read as."""
+        other = kinds_of(schema) - {"string"}
+        rest = sorted(other if self._told else other - {"integer", "number"})  # numbers would be read as texts
+        return [self._string(schema, kinds)], [{**schema, "type": rest}] if rest else []
+
+    def _branches(self, schema: Json, name: str) -> tuple[list[str], list[str]]:
+        """Of anyOf and oneOf: texts, and everything else as one schema."""
+        self._only(schema, frozenset({name, "type"}), name)
+        branches = [self._schema(one) for one in schema[name]]
+        kinds = set().union(*map(kinds_of, branches))
+        texts: list[str] = []
+        others: list[Any] = []
+        for branch in branches:
+            own = kinds_of(branch)
+            if not own and not {"enum", "const"} & set(branch):
+                raise refused(f"{name} with a branch without a type")
+            if "string" in own or not own:
+                found, more = self._raw_of(branch, kinds)
+                texts += found
+                others += more
+            elif self._told or "string" not in kinds or not own <= {"integer", "number"}:
+                others.append(branch)
+        if len(texts) > 1 and name == "oneOf" and self._exact:
+            raise refused("oneOf with several branches of texts")
+        return texts, [self._json({name: others})] if others else []
+
+    def _raw_of(self, branch: Json, kinds: set[str]) -> tuple[list[str], list[Any]]:
+        """(texts of a branch, what else it takes as a schema). kinds: of all branches."""
+        if "enum" in branch or "const" in branch:
+            texts, others = self._literals(branch, {"type": sorted(kinds | {"string"})})
+            return texts, [{"enum": others}] if others else []
+        return self._parted(branch, kinds)
+
+    def _choices(self, schema: Json) -> tuple[list[str], list[str]]:
+        texts, others = self._literals(schema, schema)
+        return texts, [self._json({"enum": others})] if others else []
+
+    def _literals(self, schema: Json, read_as: Json) -> tuple[list[str], list[Any]]:
+        """(each value that its text is read as, those that aren't texts where that is told)."""
+        values = schema["enum"] if isinstance(schema.get("enum"), list) else [schema.get("const")]
+        others = [value for value in values if self._told and not isinstance(value, str)]
+        values = [value for value in values if value not in others]
+        kinds, found = kinds_of({"type": schema.get("type")}), []
+        for value in values:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            if kinds and not (_kinds(value) & kinds):
+                continue
+            whole = text.strip(self._style.edge or "\0") == text and not any(mark in text for mark in self._style.marks)
+            if whole and (self._told or _same(typed(text, read_as), value)):
+                found.append(self._ended(text.replace("&", "&amp;") if self._style.escapes else text))
+        if not found and not others:
+            raise refused("an enum or const of values that can't be told from others")
+        return found, others
+
+    def _ended(self, text: str) -> str:
+        edge = self._edge()
+        written = self._out.literal(text) if text else ""
+        return str(self._out.rule(f"{edge} {written} {edge} {self._out.literal(self._style.end)}"))
+
+    def _string(self, schema: Json, kinds: set[str]) -> str:
+        return self._text(self._held(schema), kinds)
+
+    def _held(self, schema: Json) -> list[str]:
+        """Regular expressions that a text fits."""
+        self._only(schema, _TEXT | _NUMBER | _ARRAY | _OBJECT, "a text")
+        return held(schema, exact=self._exact)
+
+    def _text(self, fits: Sequence[str], kinds: set[str]) -> str:
+        """A raw text and its end. What would be read as something else isn't one."""
+        style = self._style
+        barred = [f"{ANY}*({'|'.join(plain(mark) for mark in style.marks)}){ANY}*"] if style.marks else []
+        if "string" in kinds and not self._told and (others := other_readings(kinds)):
+            barred.append(rf"\s*({'|'.join(others)})\s*")
+        if fits and style.edge:
+            edge = plain(style.edge)
+            barred += [f"{edge}{ANY}*", f"{ANY}*{edge}"]
+        if fits and style.escapes:
+            barred.append(f"{ANY}*&{ANY}*")
+        body = " & ".join(
+            [*(f"/{slashed(one)}/" for one in fits or [f"{ANY}*"]), *(f"~/{slashed(one)}/" for one in barred)]
+        )
+        head, rest = self._out.split(style.end)
+        text = self._out.token(body)
+        if not rest:
+            return str(self._out.lazy(f"{text} {json.dumps(head)}"))
+        begun = self._out.token(f"{text} {json.dumps(head)}") if head else text
+        return str(self._out.rule(f"{begun} {rest}"))
+
+    def _json(self, schema: Json) -> str:
+        edge = self._edge()
+        return str(self._out.rule(f"{edge} {self._plain_json(schema)} {edge} {self._out.literal(self._style.end)}"))
+
+    def _plain_json(self, schema: Json) -> str:
+        shared = {name: self._root[name] for name in ("$defs", "definitions") if name in self._root}
+        return str(self._out.json({**shared, **schema}, lenient=not self._exact))
+
+    # -- as programs write them
+
+    def _programs(self, schema: Json) -> str:
+        """JSON, whose words are Python's where they stand alone."""
+        if schema.get("type") == "boolean" and not {"enum", "const"} & set(schema):
+            return str(self._out.rule('"True" | "False"'))
+        return self._plain_json(schema)
+
+    # -- objects in a spelling of their own
+
+    def _quoted(self, schema: Json) -> str:
+        """A value whose texts stand between quotes that JSON doesn't have, wherever they are."""
+        if not schema:
+            return self._anything()
+        if "enum" in schema or "const" in schema:
+            values = schema["enum"] if isinstance(schema.get("enum"), list) else [schema.get("const")]
+            return str(self._out.rule(" | ".join(self._spelled(value) for value in values)))
+        for name in ("anyOf", "oneOf"):
+            if isinstance(schema.get(name), list):
+                self._only(schema, frozenset({name, "type"}), name)
+                branches = [self._schema(one) for one in schema[name]]
+                if name == "oneOf" and self._exact and not _apart(branches):
+                    raise refused("oneOf whose branches aren't told apart by their types")
+                return str(self._out.rule(" | ".join(self._quoted(one) for one in branches)))
+        kinds = sorted(kinds_of(schema))
+        if not kinds:
+            self._only(schema, frozenset(), "a parameter without a type")
+            return self._anything()
+        return str(self._out.rule(" | ".join(self._of_kind(kind, schema) for kind in kinds)))
+
+    def _of_kind(self, kind: str, schema: Json) -> str:
+        if kind == "string":
+            return self._between_quotes(self._held(schema))
+        if kind == "array":
+            self._only(schema, _ARRAY | _TEXT | _NUMBER | _OBJECT, "an array")
+            return self._array(self._quoted(self._schema(schema.get("items", {}))), schema)
+        if kind == "object":
+            self._only(schema, _OBJECT | _TEXT | _NUMBER | _ARRAY, "an object")
+            return self._braced(schema)
+        return self._plain_json({name: schema[name] for name in schema if name in _NUMBER} | {"type": kind})
+
+    def _array(self, item: str, schema: Json) -> str:
+        least, most = schema.get("minItems", 0), schema.get("maxItems")
+        if most == 0:
+            return str(self._out.rule('"[]"'))
+        many = f'{item} ("," {item}){{{max(0, least - 1)},{"" if most is None else most - 1}}}'
+        return str(self._out.rule(f'"[" {many} "]"' + (' | "[]"' if not least else "")))
+
+    def _braced(self, schema: Json) -> str:
+        """An object inside of another: a schema that holds itself is one rule."""
+        self._depth += 1
+        if self._depth > 32:
+            raise refused("a schema that holds itself")
+        try:
+            return str(self._out.rule(f'"{{" {self._members(schema, self._argument)} "}}"'))
+        finally:
+            self._depth -= 1
+
+    def _between_quotes(self, fits: Sequence[str]) -> str:
+        quote = self._style.quote
+        head, rest = self._out.split(quote)
+        bar = f"~/{ANY}*({'|'.join(slashed(plain(mark)) for mark in (quote, *self._style.marks))}){ANY}*/"
+        body = " & ".join([*(f"/{slashed(one)}/" for one in fits or [f"{ANY}*"]), bar])
+        text = self._out.token(body)
+        if rest:
+            begun = self._out.token(f"{text} {json.dumps(head)}") if head else text
+            return str(self._out.rule(f"{self._out.literal(quote)} {begun} {rest}"))
+        return str(self._out.rule(f"{self._out.literal(quote)} {self._out.lazy(f'{text} {json.dumps(quote)}')}"))
+
+    def _spelled(self, value: Any) -> str:
+        """One value."""
+        literal, quote = self._out.literal, self._style.quote
+        if isinstance(value, str):
+            return " ".join([literal(quote), *([literal(value)] if value else []), literal(quote)])
+        if isinstance(value, list):
+            return " ".join(['"["', *' "," '.join(self._spelled(one) for one in value).split(), '"]"'])
+        if isinstance(value, dict):
+            raise refused("an enum of objects")
+        return str(literal(json.dumps(value)))
+
+    def _anything(self) -> str:
+        """Any value that isn't an object."""
+        scalar = {"type": ["number", "boolean", "null"]}
+        return self._named(
+            "any", lambda: str(self._out.rule(f"{self._between_quotes([])} | {self._plain_json(scalar)}"))
+        )
+
+    # --
+
+    def _named(self, name: str, make: Callable[[], str]) -> str:
+        """A rule that is made once."""
+        if name not in self._known:
+            self._known[name] = make()
+        return self._known[name]
+
+    def _schema(self, schema: Any) -> Json:
+        """Resolved; true is {}."""
+        found = resolved(schema, self._root)
+        if found is True:
+            return {}
+        if not isinstance(found, Mapping) or "x-guidance" in found:
+            raise ClientError(f"a parameter's schema must be an object, got {found!r:.60}", param="tools")
+        return {name: value for name, value in found.items() if name not in _NOTES}
+
+    def _only(self, schema: Any, known: frozenset[str], what: str) -> None:
+        """UnsupportedError names a keyword that isn't in `known`."""
+        if not isinstance(schema, Mapping):
+            raise ClientError(f"parameters must be a JSON Schema, got {schema!r:.60}", param="tools")
+        other = [name for name in schema if name not in known and name not in _NOTES]
+        if other and self._exact:
+            raise refused(f"{other[0]:.60} of {what}")
+
+
+def _apart(branches: Sequence[Json]) -> bool:
+    """No two of them take the same type."""
+    kinds = [{"number" if kind == "integer" else kind for kind in kinds_of(one)} for one in branches]
+    return all(kinds) and sum(map(len, kinds)) == len(set().union(*kinds))
+
+
+def _kinds(value: Any) -> set[str]:
+    """Types that a value is of."""
+    if isinstance(value, bool):
+        return {"boolean"}
+    if isinstance(value, (int, float)):
+        return {"number", "integer"} if float(value).is_integer() else {"number"}
+    return {
+        "string"
+        if isinstance(value, str)
+        else "null"
+        if value is None
+        else "array"
+        if isinstance(value, list)
+        else "object"
+    }
+
+
+def _same(one: Any, other: Any) -> bool:
+    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)

@@ -1,0 +1,78 @@
+"""Texts that a schema describes, as regular expressions of the whole text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from kvasir.engine.errors import ClientError, UnsupportedError
+from kvasir.engine.raw_values import WORDS
+
+ANY = r"(.|\n)"
+_ATOM, _LABEL = r"[a-zA-Z0-9_+-]+", r"[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
+_DATE, _HOUR = r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|1\d|2[0-8])", r"([01]\d|2[0-3]):[0-5]\d"
+_TIME = rf"{_HOUR}:[0-5]\d(\.\d+)?(Z|[+-]{_HOUR})"
+_BYTE = r"(25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
+_FORMATS = {
+    "date": _DATE,
+    "time": _TIME,
+    "date-time": f"{_DATE}T{_TIME}",
+    "email": rf"{_ATOM}(\.{_ATOM})*@{_LABEL}(\.{_LABEL})+",
+    "hostname": rf"{_LABEL}(\.{_LABEL}){{0,3}}",
+    "ipv4": rf"{_BYTE}(\.{_BYTE}){{3}}",
+    "uuid": r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",
+    "uri": r"[a-z][a-z0-9+.-]*://[a-zA-Z0-9.-]+(:\d{1,5})?(/[a-zA-Z0-9._~/-]*)?(\?[a-zA-Z0-9._~=&/-]*)?",
+}
+"""Texts that are surely of a format (RFC 3339, 5321, 1123, 3986, 9562)."""
+
+
+def refused(what: str) -> UnsupportedError:
+    """A schema that can't be held to."""
+    return UnsupportedError(f"{what} can't be enforced in this model's format of calls", param="tools")
+
+
+def held(schema: Mapping[str, Any], *, exact: bool) -> list[str]:
+    """What a text must fit."""
+    found = []
+    least, most = schema.get("minLength", 0), schema.get("maxLength")
+    if least or most is not None:
+        if type(least) is not int or (most is not None and type(most) is not int):
+            raise ClientError("minLength and maxLength are integers", param="tools")
+        found.append(f"{ANY}{{{least},{'' if most is None else most}}}")
+    if isinstance(schema.get("pattern"), str):
+        found.append(_searched(schema["pattern"]))
+    form = schema.get("format")
+    if form in _FORMATS:
+        found.append(_FORMATS[form])
+    elif form is not None and exact:
+        raise refused(f"format {form!r:.60}")
+    return found
+
+
+def other_readings(kinds: set[str]) -> list[str]:
+    """Texts that are read as something else where it may be that too."""
+    found = [word for word, value in WORDS.items() if ("null" if value is None else "boolean") in kinds]
+    found += [rf"\{{{ANY}*"] if "object" in kinds else []
+    found += [rf"\[{ANY}*"] if "array" in kinds else []
+    return found
+
+
+def _searched(pattern: str) -> str:
+    """A pattern of JSON Schema, which may stand anywhere in the text, as one of the whole text."""
+    inner = pattern.removeprefix("^")
+    ends = inner.endswith("$") and not inner.endswith("\\$")
+    body = inner.removesuffix("$") if ends else inner
+    if re.search(r"(?<!\\)[\^$](?![^\[]*\])", body) or ("|" in body and (inner != pattern or ends)):
+        raise refused(f"pattern {pattern!r:.60}")
+    return ("" if inner != pattern else f"{ANY}*") + f"({body})" + ("" if ends else f"{ANY}*")
+
+
+def plain(text: str) -> str:
+    """A pattern of just this text."""
+    return re.sub(r"([\\.+*?()|\[\]{}^$#&~-])", r"\\\1", text)
+
+
+def slashed(pattern: str) -> str:
+    """As Lark writes regular expressions."""
+    return re.sub(r"(?<!\\)/", r"\/", pattern).replace("\n", r"\n")

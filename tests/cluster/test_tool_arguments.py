@@ -1,0 +1,296 @@
+"""Arguments that aren't one JSON object: whatever a model writes under their grammars, its reader finds calls that fit."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import jsonschema
+import numpy as np
+import pytest
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+
+from kvasir.cluster.answer_parts import AnswerReader, ReadAnswer
+from kvasir.cluster.tool_formats import TOOL_FORMATS
+from kvasir.cluster.tool_use import tool_use
+from kvasir.engine.argument_grammar import check_arguments
+from kvasir.engine.argument_style import style_json, style_of
+from kvasir.engine.errors import ClientError, UnsupportedError
+from kvasir.engine.raw_values import kinds_of, typed
+from kvasir.engine.structural_tag import tag_grammar
+
+END = 256
+TAGGED = [name for name, form in TOOL_FORMATS.items() if form.arguments is not None]
+PARAMETERS = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "days": {"type": "integer", "minimum": 1},
+        "unit": {"enum": ["c", "f", "a&b"]},
+        "note": {"type": ["string", "null"]},
+        "code": {"type": "string", "minLength": 2, "maxLength": 4},
+        "zip": {"type": "string", "pattern": "^[0-9]{3}$"},
+        "when": {"type": "string", "format": "date"},
+        "place": {"$ref": "#/$defs/place"},
+        "tags": {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 3},
+        "on": {"type": "boolean"},
+        "ratio": {"anyOf": [{"type": "number"}, {"type": "string", "enum": ["auto", "null"]}, {"type": "null"}]},
+        "mixed": {"enum": [1, "one", None]},
+    },
+    "required": ["city", "place", "mixed"],
+    "$defs": {"place": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}},
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}},
+    {"type": "function", "function": {"name": "ping"}},
+]
+
+
+class Bytes:
+    """A vocabulary of bytes and of `special` tokens."""
+
+    bos_token_id = None
+    eos_token_id = END
+
+    def __init__(self, special=()):
+        self.names = {name: END + 1 + number for number, name in enumerate(special)}
+        self.tokens = [bytes([one]) for one in range(256)] + [b"\xff<end>"]
+        self.tokens += [b"\xff<" + name.encode() + b">" for name in special]
+        self.special_token_ids = [END, *self.names.values()]
+        self.compiled = LLTokenizer(TokenizerWrapper(self), n_vocab=len(self.tokens), eos_token=END)
+
+    def __call__(self, text):
+        return list(text.encode())
+
+    def ids(self, text):
+        """Special tokens as such."""
+        found = []
+        while text:
+            name = next((one for one in self.names if text.startswith(one)), None)
+            found += [self.names[name]] if name else list(text[0].encode())
+            text = text[len(name or text[0]) :]
+        return found
+
+    def text(self, ids):
+        back = {number: name.encode() for name, number in self.names.items()}
+        return b"".join(back.get(one) or bytes([one]) for one in ids).decode(errors="replace")
+
+
+PLAIN = Bytes()
+
+
+def matcher_of(use, form, vocabulary=PLAIN):
+    grammar = tag_grammar(json.loads(use.grammar(form).structural_tag), vocabulary.names)
+    found = LLMatcher(vocabulary.compiled, LLMatcher.grammar_from_lark(grammar), log_level=0)
+    assert not found.is_error(), (form.name, found.get_error())
+    return found
+
+
+def accepts(matcher, text, vocabulary=PLAIN):
+    ids, matcher = vocabulary.ids(text), matcher.deep_copy()
+    return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+
+def read(form, text, schemas):
+    reader, answer = AnswerReader(form, None, schemas=schemas), ReadAnswer()
+    answer.add([*reader.feed(text), *reader.finish()])
+    return answer
+
+
+def walk(matcher, form, seed, vocabulary=PLAIN):
+    """What a model of random weights might write, fond of marks; None when it doesn't come to an end."""
+    draw, out, style = random.Random(seed), [], form.arguments
+    mask = allocate_token_bitmask(1, vocabulary.compiled.vocab_size)
+    fond = ['"', "}", "]", "\n", "null", "true", '"a', "{", "[", "a", " ", "<", "&amp;", "1", *form.inner]
+    fond += [*style.marks, style.end, style.end, style.end, style.quote] if style else []
+    fond = [ids for text in fond if (ids := vocabulary.ids(text))]
+    matcher = matcher.deep_copy()
+    for _ in range(900):
+        if matcher.is_stopped() or (matcher.is_accepting() and draw.random() < 0.5):
+            break
+        ids = draw.choice(fond)
+        if draw.random() > 0.7 or matcher.validate_tokens(ids) < len(ids):
+            fill_next_token_bitmask(matcher, mask)
+            open_ = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
+            ids = [draw.choice([token for token in open_ if 32 <= token < 127] or open_)]
+        if ids == [END]:
+            break
+        matcher.consume_tokens(ids)
+        out += ids
+    return vocabulary.text(out) if matcher.is_accepting() else None
+
+
+def check(answer, tools, form, text):
+    """There are calls, and they fit."""
+    schemas = {tool["function"]["name"]: tool["function"].get("parameters", {}) for tool in tools}
+    assert answer.calls, (form.name, text)
+    for call in answer.calls:
+        jsonschema.validate(json.loads(call.arguments), schemas[call.name])
+
+
+@pytest.mark.parametrize("name", TAGGED)
+@pytest.mark.parametrize("specials", [False, True])
+def test_forced_calls_fit_their_schemas(name, specials):
+    """Also where marks are special tokens, as most vocabularies have them."""
+    form = TOOL_FORMATS[name]
+    vocabulary = Bytes(sorted({mark for mark in (*form.begins, *form.inner) if len(mark) > 1})) if specials else PLAIN
+    use = tool_use(TOOLS, "required")
+    assert use.format(form) is form
+    matcher, ended = matcher_of(use, form, vocabulary), 0
+    for seed in range(16):
+        if (text := walk(matcher, form, seed, vocabulary)) is not None:
+            check(read(form, text, use.schemas), TOOLS, form, text)
+            ended += 1
+    assert ended
+
+
+GOOD = {
+    "qwen3_coder": "<tool_call>\n<function=weather>\n<parameter=city>\nOslo\nBygdøy\n</parameter>\n<parameter=place>\n"
+    '{"name": "</parameter>"}\n</parameter>\n<parameter=mixed>\none\n</parameter>\n</function>\n</tool_call>',
+    "glm45": "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo\nBygdøy</arg_value>\n<arg_key>place</arg_key>\n"
+    '<arg_value>{"name": "</parameter>"}</arg_value>\n<arg_key>mixed</arg_key>\n<arg_value>one</arg_value>\n</tool_call>',
+    "deepseek_v32": '<｜DSML｜function_calls>\n<｜DSML｜invoke name="weather">\n<｜DSML｜parameter name="city" string="true">'
+    'Oslo\nBygdøy</｜DSML｜parameter>\n<｜DSML｜parameter name="place" string="false">{"name": "</parameter>"}</｜DSML｜parameter>'
+    '\n<｜DSML｜parameter name="mixed" string="true">one</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜function_calls>',
+    "gemma4": '<|tool_call>call:weather{city:<|"|>Oslo\nBygdøy<|"|>,place:{name:<|"|></parameter><|"|>},'
+    'mixed:<|"|>one<|"|>}<tool_call|>',
+    "pythonic": '[weather(city="Oslo\\nBygdøy", place={"name": "</parameter>"}, mixed="one")]',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_what_models_write_is_let_through(name):
+    form, use = TOOL_FORMATS[name], tool_use(TOOLS, "auto")
+    (call,) = read(form, GOOD[name], use.schemas).calls
+    assert json.loads(call.arguments) == {"city": "Oslo\nBygdøy", "place": {"name": "</parameter>"}, "mixed": "one"}
+    free, forced = matcher_of(use, form), matcher_of(tool_use(TOOLS, "required"), form)
+    wrong = GOOD[name].replace("one", "two")
+    assert accepts(forced, GOOD[name])
+    assert not accepts(forced, wrong)
+    assert accepts(free, "Let me see. [1] " + GOOD[name])
+    assert accepts(free, "It rains in [Bergen].")
+    assert not accepts(free, "Let me see. " + wrong)
+    assert not accepts(matcher_of(tool_use(TOOLS, "required", parallel=False), form), GOOD[name] * 2)
+
+
+def test_a_call_without_its_outer_tag_is_held_too():
+    """Qwen3-Coder leaves it out now and then."""
+    form = TOOL_FORMATS["qwen3_coder"]
+    free = matcher_of(tool_use(TOOLS, "auto"), form)
+    inner = GOOD["qwen3_coder"].removeprefix("<tool_call>\n").removesuffix("\n</tool_call>")
+    assert accepts(free, "Well. " + inner)
+    assert not accepts(free, "Well. " + inner.replace("one", "two"))
+
+
+@pytest.mark.parametrize(
+    ("name", "good"),
+    [
+        ("openai", "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Hello"),
+        ("openai", "Hm.<|end|><|start|>assistant<|channel|>commentary to=functions.ping <|constrain|>json<|message|>{}"),
+        ("openai", "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant to=functions.ping<|channel|>commentary "
+         "<|constrain|>json<|message|>{}"),
+        ("cohere", "<|START_THINKING|>Hm.<|END_THINKING|><|START_RESPONSE|>Hello<|END_RESPONSE|>"),
+        ("cohere", '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "ping", "parameters": {}}]<|END_ACTION|>'),
+        ("cohere", "Hello"),
+    ],
+)  # fmt: skip
+def test_formats_of_the_whole_answer_hold_free_calls(name, good):
+    form = TOOL_FORMATS[name]
+    marks = {
+        mark for mark in form.inner if mark in "".join([*form.call, *form.wrap, *sum(form.blocks, ()), *form.answer])
+    }
+    vocabulary = Bytes(sorted(marks))
+    strict = [{"type": "function", "function": {**one["function"], "strict": True}} for one in TOOLS]
+    matcher = matcher_of(tool_use(strict, "auto"), form, vocabulary)
+    assert accepts(matcher, good, vocabulary)
+    assert not accepts(matcher, good.replace("ping", "weather"), vocabulary) or "ping" not in good
+
+
+def plain(schema):
+    """BFCL writes Python's types."""
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: value for key, value in schema.items() if key not in ("default", "format", "optional")}
+    names = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}
+    if isinstance(found.get("type"), str):
+        found["type"] = names.get(found["type"].lower(), found["type"].lower())
+    if found.get("type") not in ("object", "array", "string", "integer", "number", "boolean"):
+        found.pop("type", None)
+    if isinstance(found.get("properties"), dict):
+        found["properties"] = {key: plain(value) for key, value in found["properties"].items()}
+    return {**found, "items": plain(found["items"])} if "items" in found else found
+
+
+def functions(data, count):
+    """Of the Berkeley leaderboard, drawn from all of its categories."""
+    lines = [
+        line for file in sorted(data("tools-bfcl/questions").glob("*.json*")) for line in file.read_text().splitlines()
+    ]
+    for line in random.Random(1).sample(lines, count):
+        given = json.loads(line).get("function") or []
+        tools = [
+            {"type": "function", "function": {"name": f["name"], "parameters": plain(f["parameters"])}}
+            for f in (given if isinstance(given, list) else [given])
+        ]
+        if tools and len({tool["function"]["name"] for tool in tools}) == len(tools):
+            yield tools
+
+
+@pytest.mark.parametrize("name", TOOL_FORMATS)
+def test_bfcl_forced_in_every_format(data, name):
+    """Every output of a model of random weights that ends is a call that fits."""
+    form, ended, own = TOOL_FORMATS[name], 0, 0
+    for number, tools in enumerate(functions(data, 10)):
+        use = tool_use(tools, "required")
+        written = use.format(form)
+        matcher = matcher_of(use, form)
+        for seed in range(2):
+            if (text := walk(matcher, written, 100 * number + seed)) is not None:
+                check(read(written, text, use.schemas), tools, written, text)
+                ended += 1
+                own += written is form
+    assert ended >= 5
+    assert own >= 0.8 * ended
+
+
+@pytest.mark.parametrize(
+    ("schema", "word"),
+    [
+        ({"allOf": [{"type": "string"}]}, "allOf"),
+        ({"type": "string", "format": "idn-email"}, "idn-email"),
+        ({"type": "string", "pattern": "^a|b$"}, "pattern"),
+        ({"type": "string", "pattern": "a$b"}, "pattern"),
+        ({"type": "string", "contentEncoding": "base64"}, "contentEncoding"),
+        ({"oneOf": [{"type": "string"}, {"type": "string", "minLength": 3}]}, "oneOf"),
+        ({"enum": ["</parameter>"]}, "enum"),
+    ],
+)
+def test_what_cant_be_held_is_named(schema, word):
+    style = TOOL_FORMATS["qwen3_coder"].arguments
+    with pytest.raises(UnsupportedError, match=word):
+        check_arguments({"properties": {"a": schema}}, style, exact=True)
+    with pytest.raises(UnsupportedError, match="name"):
+        check_arguments({"properties": {"a>": {}}}, style, exact=True)
+    with pytest.raises(UnsupportedError, match="minProperties"):
+        check_arguments({"minProperties": 1}, style, exact=True)
+
+
+def test_styles_come_back_from_structural_tags():
+    for name in TAGGED:
+        style = TOOL_FORMATS[name].arguments
+        assert style_of(json.loads(json.dumps(style_json(style)))) == style
+    for wrong in ({}, {"key": "ab"}, {"key": ["a", 1]}, {"key": ["a", "b"], "texts": "x"}, {"key": ["a"]}):
+        with pytest.raises(ClientError):
+            style_of(wrong)
+
+
+def test_texts_are_read_by_their_types():
+    assert typed("true", {"type": "string"}) == "true"
+    assert typed("true", {"type": ["string", "null"]}) == "true"
+    assert typed("null", {"type": ["string", "null"]}) is None
+    assert typed("[1]", {"type": ["string", "object"]}) == "[1]"
+    assert typed("12", {"type": ["string", "integer"]}) == "12"
+    assert typed("True", {"type": "boolean"}) is True
+    assert typed("[1]", {}) == [1]
+    assert kinds_of({"anyOf": [{"type": "string"}, {"const": "x"}, {"type": ["null"]}]}) == {"string", "null"}
