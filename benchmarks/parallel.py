@@ -111,14 +111,15 @@ class Watch:
         executor = llm.engine._executor
         self.busy = 0.0
         self.traffic = executor.loaded.decoder.mesh.traffic
-        launch = executor.launch
+        run = executor.rank.run  # type: ignore[attr-defined]
 
-        def watched(step: Step) -> None:
+        def watched(step: Step) -> Result:
             start = time.perf_counter()
-            launch(step)
+            result: Result = run(step)
             self.busy += time.perf_counter() - start
+            return result
 
-        executor.launch = watched  # type: ignore[method-assign]
+        executor.rank.run = watched  # type: ignore[attr-defined]
 
     def reset(self) -> None:
         self.busy = 0.0

@@ -215,6 +215,8 @@ class Engine:
         try:
             while not self._stopping:
                 self._turn()
+            while self._flying:
+                self._hand_out(self._take_back())
             self._fail_all("unavailable", "the engine was shut down")
         except Exception as error:  # the process's border: whatever a step raises, no client may be left waiting
             if isinstance(error, KvasirError):  # a rank that is gone: the message says all
@@ -234,15 +236,13 @@ class Engine:
         self._publish()
         now = time.time()
         events += self._scheduler.expire(now)
-        full = len(self._flying) == self._executor.depth
-        step = None if full else self._scheduler.plan(now)
+        step = self._scheduler.plan(now)  # while those before it are executed
         if step is not None:
             self._executor.launch(step)
             self._flying.append(step)
-        if self._flying and (step is None or len(self._flying) == self._executor.depth):
-            oldest = self._flying.popleft()
-            events += self._scheduler.commit(oldest, self._executor.collect(), time.time())
-            step = oldest
+        if self._flying and (step is None or len(self._flying) > self._executor.depth):
+            step = self._flying[0]
+            events += self._take_back()
         self._hand_out(events)
         if self._on_blocks is not None:
             self._tell_blocks(self._on_blocks)
@@ -250,6 +250,11 @@ class Engine:
             with self._wake:
                 if not self._inbox and not self._stopping:
                     self._wake.wait(LOADING_S if self._scheduler.loading else IDLE_S)
+
+    def _take_back(self) -> list[Event]:
+        """The oldest step's result, when it is there."""
+        result = self._executor.collect()
+        return self._scheduler.commit(self._flying.popleft(), result, time.time())
 
     def _take_in(self) -> list[Event]:
         """What clients asked since the last turn."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import queue
-from collections import Counter, deque
+import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -25,7 +26,8 @@ LOCALHOST = "127.0.0.1"
 
 
 class Executor(Protocol):
-    """`launch` steps, at most `depth` at once, and `collect` their results in the same order."""
+    """`launch` steps, and `collect` their results in the same order. At most `depth` are executed at once: a step begins when
+    the result of the `depth`-th before it is known. Launching more costs nobody any time."""
 
     loaded: Loaded
     depth: int
@@ -36,6 +38,53 @@ class Executor(Protocol):
     def launch(self, step: Step) -> None: ...
     def collect(self) -> Result: ...
     def close(self) -> None: ...
+
+
+class Lane:
+    """Executes steps one after another, in a thread of its own that begins with the first. After an error it does nothing
+    more, and everybody who collects gets the error."""
+
+    def __init__(self, execute: Callable[[Step], Result | None]) -> None:
+        self._execute = execute
+        """None: somebody else `put`s the result."""
+        self._steps: queue.SimpleQueue[Step | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Result | BaseException] = queue.SimpleQueue()
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    def launch(self, step: Step) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="kvasir-rank", daemon=True)
+            self._thread.start()
+        self._steps.put(step)
+
+    def collect(self) -> Result:
+        found = self._done.get()
+        if isinstance(found, BaseException):
+            self._done.put(found)
+            raise found
+        return found
+
+    def put(self, result: Result | BaseException) -> None:
+        """Any thread, in the order of the steps."""
+        self._done.put(result)
+
+    def close(self) -> None:
+        """Wait for the step that is being executed; those behind it never are."""
+        self._closing = True
+        self._steps.put(None)
+        if self._thread is not None:
+            self._thread.join()
+
+    def _work(self) -> None:
+        while (step := self._steps.get()) is not None and not self._closing:
+            try:
+                result = self._execute(step)
+            except BaseException as error:  # the thread's border: who collects raises it
+                self._done.put(error)
+                return
+            if result is not None:
+                self._done.put(result)
 
 
 class LocalExecutor:
@@ -49,15 +98,16 @@ class LocalExecutor:
         self.fetched: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         if loaded.tiers is not None:
             loaded.tiers.on_fetched = lambda *said: self.fetched.put(said)
-        self._done: deque[Result] = deque()
+        self._lane = Lane(lambda step: self.rank.run(step))
 
     def launch(self, step: Step) -> None:
-        self._done.append(self.rank.run(step))
+        self._lane.launch(step)
 
     def collect(self) -> Result:
-        return self._done.popleft()
+        return self._lane.collect()
 
     def close(self) -> None:
+        self._lane.close()
         if self.loaded.tiers is not None:
             self.loaded.tiers.close()
 
@@ -69,6 +119,7 @@ class GroupExecutor:
         self._config, self._hub, self._kill = config, hub, kill
         self._mesh = Mesh()
         self._tiers: Tiers | None = None
+        self._lane = Lane(self._execute)
         hub.on_failure = self._free
         try:
             self._mesh = _meet(config, hub, own_gpus)
@@ -89,30 +140,60 @@ class GroupExecutor:
             raise
         self.depth = config.pipeline_parallel_size
         self._samples = self.rank.place.samples
-        self._own: deque[Result] = deque()
-        self._news: list[Result] = []
+        self._unknown = 0
+        """Steps that were begun and whose results this rank hasn't learnt."""
+        self._arrived: queue.SimpleQueue[Result | BaseException] = queue.SimpleQueue()
+        if not self._samples:
+            threading.Thread(target=self._receive, name="kvasir-results", daemon=True).start()
 
     def launch(self, step: Step) -> None:
-        self._hub.step(encode_step(step, self._news))
-        self._news = []
-        try:
-            self._own.append(self.rank.run(step))
-        except RuntimeError as error:
-            raise self._hub.verdict(_symptom(error, self._config)) from error
+        self._lane.launch(step)
 
     def collect(self) -> Result:
-        own = self._own.popleft()
-        result = own if self._samples else decode_result(self._hub.result())
-        self.rank.learn(result)
-        self._news.append(result)
-        return result
+        return self._lane.collect()
 
     def close(self) -> None:
+        self._lane.close()
         self._hub.close()
         if self._tiers is not None:
             self._tiers.close()  # meanwhile the others write what they have left
         self._kill()
         self._mesh.close()
+
+    def _execute(self, step: Step) -> Result | None:
+        """In the lane's thread. The others hear what was sampled before they get a step that follows it."""
+        news: list[Result] = []
+        while self._unknown == self.depth or not self._arrived.empty():
+            news.append(self._learn(self._arrived.get()))
+        self._hub.step(encode_step(step, news))
+        self._unknown += 1
+        try:
+            result = self.rank.run(step)
+        except RuntimeError as error:
+            raise self._hub.verdict(_symptom(error, self._config)) from error
+        if not self._samples:
+            return None
+        self._arrived.put(result)
+        return result
+
+    def _learn(self, result: Result | BaseException) -> Result:
+        if isinstance(result, BaseException):
+            raise result
+        self._unknown -= 1
+        self.rank.learn(result)
+        return result
+
+    def _receive(self) -> None:
+        """Where another rank samples: its results, in a thread of their own."""
+        while True:
+            try:
+                result: Result | BaseException = decode_result(self._hub.result())
+            except BaseException as error:  # the thread's border: who waits for a result raises it
+                result = error
+            self._arrived.put(result)
+            self._lane.put(result)
+            if isinstance(result, BaseException):
+                return
 
     def _free(self) -> None:
         """The group failed: whoever waits for the rank that is gone, this process included, gets an error."""

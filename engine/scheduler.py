@@ -3,6 +3,9 @@
 There are no phases: a sequence has tokens and how many of them are computed, and every step lets it catch up within the
 token budget. Prefill, chunks, decode, prefix hits and recomputation after a preemption are that one rule.
 
+A step is planned while the one before it is executed: what it computes of a sequence may follow a token that isn't known
+yet, since the ranks append what they sample themselves. When the result says that the sequence is over, that is thrown away.
+
 Order within a step: sequences that lack one token (they stream) first, then what is left of the budget is shared evenly
 among those that lack more, so that neither a long prompt stalls streams nor a short prompt waits behind a long one.
 """
@@ -103,9 +106,9 @@ class Scheduler:
 
     whole_prompts: a prompt is computed in one step or not at all (encoders). pool_last: a vector needs the last token's
     row alone, so prompts that are pooled may begin in the prefix cache. stretch_len: sequences longer than this turn by
-    other angles from their first token on (`Rope.original_len`). depth: so many steps are executed at once, each of
-    other sequences (pipeline stages); streams are dealt out among them. tiers: what lies below the cache, in each of
-    `ranks` ranks.
+    other angles from their first token on (`Rope.original_len`). depth: so many steps are executed at once (pipeline
+    stages), and one more may be planned; streams are dealt out among them, since a step isn't begun before the result of
+    the `depth`-th before it is known. tiers: what lies below the cache, in each of `ranks` ranks.
     """
 
     def __init__(
@@ -144,9 +147,11 @@ class Scheduler:
         self._copies: list[tuple[int, int]] = []
         self._deadlines: list[tuple[float, str]] = []
         self._depth = depth
-        self._in_flight: dict[int, list[Sequence]] = {}
-        """step -> what it computes, in the order of its slices"""
-        self._planned: list[Sequence] = []
+        self._in_flight: dict[int, list[tuple[Sequence, bool]]] = {}
+        """step -> what it computes, in the order of its slices, and whether that follows an unknown token"""
+        self._planned: list[tuple[Sequence, bool]] = []
+        self._stalled: Order | None = None
+        """Who lacks blocks that it gets once a result is known: nobody less important goes ahead of it in this step."""
         self._blocked: tuple[Order, int] | None = None
         self._arrivals = self._steps = self._turn = self._searches = 0
         self._totals = dict.fromkeys(
@@ -275,14 +280,15 @@ class Scheduler:
     # -- one step
 
     def plan(self, now: float) -> Step | None:
-        """The next step, or None when there is nothing to compute. `computed` advances in `commit`."""
-        assert len(self._in_flight) < self._depth, "a step has to be committed first"
+        """The next step, or None when there is nothing to compute yet. `computed` advances in `commit`."""
+        assert len(self._in_flight) <= self._depth, "a step has to be committed first"
+        self._stalled = None
         self._look_below(now)
-        prompts = sum(sequence.remaining > 1 and not sequence.in_flight for _, sequence in self._running)
+        prompts = sum(sequence.behind > 1 for _, sequence in self._running)
         slices = self._plan_streams(prompts > 0)
         left = self.budget - len(slices)
-        admitted = self._admit(left - prompts, now)
-        behind = [s for _, s in self._running if not s.in_flight and (s.remaining > 1 or id(s) in admitted)]
+        admitted = self._admit(left - prompts, now) if self._stalled is None else set()
+        behind = [s for _, s in self._running if s.behind > 1 or id(s) in admitted]
         slices += self._plan_prompts(behind, left)
         moves = self._loads.moves()
         if not slices and not self._freed and moves is None:
@@ -297,12 +303,15 @@ class Scheduler:
         """Take in what a step, the oldest that is executed, produced."""
         events: list[Event] = []
         sampled = 0
-        for sequence, slice_ in zip(self._in_flight.pop(step.id), step.slices, strict=True):
+        for (sequence, ahead), slice_ in zip(self._in_flight.pop(step.id), step.slices, strict=True):
             number, sampled = sampled, sampled + slice_.sample
-            sequence.in_flight = False
-            self._totals["step_tokens"] += slice_.count
+            sequence.flying -= slice_.count
+            sequence.promised -= slice_.sample
+            if not (ahead and sequence.ended):
+                self._totals["step_tokens"] += slice_.count
             if sequence.ended:
-                self._leave(sequence)
+                if not sequence.flying:
+                    self._leave(sequence)
                 continue
             if slice_.prompt_logprobs and sequence.prompt_scores is not None:
                 sequence.prompt_scores += result.prompt_logprobs.get(slice_.seat, ())
@@ -321,9 +330,9 @@ class Scheduler:
 
     def _plan_streams(self, prompts: bool) -> list[Slice]:
         """One token for every sequence that lacks one; when there are more than fit, they take turns."""
-        streams = [sequence for _, sequence in self._running if sequence.remaining == 1]
+        streams = [sequence for _, sequence in self._running if sequence.behind == 1]
         room = self.budget if self._depth == 1 else min(self.budget, -(-len(streams) // self._depth))
-        streams = [sequence for sequence in streams if not sequence.in_flight]
+        streams = [sequence for sequence in streams if not sequence.promised or self._ready(sequence)]
         if prompts or (self._waiting and self._seats):
             room = min(
                 room, self.budget - max(1, self.budget // 4)
@@ -333,35 +342,42 @@ class Scheduler:
             self._turn = (self._turn + room) % len(streams)
             streams = (streams[self._turn :] + streams[: self._turn])[:room]
             streams.sort(key=lambda sequence: sequence.order)
-        for sequence in streams:  # most important first, so that nobody loses blocks to a less important one
-            if sequence.seat is not None:
-                self._grow(sequence, sequence.computed + 1)
-        return [self._slice(sequence, 1) for sequence in streams if sequence.seat is not None]
+        # most important first, so that nobody loses blocks to a less important one
+        ready = [sequence for sequence in streams if self._grow(sequence, sequence.planned + 1)]
+        return [self._slice(sequence, 1) for sequence in ready]
+
+    def _ready(self, sequence: Sequence) -> bool:
+        """The token that it lacks is still being sampled, but will be known where it is needed, and won't be its last."""
+        length = len(sequence.tokens) + sequence.promised
+        known = self._steps + 1 - sequence.step >= self._depth
+        same = sequence.stretched or length <= self._stretch_len
+        return known and same and not sequence.waits and length < sequence.max_len
 
     def _plan_prompts(self, prompts: list[Sequence], left: int) -> list[Slice]:
         """Even shares of `left` tokens; what one sequence doesn't need, the others get."""
         shares: list[tuple[Order, int, Sequence]] = []
-        for number, sequence in enumerate(sorted(prompts, key=lambda s: (s.remaining, s.order))):
-            share = min(sequence.remaining, -(-left // (len(prompts) - number)))
+        for number, sequence in enumerate(sorted(prompts, key=lambda s: (s.behind, s.order))):
+            share = min(sequence.behind, -(-left // (len(prompts) - number)))
             if self._whole_prompts:
-                share = sequence.remaining if sequence.remaining <= left else 0
+                share = sequence.behind if sequence.behind <= left else 0
             if share > 0:
                 shares.append((sequence.order, share, sequence))
                 left -= share
-        for _, share, sequence in sorted(shares, key=lambda entry: entry[0]):
-            if sequence.seat is not None:
-                self._grow(sequence, sequence.computed + share)
-        ready = [(share, sequence) for _, share, sequence in shares if sequence.seat is not None]
+        shares.sort(key=lambda entry: entry[0])
+        ready = [(share, sequence) for _, share, sequence in shares if self._grow(sequence, sequence.planned + share)]
         return [self._slice(sequence, share) for share, sequence in ready]
 
     def _slice(self, sequence: Sequence, count: int) -> Slice:
         assert sequence.seat is not None
-        sequence.in_flight = True
-        self._planned.append(sequence)
-        scores = sequence.prompt_scores is not None and sequence.computed < sequence.prompt_len - 1
+        start = sequence.planned
+        scores = sequence.prompt_scores is not None and start < sequence.prompt_len - 1
         pool = sequence.request.pooling is not None
-        sample = count == sequence.remaining and not pool
-        return Slice(sequence.seat, sequence.computed, count, sample, scores, pool, sequence.replays(count))
+        sample = count == sequence.behind and not pool
+        planned = Slice(sequence.seat, start, count, sample, scores, pool, sequence.replays(count))
+        self._planned.append((sequence, start + count > len(sequence.tokens)))
+        sequence.flying, sequence.promised = sequence.flying + count, sequence.promised + sample
+        sequence.step = self._steps + 1
+        return planned
 
     def _admit(self, room: int, now: float) -> set[int]:
         """Seat waiting sequences, strictly in order: one that lacks blocks isn't overtaken, or it might wait for ever."""
@@ -400,11 +416,13 @@ class Scheduler:
 
     def _fitting(self, sequence: Sequence, most: int) -> tuple[int, list[list[int]]] | None:
         """(blocks, tables) of its longest cached prefix, up to `most` blocks; None: what it needs besides isn't free."""
-        matched, tables = self.tables.match(sequence, most)
-        need = self.tables.need(sequence, matched)
         spare = sum(self.tables.due(other) for _, other in self._running)
-        lacks = need + spare > self.pool.num_free - sum(self.pool.count_free(table) for table in tables)
-        return None if lacks else (matched, tables)
+        for limit in (most,) if self._running else (most, 0):  # a window's blocks come on top of what it needs alone
+            matched, tables = self.tables.match(sequence, limit)
+            need = self.tables.need(sequence, matched)
+            if need + spare <= self.pool.num_free - sum(self.pool.count_free(table) for table in tables):
+                return matched, tables
+        return None
 
     def _still_blocked(self, sequence: Sequence) -> bool:
         """It lacked blocks, and none was given back since: its prompt needn't be looked up again at every step."""
@@ -455,18 +473,23 @@ class Scheduler:
         self._grown += ((seat, group, blocks) for group, blocks in grown)
         insort(self._running, (sequence.order, sequence))
 
-    def _grow(self, sequence: Sequence, tokens: int) -> None:
+    def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """Slots for its first `tokens` tokens; when free blocks are too few, the least important sequence that this step
-        doesn't compute gives up its own, at last this one itself."""
+        doesn't compute gives up its own, at last this one itself. False: it has none, or has to wait for a result."""
+        if sequence.seat is None or (self._stalled is not None and self._stalled < sequence.order):
+            return False
         lacking = self.tables.lacking(sequence, tokens)
         while lacking > self.pool.num_free:
-            victim = next(other for _, other in reversed(self._running) if not other.in_flight)
+            victim = next(other for _, other in reversed(self._running) if other.step <= self._steps)
+            if victim.flying:
+                self._stalled = sequence.order
+                return False
             self._preempt(victim)
             if victim is sequence:
-                return
+                return False
         if lacking:
-            assert sequence.seat is not None
             self._grown += ((sequence.seat, group, blocks) for group, blocks in self.tables.grow(sequence, tokens))
+        return True
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to waiting, with its output: it will be recomputed, or found in the cache."""
@@ -487,6 +510,7 @@ class Scheduler:
         """Give back seat and blocks, and withdraw what the ranks haven't been told yet."""
         seat = sequence.seat
         assert seat is not None
+        assert not sequence.flying, "it is being computed"
         if sequence.ended:
             self._loads.note_use(sequence)
         known = len(self._new)
@@ -646,7 +670,7 @@ class Scheduler:
             return False
         for _, beam in reversed(self._running):
             mine = beam.request is head.request or beam.order > head.order
-            if beam.offers is not None and not beam.in_flight and mine:
+            if beam.offers is not None and not beam.flying and mine:
                 self._preempt(beam)
                 return True
         return False
@@ -681,7 +705,7 @@ class Scheduler:
         if sequence.seat is None:
             if sequence.offers is None and not self._loads.cancel(sequence):
                 _remove(self._waiting, sequence)
-        elif not sequence.in_flight:
+        elif not sequence.flying:
             self._leave(sequence)
         return [] if event is None else [event]
 

@@ -40,8 +40,12 @@ class Sequence:
     """Content ids of its full blocks, hashed once."""
     seat: int | None = None
     """None: waiting."""
-    in_flight: bool = False
-    """A step that computes some of it is being executed."""
+    flying: int = 0
+    """Tokens behind `computed` that steps compute whose results aren't known yet."""
+    promised: int = 0
+    """Tokens behind `tokens` that these steps sample."""
+    step: int = 0
+    """The last one that computes some of it."""
     ended: bool = False
     offers: Seq[Candidate] | None = None
     """A beam's likeliest next tokens: it waits until the others of its search have theirs. If it has to give up its blocks
@@ -70,6 +74,22 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
+    def planned(self) -> int:
+        """Tokens that are computed, or will be by the steps that were planned."""
+        return self.computed + self.flying
+
+    @property
+    def behind(self) -> int:
+        """Tokens that no step computes yet, those that are still being sampled included: 1 when it decodes."""
+        return 0 if self.ended else len(self.tokens) + self.promised - self.planned
+
+    @property
+    def waits(self) -> bool:
+        """What follows its next token is decided, or told to others' code, when that token is known."""
+        sampling = self.request.sampling
+        return bool(self.forks or sampling.use_beam_search or sampling.logits_processors)
+
+    @property
     def outputs(self) -> int:
         return len(self.tokens) - self.prompt_len
 
@@ -80,7 +100,7 @@ class Sequence:
 
     def replays(self, count: int) -> bool:
         """Among its next `count` rows is one whose successor was sampled already, and must be seen again."""
-        first, end = max(self.computed, self.prompt_len - 1), self.computed + count
+        first, end = max(self.planned, self.prompt_len - 1), self.planned + count
         return first < min(end, len(self.tokens) - 1) and replays(self.request.sampling)
 
     def ending(self) -> tuple[FinishReason, int | None] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -130,13 +131,16 @@ class FakeRank:
     """Keeps, for every slot, the group and all the tokens that led to what was written there; reads fail on anything
     else."""
 
-    def __init__(self, block_size: int, layout: Layout, tiers: FakeTiers | None = None) -> None:
-        self.size, self.groups, self.tiers = block_size, layout.groups, tiers
+    def __init__(self, block_size: int, layout: Layout, tiers: FakeTiers | None = None, depth: int = 1) -> None:
+        self.size, self.groups, self.tiers, self.depth = block_size, layout.groups, tiers, depth
+        self.awaited: deque[tuple[int, list[tuple[Seat, int]]]] = deque()
+        """Of the last steps: the tokens that they sampled, known at the latest when the `depth`-th step after them begins."""
         self.slots: dict[int, object] = {}
         self.seats: dict[int, Seat] = {}
         self.tokens = 0
 
     def run(self, step: Step) -> Result:
+        self.learn(step.id - self.depth)
         for seat in step.freed:
             del self.seats[seat]
         for new in step.new:
@@ -184,9 +188,15 @@ class FakeRank:
                 if seat_.beams:
                     offered[len(sampled)] = offers(seat_.tokens, seat_.beams)
                 sampled.append(0 if seat_.beams else model(seat_.tokens, seat_.seed))
-        for part, token in zip([p for p in step.slices if p.sample], sampled, strict=True):
-            self.seats[part.seat].tokens.append(token)
+        sampling = [self.seats[part.seat] for part in step.slices if part.sample]
+        self.awaited.append((step.id, list(zip(sampling, sampled, strict=True))))
         return Result(step.id, sampled, prompt_logprobs=scores, pooled=pooled, offers=offered)
+
+    def learn(self, last: int) -> None:
+        """What steps up to `last` sampled."""
+        while self.awaited and self.awaited[0][0] <= last:
+            for seat, token in self.awaited.popleft()[1]:
+                seat.tokens.append(token)
 
     def stamp(self, seat: Seat, group: int, position: int) -> object:
         return group, seat.stretched, tuple(seat.tokens[: position + 1])
@@ -210,9 +220,14 @@ class World:
         prefix_caching: bool = True,
         layout: Layout = ONE_GROUP,
         tiers: FakeTiers | None = None,
+        depth: int = 1,
+        ahead: bool = False,
         **options: Any,
     ) -> None:
         self.tiers = tiers
+        self.flying: deque[tuple[Step, Result]] = deque()
+        self.most = depth + ahead
+        """Steps that are planned before the first of them is committed."""
         self.pool = BlockPool(blocks, size, prefix_caching=prefix_caching)
         self.scheduler = Scheduler(
             block_pool=self.pool,
@@ -223,9 +238,10 @@ class World:
             layout=layout,
             tiers=tiers,
             ranks=tiers.ranks if tiers else 1,
+            depth=depth,
             **options,
         )
-        self.rank, self.limit, self.now, self.budget = FakeRank(size, layout, tiers), limit, 1000.0, budget
+        self.rank, self.limit, self.now, self.budget = FakeRank(size, layout, tiers, depth), limit, 1000.0, budget
         self.events: list[Event] = []
         self.requests: dict[str, Request] = {}
 
@@ -256,7 +272,11 @@ class World:
         assert not self.pool.check()
         if step is not None:
             assert sum(part.count for part in step.slices) <= self.budget
-            self.events += self.scheduler.commit(step, self.rank.run(step), self.now)
+            self.flying.append((step, self.rank.run(step)))
+        if self.flying and (step is None or len(self.flying) == self.most):
+            oldest, result = self.flying.popleft()
+            self.rank.learn(oldest.id)
+            self.events += self.scheduler.commit(oldest, result, self.now)
             assert not self.pool.check()
         return step
 
@@ -266,7 +286,10 @@ class World:
                 break
             self.step()
         assert not self.scheduler.has_work
-        self.step()
+        flying = True
+        while flying:
+            flying = bool(self.flying)
+            flying |= self.step() is not None
         assert self.pool.num_used == 0
         assert not self.rank.seats
 
@@ -313,7 +336,7 @@ def test_outputs_do_not_depend_on_sizes_order_or_memory(seed: int, layout: Layou
     world = World(
         blocks=blocks, size=size, seats=draw.choice((1, 2, 5, 20)), budget=budget, limit=90,
         prefix_caching=draw.random() < 0.8, layout=layout, stretch_len=draw.choice((None, None, 30)), pool_last=True,
-        tiers=tiers,
+        tiers=tiers, depth=draw.choice((1, 1, 2, 3)), ahead=draw.random() < 0.7,
     )  # fmt: skip
     trunk = [draw.randrange(VOCABULARY) for _ in range(40)]
     waiting = [f"r{i}" for i in range(25)]
