@@ -63,6 +63,7 @@ SPELLINGS: dict[str, Renamed | Always | Refused] = {
     "middleware": Refused("middleware is not supported"),
     "max_log_len": Refused("prompts are never logged"),
     "disable_log_requests": Always(TRUE, "requests are logged only with --enable-log-requests"),
+    "disable_fastapi_docs": Renamed("enable_docs", lambda value: value not in TRUE),
     "expert_parallel": Renamed("enable_expert_parallel"),
     "ray_workers_use_nsight": Always(FALSE, "profiling under Nsight is not supported"),
     "device_memory_utilization": Renamed("gpu_memory_utilization"),
@@ -116,7 +117,8 @@ SHORT = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-d
 SHORT |= {"-q": "--quantization"}
 
 SWITCHES = {
-    name for name, meaning in SPELLINGS.items() if isinstance(meaning, Always) and meaning.values in (TRUE, FALSE)
+    "disable_fastapi_docs",
+    *(name for name, one in SPELLINGS.items() if isinstance(one, Always) and one.values in (TRUE, FALSE)),
 }
 """Those that take no value on the command line."""
 

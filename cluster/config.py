@@ -67,6 +67,8 @@ class GatewayConfig:
     """Seconds that a streamed answer which may be resumed is kept without a reader. Flag: --stream-ttl."""
     stream_memory: int = 64 * 2**20
     """Bytes of such answers that a gateway keeps."""
+    enable_docs: bool = True
+    """Describe the API on /openapi.json and /docs."""
     response_role: str = "assistant"
     """Role of chat answers."""
     enable_log_requests: bool = False

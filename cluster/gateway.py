@@ -23,6 +23,7 @@ from kvasir.cluster.batches_api import batches_routes
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.conversations_api import conversation_routes
 from kvasir.cluster.desk import Desk
+from kvasir.cluster.docs_api import docs_routes
 from kvasir.cluster.error_shapes import openai_error
 from kvasir.cluster.files_api import files_routes
 from kvasir.cluster.grpc_api import create_grpc_server
@@ -62,6 +63,7 @@ def create_app(
         *anthropic_routes(desk, limit),
         streams,
         *_stored_routes(desk, background, store, config),
+        *(docs_routes() if config.enable_docs else []),
     ]
     app.router.routes.extend([*_openai_routes(desk, chats, config), *others, *_operator_routes(desk, other_metrics)])
     for kind, handler in HANDLERS.items():

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from kvasir.cluster.described import described
 from kvasir.cluster.foreign_fields import foreign_constraints
 from kvasir.cluster.openai_fields import SAMPLING, Check, Neutral, boolean, integer_from, later, string
 from kvasir.engine.errors import ClientError
@@ -16,6 +17,7 @@ _DURATION = re.compile(r"-?(\d+(\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)((\d+(\.\d*)?|
 THINK_LEVELS = ("low", "medium", "high", "max")
 
 
+@described(type="object")
 def object_(name: str, value: Any) -> None:
     if not isinstance(value, dict):
         raise ClientError(f"{name} must be an object, got {value!r:.60}", param=name)
@@ -52,6 +54,7 @@ def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in DEFAULTS.items() if not (given.get("mirostat") and name in MIROSTAT_LACKS)}
 
 
+@described(anyOf=[{"type": "number"}, {"type": "string", "pattern": f"^({_DURATION.pattern})$"}])
 def keep_alive(name: str, value: Any) -> None:
     """Seconds, or a duration in Go's spelling."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -67,27 +70,32 @@ def seconds(value: Any) -> float:
     return -1.0 if value.startswith("-") else float(any(digit in number for digit in "123456789"))
 
 
+@described(type="array", maxItems=0)
 def no_images(name: str, value: Any) -> None:
     """There is no vision yet."""
     if value != []:
         raise ClientError(f"{name}: this server reads no images; send text only", param=name)
 
 
+@described(enum=[True, False, *THINK_LEVELS])
 def _think(name: str, value: Any) -> None:
     if not isinstance(value, bool) and value not in THINK_LEVELS:
         raise ClientError(f"{name} must be true, false, {', '.join(THINK_LEVELS)}; got {value!r:.60}", param=name)
 
 
+@described(anyOf=[{"type": "object"}, {"enum": ["", "json"]}])
 def _format(name: str, value: Any) -> None:
     if not isinstance(value, dict) and value not in ("", "json"):
         raise ClientError(f'{name} must be "json" or a JSON schema, got {value!r:.60}', param=name)
 
 
+@described(type="array", items={"type": "object"})
 def objects(name: str, value: Any) -> None:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise ClientError(f"{name} must be a list of objects, got {value!r:.60}", param=name)
 
 
+@described(type="array", items={"type": "integer"})
 def _ids(name: str, value: Any) -> None:
     if not isinstance(value, list) or any(type(item) is not int for item in value):
         raise ClientError(f"{name} must be a list of token ids, got {value!r:.60}", param=name)

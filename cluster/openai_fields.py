@@ -6,16 +6,18 @@ the neutral values, which say nothing; null always is one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from kvasir.cluster.described import Check as Check
+from kvasir.cluster.described import Described, described
 from kvasir.cluster.service_fields import check_metadata, check_tier
 from kvasir.cluster.structured_fields import FIELDS as STRUCTURED
 from kvasir.cluster.structured_fields import check_backend
 from kvasir.engine.errors import ClientError
 
-Check = Callable[[str, Any], None]
 Neutral = dict[str, tuple[Any, ...]]
+_TYPES = {bool: "boolean", str: "string", dict: "object", int: "integer"}
 
 
 def _of_type(kind: type, what: str) -> Check:
@@ -25,7 +27,7 @@ def _of_type(kind: type, what: str) -> Check:
         if type(value) is not kind:
             raise ClientError(f"{name} must be {what}, got {value!r:.60}", param=name)
 
-    return check
+    return Described(check, {"type": _TYPES[kind]})
 
 
 def _list_of(kind: type, what: str) -> Check:
@@ -33,7 +35,7 @@ def _list_of(kind: type, what: str) -> Check:
         if not isinstance(value, list) or any(type(item) is not kind for item in value):
             raise ClientError(f"{name} must be a list of {what}, got {value!r:.60}", param=name)
 
-    return check
+    return Described(check, {"type": "array", "items": {"type": _TYPES[kind]}})
 
 
 def integer_from(low: int, high: int) -> Check:
@@ -43,7 +45,7 @@ def integer_from(low: int, high: int) -> Check:
         if type(value) is not int or not low <= value <= high:
             raise ClientError(f"{name} must be an integer from {low} to {high}, got {value!r:.60}", param=name)
 
-    return check
+    return Described(check, {"type": "integer", "minimum": low, "maximum": high})
 
 
 def one_of(*values: str) -> Check:
@@ -53,14 +55,16 @@ def one_of(*values: str) -> Check:
         if value not in values:
             raise ClientError(f"{name} must be one of {', '.join(values)}, got {value!r:.60}", param=name)
 
-    return check
+    return Described(check, {"type": "string", "enum": [*values]})
 
 
+@described(anyOf=[{"type": "string"}, {"type": "array", "items": {"type": "string"}}])
 def _strings(name: str, value: Any) -> None:
     if not isinstance(value, str):
         _list_of(str, "strings, or one string")(name, value)
 
 
+@described(type="array", items={"type": "integer"}, minItems=1)
 def _some_ids(name: str, value: Any) -> None:
     _list_of(int, "token ids")(name, value)
     if not value:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kvasir.cluster.described import described
 from kvasir.engine.errors import ClientError
 
 TIERS = {"auto": 0, "default": 0, "scale": 0, "flex": 100, "priority": -100, "fast": -100, "ultrafast": -100}
@@ -15,6 +16,7 @@ MAX_LABELS, MAX_LABEL, MAX_VALUE = 16, 64, 512
 """Of metadata: how many, and the length of each name and value."""
 
 
+@described(type="string", enum=[*TIERS])
 def check_tier(name: str, value: Any) -> None:
     if not isinstance(value, str) or value not in TIERS:
         raise ClientError(f"{name} must be one of {', '.join(TIERS)}; got {value!r:.60}", param=name)
@@ -41,6 +43,10 @@ def in_session(headers: Mapping[str, str], session: str) -> Mapping[str, str]:
     return {"x-session-id": session, **headers} if session else headers
 
 
+@described(
+    type="object", maxProperties=MAX_LABELS, propertyNames={"maxLength": MAX_LABEL},
+    additionalProperties={"type": "string", "maxLength": MAX_VALUE},
+)  # fmt: skip
 def check_metadata(name: str, value: Any) -> None:
     """Up to 16 pairs of strings, as OpenAI has them."""
     if not isinstance(value, dict) or len(value) > MAX_LABELS:

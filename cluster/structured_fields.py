@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kvasir.cluster.described import described
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.request import StructuredOutput
 
@@ -25,11 +26,14 @@ def structured_output(fields: Mapping[str, Any]) -> StructuredOutput | None:
     return next(iter(found.values()), None)
 
 
+_BACKENDS = ("auto", "guidance", "llguidance", "xgrammar", "outlines", "lm-format-enforcer")
+
+
+@described(type="string", pattern=f"^({'|'.join(_BACKENDS)})(:|$)")
 def check_backend(name: str, value: Any) -> None:
     """Which library enforces it is no promise of ours, but a name must be one that exists."""
-    known = ("auto", "guidance", "llguidance", "xgrammar", "outlines", "lm-format-enforcer")
-    if not isinstance(value, str) or value.split(":")[0] not in known:
-        raise ClientError(f"{name} must be one of {', '.join(known)}, got {value!r:.60}", param=name)
+    if not isinstance(value, str) or value.split(":")[0] not in _BACKENDS:
+        raise ClientError(f"{name} must be one of {', '.join(_BACKENDS)}, got {value!r:.60}", param=name)
 
 
 def _made(name: str, kind: str, value: Any) -> StructuredOutput:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
+import jsonschema
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
@@ -99,3 +102,70 @@ def _receiver() -> Iterator[OtlpReceiver]:
 otlp_receiver = pytest.fixture(name="otlp_receiver")(_receiver)
 collector = pytest.fixture(name="collector", scope="module")(_receiver)
 """The same for all tests of a module, whose server outlives a test."""
+
+
+STREAMS = ("text/event-stream", "application/x-ndjson")
+
+
+class Judge:
+    """`judge(path, method, answer)` raises where an answer isn't as described."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self._document = document
+        self._paths = sorted(document["paths"], key=lambda path: path.count("{"))
+
+    def __call__(self, path: str, method: str, answer: httpx.Response) -> None:
+        assert answer.status_code < 500 or answer.status_code == 503, answer.text
+        responses = self._item(path)[method]["responses"]
+        status = str(answer.status_code)
+        found = responses.get(status) or responses[f"{status[0]}XX"]
+        kind = answer.headers["content-type"].partition(";")[0]
+        assert kind in found["content"], f"{method} {path}: {status} {kind}"
+        content = found["content"][kind]
+        if kind in STREAMS:
+            for event in events(kind, answer.text):
+                self._check(content["x-events"], event)
+        elif kind == "application/json":
+            self._check(content["schema"], answer.json())
+
+    def _item(self, path: str) -> dict[str, Any]:
+        parts = path.partition("?")[0].split("/")
+        for known in self._paths:
+            names = known.split("/")
+            if len(names) == len(parts) and all(a.startswith("{") or a == b for a, b in zip(names, parts, strict=True)):
+                return self._document["paths"][known]
+        raise AssertionError(f"{path} isn't in the document")
+
+    def _check(self, schema: dict[str, Any], value: Any) -> None:
+        whole = {**schema, "components": self._document["components"]}
+        validator = jsonschema.Draft202012Validator(whole)
+        errors = [f"{'/'.join(map(str, error.path))}: {error.message:.200}" for error in validator.iter_errors(value)]
+        assert not errors, f"{errors} in {json.dumps(value):.500}"
+
+
+def events(kind: str, text: str) -> Iterator[Any]:
+    """What a stream's events or lines hold."""
+    if kind == "application/x-ndjson":
+        assert text.endswith("\n")
+        yield from map(json.loads, text.splitlines())
+        return
+    assert text.endswith("\n\n")
+    for block in text.split("\n\n")[:-1]:
+        fields = [line.partition(": ") for line in block.split("\n")]
+        assert {name for name, _, _ in fields} <= {"event", "data", "id"}, block
+        (data,) = [value for name, _, value in fields if name == "data"]
+        if data == "[DONE]":
+            assert block == text[-len(block) - 2 : -2], "something follows [DONE]"
+            continue
+        event = json.loads(data)
+        assert all(event["type"] == value for name, _, value in fields if name == "event")
+        if "error" not in event or "object" in event:
+            yield event
+
+
+@pytest.fixture(scope="session")
+def judge() -> Judge:
+    """Whether HTTP answers are as our OpenAPI document says."""
+    from kvasir.cluster.openapi import document
+
+    return Judge(document())

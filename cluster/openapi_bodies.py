@@ -1,0 +1,244 @@
+"""Request bodies in the OpenAPI document: made from the tables of fields by which bodies are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvasir.cluster import (
+    anthropic_schema,
+    batches_api,
+    conversations_api,
+    ollama_fields,
+    openai_fields,
+    pooling_schema,
+    responses_schema,
+)
+from kvasir.cluster.described import Check, schema_of
+from kvasir.cluster.openai_fields import Neutral
+from kvasir.engine.request import MAX_LOGPROBS, MAX_N
+
+Json = dict[str, Any]
+
+_TEXT: Json = {"type": "string"}
+_IDS: Json = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+_TEXTS: Json = {"type": "array", "items": _TEXT, "minItems": 1}
+_TEXT_OR_TEXTS: Json = {"anyOf": [_TEXT, _TEXTS]}
+_PROMPT: Json = {"anyOf": [_TEXT, _TEXTS, _IDS, {"type": "array", "items": _IDS, "minItems": 1}]}
+_SCHEMA: Json = {"type": ["object", "boolean", "string"], "description": "A JSON Schema, or the text of one."}
+_CHOICE: Json = {"type": ["string", "object"]}
+_KEY_AND_COUNT: Json = {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}
+_TOOL: Json = {
+    "type": "object",
+    "properties": {"type": {"const": "function"}, "function": {"type": "object", "required": ["name"]}},
+    "required": ["type", "function"],
+}
+_MESSAGE: Json = {
+    "type": "object",
+    "properties": {
+        "role": {"type": "string", "description": "system, user, assistant, tool, or what the chat template knows"},
+        "content": {"type": ["string", "array", "null"]},
+    },
+    "required": ["role"],
+}
+_BLOCKS: Json = {"type": ["string", "array"]}
+
+
+def _number(low: float | None, high: float | None, *, open_low: bool = False) -> Json:
+    limits: Json = {"type": "number"}
+    if low is not None:
+        limits["exclusiveMinimum" if open_low else "minimum"] = low
+    return limits if high is None else {**limits, "maximum": high}
+
+
+def _integer(low: int, high: int | None = None) -> Json:
+    return {"type": "integer", "minimum": low} | ({} if high is None else {"maximum": high})
+
+
+SAMPLING: dict[str, Json] = {
+    "n": _integer(1, MAX_N),
+    "best_of": _integer(1, MAX_N),
+    "temperature": _number(0, None),
+    "top_p": _number(0, 1, open_low=True),
+    "top_k": _integer(-1),
+    "min_p": _number(0, 1),
+    "presence_penalty": _number(-2, 2),
+    "frequency_penalty": _number(-2, 2),
+    "repetition_penalty": _number(0, None, open_low=True),
+    "seed": _integer(-(2**63), 2**63 - 1),
+    "min_tokens": _integer(0),
+    "repeat_last_n": _integer(-1),
+    "typical_p": _number(0, 1, open_low=True),
+    "tfs_z": _number(0, 1, open_low=True),
+    "mirostat": _integer(0, 2),
+    "mirostat_tau": _number(0, None),
+    "mirostat_eta": _number(0, 1),
+    "length_penalty": _number(None, None),
+    "early_stopping": {"enum": [True, False, "no", "yes", "never"]},
+    "truncate_prompt_tokens": _integer(-1),
+    "truncation_side": {"enum": ["left", "right"]},
+    "num_keep": _integer(-1),
+    "prompt_logprobs": _integer(0, MAX_LOGPROBS),
+}
+"""Ranges that `SamplingParams` checks."""
+
+LATER: dict[str, Json] = {
+    **SAMPLING,
+    "repeat_penalty": SAMPLING["repetition_penalty"],
+    "logits_processors": {"type": ["object", "array"]},
+    "top_logprobs": _integer(0, MAX_LOGPROBS),
+    "logprobs": _integer(0, MAX_LOGPROBS),
+    "tool_choice": _CHOICE,
+    "prompt": _PROMPT,
+    "response_format": {"type": "object", "required": ["type"]},
+    "structured_outputs": {"type": "object"},
+    "guided_json": _SCHEMA,
+    "guided_json_object": {"type": "boolean"},
+    "guided_regex": _TEXT,
+    "guided_choice": _TEXTS,
+    "guided_grammar": _TEXT,
+    "structural_tag": {"type": ["object", "string"]},
+    "encoding_format": {"enum": ["float", "base64"]},
+    "documents": {"anyOf": [_TEXT, {"type": "array", "items": {"type": ["string", "object"]}, "minItems": 1}]},
+    **dict.fromkeys(("text_1", "text_2", "queries", "items", "data_1", "data_2"), _TEXT_OR_TEXTS),
+    "input": _PROMPT,
+    "conversation": {"type": ["string", "object"]},
+    "endpoint": {"enum": [*batches_api.ENDPOINTS]},
+    "completion_window": {"const": "24h"},
+    "messages": {"type": "array", "items": {"type": "object"}, "minItems": 1},
+    "system": _BLOCKS,
+    "tools": {"type": "array", "items": {"type": "object", "required": ["name", "input_schema"]}},
+    "thinking": {
+        "type": "object",
+        "properties": {"type": {"enum": ["enabled", "adaptive", "disabled"]}, "budget_tokens": _integer(1)},
+        "required": ["type"],
+    },
+    "output_config": {"type": "object"},
+    "output_format": {"type": "object"},
+    "metadata": {"type": "object"},
+    "cache_control": {},
+}
+"""Of fields that the tables leave to the code behind them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Body:
+    """One kind of body. `closer`: field -> what holds beyond its check."""
+
+    honoured: Mapping[str, Check]
+    ignored: Neutral = field(default_factory=dict)
+    refused: Neutral = field(default_factory=dict)
+    required: Sequence[str] = ()
+    closer: Mapping[str, Json] = field(default_factory=dict)
+    closed: bool = False
+    """Unknown fields are refused instead of being named in a warning."""
+
+    def schema(self) -> Json:
+        properties = {name: self._honoured(name, check) for name, check in sorted(self.honoured.items())}
+        for name, neutral in sorted(self.refused.items()):
+            properties.setdefault(name, _refused(neutral))
+        for name in sorted(self.ignored):
+            properties.setdefault(name, {"description": "Ignored; the header X-Kvasir-Warning says so."})
+        found: Json = {"type": "object", "properties": properties}
+        if self.required:
+            found["required"] = [*self.required]
+        return found | ({"additionalProperties": False} if self.closed else {})
+
+    def _honoured(self, name: str, check: Check) -> Json:
+        schema = self.closer.get(name) or schema_of(check) or LATER[name]
+        return {"anyOf": [dict(schema), {"type": "null"}]} if name not in self.required else dict(schema)
+
+
+def _refused(neutral: Sequence[Any]) -> Json:
+    return {"enum": [None, *neutral], "description": "Not supported: any other value is refused."}
+
+
+_OPTIONS = Body(
+    honoured=ollama_fields.OPTIONS,
+    ignored=ollama_fields.OPTIONS_IGNORED,
+    refused=ollama_fields.OPTIONS_REFUSED,
+    closer={"logit_bias": _KEY_AND_COUNT},
+)
+_OLLAMA: Json = {"ignored": ollama_fields.IGNORED, "refused": ollama_fields.REFUSED}
+_OLLAMA_CLOSER: Json = {"options": _OPTIONS.schema()}
+_POOLING: Json = {"ignored": pooling_schema._IGNORED, "refused": pooling_schema._REFUSED}
+_CHAT_CLOSER: Json = {
+    "messages": {"type": "array", "items": _MESSAGE, "minItems": 1},
+    "tools": {"type": "array", "items": _TOOL},
+    "logit_bias": _KEY_AND_COUNT,
+}
+_RESPONSE = Body(
+    honoured=responses_schema._HONOURED,
+    ignored=responses_schema._IGNORED,
+    refused=responses_schema._REFUSED,
+    closer={"input": {"anyOf": [_TEXT, {"type": "array", "items": {"type": "object"}, "minItems": 1}]}},
+)
+
+BODIES: dict[str, Body] = {
+    "ChatRequest": Body(
+        honoured=openai_fields.CHAT_HONOURED,
+        ignored=openai_fields.CHAT_IGNORED,
+        refused=openai_fields.CHAT_REFUSED,
+        required=("messages",),
+        closer=_CHAT_CLOSER,
+    ),
+    "CompletionRequest": Body(
+        honoured=openai_fields.COMPLETION_HONOURED,
+        ignored=openai_fields.COMPLETION_IGNORED,
+        refused=openai_fields.COMPLETION_REFUSED,
+        required=("prompt",),
+        closer={"logit_bias": _KEY_AND_COUNT},
+    ),
+    "TokenizeRequest": Body(
+        honoured=openai_fields.TOKENIZE_HONOURED,
+        refused={"chat_template": ()},
+        closer={"messages": _CHAT_CLOSER["messages"]},
+    ),
+    "DetokenizeRequest": Body(honoured=openai_fields.DETOKENIZE_HONOURED, required=("tokens",)),
+    "EmbeddingRequest": Body(honoured=pooling_schema._EMBEDDINGS, required=("input",), **_POOLING),
+    "ClassifyRequest": Body(honoured=pooling_schema._CLASSIFY, required=("input",), **_POOLING),
+    "RerankRequest": Body(
+        honoured=pooling_schema._RERANK,
+        ignored=pooling_schema._IGNORED,
+        refused=pooling_schema._RERANK_REFUSED,
+        required=("query", "documents"),
+        closer={"documents": {"type": "array", "items": {"type": ["string", "object"]}, "minItems": 1}},
+    ),
+    "ScoreRequest": Body(honoured=pooling_schema._SCORE, **_POOLING),
+    "ResponseRequest": _RESPONSE,
+    "ConversationRequest": Body(honoured=conversations_api._CREATE, closed=True),
+    "ConversationItems": Body(honoured={"items": conversations_api._ITEMS}, required=("items",), closed=True),
+    "MetadataRequest": Body(honoured={"metadata": conversations_api._CREATE["metadata"]}, required=("metadata",)),
+    "BatchRequest": Body(honoured=batches_api._HONOURED, required=("input_file_id", "endpoint", "completion_window")),
+    "MessagesRequest": Body(
+        honoured=anthropic_schema._MESSAGES,
+        ignored=anthropic_schema._IGNORED,
+        refused=anthropic_schema._REFUSED,
+        required=("messages", "max_tokens"),
+        closer={"tool_choice": {"type": "object", "required": ["type"]}},
+    ),
+    "CountTokensRequest": Body(
+        honoured=anthropic_schema._COUNTED,
+        ignored=anthropic_schema._IGNORED,
+        refused=anthropic_schema._REFUSED,
+        required=("messages",),
+        closer={"tool_choice": {"type": "object", "required": ["type"]}},
+    ),
+    "OllamaGenerateRequest": Body(honoured=ollama_fields.GENERATE, closer=_OLLAMA_CLOSER, **_OLLAMA),
+    "OllamaChatRequest": Body(
+        honoured=ollama_fields.CHAT,
+        closer={**_OLLAMA_CLOSER, "messages": {"type": "array", "items": {"type": "object", "required": ["role"]}}},
+        **_OLLAMA,
+    ),
+    "OllamaEmbedRequest": Body(
+        honoured=ollama_fields.EMBED,
+        refused=ollama_fields.REFUSED,
+        closer={"input": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]}},
+    ),
+    "OllamaEmbeddingsRequest": Body(honoured=ollama_fields.EMBEDDINGS, refused=ollama_fields.REFUSED),
+    "OllamaShowRequest": Body(
+        honoured=ollama_fields.SHOW, refused={"system": ("",), "template": ("",), "options": ({},)}
+    ),
+}
+"""Name of a schema of the document -> what it describes."""
