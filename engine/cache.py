@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvasir.engine.layout import LayerGroup, Layout
 from kvasir.engine.spec import Spec
+from kvasir.kernels.blocks import copy_blocks, gather_blocks, scatter_blocks
 from kvasir.kernels.quantise import LARGEST, Cache, Quantised
 
 Views = tuple[Cache, Union[Cache, None]]
@@ -41,13 +42,15 @@ class KVCache:
         bytes_ = num_blocks * self.block_bytes(spec, block_size, dtype, self.layout.height)
         self.arena = torch.empty(bytes_, dtype=torch.uint8, device=device)
         kinds = 2 if spec.value_dim else 1
-        self._blocks = self.arena.view(self.layout.height, kinds, num_blocks, spec.cache_heads, -1)
+        heads = self.arena.view(self.layout.height, kinds, num_blocks, spec.cache_heads, -1)
+        self._chunks = heads.view(self.layout.height * kinds, num_blocks, -1)
+        """[C, N, W]: the bytes of a block's keys, or values, of one layer lie in one piece."""
         self.group_of = [0] * depth
-        self._layers: list[Views] = [(self._blocks[0, 0], None)] * depth
+        self._layers: list[Views] = [(heads[0, 0], None)] * depth
         for number, group in enumerate(self.layout.groups):
             for place, layer in enumerate(layer for layer in group.layers if layer in here):
                 self.group_of[layer] = number
-                parts = self._blocks[place]
+                parts = heads[place]
                 self._layers[layer] = (
                     _view(parts[0], block_size, spec.key_dim, dtype),
                     _view(parts[1], block_size, spec.value_dim, dtype) if spec.value_dim else None,
@@ -73,20 +76,20 @@ class KVCache:
     def read(self, blocks: Sequence[int]) -> Tensor:
         """[n, bytes_per_block] uint8: what these blocks hold in all layers, each in one piece, on the cache's device."""
         index = torch.tensor(blocks, device=self.arena.device)
-        return self._blocks.movedim(2, 0).index_select(0, index).view(len(blocks), -1)
+        return gather_blocks(self._chunks, index).view(len(blocks), -1)
 
     @torch.inference_mode()
     def write(self, blocks: Sequence[int], held: Tensor) -> None:
         """Put into these blocks what `read` gave, on the cache's device."""
-        index, target = torch.tensor(blocks, device=self.arena.device), self._blocks.movedim(2, 0)
-        target.index_copy_(0, index, held.view(len(blocks), *target.shape[1:]))
+        index, chunks = torch.tensor(blocks, device=self.arena.device), self._chunks
+        scatter_blocks(chunks, index, held.view(len(blocks), chunks.shape[0], chunks.shape[2]))
 
     @torch.inference_mode()
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Each (source, target) block is copied as a whole; all sources are read before any target is written."""
         if pairs:
             sources, targets = torch.tensor(pairs, device=self.arena.device).unbind(1)
-            self._blocks.index_copy_(2, targets, self._blocks.index_select(2, sources))
+            copy_blocks(self._chunks, sources, targets)
 
 
 def _head_bytes(block_size: int, dim: int, dtype: torch.dtype) -> int:

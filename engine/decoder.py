@@ -17,6 +17,7 @@ from kvasir.engine.rows import DealtRows, Rows, WholeRows, rows_of
 from kvasir.engine.share import Share, share_of
 from kvasir.engine.spec import Layer, QueryScale, Spec
 from kvasir.engine.stacking import stack_of
+from kvasir.kernels.embedding import embed
 from kvasir.kernels.linear import is_packed, linear, packed
 from kvasir.kernels.ragged import Ragged
 from kvasir.kernels.rope import Angles, rope_angles
@@ -207,10 +208,8 @@ class Decoder(nn.Module):
         assert self.embed is not None
         own = self.share.vocab
         if len(own) == self.spec.vocab:
-            return F.embedding(tokens, self.embed)
-        here = (tokens >= own.start) & (tokens < own.stop)
-        x = F.embedding((tokens - own.start).clamp(0, len(own) - 1), self.embed)
-        return self.mesh.reduce(x * here[:, None])
+            return embed(tokens, self.embed)
+        return self.mesh.reduce(embed(tokens, self.embed, own.start, whole=False))
 
     def _positional(self, ragged: Ragged, dtype: torch.dtype) -> Positional:
         found: Positional = {

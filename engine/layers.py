@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kvasir.engine.spec import Spec
 from kvasir.kernels.linear import is_packed, linear, packed
-from kvasir.kernels.norm import add_rms_norm, layer_norm, rms_norm
+from kvasir.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
@@ -35,8 +35,7 @@ class Norm(nn.Module):
         """(x + scale * y, its norm), both [T, M]."""
         if self.rms:
             return add_rms_norm(x, y, self.weight, self.eps, self.offset, scale)
-        x = x + y if scale == 1 else x + y * scale
-        return x, layer_norm(x, self.weight, self.bias, self.eps)
+        return add_layer_norm(x, y, self.weight, self.bias, self.eps, scale)
 
     def part(self, x: Tensor, mean_square: Tensor) -> Tensor:
         """x[T, W] is a part of rows whose mean_square[T, 1] is known; the weight is the same part's."""

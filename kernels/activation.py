@@ -18,12 +18,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@op("triton")
 def plain(x: Tensor, activation: str) -> Tensor:
     """activation(x[T, F]) -> [T, F]."""
     return ACTIVATIONS[activation](x)
 
 
-@op("native")
+@op("native", "triton")
 def gated(x: Tensor, activation: str, limit: float | None = None) -> Tensor:
     """activation(gate) * up -> [T, F], where x[T, 2 F] holds gate in its first half and up in its second.
 

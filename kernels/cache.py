@@ -11,6 +11,7 @@ from kvasir.kernels.ragged import Ragged
 from kvasir.kernels.rope import Angles, rotate
 
 
+@op("triton")
 def write(k: Tensor, v: Tensor | None, k_cache: Cache, v_cache: Cache | None, ragged: Ragged) -> None:
     """Row t of k and v[T, K, D] goes to slot ragged.slots[t] of k_cache and v_cache[N, P, K, D], in place, rounded to their
     type or quantised. v None: keys alone."""
@@ -24,7 +25,7 @@ def write(k: Tensor, v: Tensor | None, k_cache: Cache, v_cache: Cache | None, ra
         put(v_cache, places, v)
 
 
-@op("native")
+@op("native", "triton")
 def turn_and_write(
     q: Tensor,
     k: Tensor,

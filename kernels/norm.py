@@ -9,7 +9,7 @@ from torch import Tensor
 from kvasir.kernels.op import op
 
 
-@op("native")
+@op("native", "triton")
 def rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, mean_square: Tensor | None = None
 ) -> Tensor:
@@ -25,7 +25,7 @@ def rms_norm(
     return (y * (weight.float() + offset)).to(x.dtype) if offset else y.to(x.dtype) * weight
 
 
-@op("native")
+@op("native", "triton")
 def add_rms_norm(
     x: Tensor, y: Tensor, weight: Tensor, eps: float, offset: float = 0.0, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
@@ -34,6 +34,7 @@ def add_rms_norm(
     return total, rms_norm.reference(total, weight, eps, offset)
 
 
+@op("triton")
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """(x[..., M] - mean) / standard deviation, times weight, plus bias, in float32 and rounded once (arXiv:1607.06450).
     A weight [H, M] holds for the last two dimensions."""
@@ -41,3 +42,12 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     y = F.layer_norm(x.float(), x.shape[-1:], eps=eps) * weight.float()
     return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+@op("triton")
+def add_layer_norm(
+    x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(x + scale * y, its layer_norm), x and y[T, M]."""
+    total = x + y if scale == 1 else x + y * scale
+    return total, layer_norm.reference(total, weight, bias, eps)

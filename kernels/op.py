@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from typing import Generic, ParamSpec, TypeVar, cast
@@ -17,7 +18,8 @@ FORCED = os.environ.get("KVASIR_KERNELS", "")
 """`reference` makes every op run its definition, to find out whether a faster equal is to blame; `torch` does without
 compiled code; empty: by device."""
 BACKENDS = {"cpu": ("native", "cpu"), "cuda": ("triton",)}
-"""The best first. `native` is compiled on first use, and looks for itself whether it can be had."""
+"""The best first. `native` is compiled on first use, and looks for itself whether it can be had; `triton` comes with the builds
+of torch for GPUs (their type of device is `cuda`, AMD's too)."""
 
 
 class Op(Generic[P, R]):
@@ -36,7 +38,9 @@ class Op(Generic[P, R]):
         return self._loaded[device]
 
     def _usable(self, backend: str) -> bool:
-        return backend in self._backends and (backend != "native" or library() is not None)
+        if backend not in self._backends:
+            return False
+        return library() is not None if backend == "native" else backend != "triton" or has_triton()
 
     def _find(self, backend: str | None) -> Callable[P, R]:
         if backend is None:
@@ -46,6 +50,12 @@ class Op(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.implementation(args[0].device.type)(*args, **kwargs)  # type: ignore[attr-defined]
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed, and wanted."""
+    return not FORCED and importlib.util.find_spec("triton") is not None
 
 
 def op(*backends: str) -> Callable[[Callable[P, R]], Op[P, R]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvasir.kernels.op import op
 from kvasir.kernels.ragged import Ragged
 
 Angles = tuple[Tensor, Tensor]
@@ -42,6 +43,7 @@ def rope_angles(
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
+@op("triton")
 def rotate(x: Tensor, angles: Angles, *, interleaved: bool = False) -> Tensor:
     """x[T, H, D] with its first `dim` numbers turned by `angles`[T, 1, dim]: x[i] pairs with x[i + dim / 2], or with its
     neighbour when interleaved."""

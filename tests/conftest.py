@@ -22,6 +22,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+GPU = any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd"))
+# read when triton is imported: its kernels run on the CPU where there is no GPU
+os.environ.setdefault("TRITON_INTERPRET", "0" if GPU else "1")
 DATA = Path(os.environ.get("KVASIR_DATA") or ROOT.parent / "shared" / "data")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
@@ -26,6 +26,20 @@ class Paged:
     k_cache: Tensor
     v_cache: Tensor
     ragged: Ragged
+
+    def to(self, device: torch.device) -> Paged:
+        """The same there; views keep how they lie in memory."""
+        tensors = {
+            f.name: t.to(device) for f in fields(Ragged) if isinstance(t := getattr(self.ragged, f.name), Tensor)
+        }
+        k, v = (cache.transpose(1, 2).to(device).transpose(1, 2) for cache in (self.k_cache, self.v_cache))
+        return Paged(self.q.to(device), k, v, replace(self.ragged, plans={}, **tensors))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where Triton's kernels run: its interpreter stands in for a GPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")

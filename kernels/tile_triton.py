@@ -1,0 +1,44 @@
+"""What several Triton kernels share: products of tiles, and which rows a tile holds."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # said once, or Triton warns that its default will change
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+"""Bodies run on the CPU, for tests: Triton's interpreter multiplies bfloat16 as if it were integers."""
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """The least power of two that is at least both."""
+    return max(least, 1 << max(0, n - 1).bit_length())
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc[M, N] + a[M, K] b[K, N] in float32; float32 operands aren't rounded to TF32."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def tile_of(tile, starts_ptr, sequences, PER_ROW: tl.constexpr, M: tl.constexpr):
+    """(sequence, the tile's place in it): sequence s has PER_ROW lines a row, cut into tiles of M.
+
+    Tile starts[s] * PER_ROW / M + s is the first of sequence s, so that no host has to list them; a few are empty.
+    """
+    low = 0
+    high = sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(starts_ptr + middle) * PER_ROW // M + middle <= tile:
+            low = middle
+        else:
+            high = middle
+    return low, tile - (tl.load(starts_ptr + low) * PER_ROW // M + low)

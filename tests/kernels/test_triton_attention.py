@@ -1,0 +1,127 @@
+"""Attention by Triton: equal to its definition, and with `deterministic` bit for bit the same in any batch and any chunks.
+
+Without a GPU the bodies run in Triton's interpreter, so shapes are small, and keys are cut into parts early.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from kvasir.kernels import attention_triton
+from kvasir.kernels.attention import attention
+from kvasir.kernels.attention_triton import TOLERANCE
+from kvasir.kernels.ragged import Ragged
+
+# the interpreter computes with what rows that nobody asked for hold
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_triton, "SPAN", 64)
+
+
+def compare(batch: Any, device: torch.device, *, latent: bool = False, **facts: Any) -> None:
+    """Triton against the definition, which runs on the CPU."""
+    given = batch.to(device)
+    here = {name: fact.to(device) if isinstance(fact, torch.Tensor) else fact for name, fact in facts.items()}
+    v, v_here = (None, None) if latent else (batch.v_cache, given.v_cache)
+    got = attention_triton.attention(given.q, given.k_cache, v_here, given.ragged, **here)
+    facts.pop("deterministic", None)
+    want = attention.reference(batch.q, batch.k_cache, v, batch.ragged, **facts)
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got.cpu().float(), want.float(), atol=TOLERANCE[want.dtype], rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_equals_its_definition(seed: int, paged: Callable[..., Any], device: torch.device) -> None:
+    """Any mix of chunks and single rows, heads, sizes, types and what may shape attention."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    parts = []
+    for _ in range(rng.choice([1, 2, 3])):
+        length = rng.choice([1, 15, 16, 17, rng.randint(1, 90), rng.randint(60, 150)])
+        parts.append((length, rng.choice([0, 1, 1, min(length, 5), rng.randint(1, min(40, length))])))
+    if not any(rows for _, rows in parts):
+        parts = [(40, 2)]
+    dtype, dim = rng.choice(list(TOLERANCE)), rng.choice([64, 64, 72, 96, 128])
+    kv_heads, group = rng.choice([(1, 4), (2, 1), (2, 3), (1, 20)])
+    heads = kv_heads * group
+    batch = paged(parts, rng.choice([1, 16, 16, 32, 128]), heads, kv_heads, dim, dtype, seed)
+    facts: dict[str, Any] = {"scale": 0.2, "causal": rng.random() < 0.7, "deterministic": rng.random() < 0.5}
+    facts["window"] = rng.choice([None, None, 1, 7, 64])
+    facts["softcap"] = rng.choice([None, None, 3.0])
+    facts["chunk"] = rng.choice([None, None, 5, 32])
+    if rng.random() < 0.3:
+        facts["sinks"] = torch.randn(heads, dtype=dtype)
+    if rng.random() < 0.3:
+        facts["slopes"] = torch.rand(heads) * 0.3
+    if rng.random() < 0.2:
+        facts |= {"sparse": (8, 2, 3, 1, 4), "causal": True}
+    compare(batch, device, **facts)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_head_dims(dim: int, paged: Callable[..., Any], device: torch.device) -> None:
+    compare(paged([(70, 1), (20, 20)], 16, 4, 2, dim, torch.bfloat16), device, scale=dim**-0.5)
+
+
+def test_queries_that_lie_apart(paged: Callable[..., Any], device: torch.device) -> None:
+    batch = paged([(70, 1), (20, 12)], 16, 4, 2, 64)
+    q = torch.full((13, 6, 128), torch.nan)[:, 1:-1, :64].copy_(batch.q)
+    compare(replace(batch, q=q), device, scale=0.2)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_values_inside_the_keys(deterministic: bool, paged: Callable[..., Any], device: torch.device) -> None:
+    """Latent attention: one wide key head, whose first numbers are the values."""
+    batch = paged([(70, 1), (33, 9)], 16, 20, 1, 72, torch.bfloat16)
+    compare(batch, device, latent=True, scale=0.1, value_dim=64, deterministic=deterministic)
+
+
+def test_a_long_context(paged: Callable[..., Any], device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys in the most parts that there are, which have grown."""
+    monkeypatch.setattr(attention_triton, "MOST_PARTS", 4)
+    batch = paged([(1100, 1), (64, 1)], 128, 2, 1, 64, torch.bfloat16)
+    compare(batch, device, scale=0.125)
+
+
+def rows_of(ragged: Ragged, s: int, start: int, stop: int) -> tuple[slice, Ragged]:
+    """Rows start..stop of sequence s as a batch of their own: (where they are, the batch)."""
+    first, last = ragged.host_starts[s : s + 2].tolist()
+    length = int(ragged.host_lengths[s]) - (last - first) + stop
+    at = slice(first + start, first + stop)
+    starts, lengths = np.array([0, stop - start], np.int32), np.array([length], np.int32)
+    device = ragged.table.device
+    sent = torch.from_numpy(starts).to(device), torch.from_numpy(lengths).to(device)
+    return at, Ragged(ragged.positions[at], ragged.slots[at], *sent, ragged.table[s : s + 1], starts, lengths)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_row_is_the_same_in_any_batch(seed: int, paged: Callable[..., Any], device: torch.device) -> None:
+    """Bit for bit: alone as in a decoding step, among others, in a chunk of any size; one row in 12 is tried alone."""
+    rng = random.Random(seed)
+    parts = [(rng.randint(100, 200), 1), (rng.randint(130, 150), 25), (3, 3), (rng.randint(70, 90), 12)]
+    batch = paged(rng.sample(parts, 2), 16, 3, 1, 64, torch.bfloat16, seed).to(device)
+    facts: dict[str, Any] = {"scale": 0.2, "deterministic": True, "window": rng.choice([None, 50])}
+    facts["softcap"] = rng.choice([None, 3.0])
+    if rng.random() < 0.5:
+        facts["sinks"] = torch.randn(3, device=device)
+    together = attention_triton.attention(batch.q, batch.k_cache, batch.v_cache, batch.ragged, **facts)
+    for s, count in enumerate(np.diff(batch.ragged.host_starts).tolist()):
+        cut = rng.randint(0, count)
+        pieces = [(0, cut), (cut, count), *((row, row + 1) for row in range(seed, count, 12))]
+        for start, stop in pieces:
+            if start < stop:
+                at, alone = rows_of(batch.ragged, s, start, stop)
+                found = attention_triton.attention(batch.q[at], batch.k_cache, batch.v_cache, alone, **facts)
+                assert torch.equal(found, together[at]), (s, start, stop)
