@@ -15,8 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kvasir.kernels.attention import Sparse
+from kvasir.kernels.keys_triton import keys_step, merge
+from kvasir.kernels.quantise import Cache
+from kvasir.kernels.quantise_triton import Stored, converts_float8, stored
 from kvasir.kernels.ragged import Ragged
-from kvasir.kernels.tile_triton import LOG2E, dot, power_of_two, tile_of
+from kvasir.kernels.tile_triton import LOG2E, power_of_two, tile_of
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """How far values of size 1 may be from the definition's: weights are rounded to the cache's type before they meet the values."""
@@ -61,72 +64,11 @@ def _span(length, SPAN: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _merge(m, l, acc, m_new, l_new, acc_new):
-    """Two softmaxes over different keys as one; both maxima may be -inf."""
-    top = tl.maximum(m, m_new)
-    safe = tl.where(top == -float("inf"), 0.0, top)
-    a, b = tl.exp2(m - safe), tl.exp2(m_new - safe)
-    return top, l * a + l_new * b, acc * a[:, None] + acc_new * b[:, None]
-
-
-@triton.jit
-def _keys(
-    q, q_rest, m, l, acc, start, end, low, row, turn, slope, scale, softcap,
-    k_ptr, v_ptr, table_ptr, k_block, k_slot, v_block, v_slot,
-    P: tl.constexpr, VALUE: tl.constexpr, REST: tl.constexpr, DV: tl.constexpr, DR: tl.constexpr, LATENT: tl.constexpr,
-    WINDOW: tl.constexpr, CHUNK: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, SLOPES: tl.constexpr,
-    SIZE: tl.constexpr, LOCAL: tl.constexpr, STRIDE: tl.constexpr, MASKED: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """One step over keys start..start + N: what a row doesn't see weighs exactly 0, what nobody sees isn't read."""
-    key = start + tl.arange(0, N)
-    d = tl.arange(0, DV)
-    there = (key >= low) & (key < end)
-    number = tl.load(table_ptr + key // P, mask=there, other=0).to(tl.int64)
-    at = number * k_block + (key % P) * k_slot
-    k = tl.load(k_ptr + at[:, None] + d[None, :], mask=there[:, None] & (d < VALUE)[None, :], other=0.0)
-    scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], N), tl.float32))
-    if REST:
-        r = tl.arange(0, DR)
-        rest = tl.load(k_ptr + VALUE + at[:, None] + r[None, :], mask=there[:, None] & (r < REST)[None, :], other=0.0)
-        scores = dot(q_rest, tl.trans(rest), scores)
-    if SOFTCAP:
-        scores = softcap * (1 - 2 / (tl.exp2(scores * (scale * 2 * LOG2E / softcap)) + 1)) * LOG2E
-    else:
-        scores = scores * (scale * LOG2E)
-    distance = row[:, None] - key[None, :]
-    if SLOPES:
-        scores = scores - slope[:, None] * tl.abs(distance).to(tl.float32) * LOG2E
-    if MASKED:
-        seen = there[None, :]
-        if CAUSAL:
-            seen = seen & (distance >= 0)
-        if WINDOW:
-            seen = seen & (tl.abs(distance) < WINDOW)
-        if CHUNK:
-            seen = seen & (row[:, None] // CHUNK == key[None, :] // CHUNK)
-        if SIZE:
-            near = row[:, None] // SIZE - key[None, :] // SIZE < LOCAL
-            seen = seen & (near | ((key[None, :] // SIZE + turn[:, None] + 1) % STRIDE == 0))
-        scores = tl.where(seen, scores, -float("inf"))
-    top = tl.maximum(m, tl.max(scores, 1))
-    safe = tl.where(top == -float("inf"), 0.0, top)
-    weights = tl.exp2(scores - safe[:, None])
-    shrink = tl.exp2(m - safe)
-    l = l * shrink + tl.sum(weights, 1)
-    acc = acc * shrink[:, None]
-    if LATENT:
-        v = k
-    else:
-        at = number * v_block + (key % P) * v_slot
-        v = tl.load(v_ptr + at[:, None] + d[None, :], mask=there[:, None] & (d < VALUE)[None, :], other=0.0)
-    return top, l, dot(weights.to(v.dtype), v, acc)
-
-
-@triton.jit
 def _attention(
-    q_ptr, k_ptr, v_ptr, out_ptr, parts_ptr, sums_ptr, table_ptr, starts_ptr, lengths_ptr, sinks_ptr, slopes_ptr,
+    q_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, out_ptr, parts_ptr, sums_ptr, table_ptr, starts_ptr, lengths_ptr, sinks_ptr, slopes_ptr,
     scale, softcap, sequences, least, most, per, parts,
-    q_row, q_head, k_block, k_slot, k_head, v_block, v_slot, v_head, table_row,
+    q_row, q_head, k_block, k_slot, k_head, ks_block, ks_slot, ks_head,
+    v_block, v_slot, v_head, vs_block, vs_slot, vs_head, table_row, FORMAT: tl.constexpr, NATIVE: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, VALUE: tl.constexpr, REST: tl.constexpr,
     DV: tl.constexpr, DR: tl.constexpr, LATENT: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, SLOPES: tl.constexpr,
@@ -185,6 +127,9 @@ def _attention(
         begin, stop, span_here = 0, 1, tl.cdiv(length, N) * N
     k_ptr += kv_head * k_head
     v_ptr += kv_head * v_head
+    if FORMAT:
+        ks_ptr += kv_head * ks_head
+        vs_ptr += kv_head * vs_head
     table_ptr += s * table_row
     m_all = tl.full((M,), -float("inf"), tl.float32)
     l_all = tl.zeros((M,), tl.float32)
@@ -201,19 +146,21 @@ def _attention(
             if CAUSAL:
                 whole = tl.minimum(whole, (top_row + 1) // N * N)
         for at in range(start, whole, N):
-            m, l, acc = _keys(
+            m, l, acc = keys_step(
                 q, q_rest, m, l, acc, at, ended, low, row, turn, slope, scale, softcap,
-                k_ptr, v_ptr, table_ptr, k_block, k_slot, v_block, v_slot, P, VALUE, REST, DV, DR, LATENT,
+                k_ptr, v_ptr, ks_ptr, vs_ptr, table_ptr, k_block, k_slot, ks_block, ks_slot,
+                v_block, v_slot, vs_block, vs_slot, FORMAT, NATIVE, P, VALUE, REST, DV, DR, LATENT,
                 WINDOW, CHUNK, CAUSAL, SOFTCAP, SLOPES, SIZE, LOCAL, STRIDE, False, N,
             )  # fmt: skip
         for at in range(tl.maximum(start, whole), ended, N):
-            m, l, acc = _keys(
+            m, l, acc = keys_step(
                 q, q_rest, m, l, acc, at, ended, low, row, turn, slope, scale, softcap,
-                k_ptr, v_ptr, table_ptr, k_block, k_slot, v_block, v_slot, P, VALUE, REST, DV, DR, LATENT,
+                k_ptr, v_ptr, ks_ptr, vs_ptr, table_ptr, k_block, k_slot, ks_block, ks_slot,
+                v_block, v_slot, vs_block, vs_slot, FORMAT, NATIVE, P, VALUE, REST, DV, DR, LATENT,
                 WINDOW, CHUNK, CAUSAL, SOFTCAP, SLOPES, SIZE, LOCAL, STRIDE, True, N,
             )  # fmt: skip
         if MERGE:
-            m_all, l_all, acc_all = _merge(m_all, l_all, acc_all, m, l, acc)
+            m_all, l_all, acc_all = merge(m_all, l_all, acc_all, m, l, acc)
         else:
             m_all, l_all, acc_all = m, l, acc
     if CUT:
@@ -226,7 +173,7 @@ def _attention(
         if SINKS:
             sink = tl.load(sinks_ptr + head, mask=real, other=0.0).to(tl.float32) * LOG2E
             one, none = tl.full((M,), 1.0, tl.float32), tl.zeros((M, DV), tl.float32)
-            m_all, l_all, acc_all = _merge(m_all, l_all, acc_all, sink, one, none)
+            m_all, l_all, acc_all = merge(m_all, l_all, acc_all, sink, one, none)
         out = (acc_all / l_all[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + out_at[:, None] * VALUE + d[None, :], out, mask=real[:, None] & (d < VALUE)[None, :])
 
@@ -253,10 +200,10 @@ def _together(
     for part in range(tl.cdiv(length, _span(length, SPAN, PARTS))):
         at = place + part + one
         new = tl.load(parts_ptr + at[:, None] * VALUE + d[None, :], mask=(d < VALUE)[None, :], other=0.0)
-        m, l, acc = _merge(m, l, acc, tl.load(sums_ptr + at * 2), tl.load(sums_ptr + at * 2 + 1), new)
+        m, l, acc = merge(m, l, acc, tl.load(sums_ptr + at * 2), tl.load(sums_ptr + at * 2 + 1), new)
     if SINKS:
         sink = tl.load(sinks_ptr + head + one).to(tl.float32) * LOG2E
-        m, l, acc = _merge(m, l, acc, sink, 1.0 + tl.zeros((1,), tl.float32), tl.zeros((1, DV), tl.float32))
+        m, l, acc = merge(m, l, acc, sink, 1.0 + tl.zeros((1,), tl.float32), tl.zeros((1, DV), tl.float32))
     out_at = ((first_row + query).to(tl.int64) * HEADS + head + one) * VALUE
     tl.store(
         out_ptr + out_at[:, None] + d[None, :],
@@ -267,8 +214,8 @@ def _together(
 
 def attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor | None,
+    k_cache: Cache,
+    v_cache: Cache | None,
     ragged: Ragged,
     *,
     scale: float,
@@ -284,20 +231,22 @@ def attention(
 ) -> Tensor:
     """As the definition says. `deterministic`: not a bit of a row's result depends on what else is in the batch, or on how
     its sequence was cut into chunks."""
-    assert q.stride(-1) == k_cache.stride(-1) == 1, "heads lie in one piece"
+    assert q.stride(-1) == 1, "a head's numbers lie in one piece"
+    keys = stored(k_cache)
     rows, heads, dim = q.shape
     value = dim if value_dim is None else value_dim
     out = q.new_empty(rows, heads, value)
     if not rows:
         return out
     call = _Call(
-        (q, k_cache, k_cache if v_cache is None else v_cache, out),
+        (q, out),
+        (keys, keys if v_cache is None else stored(v_cache)),
         ragged,
         (sinks, slopes),
         (scale, softcap or 0.0),
         deterministic,
         {"SPAN": SPAN, "PARTS": FIXED_PARTS if deterministic else MOST_PARTS, "SINKS": sinks is not None},
-        _shape(q, k_cache, value, window or 0, chunk or 0, sparse or (0, 0, 1, 0, 0))
+        _shape(q, keys.values, value, window or 0, chunk or 0, sparse or (0, 0, 1, 0, 0))
         | {"LATENT": v_cache is None, "CAUSAL": causal, "SOFTCAP": softcap is not None, "SLOPES": slopes is not None},
     )
     counts = ragged.host_starts[1:] - ragged.host_starts[:-1]
@@ -325,8 +274,10 @@ def _shape(q: Tensor, k_cache: Tensor, value: int, window: int, chunk: int, spar
 class _Call:
     """What both launches of a call share."""
 
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
-    """q, keys, values, out"""
+    rows: tuple[Tensor, Tensor]
+    """q, out"""
+    caches: tuple[Stored, Stored]
+    """keys, values"""
     ragged: Ragged
     per_head: tuple[Tensor | None, Tensor | None]
     """sinks, slopes"""
@@ -339,7 +290,7 @@ class _Call:
 
     def few(self, most: int, longest: int) -> None:
         """Sequences of 1 to `most` rows, the longest of them `longest`."""
-        q, *_, out = self.tensors
+        q, out = self.rows
         span = SPAN * max(1, -(-longest // (SPAN * self.cut["PARTS"])))
         parts = -(-longest // span)
         if not self.deterministic and self.shape["WINDOW"]:  # what a row sees is short: cutting it up isn't worth it
@@ -362,11 +313,11 @@ class _Call:
     def many(self) -> None:
         """Sequences of more than FEW_ROWS rows."""
         tile, sequences = self._tiles(few=False), len(self.ragged.lengths)
-        count = len(self.tensors[0]) * self.shape["GROUP"] // tile.lines + sequences
+        count = len(self.rows[0]) * self.shape["GROUP"] // tile.lines + sequences
         self._launch(tile, count, FEW_ROWS + 1, 1 << 30, 0)
 
     def _tiles(self, *, few: bool) -> Tiles:
-        value, itemsize = self.shape["VALUE"], self.tensors[0].dtype.itemsize
+        value, itemsize = self.shape["VALUE"], self.rows[0].dtype.itemsize
         return tiles(value, itemsize, few=few, deterministic=self.deterministic, latent=bool(self.shape["LATENT"]))
 
     def _launch(
@@ -380,12 +331,12 @@ class _Call:
         kept: Tensor | None = None,
         sums: Tensor | None = None,
     ) -> None:
-        q, k, v, out = self.tensors
-        ragged = self.ragged
-        _attention[(count, k.shape[2], parts)](
-            q, k, v, out, kept, sums, ragged.table, ragged.starts, ragged.lengths, *self.per_head,
+        (q, out), (k, v), ragged = self.rows, self.caches, self.ragged
+        _attention[(count, k.values.shape[2], parts)](
+            q, k.values, v.values, k.scales, v.scales, out, kept, sums, ragged.table, ragged.starts, ragged.lengths, *self.per_head,
             *self.numbers, len(ragged.lengths), least, most, per, parts,
-            *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], ragged.table.stride(0),
+            *q.stride()[:2], *k.strides, *v.strides, ragged.table.stride(0),
+            FORMAT=k.format_, NATIVE=converts_float8(q.device),
             **self.shape, **self.cut, CUT=kept is not None, MERGE=self.deterministic and kept is None,
             M=tile.lines, N=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
             enable_fp_fusion=not self.deterministic,

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvasir.kernels.quantise import Cache
+from kvasir.kernels.quantise_triton import encode, stored
 from kvasir.kernels.ragged import Ragged
 from kvasir.kernels.rope import Angles
 from kvasir.kernels.tile_triton import power_of_two
@@ -30,11 +32,28 @@ def turned(x_ptr, cos_ptr, sin_ptr, inside, d, kind, DIM: tl.constexpr, INTERLEA
 
 
 @triton.jit
+def _put(
+    x, cache_ptr, scales_ptr, slot, head, inside, d, block_, slot_, head_, s_block, s_slot, s_head,
+    HEADS: tl.constexpr, P: tl.constexpr, FORMAT: tl.constexpr,
+):  # fmt: skip
+    """x[HB, BD] of these heads into a slot."""
+    block, place = slot // P, slot % P
+    target = cache_ptr + block * block_ + place * slot_ + head[:, None] * head_ + d[None, :]
+    if FORMAT:
+        numbers, scale = encode(x, FORMAT)
+        tl.store(scales_ptr + block * s_block + place * s_slot + head * s_head, scale, mask=head < HEADS)
+        tl.store(target, numbers, mask=inside)
+    else:
+        tl.store(target, x.to(cache_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _turn(
-    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, slots_ptr, out_ptr, k_cache_ptr, v_cache_ptr,
-    q_row, q_head, k_row, k_head, v_row, v_head, k_block, k_slot, k_part, v_block, v_slot, v_part,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, slots_ptr, out_ptr, k_cache_ptr, v_cache_ptr, k_scales_ptr, v_scales_ptr,
+    q_row, q_head, k_row, k_head, v_row, v_head,
+    k_block, k_slot, k_part, ks_block, ks_slot, ks_part, v_block, v_slot, v_part, vs_block, vs_slot, vs_part,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr,
-    INTERLEAVED: tl.constexpr, VALUES: tl.constexpr, HB: tl.constexpr,
+    INTERLEAVED: tl.constexpr, VALUES: tl.constexpr, FORMAT: tl.constexpr, HB: tl.constexpr,
 ):  # fmt: skip
     """HB heads of a row: first those of the queries, into out[T, H, D], then those of keys and values, into their slot."""
     row = tl.program_id(0).to(tl.int64)
@@ -47,24 +66,25 @@ def _turn(
     if number < query_tiles:
         head = number * HB + tl.arange(0, HB)
         inside = (head < HEADS)[:, None] & (d < D)[None, :]
-        kind = out_ptr.dtype.element_ty
         at = q_ptr + row * q_row + head[:, None] * q_head
-        q = turned(at, cos_ptr, sin_ptr, inside, d, kind, DIM, INTERLEAVED)
+        q = turned(at, cos_ptr, sin_ptr, inside, d, out_ptr.dtype.element_ty, DIM, INTERLEAVED)
         tl.store(out_ptr + (row * HEADS + head[:, None]) * D + d[None, :], q, mask=inside)
-    else:
+    elif KV_HEADS:
         head = (number - query_tiles) * HB + tl.arange(0, HB)
         inside = (head < KV_HEADS)[:, None] & (d < D)[None, :]
-        kind = k_ptr.dtype.element_ty
         slot = tl.load(slots_ptr + row)
-        block, place = slot // P, slot % P
         at = k_ptr + row * k_row + head[:, None] * k_head
-        k = turned(at, cos_ptr, sin_ptr, inside, d, kind, DIM, INTERLEAVED)
-        target = k_cache_ptr + block * k_block + place * k_slot + head[:, None] * k_part + d[None, :]
-        tl.store(target, k.to(k_cache_ptr.dtype.element_ty), mask=inside)
+        k = turned(at, cos_ptr, sin_ptr, inside, d, k_ptr.dtype.element_ty, DIM, INTERLEAVED)
+        _put(
+            k, k_cache_ptr, k_scales_ptr, slot, head, inside, d, k_block, k_slot, k_part, ks_block, ks_slot, ks_part,
+            KV_HEADS, P, FORMAT,
+        )  # fmt: skip
         if VALUES:
             v = tl.load(v_ptr + row * v_row + head[:, None] * v_head + d[None, :], mask=inside, other=0.0)
-            target = v_cache_ptr + block * v_block + place * v_slot + head[:, None] * v_part + d[None, :]
-            tl.store(target, v.to(v_cache_ptr.dtype.element_ty), mask=inside)
+            _put(
+                v, v_cache_ptr, v_scales_ptr, slot, head, inside, d,
+                v_block, v_slot, v_part, vs_block, vs_slot, vs_part, KV_HEADS, P, FORMAT,
+            )  # fmt: skip
 
 
 def turn_and_write(
@@ -72,8 +92,8 @@ def turn_and_write(
     k: Tensor,
     v: Tensor,
     angles: Angles,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
     ragged: Ragged,
     *,
     interleaved: bool,
@@ -82,12 +102,12 @@ def turn_and_write(
     return run(q, (k, v, k_cache, v_cache, ragged), angles, interleaved=interleaved)
 
 
-def write(k: Tensor, v: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, ragged: Ragged) -> None:
+def write(k: Tensor, v: Tensor | None, k_cache: Cache, v_cache: Cache | None, ragged: Ragged) -> None:
     """As the definition says."""
     run(k[:, :0], (k, v, k_cache, v_cache, ragged), None, interleaved=False)
 
 
-Written = tuple[Tensor, "Tensor | None", Tensor, "Tensor | None", Ragged]
+Written = tuple[Tensor, "Tensor | None", Cache, "Cache | None", Ragged]
 """k, v, k_cache, v_cache, and where they go"""
 
 
@@ -95,20 +115,22 @@ def run(q: Tensor, written: Written | None, angles: Angles | None, *, interleave
     """q[T, H, D] by its angles -> the turned queries; keys and values, if there are any, into their slots."""
     rows, heads, dim = q.shape
     out = q.new_empty(rows, heads, dim)
-    k, v, k_cache, v_cache, ragged = written or (q, None, None, None, None)
+    k, v, k_cache, v_cache, ragged = written or (q, None, q[None], None, None)
     kv_heads = 0 if written is None else k.shape[1]
+    keys = stored(k_cache)
+    values = keys if v is None or v_cache is None else stored(v_cache)
     cos, sin = angles or (None, None)
     block = power_of_two(dim, 16)
     together = max(1, 1024 // block)
     grid = rows, triton.cdiv(heads, together) + triton.cdiv(kv_heads, together)
     if not (rows and grid[1]):
         return out
-    none = (0, 0, 0)
     _turn[grid](
-        q, k, v, cos, sin, None if ragged is None else ragged.slots, out, k_cache, v_cache,
-        *q.stride()[:2], *k.stride()[:2], *(none if v is None else v.stride())[:2],
-        *(none if k_cache is None else k_cache.stride()[:3]), *(none if v_cache is None else v_cache.stride()[:3]),
-        HEADS=heads, KV_HEADS=kv_heads, D=dim, BD=block, P=1 if k_cache is None else k_cache.shape[1],
-        DIM=0 if cos is None else cos.shape[-1], INTERLEAVED=interleaved, VALUES=v is not None, HB=together,
+        q, k, v, cos, sin, None if ragged is None else ragged.slots, out,
+        keys.values, values.values, keys.scales, values.scales,
+        *q.stride()[:2], *k.stride()[:2], *((0, 0) if v is None else v.stride()[:2]), *keys.strides, *values.strides,
+        HEADS=heads, KV_HEADS=kv_heads, D=dim, BD=block, P=keys.values.shape[1],
+        DIM=0 if cos is None else cos.shape[-1], INTERLEAVED=interleaved, VALUES=v is not None, FORMAT=keys.format_,
+        HB=together,
     )  # fmt: skip
     return out

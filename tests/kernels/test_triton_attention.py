@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 from kvasir.kernels import attention_triton
 from kvasir.kernels.attention import attention
 from kvasir.kernels.attention_triton import TOLERANCE
+from kvasir.kernels.quantise import LARGEST, Quantised
 from kvasir.kernels.ragged import Ragged
 
 # the interpreter computes with what rows that nobody asked for hold
@@ -68,6 +69,22 @@ def test_equals_its_definition(seed: int, paged: Callable[..., Any], device: tor
     if rng.random() < 0.2:
         facts |= {"sparse": (8, 2, 3, 1, 4), "causal": True}
     compare(batch, device, **facts)
+
+
+@pytest.mark.parametrize("kind", [*LARGEST, torch.float32], ids=str)
+@pytest.mark.parametrize("latent", [False, True])
+def test_caches_of_another_type(
+    kind: torch.dtype, latent: bool, paged: Callable[..., Any], kept: Callable[..., Any], device: torch.device
+) -> None:
+    """In 8 bits with scales, or wider than the queries; slots that nobody wrote hold NaN."""
+    batch = paged([(70, 1), (20, 12)], 16, 4, 1 if latent else 2, 72, torch.bfloat16)
+    caches = kept(batch, kind)
+    facts: dict[str, Any] = {"scale": 0.2, "value_dim": 64 if latent else None}
+    k, v = (Quantised(*(t.to(device) for t in c)) if isinstance(c, Quantised) else c.to(device) for c in caches)
+    given = batch.to(device)
+    got = attention_triton.attention(given.q, k, None if latent else v, given.ragged, **facts)
+    want = attention.reference(batch.q, caches[0], None if latent else caches[1], batch.ragged, **facts)
+    torch.testing.assert_close(got.cpu().float(), want.float(), atol=2 * TOLERANCE[torch.bfloat16], rtol=0)
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])

@@ -24,6 +24,7 @@ from kvasir.kernels.blocks import copy_blocks, gather_blocks, scatter_blocks
 from kvasir.kernels.cache import turn_and_write, write
 from kvasir.kernels.embedding import embed
 from kvasir.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from kvasir.kernels.quantise import LARGEST, Quantised
 from kvasir.kernels.rope import rotate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -124,6 +125,24 @@ def test_turning_and_writing(seed: int, paged: Callable[..., Any], device: torch
         rotate.reference(q, angles, interleaved=interleaved),
         cache_triton.TOLERANCE,
     )
+
+
+@pytest.mark.parametrize("kind", LARGEST, ids=str)
+@pytest.mark.parametrize("dim", [64, 80])
+def test_writing_in_8_bits(
+    kind: torch.dtype, dim: int, paged: Callable[..., Any], kept: Callable[..., Any], device: torch.device
+) -> None:
+    """Rows of any size, bit for bit: rounding is to the nearest even, as torch's; zeros have the scale 0."""
+    batch = paged([(37, 8), (5, 1)], 5, 6, 3, dim)
+    k, v = torch.randn(2, 9, 3, dim) * torch.tensor([1e-30, 1e-3, 1.0, 300.0, 1e30]).repeat(2)[:9, None, None]
+    k[7] = 0
+    expected = kept(batch, kind)
+    ours = [Quantised(*(t.clone().to(device) for t in cache)) for cache in expected]
+    write.reference(k, v, *expected, batch.ragged)
+    cache_triton.write(k.to(device), v.to(device), *ours, batch.to(device).ragged)
+    for got, want in zip(ours, expected, strict=True):
+        assert torch.equal(got.values.view(torch.uint8).cpu(), want.values.view(torch.uint8))
+        assert torch.equal(got.scales.cpu().nan_to_num(), want.scales.nan_to_num())
 
 
 def test_writing_alone(paged: Callable[..., Any], device: torch.device) -> None:
