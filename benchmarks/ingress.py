@@ -76,6 +76,9 @@ class Synthetic:
     def stats_at(self) -> float:
         return time.monotonic()
 
+    def serve_blocks(self, host: str) -> tuple[str, str]:
+        return "", ""
+
     def listen(self, on_blocks: Callable[[Tier, Changes], None]) -> None:
         """It keeps no blocks."""
 

@@ -36,6 +36,7 @@ class OwnedEngine(ServedEngine, Protocol):
 
     @property
     def failure(self) -> BaseException | None: ...
+    def serve_blocks(self, host: str) -> tuple[str, str]: ...
     def start(self) -> None: ...
     def shutdown(self) -> None: ...
 
@@ -107,8 +108,10 @@ class RankActor:
             self._service = GroupService(self._tracing)
             make = setup.make_engine if self._hub is None else partial(lead_engine, self._hub)
             self._engine = await asyncio.to_thread(make, self._config, self._service.deliver)
+            address, secret = await asyncio.to_thread(self._engine.serve_blocks, self._host())
             await asyncio.to_thread(self._engine.start)
-            return await self._service.start(self._engine, self._host())
+            endpoint = await self._service.start(self._engine, self._host())
+            return replace(endpoint, kv_address=address, kv_secret=secret)
         except KvasirError as error:
             return Failure(_with_param(error), final=True)
         except Exception as error:  # the process's one broad handler: whatever it is, the coordinator must hear of it

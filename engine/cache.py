@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Union
 
 import torch
@@ -41,9 +42,10 @@ class KVCache:
         self.layout = layout or Layout((LayerGroup(tuple(range(depth))),), depth)
         bytes_ = num_blocks * self.block_bytes(spec, block_size, dtype, self.layout.height)
         self.arena = torch.empty(bytes_, dtype=torch.uint8, device=device)
-        kinds = 2 if spec.value_dim else 1
-        heads = self.arena.view(self.layout.height, kinds, num_blocks, spec.cache_heads, -1)
-        self._chunks = heads.view(self.layout.height * kinds, num_blocks, -1)
+        self.kinds, self.slot_bytes = 2 if spec.value_dim else 1, spec.key_dim * dtype.itemsize
+        self.scale_bytes = 4 if dtype in LARGEST else 0
+        heads = self.arena.view(self.layout.height, self.kinds, num_blocks, spec.cache_heads, -1)
+        self._chunks = heads.view(self.layout.height * self.kinds, num_blocks, -1)
         """[C, N, W]: the bytes of a block's keys, or values, of one layer lie in one piece."""
         self.group_of = [0] * depth
         self._layers: list[Views] = [(heads[0, 0], None)] * depth
@@ -75,14 +77,23 @@ class KVCache:
     @torch.inference_mode()
     def read(self, blocks: Sequence[int]) -> Tensor:
         """[n, bytes_per_block] uint8: what these blocks hold in all layers, each in one piece, on the cache's device."""
-        index = torch.tensor(blocks, device=self.arena.device)
-        return gather_blocks(self._chunks, index).view(len(blocks), -1)
+        index = torch.tensor(blocks, dtype=torch.long, device=self.arena.device)
+        return gather_blocks(self._chunks, index).view(len(blocks), self.bytes_per_block)
 
     @torch.inference_mode()
     def write(self, blocks: Sequence[int], held: Tensor) -> None:
         """Put into these blocks what `read` gave, on the cache's device."""
         index, chunks = torch.tensor(blocks, device=self.arena.device), self._chunks
         scatter_blocks(chunks, index, held.view(len(blocks), chunks.shape[0], chunks.shape[2]))
+
+    def put(self, blocks: Sequence[int], staged: Tensor, numbers: Sequence[int]) -> None:
+        """Put into these blocks what lies in the rows `numbers` of staged[n, bytes_per_block], in host memory."""
+        first, count = numbers[0], len(numbers)
+        together = numbers[-1] == first + count - 1 and all(b - a == 1 for a, b in pairwise(numbers))
+        rows = staged[first : first + count] if together else staged.index_select(0, torch.tensor(numbers))
+        if self.arena.is_cuda and not rows.is_cuda:
+            rows = rows.pin_memory().to(self.arena.device, non_blocking=True)
+        self.write(blocks, rows)
 
     @torch.inference_mode()
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:

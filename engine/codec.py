@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from itertools import accumulate, islice, pairwise
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from kvasir.engine.blocks import ContentId
 from kvasir.engine.event import TokenLogprob
 from kvasir.engine.request import NESTED, PoolingParams, SamplingParams
-from kvasir.engine.step import Candidate, Moves, NewSequence, Result, Slice, Step
+from kvasir.engine.step import Candidate, Lent, Moves, NewSequence, Pull, Result, Slice, Step
 
 I64, I32, U8 = np.dtype("<i8"), np.dtype("<i4"), np.dtype("u1")
 PLAIN = SamplingParams()
@@ -103,6 +103,7 @@ def encode_step(step: Step, results: Sequence[Result] = ()) -> bytes:
     out.array(number for part in step.slices for number in (part.seat, part.start, part.count))
     out.array((_flags(part) for part in step.slices), U8)
     _write_moves(out, step.moves or Moves())
+    _write_exchanges(out, step.moves or Moves())
     return out.bytes()
 
 
@@ -124,7 +125,7 @@ def decode_step(data: bytes | memoryview) -> tuple[Step, list[Result]]:
         Slice(seat, start, count, bool(flag & 1), bool(flag & 2), bool(flag & 4), bool(flag & 8))
         for seat, start, count, flag in zip(spans[::3], spans[1::3], spans[2::3], flags, strict=True)
     ]
-    moves = _read_moves(read)
+    moves = replace(_read_moves(read), **_read_exchanges(read))
     return Step(number, freed, new, blocks, copies, slices, None if moves == Moves() else moves), results
 
 
@@ -143,6 +144,28 @@ def _read_moves(read: Reader) -> Moves:
     loads, ended = read.array(), read.array()
     triples = list(zip(loads[::3], loads[1::3], loads[2::3], strict=True))
     return Moves(saves or (), triples or (), ended or (), _read_lists(read), _read_lists(read))
+
+
+def _write_exchanges(out: Writer, moves: Moves) -> None:
+    out.json([[lent.lend, lent.readers, lent.way, lent.first] for lent in moves.lends])
+    for lent in moves.lends:
+        out.array(block for block, _ in lent.places)
+        out.contents([content for _, content in lent.places])
+    out.json([asdict(pull) | {"chain": pull.chain.hex(), "tokens": None} for pull in moves.pulls])
+    for pull in moves.pulls:
+        out.array(np.frombuffer(pull.tokens, U8), U8)
+
+
+def _read_exchanges(read: Reader) -> dict[str, Any]:
+    lends = [
+        Lent(lend, readers, way, first, list(zip(read.array(), read.contents(), strict=True)))
+        for lend, readers, way, first in read.json() or ()
+    ]
+    pulls = [
+        Pull(**{**said, "chain": bytes.fromhex(said["chain"]), "tokens": bytes(read.array(U8))})
+        for said in read.json() or ()
+    ]
+    return {"lends": lends or (), "pulls": pulls or ()}
 
 
 def _read_lists(read: Reader) -> Sequence[tuple[int, Sequence[ContentId]]]:

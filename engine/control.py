@@ -19,12 +19,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from kvasir.engine.errors import ConfigError, ServerError
 
-Kind = Literal["hello", "welcome", "ready", "step", "result", "failed", "beat", "fetched"]
-KINDS: tuple[Kind, ...] = ("hello", "welcome", "ready", "step", "result", "failed", "beat", "fetched")
+Kind = Literal["hello", "welcome", "ready", "step", "result", "failed", "beat", "fetched", "serve", "serving"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 HEAD = struct.Struct("<IB")
 FETCHED = struct.Struct("<qi")
 """Ticket and count: a rank has read so many of the blocks that a step's fetch asked for."""
@@ -54,6 +54,8 @@ class Peer:
     ready: bool = False
     stopped_since: float | None = None
     buffer: bytearray = field(default_factory=bytearray)
+    serves: str | None = None
+    """Where it lends blocks to other groups; empty: it can't."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} (pid {self.pid} on {self.host})"
@@ -110,6 +112,15 @@ class Hub:
         """Wait until every rank has loaded its share; from then on silence is death."""
         self._until(lambda: all(peer.ready for peer in self._peers.values()), None)
         self._watching = True
+
+    def serve(self, host: str, secret: str) -> list[str]:
+        """Have every rank lend blocks to who knows `secret`, those of this node on `host` -> where, by rank. Before the first
+        step."""
+        for peer in self._peers.values():
+            said = {"host": host if peer.host == self.host else None, "secret": secret}
+            _send(peer.connection, "serve", json.dumps(said).encode())
+        self._until(lambda: all(peer.serves is not None for peer in self._peers.values()), None)
+        return [self._peers[rank].serves or "" for rank in range(1, self.size)]
 
     def step(self, frame: bytes) -> None:
         """Send a step to every rank."""
@@ -211,6 +222,10 @@ class Hub:
         elif kind == "fetched":
             ticket, count = FETCHED.unpack(content)
             self.fetched.put((ticket, count))
+        elif kind == "serving":
+            with self._changed:
+                peer.serves = content.decode()
+                self._changed.notify_all()
         elif kind == "ready":
             with self._changed:
                 peer.ready = True

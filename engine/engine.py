@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
-from kvasir.engine.blocks import BlockPool, Changes, Tier, salted
+from kvasir.engine.blocks import BlockPool, Changes, ContentId, Tier, salted
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ClientError, KvasirError, OverloadedError, UnavailableError
 from kvasir.engine.event import Event, Failed, FinishReason
+from kvasir.engine.exchange import Exchange
 from kvasir.engine.executor import Executor, LocalExecutor, executor_of
 from kvasir.engine.grammar_queue import Compiling
 from kvasir.engine.load import Loaded
 from kvasir.engine.memory import token_budget
+from kvasir.engine.peer_wire import Ask, Offer, RefusedError
 from kvasir.engine.pooling import check_dimensions
+from kvasir.engine.prices import Prices
 from kvasir.engine.processors import Processors
+from kvasir.engine.pulls import Pulls
 from kvasir.engine.request import PoolingParams, Request, SamplingParams
 from kvasir.engine.scheduler import Scheduler, Stats
 from kvasir.engine.step import NewSequence, Slice, Step
@@ -81,7 +87,12 @@ class Engine:
             ranks=config.ranks,
         )
         self._tiers = loaded.tiers
-        self._flying: deque[Step] = deque()
+        self._flying: deque[tuple[Step, float]] = deque()
+        self._exchange: Exchange | None = None
+        self._prices: Prices | None = None
+        self._pulls: Pulls | None = None
+        self._asks: deque[tuple[Ask, Sequence[ContentId], Future[Offer]]] = deque()
+        self._collected = 0.0
         self._groups = len(loaded.cache.layout.groups)
         self._wake = threading.Condition()
         self._inbox: deque[Request | tuple[str, int | None, FinishReason]] = deque()
@@ -107,6 +118,39 @@ class Engine:
         if self._tiers is not None:
             self._tiers.wait_until_scanned()
         self._thread.start()
+
+    def serve_blocks(self, host: str) -> tuple[str, str]:
+        """Before `start`: lend blocks to other groups on this node's address `host`, and fetch theirs where requests name
+        them -> (where, the secret that lets them in). Two empty texts: it doesn't (--kv-transfer off)."""
+        secret = secrets.token_hex(32)
+        served = self._executor.serve_blocks(host, secret, self._asked) if self.info.salt else None
+        if served is None:
+            return "", ""
+        self._exchange, addresses = served
+        self._prices = self._exchange.puller.prices = Prices(self.info.block_bytes / self.info.block_size)
+        self._pulls = Pulls(self._scheduler.tables, addresses[0], self._prices, self._exchange.most_pulled)
+        self._scheduler.use_peers(self._pulls)
+        self._scheduler.lends.begin(self._exchange.terms(addresses), self._exchange.lender)
+        return addresses[0], secret
+
+    def _asked(self, ask: Ask, ids: Sequence[ContentId]) -> Future[Offer]:
+        """Any thread: another group wants blocks; it is answered between two steps."""
+        answer: Future[Offer] = Future()
+        with self._wake:
+            if self._stopping or self.failure is not None:
+                answer.set_exception(RefusedError("it is shutting down"))
+            else:
+                self._asks.append((ask, ids, answer))
+                self._wake.notify()
+        return answer
+
+    def _answer_asks(self) -> None:
+        while self._asks:
+            ask, ids, answer = self._asks.popleft()
+            try:
+                answer.set_result(self._scheduler.lends.lend(ask, ids))
+            except RefusedError as error:
+                answer.set_exception(error)
 
     def shutdown(self) -> None:
         """End the loop; requests that are left fail with `unavailable`."""
@@ -233,28 +277,39 @@ class Engine:
         events = self._take_in()
         while not self._executor.fetched.empty():
             self._scheduler.fetched(*self._executor.fetched.get())
+        self._answer_asks()
         self._publish()
         now = time.time()
         events += self._scheduler.expire(now)
         step = self._scheduler.plan(now)  # while those before it are executed
         if step is not None:
+            launched = time.monotonic()
             self._executor.launch(step)
-            self._flying.append(step)
+            self._flying.append((step, launched))
         if self._flying and (step is None or len(self._flying) > self._executor.depth):
-            step = self._flying[0]
+            step = self._flying[0][0]
             events += self._take_back()
         self._hand_out(events)
         if self._on_blocks is not None:
             self._tell_blocks(self._on_blocks)
         if step is None:
             with self._wake:
-                if not self._inbox and not self._stopping:
+                if not self._inbox and not self._asks and not self._stopping:
                     self._wake.wait(LOADING_S if self._scheduler.loading else IDLE_S)
 
     def _take_back(self) -> list[Event]:
         """The oldest step's result, when it is there."""
         result = self._executor.collect()
-        return self._scheduler.commit(self._flying.popleft(), result, time.time())
+        step, launched = self._flying.popleft()
+        self._measure(step, launched)
+        return self._scheduler.commit(step, result, time.time())
+
+    def _measure(self, step: Step, launched: float) -> None:
+        """How fast prompts are computed: what fetching their blocks is weighed against."""
+        began, self._collected = max(launched, self._collected), time.monotonic()
+        counts = [part.count for part in step.slices]
+        if self._prices is not None and sum(count for count in counts if count > 1) > sum(counts) / 2:
+            self._prices.computed(sum(counts), self._collected - began)
 
     def _take_in(self) -> list[Event]:
         """What clients asked since the last turn."""
@@ -292,11 +347,16 @@ class Engine:
             left, self._accepted = self._accepted, set()
         if left:
             self._deliver([Failed(request_id, code, message) for request_id in left])
+        while self._asks:
+            self._asks.popleft()[2].set_exception(RefusedError("it is shutting down"))
 
     def _publish(self) -> None:
         if self.heartbeat - self.stats_at > STATS_PERIOD_S or not self._scheduler.has_work:
             tiers = {} if self._tiers is None else self._tiers.counts()
-            self._stats, self.stats_at = replace(self._scheduler.stats(), **tiers), self.heartbeat
+            stats = replace(self._scheduler.stats(), **tiers)
+            if self._exchange is not None and self._pulls is not None:
+                stats = replace(stats, **self._pulls.counts(), peer_served=self._exchange.lender.served)
+            self._stats, self.stats_at = stats, self.heartbeat
 
     def _tell_blocks(self, on_blocks: OnBlocks) -> None:
         if not self._listening:

@@ -12,7 +12,9 @@ from kvasir.engine.codec import decode_result, encode_step
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.control import Hub
 from kvasir.engine.errors import ConfigError
+from kvasir.engine.exchange import Exchange
 from kvasir.engine.grammar import Grammars
+from kvasir.engine.lender import OnAsk
 from kvasir.engine.load import Loaded, check_ranks, load
 from kvasir.engine.memory import resolve_device
 from kvasir.engine.mesh import Mesh, Place, host_store, join
@@ -34,6 +36,10 @@ class Executor(Protocol):
     grammars: Grammars
     fetched: queue.SimpleQueue[tuple[int, int]]
     """(ticket, count): what a rank has read of what a step's fetch asked for."""
+
+    def serve_blocks(self, host: str, secret: str, on_ask: OnAsk) -> tuple[Exchange, list[str]] | None:
+        """Before the first step: exchange blocks with other groups -> (rank 0's part, where each rank lends). None: the
+        configuration doesn't let it."""
 
     def launch(self, step: Step) -> None: ...
     def collect(self) -> Result: ...
@@ -100,6 +106,13 @@ class LocalExecutor:
             loaded.tiers.on_fetched = lambda *said: self.fetched.put(said)
         self._lane = Lane(lambda step: self.rank.run(step))
 
+    def serve_blocks(self, host: str, secret: str, on_ask: OnAsk) -> tuple[Exchange, list[str]] | None:
+        exchange = self.rank.exchange = self.loaded.exchange()
+        if exchange is None:
+            return None
+        exchange.puller.on_fetched = lambda *said: self.fetched.put(said)
+        return exchange, [exchange.listen(host, secret, on_ask)]
+
     def launch(self, step: Step) -> None:
         self._lane.launch(step)
 
@@ -108,6 +121,8 @@ class LocalExecutor:
 
     def close(self) -> None:
         self._lane.close()
+        if self.rank.exchange is not None:
+            self.rank.exchange.close()
         if self.loaded.tiers is not None:
             self.loaded.tiers.close()
 
@@ -146,6 +161,14 @@ class GroupExecutor:
         if not self._samples:
             threading.Thread(target=self._receive, name="kvasir-results", daemon=True).start()
 
+    def serve_blocks(self, host: str, secret: str, on_ask: OnAsk) -> tuple[Exchange, list[str]] | None:
+        others = self._hub.serve(host, secret)
+        exchange = self.rank.exchange = self.loaded.exchange()
+        if exchange is None or not all(others):
+            return None
+        exchange.puller.on_fetched = lambda *said: self._hub.fetched.put(said)
+        return exchange, [exchange.listen(host, secret, on_ask), *others]
+
     def launch(self, step: Step) -> None:
         self._lane.launch(step)
 
@@ -155,6 +178,8 @@ class GroupExecutor:
     def close(self) -> None:
         self._lane.close()
         self._hub.close()
+        if (rank := getattr(self, "rank", None)) is not None and rank.exchange is not None:
+            rank.exchange.close()
         if self._tiers is not None:
             self._tiers.close()  # meanwhile the others write what they have left
         self._kill()

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 from zlib import crc32
 
@@ -16,10 +17,12 @@ from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.errors import ConfigError
+from kvasir.engine.exchange import Exchange
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.memory import keep_freed_memory, plan_memory, resolve_cache_dtype, resolve_device, resolve_dtype
 from kvasir.engine.mesh import Mesh, Place
 from kvasir.engine.model_files import ModelFiles
+from kvasir.engine.open_exchange import open_exchange
 from kvasir.engine.open_tiers import open_tiers
 from kvasir.engine.pooler import Pooler, load_pooler
 from kvasir.engine.pooling import Pooling, pooling_of, tasks_of
@@ -49,6 +52,8 @@ class Loaded:
     """Reads the model's tokenizer, which the engine needs for grammars alone."""
     tiers: Tiers | None = None
     """None: blocks that leave the cache are gone."""
+    exchange: Callable[[], Exchange | None] = lambda: None
+    """Makes this rank's part in exchanging blocks with other groups; None: it doesn't."""
 
 
 def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
@@ -93,14 +98,16 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
         block_size=config.block_size,
         dtype=str(dtype).removeprefix("torch."),
         kv_cache_dtype=str(kept).removeprefix("torch."),
-        block_bytes=KVCache.block_bytes(spec, config.block_size, dtype),
+        block_bytes=KVCache.block_bytes(spec, config.block_size, kept),
         device=str(device),
         max_num_seqs=config.max_num_seqs,
         memory_report=plan.report,
         tasks=tasks_of(spec, pooling) if ours else ("generate",),
         labels=pooling.labels.names if pooling.labels else (),
     )
-    return Loaded(decoder, cache, info, pooler, files.tokenizer, open_tiers(config, files, share, cache))
+    tiers = open_tiers(config, files, share, cache)
+    exchange = partial(open_exchange, config, files, share, cache, tiers)
+    return Loaded(decoder, cache, info, pooler, files.tokenizer, tiers, exchange)
 
 
 def _agree(mesh: Mesh, *dtypes: torch.dtype) -> None:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvasir.engine.blocks import ContentId
+from kvasir.engine.pulls import GRACE_S, Pulls
 from kvasir.engine.sequence import GONE, Sequence
-from kvasir.engine.step import Moves
+from kvasir.engine.step import Lent, Moves, Pull
 from kvasir.engine.tables import Tables
 
 FETCH_S = 10.0
@@ -41,7 +42,9 @@ class Fetch:
     contents: list[ContentId]
     deadline: float
     come: list[int] = field(default_factory=list)
-    """How many each rank has, of those that have answered."""
+    """How many each rank has, of those that have answered; of a pull, up to which block of the prompt."""
+    pull: Pull | None = None
+    """Set: they come from another group."""
 
 
 class Loads:
@@ -61,11 +64,35 @@ class Loads:
         self._ended: list[int] = []
         self._asked: list[tuple[int, list[ContentId]]] = []
         self._used: list[tuple[int, list[ContentId]]] = []
+        self._pulls: list[Pull] = []
+        self._pulled: list[tuple[int, ContentId]] = []
+        self._late: list[tuple[int, ContentId]] = []
+        self.peers: Pulls | None = None
+        """Set when blocks are fetched from other groups, too."""
 
     def seek(self, sequence: Sequence, most: int, now: float) -> bool:
-        """Whether it has to wait because the tiers have more of its prefix, of at most `most` blocks, than the cache."""
+        """Whether it has to wait because the tiers, or else a peer, have more of its prefix, of at most `most` blocks, than
+        the cache."""
+        if sequence.ticket is not None:
+            return False
+        return self._seek_below(sequence, most, now) or self._seek_peer(sequence, most, now)
+
+    def _seek_peer(self, sequence: Sequence, most: int, now: float) -> bool:
+        if self.peers is None or sequence.peers_asked == len(sequence.request.peers):
+            return False
+        have = self._tables.reach(sequence, most, self._pool.knows)
+        pull = self.peers.choose(next(self._tickets), sequence, have, most)
+        if pull is None:
+            return False
+        sequence.sought, sequence.ticket = max(sequence.sought, have), pull.ticket
+        self._fetches[pull.ticket] = Fetch(sequence, [], now + pull.limit_s + GRACE_S, pull=pull)
+        self.loading[pull.ticket] = sequence
+        self._pulls.append(pull)
+        return True
+
+    def _seek_below(self, sequence: Sequence, most: int, now: float) -> bool:
         tiers, tables = self._tiers, self._tables
-        if tiers is None or self._overdue or sequence.ticket is not None:
+        if tiers is None or self._overdue:
             return False
         have = tables.reach(sequence, most, self._pool.knows)
         further = have > sequence.sought
@@ -93,14 +120,21 @@ class Loads:
         fetch.come.append(count)
         if len(fetch.come) < self._ranks:
             return None
-        if min(fetch.come) < len(fetch.contents) and self._tiers is not None:
+        if fetch.pull is not None and self.peers is not None:
+            fetch.come = [self.peers.came(fetch.pull, fetch.come)]
+        elif min(fetch.come) < len(fetch.contents) and self._tiers is not None:
             self._tiers.forget(fetch.contents[min(fetch.come) :])  # they will be computed, and written by all ranks
         return self.loading.pop(ticket)
 
     def overdue(self, now: float) -> list[Sequence]:
         """Those that have waited too long."""
         late = [ticket for ticket in self.loading if self._fetches[ticket].deadline <= now]
-        self._overdue |= set(late)
+        for ticket in late:
+            pull = self._fetches[ticket].pull
+            if pull is None:
+                self._overdue.add(ticket)
+            elif self.peers is not None:
+                self.peers.late(pull)
         return [self._end(self.loading[ticket]).sequence for ticket in late]
 
     def land(self, sequence: Sequence) -> bool:
@@ -112,15 +146,27 @@ class Loads:
         cached = self._tables.keys(sequence, sequence.sought)  # must not make room for what follows it
         for content in cached:
             self._hold(self._pool.match([content]), held)
-        for number, content in enumerate(fetch.contents[: min(fetch.come)]):
+        for number, content in self._come(sequence, fetch):
             if self._pool.knows(content):
                 self._hold(self._pool.match([content]), held)
             elif self._pool.num_free:
                 held += self._pool.take(1)
                 self._pool.commit(held[-1], content)
                 self._loads.append((ticket, number, held[-1]))
+                if fetch.pull is not None:
+                    self._pulled.append((held[-1], content))
         self._pool.free(held)
         return True
+
+    def _come(self, sequence: Sequence, fetch: Fetch) -> list[tuple[int, ContentId]]:
+        """(number, content) of what came."""
+        if fetch.pull is None or self.peers is None:
+            return [*enumerate(fetch.contents[: min(fetch.come)])]
+        first, end = (tokens // self._pool.block_size for tokens in (fetch.pull.first, fetch.pull.end))
+        found = self._tables.numbered(sequence, first, fetch.come[0])
+        self.peers.loaded += len(found)
+        self.peers.failed += len(self._tables.numbered(sequence, first, end)) - len(found) if fetch.come[0] < end else 0
+        return found
 
     def cancel(self, sequence: Sequence) -> bool:
         """It ended without a seat. True: its blocks were on their way."""
@@ -139,16 +185,24 @@ class Loads:
         if filled:
             self._used.append((min(again, len(filled)), [content for _, content in reversed(filled)]))
 
-    def moves(self) -> Moves | None:
-        """What the next step does with the tiers."""
+    def moves(self, lends: list[Lent]) -> Moves | None:
+        """What the next step does with the tiers and with other groups; `lends` is what these get."""
+        lists = self._saved(), self._loads, self._ended, self._asked, self._used, lends, self._pulls
+        self._loads, self._ended, self._asked, self._used, self._pulls = [], [], [], [], []
+        return Moves(*lists) if any(lists) else None
+
+    def _saved(self) -> list[tuple[int, ContentId]]:
+        """(block, content) of what the tiers get."""
+        pulled, self._pulled = self._pulled, []
         if self._tiers is None:
-            return None
+            return []
         fresh, self._tables.fresh = self._tables.fresh or [], []
+        # what came from a peer was written by the last step, and may have had to leave since
+        fresh += (place for place in self._late if self._pool.match([place[1]]) == [place[0]])
+        self._late = pulled
         saves = {content: block for block, content in [*fresh, *self._saves] if not self._tiers.knows(content)}
-        lists = self._loads, self._ended, self._asked, self._used
-        self._saves, self._loads, self._ended, self._asked, self._used = [], [], [], [], []
-        moves = Moves([(block, content) for content, block in saves.items()], *lists)
-        return moves if saves or any(lists) else None
+        self._saves = []
+        return [(block, content) for content, block in saves.items()]
 
     def _most_numbers(self, tiers: TierIndex) -> int:
         return max(1, tiers.most_fetched // len(self._tables.layout.groups))

@@ -76,15 +76,15 @@ def _claimed(path: str, mark: bytes, rank: int, copy: int | None) -> Claim | Non
 def fingerprint(config: EngineConfig, files: ModelFiles, cache: KVCache) -> bytes:
     """16 bytes for everything that a block's bytes depend on besides its tokens: weights, configuration, type, shapes,
     ranks, our own version. Weights count as the same when names, sizes and times of their files are."""
-    weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in _weights(files.path)]
+    weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weight_files(files.path)]
     seed = config.seed if config.load_format == "dummy" else None
     parallel = (config.tensor_parallel_size, config.pipeline_parallel_size, config.pipeline_layer_partition)
     shapes = (cache.layout, cache.block_size, str(cache.dtype), cache.arena.device.type)
-    parts = (FORMAT, _version(), weights, config.load_format, seed, parallel, shapes)
+    parts = (FORMAT, own_version(), weights, config.load_format, seed, parallel, shapes)
     return salted(repr(parts), json.dumps(files.config, sort_keys=True, default=repr))
 
 
-def _weights(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     """The files of a folder; of a GGUF file its parts."""
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.suffix in WEIGHTS)
@@ -92,7 +92,8 @@ def _weights(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{first}*")) if first != path.name else [path]
 
 
-def _version() -> str:
+def own_version() -> str:
+    """Of Kvasir."""
     try:
         return version("kvasir")
     except PackageNotFoundError:  # run from a checkout that isn't installed

@@ -17,6 +17,7 @@ from kvasir.engine.cache import KVCache
 from kvasir.engine.constraint import Constraint
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.event import TokenLogprob
+from kvasir.engine.exchange import Exchange
 from kvasir.engine.grammar import Grammars
 from kvasir.engine.pooler import Pooler
 from kvasir.engine.processors import Processors
@@ -50,6 +51,8 @@ class Rank:
         processors: Processors | None = None,
     ) -> None:
         self.tiers = tiers
+        self.exchange: Exchange | None = None
+        """Set when the group fetches blocks from others, and lends them."""
         self.decoder, self.cache, self.pooler, self._grammars = decoder, cache, pooler, grammars
         self._processors = processors or Processors(())
         self.place = decoder.mesh.place
@@ -66,6 +69,8 @@ class Rank:
         """Apply the step's differences, compute its rows, sample. Ranks that don't sample have an empty result."""
         if step.moves is not None and self.tiers is not None:
             self.tiers.apply(step.moves)
+        if step.moves is not None and self.exchange is not None:
+            self.exchange.apply(step.moves)
         self.cache.copy(step.copies)
         self.batch.apply(step)
         for new in step.new:

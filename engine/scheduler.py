@@ -24,7 +24,9 @@ from kvasir.engine.blocks import BlockPool
 from kvasir.engine.errors import ClientError
 from kvasir.engine.event import Event, Failed, Finished, FinishReason, Pooled, Timing, Token, TokenLogprob
 from kvasir.engine.layout import LayerGroup, Layout
+from kvasir.engine.lends import Lends
 from kvasir.engine.loads import Loads, TierIndex
+from kvasir.engine.pulls import Pulls
 from kvasir.engine.request import Request
 from kvasir.engine.sequence import Order, Sequence
 from kvasir.engine.step import Candidate, NewSequence, Result, Slice, Step
@@ -132,6 +134,7 @@ class Scheduler:
         self.pool, self.budget = block_pool, max_num_batched_tokens
         self.tables = Tables(block_pool, layout, self.budget, salt)
         self._loads = Loads(self.tables, tiers, ranks)
+        self.lends = Lends(self.tables, lambda content: tiers is not None and tiers.knows(content))
         longest = self.tables.room.longest(block_pool.num_blocks, max_model_len)
         self._limits = Limits(max_model_len, longest, self.budget if whole_prompts else None, self.pool.block_size)
         self.eos_token_ids = frozenset(eos_token_ids)
@@ -252,8 +255,12 @@ class Scheduler:
 
     @property
     def loading(self) -> bool:
-        """Some sequence waits for blocks from a lower tier."""
-        return bool(self._loads.loading)
+        """Some sequence waits for blocks from a lower tier or a peer, or a peer for ours."""
+        return bool(self._loads.loading) or self.lends.active
+
+    def use_peers(self, peers: Pulls) -> None:
+        """From now on blocks are fetched from other groups, too."""
+        self._loads.peers = peers
 
     def fetched(self, ticket: int, count: int) -> None:
         """A rank has read the first `count` blocks that a step's fetch asked for."""
@@ -290,7 +297,7 @@ class Scheduler:
         admitted = self._admit(left - prompts, now) if self._stalled is None else set()
         behind = [s for _, s in self._running if s.behind > 1 or id(s) in admitted]
         slices += self._plan_prompts(behind, left)
-        moves = self._loads.moves()
+        moves = self._loads.moves(self.lends.moves())
         if not slices and not self._freed and moves is None:
             return None
         self._steps += 1
@@ -393,6 +400,8 @@ class Scheduler:
                 del self._waiting[0]
                 continue
             found = self._fitting(sequence, most)
+            if found is None and self.lends.give_up():
+                continue
             if found is None:
                 self._blocked = (sequence.order, self.pool.num_free)
                 if self._park(sequence):
@@ -480,6 +489,8 @@ class Scheduler:
             return False
         lacking = self.tables.lacking(sequence, tokens)
         while lacking > self.pool.num_free:
+            if self.lends.give_up():
+                continue
             victim = next(other for _, other in reversed(self._running) if other.step <= self._steps)
             if victim.flying:
                 self._stalled = sequence.order

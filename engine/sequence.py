@@ -61,6 +61,8 @@ class Sequence:
     sought: int = -2
     """Most blocks of its prefix that were cached when the lower tiers were asked for more; -1: they had no more, -2: never
     looked."""
+    peers_asked: int = 0
+    """How many of the request's peers were considered."""
     tries: int = 0
     """How often they were asked since it got any further."""
     cached: int = 0

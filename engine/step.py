@@ -53,8 +53,43 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
+class Lent:
+    """A portion of what another group gets."""
+
+    lend: int
+    readers: Sequence[int]
+    """How many will read it, by rank."""
+    way: str
+    """By which it goes (`channels`)."""
+    first: int
+    """How many items went before."""
+    places: Sequence[tuple[int, ContentId]]
+    """(block, content); a block that isn't in the cache (GONE) is in a lower tier."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """Blocks that every rank fetches its part of, from another group."""
+
+    ticket: int
+    address: str
+    secret: str = field(repr=False)
+    fetch: str
+    """Names this fetch to the other group."""
+    chain: ContentId
+    """What stands before the prompt's first block."""
+    tokens: bytes
+    """The prompt's, from its start."""
+    first: int
+    """Tokens that are cached already, a whole number of blocks like `end`."""
+    end: int
+    limit_s: float
+    """What has come until then is all."""
+
+
+@dataclass(frozen=True, slots=True)
 class Moves:
-    """What goes between the cache and the tiers below it (host memory, disk), in the order of the fields."""
+    """What goes between the cache and the tiers below it (host memory, disk) or other groups, in the order of the fields."""
 
     saves: Sequence[tuple[int, ContentId]] = ()
     """(block, content): what the block holds is written behind."""
@@ -66,6 +101,10 @@ class Moves:
     """(ticket, contents): read them, up to the first that isn't there, and say how many came."""
     used: Sequence[tuple[int, Sequence[ContentId]]] = ()
     """(count, contents) of a sequence that ended, its head last; the last `count` weren't computed for it."""
+    lends: Sequence[Lent] = ()
+    """Copied aside for other groups, behind the loads."""
+    pulls: Sequence[Pull] = ()
+    """Fetch these, and say up to which block of the prompt they came."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,11 @@ class Tables:
         """What the pool knows the blocks by that the rows behind `count` cached blocks see, its head first."""
         return [self._key(sequence, i, group) for i, group in self._places(count)]
 
+    def numbered(self, sequence: Sequence, first: int, count: int) -> list[tuple[int, ContentId]]:
+        """Those of `keys` from block `first` on, each with (block - first) * groups + its group."""
+        groups = len(self.layout.groups)
+        return [((i - first) * groups + g, self._key(sequence, i, g)) for i, g in self._places(count) if i >= first]
+
     def filled(self, sequence: Sequence) -> list[tuple[int, ContentId]]:
         """(block, what the pool knows it by) of its full, computed blocks in all groups, its head first; GONE ones too."""
         count = sequence.computed // self.pool.block_size
@@ -212,11 +217,17 @@ class Tables:
         size, contents = self.pool.block_size, sequence.contents
         while len(contents) <= block:
             start = len(contents) * size
-            before = contents[-1] if contents else self._chain(sequence)
+            before = contents[-1] if contents else self.chain(sequence)
             contents.append(content_id(before, sequence.tokens[start : start + size]))
-        return contents[block] if not group else contents[block] + group.to_bytes(1, "little")
+        return self.name(contents[block], group)
 
-    def _chain(self, sequence: Sequence) -> ContentId:
+    @staticmethod
+    def name(content: ContentId, group: int) -> ContentId:
+        """What the pool knows the block of a layer group by."""
+        return content if not group else content + group.to_bytes(1, "little")
+
+    def chain(self, sequence: Sequence) -> ContentId:
+        """What stands before its first block."""
         request: Request = sequence.request
         return chain_start(self._salt, request.cache_salt, request.adapter, sequence.stretched)
 

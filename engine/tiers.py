@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvasir.engine.aside import Aside
 from kvasir.engine.blocks import Changes, ContentId, Tier
 from kvasir.engine.cache import KVCache
 from kvasir.engine.disk import Disk
@@ -40,8 +41,7 @@ class Tiers:
         self._tiers: list[Host | Disk] = [tier for tier in (host, disk) if tier is not None]
         self._shelves = [tier.shelf for tier in self._tiers]
         self._bytes = cache.bytes_per_block
-        self._pinned = cache.arena.is_cuda
-        self._stream = torch.cuda.Stream(cache.arena.device) if self._pinned else None  # type: ignore[no-untyped-call]
+        self._aside = Aside(cache.arena.device)
         self.on_fetched: Callable[[int, int], None] = lambda ticket, count: None
         self._behind: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._saving = 0
@@ -102,9 +102,8 @@ class Tiers:
             self._save(moves.saves)
         for ticket in dict.fromkeys(ticket for ticket, _, _ in moves.loads):
             mine = [(number, block) for found, number, block in moves.loads if found == ticket]
-            numbers = torch.tensor([number for number, _ in mine])
-            rows = self._staged[ticket].index_select(0, numbers)
-            self._cache.write([block for _, block in mine], self._sent(rows))
+            if ticket in self._staged:
+                self._cache.put([block for _, block in mine], self._staged[ticket], [number for number, _ in mine])
         with self._changed:
             for ticket in moves.ended:
                 self._asked.pop(ticket, None)
@@ -127,9 +126,6 @@ class Tiers:
         if self._disk is not None and not any(thread.is_alive() for thread in self._threads):
             self._disk.close()
 
-    def _sent(self, rows: Tensor) -> Tensor:
-        return rows.pin_memory().to(self._cache.arena.device, non_blocking=True) if self._pinned else rows
-
     def _save(self, saves: Sequence[tuple[int, ContentId]]) -> None:
         """Copy blocks aside; when those before them aren't written yet, some are left out."""
         with self._changed:
@@ -137,20 +133,8 @@ class Tiers:
             saves = saves[:room]
             self._saving += len(saves) * self._bytes
         if saves:
-            held, arrived = self._to_host(self._cache.read([block for block, _ in saves]))
+            held, arrived = self._aside.copy(self._cache.read([block for block, _ in saves]))
             self._behind.put(partial(self._keep, [content for _, content in saves], held, arrived))
-
-    def _to_host(self, held: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-        if self._stream is None:
-            return held, None
-        self._stream.wait_stream(torch.cuda.current_stream(held.device))
-        with torch.cuda.stream(self._stream):
-            host = torch.empty(held.shape, dtype=torch.uint8, pin_memory=True)
-            host.copy_(held, non_blocking=True)
-            held.record_stream(self._stream)
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrived.record(self._stream)
-        return host, arrived
 
     # -- the writing thread
 
@@ -179,6 +163,12 @@ class Tiers:
         for content in contents:
             for tier in self._tiers:
                 tier.forget(content)
+
+    # -- any thread
+
+    def read(self, content: ContentId, into: memoryview) -> bool:
+        """For another group, from the uppermost tier that has the block. False: it isn't there."""
+        return any(tier.read(content, into) for tier in self._tiers)
 
     # -- the reading thread
 

@@ -18,6 +18,8 @@ from kvasir.engine.errors import KvasirError
 
 if TYPE_CHECKING:
     from kvasir.engine.control import Spoke
+    from kvasir.engine.exchange import Exchange
+    from kvasir.engine.load import Loaded
 
 ECHOES = ("closed by peer", "reset by peer", "is gone", "imed out")
 """What an exchange says when another rank is to blame: no traceback is worth printing then."""
@@ -65,6 +67,9 @@ def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
     try:
         while True:
             kind, content = spoke.receive()
+            if kind == "serve":
+                rank.exchange = _lend(loaded, spoke, **json.loads(content))
+                continue
             step, results = decode_step(content)
             for result in results:
                 rank.learn(result)
@@ -72,9 +77,22 @@ def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
             if place.samples:
                 spoke.send("result", encode_result(found))
     except EOFError:
+        if rank.exchange is not None:
+            rank.exchange.close()
         if tiers is not None:
             tiers.close()
         raise
+
+
+def _lend(loaded: Loaded, spoke: Spoke, host: str | None, secret: str) -> Exchange | None:
+    """Take part in the exchange of blocks with other groups, from now on."""
+    from kvasir.engine.control import FETCHED
+
+    exchange = loaded.exchange()
+    if exchange is not None:
+        exchange.puller.on_fetched = lambda *said: spoke.send("fetched", FETCHED.pack(*said))
+    spoke.send("serving", b"" if exchange is None else exchange.listen(host or spoke.host, secret).encode())
+    return exchange
 
 
 def config_of(said: Mapping[str, Any]) -> EngineConfig:

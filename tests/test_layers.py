@@ -48,6 +48,11 @@ PLAIN = (
     "admission",
     "layout",
     "loads",
+    "pulls",
+    "lends",
+    "parts",
+    "peer_wire",
+    "prices",
     "tables",
     "spec",
 )

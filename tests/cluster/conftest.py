@@ -104,6 +104,9 @@ class FakeEngine:
     def stats_at(self) -> float:
         return time.monotonic()
 
+    def serve_blocks(self, host: str) -> tuple[str, str]:
+        return "", ""
+
     def listen(self, on_blocks: Callable[..., None]) -> None:
         self.on_blocks = on_blocks
 

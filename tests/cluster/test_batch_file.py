@@ -256,6 +256,9 @@ class EchoEngine:
 
     stats_at = 0.0
 
+    def serve_blocks(self, host: str) -> tuple[str, str]:
+        return "", ""
+
     def listen(self, on_blocks: Callable[..., None]) -> None:
         pass
 

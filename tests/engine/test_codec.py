@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvasir.engine.codec import decode_result, decode_step, encode_result, encode_step
 from kvasir.engine.event import TokenLogprob
 from kvasir.engine.request import PoolingParams, SamplingParams, StructuredOutput
-from kvasir.engine.step import Moves, NewSequence, Result, Slice, Step
+from kvasir.engine.step import Lent, Moves, NewSequence, Pull, Result, Slice, Step
 from kvasir.engine.thoughts import Thoughts
 
 SMALL = st.integers(0, 2**31 - 1)
@@ -44,6 +44,21 @@ NEW = st.builds(
     stretched=st.booleans(),
 )
 IDS = st.lists(st.binary(min_size=16, max_size=17), max_size=4)
+PLACES = st.lists(st.tuples(st.integers(-1, 2**31 - 1), st.binary(min_size=16, max_size=17)), max_size=3)
+TEXT = st.text(max_size=5)
+LENTS = st.builds(Lent, lend=st.integers(0, 2**62), readers=TOKENS, way=TEXT, first=SMALL, places=PLACES)
+PULLS = st.builds(
+    Pull,
+    ticket=SMALL,
+    address=TEXT,
+    secret=TEXT,
+    fetch=TEXT,
+    chain=st.binary(max_size=16),
+    tokens=st.binary(max_size=40),
+    first=SMALL,
+    end=SMALL,
+    limit_s=st.floats(0, 10),
+)
 MOVES = st.builds(
     Moves,
     saves=st.lists(st.tuples(SMALL, st.binary(min_size=16, max_size=17)), max_size=3),
@@ -51,6 +66,8 @@ MOVES = st.builds(
     ended=TOKENS,
     fetches=st.lists(st.tuples(SMALL, IDS), max_size=3),
     used=st.lists(st.tuples(SMALL, IDS), max_size=3),
+    lends=st.lists(LENTS, max_size=2),
+    pulls=st.lists(PULLS, max_size=2),
 )
 STEPS = st.builds(
     Step,

@@ -1,0 +1,289 @@
+"""Puller: a rank's end of fetching blocks from another group. Threads of its own do all the work.
+
+What comes is checked and put where a step can take it; a fetch that its sequence doesn't wait for any more, or that takes
+too long, ends with its connections.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvasir.engine.channels import BadPieceError, Wanted, channel_of, node, unix_name
+from kvasir.engine.layout import LayerGroup
+from kvasir.engine.parts import Form, Part, items, sources
+from kvasir.engine.peer_wire import (
+    Ask,
+    Get,
+    Offer,
+    RefusedError,
+    decode_offer,
+    encode_ask,
+    encode_get,
+    greet,
+    receive,
+    send,
+)
+from kvasir.engine.prices import Prices
+from kvasir.engine.recut import Filling
+from kvasir.engine.step import Pull
+
+logger = logging.getLogger(__name__)
+
+MOST_PULLS = 4
+"""At once; later ones wait."""
+STAGED_BYTES = 512 << 20
+"""Host memory for blocks that came and aren't in the cache yet."""
+FAILURES = (OSError, ValueError, EOFError, BadPieceError, KeyError, TypeError, RuntimeError)
+"""What may come of a peer that dies, hangs or lies; RuntimeError is torch's."""
+
+
+@dataclass
+class Running:
+    """A pull, from when it was asked for until its sequence has what it brought."""
+
+    pull: Pull
+    until: float
+    connections: set[socket.socket] = field(default_factory=set)
+    ended: bool = False
+    rows: Tensor | None = None
+
+
+class Puller:
+    """The rank's thread calls `start`, `rows` and `end`. on_fetched(ticket, blocks) is called in a thread of ours: up to which
+    block of the prompt all is here, or its bitwise complement when the peer failed."""
+
+    def __init__(
+        self,
+        mark: bytes,
+        form: Form,
+        groups: Sequence[LayerGroup],
+        everyone: Sequence[Part],
+        rank: int,
+        ways: Sequence[str],
+        device: torch.device,
+    ) -> None:
+        self._mark, self._form, self._groups, self._rank = mark, form, tuple(groups), rank
+        self._everyone, self._ways, self.device = tuple(everyone), tuple(ways), device
+        self.on_fetched: Callable[[int, int], None] = lambda ticket, blocks: None
+        self.prices: Prices | None = None
+        self._running: dict[int, Running] = {}
+        self._changed = threading.Condition()
+        self._threads = ThreadPoolExecutor(MOST_PULLS, "kvasir-pull")
+        self._closing = False
+
+    def start(self, pull: Pull) -> None:
+        """Fetch; the sequence that waits is told by its ticket."""
+        running = Running(pull, time.monotonic() + pull.limit_s)
+        with self._changed:
+            if not self._closing:
+                self._running[pull.ticket] = running
+                self._threads.submit(self._pull, running)
+
+    def rows(self, ticket: int) -> Tensor | None:
+        """What it brought: row (i - first) * groups + g is the prompt's block i of layer group g."""
+        with self._changed:
+            running = self._running.get(ticket)
+            return running.rows if running is not None else None
+
+    def end(self, ticket: int) -> None:
+        """Nobody waits for it any more."""
+        with self._changed:
+            running = self._running.pop(ticket, None)
+            if running is not None:
+                self._cut(running)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End all."""
+        with self._changed:
+            self._closing = True
+            for running in self._running.values():
+                self._cut(running)
+            self._running.clear()
+            self._changed.notify_all()
+        self._threads.shutdown()
+
+    def _cut(self, running: Running) -> None:
+        running.ended = True
+        self._shut(running)
+
+    def _shut(self, running: Running) -> None:
+        for connection in running.connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    # -- our threads
+
+    def _pull(self, running: Running) -> None:
+        pull, began = running.pull, time.monotonic()
+        blocks, error = 0, None
+        late = threading.Timer(pull.limit_s, self._cut_late, [running])
+        late.daemon = True
+        late.start()
+        try:
+            if not running.ended:
+                blocks, error = self._fetch(running, began)
+        except RefusedError as refusal:
+            logger.info("%s lends no blocks: %s", pull.address, refusal)
+        except FAILURES as failure:
+            error = failure
+        late.cancel()
+        if running.ended:
+            return
+        if error is not None:
+            logger.warning("not all blocks came from %s, what is missing is computed: %s", pull.address, error)
+        self.on_fetched(pull.ticket, blocks if error is None else ~blocks)
+
+    def _fetch(self, running: Running, began: float) -> tuple[int, Exception | None]:
+        """(up to which block of the prompt all is here, why not to where it was offered)"""
+        pull, size = running.pull, self._form.block_size
+        offer = self._ask(running)
+        if not pull.first < offer.end <= pull.end or offer.end % size or offer.way not in self._ways:
+            raise ValueError("the peer offers what wasn't asked for")
+        if not all(form.is_like(self._form) for form in offer.forms):
+            raise ValueError("the peer's slots are other ones")
+        first, stop = pull.first // size, offer.end // size
+        starts = tuple(start // size for start in self._asked(pull).starts(offer.end))
+        rows = running.rows = self._room(running, (stop - first) * len(self._form.groups))
+        filling = Filling(rows, self._form, first, starts)
+        chosen = sources(self._form.part, self._rank, [form.part for form in offer.forms])
+        gets = [_Get(self, running, offer, filling, rank, part) for rank, part in chosen]
+        for get in gets[1:]:
+            get.start()
+        gets[0].run()
+        for get in gets[1:]:
+            get.join()
+        theirs = offer.forms[0].block_size
+        until = min(get.blocks for get in gets)
+        found = stop if until == offer.stop else min(stop, until * theirs // size)
+        if found < stop and any(group.reach is not None for group in self._groups):
+            found = 0  # what layers that see nearby tokens alone need behind fewer blocks wasn't fetched
+        error = next((get.error for get in gets if get.error is not None), None)
+        if error is None and self.prices is not None:
+            now = time.monotonic()
+            arrived = min(get.arrived or now for get in gets)
+            self.prices.fetched(pull.address, offer.end - pull.first, arrived - began, now - arrived)
+        return found, error
+
+    def _cut_late(self, running: Running) -> None:
+        """Its time is over: what has come is all."""
+        with self._changed:
+            self._shut(running)
+
+    def _asked(self, pull: Pull) -> Ask:
+        return Ask(
+            fetch=pull.fetch,
+            mark=self._mark,
+            chain=pull.chain,
+            tokens=pull.tokens,
+            block_size=self._form.block_size,
+            first=pull.first,
+            end=pull.end,
+            groups=self._groups,
+            readers=self._everyone,
+            ways=self._ways,
+            node=node(),
+        )
+
+    def _ask(self, running: Running) -> Offer:
+        with self.connected(running, running.pull.address) as connection:
+            send(connection, *encode_ask(self._asked(running.pull)))
+            said, _ = receive(connection, 0)
+            return decode_offer(said)
+
+    def _room(self, running: Running, count: int) -> Tensor:
+        """rows[count, block bytes], once enough of what came for others is in the cache."""
+        wanted = count * self._form.block_bytes
+
+        def fits() -> bool:
+            held = sum(each.rows.numel() for each in self._running.values() if each.rows is not None)
+            return running.ended or not held or held + wanted <= STAGED_BYTES
+
+        with self._changed:
+            if not self._changed.wait_for(fits, max(0.0, running.until - time.monotonic())):
+                raise TimeoutError("there was no room for it in time")
+            return torch.empty(count, self._form.block_bytes, dtype=torch.uint8)
+
+    @contextlib.contextmanager
+    def connected(self, running: Running, address: str, *, local: bool = False) -> Iterator[socket.socket]:
+        """A greeted connection to a rank of the peer, that ends with the pull. local: by a Unix socket, if that is there."""
+        left = running.until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("it took too long")
+        with reached(address, left, local=local) as connection:
+            with self._changed:
+                if running.ended:
+                    raise ConnectionAbortedError("nobody waits for it any more")
+                running.connections.add(connection)
+            try:
+                greet(connection, running.pull.secret)
+                yield connection
+            finally:
+                with self._changed:
+                    running.connections.discard(connection)
+
+
+class _Get(threading.Thread):
+    """The pieces that one of the peer's ranks has."""
+
+    def __init__(self, puller: Puller, running: Running, offer: Offer, filling: Filling, rank: int, part: Part) -> None:
+        super().__init__(name="kvasir-pull-part", daemon=True)
+        self._puller, self._running, self._filling = puller, running, filling
+        self._offer, self._rank, self._part = offer, rank, part
+        self.blocks = 0
+        """Of the peer's size, up to which all came."""
+        self.arrived: float | None = None
+        self.error: Exception | None = None
+        self._at = 0
+
+    def run(self) -> None:
+        offer, form = self._offer, self._offer.forms[self._rank]
+        listed = items(offer.firsts, offer.stop)
+        count = 0
+
+        def into(number: int, part: Part) -> Tensor | None:
+            self.arrived = self.arrived or time.monotonic()
+            self._at = number
+            return self._filling.whole(form, part, *listed[number])
+
+        def take(number: int, part: Part, piece: Tensor) -> None:
+            block, group = listed[number]
+            self._filling.put(form, part, block, group, piece.view(form.piece_shape(group, part)))
+
+        wanted = Wanted(form, self._part, [group for _, group in listed], take, into)
+        address = self._running.pull.address if self._rank == 0 else offer.addresses[self._rank]
+        local = offer.way == "shm"
+        try:
+            with self._puller.connected(self._running, address, local=local) as connection:
+                way = "tcp" if local and connection.family != socket.AF_UNIX else offer.way
+                send(connection, encode_get(Get(offer.lend, self._part, len(listed), way)))
+                count = channel_of(way, self._puller.device, "").borrow(connection, wanted)
+        except FAILURES as error:
+            self.error, count = error, self._at
+        self.blocks = offer.stop if count == len(listed) else listed[count][0]
+
+
+def reached(address: str, timeout_s: float, *, local: bool) -> socket.socket:
+    """A connection to HOST:PORT, or to where that rank listens for its own node."""
+    if local:
+        unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        unix.settimeout(timeout_s)
+        try:
+            unix.connect(unix_name(address))
+            return unix
+        except OSError:  # another container of the node
+            unix.close()
+    host, _, port = address.rpartition(":")
+    connection = socket.create_connection((host.strip("[]"), int(port)), timeout_s)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection

@@ -1,0 +1,73 @@
+"""Pulls: which blocks a waiting sequence gets from another group. The scheduler's side, used by `loads`."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence as Seq
+from typing import Any
+
+from kvasir.engine.blocks import token_bytes
+from kvasir.engine.prices import Prices
+from kvasir.engine.request import Peer
+from kvasir.engine.sequence import Sequence
+from kvasir.engine.step import Pull
+from kvasir.engine.tables import Tables
+
+GRACE_S = 2.0
+"""Ranks end a fetch themselves when its time is over; that long is waited for their word."""
+SLACK = 1024
+"""So many tokens behind those that are wanted are told: the peer's last block may be larger."""
+
+
+class Pulls:
+    """Each peer that a request names is asked once, the best first, when that is expected to pay."""
+
+    def __init__(self, tables: Tables, own: str, prices: Prices, most: int) -> None:
+        self._tables, self._own, self._prices = tables, own, prices
+        self._most = most
+        """Blocks that one fetch may bring."""
+        self.loaded = self.failed = 0
+        """Blocks that came, and that were asked for and didn't."""
+
+    def choose(self, ticket: int, sequence: Sequence, have: int, most: int) -> Pull | None:
+        """The next fetch for a sequence of whose prefix, of at most `most` blocks, `have` are cached."""
+        peers, size = sequence.request.peers, self._tables.pool.block_size
+        while sequence.peers_asked < len(peers):
+            peer = peers[sequence.peers_asked]
+            sequence.peers_asked += 1
+            want = min(most, peer.tokens // size, have + self._most // len(self._tables.layout.groups))
+            if want > have and self._is_worth(peer, (want - have) * size):
+                return Pull(
+                    ticket,
+                    peer.address,
+                    peer.secret,
+                    secrets.token_hex(16),
+                    self._tables.chain(sequence),
+                    token_bytes(sequence.tokens[: want * size + SLACK]),
+                    have * size,
+                    want * size,
+                    self._prices.limit_s((want - have) * size),
+                )
+        return None
+
+    def came(self, pull: Pull, said: Seq[int]) -> int:
+        """Up to which block of the prompt every rank has all; said: what each of them said."""
+        if min(said) < 0:
+            self._prices.failed(pull.address)
+        ends = [end if end >= 0 else ~end for end in said]
+        if min(ends) < max(ends) and any(group.reach is not None for group in self._tables.layout.groups):
+            return 0  # what layers that see nearby tokens alone need there isn't what was fetched
+        return min(ends)
+
+    def late(self, pull: Pull) -> None:
+        """Nothing was heard of it."""
+        self._prices.failed(pull.address)
+
+    def counts(self) -> dict[str, Any]:
+        """By the names of the scheduler's Stats."""
+        return {"peer_loaded": self.loaded, "peer_failed": self.failed, **self._prices.counts()}
+
+    def _is_worth(self, peer: Peer, tokens: int) -> bool:
+        if peer.address == self._own or not self._prices.may_ask(peer.address):
+            return False
+        return peer.ordered or self._prices.pays(peer.address, tokens)

@@ -1,0 +1,414 @@
+"""Groups that fetch blocks from each other: the same tokens, whatever the layouts, and whatever happens to the peer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvasir.engine.config import EngineConfig
+from kvasir.engine.engine import Engine
+from kvasir.engine.event import Event, Failed, Finished, Token
+from kvasir.engine.layout import LayerGroup
+from kvasir.engine.parts import Part
+from kvasir.engine.peer_wire import LENGTHS, Ask, Get, encode_ask, encode_get, greet
+from kvasir.engine.prices import Prices
+from kvasir.engine.request import Peer, Request, SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+PROMPT = [random.Random(2).randrange(3, 90) for _ in range(150)]
+
+
+class Group:
+    """An engine that lends and fetches."""
+
+    def __init__(self, model: str | Path, **options: Any) -> None:
+        self.events: queue.SimpleQueue[Sequence[Event]] = queue.SimpleQueue()
+        base = {"dtype": "float32", "num_threads": 1, "block_size": 8, "skip_tokenizer_init": True, "max_num_seqs": 8}
+        base |= {"kv_cache_memory_bytes": 1 << 21, "max_num_batched_tokens": 48}
+        self.engine = Engine(EngineConfig(model=str(model), **{**base, **options}), self.events.put)
+        self.address, self.secret = self.engine.serve_blocks("127.0.0.1")
+        self.engine.start()
+        self._names = iter(range(10**6))
+
+    def peer(self, tokens: int = 10**6, address: str = "") -> Peer:
+        return Peer(address or self.address, self.secret, tokens, ordered=True)
+
+    def ask(self, prompt: Sequence[int] = PROMPT, *peers: Peer, **more: Any) -> tuple[list[int], int]:
+        """(tokens, how many of the prompt's were cached)"""
+        name, tokens = str(next(self._names)), list[int]()
+        request = Request(request_id=name, prompt_token_ids=prompt, sampling=GREEDY, peers=peers, **more)
+        self.engine.submit(request)
+        while True:
+            for event in self.events.get(timeout=60):
+                assert not isinstance(event, Failed), event
+                if isinstance(event, Token):
+                    tokens += event.token_ids
+                elif isinstance(event, Finished):
+                    assert self.engine.pool.check() == []
+                    return tokens, event.cached_tokens
+
+    def stats(self) -> Any:
+        return self.engine.stats()
+
+
+@pytest.fixture
+def group() -> Iterator[Callable[..., Group]]:
+    with contextlib.ExitStack() as stack:
+
+        def make(model: str | Path, **options: Any) -> Group:
+            found = Group(model, **options)
+            stack.callback(found.engine.shutdown)
+            return found
+
+        yield make
+
+
+@pytest.fixture(scope="module")
+def llama(checkpoint: Callable[..., tuple[Path, Any]]) -> Path:
+    return checkpoint("Llama")[0]
+
+
+@pytest.mark.parametrize("way", ["auto", "tcp", "gloo"])
+def test_blocks_come_from_a_peer(llama: Path, group: Callable[..., Group], way: str) -> None:
+    one, other = group(llama, kv_transfer=way), group(llama, kv_transfer=way)
+    cold = one.ask()
+    assert cold[1] == 0
+    assert other.ask(PROMPT, one.peer()) == (cold[0], 144)
+    assert other.engine._pulls.loaded == 18
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp1": {},
+    "tp2": {"tensor_parallel_size": 2},
+    "pp2": {"pipeline_parallel_size": 2},
+    "blocks of 32": {"block_size": 32},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_layout_to_every_layout(data: Callable[[str], Path], group: Callable[..., Group], dtype: str) -> None:
+    """Other ranks, stages and block sizes: what one group has computed the other takes, and says the same."""
+    known = json.loads((data("model-stories260k") / "greedy_256.json").read_text())
+    prompt = known["greedy_ids"][:200]
+    model = data("model-stories260k") / "hf"
+    groups = {name: group(model, **{"dtype": dtype, "block_size": 16, **more}) for name, more in LAYOUTS.items()}
+    for one, lender in groups.items():
+        for other, borrower in groups.items():
+            salt = f"{one} to {other}"
+            cold, _ = lender.ask(prompt, cache_salt=salt)
+            assert dtype != "float32" or cold == known["greedy_ids"][200:212]
+            tokens, cached = borrower.ask(prompt, lender.peer(), cache_salt=salt)
+            assert (salt, tokens, cached) == (salt, cold, 192)
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Mistral": {"sliding_window": 24},
+    "Gemma2": {"sliding_window": 16, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "DeepseekV3": {
+        "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1,
+        "first_k_dense_replace": 1, "num_key_value_heads": 4,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_of_layer(
+    family: str, checkpoint: Callable[..., tuple[Path, Any]], group: Callable[..., Group]
+) -> None:
+    """Windows, groups of layers, latent attention, between blocks of 8 and of 16 tokens, by two ranks and one."""
+    folder, _ = checkpoint(family, **FAMILIES[family])
+    one, two = group(folder), group(folder, block_size=16, pipeline_parallel_size=2)
+    for number, (lender, borrower) in enumerate(((one, two), (two, one))):
+        for length in (150, 100):
+            prompt = [number + 5, *PROMPT[1:length]]
+            cold, _ = lender.ask(prompt, cache_salt=str(length))
+            tokens, cached = borrower.ask(prompt, lender.peer(), cache_salt=str(length))
+            assert (tokens, cached) == (cold, length // 16 * 16)
+
+
+@pytest.mark.parametrize("kept", ["int8", "fp8"])
+def test_caches_in_8_bits(llama: Path, group: Callable[..., Group], kept: str) -> None:
+    one, two = group(llama, kv_cache_dtype=kept), group(llama, kv_cache_dtype=kept, block_size=16)
+    cold, _ = one.ask()
+    assert two.ask(PROMPT, one.peer()) == (cold, 144)
+    other = group(llama)
+    assert other.ask(PROMPT, one.peer())[1] == 0  # it keeps other bytes
+
+
+# -- whatever happens to the peer: time, not answers
+
+
+class Proxy:
+    """Hands on what goes through it, `after` so many bytes towards who fetches in its own way."""
+
+    def __init__(self, target: str, after: int, how: str) -> None:
+        self._target, self._after, self._how = target, after, how
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.connections = 0
+        self.reached = threading.Event()
+        """The first to get so far."""
+        self._sockets: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        for each in [self._listener, *self._sockets]:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                self.connections += 1
+                host, port = self._target.split(":")
+                far = socket.create_connection((host, int(port)))
+                self._sockets += (near, far)
+                threading.Thread(target=self._pump, args=(near, far, 1 << 60), daemon=True).start()
+                threading.Thread(target=self._pump, args=(far, near, self._after), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, after: int) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1000):
+                after -= len(data)
+                if after < 0:
+                    self.reached.set()
+                    if self._how == "stop":
+                        continue
+                    if self._how == "cut":
+                        break
+                    if self._how == "garble":
+                        data, after = bytes(byte ^ 1 for byte in data), 1 << 60
+                    if self._how == "slow":
+                        time.sleep(0.05)
+                sink.sendall(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+def idle(found: Group) -> bool:
+    """Nothing is on its way, in no thread."""
+    exchange = found.engine._exchange
+    assert exchange is not None
+    lender, puller = exchange.lender, exchange.puller
+    busy = (puller._running, lender._lends, lender._connections, lender._bytes, found.engine._scheduler.lends._open)
+    return not any(busy) and not found.engine.pool.num_used
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 60
+    while not condition() and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert condition()
+
+
+@pytest.mark.parametrize("how", ["stop", "cut", "garble", "slow"])
+@pytest.mark.parametrize("after", [0, 20_000])
+def test_a_link_that_breaks(
+    llama: Path, group: Callable[..., Group], monkeypatch: pytest.MonkeyPatch, how: str, after: int
+) -> None:
+    """Answers are the same and don't come much later; a peer that failed is left alone for a while."""
+    monkeypatch.setattr("kvasir.engine.prices.LIMIT_S", (0.5, 0.5))
+    one, two = group(llama, kv_transfer="tcp"), group(llama, kv_transfer="tcp")
+    cold, _ = one.ask()
+    proxy = Proxy(one.address, after, how)
+    tokens, cached = two.ask(PROMPT, one.peer(address=proxy.address))
+    assert tokens == cold
+    assert proxy.reached.is_set()
+    assert cached < 144
+    assert how == "slow" or (cached > 0) == (after > 0)
+    wait_for(lambda: idle(two))
+    asked = proxy.connections
+    assert two.ask([*PROMPT[:20], 3, 4], one.peer(address=proxy.address))[0]
+    assert proxy.connections == asked
+    proxy.close()
+    wait_for(lambda: idle(one))
+    assert after == 0 or two.stats().peer_failed
+
+
+def test_another_peer_is_asked_when_one_fails(llama: Path, group: Callable[..., Group]) -> None:
+    one, two = group(llama), group(llama)
+    cold, _ = one.ask()
+    closed = socket.create_server(("127.0.0.1", 0))
+    nobody = f"127.0.0.1:{closed.getsockname()[1]}"
+    closed.close()
+    assert two.ask(PROMPT, one.peer(address=nobody), one.peer()) == (cold, 144)
+
+
+def test_a_fetch_ends_with_its_request(llama: Path, group: Callable[..., Group]) -> None:
+    one, two = group(llama, kv_transfer="tcp"), group(llama, kv_transfer="tcp")
+    one.ask()
+    proxy = Proxy(one.address, 20_000, "stop")
+    request = Request(
+        request_id="x", prompt_token_ids=PROMPT, sampling=GREEDY, peers=(one.peer(address=proxy.address),)
+    )
+    two.engine.submit(request)
+    assert proxy.reached.wait(60)
+    two.engine.abort("x")
+    wait_for(lambda: idle(two))
+    wait_for(lambda: idle(one))
+    proxy.close()
+
+
+PEER = """
+import json, sys
+from pathlib import Path
+from tests.engine.test_peers import Group, PROMPT
+one = Group(sys.argv[1], kv_transfer="tcp")
+print(json.dumps([one.address, one.secret, one.ask()[0]]), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_peer_that_is_killed_while_it_sends(llama: Path, group: Callable[..., Group]) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *(path for path in sys.path if path)])}
+    command = [sys.executable, "-c", PEER, str(llama)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        address, secret, cold = json.loads(process.stdout.readline())
+        proxy = Proxy(address, 20_000, "stop")
+        two = group(llama, kv_transfer="tcp")
+        killer = threading.Thread(target=lambda: proxy.reached.wait(60) and process.kill())
+        killer.start()
+        tokens, cached = two.ask(PROMPT, Peer(proxy.address, secret, 10**6, ordered=True))
+        killer.join()
+        assert (tokens, cached < 144) == (cold, True)
+        proxy.close()
+    wait_for(lambda: idle(two))
+
+
+def test_refusals(
+    llama: Path,
+    checkpoint: Callable[..., tuple[Path, Any]],
+    group: Callable[..., Group],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Told in words, and no reason to leave the peer alone."""
+    one, two = group(llama), group(llama)
+    cold, _ = one.ask()
+    assert two.ask(PROMPT, Peer(one.address, "wrong", 10**6, ordered=True)) == (cold, 0)
+    three = group(llama, kv_transfer="gloo")
+    assert three.ask(PROMPT, one.peer()) == (cold, 0)  # no way in common
+    monkeypatch.setattr("kvasir.engine.lends.MOST_LENDS", 0)
+    assert group(llama).ask(PROMPT, one.peer()) == (cold, 0)
+    monkeypatch.undo()
+    again = group(llama)
+    assert again.ask([9, *PROMPT], one.peer())[1] == 0  # it hasn't got that
+    assert again.ask(PROMPT, one.peer()) == (cold, 144)
+    other = group(checkpoint("Llama", rms_norm_eps=0.1)[0])
+    assert other.ask(PROMPT, one.peer())[1] == 0
+    off = Group(llama, kv_transfer="off")
+    assert (off.address, off.secret) == ("", "")
+    off.engine.shutdown()
+    one.engine.shutdown()
+    assert again.ask([3, *PROMPT[:100]], one.peer())[1] == 0
+
+
+def test_the_server_takes_any_bytes(llama: Path, group: Callable[..., Group]) -> None:
+    """Of strangers, and of who knows the secret and says nonsense."""
+    one, two = group(llama), group(llama)
+    cold, _ = one.ask()
+    draw = random.Random(5)
+    ask, tokens = encode_ask(an_ask())
+    get = encode_get(Get(1, Part(range(2), range(2)), 3, "tcp"))
+    for number in range(300):
+        host, port = one.address.split(":")
+        with socket.create_connection((host, int(port)), 5) as connection, contextlib.suppress(OSError):
+            if number % 3:
+                greet(connection, one.secret)
+            if number % 3 == 2:
+                text = json.dumps(mangled(draw, draw.choice([ask, get]))).encode()
+                connection.sendall(LENGTHS.pack(len(text), len(tokens)) + text + tokens)
+            else:
+                connection.sendall(draw.randbytes(draw.choice([1, 8, 40, 500])))
+    assert two.ask(PROMPT, one.peer()) == (cold, 144)
+    wait_for(lambda: idle(one))
+    assert one.engine.failure is None
+
+
+def an_ask(**changes: Any) -> Ask:
+    group = (LayerGroup((0, 1)),)
+    said = {"fetch": "f", "mark": b"m", "chain": b"c", "tokens": bytes(400), "block_size": 8, "first": 0, "end": 96}
+    said |= {"groups": group, "readers": (Part(range(2), range(2)),), "ways": ("tcp",), "node": ""}
+    return Ask(**{**said, **changes})
+
+
+def mangled(draw: random.Random, said: Any) -> Any:
+    """The same with something changed somewhere."""
+    odd: list[Any] = [None, -1, 0, 1, 2**70, 1.5, "", "x" * 400, [], {}, [[]], True]
+    if isinstance(said, (dict, list, tuple)) and said and draw.random() < 0.8:
+        keys = [*said] if isinstance(said, dict) else [*range(len(said))]
+        chosen = draw.choice(keys)
+        pairs = {key: mangled(draw, said[key]) if key == chosen else said[key] for key in keys}
+        return pairs if isinstance(said, dict) else [*pairs.values()]
+    return draw.choice(odd)
+
+
+# -- tiers, and what is full
+
+
+def test_a_peers_disk_and_ours(llama: Path, group: Callable[..., Group], tmp_path: Path) -> None:
+    """What the peer has on its disk alone comes as well, and what came is on ours."""
+    one = group(llama, kv_disk_path=str(tmp_path / "one"))
+    cold, _ = one.ask()
+    wait_for(lambda: one.stats().disk_stored >= 20)
+    one.engine.pool.reset()
+    two = group(llama, kv_disk_path=str(tmp_path / "two"))
+    assert two.ask(PROMPT, one.peer()) == (cold, 144)
+    wait_for(lambda: one.stats().disk_loaded >= 18)
+    wait_for(lambda: two.stats().disk_stored >= 19)
+    two.engine.pool.reset()
+    assert two.ask() == (cold, 144)
+    assert two.stats().peer_loaded == 18
+
+
+def test_lending_gives_way(llama: Path, group: Callable[..., Group]) -> None:
+    """A peer whose cache is full of running sequences computes on; who asked computes too, or gets what it can."""
+    small = {"kv_cache_memory_bytes": 300_000, "max_model_len": 200}
+    one, two = group(llama, **small), group(llama, **small)
+    prompts = [[10 + i, *PROMPT[i : i + 140]] for i in range(6)]
+    cold = [one.ask(prompt)[0] for prompt in prompts]
+    for prompt, wanted in [*zip(prompts, cold, strict=True)] * 2:
+        running = Request(request_id=str(random.random()), prompt_token_ids=prompts[0], sampling=GREEDY)
+        one.engine.submit(running)
+        assert two.ask(prompt, one.peer())[0] == wanted
+        wait_for(lambda: not one.engine.stats().running)
+    wait_for(lambda: idle(one) and idle(two))
+    assert one.engine.pool.check() == two.engine.pool.check() == []
+
+
+def test_it_is_fetched_when_that_pays() -> None:
+    prices = Prices(1000.0)
+    assert prices.pays("a", 100)  # never measured: tried
+    prices.computed(1000, 1.0)
+    assert prices.pays("a", 100)
+    prices.fetched("a", 100, 0.5, 0.1)  # half a second, and a million bytes per second behind
+    assert not prices.pays("a", 100)
+    assert not prices.pays("a", 100_000)
+    prices.fetched("b", 100, 0.001, 0.0001)
+    assert prices.pays("b", 100)
+    assert not prices.pays("b", 1)
+    assert prices.limit_s(1000) == 2.0
+    assert prices.limit_s(10) == 0.5
+    prices.failed("b")
+    assert not prices.may_ask("b")
+    assert prices.may_ask("a")
+    said = prices.counts()
+    assert said["peer_bytes"] == 200_000
+    assert 0 < said["fetch_floor_s"] < 0.5
