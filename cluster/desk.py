@@ -16,7 +16,7 @@ from kvasir.cluster import telemetry
 from kvasir.cluster.call import ROUTE_HEADER, SESSION_HEADERS, Call, Conversation, Prompt, Text
 from kvasir.cluster.failover import Failover, LastingStream
 from kvasir.cluster.generation import Generation
-from kvasir.cluster.group_client import GroupClient, GroupDirectory
+from kvasir.cluster.group_client import GroupClient, GroupDirectory, Placement
 from kvasir.cluster.metrics import Metrics
 from kvasir.cluster.reading import PLAIN, Reading, constraints, reading
 from kvasir.cluster.recordings import Recording, Recordings
@@ -238,7 +238,18 @@ class Desk:
             with span.stage("failover"):
                 yield
 
-        return Failover(partial(self.directory.place, model.name, session=session), self._failover_timeout_s, stage)
+        def moved(why: str, to: Placement, seconds: float) -> None:
+            self.metrics.moved(model.name, why)
+            with span.stage("move") as facts:
+                facts.update({"why_moved": why, "prepared_s": round(seconds, 4), **to.route.facts()})
+
+        return Failover(
+            partial(self.directory.place, model.name, session=session),
+            self._failover_timeout_s,
+            stage,
+            partial(self.directory.move, model.name, session=session),
+            moved,
+        )
 
     def _check_open(self) -> None:
         if self.draining:

@@ -2,24 +2,37 @@
 
 What a token is depends on the request, its seed and the tokens before it alone. So the continuation is the one that would
 have been, and the reader sees a pause.
+
+A group that drains, or that only computes prompts, hands its streams over in the same way, without the pause: it goes on
+until the next one has its first token. What both have made is compared; where the two differ (bfloat16 rounds a prompt
+otherwise than one token at a time), the next one begins again behind what was delivered.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
 from kvasir.cluster.group_client import Placement
 from kvasir.cluster.group_stream import Stream
-from kvasir.cluster.merged import Merged
-from kvasir.engine.errors import DeadlineError, KvasirError, OverloadedError, UnavailableError
+from kvasir.cluster.overlap import Differs, Overlap
+from kvasir.cluster.parts import Parts
+from kvasir.engine.errors import ERRORS, DeadlineError, KvasirError, OverloadedError, ServerError, UnavailableError
 from kvasir.engine.event import Event, Failed, Finished, FinishReason, Timing, Token
 from kvasir.engine.request import Request
 
+WHOLE = -1
+MOVE_PAUSE_S = (0.05, 2.0)
+"""First and longest pause between two tries to move."""
+MOVE_TRIES, MAX_AHEAD = 3, 4
+"""A group that was so many tokens behind when it was ready is asked again: it has most of it then. At the last try it
+takes over anyhow."""
+MIN_LEFT = 8
+"""A stream with fewer tokens to come isn't worth a move."""
 PAUSE_S = (0.05, 0.5)
 """First and longest pause between two looks for a group."""
 MAX_DEATHS = 3
@@ -36,6 +49,10 @@ class Failover:
     """How long it waits for a group that takes it; 0: it fails with its group."""
     stage: Callable[[], AbstractContextManager[None]] = nullcontext
     """Around the wait."""
+    move: Callable[[Request, Placement], Placement] | None = None
+    """Another group for a request that runs; None: it stays where it is. Raises UnavailableError."""
+    moved: Callable[[str, Placement, float], None] = lambda why, to, seconds: None
+    """Told of every move: why, where to, and how long it was prepared."""
 
 
 class LastingStream:
@@ -48,7 +65,7 @@ class LastingStream:
     def __init__(self, request: Request, failover: Failover) -> None:
         self._request, self._failover = request, failover
         self._stream: Stream | None = None
-        self._parts: _Parts | None = None
+        self._parts: Parts | None = None
         self._placement: Placement | None = None
         self._live: dict[int, list[int]] = {index: [] for index in range(request.sampling.streams)}
         """Continuations that haven't ended -> their tokens so far."""
@@ -57,6 +74,17 @@ class LastingStream:
         """Its group died of this, and nothing has been done about it yet."""
         self._deaths = self._attempts = 0
         self._began, self._queued, self._first_token, self._earlier = time.monotonic(), time.time(), 0.0, 0.0
+        self._resumed = False
+        """Tokens came from more than one group."""
+        self._mover: asyncio.Task[None] | None = None
+        self._trying = False
+        self._heirs: _Heirs | None = None
+        """They go on as soon as what its group has made is read."""
+        self._overlap = Overlap({})
+        """What the group before has delivered, and this one makes once more."""
+        self._origin: Stream | None = None
+        """Of the first group, that was told to end, where this was continuation `_index`; None: it has the same number."""
+        self._index: int | None = None
         self._closed = False
 
     @property
@@ -64,6 +92,12 @@ class LastingStream:
         """Where it runs, or ran last."""
         assert self._placement is not None, "start comes first"
         return self._parts.placement if self._parts else self._placement
+
+    @property
+    def _running(self) -> tuple[Placement, Stream]:
+        assert self._placement is not None, "start comes first"
+        assert self._stream is not None, "start comes first"
+        return self._placement, self._stream
 
     async def start(self) -> None:
         """Submit it. Raises the KvasirError with which it is refused; at once when no group is alive."""
@@ -104,34 +138,42 @@ class LastingStream:
     def close(self) -> None:
         """The reader goes away: abort what still runs, hold nothing."""
         self._closed = True
+        self._stay()
         if self._parts is not None:
             self._parts.close()
         if self._stream is not None:
             self._stream.close()
 
     async def _submit(self, placement: Placement) -> None:
-        self._stream = await placement.submit()
-        self._placement = placement
+        self._attach(placement, await placement.submit())
+
+    def _attach(self, placement: Placement, stream: Stream) -> None:
+        """Read from this one from now on."""
+        self._placement, self._stream = placement, stream
+        stream.on_leave = self._consider
         if self._closed:
-            self._stream.close()
+            stream.close()
         for index, reason in self._aborted.items():  # while it was asked
-            self._stream.abort(index, reason)
+            stream.abort(index, reason)
+        self._consider()
 
     def _living(self, events: list[Event]) -> list[Event]:
         """What the group says; its death is put aside."""
-        if not events:
-            self._closed = True
+        if not events and self._heirs is not None:
+            self._hand_over(self._heirs)
+        elif not events:
+            self._closed = self._stream is None or self._stream.complete
         elif self._is_death(last := events[-1]):
             self._failed, self._deaths = last, self._deaths + 1
             events.pop()
-        return events
+        return self._fresh(events) if self._overlap else events
 
     def _is_death(self, event: Event) -> TypeGuard[Failed]:
         return isinstance(event, Failed) and event.code == UnavailableError.code and self._failover.timeout_s > 0
 
     def _noted(self, events: list[Event]) -> list[Event]:
         """The events, remembered."""
-        self._first_token = self._first_token or time.time()
+        first, self._first_token = not self._first_token, self._first_token or time.time()
         for place, event in enumerate(events):
             if isinstance(event, Token):
                 self._live[event.index] += event.token_ids
@@ -141,26 +183,39 @@ class LastingStream:
                 events[place] = self._dated(event)
             else:
                 self._live.clear()
+        if not self._live:
+            self._stay()
+        elif first:
+            self._consider()
         return events
 
     def _dated(self, event: Finished) -> Finished:
         """With the times of the whole request. When its first group began with it, only that group knew."""
-        if not self._attempts:
+        if not self._resumed:
             return event
         of, queued = event.timing, self._queued
         begin = (queued, self._earlier) if self._earlier else (of.scheduled, of.first_token)
-        return replace(event, timing=Timing(queued, *begin, of.finished))
+        left = self._origin.left() if self._origin is not None else []
+        index = event.index if self._index is None else self._index
+        first = next((one for one in left if isinstance(one, Finished) and one.index == index), event)
+        return replace(event, cached_tokens=first.cached_tokens, timing=Timing(queued, *begin, of.finished))
 
     async def _go_on(self, failed: Failed) -> list[Event]:
         """Let another group take over; what it can't is ended by the events that this returns."""
         if ended := [(index, reason) for index, reason in self._aborted.items() if index in self._live]:
             return [self._end(index, reason) for index, reason in ended]
+        if self._mover is not None and self._trying:  # another group is about to have it
+            await asyncio.wait([self._mover])
+        if self._heirs is not None:
+            self._failed = None
+            self._hand_over(self._heirs)
+            return []
         if self._deaths >= MAX_DEATHS:
             return [replace(failed, message=f"{failed.message}; so did the {self._deaths - 1} before it")]
         self._failed = None
         if self._request.sampling.streams == 1 or self._untouched:
             return await self._resubmit(failed)
-        self._parts = _Parts({index: self._part(index, failed) for index in self._live})
+        self._parts = Parts({index: self._part(index, failed) for index in self._live})
         return []
 
     @property
@@ -183,20 +238,20 @@ class LastingStream:
             alone = replace(alone, logprobs=sampling.logprobs or 0)
         own = replace(
             request,
-            request_id=f"{request.request_id}.{index}",
+            request_id=f"{request.request_id}.{self._attempts}.{index}",
             sampling=alone,
             resume_token_ids=(*request.resume_token_ids, *self._live[index]),
         )
         part = LastingStream(own, self._failover)
         part._failed, part._deaths, part._placement = failed, self._deaths, self._placement
         part._began, part._queued, part._first_token = self._began, self._queued, self._first_token
+        part._earlier, part._resumed = self._first_token, True
         return part
 
     def _again(self) -> Request:
         """The request behind what was delivered of it."""
         request, sampling, told = self._request, self._request.sampling, any(self._live.values())
         self._attempts += 1
-        self._earlier = self._first_token
         left = request.deadline_s
         if left is not None and (left := left - (time.monotonic() - self._began)) <= 0:
             raise DeadlineError("the request's deadline passed when its group had died")
@@ -215,7 +270,9 @@ class LastingStream:
         with self._failover.stage():
             while not self._closed:
                 try:
-                    await self._submit(self._failover.place(self._again()))
+                    request = self._again()
+                    self._earlier, self._resumed = self._first_token, True
+                    await self._submit(self._failover.place(request))
                     return []
                 except (UnavailableError, OverloadedError) as error:  # who was accepted waits, however full it is
                     why = f"{failed.message}; no other took it within {limit:g} s (--failover-timeout): {error.message}"
@@ -227,44 +284,150 @@ class LastingStream:
                 pause = min(2 * pause, PAUSE_S[1])
         return []
 
+    # -- to another group, while this one goes on
 
-class _Parts:
-    """The continuations of a request whose group died: index -> its stream."""
+    def _consider(self) -> None:
+        """Look for another group if this one wants to be rid of it."""
+        if self._mover is None and self._heirs is None and self._why_move:
+            self._mover = asyncio.ensure_future(self._move())
+            self._mover.add_done_callback(self._settled)
 
-    def __init__(self, streams: Mapping[int, LastingStream]) -> None:
-        self._indexes, self._streams = [*streams], [*streams.values()]
-        self._merged = Merged(self._streams)
-        self._open = len(streams)
+    def _settled(self, mover: asyncio.Task[None]) -> None:
+        if self._mover is mover:
+            self._mover = None
+
+    @property
+    def _why_move(self) -> str:
+        """Why its group wants to be rid of it; empty: it stays."""
+        if self._placement is None or self._failover.move is None or self._failed or self._closed or not self._live:
+            return ""
+        made = max(map(len, self._live.values()))
+        why = "" if self._parts else self._placement.client.sheds(made > 0)
+        limit = self._request.sampling.max_tokens
+        short = limit is not None and limit - len(self._request.resume_token_ids) - made < MIN_LEFT
+        return "" if short and why == "prefill" else why
+
+    async def _move(self) -> None:
+        """Until another group is ready to go on."""
+        pause, began = MOVE_PAUSE_S[0], time.monotonic()
+        while why := self._why_move:
+            self._trying = True
+            try:
+                self._heirs = await self._find_heirs()
+            except KvasirError:  # they are full, or there is none now
+                self._trying = False
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, MOVE_PAUSE_S[1])
+            else:
+                self._running[1].interrupt()
+                self._failover.moved(why, self._heirs.placement, time.monotonic() - began)
+                return
+            finally:
+                self._trying = False
+
+    async def _find_heirs(self) -> _Heirs:
+        """Streams at another group, with their first tokens. Later tries have less to catch up: what was computed for the
+        earlier ones is there already. Raises KvasirError."""
+        left = MOVE_TRIES
+        while True:
+            heirs, left = self._make_heirs(), left - 1
+            try:
+                await asyncio.gather(*(heir._prepare(self) for heir in heirs.streams.values()))
+            except BaseException:
+                heirs.close()
+                raise
+            ahead = max((len(tokens) - heirs.told[index] for index, tokens in self._live.items()), default=0)
+            if not left or ahead <= MAX_AHEAD or self._failed:
+                return heirs
+            heirs.close()
+
+    def _make_heirs(self) -> _Heirs:
+        told = {index: len(tokens) for index, tokens in self._live.items()}
+        if self._request.sampling.streams == 1 or self._untouched:
+            return _Heirs({WHOLE: LastingStream(self._again(), self._failover)}, told)
+        self._attempts += 1
+        failed = Failed(self._request.request_id, UnavailableError.code, "it moves")
+        return _Heirs({index: self._part(index, failed) for index in self._live}, told)
+
+    async def _prepare(self, source: LastingStream) -> None:
+        """Run elsewhere than `source`, up to the first token. Raises what it fails with."""
+        move = self._failover.move
+        assert move is not None, "asked for by _why_move"
+        self._failed = None
+        self._placement = move(self._request, source.placement)
+        stream = self._stream = await self._placement.submit()
+        if self._closed:
+            stream.close()
+        event = await stream.ready()
+        if event is None or isinstance(event, Failed):
+            raise ERRORS.get(event.code, ServerError)(event.message) if event else UnavailableError("it was closed")
+
+    def _hand_over(self, heirs: _Heirs) -> None:
+        """All that the old group made was read: the others go on."""
+        (_, old), self._heirs = self._running, None
+        old.on_leave = lambda: None
+        old.abort()
+        self._origin, self._earlier, self._resumed = self._origin or old, self._earlier or self._first_token, True
+        since = {index: tokens[heirs.told[index] :] for index, tokens in self._live.items()}
+        if (heir := heirs.streams.get(WHOLE)) is not None:
+            self._overlap = Overlap(since)
+            self._attach(*heir._running)
+            return
+        for index in heirs.streams.keys() - self._live.keys():  # they have ended meanwhile
+            heirs.streams.pop(index).close()
+        for index, part in heirs.streams.items():
+            part._inherit(index, old, since[index], self._aborted.get(index))
+        self._parts = Parts(heirs.streams)
+
+    def _inherit(self, index: int, origin: Stream, since: list[int], aborted: FinishReason | None) -> None:
+        """Go on as the continuation `index` of `origin`, that delivered these tokens since this one was asked."""
+        self._origin, self._index = origin, index
+        self._live, self._overlap = {0: since}, Overlap({0: since})
+        self._aborted = {0: aborted} if aborted else {}
+        self._attach(*self._running)
+
+    def _stay(self) -> None:
+        """Nothing is left to be moved."""
+        if self._mover is not None:
+            self._mover.cancel()
+        if self._heirs is not None:
+            self._heirs.close()
+        self._heirs = None
+
+    def _fresh(self, events: list[Event]) -> list[Event]:
+        """What comes behind the overlap. Where this group says otherwise than the one before, it has to begin again."""
+        found: list[Event] = []
+        try:
+            for event in events:
+                if isinstance(event, Finished) and event.index in self._aborted:
+                    found.append(self._end(event.index, event.reason))
+                elif (fresh := self._overlap.fresh(event)) is not None:
+                    found.append(fresh)
+        except Differs:
+            _, stream = self._running
+            stream.on_leave = lambda: None
+            stream.close()
+            self._overlap = Overlap({})
+            self._failed = Failed(self._request.request_id, UnavailableError.code, "the next group went on otherwise")
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Heirs:
+    """Streams that are ready to go on with a request."""
+
+    streams: dict[int, LastingStream]
+    """Continuation -> its stream; or WHOLE -> one for all."""
+    told: dict[int, int]
+    """Continuation -> tokens of it that they know of."""
 
     @property
     def placement(self) -> Placement:
-        return self._streams[-1].placement
-
-    async def batch(self) -> list[Event]:
-        while self._open > 0:
-            number, events = await self._merged.next()
-            if events:
-                return [self._named(event, number) for event in events]
-            self._open -= 1
-        return []
-
-    def abort(self, index: int | None, reason: FinishReason) -> None:
-        for one, stream in zip(self._indexes, self._streams, strict=True):
-            if index in (None, one):
-                stream.abort(None, reason)
+        return next(iter(self.streams.values())).placement
 
     def close(self) -> None:
-        self._open = 0
-        self._merged.close()
-        for stream in self._streams:
+        for stream in self.streams.values():
             stream.close()
-
-    def _named(self, event: Event, number: int) -> Event:
-        """As the whole request has it. What the first one of them left in the cache is no hit of the others."""
-        if isinstance(event, Finished):
-            cached = 0 if number else event.cached_tokens
-            return replace(event, index=self._indexes[number], cached_tokens=cached)
-        return replace(event, index=self._indexes[number]) if isinstance(event, Token) else event
 
 
 def _nth(seed: int | None, index: int) -> int:

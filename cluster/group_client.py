@@ -12,7 +12,7 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias, cast
 
 import grpc
@@ -22,6 +22,7 @@ from kvasir.cluster.group_stream import Stream
 from kvasir.cluster.member import Member, Reservation
 from kvasir.cluster.router import Policy, Route, Router
 from kvasir.cluster.wire import Endpoint
+from kvasir.engine.config import Role
 from kvasir.engine.errors import ModelNotFoundError, UnavailableError
 from kvasir.engine.event import Event, Failed, FinishReason
 from kvasir.engine.info import ModelInfo
@@ -63,7 +64,7 @@ class GroupClient:
         member: Member | None = None,
     ) -> None:
         self.endpoint = endpoint
-        self.member = member or Router().join(endpoint.incarnation[:8])
+        self.member = member or Router().join(self.name)
         """The group as its model's router knows it."""
         self.info: ModelInfo | None = None
         """None until the first connection."""
@@ -71,6 +72,8 @@ class GroupClient:
         """As of the last report, up to half a second ago."""
         self.last_error: str | None = None
         """Why there is no connection."""
+        self.draining = False
+        """It takes no new requests, and what runs there goes on elsewhere if it can."""
         self._limit = max_stream_buffer
         self._on_break = on_break
         self._streams: dict[int, Stream] = {}
@@ -91,7 +94,8 @@ class GroupClient:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def finish(self) -> None:
-        """Close as soon as nothing runs any more."""
+        """Take no more requests, and close as soon as nothing runs any more."""
+        self._change(True, self.member.role)
         while self._streams:
             await asyncio.sleep(wire.LOAD_PERIOD_S)
         await self.close()
@@ -110,6 +114,12 @@ class GroupClient:
     def failing(self) -> bool:
         """It said within `WARY_S` that it can't serve a request."""
         return self._failed_at is not None and time.monotonic() - self._failed_at < WARY_S
+
+    def sheds(self, streaming: bool) -> str:
+        """Why it wants to be rid of a request, that `streaming` says has its first token: drain, prefill, or nothing."""
+        if self.draining:
+            return "drain"
+        return "prefill" if streaming and self.member.role == "prefill" else ""
 
     @property
     def load(self) -> int:
@@ -198,6 +208,7 @@ class GroupClient:
             self.stats = wire.decode_stats(message.load.stats)
             self._heartbeat = self._seen - message.load.heartbeat_age_s
             self.member.report(self.stats, message.load.counted, self._seen)
+            self._change(self.draining or message.load.draining, wire.decode_role(message.load.role))
         elif kind == "blocks":
             if self.member.blocks(message.blocks):
                 outbox.put_nowait(pb.GatewayMessage(resync=pb.Resync()))
@@ -213,6 +224,13 @@ class GroupClient:
         self.member.welcome(self.info, hello.incarnation)
         self.last_error = None
         self._heartbeat = self._seen
+
+    def _change(self, draining: bool, role: Role) -> None:
+        """It drains, or has another role: what runs there may have to go."""
+        if (draining, role) != (self.draining, self.member.role):
+            self.draining, self.member.role = draining, role
+            for stream in [*self._streams.values()]:
+                stream.on_leave()
 
     def _request_id(self, number: int) -> str | None:
         return stream.request_id if (stream := self._streams.get(number)) else None
@@ -244,6 +262,7 @@ class GroupClient:
     def _disconnected(self) -> None:
         """Fail what was running."""
         self._outbox = None
+        self.member.lost()
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream._break(f"the group died while it served this request: {self.last_error}")
@@ -330,10 +349,30 @@ class GroupDirectory:
         """Choose a living group for `request` and reserve. Requests of one session stay together while that is good for
         them. Raises ModelNotFoundError, UnavailableError or OverloadedError."""
         known = self._known(model)
-        alive = self._alive(known)
-        route = known.router.place(request, [client.member for client in alive], time.monotonic(), session)
-        client = next(client for client in alive if client.member is route.member)
-        return Placement(client, request, route)
+        return self._placed(known, self._alive(known), request, session)
+
+    def move(self, model: str, request: Request, source: Placement, session: str = "") -> Placement:
+        """Another group of the same version for a request that runs at `source`: one that decodes if there is any. Raises
+        as `place`."""
+        known, old = self._known(model), source.client
+        others = [client for client in self._alive(known) if client is not old and _alike(client, old)]
+        decoders = [client for client in others if client.member.role != "prefill"]
+        if not decoders and not (old.draining and others):
+            raise UnavailableError(f"no other group of {known.name!r} can take it over", retry_after_s=1.0)
+        return self._placed(known, decoders or others, request, session, old.member)
+
+    def _placed(
+        self,
+        known: _Model,
+        clients: Sequence[GroupClient],
+        request: Request,
+        session: str,
+        source: Member | None = None,
+    ) -> Placement:
+        members = [client.member for client in clients]
+        route = known.router.place(request, members, time.monotonic(), session, source)
+        client = next(client for client in clients if client.member is route.member)
+        return Placement(client, replace(request, peers=route.peers) if route.peers else request, route)
 
     def clients(self, model: str | None = None) -> list[GroupClient]:
         """All groups of one model, or of all, the living and the dead."""
@@ -375,8 +414,8 @@ class GroupDirectory:
         await asyncio.gather(*(client.close() for client in self.clients()))
 
     def _alive(self, known: _Model) -> list[GroupClient]:
-        """Those that fail are asked only where there are no others."""
-        if alive := known.alive:
+        """Those that fail are asked only where there are no others, those that drain never."""
+        if alive := [client for client in known.alive if not client.draining]:
             return [client for client in alive if not client.failing] or alive
         raise UnavailableError(f"model {known.name!r} isn't available: {self._why(known)}", retry_after_s=2.0)
 
@@ -387,11 +426,13 @@ class GroupDirectory:
         return self._models[self._names[model]]
 
     def _why(self, known: _Model) -> str:
-        return next((client.last_error for client in known.clients.values() if client.last_error), known.why)
+        clients = known.clients.values()
+        why = "it is draining" if any(client.draining for client in clients) else known.why
+        return next((client.last_error for client in clients if client.last_error), why)
 
     def _connect(self, known: _Model, endpoint: Endpoint) -> GroupClient:
         wake = known.wakeup.set if known.wakeup else lambda: None
-        member = known.router.join(endpoint.incarnation[:8])
+        member = known.router.join(endpoint.incarnation[:8], (endpoint.kv_address, endpoint.kv_secret))
         client = GroupClient(endpoint, max_stream_buffer=self._limit, on_break=wake, member=member)
         client.start()
         return client
@@ -407,8 +448,13 @@ class GroupDirectory:
                 await asyncio.wait_for(wakeup.wait(), POLL_S[bool(known.alive)])
 
 
+def _alike(one: GroupClient, other: GroupClient) -> bool:
+    """What one has begun the other would go on with in the same way."""
+    return one.member.hasher is other.member.hasher
+
+
 async def _leave(client: GroupClient) -> None:
-    """It gets no more requests; what runs there may finish."""
+    """It gets no more requests; what runs there moves, or finishes."""
     try:
         await client.finish()
     finally:

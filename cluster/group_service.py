@@ -23,7 +23,8 @@ from kvasir.cluster.block_journal import BlockJournal
 from kvasir.cluster.telemetry import Tracing
 from kvasir.cluster.wire import Endpoint
 from kvasir.engine.blocks import Changes, Tier
-from kvasir.engine.errors import ClientError, KvasirError
+from kvasir.engine.config import Role
+from kvasir.engine.errors import ClientError, KvasirError, UnavailableError
 from kvasir.engine.event import Event, Failed, Finished, FinishReason, Pooled, Token
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.request import Request
@@ -94,6 +95,8 @@ class GroupService(GroupServicer):
         self._incarnation = uuid.uuid4().hex
         self._journal = BlockJournal(self._incarnation)
         self._reported: tuple[Stats, float] | None = None
+        self._role: Role = "both"
+        self._draining = False
         self._loop = asyncio.get_running_loop()
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         self._links: set[_Link] = set()
@@ -109,6 +112,19 @@ class GroupService(GroupServicer):
         await self._server.start()
         self._reporter = self._loop.create_task(self._report())
         return Endpoint(f"{host}:{port}", self._incarnation, self._token)
+
+    def set_role(self, role: Role) -> None:
+        """What the group is for, as gateways are told at once."""
+        self._role = role
+        self._tell_load()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new requests; returns when gateways have moved those that run, or they have ended, or it took too long."""
+        self._draining = True
+        self._tell_load()
+        deadline = time.monotonic() + timeout_s
+        while self._running and time.monotonic() < deadline:
+            await asyncio.sleep(wire.PUBLISH_PERIOD_S)
 
     async def stop(self) -> None:
         """Close every stream."""
@@ -198,6 +214,8 @@ class GroupService(GroupServicer):
 
     def _submit(self, link: _Link, message: pb.Submit) -> None:
         """Hand a request to the engine, named so that gateways don't collide. Raises KvasirError."""
+        if self._draining:  # whoever asks hasn't heard of it yet
+            raise UnavailableError("the group is draining", retry_after_s=1.0)
         name = f"{link.name}/{message.request_id}"
         if name in self._running or message.number in link.requests:
             raise ClientError(f"request id {message.request_id!r} is already in use", param="request_id")
@@ -262,7 +280,13 @@ class GroupService(GroupServicer):
         while link.arrivals and link.arrivals[0][0] < made:
             link.counted = link.arrivals.popleft()[1]
         age = max(0.0, time.monotonic() - self._engine.heartbeat)
-        load = pb.Load(heartbeat_age_s=age, stats=wire.encode_stats(stats), counted=link.counted)
+        load = pb.Load(
+            heartbeat_age_s=age,
+            stats=wire.encode_stats(stats),
+            counted=link.counted,
+            role=self._role,
+            draining=self._draining,
+        )
         return pb.GroupMessage(load=load)
 
     def _resync(self, link: _Link) -> None:
@@ -290,7 +314,11 @@ class GroupService(GroupServicer):
             ):
                 continue
             self._reported = stats, now
-            for link in [*self._links]:
+            for link in self._links:
                 if link.writing_since is not None and now - link.writing_since > UNREAD_S:
                     self._cut(link)
-                self._post(link, self._load(link))
+            self._tell_load()
+
+    def _tell_load(self) -> None:
+        for link in [*self._links]:
+            self._post(link, self._load(link))

@@ -27,6 +27,9 @@ class Stream:
         self._wakeup: asyncio.Future[None] | None = None
         self._answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reservation: Reservation | None = None
+        self._interrupted = False
+        self.on_leave: Callable[[], None] = lambda: None
+        """Called when the group's role changes, or when it drains."""
 
     @property
     def complete(self) -> bool:
@@ -64,9 +67,27 @@ class Stream:
         self._events.clear()
         return events
 
+    async def ready(self) -> Event | None:
+        """The first event, once it is here: it can still be read. None: the stream has ended."""
+        if not self._events:
+            await self._some()
+        return self._events[0] if self._events else None
+
+    def interrupt(self) -> None:
+        """Whoever has read all events gets none once, as if the stream had ended; it isn't `complete`."""
+        self._interrupted = True
+        self._wake()
+
+    def left(self) -> list[Event]:
+        """What was never read."""
+        return [*self._events]
+
     async def _some(self) -> None:
-        """Wait for events, or for the end."""
+        """Wait for events, for the end, or for an interruption."""
         while not self._events and self._remaining > 0:
+            if self._interrupted:
+                self._interrupted = False
+                return
             self._wakeup = asyncio.get_running_loop().create_future()
             await self._wakeup
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kvasir.cluster.directory import BlockDirectory, BlockFeed
 from kvasir.cluster.prompt_keys import Hasher, Hashers
+from kvasir.engine.config import Role
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.scheduler import Stats
 from kvasir.proto import group_pb2 as pb
@@ -14,6 +15,10 @@ MEMORY_S = 5.0
 """Rates are averages over about this long."""
 KNOWN_S = 60.0
 """A group that was measured this long ago may have become another."""
+FETCH_FLOOR_S, FETCH_BYTES_PER_S = 0.01, 1e9
+"""What a fetch is taken to cost until one was measured."""
+FETCH_FLOOR, FETCH_TOKEN = 64.0, 0.1
+"""The same in tokens computed, while it isn't known how fast a group computes, or how large its blocks are."""
 DECODE_WEIGHT = 0.02
 """What a token in the cache of running sequences costs, in tokens computed: it slows down its group's steps."""
 
@@ -48,13 +53,21 @@ class Pace:
     """What a model's groups compute on average, for those that weren't measured yet."""
 
     rate: float | None = None
+    fetch_floor_s: float = 0.0
+    fetch_bytes_per_s: float = 0.0
 
 
 class Member:
     """Belongs to one router. `hasher` is None until the first connection, and `rate` until there was a queue."""
 
-    def __init__(self, name: str, directory: BlockDirectory, hashers: Hashers, pace: Pace) -> None:
+    def __init__(
+        self, name: str, directory: BlockDirectory, hashers: Hashers, pace: Pace, kv: tuple[str, str] = ("", "")
+    ) -> None:
         self.name = name
+        self.kv_address, self.kv_secret = kv
+        """Where peers fetch its blocks, if it serves any."""
+        self.role: Role = "both"
+        self.reachable = False
         self.hasher: Hasher | None = None
         self.stats = Stats()
         self.group = directory.join()
@@ -70,7 +83,10 @@ class Member:
         """Running or waiting."""
         self.rate: float | None = None
         """Prompt tokens that it computes in a second, beside its decoding."""
+        self.fetch_floor, self.fetch_token = FETCH_FLOOR, FETCH_TOKEN
+        """What fetching costs it: once, and for each token, in tokens computed."""
         self._measured_at = -KNOWN_S
+        self._token_bytes = 0.0
         self._max_num_seqs = 0
         self._step_s = 0.0
         """A step's length: a request waits for the end of the one that is being computed."""
@@ -86,14 +102,21 @@ class Member:
     def welcome(self, info: ModelInfo, incarnation: str) -> None:
         """A connection; load and a snapshot of its blocks follow."""
         self.hasher, self.block_size, self._max_num_seqs = self._hashers.of(info), info.block_size, info.max_num_seqs
-        self._told_at = None
+        self._told_at, self.reachable = None, True
+        self._token_bytes = info.block_bytes / info.block_size
         self._feed.begin(incarnation)
+        self._price_fetches()
+
+    def lost(self) -> None:
+        """The connection broke."""
+        self.reachable = False
 
     def report(self, stats: Stats, counted: int, now: float) -> None:
         """The group's load, with this gateway's requests up to number `counted` in it."""
         if self._told_at is not None and now > self._told_at:
             self._measure(self.stats, stats, now - self._told_at, now)
         self.stats, self._told_at = stats, now
+        self._price_fetches()
         for reservation in [one for one in self._open if one.number is not None and one.number <= counted]:
             reservation.settle()
         self._add_up()
@@ -140,6 +163,15 @@ class Member:
         return self.queue(tokens, together) + (tokens / self.speed if self.speed else 0.0)
 
     @property
+    def serves(self) -> bool:
+        """Peers can fetch its blocks."""
+        return bool(self.kv_address) and self.reachable
+
+    def fetch_price(self, tokens: int) -> float:
+        """What it costs this group to fetch the blocks of so many tokens, in tokens computed."""
+        return self.fetch_floor + self.fetch_token * tokens
+
+    @property
     def speed(self) -> float | None:
         """Its rate, or its like's."""
         return self.rate or self._pace.rate
@@ -164,6 +196,16 @@ class Member:
         blocks = stats.decode_blocks + sum(one.blocks for one in sent)
         self.prefills = stats.prefills + sum(1 for one in sent if one.tokens)
         self.decoding = DECODE_WEIGHT * blocks * self.block_size
+
+    def _price_fetches(self) -> None:
+        """What it measured itself, else what its like did."""
+        stats, pace = self.stats, self._pace
+        if stats.fetch_bytes_per_s:
+            pace.fetch_floor_s, pace.fetch_bytes_per_s = stats.fetch_floor_s, stats.fetch_bytes_per_s
+        floor = stats.fetch_floor_s or pace.fetch_floor_s or FETCH_FLOOR_S
+        speed, bytes_per_s = self.speed, stats.fetch_bytes_per_s or pace.fetch_bytes_per_s or FETCH_BYTES_PER_S
+        if speed and self._token_bytes:
+            self.fetch_floor, self.fetch_token = floor * speed, self._token_bytes / bytes_per_s * speed
 
     def _measure(self, before: Stats, after: Stats, seconds: float, now: float) -> None:
         """Rates count only when there was enough to do."""

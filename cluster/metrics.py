@@ -75,6 +75,7 @@ class Metrics:
             ["model_name"],
             registry=self._registry,
         )
+        self._moves = self._counter("kvasir:moves", "Requests that another group took over while they ran.", "why")
         self._series: dict[tuple[str, str], _Series] = {}
 
     def call(self, model: str, operation: str, requests: Sequence[Request], started: float) -> CallRecord:
@@ -91,6 +92,10 @@ class Metrics:
     def failover(self, model: str) -> None:
         """A request's group died."""
         self._failovers.labels(model).inc()
+
+    def moved(self, model: str, why: str) -> None:
+        """Another group took a request over while it ran: its own drains, or only computes prompts."""
+        self._moves.labels(model, why).inc()
 
     def render(self) -> bytes:
         """This gateway's own series, in Prometheus' text format."""

@@ -4,6 +4,10 @@ Policy `cost`: where the request has least to wait for, in tokens: what must be 
 prompt, by how fast the group is), what its decoding slows down, and what blocks from slower tiers or peers cost. A
 conversation stays where most of it is cached until that group's predicted wait passes a limit: moving it costs others.
 
+What a peer holds is fetched where that is cheaper than to compute it: the request carries the peers. Where groups have
+roles a prompt is computed by a prefill group, whatever the policy, when its queue and the move cost less than what the
+prompt would cost where it decodes, and those that stream there.
+
 Blocks count from the moment at which a group says that it holds them. To count those that a request sent there will leave
 behind was tried: who comes meanwhile computes them again, so that they draw others to a queue (benchmarks/results).
 """
@@ -13,24 +17,22 @@ from __future__ import annotations
 import math
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from kvasir.cluster.choices import OTHERS, Choices
 from kvasir.cluster.directory import BlockDirectory
+from kvasir.cluster.fetch import Holdings, fetches
 from kvasir.cluster.member import Member, Pace, Reservation
 from kvasir.cluster.prompt_keys import Hasher, Hashers, PromptKeys
 from kvasir.engine.errors import OverloadedError
-from kvasir.engine.request import Request
+from kvasir.engine.request import Peer, Request
 
 Policy = Literal["round-robin", "least-load", "prefix", "cost"]
-FetchPrice = Callable[[int], float]
-"""Tokens of blocks that a peer holds -> what fetching them costs, in tokens computed."""
 
 HOST_PRICE, DISK_PRICE = 0.05, 0.25
 """What a cached token costs that has to be brought back to the device, in tokens computed."""
-OTHERS = 2.0
-"""A request waits for others' tokens, and they for as many of its own."""
 AFFINITY = 0.8
 """Share of a prompt that makes a group its home."""
 SLACK = 0.75
@@ -39,6 +41,8 @@ STAY_S = 0.25
 """A home is left when the predicted wait there is longer."""
 TIE = 0.02
 """Costs that differ by less than this share count as equal."""
+STREAM_HARM = 0.1
+"""What a token computed beside a stream costs that stream."""
 MAX_SESSIONS = 65536
 
 
@@ -50,7 +54,7 @@ class Route:
     reservation: Reservation
     policy: Policy
     why: str
-    """only, turn, load, prefix, cost, home, session, limit"""
+    """only, turn, load, prefix, cost, home, session, limit; split: another group decodes"""
     prompt_tokens: int
     cached_tokens: int
     """Expected hits."""
@@ -61,10 +65,15 @@ class Route:
     queued_tokens: int
     """To be computed there before."""
     candidates: int
+    fetched_tokens: int = 0
+    """Of the prompt: to be fetched from peers."""
+    peer_name: str = ""
+    """The first of them."""
+    peers: tuple[Peer, ...] = ()
 
     def facts(self) -> dict[str, str | int | float]:
         """For a trace's span."""
-        return {
+        facts: dict[str, str | int | float] = {
             "policy": self.policy,
             "why": self.why,
             "group": self.member.name,
@@ -75,123 +84,153 @@ class Route:
             "queued_tokens": self.queued_tokens,
             "wait_s": round(self.wait_s, 4),
         }
+        if self.member.role != "both":
+            facts["role"] = self.member.role
+        if self.fetched_tokens:
+            facts |= {"peer": self.peer_name, "fetched_tokens": self.fetched_tokens}
+        return facts
 
     def header(self) -> str:
         """The same in one line."""
         return "; ".join(f"{name}={value}" for name, value in self.facts().items())
 
 
-@dataclass(slots=True)
-class _Choices:
-    """What one request would find at each candidate; three lists of equal length."""
-
-    members: Sequence[Member]
-    cached: list[int]
-    """Tokens on the device."""
-    rest: list[float]
-    """What all others cost, in tokens computed."""
-
-    def wait(self, place: int) -> float:
-        """Predicted seconds to the first token."""
-        return self.members[place].wait(self.rest[place])
-
-    def queue(self, place: int) -> float:
-        """Predicted seconds until its own tokens' turn."""
-        return self.members[place].queue(self.rest[place])
-
-    def clear(self, place: int) -> float:
-        """Predicted seconds until this and all before have their first token."""
-        return self.members[place].wait(self.rest[place], together=True)
-
-    def late(self, place: int, limit: float, now: float) -> bool:
-        """It would come, or make others come, too late there. What an idle group can do is tried again now and then."""
-        member = self.members[place]
-        return self.clear(place) > limit and (member.requests > 0 or member.known(now))
-
-    def add(self, other: _Choices) -> None:
-        self.members = [*self.members, *other.members]
-        self.cached += other.cached
-        self.rest += other.rest
-
-
 class Router:
     """Routes one model's requests. Not thread-safe: one loop calls it. `now` is that loop's clock.
 
     max_ttft_s: a request whose first token is predicted later than this everywhere is refused; 0: none is.
-    fetch_price: set when groups can fetch blocks from peers.
     """
 
-    def __init__(
-        self,
-        policy: Policy = "cost",
-        *,
-        max_ttft_s: float = 0.0,
-        fetch_price: FetchPrice | None = None,
-        draw: random.Random | None = None,
-    ) -> None:
-        self.policy, self.max_ttft_s, self.fetch_price = policy, max_ttft_s, fetch_price
+    def __init__(self, policy: Policy = "cost", *, max_ttft_s: float = 0.0, draw: random.Random | None = None) -> None:
+        self.policy, self.max_ttft_s = policy, max_ttft_s
         self.directory = BlockDirectory()
         self._draw = draw or random.Random()
         self._hashers, self._pace = Hashers(), Pace()
+        self._known: dict[int, Member] = {}
         self._sessions: OrderedDict[str, Member] = OrderedDict()
         self._turn = 0
 
-    def join(self, name: str) -> Member:
-        """A new group."""
-        return Member(name, self.directory, self._hashers, self._pace)
+    def join(self, name: str, kv: tuple[str, str] = ("", "")) -> Member:
+        """A new group; `kv`: address and secret with which peers fetch its blocks, if it serves any."""
+        member = Member(name, self.directory, self._hashers, self._pace, kv)
+        self._known[member.group] = member
+        return member
 
-    def place(self, request: Request, members: Sequence[Member], now: float, session: str = "") -> Route:
-        """Choose one of `members`, at least one, and reserve. Raises OverloadedError when none can serve it in time."""
+    def place(
+        self, request: Request, members: Sequence[Member], now: float, session: str = "", source: Member | None = None
+    ) -> Route:
+        """Choose one of `members`, at least one, and reserve. `source`: where the request runs already, and whose blocks
+        are fetched. Raises OverloadedError when none can serve it in time."""
         length = len(request.prompt_token_ids) + len(request.resume_token_ids)
-        choices = self._choices(request, members, length)
-        why, place = self._choose(choices, self._sessions.get(session) if session else None)
+        choices = self._choices(request, members, length, source)
+        why, choices, place = self._by_role(choices, request, length, self._sessions.get(session) if session else None)
         limit = min(SLACK * self.max_ttft_s or math.inf, request.deadline_s or math.inf)
         if choices.late(place, limit, now):
             why, place = "limit", min(range(len(choices.members)), key=choices.clear)
             if choices.late(place, limit, now):
                 raise self._late(choices.clear(place), limit)
+        if session and choices.members[place].role != "prefill":
+            self._remember(session, choices.members[place])
+        return self._route(why, choices, place, length, len(members))
+
+    def _route(self, why: str, choices: Choices, place: int, length: int, candidates: int) -> Route:
         member, cached = choices.members[place], choices.cached[place]
-        if session:
-            self._remember(session, member)
         wait, queued, best = choices.wait(place), member.prefill_tokens, max(choices.cached)
+        peers = choices.peers(place)
         reservation = member.reserve(int(choices.rest[place]), -(-length // member.block_size))
-        return Route(member, reservation, self.policy, why, length, cached, best, wait, queued, len(members))
+        return Route(
+            member,
+            reservation,
+            self.policy,
+            why,
+            length,
+            cached,
+            best,
+            wait,
+            queued,
+            candidates,
+            choices.fetched[place] if peers else 0,
+            peers[0][0].name if peers else "",
+            tuple(Peer(peer.kv_address, peer.kv_secret, tokens) for peer, tokens in peers),
+        )
 
     @property
     def _looks(self) -> bool:
         return self.policy in ("prefix", "cost")
 
-    def _choices(self, request: Request, members: Sequence[Member], length: int) -> _Choices:
-        nothing = _Choices([], [], [])
+    def _choices(self, request: Request, members: Sequence[Member], length: int, source: Member | None) -> Choices:
+        nothing = Choices.none()
         for hasher in {member.hasher for member in members} if self._looks else (None,):
             same = [member for member in members if member.hasher is hasher] if self._looks else members
-            found = _Choices(same, [0] * len(same), [float(length)] * len(same))
             if hasher is not None:
-                found = self._held(same, hasher.prompt(request), hasher, length)
+                found = self._held(same, hasher.prompt(request), hasher, length, source)
+            else:
+                found = Choices.blank(same, length)
             if len(same) == len(members):
                 return found
             nothing.add(found)
         return nothing
 
-    def _held(self, members: Sequence[Member], keys: PromptKeys, hasher: Hasher, length: int) -> _Choices:
+    def _held(
+        self, members: Sequence[Member], keys: PromptKeys, hasher: Hasher, length: int, source: Member | None
+    ) -> Choices:
         """What each has cached, and what it costs to have the rest."""
         size, found = hasher.block_size, self.directory.prefixes(keys)
-        cached = [found.get(member.group, 0) * size for member in members]
-        if self.fetch_price is None and not self.directory.has_tier("host") and not self.directory.has_tier("disk"):
-            return _Choices(members, cached, [float(length - tokens) for tokens in cached])
-        host, disk = self.directory.prefixes(keys, "host"), self.directory.prefixes(keys, "disk")
-        most, rest = max(disk.values(), default=0) * size, []
-        for member, near in zip(members, cached, strict=True):
-            mid, far = host.get(member.group, 0) * size, disk.get(member.group, 0) * size
-            cost = float(length - far)
-            if self.fetch_price is not None and most > far:
-                cost = min(cost, length - most + self.fetch_price(most - far))
-            rest.append(cost + HOST_PRICE * (mid - near) + DISK_PRICE * (far - mid))
-        return _Choices(members, cached, rest)
+        cached = held = [found.get(member.group, 0) * size for member in members]
+        if self.directory.has_tier("host") or self.directory.has_tier("disk"):
+            host, found = self.directory.prefixes(keys, "host"), self.directory.prefixes(keys, "disk")
+            rest, held = [], []
+            for member, near in zip(members, cached, strict=True):
+                mid, far = host.get(member.group, 0) * size, found.get(member.group, 0) * size
+                rest.append(length - far + HOST_PRICE * (mid - near) + DISK_PRICE * (far - mid))
+                held.append(far)
+        else:
+            rest = [float(length - tokens) for tokens in cached]
+        holdings = self._holdings(found, size, length, source)
+        choices = Choices(members, cached, held, rest, [0] * len(members), [holdings] * len(members))
+        if most := holdings.most:
+            gains = fetches(members, held, most)
+            choices.fetched = [tokens for tokens, _ in gains]
+            choices.rest = [tokens - gain for tokens, (_, gain) in zip(rest, gains, strict=True)]
+        return choices
+
+    def _holdings(self, found: dict[int, int], size: int, length: int, source: Member | None) -> Holdings:
+        servers = {group: member for group, member in self._known.items() if member.serves}
+        if not servers:
+            return Holdings()
+        tokens = {group: count * size for group, count in found.items()}
+        if source is not None:  # it has just computed them, and may not have told yet
+            tokens[source.group] = (length - 1) // size * size
+        return Holdings(tokens, servers)
 
     # -- choosing
 
-    def _choose(self, choices: _Choices, at_home: Member | None) -> tuple[str, int]:
+    def _by_role(
+        self, choices: Choices, request: Request, length: int, at_home: Member | None
+    ) -> tuple[str, Choices, int]:
+        """(why, those that come into question, number of the choice among them)"""
+        whole = [place for place, member in enumerate(choices.members) if member.role != "prefill"]
+        if len(whole) == len(choices.members) or not whole:
+            why, place = self._choose(choices, at_home)
+            return why, choices, place
+        places = [place for place, member in enumerate(choices.members) if member.role == "prefill"]
+        decoders, prefillers = choices.only(whole), choices.only(places)
+        why, place = self._choose(decoders, at_home)
+        if not request.resume_token_ids and request.pooling is None:
+            costs = self._costs(prefillers)
+            first = min(range(len(places)), key=costs.__getitem__)
+            if costs[first] < self._alone(decoders, place, length):
+                return "split", prefillers, first
+        return why, decoders, place
+
+    def _alone(self, choices: Choices, place: int, length: int) -> float:
+        """What a prefill group may cost: what it costs to compute a prompt where it decodes, without the move."""
+        member, rest, mean = choices.members[place], choices.rest[place], self._pace.rate or 1.0
+        harm = STREAM_HARM * member.stats.running * rest
+        move = member.fetch_price(length - choices.held[place])
+        return self._costs(choices)[place] + (harm - move) * mean / (member.rate or mean)
+
+    def _choose(self, choices: Choices, at_home: Member | None) -> tuple[str, int]:
         """(why, number of the choice)"""
         if len(choices.members) == 1:
             return "only", 0
@@ -208,7 +247,7 @@ class Router:
             return "prefix", self._least(choices, [-tokens for tokens in choices.cached], 0.0)
         return self._cheapest(choices)
 
-    def _cheapest(self, choices: _Choices) -> tuple[str, int]:
+    def _cheapest(self, choices: Choices) -> tuple[str, int]:
         costs, cached = self._costs(choices), choices.cached
         if (best := max(cached)) and best >= AFFINITY * (best + min(choices.rest)):
             places = [place for place, tokens in enumerate(cached) if tokens >= (1 - TIE) * best]
@@ -217,14 +256,14 @@ class Router:
                 return "home", home
         return "cost", self._least(choices, costs, TIE)
 
-    def _costs(self, choices: _Choices) -> list[float]:
+    def _costs(self, choices: Choices) -> list[float]:
         pairs, mean = zip(choices.members, choices.rest, strict=True), self._pace.rate or 1.0
         return [
             (member.decoding + OTHERS * member.before(rest) + rest) * mean / (member.rate or mean)
             for member, rest in pairs
         ]
 
-    def _least(self, choices: _Choices, costs: Sequence[float], tie: float) -> int:
+    def _least(self, choices: Choices, costs: Sequence[float], tie: float) -> int:
         """The least; of those that are about equal, the less loaded of two at random."""
         limit = min(costs)
         limit += tie * abs(limit)

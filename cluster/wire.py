@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 from google.protobuf.message import Message
 
+from kvasir.engine.config import Role
 from kvasir.engine.errors import ERRORS, ClientError, KvasirError, ServerError
 from kvasir.engine.event import Event, Failed, Finished, FinishReason, Pooled, Timing, Token, TokenLogprob
 from kvasir.engine.info import ModelInfo
@@ -162,6 +163,11 @@ def encode_info(info: ModelInfo) -> pb.ModelInfo:
 def decode_info(message: pb.ModelInfo) -> ModelInfo:
     """The same on the gateway's side."""
     return ModelInfo(**_decode_fields(message, ModelInfo))
+
+
+def decode_role(role: str) -> Role:
+    """A group's role; one that this version doesn't know is as good as both."""
+    return cast(Role, role) if role in get_args(Role) else "both"
 
 
 def encode_stats(stats: Stats) -> pb.Stats:

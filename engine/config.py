@@ -15,6 +15,7 @@ from kvasir.engine.errors import ConfigError
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 KVCacheDtype = Literal["auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
+Role = Literal["both", "prefill", "decode"]
 
 
 @dataclass(frozen=True, kw_only=True)

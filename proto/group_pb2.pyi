@@ -420,14 +420,18 @@ class Failed(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("heartbeat_age_s", "stats", "counted")
+    __slots__ = ("heartbeat_age_s", "stats", "counted", "role", "draining")
     HEARTBEAT_AGE_S_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     COUNTED_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     heartbeat_age_s: float
     stats: Stats
     counted: int
-    def __init__(self, heartbeat_age_s: _Optional[float] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., counted: _Optional[int] = ...) -> None: ...
+    role: str
+    draining: bool
+    def __init__(self, heartbeat_age_s: _Optional[float] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., counted: _Optional[int] = ..., role: _Optional[str] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class Stats(_message.Message):
     __slots__ = ("running", "waiting", "kv_usage", "prefix_queries", "prefix_hits", "preemptions", "prompt_tokens", "generation_tokens", "queued_prefill_tokens", "steps", "step_tokens", "decode_blocks", "free_blocks", "ended", "prefills", "host_bytes", "host_stored", "host_loaded", "host_evicted", "disk_bytes", "disk_stored", "disk_loaded", "disk_evicted", "disk_failed", "peer_loaded", "peer_served", "peer_failed", "peer_bytes", "fetch_floor_s", "fetch_bytes_per_s")

@@ -286,6 +286,9 @@ class FakeGroup:
         task.add_done_callback(self._tasks.discard)
         return stream
 
+    def sheds(self, streaming: bool) -> str:
+        return ""
+
     @property
     def running(self) -> int:
         """Requests that hold anything."""
@@ -367,6 +370,9 @@ class FakeDirectory:
         router = Router()
         route = router.place(request, [router.join("fake")], 0.0, session)
         return Placement(group, request, route)
+
+    def move(self, model: str, request: Request, source: Placement, session: str = "") -> Placement:
+        raise UnavailableError("there is no other group")
 
     def clients(self, model: str) -> list[FakeGroup]:
         return [self.groups[model]]

@@ -1,0 +1,47 @@
+"""Fetching blocks from a peer instead of computing them: whether it pays, and from whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from kvasir.cluster.member import Member
+
+MAX_PEERS = 3
+"""So many are told to a group: the first may be busy or gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """Who could give the leading blocks of one prompt."""
+
+    tokens: Mapping[int, int] = field(default_factory=dict)
+    """Group's number -> tokens that it holds in any tier."""
+    servers: Mapping[int, Member] = field(default_factory=dict)
+    """Group's number -> group: those of all that serve blocks."""
+
+    @property
+    def most(self) -> int:
+        """Tokens that one of them holds."""
+        if not self.servers:
+            return 0
+        return max((count for group, count in self.tokens.items() if group in self.servers), default=0)
+
+    def peers(self, member: Member, own: int) -> list[tuple[Member, int]]:
+        """(group, tokens) of those that hold more than the `own` tokens of `member`: most tokens, then least load first."""
+        found = [
+            (self.servers[group], count)
+            for group, count in self.tokens.items()
+            if count > own and group in self.servers and group != member.group
+        ]
+        return sorted(found, key=lambda one: (-one[1], one[0].requests))[:MAX_PEERS]
+
+
+def fetches(members: Sequence[Member], held: Iterable[int], most: int) -> list[tuple[int, float]]:
+    """(tokens worth fetching, what that saves in tokens computed) of each member, that holds `held` tokens itself."""
+    return [
+        (lacking, lacking - price)
+        if (lacking := most - own) > 0 and (price := member.fetch_price(lacking)) < lacking
+        else (0, 0.0)
+        for member, own in zip(members, held, strict=True)
+    ]
