@@ -204,7 +204,7 @@ class LastingStream:
         """Let another group take over; what it can't is ended by the events that this returns."""
         if ended := [(index, reason) for index, reason in self._aborted.items() if index in self._live]:
             return [self._end(index, reason) for index, reason in ended]
-        if self._mover is not None and self._trying:  # another group is about to have it
+        if self._mover is not None and self._trying and self._deaths < MAX_DEATHS:  # another group is about to have it
             await asyncio.wait([self._mover])
         if self._heirs is not None:
             self._failed = None
@@ -301,6 +301,8 @@ class LastingStream:
         """Why its group wants to be rid of it; empty: it stays."""
         if self._placement is None or self._failover.move is None or self._failed or self._closed or not self._live:
             return ""
+        if self._deaths >= MAX_DEATHS:
+            return ""
         made = max(map(len, self._live.values()))
         why = "" if self._parts else self._placement.client.sheds(made > 0)
         limit = self._request.sampling.max_tokens
@@ -360,6 +362,7 @@ class LastingStream:
             stream.close()
         event = await stream.ready()
         if event is None or isinstance(event, Failed):
+            source._deaths += event is not None and event.code == UnavailableError.code
             raise ERRORS.get(event.code, ServerError)(event.message) if event else UnavailableError("it was closed")
 
     def _hand_over(self, heirs: _Heirs) -> None:

@@ -95,6 +95,7 @@ class GroupClient:
 
     async def finish(self) -> None:
         """Take no more requests, and close as soon as nothing runs any more."""
+        await asyncio.sleep(wire.LOAD_PERIOD_S)  # if it has died its streams break meanwhile
         self._change(True, self.member.role)
         while self._streams:
             await asyncio.sleep(wire.LOAD_PERIOD_S)

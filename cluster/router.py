@@ -43,6 +43,8 @@ TIE = 0.02
 """Costs that differ by less than this share count as equal."""
 STREAM_HARM = 0.1
 """What a token computed beside a stream costs that stream."""
+MOVE = 100.0
+"""What a move costs besides the fetch, in tokens computed: a second request, and the steps until it is there."""
 MAX_SESSIONS = 65536
 
 
@@ -131,9 +133,11 @@ class Router:
                 raise self._late(choices.clear(place), limit)
         if session and choices.members[place].role != "prefill":
             self._remember(session, choices.members[place])
-        return self._route(why, choices, place, length, len(members))
+        return self._route(why, choices, place, length, len(members), source)
 
-    def _route(self, why: str, choices: Choices, place: int, length: int, candidates: int) -> Route:
+    def _route(
+        self, why: str, choices: Choices, place: int, length: int, candidates: int, source: Member | None
+    ) -> Route:
         member, cached = choices.members[place], choices.cached[place]
         wait, queued, best = choices.wait(place), member.prefill_tokens, max(choices.cached)
         peers = choices.peers(place)
@@ -151,7 +155,7 @@ class Router:
             candidates,
             choices.fetched[place] if peers else 0,
             peers[0][0].name if peers else "",
-            tuple(Peer(peer.kv_address, peer.kv_secret, tokens) for peer, tokens in peers),
+            tuple(Peer(one.kv_address, one.kv_secret, tokens, ordered=one is source) for one, tokens in peers),
         )
 
     @property
@@ -227,7 +231,7 @@ class Router:
         """What a prefill group may cost: what it costs to compute a prompt where it decodes, without the move."""
         member, rest, mean = choices.members[place], choices.rest[place], self._pace.rate or 1.0
         harm = STREAM_HARM * member.stats.running * rest
-        move = member.fetch_price(length - choices.held[place])
+        move = MOVE + member.fetch_price(length - choices.held[place])
         return self._costs(choices)[place] + (harm - move) * mean / (member.rate or mean)
 
     def _choose(self, choices: Choices, at_home: Member | None) -> tuple[str, int]:

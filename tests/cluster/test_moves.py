@@ -1,0 +1,273 @@
+"""Streams that another group takes over while theirs goes on: what a client gets is what one group would have given."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+
+import pytest
+from fake_fleet import Fleet, draw, outcome, read, request, run, until
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvasir.cluster.failover import LastingStream
+from kvasir.cluster.overlap import Differs, Overlap
+from kvasir.engine.errors import OverloadedError
+from kvasir.engine.event import Failed, Finished, Token, TokenLogprob
+from kvasir.engine.request import PoolingParams
+
+CHANGES = ("drain", "prefill", "decode", "both", "crash", "fail", "add")
+
+
+async def change(fleet, what, rng):
+    """One thing that happens to a fleet, mostly where something runs."""
+    group = rng.choice(fleet.serving() or fleet.groups)
+    if what in ("prefill", "decode", "both"):
+        group.service.set_role(what)
+    elif what == "add" or len(fleet.groups) < 2:
+        await fleet.add()
+    elif what == "drain":
+        await fleet.drain(group)
+    else:
+        await fleet.kill(group, what)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    n=st.sampled_from([1, 1, 2, 3]),
+    max_tokens=st.integers(1, 60),
+    seed=st.sampled_from([0, 7, 2**63 - 1, -(2**63)]),
+    more=st.sampled_from([0, 0, 2]),
+    scores=st.booleans(),
+    prefill=st.booleans(),
+    changes=st.lists(st.tuples(st.floats(0, 0.03), st.sampled_from(CHANGES)), max_size=6),
+    chance=st.integers(0, 2**32),
+)
+def test_moves_and_deaths_at_any_moment_change_nothing(
+    group_of_fakes, n, max_tokens, seed, more, scores, prefill, changes, chance
+):
+    sampling = {"n": n, "max_tokens": max_tokens, "seed": seed, "best_of": n + more}
+    n += more
+    sampling |= {"logprobs": 1, "prompt_logprobs": 1} if scores else {}
+
+    async def main():
+        rng = random.Random(chance)
+        async with Fleet(group_of_fakes, 2, 0.001) as fleet:
+            if prefill:
+                fleet.groups[0].service.set_role("prefill")
+                await until(lambda: "prefill" in [client.member.role for client in fleet.directory.clients("m")])
+            stream = LastingStream(request(**sampling), fleet.failover())
+            await stream.start()
+            reader = asyncio.ensure_future(read(stream))
+            for pause, what in changes:
+                await asyncio.sleep(pause)
+                if reader.done():
+                    break
+                await change(fleet, what, rng)
+            found = outcome(await reader, n)
+            await until(lambda: not fleet.serving())
+            return found
+
+    expected = []
+    for index in range(n):
+        ids = [draw(seed + index, position) for position in range(max_tokens)]
+        expected.append((ids, [("length", max_tokens)]))
+    found = run(main())
+    assert [(ids, ends) for ids, _, _, ends in found] == expected
+    if scores:
+        assert [[score.logprob for score in scored] for _, scored, _, _ in found] == [
+            [-0.25 * position for position in range(max_tokens)]
+        ] * n
+        assert [len(prompt) for _, _, prompt, _ in found] == [1] + [0] * (n - 1)
+
+
+async def begun(fleet, **sampling):
+    """A stream that has delivered five tokens, and these."""
+    stream, events = LastingStream(request(**sampling), fleet.failover()), []
+    await stream.start()
+    while sum(isinstance(event, Token) for event in events) < 5:
+        events += await stream.batch()
+    return stream, events
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_group_that_drains_is_left_before_it_ends(group_of_fakes, n):
+    async def main():
+        async with Fleet(group_of_fakes, 2, 0.005) as fleet:
+            stream, events = await begun(fleet, n=n, max_tokens=200)
+            (old,) = fleet.serving()
+            reader = asyncio.ensure_future(read(stream))
+            await asyncio.wait_for(fleet.drain(old), 20.0)
+            assert not reader.done()
+            assert fleet.serving() == fleet.groups
+            assert all(request.resume_token_ids for request in fleet.groups[0].engine.submitted)
+            assert fleet.moves == ["drain"]
+            found = outcome(events + await reader, n)
+            assert [one[0] for one in found] == [[draw(7 + i, p) for p in range(200)] for i in range(n)]
+
+    run(main())
+
+
+def test_who_only_computes_prompts_hands_over_after_the_first_token(group_of_fakes):
+    async def main():
+        async with Fleet(group_of_fakes, 3, 0.005) as fleet:
+            prefill, *others = fleet.groups
+            fleet.groups[0].service.set_role("prefill")
+            others[0].service.set_role("decode")
+            await until(lambda: {c.member.role for c in fleet.directory.clients("m")} == {"prefill", "decode", "both"})
+            client = next(c for c in fleet.directory.clients("m") if c.member.role == "prefill")
+            stream = LastingStream(request(max_tokens=200), fleet.failover())
+            stream._attach(placement := only(fleet, client, stream._request), await placement.submit())
+            reader = asyncio.ensure_future(read(stream))
+            await until(lambda: not prefill.engine.requests)
+            assert not reader.done()
+            assert stream.placement.client is not client
+            assert [e.token_ids[0] for e in await reader if isinstance(e, Token)] == [draw(7, p) for p in range(200)]
+            assert fleet.moves == ["prefill"]
+            (first,) = prefill.engine.submitted
+            assert not first.resume_token_ids
+
+    run(main())
+
+
+def only(fleet, client, wanted):
+    """Placed at this one."""
+    return fleet.directory._placed(fleet.directory._models["m"], [client], wanted, "")
+
+
+def test_a_stream_that_is_almost_done_stays(group_of_fakes):
+    async def main():
+        async with Fleet(group_of_fakes, 2, 0.005) as fleet:
+            stream, events = await begun(fleet, max_tokens=12)
+            fleet.serving()[0].service.set_role("prefill")
+            found = outcome(events + await read(stream), 1)
+            assert len(found[0][0]) == 12
+            assert not fleet.moves
+
+    run(main())
+
+
+def test_without_another_group_it_stays_until_there_is_one(group_of_fakes):
+    async def main():
+        async with Fleet(group_of_fakes, 1, 0.005) as fleet:
+            stream, events = await begun(fleet, max_tokens=400)
+            draining = asyncio.ensure_future(fleet.drain(fleet.groups[0]))
+            reader = asyncio.ensure_future(read(stream))
+            await asyncio.sleep(0.2)
+            assert not draining.done()
+            assert not fleet.moves
+            late = fleet.groups[0]
+            await fleet.add()
+            await draining
+            assert late not in fleet.groups
+            assert fleet.moves == ["drain"]
+            found = outcome(events + await reader, 1)
+            assert found[0][0] == [draw(7, position) for position in range(400)]
+
+    run(main())
+
+
+def test_a_full_group_is_asked_again(group_of_fakes):
+    async def main():
+        async with Fleet(group_of_fakes, 2, 0.005) as fleet:
+            stream, events = await begun(fleet, max_tokens=300)
+            (old,) = fleet.serving()
+            (other,) = [group for group in fleet.groups if group is not old]
+            other.engine.refusal = OverloadedError("full")
+            draining = asyncio.ensure_future(fleet.drain(old))
+            reader = asyncio.ensure_future(read(stream))
+            await asyncio.sleep(0.2)
+            assert old.engine.requests
+            other.engine.refusal = None
+            await draining
+            assert outcome(events + await reader, 1)[0][0] == [draw(7, position) for position in range(300)]
+
+    run(main())
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_group_that_goes_on_otherwise_begins_again_behind_what_was_delivered(group_of_fakes, n):
+    """Its tokens depend on where it was asked to go on: what the reader has is never contradicted, and nothing doubled."""
+
+    async def main():
+        async with Fleet(group_of_fakes, 2, 0.003) as fleet:
+            stream, events = await begun(fleet, n=n, max_tokens=300)
+            (old,) = fleet.serving()
+            (other,) = [group for group in fleet.groups if group is not old]
+            other.engine.token = lambda seed, position: 100 + position % 10
+            other.engine.step_s = 0.05
+            reader = asyncio.ensure_future(read(stream))
+            await fleet.drain(old)
+            other.engine.step_s = 0.001
+            for index, one in enumerate(outcome(events + await reader, n)):
+                seam = next(place for place, token in enumerate(one[0]) if token >= 100)
+                assert one[0][:seam] == [draw(7 + index, position) for position in range(seam)]
+                assert one[0][seam:] == [100 + position % 10 for position in range(seam, 300)]
+                assert one[3] == [("length", 300)]
+
+    run(main())
+
+
+def test_what_waits_for_a_draining_group_moves_whole(group_of_fakes):
+    async def main():
+        async with Fleet(group_of_fakes, 2, 0.2) as fleet:
+            stream = LastingStream(dataclasses.replace(request(), pooling=PoolingParams()), fleet.failover())
+            await stream.start()
+            (old,) = fleet.serving()
+            old.engine._advance = lambda name: []
+            draining = asyncio.ensure_future(fleet.drain(old))
+            assert len(await read(stream)) == 1
+            await draining
+
+    run(main())
+
+
+def test_a_reader_that_goes_away_during_a_move_leaves_nothing(group_of_fakes):
+    async def main():
+        async with Fleet(group_of_fakes, 2, 0.005) as fleet:
+            stream, _ = await begun(fleet, n=2, max_tokens=500)
+            (old,) = fleet.serving()
+            draining = asyncio.ensure_future(old.service.drain(30.0))
+            await until(lambda: stream._mover is not None)
+            stream.close()
+            await draining
+            await until(lambda: not fleet.serving())
+            assert await read(stream) == []
+
+    run(main())
+
+
+def test_stops_reach_whoever_makes_the_tokens(group_of_fakes):
+    async def main():
+        async with Fleet(group_of_fakes, 2, 0.005) as fleet:
+            stream, events = await begun(fleet, n=3, max_tokens=500)
+            (old,) = fleet.serving()
+            draining = asyncio.ensure_future(old.service.drain(30.0))
+            stream.abort(1, "stop")
+            reader = asyncio.ensure_future(read(stream))
+            await draining
+            stream.abort(2, "stop")
+            stream.abort(0, "stop")
+            found = outcome(events + await reader, 3)
+            assert [ends[0][0] for _, _, _, ends in found] == ["stop"] * 3
+            assert [ends[0][1] for _, _, _, ends in found] == [len(ids) for ids, _, _, _ in found]
+
+    run(main())
+
+
+def test_overlap():
+    overlap = Overlap({0: [1, 2, 3], 1: [], 2: [4]})
+    score = TokenLogprob(-1.0, 1)
+    assert overlap.fresh(Token("r", 0, (1, 2))) is None
+    assert overlap.fresh(Token("r", 1, (9,))).token_ids == (9,)
+    found = overlap.fresh(Token("r", 0, (3, 5), [score, score], [None]))
+    assert ([*found.token_ids], len(found.logprobs), found.prompt_logprobs) == ([5], 1, None)
+    assert overlap
+    assert isinstance(overlap.fresh(Failed("r", "unavailable", "")), Failed)
+    with pytest.raises(Differs):
+        overlap.fresh(Token("r", 2, (5,)))
+    with pytest.raises(Differs):
+        overlap.fresh(Finished("r", 2, "length"))
+    assert overlap.fresh(Token("r", 2, (4,))) is None
+    assert not overlap
