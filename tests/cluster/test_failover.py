@@ -297,7 +297,7 @@ def test_over_http(live_gateway, stream):
         undisturbed = _shown(ask(gateway))
         gateway.group.dies_after = 4
         found = _shown(ask(gateway))
-        metrics = gateway.desk.metrics.render(gateway.directory, []).decode()
+        metrics = gateway.desk.metrics.render().decode()
         run(until(lambda: gateway.desk.running == gateway.group.running == 0))
     assert found == undisturbed
     assert found["texts"] == ["Hello, wö"] * 2
