@@ -20,6 +20,7 @@ from typing import Any
 from kvasir.engine.codec import encode_step
 from kvasir.engine.control import Hub, Spoke
 from kvasir.engine.llm import LLM
+from kvasir.engine.outcome import Outcome
 from kvasir.engine.request import SamplingParams
 from kvasir.engine.step import Result, Slice, Step
 
@@ -111,15 +112,15 @@ class Watch:
         executor = llm.engine._executor
         self.busy = 0.0
         self.traffic = executor.loaded.decoder.mesh.traffic
-        run = executor.rank.run  # type: ignore[attr-defined]
+        launch = executor.rank.launch  # type: ignore[attr-defined]
 
-        def watched(step: Step) -> Result:
+        def watched(step: Step) -> Outcome:
             start = time.perf_counter()
-            result: Result = run(step)
+            outcome: Outcome = launch(step)
             self.busy += time.perf_counter() - start
-            return result
+            return outcome
 
-        executor.rank.run = watched  # type: ignore[attr-defined]
+        executor.rank.launch = watched  # type: ignore[attr-defined]
 
     def reset(self) -> None:
         self.busy = 0.0

@@ -5,6 +5,8 @@ tokens alone drive it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +15,7 @@ from llguidance import LLExecutor, LLMatcher
 from kvasir.engine.step import NewSequence
 from kvasir.engine.thoughts import Thinking
 
+Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.int32]
 
 
@@ -32,7 +35,10 @@ class Constraint:
         """Why no token can be chosen any more, when the grammar's limits are exceeded."""
         self.thinking = Thinking(new.sampling.thoughts) if new.sampling.thoughts is not None else None
         self._begin, self._end = begin, end
-        self._stops, self._unstopped = tuple(new.stop_token_ids), new.prompt_len + new.sampling.min_tokens
+        self._stops = tuple(new.stop_token_ids)
+        self.ends = Ends(end, self._stops)
+        self._left = new.sampling.min_tokens
+        """Outputs that are missing before it may end."""
         if begin is not None and (self.thinking is None or self.thinking.opening):
             self.matcher = begin()
         for token in new.token_ids[new.prompt_len :]:
@@ -41,8 +47,12 @@ class Constraint:
     @property
     def holds(self) -> bool:
         """Not every token may come next."""
+        if self.why is not None:
+            return False
+        if self.matcher is not None:
+            return True
         thinking = self.thinking is not None and not self.thinking.over
-        return self.matcher is not None or (thinking and (self._begin is not None or self.forced is not None))
+        return thinking and (self._begin is not None or self.forced is not None)
 
     @property
     def forced(self) -> int | None:
@@ -51,11 +61,24 @@ class Constraint:
 
     @property
     def lexing(self) -> LLMatcher | None:
-        """What makes the mask."""
+        """What makes the mask. When the grammar is over from the start, the model's end is what it makes."""
         return self.matcher if self.forced is None else None
 
+    @property
+    def plain(self) -> bool:
+        """There is a grammar, and there are no thoughts to watch."""
+        return self.matcher is not None and (self.thinking is None or self.thinking.over)
+
+    @property
+    def may_end(self) -> bool:
+        """Its grammar may, and it has outputs enough."""
+        return self._left <= 0 and self.matcher is not None and self.matcher.is_accepting()
+
     def advance(self, token: int) -> None:
-        """A token was sampled."""
+        """A token was sampled. One that follows the end, when that wasn't known yet, means nothing."""
+        if self.over or self.why is not None:
+            return
+        self._left -= 1
         answer = [token]
         if self.thinking is not None and not self.thinking.over:
             answer = self.thinking.advance(token)
@@ -67,7 +90,7 @@ class Constraint:
             for one in answer:
                 self._consume(self.matcher, one)
 
-    def close(self, words: Words, position: int) -> None:
+    def close(self, words: Words) -> None:
         """Of the library's mask words[W], or one of zeros: what else holds, ends where they may be, and at least one token."""
         if (forced := self.forced) is not None:
             words[:] = 0
@@ -75,10 +98,9 @@ class Constraint:
             return
         if self.matcher is None:  # in thoughts, which an answer must follow
             words[:] = -1
-            for token in (self._end, *self._stops):
-                _clear(words, token)
+            words[self.ends.places] &= ~self.ends.bits
             return
-        self._close(words, position, self.matcher)
+        self.ends.close(words[None], [self])
         if self.thinking is not None and self.thinking.opening:
             _set(words, self.thinking.first)
 
@@ -93,72 +115,136 @@ class Constraint:
         else:
             self.over = matcher.is_stopped()
 
-    def _close(self, words: Words, position: int, matcher: LLMatcher) -> None:
-        before = words.copy()
-        ends = {self._end, *self._stops}
-        for token in ends:
-            _clear(words, token)
-        if matcher.is_accepting() and position >= self._unstopped:
-            for token in self._stops:
-                _set(words, token)
-        if not words.any():
-            words[:] = before
-            if matcher.is_accepting() or not before.any():
-                _set(words, self._end)
+
+@dataclass(frozen=True)
+class Ends:
+    """The tokens that end some constraints: the model's own, which is sampled where nothing else is left, and the stops."""
+
+    end: int
+    stops: tuple[int, ...]
+    places: Ints = field(init=False)
+    """[E] words of a mask that hold one, and those one's bits."""
+    bits: Words = field(init=False)
+    stop_places: Ints = field(init=False)
+    stop_bits: Words = field(init=False)
+
+    def __post_init__(self) -> None:
+        for prefix, tokens in (("", {self.end, *self.stops}), ("stop_", set(self.stops))):
+            found: dict[int, int] = {}
+            for token in tokens:
+                found[token // 32] = found.get(token // 32, 0) | 1 << token % 32
+            object.__setattr__(self, f"{prefix}places", np.array(list(found), np.int64))
+            object.__setattr__(self, f"{prefix}bits", np.array(list(found.values()), np.uint32).view(np.int32))
+
+    def close(self, masks: Words, constraints: Sequence[Constraint]) -> None:
+        """masks[N, W] of grammars: ends are allowed where they may be, and where nothing else is what was there before."""
+        before = masks[:, self.places]
+        masks[:, self.places] = before & ~self.bits
+        for row in [row for row, constraint in enumerate(constraints) if constraint.may_end]:
+            masks[row, self.stop_places] |= self.stop_bits
+        for row in np.flatnonzero(~masks.any(1)).tolist():
+            masks[row, self.places] = before[row]
+            matcher = constraints[row].matcher
+            assert matcher is not None
+            if matcher.is_accepting() or not before[row].any():
+                _set(masks[row], self.end)
 
 
 class Constraints:
-    """Those of all seats, and one mask for a step's rows."""
+    """Those of all seats, and their masks. As soon as a token is known a thread of their own takes it in and makes the next
+    mask, while the next step's forward runs; `masks` waits for it."""
 
-    def __init__(self, vocab: int) -> None:
-        self._words = -(-vocab // 32)
-        self._executor: LLExecutor | None = None
+    def __init__(self, max_num_seqs: int, vocab: int) -> None:
+        self._shape = max_num_seqs, -(-vocab // 32)
+        self._masks = np.zeros((0, 0), np.int32)
+        self._held = np.zeros(max_num_seqs, np.bool_)
         self._seats: dict[int, Constraint] = {}
+        self._entered: list[int] = []
+        self._executor: LLExecutor | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._newest: Future[dict[int, str | None]] | None = None
 
     def enter(self, seat: int, constraint: Constraint | None) -> None:
         """A sequence takes a seat, with a grammar or without."""
+        if constraint is None and seat not in self._seats:
+            return
+        self._wait()
+        self._held[seat] = False
         self._seats.pop(seat, None)
         if constraint is not None:
             self._seats[seat] = constraint
+            self._entered.append(seat)
 
-    def has(self, seat: int) -> bool:
-        return seat in self._seats
+    def prepare(self) -> None:
+        """Begin the first masks of those that entered."""
+        if self._entered:
+            entered, self._entered = self._entered, []
+            self._begin(lambda: self._fill(entered))
 
-    def masks(self, seats: Sequence[int], positions: Sequence[int]) -> tuple[list[int], Words]:
+    def masks(self, seats: Ints) -> tuple[Ints, Words]:
         """(rows that a grammar holds, their masks[N, W])."""
         if not self._seats:
-            return [], np.zeros((0, self._words), np.int32)
-        held = [(row, c) for row, seat in enumerate(seats) if (c := self._seats.get(seat)) and c.holds]
-        words = np.zeros((len(held), self._words), np.int32)
-        if lines := [(matcher, line) for line, (_, c) in enumerate(held) if (matcher := c.lexing) is not None]:
-            self._fill(lines, words)
-        for line, (row, constraint) in zip(words, held, strict=True):
-            constraint.close(line, positions[row])
-        return [row for row, _ in held], words
+            return seats[:0], self._masks
+        self.prepare()
+        self._wait()
+        rows = np.flatnonzero(self._held[seats])
+        return rows, self._masks[seats[rows]] if len(rows) else self._masks
 
-    def advance(self, seats: Sequence[int], token_ids: Sequence[int]) -> dict[int, str | None]:
-        """row -> None when its grammar is over, or else why it can't go on."""
+    def advance(
+        self, seats: Sequence[int], token_ids: Callable[[], Sequence[int]]
+    ) -> Future[dict[int, str | None]] | None:
+        """row -> None when its grammar is over, or else why it can't go on. None: nothing holds any of the seats."""
+        rows = [(row, seat) for row, seat in enumerate(seats) if seat in self._seats] if self._seats else []
+        return self._begin(lambda: self._advance(rows, token_ids())) if rows else None
+
+    # -- in the thread
+
+    def _advance(self, rows: Sequence[tuple[int, int]], token_ids: Sequence[int]) -> dict[int, str | None]:
         ended: dict[int, str | None] = {}
-        if not self._seats:
-            return ended
-        for row, (seat, token) in enumerate(zip(seats, token_ids, strict=True)):
-            constraint = self._seats.get(seat)
-            if constraint is None:
-                continue
-            constraint.advance(token)
+        for row, seat in rows:
+            constraint = self._seats[seat]
+            constraint.advance(token_ids[row])
             if constraint.over or constraint.why is not None:
                 ended[row] = constraint.why
+        self._fill([seat for _, seat in rows])
         return ended
 
-    def _fill(self, lines: list[tuple[LLMatcher, int]], words: Words) -> None:
-        """All cores of the machine take part, without Python's lock."""
-        self._executor = self._executor or LLExecutor()
-        self._executor.unsafe_compute_mask_ptr(lines, words.ctypes.data, 4 * self._words, len(words))
+    def _fill(self, seats: Sequence[int]) -> dict[int, str | None]:
+        """Their masks, by all cores of the machine and without Python's lock."""
+        if not len(self._masks):
+            self._masks, self._executor = np.zeros(self._shape, np.int32), LLExecutor()
+        assert self._executor is not None
+        found = [(seat, self._seats[seat]) for seat in seats]
+        self._held[seats] = [constraint.holds for _, constraint in found]
+        held = [(seat, constraint) for seat, constraint in found if self._held[seat]]
+        if lines := [(matcher, seat) for seat, constraint in held if (matcher := constraint.lexing) is not None]:
+            self._executor.unsafe_compute_mask_ptr(lines, self._masks.ctypes.data, 4 * self._shape[1], self._shape[0])
+        alike: dict[tuple[int, tuple[int, ...]], list[tuple[int, Constraint]]] = {}
+        for seat, constraint in held:
+            if constraint.plain:
+                alike.setdefault((constraint.ends.end, constraint.ends.stops), []).append((seat, constraint))
+            else:
+                if constraint.lexing is None:
+                    self._masks[seat] = 0
+                constraint.close(self._masks[seat])
+        for group in alike.values():
+            places = [seat for seat, _ in group]
+            masks = self._masks[places]
+            group[0][1].ends.close(masks, [constraint for _, constraint in group])
+            self._masks[places] = masks
+        return {}
+
+    def _begin(self, work: Callable[[], dict[int, str | None]]) -> Future[dict[int, str | None]]:
+        self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="kvasir-masks")
+        self._newest = self._thread.submit(work)
+        return self._newest
+
+    def _wait(self) -> None:
+        """What was begun last is done, and all before it."""
+        if self._newest is not None:
+            self._newest.result()
+            self._newest = None
 
 
 def _set(words: Words, token: int) -> None:
     words.view(np.uint32)[token // 32] |= np.uint32(1 << token % 32)
-
-
-def _clear(words: Words, token: int) -> None:
-    words.view(np.uint32)[token // 32] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)

@@ -18,6 +18,7 @@ from kvasir.engine.lender import OnAsk
 from kvasir.engine.load import Loaded, check_ranks, load
 from kvasir.engine.memory import resolve_device
 from kvasir.engine.mesh import Mesh, Place, host_store, join
+from kvasir.engine.outcome import Outcome
 from kvasir.engine.processes import Processes
 from kvasir.engine.processors import Processors
 from kvasir.engine.rank import Rank
@@ -50,11 +51,11 @@ class Lane:
     """Executes steps one after another, in a thread of its own that begins with the first. After an error it does nothing
     more, and everybody who collects gets the error."""
 
-    def __init__(self, execute: Callable[[Step], Result | None]) -> None:
+    def __init__(self, execute: Callable[[Step], Outcome | None]) -> None:
         self._execute = execute
         """None: somebody else `put`s the result."""
         self._steps: queue.SimpleQueue[Step | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[Result | BaseException] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Outcome | Result | BaseException] = queue.SimpleQueue()
         self._closing = False
         self._thread: threading.Thread | None = None
 
@@ -69,7 +70,7 @@ class Lane:
         if isinstance(found, BaseException):
             self._done.put(found)
             raise found
-        return found
+        return found if isinstance(found, Result) else found.result()
 
     def put(self, result: Result | BaseException) -> None:
         """Any thread, in the order of the steps."""
@@ -85,12 +86,12 @@ class Lane:
     def _work(self) -> None:
         while (step := self._steps.get()) is not None and not self._closing:
             try:
-                result = self._execute(step)
+                outcome = self._execute(step)
             except BaseException as error:  # the thread's border: who collects raises it
                 self._done.put(error)
                 return
-            if result is not None:
-                self._done.put(result)
+            if outcome is not None:
+                self._done.put(outcome)
 
 
 class LocalExecutor:
@@ -104,7 +105,7 @@ class LocalExecutor:
         self.fetched: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         if loaded.tiers is not None:
             loaded.tiers.on_fetched = lambda *said: self.fetched.put(said)
-        self._lane = Lane(lambda step: self.rank.run(step))
+        self._lane = Lane(lambda step: self.rank.launch(step))
 
     def serve_blocks(self, host: str, secret: str, on_ask: OnAsk) -> tuple[Exchange, list[str]] | None:
         exchange = self.rank.exchange = self.loaded.exchange()
@@ -157,7 +158,7 @@ class GroupExecutor:
         self._samples = self.rank.place.samples
         self._unknown = 0
         """Steps that were begun and whose results this rank hasn't learnt."""
-        self._arrived: queue.SimpleQueue[Result | BaseException] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[Outcome | Result | BaseException] = queue.SimpleQueue()
         if not self._samples:
             threading.Thread(target=self._receive, name="kvasir-results", daemon=True).start()
 
@@ -185,7 +186,7 @@ class GroupExecutor:
         self._kill()
         self._mesh.close()
 
-    def _execute(self, step: Step) -> Result | None:
+    def _execute(self, step: Step) -> Outcome | None:
         """In the lane's thread. The others hear what was sampled before they get a step that follows it."""
         news: list[Result] = []
         while self._unknown == self.depth or not self._arrived.empty():
@@ -193,20 +194,21 @@ class GroupExecutor:
         self._hub.step(encode_step(step, news))
         self._unknown += 1
         try:
-            result = self.rank.run(step)
+            outcome = self.rank.launch(step)
         except RuntimeError as error:
             raise self._hub.verdict(_symptom(error, self._config)) from error
         if not self._samples:
             return None
-        self._arrived.put(result)
-        return result
+        self._arrived.put(outcome)
+        return outcome
 
-    def _learn(self, result: Result | BaseException) -> Result:
-        if isinstance(result, BaseException):
-            raise result
+    def _learn(self, found: Outcome | Result | BaseException) -> Result:
+        if isinstance(found, BaseException):
+            raise found
         self._unknown -= 1
-        self.rank.learn(result)
-        return result
+        sampled = Result(found.step, found.token_ids)
+        self.rank.learn(sampled.step, sampled.token_ids)
+        return sampled
 
     def _receive(self) -> None:
         """Where another rank samples: its results, in a thread of their own."""

@@ -19,10 +19,11 @@ from kvasir.engine.decoder import Decoder
 from kvasir.engine.event import TokenLogprob
 from kvasir.engine.exchange import Exchange
 from kvasir.engine.grammar import Grammars
+from kvasir.engine.outcome import Outcome, Part
 from kvasir.engine.pooler import Pooler
 from kvasir.engine.processors import Processors
 from kvasir.engine.sampler import Sampler, score_rows
-from kvasir.engine.step import Candidate, NewSequence, Result, Slice, Step, replays
+from kvasir.engine.step import NewSequence, Result, Slice, Step, replays
 from kvasir.engine.tiers import Tiers
 from kvasir.engine.words import Words
 
@@ -65,8 +66,9 @@ class Rank:
         """seat -> how many likeliest tokens its prompt logprobs list"""
 
     @torch.inference_mode()
-    def run(self, step: Step) -> Result:
+    def launch(self, step: Step) -> Outcome:
         """Apply the step's differences, compute its rows, sample. Ranks that don't sample have an empty result."""
+        outcome = Outcome(step.id)
         if step.moves is not None and self.tiers is not None:
             self.tiers.apply(step.moves)
         if step.moves is not None and self.exchange is not None:
@@ -76,18 +78,14 @@ class Rank:
         for new in step.new:
             self._enter(new)
         if not step.slices:
-            return Result(step.id, ())
+            return outcome
+        if self.sampler is not None:
+            self.sampler.constraints.prepare()
         seats: list[Ints] = []
-        token_ids: list[int] = []
-        scores: list[TokenLogprob | None] = []
-        prompt_scores: dict[int, Sequence[TokenLogprob]] = {}
-        pooled: dict[int, Sequence[float]] = {}
-        ended: dict[int, str | None] = {}
-        offers: dict[int, Sequence[Candidate]] = {}
         for slices in portions(step.slices, self.max_logits):
             rows = self.batch.rows(slices)
             if slices[0].pool:
-                pooled |= self._pool(slices, rows)
+                outcome.pooled |= self._pool(slices, rows)
                 continue
             seats.append(rows.seats)
             logits = self.decoder(rows.tokens, rows.ragged, self.cache, rows.logits)
@@ -95,32 +93,28 @@ class Rank:
                 continue
             for part, where, ids in rows.scored:
                 found = self._score(logits[where], part.seat, ids)
-                prompt_scores[part.seat] = [*prompt_scores.get(part.seat, ()), *found]
+                outcome.prompt_scores[part.seat] = [*outcome.prompt_scores.get(part.seat, ()), *found]
             assert self.sampler is not None
             for part, where, ids in rows.replayed:
                 first = max(part.start + 1, int(self.batch.prompt_lengths[part.seat]))
                 self.sampler.replay(part.seat, logits[where], ids, first)
-            sampled, own_scores = self._sample(logits, rows)
-            over = self.sampler.constraints.advance(rows.seats.tolist(), sampled) if sampled else {}
-            over |= self.sampler.stuck if sampled else {}
-            offers |= {len(token_ids) + row: found for row, found in self.sampler.offers.items() if sampled}
-            ended |= {len(token_ids) + row: why for row, why in over.items()}
-            token_ids += sampled
-            scores += own_scores or [None] * len(sampled)
+            if len(rows.sampled):
+                outcome.parts.append(self._sample(self.sampler, logits, rows))
         if any(map(len, seats)):
             self._awaited[step.id] = np.concatenate(seats)
-        if not self.place.samples:
-            return Result(step.id, ())
-        result = Result(step.id, token_ids, scores if any(scores) else (), prompt_scores, ended, pooled, offers)
         if self.place.size == 1:
-            self.learn(result)
-        return result
+            self.learn(step.id, outcome.token_ids)
+        return outcome
 
-    def learn(self, result: Result) -> None:
+    def run(self, step: Step) -> Result:
+        """`launch`, and wait for the result."""
+        return self.launch(step).result()
+
+    def learn(self, step: int, token_ids: Sequence[int]) -> None:
         """Append the tokens that a step sampled to their sequences."""
-        seats = self._awaited.pop(result.step, None)
+        seats = self._awaited.pop(step, None)
         if seats is not None:
-            self.batch.append(seats, result.token_ids)
+            self.batch.append(seats, token_ids)
 
     def _enter(self, new: NewSequence) -> None:
         if self.pooler is not None and new.pooling is not None:
@@ -157,17 +151,15 @@ class Rank:
             return {}
         return self.pooler.take(slices, x, self.decoder.logits)
 
-    def _sample(self, logits: Tensor, rows: Rows) -> tuple[list[int], list[TokenLogprob | None]]:
-        if not len(rows.sampled):
-            return [], []
-        assert self.sampler is not None
+    def _sample(self, sampler: Sampler, logits: Tensor, rows: Rows) -> Part:
         if len(rows.sampled) < len(logits):
             logits = logits[send(rows.sampled, logits.device)]
-        tokens = self.sampler.sample(logits, rows.seats, rows.positions)
-        self.sampler.remember(rows.seats, tokens)
-        scores = self.sampler.score_sampled(logits, rows.seats, tokens)
+        tokens = sampler.sample(logits, rows.seats, rows.positions)
         token_ids: list[int] = tokens.tolist()
-        return token_ids, scores
+        ended = sampler.constraints.advance(rows.seats.tolist(), lambda: token_ids)
+        sampler.remember(rows.seats, tokens)
+        scores = sampler.score_sampled(logits, rows.seats, tokens)
+        return Part(token_ids, scores, ended, sampler.stuck, sampler.offers)  # type: ignore[arg-type]
 
     def _score(self, logits: Tensor, seat: int, predicted: Ints) -> list[TokenLogprob]:
         return score_rows(logits, send(predicted, logits.device), [self._top_prompt[seat]] * len(predicted))

@@ -52,7 +52,7 @@ class Sampler:
         """seat -> (stop tokens, the position from which they may appear)"""
         self.counted: set[int] = set()
         """Seats with a penalty."""
-        self.constraints = Constraints(vocab)
+        self.constraints = Constraints(max_num_seqs, vocab)
         self.trails = Trails(vocab, device)
         self.processing = Processing()
         self.shaping = Shaping(max_num_seqs, device)
@@ -134,7 +134,7 @@ class Sampler:
             chosen = self._tensor(np.array([token]))
             self.shaping.replay(adjusted, seats, chosen, *self._plain_filters(seats))
             self.remember(seats, chosen)
-            self.constraints.advance([seat], [token])
+            self.constraints.advance([seat], lambda token=token: [token])  # type: ignore[misc]
 
     def remember(self, seats: Ints, token_ids: Tensor) -> None:
         """Count new tokens of the seats whose rules look back."""
@@ -160,7 +160,7 @@ class Sampler:
         """Everything but the draw: what moves logits, then what bars tokens."""
         logits, self.stuck = self.processing.apply(self._adjust(logits, seats, positions), seats.tolist())
         logits, barred = self.trails.bar(logits, seats.tolist())
-        logits = self._constrain(logits, seats, positions)
+        logits = self._constrain(logits, seats)
         if barred:
             self.stuck |= dict.fromkeys(_empty(logits, barred), STUCK)
         return logits
@@ -215,12 +215,10 @@ class Sampler:
             logits = self._add(logits, biased + muted)
         return self.trails.penalise(self._penalise(logits, seats), seats.tolist())
 
-    def _constrain(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
+    def _constrain(self, logits: Tensor, seats: Ints) -> Tensor:
         """Only what the grammars allow."""
-        rows, masks = self.constraints.masks(seats.tolist(), positions.tolist())
-        if not rows:
-            return logits
-        return allow(logits, self._tensor(np.array(rows)), self._tensor(masks))
+        rows, masks = self.constraints.masks(seats)
+        return allow(logits, self._tensor(rows), self._tensor(masks)) if len(rows) else logits
 
     def _penalise(self, logits: Tensor, seats: Ints) -> Tensor:
         """Only rows with a penalty cost anything."""

@@ -72,7 +72,7 @@ def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
                 continue
             step, results = decode_step(content)
             for result in results:
-                rank.learn(result)
+                rank.learn(result.step, result.token_ids)
             found = rank.run(step)
             if place.samples:
                 spoke.send("result", encode_result(found))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvasir.kernels.op import op
 
+
+@op("native")
 def allow(logits: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
     """logits[R, V] with -inf in rows[N] wherever bit v % 32 of word v // 32 of mask[N, W] int32 is 0."""
     bit = torch.ones(32, dtype=torch.int32, device=mask.device) << torch.arange(32, device=mask.device).int()

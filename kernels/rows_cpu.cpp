@@ -20,6 +20,8 @@ F16 rounded_to<float>(F16 x) { return x; }
 template <>
 F16 rounded_to<bf16>(F16 x) { return (F16)(__builtin_convertvector(rounded(x), U16) << 16); }
 
+I16 splat_bits(uint32_t bits) { return I16{} + (int32_t)bits; }
+
 template <class Run>
 void by_rows(int64_t threads, int64_t rows, int64_t numbers, Run run) {
   int64_t some = std::max<int64_t>(1, ALONE / 4 / std::max<int64_t>(1, numbers));
@@ -155,7 +157,28 @@ void turns(T *q, const T *k, const T *v, const T *cos, const T *sin, const Cache
   });
 }
 
+// One row of logits, with -infinity wherever bit v % 32 of word v / 32 is 0; no words: as it is.
+void allow_row(const float *x, const uint32_t *words, float *out, int64_t width) {
+  const I16 place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const F16 barred = splat(-INFINITY);
+  for (int64_t v = 0; v < width; v += 16) {
+    uint32_t bits = words ? words[v / 32] >> v % 32 & 0xffff : 0xffff;
+    if (!bits)
+      narrow(out + v, barred, width - v);
+    else
+      narrow(out + v, where(((splat_bits(bits) >> place) & 1) != 0, widen(x + v, width - v), barred), width - v);
+  }
+}
+
 } // namespace
+
+// logits[R, V], a row every `x_row` numbers -> out[R, V]; which[R]: the row of mask[N, W] that holds there, or -1.
+EXPORT void allow(const float *x, int64_t x_row, const int64_t *which, const uint32_t *mask, int64_t words, float *out, int64_t rows,
+                  int64_t width, int64_t threads) {
+  by_rows(threads, rows, width, [&](int64_t r) {
+    allow_row(x + r * x_row, which[r] < 0 ? nullptr : mask + which[r] * words, out + r * width, width);
+  });
+}
 
 // Types: 0 float32, 1 bfloat16, 2 float16.
 #define BY_TYPE(type, call)                                                                                                \

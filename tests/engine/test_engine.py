@@ -108,8 +108,8 @@ def request(
 
 def slow(engine: Engine, seconds: float = 0.02) -> None:
     """Every step takes at least this long."""
-    run = engine._executor.rank.run
-    engine._executor.rank.run = lambda step: (time.sleep(seconds), run(step))[1]  # type: ignore[method-assign]
+    run = engine._executor.rank.launch
+    engine._executor.rank.launch = lambda step: (time.sleep(seconds), run(step))[1]  # type: ignore[method-assign]
 
 
 def test_a_request(make: Callable[..., Engine], client: Client) -> None:
@@ -291,7 +291,7 @@ def test_a_failing_step_fails_every_request(
     make: Callable[..., Engine], client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = make(max_num_seqs=1)
-    run, steps = engine._executor.rank.run, []
+    run, steps = engine._executor.rank.launch, []
 
     def broken(step: Any) -> Any:
         steps.append(step)
@@ -299,7 +299,7 @@ def test_a_failing_step_fails_every_request(
             raise RuntimeError("the device fell out")
         return run(step)
 
-    engine._executor.rank.run = broken  # type: ignore[method-assign]
+    engine._executor.rank.launch = broken  # type: ignore[method-assign]
     engine.submit(request("running", max_tokens=50))
     engine.submit(request("waiting"))
     client.wait(lambda: client.ended("running") and client.ended("waiting"), 5)
