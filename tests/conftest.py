@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ import grpc
 import httpx
 import jsonschema
 import pytest
+import ray
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
     TraceServiceServicer,
@@ -172,3 +175,84 @@ def judge() -> Judge:
     from kvasir.cluster.openapi import document
 
     return Judge(document())
+
+
+# ---- Ranks that fail when they are told to ----------------------------------------------------------------------------
+
+
+def obey(folder: str) -> None:
+    """In a rank's process: from when a file in this folder is named like it, fail the way that the file says."""
+    import os
+    import threading
+    import time
+
+    def fail(how: str) -> None:
+        import torch
+
+        from kvasir.engine import layers
+        from kvasir.engine.mesh import Mesh
+
+        def raises(*_: object) -> None:
+            raise RuntimeError("a kernel raised")
+
+        def grows(*_: object) -> torch.Tensor:
+            return torch.empty(1 << 52)
+
+        def hangs(*_: object) -> None:
+            time.sleep(600)
+
+        if how == "hang":
+            Mesh.reduce = Mesh.send = Mesh.receive = hangs  # type: ignore[assignment]
+        else:
+            layers.linear = {"raise": raises, "out of memory": grows}[how]  # type: ignore[assignment]
+
+    def wait() -> None:
+        order = os.path.join(folder, str(os.getpid()))
+        while not os.path.exists(order):
+            time.sleep(0.01)
+        with open(order) as file:
+            fail(file.read())
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class Level(str):
+    """A log level, which is what every rank of Ray's sets first: then it obeys."""
+
+    def __new__(cls, folder: str) -> Level:
+        found = super().__new__(cls, "info")
+        found.folder = folder
+        return found
+
+    folder: str
+
+    def __reduce__(self) -> tuple[type[Level], tuple[str]]:
+        return Level, (self.folder,)
+
+    def upper(self) -> str:
+        obey(self.folder)
+        return super().upper()
+
+
+class Orders:
+    """Failures of ranks: `level` is the log level of Ray's ranks that obey, `path` a folder of Python's that makes others."""
+
+    def __init__(self, folder: Path) -> None:
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+        self.folder, self.path = folder / "orders", folder / "path"
+        self.folder.mkdir()
+        self.path.mkdir()
+        self.level = Level(str(self.folder))
+        source = f"{inspect.getsource(obey)}\n\nobey({str(self.folder)!r})\n"
+        (self.path / "sitecustomize.py").write_text(f"from __future__ import annotations\n\n\n{source}")
+
+    def give(self, pid: int, how: str) -> None:
+        """`how` it is to fail: raise, out of memory, hang."""
+        written = self.folder / "new"
+        written.write_text(how)
+        written.rename(self.folder / str(pid))
+
+
+@pytest.fixture
+def orders(tmp_path: Path) -> Orders:
+    return Orders(tmp_path)

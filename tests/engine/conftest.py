@@ -15,6 +15,7 @@ import torch
 from kvasir.engine.cache import KVCache
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.mesh import Mesh, Place, join
+from kvasir.kernels.native import library
 from kvasir.kernels.ragged import Ragged
 
 Part = tuple[Sequence[int], int, int]
@@ -77,6 +78,7 @@ def on_ranks() -> Callable[..., list[Any]]:
     """`on_ranks(tp, pp, work)`: what `work(mesh)` gives on every rank, each in a thread of its own, joined by gloo."""
 
     def run(tp: int, pp: int, work: Callable[[Mesh], Any]) -> list[Any]:
+        library()  # compiled now if ever: no rank waits for another one's compiler
         store, cpu = torch.distributed.HashStore(), torch.device("cpu")
 
         meshes = []  # none may be gone before all are done
@@ -87,11 +89,12 @@ def on_ranks() -> Callable[..., list[Any]]:
             meshes.append(mesh)
             return work(mesh)
 
-        with ThreadPoolExecutor(tp * pp) as pool:
-            found = list(pool.map(rank, range(tp * pp)))
-        for mesh in meshes:
-            mesh.close()
-        return found
+        try:
+            with ThreadPoolExecutor(tp * pp) as pool:
+                return list(pool.map(rank, range(tp * pp)))
+        finally:
+            for mesh in meshes:
+                mesh.close()
 
     return run
 

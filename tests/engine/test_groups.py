@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -282,19 +283,21 @@ def test_places_go_by_node() -> None:
     assert [p.samples for p in found] == [False, False, True, False]
 
 
-@pytest.mark.slow
-def test_chaos(stories: dict[str, Any]) -> None:
-    """Thirty groups die: any rank, at any moment, in any way. Every request ends, and nothing is left behind."""
-    import random
+WAYS = [*sorted(DEATHS), "raise", "out of memory"]
 
+
+@pytest.mark.slow
+def test_chaos(stories: dict[str, Any], orders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups die: any rank but this process, at any moment, in any way. Every request ends, and nothing is left behind."""
+    monkeypatch.syspath_prepend(orders.path)
     rng = random.Random(0)
     before = set(os.listdir("/dev/shm"))
-    for _ in range(30):
+    for how in WAYS * 3:
         tp, pp = rng.choice(LAYOUTS)
         llm = LLM(**stories, tensor_parallel_size=tp, pipeline_parallel_size=pp)
         others = pids(llm)
-        how = rng.choice(sorted(DEATHS))
-        timer = threading.Timer(rng.random() * 0.5, DEATHS[how][0], (llm, rng.choice(sorted(others.values()))))
+        strike = DEATHS[how][0] if how in DEATHS else lambda _, pid, how=how: orders.give(pid, how)
+        timer = threading.Timer(rng.random() * 0.5, strike, (llm, rng.choice(sorted(others.values()))))
         timer.start()
         with pytest.raises(UnavailableError):
             on_and_on(llm, SamplingParams(max_tokens=60, seed=1, ignore_eos=True))
