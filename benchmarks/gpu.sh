@@ -23,18 +23,10 @@ echo "## tests of kernels and engine"
 "$python" -P -m pytest -q -p no:cacheprovider -W default tests/kernels tests/engine
 echo "## greedy tokens on $device against the CPU, float32"
 "$python" benchmarks/device_parity.py --device "$device"
-echo "## a process group of one"
-"$python" -P - "$device" <<'PY'
-import sys
-import torch
-from kvasir.engine.mesh import process_group
-device = torch.device(sys.argv[1])
-group = process_group(torch.distributed.HashStore(), 0, 1, device, "127.0.0.1", 30.0)
-x = torch.arange(8.0, device=device)
-group.allreduce([x]).wait()
-print(group.name(), x.tolist())
-assert x.tolist() == list(range(8))
-PY
+echo "## a process group of one, then sums over all GPUs (two ranks on a CPU) by each way"
+"$python" benchmarks/sums.py --device "$device" --ranks 1
+gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+[ "$device" = cuda ] && [ "$gpus" -lt 2 ] || "$python" benchmarks/sums.py --device "$device"
 echo "## the engine, skald"
 "$python" -P -m kvasir.cluster.cli bench engine skald --device "$device"
 echo "## the engine, random 1B"

@@ -1,7 +1,10 @@
-"""Ranks in parallel: what a step costs on each layout, what is exchanged, and how fast a step's message arrives.
+"""Ranks in parallel: what a step costs on each layout, and what is exchanged.
 
 python benchmarks/checkpoint.py 1B /tmp/llama-1b
 python benchmarks/parallel.py /tmp/llama-1b
+
+`plan` is what `kvasir plan` predicts for a decode, of a device with the speeds that this machine shows in the same run: each of
+so many ranks at once reads and multiplies as fast as that, and exchanges as --latency-us and --link say (`sums.py`).
 
 Every layout runs with one thread per rank, so that two ranks on two cores compare with one rank on one core: `work` is
 what a rank of it computes in a step of the undivided model on one core, divided by the ranks.
@@ -11,18 +14,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import random
 import statistics
 import time
 from dataclasses import dataclass
 from typing import Any
 
-from kvasir.engine.codec import encode_step
-from kvasir.engine.control import Hub, Spoke
+import torch
+from steps import ceilings
+
+from kvasir.engine.arch import load_spec
+from kvasir.engine.config import EngineConfig
 from kvasir.engine.llm import LLM
+from kvasir.engine.mesh import Place
+from kvasir.engine.model_files import ModelFiles
 from kvasir.engine.outcome import Outcome
+from kvasir.engine.parallel_plan import Device, plan
 from kvasir.engine.request import SamplingParams
-from kvasir.engine.step import Result, Slice, Step
+from kvasir.engine.step import Step
 
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
 
@@ -51,6 +61,8 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=24, help="decode steps per run")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--latency-us", type=float, default=60.0, help="of a small sum")
+    parser.add_argument("--link", type=float, default=2e9, help="bytes per second of a large one")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
     rows = []
@@ -58,19 +70,17 @@ def main() -> None:
         tp, pp = map(int, layout.split("x"))
         rows += measure(args.model, tp, pp, args.sequences, args.tokens, args.repeat)
     alone = {row.load: row.seconds for row in rows if row.tp * row.pp == 1}
-    print(f"{'ranks':<8}{'load':<16}{'ms':>9}{'x work':>9}{'busy':>7}{'calls':>8}{'MB sent':>10}")
+    print(f"{'ranks':<8}{'load':<16}{'ms':>9}{'x work':>9}{'busy':>7}{'calls':>8}{'MB sent':>10}{'plan ms':>9}")
     for row in rows:
         work = alone.get(row.load, float("nan")) / (row.tp * row.pp)
+        predicted = planned(args, row) if row.load.startswith("decode") else float("nan")
         print(
             f"{row.tp}x{row.pp:<6}{row.load:<16}{row.seconds * 1e3:>9.1f}{row.seconds / work:>9.2f}{row.busy:>7.0%}"
-            f"{row.calls:>8.0f}{row.sent / 1e6:>10.3f}"
+            f"{row.calls:>8.0f}{row.sent / 1e6:>10.3f}{predicted * 1e3:>9.1f}"
         )
-    message = arrival()
-    print(f"a step's message for 256 decoding sequences: {message['bytes'] / 256:.1f} bytes each,"
-          f" {message['us']:.0f} us to another process and back / 2 (median)")  # fmt: skip
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"rows": [vars(row) for row in rows], "message": message}, file, indent=1)
+            json.dump([vars(row) for row in rows], file, indent=1)
 
 
 def measure(model: str, tp: int, pp: int, sequences: int, tokens: int, repeat: int) -> list[Row]:
@@ -105,6 +115,25 @@ def measure(model: str, tp: int, pp: int, sequences: int, tokens: int, repeat: i
         llm.shutdown()
 
 
+def planned(args: argparse.Namespace, row: Row) -> float:
+    """Seconds of a step of that layout."""
+    with multiprocessing.get_context("spawn").Pool(row.tp * row.pp) as pool:
+        speeds = pool.map(speeds_of, range(row.tp * row.pp), 1)
+    reads, rates = zip(*speeds, strict=True)
+    device = Device(1 << 50, min(reads), min(rates), args.link, args.latency_us * 1e-6)
+    config = EngineConfig(model=args.model)
+    spec = load_spec(ModelFiles(config).config)
+    place = Place(row.tp, row.pp)
+    return plan(config, spec, torch.bfloat16, device, place, 1, streams=args.sequences, length=args.tokens).step_s
+
+
+def speeds_of(_: int) -> tuple[float, float]:
+    """(bytes, operations) per second of one thread while others do the same."""
+    torch.set_num_threads(1)
+    found = [ceilings(time.perf_counter) for _ in range(4)]
+    return statistics.median(f[0] for f in found[1:]), statistics.median(f[1] for f in found[1:])
+
+
 class Watch:
     """How long rank 0 computes, and what it exchanges."""
 
@@ -125,35 +154,6 @@ class Watch:
     def reset(self) -> None:
         self.busy = 0.0
         self.traffic.calls = self.traffic.bytes = 0
-
-
-def arrival() -> dict[str, float]:
-    """A step of 256 decoding sequences to a process that answers at once."""
-    import os
-    import threading
-
-    hub = Hub("127.0.0.1", 2)
-    child = os.fork()
-    if child == 0:
-        spoke = Spoke(hub.address, hub.token, 1, os.getpid(), gone=lambda: os._exit(0))
-        while True:
-            _, frame = spoke.receive()
-            spoke.send("result", frame[:64])
-    try:
-        hub.meet(10)
-        slices = [Slice(seat, 1000, 1, True) for seat in range(256)]
-        frame = encode_step(Step(1, slices=slices), [Result(0, list(range(256)))])
-        seconds = []
-        for _ in range(2000):
-            start = time.perf_counter()
-            hub.step(frame)
-            hub.result()
-            seconds.append(time.perf_counter() - start)
-        return {"bytes": len(frame), "us": statistics.median(seconds) / 2 * 1e6, "threads": threading.active_count()}
-    finally:
-        hub.close()
-        os.kill(child, 9)
-        os.waitpid(child, 0)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ real devices lies above.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -74,7 +74,7 @@ class Plan:
     tokens_s: float
     """Of all copies together, as many streams as asked for or as fit."""
     traffic: float
-    """Bytes that a rank sends per token."""
+    """Bytes per token of the rank that sends most."""
 
     @property
     def fits(self) -> bool:
@@ -132,7 +132,7 @@ def plan(
         sequences,
         step,
         rate * dp if sequences else 0.0,
-        _traffic(spec, place),
+        _traffic(held, dtype.itemsize),
     )
 
 
@@ -192,8 +192,17 @@ def _stage(share: Share, size: int, device: Device, rows: int, cached: float) ->
     return max(compute, moved) + exchange
 
 
-def _traffic(spec: Spec, place: Place) -> float:
-    """By ring sums: 2 (n - 1) / n of the rows, twice per layer; and once per stage border."""
-    layers = -(-len(spec.layers) // place.pp)
-    row = spec.hidden * 2
-    return 2 * layers * 2 * (place.tp - 1) / place.tp * row + (row if place.pp > 1 else 0)
+def _traffic(held: Sequence[Share], itemsize: int) -> float:
+    """Of the rank that sends most: by ring sums 2 (n - 1) / n of a row, twice per layer and once for the embedding; a row
+    per stage border; and its part of the logits to the rank that samples."""
+    tp, full = held[0].mesh.place.tp, held[0].full
+    row = full.hidden * itemsize
+
+    def sent(share: Share) -> float:
+        sums = (
+            2 * len(share.layers) + share.first if full.placement[:8] != "parallel" else len(share.layers) + share.first
+        )
+        logits = full.vocab / tp * torch.float32.itemsize if share.last and tp > 1 and full.lm_head else 0
+        return sums * 2 * (tp - 1) / tp * row + (not share.last) * row + logits
+
+    return max(map(sent, held))

@@ -29,6 +29,8 @@ SETTLE_S, LINK = 5e-6, 450e9
 TYPES = (torch.bfloat16, torch.float32)
 """What torch's kernels add."""
 ALIGNED = 16
+SIZES = (2, 4, 8)
+"""Ranks for which torch has a one-shot kernel."""
 
 
 class Memory(Protocol):
@@ -60,7 +62,7 @@ class SharedSum:
 def one_shot_bytes(size: int) -> int:
     """Up to here it is faster to read (size - 1) tensors at once than 2 (size - 1) / size of one in two turns, of which each
     has to be waited for: (size - 1) b / LINK < SETTLE_S + 2 (size - 1) / size * b / LINK."""
-    if size == 2:
+    if size <= 2:
         return BUFFER
     return min(BUFFER, int(SETTLE_S * LINK * size / ((size - 1) * (size - 2))))
 
@@ -121,6 +123,8 @@ class TorchMemory:
         self._buffer = symmetric.empty(BUFFER, dtype=torch.uint8, device=device)
         handle: Any = symmetric.rendezvous(self._buffer, self._name)
         self.multicast = bool(handle.multicast_ptr)
+        if not self.multicast and size not in SIZES:
+            raise RuntimeError(f"torch has a kernel for 2, 4 or 8 GPUs, not for {size}")
 
     def one_shot(self, x: Tensor) -> Tensor:
         found: Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(self._view(x), x, "sum", self._name)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
+from kvasir.engine.arch import load_spec
 from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ConfigError
@@ -13,7 +18,7 @@ from kvasir.engine.mesh import Mesh, Place
 from kvasir.engine.parallel_plan import GB, Device, find_device, plan, plans
 from kvasir.engine.share import share_of, stages
 from kvasir.engine.spec import Experts, Layer, Rope, Spec
-from kvasir.engine.weights import random_decoder
+from kvasir.engine.weights import load_decoder, random_decoder, weight_bytes
 
 SPEC = Spec(
     vocab=1000, hidden=64, heads=8, kv_heads=4, head_dim=8, ffn=256, eps=1e-5, max_len=2048,
@@ -32,6 +37,66 @@ def test_memory_is_what_ranks_really_hold(tp: int, pp: int) -> None:
     shape = layout(SPEC, 512, stages(SPEC, pp))
     caches = [KVCache(s.spec, 512 // 16, 16, torch.bfloat16, CPU, shape, s.layers) for s in shares]
     assert found.kv_per_token == max(cache.arena.nbytes for cache in caches) / 512
+
+
+def storage(module: torch.nn.Module) -> int:
+    """Bytes of all tensors of a module, parameters or not, each memory once. What oneDNN has packed counts as its size."""
+    found = {}
+    for part in module.modules():
+        tensors = [
+            *part.parameters(recurse=False),
+            *(value for value in vars(part).values() if isinstance(value, Tensor)),
+        ]
+        for tensor in tensors:
+            opaque = tensor.layout is not torch.strided
+            memory = None if opaque else tensor.untyped_storage()
+            found[id(tensor) if memory is None else memory.data_ptr()] = (
+                tensor.nbytes if memory is None else memory.nbytes()
+            )
+    return sum(found.values())
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {"hidden_size": 256, "intermediate_size": 700, "head_dim": 64, "tie_word_embeddings": True},
+    "Mixtral": {"hidden_size": 256, "intermediate_size": 300, "num_local_experts": 4},
+    "DeepseekV2": {
+        "hidden_size": 256, "q_lora_rank": 48, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
+        "v_head_dim": 32, "num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 64, "n_shared_experts": 2, "first_k_dense_replace": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_memory_of_loaded_shares(family: str, tp: int, pp: int, checkpoint: Any) -> None:
+    """Within 2 % on every rank, as `kvasir plan` says it and as a rank divides its memory by it."""
+    folder, _ = checkpoint(family, vocab_size=1003, **FAMILIES[family])
+    spec = load_spec(json.loads((folder / "config.json").read_text()))
+    dtype, held = torch.bfloat16, []
+    for rank in range(tp * pp):
+        share = share_of(spec, Mesh(Place(tp, pp, rank)))
+        held.append(storage(load_decoder(folder, spec, dtype=dtype, device=CPU, share=share)))
+        assert held[-1] == pytest.approx(weight_bytes(spec, dtype, CPU, share), rel=0.02)
+    if not spec.tied:  # a CPU keeps the head twice, once for the embedding
+        found = plan(CONFIG, spec, dtype, SMALL, Place(tp, pp), 1, streams=4, length=64)
+        assert max(held) == pytest.approx(found.weights, rel=0.02)
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2)])
+def test_traffic_is_what_ranks_really_send(tp: int, pp: int, on_ranks: Any, ragged: Any) -> None:
+    """A token of each of eight sequences, over gloo."""
+
+    def work(mesh: Mesh) -> float:
+        mesh.one_shot = None
+        share = share_of(SPEC, mesh)
+        decoder = random_decoder(SPEC, torch.bfloat16, CPU, share=share)
+        cache = KVCache(share.spec, 8, 16, torch.bfloat16, CPU, layers=share.layers)
+        decoder(torch.arange(8), ragged([([block], 0, 1) for block in range(8)], 16), cache, torch.arange(8))
+        return mesh.traffic.bytes / 8
+
+    found = plan(CONFIG, SPEC, torch.bfloat16, SMALL, Place(tp, pp), 1, streams=8, length=512)
+    assert max(on_ranks(tp, pp, work)) == pytest.approx(found.traffic, rel=0.02)
 
 
 def test_every_layout_once_and_the_best_first() -> None:

@@ -1,0 +1,107 @@
+"""Exchanges of a stage's ranks, through each way that there is on this device: right, and how long they take.
+
+    python benchmarks/sums.py                             two ranks on a CPU: connections of our own, and gloo
+    python benchmarks/sums.py --device cuda --ranks 8     shared memory and NCCL; one rank: NCCL alone
+
+Medians of a sum, a sum whose rows are dealt out and a gathering of rows, for 8 rows to 8192.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvasir.engine.memory import keep_freed_memory
+from kvasir.engine.mesh import Mesh, Place, host_store, join, process_group, reach_store
+
+HOST = "127.0.0.1"
+ROWS = (8, 64, 512, 2048, 8192)
+
+
+def reach(number: int, size: int, port: int, device: torch.device) -> tuple[Mesh, dict[str, Any]]:
+    """A mesh, and its ways to sum."""
+    store = reach_store(HOST, port, size, 60.0)
+    if size == 1:
+        group = process_group(store, 0, 1, device, HOST, 60.0)
+        return Mesh(Place(), group, group, None, device), {"alone": None}
+    mesh = join(Place(size, 1, number, size, number), store, device, HOST, 60.0)
+    group = "NCCL" if device.type == "cuda" else "gloo"
+    direct = "shared memory" if device.type == "cuda" else "own connections"
+    return mesh, {direct: mesh.one_shot, group: None} if mesh.one_shot is not None else {group: None}
+
+
+def timed(device: torch.device, run: Callable[[], Tensor]) -> float:
+    """Microseconds, median."""
+    times = []
+    for _ in range(30):
+        begin = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[5:]) * 1e6
+
+
+def rank(number: int, size: int, port: int, kind: str, width: int) -> None:
+    device = torch.device(kind, number) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    keep_freed_memory()  # as ranks do
+    logging.basicConfig()
+    mesh, ways = reach(number, size, port, device)
+    for name, way in ways.items():
+        mesh.one_shot = way
+        for count in ROWS:
+            x = torch.full((count, width), number + 1.0, dtype=torch.bfloat16, device=device)
+            total = float(sum(range(1, size + 1)))
+            used = name if way is None or way.takes(x) else "the process group"
+            assert (mesh.reduce(x.clone()) == total).all()
+            part = mesh.scatter_sum(x.clone())
+            assert part.shape == (count // size, width)
+            assert (part == total).all()
+            assert (mesh.gather_rows(part) == total).all()
+            took = (
+                timed(device, lambda x=x: mesh.reduce(x)),
+                timed(device, lambda x=x: mesh.scatter_sum(x)),
+                timed(device, lambda part=part: mesh.gather_rows(part)),
+            )
+            if number == 0:
+                figures = " ".join(f"{value:>10.0f}" for value in took)
+                print(
+                    f"{name:<16}{count:>6} x {width} {x.nbytes / 1e6:>8.3f} MB {figures} us   sum by {used}", flush=True
+                )
+    mesh.least(0)  # none leaves before the others are done
+    mesh.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--ranks", type=int, help="default: 2, or as many as there are GPUs")
+    parser.add_argument("--width", type=int, default=2048)
+    args = parser.parse_args()
+    size = args.ranks or (torch.cuda.device_count() if args.device == "cuda" else 2)
+    print(f"{size} rank(s) on {args.device}; microseconds of sum, dealt sum, gathered rows")
+    _store, port = host_store(HOST, size, 60.0)
+    spawn = multiprocessing.get_context("spawn")
+    ranks = [spawn.Process(target=rank, args=(r, size, port, args.device, args.width)) for r in range(size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    if any(process.exitcode for process in ranks):
+        raise SystemExit("a rank failed")
+
+
+if __name__ == "__main__":
+    main()
