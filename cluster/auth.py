@@ -47,7 +47,8 @@ class ApiKeys:
         given = _digest(key.strip())
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]  # all of them: no early way out
         if not any(matches) or scheme.lower() != "bearer":
-            raise UnauthenticatedError("the API key is wrong; send the header Authorization: Bearer KEY")
+            # in OpenAI's words, by which some clients tell this from other errors of the same type
+            raise UnauthenticatedError("Incorrect API key provided; send the header Authorization: Bearer KEY")
         return hmac.digest(given, b"principal", "sha256").hex()
 
     def principal(self, headers: Mapping[str, str]) -> str:

@@ -38,7 +38,7 @@ def _is(value: object) -> Json:
 def _page(of: Json) -> Json:
     return _object(
         {"object": _is("list"), "data": _list(of), "has_more": _BOOL},
-        {"first_id": _or_null(_TEXT), "last_id": _or_null(_TEXT)},
+        {"first_id": _TEXT, "last_id": _TEXT},
     )
 
 

@@ -61,7 +61,7 @@ class Page:
     def json(self, data: Sequence[Json]) -> Response:
         """One page of `data`, which holds one more when there is a next one."""
         shown = data[: self.limit]
-        ends = {"first_id": shown[0]["id"] if shown else None, "last_id": shown[-1]["id"] if shown else None}
+        ends = {"first_id": shown[0]["id"] if shown else "", "last_id": shown[-1]["id"] if shown else ""}
         return json_response({"object": "list", "data": shown, **ends, "has_more": len(data) > self.limit})
 
 

@@ -74,7 +74,7 @@ _REFUSED: Neutral = {
     "image": ({},),
 }
 LOGPROBS = "message.output_text.logprobs"
-_ECHOED = ("previous_response_id", "prompt_cache_key", "safety_identifier", "user", "max_output_tokens", "instructions")
+_ECHOED = ("previous_response_id", "prompt_cache_key", "safety_identifier", "max_output_tokens", "instructions")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -253,6 +253,7 @@ def _echo(fields: Mapping[str, Any], form: Json) -> Json:
     conversation = _conversation_id(fields.get("conversation"))
     return {
         **{name: fields.get(name) for name in _ECHOED},
+        **{name: fields[name] for name in ("user",) if name in fields},  # null isn't among its values
         "background": fields.get("background", False),
         "conversation": None if conversation is None else {"id": conversation},
         "max_tool_calls": None,

@@ -130,7 +130,7 @@ class Judge:
         content = found["content"][kind]
         if kind in STREAMS:
             for event in events(kind, answer.text):
-                self._check(content["x-events"], event)
+                self._check(content.get("x-events", content["schema"]), event)
         elif kind == "application/json":
             self._check(content["schema"], answer.json())
 
@@ -167,6 +167,12 @@ def events(kind: str, text: str) -> Iterator[Any]:
         assert all(event["type"] == value for name, _, value in fields if name == "event")
         if "error" not in event or "object" in event:
             yield event
+
+
+@pytest.fixture(scope="session")
+def judge_of() -> type[Judge]:
+    """The same by another document."""
+    return Judge
 
 
 @pytest.fixture(scope="session")
