@@ -9,7 +9,7 @@ PYTEST := $(BIN)/pytest
 SPREAD := -n auto --maxprocesses 8 --dist loadscope
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test test-fast lint format proto bench clean
+.PHONY: help venv serve test test-fast fuzz lint format proto bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -37,6 +37,10 @@ test: venv  ## all tests
 
 test-fast: venv  ## the tests that need no Ray and take no ten seconds
 	$(PYTEST) -m 'not ray and not slow' $(SPREAD)
+
+fuzz: venv  ## fuzz all parsers and routes, SECONDS (60) each
+	$(BIN)/python tests/fuzz/run.py --seconds $(or $(SECONDS),60)
+	KVASIR_FUZZ_EXAMPLES=100 $(PYTEST) -q tests/cluster/test_schemathesis.py
 
 lint: venv  ## ruff and mypy
 	$(BIN)/ruff check

@@ -71,7 +71,7 @@ class _Writer:
             "arguments": self._arguments,
         }
         kind = form.get("type") if isinstance(form, dict) else None
-        if kind not in kinds:
+        if not isinstance(kind, str) or kind not in kinds:
             raise UnsupportedError(f"structural tag: type {kind!r:.60}; known: {', '.join(kinds)}", param=PARAM)
         return kinds[kind](form)
 

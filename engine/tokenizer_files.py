@@ -59,7 +59,10 @@ def load_tokenizer(folder: Path) -> Loaded:
         names = ", ".join(pattern for pattern, _ in _FORMATS)
         text = f"{folder} has no tokenizer (looked for {names}); pass --tokenizer FOLDER or --skip-tokenizer-init"
         raise ConfigError(text, param="tokenizer")
-    return load(path, _settings(folder))
+    try:
+        return load(path, _settings(folder))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} isn't UTF-8 text: {error}", param="tokenizer") from error
 
 
 def own_eos_token_ids(folder: Path) -> tuple[int, ...]:
