@@ -8,7 +8,7 @@ from torch import Tensor
 from kvasir.kernels.op import op
 
 
-@op("native")
+@op("native", "triton")
 def allow(logits: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
     """logits[R, V] with -inf in rows[N] wherever bit v % 32 of word v // 32 of mask[N, W] int32 is 0."""
     bit = torch.ones(32, dtype=torch.int32, device=mask.device) << torch.arange(32, device=mask.device).int()

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from kvasir.kernels.activation import gated, plain
+from kvasir.kernels.op import op
 
+
+@op("triton")
 def route(
     logits: Tensor,
     *,
@@ -83,3 +88,36 @@ def experts(
 def _run(run: Callable[[int, Tensor], Tensor | None], expert: int, rows: Tensor) -> Tensor:
     found = run(expert, rows)
     return torch.zeros_like(rows) if found is None else found
+
+
+@op("triton")
+def stacked_experts(
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *,
+    activation: str,
+    limit: float | None = None,
+    gate: bool = True,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    on_input: bool = False,
+    first: int = 0,
+    deterministic: bool = False,
+) -> Tensor:
+    """`experts` whose matrices lie stacked: up[E, 2 F, M] (gate and up; [E, F, M] without a gate), down[E, M, F].
+
+    They are the experts first..first + E - 1; those that live elsewhere add nothing.
+    """
+
+    def run(expert: int, rows: Tensor) -> Tensor | None:
+        own = expert - first
+        if not 0 <= own < len(up):
+            return None
+        y = F.linear(rows, up[own], None if up_bias is None else up_bias[own])
+        y = gated(y, activation, limit) if gate else plain(y, activation)
+        return F.linear(y, down[own], None if down_bias is None else down_bias[own])
+
+    return experts(x, index, weight, run, on_input=on_input)

@@ -71,10 +71,12 @@ def encode(x, FORMAT: tl.constexpr):
     y = tl.div_rn(x, tl.where(scale == 0, 1.0, scale)[:, None] + tl.zeros_like(x))
     y = tl.minimum(tl.maximum(y, -largest), largest)
     if FORMAT == 1:
-        return ((y + 12582912.0) - 12582912.0).to(tl.int8), scale  # to the nearest even: 1.5 * 2^23 leaves no fraction
-    # the exponent of the smaller type, as bits at the same place; then the lower bits are rounded away, to the nearest even
-    drop: tl.constexpr = 20 if FORMAT == 2 else 21
-    bits = (tl.abs(y) * (2.0**-120 if FORMAT == 2 else 2.0**-112)).to(tl.int32, bitcast=True)
-    bits = (bits + ((1 << (drop - 1)) - 1) + ((bits >> drop) & 1)) >> drop
-    sign = (y.to(tl.int32, bitcast=True) >> 24) & 128
-    return (bits | sign).to(tl.uint8), scale
+        numbers = ((y + 12582912.0) - 12582912.0).to(tl.int8)  # to the nearest even: 1.5 * 2^23 leaves no fraction
+    else:
+        # the smaller type's exponent, as bits at the same place; then lower bits are rounded away, to the nearest even
+        drop: tl.constexpr = 20 if FORMAT == 2 else 21
+        bits = (tl.abs(y) * (2.0**-120 if FORMAT == 2 else 2.0**-112)).to(tl.int32, bitcast=True)
+        bits = (bits + ((1 << (drop - 1)) - 1) + ((bits >> drop) & 1)) >> drop
+        sign = (y.to(tl.int32, bitcast=True) >> 24) & 128
+        numbers = (bits | sign).to(tl.uint8)
+    return numbers, scale

@@ -34,6 +34,7 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
+@op("triton")
 def penalise(
     logits: Tensor,
     outputs: Tensor,
@@ -55,13 +56,13 @@ def penalise(
     return logits - frequency[:, None] * outputs - presence[:, None] * (outputs > 0)
 
 
-@op("cpu")
+@op("cpu", "triton")
 def greedy(logits: Tensor) -> Tensor:
     """The first of the largest of logits[R, V] -> [R] int64."""
     return logits.argmax(-1)
 
 
-@op("cpu")
+@op("cpu", "triton")
 def draw(
     logits: Tensor,
     uniforms: Tensor,
@@ -118,6 +119,7 @@ def invert(x: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(sums, target, right=True)[:, 0].clamp_(max=x.shape[-1] - 1)
 
 
+@op("triton")
 def score(logits: Tensor, tokens: Tensor, best: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of tokens[R] under logits[R, V]: log probability[R], rank[R] (1 = most likely), and the ids and log probabilities
     of the `best` most likely ones [R, best]."""
