@@ -136,6 +136,7 @@ SAMPLING: dict[str, Check] = {
     "bad_words": _list_of(str, "texts"),
     "allowed_token_ids": _some_ids,
     "ignore_eos": boolean,
+    "deterministic": boolean,
     "prompt_logprobs": later,
     "skip_special_tokens": boolean,
     "spaces_between_special_tokens": boolean,

@@ -61,6 +61,9 @@ class EngineConfig:
     kv_cache_dtype: KVCacheDtype = "auto"
     """Type of keys and values in the KV cache; auto: that of weights and activations. int8 and fp8 (which is fp8_e4m3) have a
     scale for each token and head, computed when it is written; they take half of what bfloat16 takes."""
+    deterministic: bool = False
+    """The logits of a sequence are equal bit for bit whatever else is in the batch, and however its prompt was chunked, cached
+    or preempted; refused where that can't be had. On a CPU with compiled kernels most models run so anyway."""
     device: Device = "auto"
     """auto: cuda when there is one. cuda fails where there is none; nothing falls back silently."""
     seed: int = 0

@@ -18,7 +18,7 @@ from kvasir.engine.share import Share, share_of
 from kvasir.engine.spec import Layer, QueryScale, Spec
 from kvasir.engine.stacking import stack_of
 from kvasir.kernels.embedding import embed
-from kvasir.kernels.linear import is_packed, linear, packed
+from kvasir.kernels.linear import Weight, is_packed, linear, packed
 from kvasir.kernels.ragged import Ragged
 from kvasir.kernels.rope import Angles, rope_angles
 from kvasir.kernels.stack import MOST_ROWS, Stack
@@ -111,7 +111,7 @@ class Decoder(nn.Module):
         layers = [(number, spec.layers[number]) for number in share.layers]
         self.blocks = nn.ModuleDict({str(number): Block(share, layer, dtype, device) for number, layer in layers})
         self.norm = norm(spec.final_norm and last)
-        self.head: Tensor | None = None
+        self.head: Weight | None = None
         if last and spec.lm_head:
             self.head = self.embed if tied else table(vocab, width)
         self.vocab_widths = share.vocab_widths
@@ -218,13 +218,14 @@ class Decoder(nn.Module):
         }
         return found | {scale: _factors(scale, ragged.positions, dtype) for scale in self.query_scales}
 
-    def pack(self) -> None:
-        """Once filled: give every matrix the order this device reads fastest. A tied head becomes a copy if need be."""
+    def pack(self, *, invariant: bool = False) -> None:
+        """Once filled: give every matrix the order this device reads fastest, or one whose products don't depend on the
+        number of rows. A tied head becomes a copy if need be."""
         for module in self.modules():
             if isinstance(module, Linear):
-                module.pack()
-        if self.head is not None and not is_packed(self.head):
-            head = packed(self.head)
+                module.pack(invariant=invariant)
+        if isinstance(self.head, Tensor) and not is_packed(self.head):
+            head = packed(self.head, invariant=invariant)
             del self.head
             self.head = head
         if not self.share.first:  # it was there for the tied head

@@ -195,6 +195,8 @@ class Engine:
         """Raise ClientError when the request can never run here."""
         self._check_task(request)
         self._check_tokens(request)
+        if request.sampling.deterministic and request.pooling is None and self.info.indeterminate:
+            raise ClientError(f"deterministic can't be kept here: {self.info.indeterminate}", param="deterministic")
         self._grammars.words.check(request.sampling)
         self._processors.check(request.sampling, request.prompt_token_ids)
         self._scheduler.check(request)

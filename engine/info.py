@@ -21,6 +21,8 @@ class ModelInfo:
     block_size: int = 16
     dtype: str = ""
     kv_cache_dtype: str = ""
+    indeterminate: str = ""
+    """Why the logits of a sequence may depend on what else is in the batch; empty: they don't."""
     device: str = ""
     max_num_seqs: int = 0
     tasks: tuple[str, ...] = ("generate",)

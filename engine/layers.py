@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kvasir.engine.spec import Spec
-from kvasir.kernels.linear import is_packed, linear, packed
+from kvasir.kernels.linear import Weight, is_packed, linear, packed
 from kvasir.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 
@@ -56,17 +56,18 @@ class Linear(nn.Module):
         super().__init__()
         self.parts = dict(parts)
         outputs = sum(parts.values())
-        self.weight: Tensor = empty(outputs, inputs, dtype=dtype, device=device)
+        self.weight: Weight = empty(outputs, inputs, dtype=dtype, device=device)
         self.bias = empty(outputs, dtype=dtype, device=device) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
-    def pack(self) -> None:
-        """Give the filled weight the order this device reads fastest; `places` ends here."""
-        if is_packed(self.weight):
+    def pack(self, *, invariant: bool = False) -> None:
+        """Give the filled weight the order this device reads fastest, or one whose products don't depend on the number of
+        rows; `places` ends here."""
+        if not isinstance(self.weight, Tensor) or is_packed(self.weight):
             return
-        weight = packed(self.weight)
+        weight = packed(self.weight, invariant=invariant)
         del self.weight  # a parameter's name takes no plain tensor
         self.weight = weight
 
@@ -75,6 +76,6 @@ class Linear(nn.Module):
         first = 0
         for part, rows in self.parts.items():
             for kind, tensor in (("weight", self.weight), ("bias", self.bias)):
-                if tensor is not None:
+                if isinstance(tensor, Tensor):
                     yield f"{part}.{kind}", tensor[first : first + rows]
             first += rows

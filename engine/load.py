@@ -16,6 +16,7 @@ from kvasir.engine.arch import load_spec, module_name, supported
 from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.decoder import Decoder
+from kvasir.engine.determinism import indeterminate
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.exchange import Exchange
 from kvasir.engine.info import ModelInfo
@@ -60,6 +61,7 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
     """Find, check and load the model, or this rank's share of it; all ranks call it at once. ConfigError says what is
     wrong and which flag to change."""
     mesh = mesh or Mesh()
+    mesh.invariant = config.deterministic
     files = ModelFiles(config)
     ours = module_name(files.config) in supported()
     spec = load_spec(files.config) if ours else _fallback_spec(config, files)
@@ -89,6 +91,9 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
     kept = resolve_cache_dtype(config, dtype)
     _agree(mesh, dtype, kept)
     cache = KVCache(share.spec, plan.num_blocks, config.block_size, kept, device, plan.layout, share.layers)
+    obstacle = indeterminate(decoder)
+    if config.deterministic and obstacle:
+        raise ConfigError(f"--deterministic: {obstacle}", param="deterministic")
     info = ModelInfo(
         name=(config.served_model_name or (config.model,))[0],
         max_model_len=plan.max_model_len,
@@ -100,6 +105,7 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
         kv_cache_dtype=str(kept).removeprefix("torch."),
         block_bytes=KVCache.block_bytes(spec, config.block_size, kept),
         device=str(device),
+        indeterminate=obstacle,
         max_num_seqs=config.max_num_seqs,
         memory_report=plan.report,
         tasks=tasks_of(spec, pooling) if ours else ("generate",),

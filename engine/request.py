@@ -104,6 +104,8 @@ class SamplingParams:
     max_tokens: int | None = 16
     """None: up to the end of the model's context."""
     ignore_eos: bool = False
+    deterministic: bool = False
+    """Refuse the request where the batch, chunks or the cache might change a bit of its logits (see --deterministic)."""
     logprobs: int | None = None
     """None: off. 0 to 20: that many most likely tokens, besides the sampled one."""
     prompt_logprobs: int | None = None

@@ -12,6 +12,7 @@ from kvasir.engine.layers import Linear, Norm
 from kvasir.engine.mlp import MLP
 from kvasir.engine.spec import Rope, Spec
 from kvasir.kernels.activation_native import KINDS
+from kvasir.kernels.linear import Packed
 from kvasir.kernels.native import library
 from kvasir.kernels.stack import Layer, Product, Shape, Stack
 
@@ -100,4 +101,5 @@ def _weight(norm: Norm | None) -> torch.Tensor | None:
 
 def _product(linear: Linear) -> Product | None:
     """None unless the matrix lies in our own order."""
-    return Product(linear.weight, linear.bias) if linear.weight.dim() == 4 else None
+    weight = linear.weight
+    return Product(weight, linear.bias) if isinstance(weight, Packed) else None

@@ -42,7 +42,7 @@ def load_decoder(
     fill = fill_all if checkpoint.dequantises else fill_each
     extra = _fill(decoder, _shown(checkpoint, spec, progress), where, fill)
     _complain(where, "has, but the model doesn't use,", extra)
-    decoder.pack()
+    decoder.pack(invariant=decoder.mesh.invariant)
     return decoder
 
 
@@ -74,7 +74,7 @@ def random_decoder(
         else:
             torch.nn.init.normal_(parameter, std=0.02, generator=generator)
     if pack:
-        decoder.pack()
+        decoder.pack(invariant=decoder.mesh.invariant)
     return decoder
 
 
@@ -90,7 +90,7 @@ def _fill(decoder: Decoder, fillers: Iterable[Filler], where: str, fill: Fill) -
         if linear is not None:
             left[linear] -= 1
             if not left[linear]:
-                linear.pack()
+                linear.pack(invariant=decoder.mesh.invariant)
     _complain(where, "lacks", list(places))
     return extra
 

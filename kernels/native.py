@@ -43,8 +43,8 @@ SIGNATURES: dict[str, Types] = {
     "gated": (N, P, P, N, N, N, N),
     "turn_and_write": (N, P, N, P, N, P, N, P, P, P, P, N, N, N, N, N, N, N),
     "run_layers": (P, N, P, P, P, P, N, N),
-    "pack_linear": (P, P, N, N, N),
-    "linear": (P, N, P, P, P, N, N, N, N),
+    "pack_linear": (N, P, P, N, N, N),
+    "linear": (N, P, N, P, P, P, N, N, N, N),
 }
 
 

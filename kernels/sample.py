@@ -123,8 +123,9 @@ def invert(x: Tensor, uniforms: Tensor) -> Tensor:
 def score(logits: Tensor, tokens: Tensor, best: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of tokens[R] under logits[R, V]: log probability[R], rank[R] (1 = most likely), and the ids and log probabilities
     of the `best` most likely ones [R, best]."""
-    total = logits.logsumexp(-1, keepdim=True)
-    own = logits.gather(-1, tokens[:, None])
-    rank = (logits > own).sum(-1) + 1
-    top, ids = logits.topk(best)
-    return (own - total)[:, 0], rank, ids, top - total
+    # logsumexp of a single row is cut into threads' parts, and would differ from the same row among others
+    scores = logits.log_softmax(-1)
+    own = tokens[:, None]
+    rank = (logits > logits.gather(-1, own)).sum(-1) + 1
+    ids = logits.topk(best)[1]
+    return scores.gather(-1, own)[:, 0], rank, ids, scores.gather(-1, ids)

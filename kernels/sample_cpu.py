@@ -35,7 +35,7 @@ def draw(
         return reference.draw.reference(logits, uniforms, temperature, min_p=min_p, top_k=top_k, top_p=top_p, most=most)
     x = tempered(logits, temperature, min_p)
     values, ids = x.topk(FEW)
-    reached = (values - x.logsumexp(-1, keepdim=True)).double().exp().sum(-1)
+    reached = x.log_softmax(-1).gather(-1, ids).double().exp().sum(-1)  # no logsumexp: see `sample.score`
     tokens = choose(values, ids, uniforms, None, top_p / reached)  # `choose` takes the candidates' sum for 1
     wide = (reached < top_p + MARGIN).nonzero()[:, 0]
     if len(wide):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvasir.kernels.linear import Packed
 from kvasir.kernels.native import CacheC, cache_of, library
 from kvasir.kernels.quantise import Cache
 from kvasir.kernels.ragged import Ragged
@@ -60,7 +61,7 @@ class StepC(ctypes.Structure):
 class Product:
     """A matrix that `packed` laid out in our own order, and its bias."""
 
-    weight: Tensor
+    weight: Packed
     bias: Tensor | None
 
 
@@ -159,8 +160,7 @@ def _layer(layer: Layer) -> LayerC:
 
 
 def _product(product: Product) -> ProductC:
-    blocks, _, wide, _ = product.weight.shape
-    return ProductC(product.weight.data_ptr(), _address(product.bias), blocks * wide)
+    return ProductC(product.weight.blocks.data_ptr(), _address(product.bias), product.weight.outputs)
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -4,7 +4,7 @@
 extern "C" {
 void rms_norm(int64_t, const void *, int64_t, int64_t, int64_t, const void *, double, const void *, double, double, void *, void *,
               int64_t, int64_t, int64_t);
-void linear(const bf16 *, int64_t, const uint32_t *, const bf16 *, bf16 *, int64_t, int64_t, int64_t, int64_t);
+void linear(int64_t, const void *, int64_t, const void *, const void *, void *, int64_t, int64_t, int64_t, int64_t);
 void gated(int64_t, const void *, void *, int64_t, int64_t, int64_t, int64_t);
 void turn_and_write(int64_t, void *, int64_t, const void *, int64_t, const void *, int64_t, const void *, const void *,
                     const Cache *, const int64_t *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
@@ -16,7 +16,7 @@ void attention(int64_t, const void *, int64_t, int64_t, const Cache *, const int
 namespace {
 
 struct Product {
-  const uint32_t *weights;
+  const void *weights;
   const bf16 *bias;
   int64_t outputs;
 };
@@ -57,7 +57,7 @@ constexpr int64_t BF16 = BFLOAT16;
 thread_local Scratch scratch;
 
 void product(const bf16 *x, const Product &p, bf16 *out, int64_t rows, int64_t inputs, int64_t threads) {
-  linear(x, inputs, p.weights, p.bias, out, rows, inputs, p.outputs, threads);
+  linear(BF16, x, inputs, p.weights, p.bias, out, rows, inputs, p.outputs, threads);
 }
 
 } // namespace

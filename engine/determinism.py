@@ -1,0 +1,41 @@
+"""Whether the logits of a sequence depend on what else is in the batch: what --deterministic and requests go by."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvasir.engine.decoder import Decoder
+from kvasir.engine.layers import Linear
+from kvasir.kernels.linear import Packed
+from kvasir.kernels.native import native
+
+if TYPE_CHECKING:  # transformers, which is slow to import and seldom needed
+    from kvasir.engine.fallback import Fallback
+
+
+def indeterminate(decoder: Decoder | Fallback) -> str:
+    """Why they may, down to the last bit; empty: they don't. Attention, norms and gates of the compiled CPU kernels add up
+    each row in an order of its own; so do products in our own order, and sums over two ranks."""
+    if not isinstance(decoder, Decoder):
+        return "the model runs by transformers' own code, whose products depend on the batch"
+    if decoder.device.type != "cpu":
+        return f"products on {decoder.device.type} depend on how many rows a step has"
+    if native().library is None:
+        return f"it needs the compiled CPU kernels ({native().text})"
+    if decoder.spec.latent is not None:
+        return "products of latent attention (MLA) depend on how many rows a step has"
+    if any(layer.sparse for layer in decoder.spec.layers):
+        return "block-sparse attention runs in torch, which cuts it by what is in the batch"
+    weights = [module.weight for module in decoder.modules() if isinstance(module, Linear)]
+    if not all(isinstance(weight, Packed) for weight in (*weights, *([] if decoder.head is None else [decoder.head]))):
+        return _of_products(decoder)
+    place = decoder.mesh.place
+    if place.tp > 2 and not decoder.mesh.invariant:
+        return f"sums over {place.tp} ranks depend on how many rows a step has; start with --deterministic"
+    return ""
+
+
+def _of_products(decoder: Decoder) -> str:
+    if not decoder.mesh.invariant:
+        return "oneDNN's products depend on how many rows a step has; start with --deterministic"
+    return "a matrix has an odd number of inputs, or a type that the compiled kernels don't multiply"
