@@ -21,6 +21,7 @@ from kvasir.engine.errors import ConfigError
 from kvasir.engine.spec import Layer, Rope, Spec
 from kvasir.engine.tensor_files import files_of
 from kvasir.engine.weights import load_decoder, random_decoder, weight_bytes
+from kvasir.kernels.linear import Packed, Weight
 
 CPU = torch.device("cpu")
 Checkpoint = Callable[..., tuple[Path, Any]]
@@ -54,9 +55,15 @@ def edited(source: Path, target: Path, edit: Callable[[dict[str, torch.Tensor]],
     return target
 
 
+def numbers(weight: Weight) -> torch.Tensor:
+    if isinstance(weight, Packed):
+        return weight.blocks
+    return weight.to_dense() if weight.is_mkldnn else weight
+
+
 def same(a: Decoder, b: Decoder) -> bool:
     return all(
-        torch.equal(x.to_dense() if x.is_mkldnn else x, y.to_dense() if y.is_mkldnn else y)
+        torch.equal(numbers(x), numbers(y))
         for m, n in zip(a.modules(), b.modules(), strict=True)
         for x, y in [(getattr(m, k), getattr(n, k)) for k in ("weight", "head", "embed") if hasattr(m, k)]
     )
