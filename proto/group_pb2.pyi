@@ -262,11 +262,7 @@ class Hello(_message.Message):
     def __init__(self, incarnation: _Optional[str] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-<<<<<<< HEAD
-    __slots__ = ("name", "max_model_len", "vocab_size", "eos_token_ids", "bos_token_id", "num_blocks", "block_size", "dtype", "device", "max_num_seqs", "memory_report", "tasks", "labels", "salt", "stretch_len", "block_bytes", "kv_cache_dtype")
-=======
     __slots__ = ("name", "max_model_len", "vocab_size", "eos_token_ids", "bos_token_id", "num_blocks", "block_size", "dtype", "device", "max_num_seqs", "memory_report", "tasks", "labels", "salt", "stretch_len", "block_bytes", "kv_cache_dtype", "indeterminate")
->>>>>>> 1fbddaa (ModelInfo's new fields cross the wire)
     NAME_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -284,10 +280,7 @@ class ModelInfo(_message.Message):
     STRETCH_LEN_FIELD_NUMBER: _ClassVar[int]
     BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
-<<<<<<< HEAD
-=======
     INDETERMINATE_FIELD_NUMBER: _ClassVar[int]
->>>>>>> 1fbddaa (ModelInfo's new fields cross the wire)
     name: str
     max_model_len: int
     vocab_size: int
@@ -305,12 +298,8 @@ class ModelInfo(_message.Message):
     stretch_len: int
     block_bytes: int
     kv_cache_dtype: str
-<<<<<<< HEAD
-    def __init__(self, name: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., bos_token_id: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., max_num_seqs: _Optional[int] = ..., memory_report: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., labels: _Optional[_Iterable[str]] = ..., salt: _Optional[bytes] = ..., stretch_len: _Optional[int] = ..., block_bytes: _Optional[int] = ..., kv_cache_dtype: _Optional[str] = ...) -> None: ...
-=======
     indeterminate: str
     def __init__(self, name: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., bos_token_id: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., max_num_seqs: _Optional[int] = ..., memory_report: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., labels: _Optional[_Iterable[str]] = ..., salt: _Optional[bytes] = ..., stretch_len: _Optional[int] = ..., block_bytes: _Optional[int] = ..., kv_cache_dtype: _Optional[str] = ..., indeterminate: _Optional[str] = ...) -> None: ...
->>>>>>> 1fbddaa (ModelInfo's new fields cross the wire)
 
 class Answer(_message.Message):
     __slots__ = ("number", "error")
