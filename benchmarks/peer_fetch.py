@@ -3,7 +3,7 @@
 python benchmarks/checkpoint.py 125M /tmp/llama-125m
 python benchmarks/peer_fetch.py /tmp/llama-125m
 
-Two groups, each in a process of its own, on one machine: one has computed the prompts, the other is asked.
+Two groups, each in a process of its own, on one machine: one computes a prompt, then the other is asked for the same.
 """
 
 from __future__ import annotations
@@ -39,28 +39,16 @@ def main() -> None:
     if args.serve:
         serve(json.loads(args.serve))
         return
-    print(f"{'tokens':>7} {'computed':>10}" + "".join(f"{way:>10} {'MB/s':>7}" for way in args.ways))
-    found: dict[str, dict[int, float]] = {way: {} for way in args.ways}
-    rows: dict[int, str] = {}
     for way in args.ways:
-        for tokens, (computed, fetched, megabytes, ratio) in measure(args, way).items():
-            rows.setdefault(tokens, f"{tokens:>7} {computed:>8.3f} s")
-            rows[tokens] += f"{fetched:>8.3f} s {megabytes / max(fetched, 1e-9):>7.0f}"
-            found[way][tokens] = ratio
-    print("\n".join(rows.values()))
-    for way, ratios in found.items():
-        pays = [tokens for tokens, ratio in ratios.items() if ratio > 1]
-        best = max(ratios.values())
-        print(f"{way}: fetching is faster from {min(pays, default=0)} tokens on; up to {best:.1f} x")
+        measure(args, way)
 
 
-def measure(args: argparse.Namespace, way: str) -> dict[int, tuple[float, float, float, float]]:
-    """Tokens -> (median seconds to the first token: computed, fetched; MB that came; median of the ratios)."""
+def measure(args: argparse.Namespace, way: str) -> None:
+    """A line per length: medians of the seconds to the first token, and of their ratio; both groups say the same."""
     longest = max(args.tokens) + 16
     options = {"model": args.model, "dtype": args.dtype, "kv_transfer": way, "max_model_len": longest}
     options |= {"skip_tokenizer_init": True, "max_num_seqs": 4, "hf_overrides": {"max_position_embeddings": longest}}
     command = [sys.executable, __file__, args.model, "--serve", json.dumps(options)]
-    found = {}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -72,23 +60,21 @@ def measure(args: argparse.Namespace, way: str) -> dict[int, tuple[float, float,
                 draw = random.Random(1000 * tokens + seed)
                 prompt = [draw.randrange(100, 20000) for _ in range(tokens)]
                 print(json.dumps(prompt), file=process.stdin, flush=True)
-                wanted = json.loads(process.stdout.readline())
-                cold = group.ask(prompt)
-                group.forget()
-                before = group.engine.stats().peer_bytes
+                cold = json.loads(process.stdout.readline())
                 warm = group.ask(prompt, Peer(address, secret, tokens, ordered=True))
-                time.sleep(0.2)  # figures are published every 50 ms
-                group.forget()
-                if not cold["tokens"] == warm["tokens"] == wanted["tokens"]:
+                if cold["tokens"] != warm["tokens"]:
                     print(f"seed {seed}, {tokens} tokens: the answers differ")
-                megabytes = (group.engine.stats().peer_bytes - before) / 1e6
-                timed.append((cold["first"], warm["first"], megabytes, cold["first"] / warm["first"]))
-            found[tokens] = tuple(statistics.median(each) for each in zip(*timed, strict=True))
+                timed.append((cold["first"], warm["first"], cold["first"] / warm["first"], warm["cached"]))
+            computed, fetched, ratio, cached = (statistics.median(each) for each in zip(*timed, strict=True))
+            size = cached * group.engine.info.block_bytes / group.engine.info.block_size / 1e6
+            times = f"computed {computed:7.3f} s, fetched {fetched:7.3f} s ({size:6.1f} MB): {ratio:6.1f} x"
+            print(f"{way:>4} {tokens:>6} tokens: {times}", flush=True)
+        time.sleep(0.3)  # figures are published every 50 ms
         stats = group.engine.stats()
-        print(f"{way}: floor {1000 * stats.fetch_floor_s:.1f} ms, {stats.fetch_bytes_per_s / 1e6:.0f} MB/s behind it")
+        speed = stats.fetch_bytes_per_s / 1e6
+        print(f"{way:>4}: {1000 * stats.fetch_floor_s:.1f} ms before the first byte, then {speed:.0f} MB/s", flush=True)
         group.engine.shutdown()
         process.stdin.close()
-    return found
 
 
 class Group:
@@ -103,7 +89,7 @@ class Group:
         self._asked = 0
 
     def ask(self, prompt: Sequence[int], *peers: Peer) -> dict[str, Any]:
-        """{"first": seconds to the first token, "tokens": the answer}"""
+        """{"first": seconds to the first token, "tokens": the answer, "cached": tokens that weren't computed}"""
         self._asked += 1
         sampling = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
         request = Request(request_id=str(self._asked), prompt_token_ids=prompt, sampling=sampling, peers=peers)
@@ -118,11 +104,7 @@ class Group:
                 elif isinstance(event, Failed):
                     raise SystemExit(event.message)
                 elif isinstance(event, Finished):
-                    return {"first": first, "tokens": tokens}
-
-    def forget(self) -> None:
-        """What was computed is computed again. The engine is idle."""
-        self.engine.pool.reset()
+                    return {"first": first, "tokens": tokens, "cached": event.cached_tokens}
 
 
 def serve(options: dict[str, Any]) -> None:
@@ -130,7 +112,6 @@ def serve(options: dict[str, Any]) -> None:
     group = Group(options)
     print(json.dumps(group.address), flush=True)
     for line in sys.stdin:
-        group.forget()
         print(json.dumps(group.ask(json.loads(line))), flush=True)
     group.engine.shutdown()
 
