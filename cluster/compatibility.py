@@ -69,6 +69,9 @@ SPELLINGS: dict[str, Renamed | Always | Refused] = {
     "device_memory_utilization": Renamed("gpu_memory_utilization"),
     "swap_space": PerRank("kv_offloading_size"),
     "kv_offloading_backend": Always(("native",), "there is one way to offload blocks, our own"),
+    "kv_transfer_config": Refused(
+        "groups fetch blocks from each other without a connector; --kv-transfer auto|shm|tcp|gloo|nccl|nixl|off says how"
+    ),
     "enforce_eager": Always(TRUE, "every step runs eagerly"),
     "max_seq_len_to_capture": Refused(_GRAPHS),
     "max_cudagraph_capture_size": Refused(_GRAPHS),

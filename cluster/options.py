@@ -37,7 +37,7 @@ GROUPS = {
               "trust_remote_code"),
     "memory and batching": ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "max_queue",
                             "gpu_memory_utilization", "kv_cache_memory_bytes", "enable_prefix_caching",
-                            "kv_offloading_size", "kv_disk_path", "kv_disk_size"),
+                            "kv_offloading_size", "kv_disk_path", "kv_disk_size", "kv_transfer"),
     "parallelism": ("tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel", "data_parallel_size",
                     "pipeline_layer_partition", "distributed_executor_backend", "disable_custom_all_reduce",
                     "collective_timeout"),

@@ -2,7 +2,7 @@
 
 All start on the connection on which the reader asked (`peer_wire.Get`), and end with it. Every piece has a checksum. `tcp`
 sends pieces out of the memory where they lie and receives them where they are wanted; `shm`, on one node, hands over the
-memory itself; `gloo` and `nccl` send tensors by torch.distributed.
+memory itself; `gloo` and `nccl` send tensors by torch.distributed; `nixl` reads the lender's memory (`nixl_channel`).
 """
 
 from __future__ import annotations
@@ -275,6 +275,10 @@ def channel_of(way: str, device: torch.device, host: str) -> Channel:
         return Shm()
     if way in ("gloo", "nccl"):
         return Distributed(device if way == "nccl" else torch.device("cpu"), host, SLOW_S)
+    if way == "nixl":
+        from kvasir.engine.nixl_channel import Nixl
+
+        return Nixl(device)
     raise ValueError(f"there is no way {way!r:.40}")
 
 

@@ -91,9 +91,10 @@ class EngineConfig:
     restart too. auto: ~/.cache/kvasir/kv ($XDG_CACHE_HOME), the default under `kvasir serve`, else none."""
     kv_disk_size: int | None = None
     """Most bytes in --kv-disk-path; default: 10 % of what is free, up to 50 GB; 0: nothing is kept there."""
-    kv_transfer: Literal["auto", "shm", "tcp", "gloo", "nccl", "off"] = "auto"
+    kv_transfer: Literal["auto", "shm", "tcp", "gloo", "nccl", "nixl", "off"] = "auto"
     """How groups of `kvasir serve` fetch KV blocks from each other instead of computing them. auto: shared memory on one node
-    (shm), else tcp; gloo, nccl: torch.distributed; off: not at all. Groups that exchange blocks need one way in common."""
+    (shm), else tcp; gloo, nccl: torch.distributed; nixl: the library of that name; off: not at all. Both groups need the same
+    way."""
     max_queue: int = 1024
     """Requests waiting for a place in the batch; one more is refused with 429."""
     chat_template: str | None = None

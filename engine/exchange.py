@@ -10,6 +10,7 @@ from kvasir.engine.blocks import ContentId
 from kvasir.engine.cache import KVCache
 from kvasir.engine.channels import node
 from kvasir.engine.config import EngineConfig
+from kvasir.engine.errors import ConfigError
 from kvasir.engine.lender import Lender, OnAsk
 from kvasir.engine.lends import Terms
 from kvasir.engine.mesh import Mesh, Place
@@ -32,7 +33,7 @@ class Exchange:
     ) -> None:
         self._mark, self._cache = mark, cache
         self._parts = parts(share, config)
-        self._ways = ways(config)
+        self._ways = ways(config, on_gpu=cache.arena.is_cuda)
         rank = share.mesh.place.rank
         self.form = form_of(cache, self._parts[rank])
         self.lender = Lender(cache, self.form, rank, read_below)
@@ -90,8 +91,19 @@ def form_of(cache: KVCache, part: Part) -> Form:
     return Form(part, groups, cache.layout.height, *sizes)
 
 
-def ways(config: EngineConfig) -> tuple[str, ...]:
-    """By which this group sends and takes blocks, the fastest first."""
-    if config.kv_transfer == "auto":
+def ways(config: EngineConfig, *, on_gpu: bool) -> tuple[str, ...]:
+    """By which this group sends and takes blocks, the fastest first. ConfigError when it can't by what is configured."""
+    way = config.kv_transfer
+    if way == "auto":
         return ("shm", "tcp") if node() else ("tcp",)
-    return (config.kv_transfer,)
+    if way == "nixl":
+        from kvasir.engine.nixl_channel import agent
+
+        agent("lend")
+    if way == "shm" and not node():
+        raise ConfigError(
+            "--kv-transfer shm: processes can't hand over memory on this system; use tcp", param="kv_transfer"
+        )
+    if way == "nccl" and not on_gpu:
+        raise ConfigError("--kv-transfer nccl is for GPUs; on a CPU it is gloo", param="kv_transfer")
+    return (way,)

@@ -166,7 +166,7 @@ class Lender:
         held = self._cache.read([block for _, block in here])
         groups = [group_of(content) for _, content in lent.places]
         arrived, memory = None, None
-        if self._cache.arena.is_cuda and lent.way != "nccl":
+        if self._cache.arena.is_cuda and lent.way not in ("nccl", "nixl"):
             held, arrived = self._aside.copy(held)
         if below or (lent.way == "shm" and arrived is None):
             rows, memory = new_rows(len(groups), self._form.block_bytes, shared=lent.way == "shm")

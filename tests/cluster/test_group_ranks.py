@@ -21,7 +21,7 @@ from kvasir.engine.config import EngineConfig
 from kvasir.engine.control import RankError
 from kvasir.engine.errors import KvasirError
 from kvasir.engine.event import Failed, Finished, Token
-from kvasir.engine.request import Request, SamplingParams
+from kvasir.engine.request import Peer, Request, SamplingParams
 
 pytestmark = pytest.mark.ray
 LONG = SamplingParams(temperature=1.0, seed=1, max_tokens=480, ignore_eos=True)
@@ -69,9 +69,9 @@ async def connected(where):
     return client
 
 
-async def tokens(client, prompt, sampling):
+async def tokens(client, prompt, sampling, **more):
     """(token ids, the last event)"""
-    request = Request(request_id=str(random.random()), prompt_token_ids=prompt, sampling=sampling)
+    request = Request(request_id=str(random.random()), prompt_token_ids=prompt, sampling=sampling, **more)
     stream = await client.submit(request)
     events = [event async for event in stream]
     assert sum(not isinstance(event, Token) for event in events) == 1, "a request ends once"
@@ -222,3 +222,30 @@ async def until_it_fails(client, number):
 def segments():
     """Shared memory of torch's, gloo's or Python's."""
     return {name for name in os.listdir("/dev/shm") if name.startswith(("torch", "gloo", "psm_", "sem."))}
+
+
+@pytest.mark.parametrize("way", ["auto", "tcp"])
+def test_a_group_fetches_from_another(deployed, way):
+    """Two groups of two ranks each, as actors: what one has computed, the other has without."""
+    handle = deployed(tensor_parallel_size=2, data_parallel_size=2, kv_transfer=way, kv_disk_size=0)
+    first, second = until(lambda: len(found := endpoints(handle)) == 2 and found)
+    greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    prompt = [random.Random(3).randrange(3, 500) for _ in range(200)]
+
+    async def ask():
+        one, other = await connected(first), await connected(second)
+        cold, _ = await tokens(one, prompt, greedy)
+        peer = Peer(first.kv_address, first.kv_secret, len(prompt), ordered=True)
+        warm, end = await tokens(other, prompt, greedy, peers=(peer,))
+        while not other.stats.peer_loaded or not one.stats.peer_served:
+            await asyncio.sleep(0.02)
+        stats = other.stats
+        await one.close()
+        await other.close()
+        return cold, warm, end, stats
+
+    cold, warm, end, stats = asyncio.run(ask())
+    assert (warm, end.cached_tokens) == (cold, 192)
+    assert stats.peer_loaded == 12
+    assert stats.peer_bytes > 0
+    assert stats.fetch_bytes_per_s > 0

@@ -20,8 +20,10 @@ import pytest
 
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.engine import Engine
+from kvasir.engine.errors import ConfigError
 from kvasir.engine.event import Event, Failed, Finished, Token
 from kvasir.engine.layout import LayerGroup
+from kvasir.engine.nixl_channel import agent
 from kvasir.engine.parts import Part
 from kvasir.engine.peer_wire import LENGTHS, Ask, Get, encode_ask, encode_get, greet
 from kvasir.engine.prices import Prices
@@ -81,8 +83,10 @@ def llama(checkpoint: Callable[..., tuple[Path, Any]]) -> Path:
     return checkpoint("Llama")[0]
 
 
-@pytest.mark.parametrize("way", ["auto", "tcp", "gloo"])
+@pytest.mark.parametrize("way", ["auto", "shm", "tcp", "gloo", "nixl"])
 def test_blocks_come_from_a_peer(llama: Path, group: Callable[..., Group], way: str) -> None:
+    if way == "nixl":
+        pytest.importorskip("nixl")
     one, other = group(llama, kv_transfer=way), group(llama, kv_transfer=way)
     cold = one.ask()
     assert cold[1] == 0
@@ -225,6 +229,7 @@ def test_a_link_that_breaks(
 ) -> None:
     """Answers are the same and don't come much later; a peer that failed is left alone for a while."""
     monkeypatch.setattr("kvasir.engine.prices.LIMIT_S", (0.5, 0.5))
+    monkeypatch.setattr("kvasir.engine.lender.BEGIN_S", 0.5)
     one, two = group(llama, kv_transfer="tcp"), group(llama, kv_transfer="tcp")
     cold, _ = one.ask()
     proxy = Proxy(one.address, after, how)
@@ -293,6 +298,15 @@ def test_a_peer_that_is_killed_while_it_sends(llama: Path, group: Callable[..., 
     wait_for(lambda: idle(two))
 
 
+def test_a_way_that_is_not_there_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nixl._api", None)
+    agent.cache_clear()
+    with pytest.raises(ConfigError, match=r"kvasir\[nixl\]"):
+        Group(llama, kv_transfer="nixl")
+    with pytest.raises(ConfigError, match="is for GPUs"):
+        Group(llama, kv_transfer="nccl")
+
+
 def test_refusals(
     llama: Path,
     checkpoint: Callable[..., tuple[Path, Any]],
@@ -320,8 +334,9 @@ def test_refusals(
     assert again.ask([3, *PROMPT[:100]], one.peer())[1] == 0
 
 
-def test_the_server_takes_any_bytes(llama: Path, group: Callable[..., Group]) -> None:
+def test_the_server_takes_any_bytes(llama: Path, group: Callable[..., Group], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of strangers, and of who knows the secret and says nonsense."""
+    monkeypatch.setattr("kvasir.engine.lender.SLOW_S", 0.2)
     one, two = group(llama), group(llama)
     cold, _ = one.ask()
     draw = random.Random(5)
