@@ -224,10 +224,9 @@ def segments():
     return {name for name in os.listdir("/dev/shm") if name.startswith(("torch", "gloo", "psm_", "sem."))}
 
 
-@pytest.mark.parametrize("way", ["auto", "tcp"])
-def test_a_group_fetches_from_another(deployed, way):
+def test_a_group_fetches_from_another(deployed):
     """Two groups of two ranks each, as actors: what one has computed, the other has without."""
-    handle = deployed(tensor_parallel_size=2, data_parallel_size=2, kv_transfer=way, kv_disk_size=0)
+    handle = deployed(tensor_parallel_size=2, data_parallel_size=2, kv_disk_size=0)
     first, second = until(lambda: len(found := endpoints(handle)) == 2 and found)
     greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     prompt = [random.Random(3).randrange(3, 500) for _ in range(200)]
