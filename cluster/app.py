@@ -167,7 +167,7 @@ def failure_text(status: Any) -> str:
 def _prepare(config: ClusterConfig, reserved: contextlib.ExitStack) -> ClusterConfig:
     """Find what is wrong before anything is started, fetch models that have to be fetched, and hold the ports."""
     config = with_absolute_paths(config)
-    for engine in config.engines:
+    for engine in config.models:
         ModelFiles(engine)
     gateway = config.gateway
     port = _reserve(gateway.host, gateway.port, reserved)
@@ -195,7 +195,7 @@ def with_absolute_paths(config: ClusterConfig) -> ClusterConfig:
     state = gateway.state_path
     if state not in (None, MEMORY):  # it needn't exist yet
         files["state_path"] = str(Path(state).expanduser().absolute())
-    return ClusterConfig(engines=engines, gateway=replace(gateway, **files))
+    return replace(config, engines=engines, gateway=replace(gateway, **files))
 
 
 def _absolute_folder(name: str | None) -> str | None:

@@ -18,7 +18,7 @@ from kvasir.cluster.config import ClusterConfig
 from kvasir.cluster.gateway_replica import Gateway
 from kvasir.cluster.group import Group, bundles
 from kvasir.cluster.rank_actor import MakeEngine, RankSetup, load_engine
-from kvasir.engine.config import EngineConfig
+from kvasir.engine.config import EngineConfig, Role
 from kvasir.engine.errors import ConfigError
 
 COMMON: dict[str, Any] = {
@@ -43,17 +43,19 @@ def application(
     group_host: str | None = None,
 ) -> Application:
     """`group_host`: the address on which groups listen for gateways; default: their node's."""
-    names = [model_name(engine) for engine in config.engines]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"two models have the same name: {', '.join(names)}", param="served_model_name")
+    kinds = [(name, role) for name, _, role in config.deployments]
+    if len(set(kinds)) < len(kinds):
+        names = ", ".join(name for name, _ in kinds)
+        raise ConfigError(f"two models have the same name: {names}", param="served_model_name")
     otel = telemetry.otel_environment(environ)
     keys = {name: environ[name] for name in KEY_VARIABLES if name in environ}
     gpus, level = _gpus(config), config.gateway.log_level
+    drain_s = config.gateway.drain_timeout_s
     groups = [
-        group_deployment(name, engine, gpus, level).bind(
-            with_disk(engine), name, gpus, RankSetup(make_engine, otel, level, group_host)
+        group_deployment(name, engine, gpus, level, role=role, drain_s=drain_s).bind(
+            with_disk(engine), name, gpus, RankSetup(make_engine, otel, level, group_host, drain_s)
         )
-        for name, engine in zip(names, config.engines, strict=True)
+        for name, engine, role in config.deployments
     ]
     gateway: Deployment = serve.deployment(Gateway).options(  # type: ignore[attr-defined]
         num_replicas=config.gateway.num_gateways,
@@ -70,15 +72,20 @@ def with_disk(engine: EngineConfig) -> EngineConfig:
     return engine if engine.kv_disk_path else replace(engine, kv_disk_path="auto")
 
 
-def group_deployment(name: str, engine: EngineConfig, gpus: float, log_level: str) -> Deployment:
-    """Groups of one model: in each a coordinator and, in the same placement group, its ranks; `gpus` per rank."""
+def group_deployment(
+    name: str, engine: EngineConfig, gpus: float, log_level: str, *, role: Role = "both", drain_s: float = 0.0
+) -> Deployment:
+    """Groups of one model and role: in each a coordinator and, in the same placement group, its ranks; `gpus` per rank.
+    Their role can be changed in Serve's user_config, and without Serve."""
+    suffix = "" if role == "both" else f"-{role}"
     deployment: Deployment = serve.deployment(Group).options(  # type: ignore[attr-defined]
-        name="Group-" + re.sub(r"[^\w.-]+", "-", name),
+        name="Group-" + re.sub(r"[^\w.-]+", "-", name) + suffix,
+        user_config={"role": role},
         num_replicas=engine.data_parallel_size,
         placement_group_bundles=bundles(engine, gpus),
         placement_group_strategy="PACK",
         ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=10,
+        graceful_shutdown_timeout_s=drain_s + 10,
         logging_config=serve_logging(log_level),
         **COMMON,
     )
@@ -92,11 +99,6 @@ def room(config: ClusterConfig) -> Counter[str]:
         for bundle in bundles(engine, gpus) * engine.data_parallel_size:
             asked.update(bundle)  # shares of a GPU add up, too
     return asked
-
-
-def model_name(engine: EngineConfig) -> str:
-    """First of the names under which a model is served."""
-    return engine.served_model_name[0] if engine.served_model_name else engine.model
 
 
 def _gpus(config: ClusterConfig) -> float:

@@ -80,7 +80,7 @@ def serve(args: argparse.Namespace) -> int:
     from kvasir.cluster.auth import check_exposure
 
     check_exposure(config.gateway, os.environ)
-    names = ", ".join((engine.served_model_name or (engine.model,))[0] for engine in config.engines)
+    names = ", ".join((engine.served_model_name or (engine.model,))[0] for engine in config.models)
     print(f"kvasir {_version()}: loading {names} ...", flush=True)
     from kvasir.cluster.app import run as run_cluster
 
@@ -242,6 +242,11 @@ def _serve_parser(parser: argparse.ArgumentParser) -> None:
         "--config", type=Path, help="YAML file of these options (dashes or underscores); flags win over it"
     )
     parser.add_argument("--address", help="Ray cluster to run in (default: RAY_ADDRESS, else a Ray of our own)")
+    parser.add_argument(
+        "--groups",
+        metavar="ROLE=COUNT",
+        help="copies of the model by what they are for (prefill=1,decode=3); each role is prefill, decode or both",
+    )
     _add_options(parser, list(options().values()))
 
 
@@ -425,7 +430,7 @@ def _cluster_config(args: argparse.Namespace) -> ClusterConfig:
         spec |= read_yaml(args.config)
     if "models" in spec:
         spec.pop("model", None)
-    return parse_spec(spec | given)
+    return parse_spec(spec | given | ({"groups": args.groups} if args.groups else {}))
 
 
 def _engine_config(args: argparse.Namespace) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kvasir.engine.config import EngineConfig
+from kvasir.engine.config import EngineConfig, Role
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,5 +82,24 @@ class ClusterConfig:
     """Models to serve and how clients reach them."""
 
     engines: tuple[EngineConfig, ...] = field(default_factory=lambda: (EngineConfig(),))
-    """One group deployment per model."""
+    """One group deployment each; several of one name are groups of one model."""
+    roles: tuple[Role, ...] = ()
+    """What the groups of each are for; empty: all do both."""
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
+
+    @property
+    def deployments(self) -> list[tuple[str, EngineConfig, Role]]:
+        """(first name of the model, what its groups run, what they are for)"""
+        both: Role = "both"
+        roles = self.roles or (both,) * len(self.engines)
+        return [(model_name(engine), engine, role) for engine, role in zip(self.engines, roles, strict=True)]
+
+    @property
+    def models(self) -> list[EngineConfig]:
+        """The first of each name."""
+        return [*{name: engine for name, engine, _ in reversed(self.deployments)}.values()][::-1]
+
+
+def model_name(engine: EngineConfig) -> str:
+    """First of the names under which a model is served."""
+    return engine.served_model_name[0] if engine.served_model_name else engine.model

@@ -26,6 +26,7 @@ from kvasir.cluster.desk import Desk
 from kvasir.cluster.docs_api import docs_routes
 from kvasir.cluster.error_shapes import openai_error
 from kvasir.cluster.files_api import files_routes
+from kvasir.cluster.groups_api import Groups, SetRole, no_coordinators
 from kvasir.cluster.grpc_api import create_grpc_server
 from kvasir.cluster.health import Health
 from kvasir.cluster.http_front import HANDLERS, Front
@@ -47,6 +48,7 @@ def create_app(
     config: GatewayConfig,
     find_gateway: FindGateway = nowhere,
     other_metrics: OtherMetrics = no_others,
+    set_role: SetRole = no_coordinators,
 ) -> FastAPI:
     """All HTTP routes. ConfigError when other machines could call without a key. The endpoints that POST are plain ASGI,
     so that nothing lies between them and the socket. `find_gateway`: where other gateways are, that hold streams."""
@@ -62,6 +64,7 @@ def create_app(
         *ollama_routes(desk, limit),
         *anthropic_routes(desk, limit),
         streams,
+        *Groups(desk, set_role).routes(),
         *_stored_routes(desk, background, store, config),
         *(docs_routes() if config.enable_docs else []),
     ]

@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from kvasir.cluster.config import ClusterConfig
 from kvasir.cluster.group_client import GroupDirectory
 from kvasir.cluster.sockets import authority, bound_socket
 from kvasir.cluster.wire import Endpoint
+from kvasir.engine.config import Role
 from kvasir.engine.errors import UnavailableError
 
 ASK_TIMEOUT_S = 5.0
@@ -55,7 +55,7 @@ class _Server(uvicorn.Server):
 
 
 class Gateway:
-    """One gateway process. `groups`: handles of the Group deployments, in the order of `config.engines`."""
+    """One gateway process. `groups`: handles of the Group deployments, in the order of `config.deployments`."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: ClusterConfig, environ: Mapping[str, str], *groups: DeploymentHandle[Any]
@@ -69,7 +69,7 @@ class Gateway:
         telemetry.log_to_stderr(config.gateway.log_level)
         self._config = config.gateway
         self._tracing = telemetry.Tracing.from_environment(environ)
-        models = [ServedModel.load(engine) for engine in config.engines]
+        models = [ServedModel.load(engine) for engine in config.models]
         names = {name: model.name for model in models for name in model.names}
         self._directory = GroupDirectory(
             names,
@@ -77,8 +77,11 @@ class Gateway:
             policy=config.gateway.routing_policy,
             max_ttft_s=config.gateway.max_ttft_s,
         )
-        for model, group in zip(models, groups, strict=True):
-            self._directory.follow(model.name, partial(_endpoints, group))
+        self._groups: dict[str, list[DeploymentHandle[Any]]] = {}
+        for (name, _, _), group in zip(config.deployments, groups, strict=True):
+            self._groups.setdefault(name, []).append(group)
+        for model in models:
+            self._directory.follow(model.name, Finder(self._groups[model.name]).endpoints)
         keys = load_keys(config.gateway, os.environ)
         ttl_s, memory = config.gateway.stream_ttl_s, config.gateway.stream_memory
         self._recordings = Recordings(keys, ttl_s=ttl_s, max_bytes=memory)
@@ -134,7 +137,7 @@ class Gateway:
         from kvasir.cluster.http_protocol import server_config
 
         config = self._config
-        self._app = create_app(self._desk, config, self._find_gateway, self._other_metrics)
+        self._app = create_app(self._desk, config, self._find_gateway, self._other_metrics, self._set_role)
         self._app.state.background.start()
         ports = [config.port, *([config.ollama_port] if config.ollama_port >= 0 else [])]
         socks = [bound_socket(config.host, port, shared=True) for port in ports]
@@ -150,6 +153,17 @@ class Gateway:
             if self._http_task.done():
                 await self._http_task
         return addresses
+
+    async def _set_role(self, model: str, name: str, role: Role) -> bool:
+        """Ask all coordinators of the model: one knows that it is meant."""
+        asked = [group.broadcast("set_role", name, role) for group in self._groups[model]]
+        try:
+            answers = await asyncio.gather(
+                *(one.results_async(timeout_s=ASK_TIMEOUT_S, return_exceptions=True) for one in asked)
+            )
+        except (TimeoutError, RayError, RayServeException):
+            return False
+        return any(answer is True for some in answers for answer in some)
 
     async def _find_gateway(self, name: str) -> str | None:
         """The door of another gateway."""
@@ -215,6 +229,25 @@ async def _ask_gateways(method: str) -> list[Any]:
     except (TimeoutError, RayError, RayServeException):
         return []
     return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+
+class Finder:
+    """Where the living groups of one model are: its Group deployments are asked, one for each role."""
+
+    def __init__(self, groups: Sequence[DeploymentHandle[Any]]) -> None:
+        self._groups = groups
+        self._last: dict[int, list[Endpoint]] = {}
+
+    async def endpoints(self) -> Sequence[Endpoint]:
+        """Raises UnavailableError when there are none; a deployment that doesn't answer is taken to be as it was."""
+        told = await asyncio.gather(*map(_endpoints, self._groups), return_exceptions=True)
+        whys = [answer for answer in told if isinstance(answer, BaseException)]
+        for number, answer in enumerate(told):
+            if not isinstance(answer, BaseException):
+                self._last[number] = [*answer]
+        if len(whys) == len(told):
+            raise whys[0]
+        return [endpoint for number in sorted(self._last) for endpoint in self._last[number]]
 
 
 async def _endpoints(group: DeploymentHandle[Any]) -> Sequence[Endpoint]:

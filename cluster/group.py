@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import signal
-from typing import Any
+from typing import Any, get_args
 
 import ray
 from ray.exceptions import RayActorError
@@ -21,8 +21,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from kvasir.cluster import telemetry
 from kvasir.cluster.rank_actor import Failure, FollowerActor, RankActor, RankSetup
 from kvasir.cluster.wire import Endpoint
-from kvasir.engine.config import EngineConfig
+from kvasir.engine.config import EngineConfig, Role
 from kvasir.engine.control import stopped
+from kvasir.engine.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ class Group:
         if not spread(config):
             self._options |= {"num_cpus": config.ranks, "num_gpus": gpus * config.ranks}
         self._arguments = (config, setup)
+        self._drain_s = setup.drain_timeout_s
+        self._role: Role = "both"
         self._processes: list[tuple[str, int]] = []
         self._followers: dict[int, Any] = {}
         self._runs: dict[int, Any] = {}
@@ -68,6 +71,27 @@ class Group:
             change = "correct that, then start again" if failure.final else "see above; rank 0 logged the traceback"
             raise GroupError(block(f"model {name!r} could not be started", failure.why, change))
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve's way to change the role while it runs: {"role": "prefill"}."""
+        if unknown := sorted(user_config.keys() - {"role"}):
+            raise ConfigError(f"user_config has an unknown key {unknown[0]!r}; it takes role")
+        role = user_config.get("role", "both")
+        if role not in get_args(Role):
+            raise ConfigError(f"user_config: role must be one of {', '.join(get_args(Role))}, got {role!r:.60}")
+        await self._change_role(role)
+
+    async def set_role(self, name: str, role: Role) -> bool:
+        """The same, if it is the group of this name."""
+        found = self._endpoint is not None and self._endpoint.incarnation.startswith(name)
+        if found:
+            await self._change_role(role)
+        return found
+
+    async def _change_role(self, role: Role) -> None:
+        self._role = role
+        if self._endpoint is not None:
+            await self._rank.set_role.remote(role)
 
     async def endpoint(self) -> tuple[Endpoint | None, str]:
         """(where gateways find the rank, why there is none)."""
@@ -95,8 +119,10 @@ class Group:
         if self._watcher is None:  # it never started
             return
         self._watcher.cancel()
-        self._endpoint = None
+        serving, self._endpoint = self._endpoint is not None, None
         try:
+            if serving:
+                await asyncio.wait_for(self._rank.drain.remote(), self._drain_s + 1)
             await asyncio.wait_for(self._rank.stop.remote(), 5.0)
         except (RayActorError, asyncio.TimeoutError):
             log.warning("rank 0 of %r didn't end by itself", self._name)
@@ -116,6 +142,7 @@ class Group:
         if isinstance(result, Failure):
             self._kill()
             return result
+        await self._rank.set_role.remote(self._role)
         self._endpoint = result
         return None
 

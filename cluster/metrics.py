@@ -245,9 +245,14 @@ class _GroupStats(Collector):
     def collect(self) -> Iterable[Metric]:
         families = {name: Metric(name, text, kind) for name, (text, kind, *_) in (_STATS | _TIERS).items()}
         alive = Metric("kvasir:group_alive", "1: the group's step loop turns.", "gauge")
+        role = Metric("kvasir:group_role", "What a group is for.", "gauge")
+        draining = Metric("kvasir:group_draining", "1: it gives away what runs there.", "gauge")
         for model, engine, client in self._clients():
             labels = {"model_name": model, "engine": engine}
             alive.add_sample("kvasir:group_alive", labels, float(client.alive))
+            facts = {"group": client.name, "role": client.member.role}
+            role.add_sample("kvasir:group_role", labels | facts, 1.0)
+            draining.add_sample("kvasir:group_draining", labels, float(client.draining))
             stats = client.stats if client.alive else None
             for name, (_, _, attribute, samples) in _STATS.items():
                 for sample in samples if stats is not None else ():
@@ -256,7 +261,7 @@ class _GroupStats(Collector):
                 for tier, attribute in fields.items() if stats is not None else ():
                     sample = name if families[name].type == "gauge" else f"{name}_total"
                     families[name].add_sample(sample, labels | {"tier": tier}, float(getattr(stats, attribute)))
-        return [*families.values(), alive]
+        return [*families.values(), alive, role, draining]
 
     def _clients(self) -> Iterable[tuple[str, str, GroupClient]]:
         for model in self._models:

@@ -188,6 +188,10 @@ _OTHERS: dict[tuple[str, str], Operation] = {
     ("/health/ready", "get"): _health("Every model answers."),
     ("/metrics", "get"): Operation(says="Prometheus' metrics.", other=(TEXT,)),
     ("/version", "get"): Operation(says="The version of Kvasir.", answer="Version"),
+    ("/v1/groups", "get"): Operation(says="The groups, and what each is for.", answer="GroupList"),
+    ("/v1/groups/{name}", "post"): Operation(
+        says="Give a group another role while it runs.", body="RoleRequest", answer="Group"
+    ),
     ("/openapi.json", "get"): Operation(says="This document.", answer="Document", open=True),
     ("/docs", "get"): Operation(says="This document, to be read.", other=("text/html",), open=True),
 }

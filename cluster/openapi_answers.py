@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
+
+from kvasir.engine.config import Role
 
 Json = dict[str, Any]
 
@@ -249,6 +251,11 @@ _OTHERS = {
             "capabilities": _list(_TEXT),
         }
     ),
+    "Group": _object(
+        {"id": _TEXT, "object": _is("group"), "model": _TEXT, "role": {"enum": [*get_args(Role)]}, "state": _TEXT},
+        {"running": _INT, "waiting": _INT},
+    ),
+    "GroupList": _object({"object": _is("list"), "data": _list(ref("Group"))}),
     "Version": _object({"version": _TEXT}),
     "Document": _object({"openapi": _TEXT, "info": {"type": "object"}, "paths": {"type": "object"}}),
     "Healthy": _object({"status": _is("ok")}),

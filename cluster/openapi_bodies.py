@@ -10,6 +10,7 @@ from kvasir.cluster import (
     anthropic_schema,
     batches_api,
     conversations_api,
+    groups_api,
     ollama_fields,
     openai_fields,
     pooling_schema,
@@ -210,6 +211,7 @@ BODIES: dict[str, Body] = {
     "ConversationRequest": Body(honoured=conversations_api._CREATE, closed=True),
     "ConversationItems": Body(honoured={"items": conversations_api._ITEMS}, required=("items",), closed=True),
     "MetadataRequest": Body(honoured={"metadata": conversations_api._CREATE["metadata"]}, required=("metadata",)),
+    "RoleRequest": Body(honoured={"role": groups_api.check_role}, required=("role",), closed=True),
     "BatchRequest": Body(honoured=batches_api._HONOURED, required=("input_file_id", "endpoint", "completion_window")),
     "MessagesRequest": Body(
         honoured=anthropic_schema._MESSAGES,

@@ -25,7 +25,8 @@ import yaml
 
 from kvasir.cluster.compatibility import ENVIRONMENT, translate, warn_of_variables
 from kvasir.cluster.config import ClusterConfig, GatewayConfig
-from kvasir.engine.config import EngineConfig
+from kvasir.cluster.role_options import by_role
+from kvasir.engine.config import EngineConfig, Role
 from kvasir.engine.errors import ConfigError
 
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -122,17 +123,31 @@ def field_help(cls: type) -> dict[str, str]:
 def parse_spec(spec: Mapping[str, Any]) -> ClusterConfig:
     """A deployment spec: options of one model and the gateway side by side, or `models: [...]` for several models.
 
-    In `models`, each entry has options of its own; those beside the list hold for all. Raises ConfigError.
+    In `models`, each entry has options of its own; those beside the list hold for all. `groups` says how many groups of
+    each role a model has. Raises ConfigError.
     """
     spec = {_name(key): value for key, value in spec.items()}
     models = spec.pop("models", None)
-    if models is None:
-        engines: tuple[EngineConfig, ...] = (_engine(spec),)
-    else:
-        engines = tuple(_engine(spec | _mapping(entry)) for entry in _entries(models, spec))
+    entries = [spec] if models is None else [spec | _mapping(entry) for entry in _entries(models, spec)]
+    found = [[(role, _engine(one)) for role, one in _kinds(entry)] for entry in entries]
+    spec.pop("groups", None)
+    if models is not None:
         spec.pop("model", None)
-    _distinct(engines)
-    return ClusterConfig(engines=engines, gateway=_gateway(spec))
+    _distinct(tuple(groups[0][1] for groups in found))
+    engines = tuple(engine for groups in found for _, engine in groups)
+    return ClusterConfig(
+        engines=engines, roles=tuple(role for groups in found for role, _ in groups), gateway=_gateway(spec)
+    )
+
+
+def _kinds(entry: Mapping[str, Any]) -> list[tuple[Role, dict[str, Any]]]:
+    """(role, options of the engine) of each kind of groups."""
+    found = [(role, {_name(key): value for key, value in own.items()}) for role, own in by_role(entry)]
+    for _, own in found:
+        for key in own.keys() - entry.keys():
+            if not _known(key).of_engine:
+                raise ConfigError(f"{key!r} belongs beside groups, not into an entry of it", param=key)
+    return found
 
 
 def parse_engine(values: Mapping[str, Any]) -> EngineConfig:
@@ -255,7 +270,7 @@ def _entries(models: Any, spec: Mapping[str, Any]) -> list[Any]:
         raise ConfigError("give either model or models, not both", param="models")
     for entry in models:
         for key in _mapping(entry):
-            if not _known(key).of_engine:
+            if key != "groups" and not _known(key).of_engine:
                 raise ConfigError(f"{key!r} belongs beside models, not into an entry of it", param=key)
     return models
 

@@ -19,7 +19,7 @@ from kvasir.cluster import telemetry, wire
 from kvasir.cluster.group_service import GroupService, ServedEngine
 from kvasir.cluster.telemetry import Tracing
 from kvasir.cluster.wire import Endpoint
-from kvasir.engine.config import EngineConfig
+from kvasir.engine.config import EngineConfig, Role
 from kvasir.engine.errors import KvasirError
 from kvasir.engine.event import Event
 
@@ -82,6 +82,8 @@ class RankSetup:
     log_level: str = "info"
     host: str | None = None
     """Address on which to listen for gateways; default: the node's."""
+    drain_timeout_s: float = 0.0
+    """How long what runs may take to go elsewhere, or to end, when the group ends."""
 
 
 class RankActor:
@@ -129,6 +131,14 @@ class RankActor:
             if time.monotonic() - self._engine.heartbeat > wire.STALL_S:
                 return Failure(f"the step loop made no turn for {wire.STALL_S:.0f} s")
         return Failure(explain(self._engine.failure))
+
+    async def set_role(self, role: Role) -> None:
+        """What the group is for from now on."""
+        self._service.set_role(role)
+
+    async def drain(self) -> None:
+        """Take no new requests; returns when those that run have moved, or ended."""
+        await self._service.drain(self._setup.drain_timeout_s)
 
     async def stop(self) -> None:
         """Close the streams, end the engine, export the last spans."""

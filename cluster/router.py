@@ -230,7 +230,7 @@ class Router:
     def _alone(self, choices: Choices, place: int, length: int) -> float:
         """What a prefill group may cost: what it costs to compute a prompt where it decodes, without the move."""
         member, rest, mean = choices.members[place], choices.rest[place], self._pace.rate or 1.0
-        harm = STREAM_HARM * member.stats.running * rest
+        harm = STREAM_HARM * member.requests * rest
         move = MOVE + member.fetch_price(length - choices.held[place])
         return self._costs(choices)[place] + (harm - move) * mean / (member.rate or mean)
 

@@ -257,6 +257,8 @@ class FakeGroup:
             host_bytes=9,
         )
         self.name = "group-1"
+        self.member = Router().join(self.name)
+        self.draining = False
         self.alive = True
         self.last_error = None
         self.script = lambda request, index: [*b"Hello, w\xc3\xb6rld!", END]
