@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from kvasir.cluster.simulator import Run, Shape, SimulatedGroup
+from kvasir.cluster.simulator import LETTER, Run, Shape, SimulatedGroup
 from kvasir.engine.blocks import Changes, Tier
 from kvasir.engine.errors import ClientError, ContextLengthError
 from kvasir.engine.event import Event, Finished, FinishReason, Timing, Token
@@ -15,8 +15,6 @@ from kvasir.engine.request import Request
 from kvasir.engine.scheduler import Stats
 
 IDLE_S = 0.05
-LETTER = 65
-"""The token that it always says."""
 
 
 class SimulatedEngine:

@@ -4,6 +4,9 @@ model is replaced, by how long its steps take.
 A group does what the engine's scheduler does: sequences that stream come first, what is left of a step's budget is shared
 evenly among prompts, blocks are found, taken, committed and freed in a real pool. Other than there, a sequence takes the
 blocks of its whole output at once, so none is ever preempted.
+
+Blocks that a request's route says to fetch come over the links of both groups, that carry one transfer at a time; then the
+request takes its turn. A group whose role is prefill hands a request over with its first token.
 """
 
 from __future__ import annotations
@@ -11,12 +14,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvasir.cluster.block_journal import BlockJournal
+from kvasir.cluster.failover import MIN_LEFT
 from kvasir.cluster.member import Member
 from kvasir.cluster.router import Route, Router
 from kvasir.engine.blocks import BlockPool, ContentId, chain_start, content_ids, salted, token_bytes
+from kvasir.engine.config import Role
 from kvasir.engine.errors import OverloadedError
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.request import Request, SamplingParams
@@ -25,6 +30,8 @@ from kvasir.engine.scheduler import Stats
 REPORT_S = 0.1
 """How often a group reports, if anything changed: what gateways know is at most this old, as in a real fleet."""
 ALL_COUNTED = 2**32
+LETTER = 65
+"""The token that simulated groups always say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +62,13 @@ class Shape:
     max_num_seqs: int = 256
     budget: int = 384
     """Tokens of a step: so many that it takes less than 25 ms."""
+    prefill_budget: int = 2048
+    """The same where nothing streams for long: in groups for prompts."""
+    token_bytes: float = 0.0
+    """Keys and values of a token; 0: nothing is fetched from peers."""
+    fetch_floor_s: float = 0.005
+    fetch_bytes_per_s: float = 20e9
+    """Of a link: 200 Gbit/s, less what is lost."""
 
     @property
     def info(self) -> ModelInfo:
@@ -66,6 +80,7 @@ class Shape:
             block_size=self.block_size,
             max_num_seqs=self.max_num_seqs,
             salt=salted("simulated"),
+            block_bytes=int(self.token_bytes * self.block_size),
         )
 
 
@@ -85,10 +100,20 @@ class Run:
     first_token: float = math.nan
     finished: float = math.nan
     route: Route | None = None
+    ready_at: float = 0.0
+    """Blocks from a peer are here."""
+    fetched: Sequence[ContentId] = ()
+    heir: Run | None = None
+    """What went on with it elsewhere."""
 
     @property
     def prompt_tokens(self) -> int:
         return len(self.request.prompt_token_ids)
+
+    @property
+    def last(self) -> Run:
+        """The one that ended it."""
+        return self.heir.last if self.heir is not None else self
 
     @property
     def left(self) -> int:
@@ -107,7 +132,12 @@ class SimulatedGroup:
         self.pool.listen()
         self.journal = BlockJournal(name)
         self.now = 0.0
+        self.role: Role = "both"
+        self.link_free = 0.0
+        """When its link has carried all transfers."""
         self._on_tokens = on_tokens
+        self._fetching: list[Run] = []
+        self._loaded = self._served = 0
         self._waiting: deque[Run] = deque()
         self._prompts: list[Run] = []
         self._streams: list[Run] = []
@@ -118,22 +148,60 @@ class SimulatedGroup:
 
     @property
     def idle(self) -> bool:
-        return not (self._waiting or self._prompts or self._streams)
+        return not (self._waiting or self._prompts or self._streams or self._fetching)
 
-    def submit(self, run: Run, now: float) -> None:
-        """A request comes; a step that is being computed doesn't know it yet."""
+    @property
+    def budget(self) -> int:
+        return self.shape.prefill_budget if self.role == "prefill" else self.shape.budget
+
+    def submit(self, run: Run, now: float, peer: SimulatedGroup | None = None) -> None:
+        """A request comes, that fetches blocks from `peer`; a step that is being computed doesn't know it yet."""
         self.now = max(self.now, now)
         start = chain_start(self.info.salt, run.request.cache_salt, run.request.adapter, False)
         run.ids = content_ids(start, token_bytes(run.request.prompt_token_ids), self.shape.block_size)
+        if peer is not None and self._fetch(run, peer, now):
+            self._fetching.append(run)
+        else:
+            self._queue(run)
+
+    def _queue(self, run: Run) -> None:
         run.cached = self._match(run) * self.shape.block_size
         self._expected += run.cached
         self._waiting.append(run)
+
+    def _fetch(self, run: Run, peer: SimulatedGroup, now: float) -> bool:
+        """Begin; False when the peer has nothing that is lacking."""
+        own, there = self._match(run), peer._match(run)
+        if there <= own:
+            return False
+        run.fetched = run.ids[own:there]
+        seconds = len(run.fetched) * self.shape.token_bytes * self.shape.block_size / self.shape.fetch_bytes_per_s
+        begin = max(now, self.link_free, peer.link_free)
+        self.link_free = peer.link_free = begin + seconds
+        run.ready_at = begin + seconds + self.shape.fetch_floor_s
+        peer._served += len(run.fetched)
+        return True
+
+    def _land(self) -> None:
+        """What was fetched until now is in the cache, as far as there is room."""
+        for run in [run for run in self._fetching if run.ready_at <= self.now]:
+            self._fetching.remove(run)
+            lacking = run.fetched[: self.pool.num_free]
+            blocks = self.pool.take(len(lacking))
+            for block, content in zip(blocks, lacking, strict=True):
+                self.pool.commit(block, content)
+            self.pool.free(blocks)
+            self._loaded += len(lacking)
+            self._queue(run)
 
     def abort(self, run: Run) -> None:
         """It ends now, wherever it is."""
         if run in self._waiting:
             self._waiting.remove(run)
             self._expected -= run.cached
+            self._ended += 1
+        elif run in self._fetching:
+            self._fetching.remove(run)
             self._ended += 1
         elif run in self._prompts or run in self._streams:
             self._leave(run)
@@ -145,9 +213,14 @@ class SimulatedGroup:
 
     def step(self, until: float) -> None:
         """One step; of steps that are all alike, as many as begin before `until`."""
+        self._land()
         self._admit()
         if not self._prompts and not self._streams:
-            raise RuntimeError("a request needs more blocks than the group has")
+            if not self._fetching:
+                raise RuntimeError("a request needs more blocks than the group has")
+            self.now = max(self.now, min(run.ready_at for run in self._fetching))
+            return
+        until = min([until, *(run.ready_at for run in self._fetching)])
         shares = self._shares()
         tokens, streams = sum(count for _, count in shares), len(self._streams)
         seconds = self.shape.step_time(tokens, streams, self._context)
@@ -161,13 +234,15 @@ class SimulatedGroup:
             self._compute(run, share)
 
     def stats(self) -> Stats:
-        left = sum(run.left for run in self._prompts) + sum(run.left for run in self._waiting) - self._expected
+        left = sum(run.left for run in (*self._prompts, *self._waiting, *self._fetching)) - self._expected
+        size, shape = self.shape.block_size, self.shape
+        left -= sum(len(run.fetched) * size for run in self._fetching)
         return Stats(
             running=len(self._prompts) + len(self._streams),
-            waiting=len(self._waiting),
+            waiting=len(self._waiting) + len(self._fetching),
             kv_usage=self.pool.num_used / self.pool.num_blocks,
             queued_prefill_tokens=left,
-            prefills=len(self._prompts) + len(self._waiting),
+            prefills=len(self._prompts) + len(self._waiting) + len(self._fetching),
             decode_blocks=self.pool.num_used,
             free_blocks=self.pool.num_free,
             prefix_queries=self._queries,
@@ -176,6 +251,11 @@ class SimulatedGroup:
             generation_tokens=self._generated,
             steps=self._steps,
             step_tokens=self._step_tokens,
+            peer_loaded=self._loaded,
+            peer_served=self._served,
+            peer_bytes=int(self._loaded * size * shape.token_bytes),
+            fetch_floor_s=shape.fetch_floor_s if shape.token_bytes else 0.0,
+            fetch_bytes_per_s=shape.fetch_bytes_per_s if shape.token_bytes else 0.0,
         )
 
     def _alike(self, until: float, seconds: float) -> int:
@@ -204,7 +284,7 @@ class SimulatedGroup:
         """Even shares of what the streams leave of the budget, at least a quarter."""
         if not self._prompts:
             return []
-        left = self.shape.budget - min(len(self._streams), self.shape.budget * 3 // 4)
+        left = self.budget - min(len(self._streams), self.budget * 3 // 4)
         shares = []
         prompts = sorted(self._prompts, key=lambda run: run.left)
         for number, run in enumerate(prompts):
@@ -252,18 +332,30 @@ class SimulatedGroup:
 
 
 class Simulation:
-    """`groups` behind one gateway or more, that take turns with the requests."""
+    """`groups` behind one gateway or more, that take turns with the requests; `prefill` of them compute prompts."""
 
-    def __init__(self, groups: int, shape: Shape, routers: Sequence[Router]) -> None:
+    def __init__(self, groups: int, shape: Shape, routers: Sequence[Router], prefill: int = 0) -> None:
         self.routers = routers
         self.groups = [SimulatedGroup(f"group {number}", shape, self._on_tokens) for number in range(groups)]
-        self._members = [[router.join(f"g{number}") for number in range(groups)] for router in routers]
+        serves = bool(shape.token_bytes)
+        self._members = [
+            [router.join(f"g{number}", (str(number), "") if serves else ("", "")) for number in range(groups)]
+            for router in routers
+        ]
+        self._decoders = [members[prefill:] for members in self._members]
+        self._prefill = prefill
+        self._begun: list[tuple[int, Run]] = []
+        """(its gateway, request) that a prefill group has its first token of."""
+        self._turn: dict[int, int] = {}
+        """id of a request that a prefill group has -> its gateway"""
         self._busy: set[int] = set()
         """Groups that have something to report."""
         self._number: dict[Member, int] = {}
         for members in self._members:
             for number, (member, group) in enumerate(zip(members, self.groups, strict=True)):
                 self._number[member] = number
+                if prefill:
+                    member.role = group.role = "prefill" if number < prefill else "decode"
                 member.welcome(group.info, f"group {number}")
                 for message in group.journal.snapshot():
                     member.blocks(message)
@@ -286,22 +378,48 @@ class Simulation:
         return runs, refused
 
     def _begin(self, run: Run, turn: int, now: float) -> Run:
-        router = self.routers[turn]
-        run.route = router.place(run.request, self._members[turn], now)
-        run.route.reservation.number = 1
-        number = self._number[run.route.member]
+        self._hand_over(now)
+        return self._submit(run, self.routers[turn].place(run.request, self._members[turn], now), turn, now)
+
+    def _submit(self, run: Run, route: Route, turn: int, now: float) -> Run:
+        run.route = route
+        route.reservation.number = 1
+        number = self._number[route.member]
         self._busy.add(number)
+        if number < self._prefill:
+            self._turn[id(run)] = turn
         group = self.groups[number]
         group.advance(now)
-        group.submit(run, now)
+        group.submit(run, now, self.groups[int(route.peers[0].address)] if route.peers else None)
         return run
 
     def _on_tokens(self, run: Run, count: int) -> None:
         if run.route is not None and run.produced == count:
             run.route.reservation.streams()
+            if (turn := self._turn.pop(id(run), None)) is not None and run.output - count >= MIN_LEFT:
+                self._begun.append((turn, run))
+
+    def _hand_over(self, now: float) -> None:
+        """Prefill groups' first tokens until now: others go on with them."""
+        for number in [number for number in self._busy if number < self._prefill]:
+            self.groups[number].advance(now)
+        begun, self._begun = self._begun, []
+        for turn, run in begun:
+            if run.produced < run.output and run.route is not None:
+                self._move(run, run.route.member, turn)
+
+    def _move(self, run: Run, source: Member, turn: int) -> None:
+        old = self.groups[self._number[source]]
+        resumed = replace(run.request, resume_token_ids=[LETTER] * run.produced)
+        route = self.routers[turn].place(resumed, self._decoders[turn], old.now, "", source)
+        prompt = [*run.request.prompt_token_ids, *resumed.resume_token_ids]
+        heir = Run(replace(run.request, prompt_token_ids=prompt), run.output - run.produced, old.now)
+        old.abort(run)
+        run.heir = self._submit(heir, route, turn, old.now)
 
     def _report(self, now: float) -> None:
         """Every group that did something until now says so."""
+        self._hand_over(now)
         for number in [*self._busy]:
             group = self.groups[number]
             group.advance(now)
