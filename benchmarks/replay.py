@@ -4,13 +4,15 @@ against a real server.
     .venv/bin/python benchmarks/replay.py TRACE --groups 16 --speed 1 2 4 8             # four policies, a table
     .venv/bin/python benchmarks/replay.py TRACE --groups 16 --speed 16 --max-ttft 2 --policy cost
     .venv/bin/python benchmarks/replay.py TRACE --groups 16 --speed 1 2 4 8 --plot replay.svg
-    .venv/bin/python benchmarks/replay.py TRACE --url http://127.0.0.1:8000 --speed 0.5 --limit 200
+    .venv/bin/python benchmarks/replay.py TRACE --groups 16 --speed 8 --policy cost --fetch --prefill 4   # peers, roles
+    .venv/bin/python benchmarks/replay.py TRACE --url http://127.0.0.1:8000 --speed 0.5 --limit 200 --shrink 32
     .venv/bin/python benchmarks/replay.py --fit skald                                    # an engine's step times
     .venv/bin/python benchmarks/replay.py --route                                        # what a decision takes
 
 TRACE: Mooncake's JSONL, a folder of agent sessions or one of them (JSON), Azure's CSV. Good is a request whose first token
 came within --ttft and whose others took --itl each, on average. Hits are cached prompt tokens over those of one cache that
-never forgets, for the requests that were admitted. Speed 2 plays a trace in half its time.
+never forgets, for the requests that were admitted. Speed 2 plays a trace in half its time. --shrink 32 leaves one token of
+32 of prompts and answers, for models with little room; which requests begin alike stays the same.
 """
 
 from __future__ import annotations
@@ -72,6 +74,10 @@ class Report:
     hits: float
     real_time: float
     """Simulated seconds in a second of one core."""
+    fetched: float = 0.0
+    """GB of blocks that came from peers."""
+    moves: int = 0
+    """Requests that another group took over."""
 
     @property
     def attained(self) -> float:
@@ -88,14 +94,14 @@ class Report:
                 f"{self.attained:.1%} | {self.refused / total:.1%} | {admitted:.1%} | {self.hits:.1%}",
                 *(f"{_percentile(ttft, share):.2f}" for share in (0.5, 0.9, 0.99)),
                 *(f"{_percentile(itl, share) * 1e3:.1f}" for share in (0.5, 0.99)),
-                f"{self.real_time:.0f} |",
+                f"{self.fetched:.3g} | {self.moves} | {self.real_time:.0f} |",
             ]
         )
 
 
 COLUMNS = (
     "policy", "speed", "offered, 1/s", "goodput, 1/s", "good", "refused", "good of admitted", "hits over ideal",
-    "TTFT p50, s", "p90", "p99", "ITL p50, ms", "p99", "x real time",
+    "TTFT p50, s", "p90", "p99", "ITL p50, ms", "p99", "fetched, GB", "moves", "x real time",
 )  # fmt: skip
 HEAD = f"\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
@@ -104,16 +110,18 @@ def simulate(asks: Sequence[Ask], policy: Policy, speed: float, shape: Shape, ar
     """One policy at one speed."""
     routers = [Router(policy, max_ttft_s=args.max_ttft, draw=random.Random(n)) for n in range(args.gateways)]
     began = time.process_time()
-    simulation = Simulation(args.groups, shape, routers)
+    simulation = Simulation(args.groups, shape, routers, args.prefill)
     runs, refused = simulation.run((ask.at / speed, ask.prompt, ask.output) for ask in asks)
     spent = time.process_time() - began
     outcomes = [
-        Outcome(run.first_token - run.arrived, (run.finished - run.first_token) / max(1, run.output - 1), run.cached,
+        Outcome(run.first_token - run.arrived, (run.last.finished - run.first_token) / max(1, run.output - 1), run.cached,
                 run.request.prompt_token_ids)
         for run in runs
     ]  # fmt: skip
-    span = max(run.finished for run in runs)
-    return _report(policy, speed, asks, outcomes, len(refused), shape.block_size, span / spent, args)
+    span = max(run.last.finished for run in runs)
+    fetched = sum(group.stats().peer_bytes for group in simulation.groups) / 1e9
+    moves = sum(run.heir is not None for run in runs)
+    return _report(policy, speed, asks, outcomes, len(refused), shape.block_size, span / spent, args, fetched, moves)
 
 
 def _report(
@@ -125,12 +133,14 @@ def _report(
     size: int,
     real_time: float,
     args: argparse.Namespace,
+    fetched: float = 0.0,
+    moves: int = 0,
 ) -> Report:
     good = sum(one.ttft <= args.ttft and one.itl <= args.itl / 1e3 for one in outcomes)
     ideal = sum(ideal_hits([one.prompt for one in outcomes], size))
     hits = sum(one.cached for one in outcomes) / max(1, ideal)
     offered = len(asks) * speed / max(1e-9, asks[-1].at)
-    return Report(policy, speed, offered, outcomes, refused, good, hits, real_time)
+    return Report(policy, speed, offered, outcomes, refused, good, hits, real_time, fetched, moves)
 
 
 def _percentile(values: Iterable[float], share: float) -> float:
@@ -164,6 +174,7 @@ async def replay(asks: Sequence[Ask], speed: float, args: argparse.Namespace) ->
     ) as client:
         async with client.get(f"{args.url}/v1/models") as answer:
             model = (await answer.json())["data"][0]["id"]
+        before = await _counters(client, args.url)
         began = time.perf_counter()
 
         async def one(ask: Ask) -> Outcome | None:
@@ -186,8 +197,21 @@ async def replay(asks: Sequence[Ask], speed: float, args: argparse.Namespace) ->
             return Outcome(times[0] - due, (times[-1] - times[0]) / max(1, ask.output - 1), cached, ask.prompt)
 
         answers = await asyncio.gather(*map(one, asks))
+        fetched, moves = (after - was for after, was in zip(await _counters(client, args.url), before, strict=True))
     outcomes = [answer for answer in answers if answer is not None]
-    return _report("server", speed, asks, outcomes, len(asks) - len(outcomes), args.block_size or 16, 1.0, args)
+    refused, size = len(asks) - len(outcomes), args.block_size or 16
+    return _report("server", speed, asks, outcomes, refused, size, 1.0, args, fetched / 1e9, int(moves))
+
+
+async def _counters(client: "aiohttp.ClientSession", url: str) -> tuple[float, float]:  # type: ignore[name-defined]  # noqa: F821, UP037
+    """(bytes that groups fetched, moves) since the server's start."""
+    async with client.get(f"{url}/metrics") as answer:
+        text = await answer.text()
+    return _total(text, "kvasir:kv_fetched_bytes_total"), _total(text, "kvasir:moves_total")
+
+
+def _total(text: str, name: str) -> float:
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name))
 
 
 # -- a plot
@@ -327,6 +351,12 @@ def main() -> None:
     parser.add_argument(
         "--kv-tokens", type=int, default=Shape().num_blocks * Shape().block_size, help="a group's cache"
     )
+    parser.add_argument("--fetch", action="store_true", help="simulated groups fetch blocks from each other")
+    parser.add_argument("--link", type=float, default=Shape().fetch_bytes_per_s / 1e9, help="of each group, GB/s")
+    parser.add_argument("--token-bytes", type=float, default=0.33e6, help="keys and values of a token")
+    parser.add_argument("--prefill", type=int, default=0, help="so many simulated groups only compute prompts")
+    parser.add_argument("--prefill-budget", type=int, default=Shape().prefill_budget, help="tokens of their steps")
+    parser.add_argument("--shrink", type=int, default=1, help="leave one token of so many")
     parser.add_argument("--budget", type=int, default=Shape().budget, help="tokens of a step")
     parser.add_argument("--step", type=float, nargs=4, metavar="S", help="base, prefill, stream, context; see StepTime")
     parser.add_argument("--plot", type=Path, help="goodput over load, as SVG")
@@ -347,7 +377,7 @@ def main() -> None:
 
 
 def _replay_all(args: argparse.Namespace) -> None:
-    asks = load(args.trace, vocab=args.vocab, limit=args.limit)
+    asks = load(args.trace, vocab=args.vocab, limit=args.limit, shrink=args.shrink)
     print(HEAD)
     reports = []
     for speed in args.speed:
@@ -374,7 +404,15 @@ def _one(asks: Sequence[Ask], policy: str, speed: float, args: argparse.Namespac
         if args.step
         else StepTime()
     )
-    shape = Shape(step_time=step, block_size=size, num_blocks=args.kv_tokens // size, budget=args.budget)
+    shape = Shape(
+        step_time=step,
+        block_size=size,
+        num_blocks=args.kv_tokens // size,
+        budget=args.budget,
+        prefill_budget=args.prefill_budget,
+        token_bytes=args.token_bytes if args.fetch or args.prefill else 0.0,
+        fetch_bytes_per_s=args.link * 1e9,
+    )
     return simulate(asks, policy, speed, shape, args)  # type: ignore[arg-type]
 
 

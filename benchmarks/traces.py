@@ -26,9 +26,9 @@ class Ask:
     session: str = ""
 
 
-def load(path: Path, *, vocab: int = 2**17, limit: int | None = None, seed: int = 0) -> list[Ask]:
-    """Requests in the order of their arrival. A folder of agent sessions: each starts at a random moment of the time that
-    the longest takes."""
+def load(path: Path, *, vocab: int = 2**17, limit: int | None = None, seed: int = 0, shrink: int = 1) -> list[Ask]:
+    """Requests in the order of their arrival, with one token of `shrink`. A folder of agent sessions: each starts at a
+    random moment of the time that the longest takes."""
     if path.is_dir():
         asks = _sessions(sorted(path.glob("*.json")), vocab, random.Random(seed))
     elif path.suffix == ".csv":
@@ -37,7 +37,15 @@ def load(path: Path, *, vocab: int = 2**17, limit: int | None = None, seed: int 
         asks = _session(path, 0.0, vocab)
     else:
         asks = _mooncake(path, vocab)
-    return sorted(asks, key=lambda ask: ask.at)[:limit]
+    asks = sorted(asks, key=lambda ask: ask.at)[:limit]
+    return asks if shrink == 1 else [_shrunk(ask, block_size(path), shrink) for ask in asks]
+
+
+def _shrunk(ask: Ask, size: int, shrink: int) -> Ask:
+    """The first tokens of each block tell it from others: they stay."""
+    kept, prompt = max(1, size // shrink), ask.prompt
+    less = [token for start in range(0, len(prompt), size) for token in prompt[start : start + size][:kept]]
+    return Ask(ask.at, less, max(1, ask.output // shrink), ask.session)
 
 
 def block_size(path: Path) -> int:

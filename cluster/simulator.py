@@ -67,8 +67,8 @@ class Shape:
     token_bytes: float = 0.0
     """Keys and values of a token; 0: nothing is fetched from peers."""
     fetch_floor_s: float = 0.005
-    fetch_bytes_per_s: float = 20e9
-    """Of a link: 200 Gbit/s, less what is lost."""
+    fetch_bytes_per_s: float = 100e9
+    """Of a group's links: a quarter of what eight times 400 Gbit/s could carry."""
 
     @property
     def info(self) -> ModelInfo:
