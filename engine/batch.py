@@ -49,6 +49,10 @@ class Batch:
         self.tokens = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
         self.table = np.zeros((groups, max_num_seqs, -(-max_model_len // block_size) + 1), np.int32)
         self.lengths = np.zeros(max_num_seqs, np.int64)
+        self.known = np.zeros(max_num_seqs, np.int64)
+        """Tokens that are in `tokens`: all, or all but the newest."""
+        self.latest = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        """Each seat's newest token, where it may still be unknown here."""
         self.prompt_lengths = np.zeros(max_num_seqs, np.int64)
         self.held = np.zeros((groups, max_num_seqs), np.int64)
         """Blocks in a seat's tables."""
@@ -59,7 +63,8 @@ class Batch:
         for new in step.new:
             length = len(new.token_ids)
             self.tokens[new.seat, :length] = new.token_ids
-            self.lengths[new.seat], self.prompt_lengths[new.seat], self.held[:, new.seat] = length, new.prompt_len, 0
+            self.lengths[new.seat] = self.known[new.seat] = length
+            self.prompt_lengths[new.seat], self.held[:, new.seat] = new.prompt_len, 0
             self.stretched[new.seat] = new.stretched
         for seat, group, blocks in step.blocks:
             held = self.held[group, seat]
@@ -77,6 +82,9 @@ class Batch:
         lengths = start + count
         ragged = self._ragged(seats, owner, positions, starts, lengths)
         tokens = send(self.tokens[seats[owner], positions].astype(np.int64), self.device)
+        if len(unknown := np.flatnonzero(lengths > self.known[seats])):
+            newest = self.latest[send(seats[unknown], self.device)]
+            tokens = tokens.index_copy(0, send(starts[1:][unknown] - 1, self.device), newest)
         return self._wanted(slices, seats, starts, lengths, tokens, ragged)
 
     def _ragged(self, seats: Ints, owner: Ints, positions: Ints, starts: Ints, lengths: Ints) -> Ragged:
@@ -137,10 +145,22 @@ class Batch:
         first, last = max(part.start, border), min(end, int(self.lengths[part.seat]) - 1)
         return scored, np.arange(first, last if part.replay else first)
 
-    def append(self, seats: Ints, token_ids: Sequence[int]) -> None:
-        """The tokens that a step sampled."""
-        self.tokens[seats, self.lengths[seats]] = token_ids
+    def promise(self, seats: Ints, sampled: Tensor) -> None:
+        """A step sampled these tokens; `learn` says which they are."""
+        self.latest[send(seats, self.device)] = sampled
         self.lengths[seats] += 1
+
+    def learn(self, seats: Ints, token_ids: Sequence[int]) -> None:
+        """The oldest unknown tokens of these seats; negative ones are nobody's any more."""
+        own = seats >= 0
+        at = seats[own]
+        self.tokens[at, self.known[at]] = np.array(token_ids, np.int32)[own]
+        self.known[at] += 1
+
+    def append(self, seats: Ints, token_ids: Sequence[int]) -> None:
+        """The tokens that a step sampled elsewhere."""
+        self.lengths[seats] += 1
+        self.learn(seats, token_ids)
 
 
 def send(array: npt.NDArray[Any], device: torch.device) -> Tensor:

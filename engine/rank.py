@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,10 +20,10 @@ from kvasir.engine.decoder import Decoder
 from kvasir.engine.event import TokenLogprob
 from kvasir.engine.exchange import Exchange
 from kvasir.engine.grammar import Grammars
-from kvasir.engine.outcome import Outcome, Part
+from kvasir.engine.outcome import Copy, Outcome, Part
 from kvasir.engine.pooler import Pooler
 from kvasir.engine.processors import Processors
-from kvasir.engine.sampler import Sampler, score_rows
+from kvasir.engine.sampler import Sampler, scoring
 from kvasir.engine.step import NewSequence, Result, Slice, Step, replays
 from kvasir.engine.tiers import Tiers
 from kvasir.engine.words import Words
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # transformers, which is slow to import and seldom needed
     from kvasir.engine.fallback import Fallback
 
 LEAST_LOGITS = 256
+GONE = -1
 
 
 class Rank:
@@ -61,13 +63,22 @@ class Rank:
         self.batch = Batch(max_num_seqs, max_model_len, cache.block_size, decoder.device, len(cache.layout.groups))
         self.sampler = Sampler(max_num_seqs, decoder.spec.vocab, decoder.device) if self.place.samples else None
         self._awaited: dict[int, Ints] = {}
-        """step -> seats whose next token it samples"""
+        """step -> seats whose next token it samples; GONE: another sequence has taken it since"""
+        self._unread: deque[Outcome] = deque()
+        """Of one rank alone: the last steps, whose tokens the host hasn't read."""
         self._top_prompt: dict[int, int] = {}
         """seat -> how many likeliest tokens its prompt logprobs list"""
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Outcome:
-        """Apply the step's differences, compute its rows, sample. Ranks that don't sample have an empty result."""
+        """Apply the step's differences, compute its rows, sample. Ranks that don't sample have an empty result.
+
+        The host waits for no device here: the tokens of the step before lie there alone until the next one begins. Only
+        rules that look at tokens on the host (windows, barred texts, grammars, processors) wait for theirs.
+        """
+        while self._unread and self._unread[0].step < step.id - 1:
+            oldest = self._unread.popleft()
+            self.batch.learn(self._awaited.pop(oldest.step), oldest.token_ids)
         outcome = Outcome(step.id)
         if step.moves is not None and self.tiers is not None:
             self.tiers.apply(step.moves)
@@ -76,34 +87,35 @@ class Rank:
         self.cache.copy(step.copies)
         self.batch.apply(step)
         for new in step.new:
+            for seats in self._awaited.values():
+                seats[seats == new.seat] = GONE
             self._enter(new)
         if not step.slices:
             return outcome
         if self.sampler is not None:
             self.sampler.constraints.prepare()
-        seats: list[Ints] = []
+        sampling: list[Ints] = []
         for slices in portions(step.slices, self.max_logits):
             rows = self.batch.rows(slices)
             if slices[0].pool:
                 outcome.pooled |= self._pool(slices, rows)
                 continue
-            seats.append(rows.seats)
-            logits = self.decoder(rows.tokens, rows.ragged, self.cache, rows.logits)
+            sampling.append(rows.seats)
+            logits = self._forward(rows)
             if logits is None or not self.place.samples:
                 continue
             for part, where, ids in rows.scored:
-                found = self._score(logits[where], part.seat, ids)
-                outcome.prompt_scores[part.seat] = [*outcome.prompt_scores.get(part.seat, ()), *found]
+                outcome.prompt_scores.append((part.seat, self._score(logits[where], part.seat, ids)))
             assert self.sampler is not None
             for part, where, ids in rows.replayed:
                 first = max(part.start + 1, int(self.batch.prompt_lengths[part.seat]))
                 self.sampler.replay(part.seat, logits[where], ids, first)
             if len(rows.sampled):
                 outcome.parts.append(self._sample(self.sampler, logits, rows))
-        if any(map(len, seats)):
-            self._awaited[step.id] = np.concatenate(seats)
-        if self.place.size == 1:
-            self.learn(step.id, outcome.token_ids)
+        if any(map(len, sampling)):
+            self._awaited[step.id] = np.concatenate(sampling)
+            if self.place.size == 1:
+                self._unread.append(outcome)
         return outcome
 
     def run(self, step: Step) -> Result:
@@ -111,10 +123,15 @@ class Rank:
         return self.launch(step).result()
 
     def learn(self, step: int, token_ids: Sequence[int]) -> None:
-        """Append the tokens that a step sampled to their sequences."""
+        """Append the tokens that a step sampled to their sequences: told to each of several ranks."""
         seats = self._awaited.pop(step, None)
         if seats is not None:
             self.batch.append(seats, token_ids)
+
+    def _forward(self, rows: Rows) -> Tensor | None:
+        """Logits of the rows that are wanted; None on ranks that don't have them."""
+        logits: Tensor | None = self.decoder(rows.tokens, rows.ragged, self.cache, rows.logits)
+        return logits
 
     def _enter(self, new: NewSequence) -> None:
         if self.pooler is not None and new.pooling is not None:
@@ -155,14 +172,16 @@ class Rank:
         if len(rows.sampled) < len(logits):
             logits = logits[send(rows.sampled, logits.device)]
         tokens = sampler.sample(logits, rows.seats, rows.positions)
-        token_ids: list[int] = tokens.tolist()
-        ended = sampler.constraints.advance(rows.seats.tolist(), lambda: token_ids)
+        sampled = Copy(tokens)
+        if self.place.size == 1:
+            self.batch.promise(rows.seats, tokens)
+        ended = sampler.constraints.advance(rows.seats.tolist(), lambda: sampled.values)
         sampler.remember(rows.seats, tokens)
         scores = sampler.score_sampled(logits, rows.seats, tokens)
-        return Part(token_ids, scores, ended, sampler.stuck, sampler.offers)  # type: ignore[arg-type]
+        return Part(sampled, scores, ended, sampler.stuck, sampler.offers)
 
-    def _score(self, logits: Tensor, seat: int, predicted: Ints) -> list[TokenLogprob]:
-        return score_rows(logits, send(predicted, logits.device), [self._top_prompt[seat]] * len(predicted))
+    def _score(self, logits: Tensor, seat: int, predicted: Ints) -> Callable[[], list[TokenLogprob]]:
+        return scoring(logits, send(predicted, logits.device), [self._top_prompt[seat]] * len(predicted))
 
 
 def portions(slices: Sequence[Slice], limit: int) -> Iterator[Sequence[Slice]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 from kvasir.engine.batch import Ints, send
 from kvasir.engine.constraint import Constraint, Constraints
 from kvasir.engine.event import TokenLogprob
+from kvasir.engine.outcome import Copy
 from kvasir.engine.processors import Process, Processing
 from kvasir.engine.shaping import Shaping
 from kvasir.engine.step import Candidate, NewSequence
@@ -144,16 +145,19 @@ class Sampler:
         if rows and self.counts is not None:
             self.counts[self._tensor(seats[rows]), token_ids[self._tensor(np.array(rows))]] += 1
 
-    def score_sampled(self, logits: Tensor, seats: Ints, token_ids: Tensor) -> list[TokenLogprob | None]:
+    def score_sampled(self, logits: Tensor, seats: Ints, token_ids: Tensor) -> Callable[[], list[TokenLogprob | None]]:
         """Scores of sampled tokens under the raw logits[R, V], for the seats that ask; empty when none does."""
         top = self.logprobs[seats]
         rows = np.nonzero(top >= 0)[0]
         if not len(rows):
-            return []
+            return list
         index = self._tensor(rows)
-        scores: list[TokenLogprob | None] = [None] * len(seats)
-        for row, found in zip(rows, score_rows(logits[index], token_ids[index], top[rows].tolist()), strict=True):
-            scores[row] = found
+        found = scoring(logits[index], token_ids[index], top[rows].tolist())
+
+        def scores() -> list[TokenLogprob | None]:
+            asked = dict(zip(rows.tolist(), found(), strict=True))
+            return [asked.get(row) for row in range(len(seats))]
+
         return scores
 
     def _ruled(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
@@ -176,7 +180,7 @@ class Sampler:
             likeliest = int(self.logprobs[seat])
             reported: Sequence[TokenLogprob | None] = [None] * len(ids)
             if likeliest >= 0:
-                reported = score_rows(raw[row].expand(len(ids), -1), ids, [likeliest] * len(ids))
+                reported = scoring(raw[row].expand(len(ids), -1), ids, [likeliest] * len(ids))()
             found = zip(ids.tolist(), scores, reported, strict=True)
             offers[row] = [candidate for candidate in found if candidate[1] > -np.inf]
         return offers
@@ -242,7 +246,7 @@ class Sampler:
     def _add(self, logits: Tensor, additions: Sequence[tuple[int, list[int], list[float]]]) -> Tensor:
         rows = np.repeat([row for row, _, _ in additions], [len(ids) for _, ids, _ in additions])
         ids = np.concatenate([ids for _, ids, _ in additions]).astype(np.int64)
-        values = torch.tensor(np.concatenate([v for _, _, v in additions]), dtype=logits.dtype, device=self.device)
+        values = self._row(np.concatenate([v for _, _, v in additions])).to(logits.dtype)
         return logits.index_put((self._tensor(rows), self._tensor(ids)), values, accumulate=True)
 
     def _count(self, new: NewSequence) -> None:
@@ -264,13 +268,19 @@ class Sampler:
         return send(array, self.device)
 
 
-def score_rows(logits: Tensor, token_ids: Tensor, top: Sequence[int]) -> list[TokenLogprob]:
-    """Scores of token_ids[R] under logits[R, V], each with its own number of likeliest tokens."""
-    own, rank, ids, values = (t.tolist() for t in score(logits, token_ids, max(top)))
-    return [
-        TokenLogprob(own[i], rank[i], tuple(zip(ids[i][:count], values[i][:count], strict=True)))
-        for i, count in enumerate(top)
-    ]
+def scoring(logits: Tensor, token_ids: Tensor, top: Sequence[int]) -> Callable[[], list[TokenLogprob]]:
+    """Scores of token_ids[R] under logits[R, V], each with its own number of likeliest tokens: asked for when the device has
+    them."""
+    copies = [Copy(found) for found in score(logits, token_ids, max(top))]
+
+    def scores() -> list[TokenLogprob]:
+        own, rank, ids, values = (copy.values for copy in copies)
+        return [
+            TokenLogprob(own[i], rank[i], tuple(zip(ids[i][:count], values[i][:count], strict=True)))
+            for i, count in enumerate(top)
+        ]
+
+    return scores
 
 
 def _empty(logits: Tensor, rows: Sequence[int]) -> list[int]:

@@ -162,3 +162,19 @@ def test_portions_keep_the_order_and_the_limit() -> None:
 
 def test_usable_cores() -> None:
     assert 1 <= usable_cores() <= 4096
+
+
+def test_the_newest_token_is_taken_where_it_lies(
+    rank: Rank, logprobs: Callable[[Sequence[int]], torch.Tensor]
+) -> None:
+    """Steps that follow each other at once read no token on the host; a seat's new sequence gets nothing of the old one's."""
+    first = Step(1, new=(new(0, PROMPT),), blocks=((0, 0, (0, 1, 2)),), slices=(Slice(0, 0, 10, True),))
+    outcomes = [rank.launch(first)]
+    outcomes += [rank.launch(Step(i, slices=(Slice(0, 8 + i, 1, True),))) for i in (2, 3)]
+    assert rank.batch.known[0] == 11 < rank.batch.lengths[0] == 13
+    taken = Step(4, freed=(0,), new=(new(0, [7, 7, 9]),), blocks=((0, 0, (3,)),), slices=(Slice(0, 0, 3, True),))
+    outcomes += [rank.launch(taken), rank.launch(Step(5, blocks=((0, 0, (4,)),), slices=(Slice(0, 3, 1, True),)))]
+    rank.launch(Step(6))
+    assert [token for outcome in outcomes[:3] for token in outcome.token_ids] == greedy(logprobs, PROMPT, 3)
+    assert [token for outcome in outcomes[3:] for token in outcome.token_ids] == greedy(logprobs, [7, 7, 9], 2)
+    assert rank.batch.tokens[0, :4].tolist() == [7, 7, 9, *outcomes[3].token_ids]

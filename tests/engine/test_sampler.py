@@ -170,7 +170,7 @@ def test_scores_are_those_of_the_raw_logits() -> None:
     logits = torch.stack([logits_at(4)] * 3)
     seats = np.arange(3)
     tokens = sampler.sample(logits, seats, np.array([4, 4, 4]))
-    nothing, four, none = sampler.score_sampled(logits, seats, tokens)
+    nothing, four, none = sampler.score_sampled(logits, seats, tokens)()
     exact = logits_at(4).double().log_softmax(-1)
     order = exact.argsort(descending=True).tolist()
     assert nothing is None
