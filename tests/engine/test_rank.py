@@ -164,9 +164,7 @@ def test_usable_cores() -> None:
     assert 1 <= usable_cores() <= 4096
 
 
-def test_the_newest_token_is_taken_where_it_lies(
-    rank: Rank, logprobs: Callable[[Sequence[int]], torch.Tensor]
-) -> None:
+def test_the_newest_token_is_taken_where_it_lies(rank: Rank, logprobs: Callable[[Sequence[int]], torch.Tensor]) -> None:
     """Steps that follow each other at once read no token on the host; a seat's new sequence gets nothing of the old one's."""
     first = Step(1, new=(new(0, PROMPT),), blocks=((0, 0, (0, 1, 2)),), slices=(Slice(0, 0, 10, True),))
     outcomes = [rank.launch(first)]
