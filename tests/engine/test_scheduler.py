@@ -620,7 +620,7 @@ def test_a_step_costs_the_same_however_long_the_context_is() -> None:
     world = World(blocks=400, size=4, limit=1500, budget=2000)
     world.add("a", [1] * 1000, max_tokens=100, ignore_eos=True)
     world.step()
-    ((_, sequence),) = world.scheduler._running
+    ((_, sequence),) = world.scheduler._seats.running
     sequence.tokens = Untouchable(sequence.tokens)
     for _ in range(20):
         step = world.scheduler.plan(0.0)
