@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ConfigError
 
 SERVE = """
-import dataclasses, importlib.util, json, sys, time
+import dataclasses, importlib.util, json, os, sys, time
 conftest, model, served, timeout = sys.argv[1:]
 from kvasir.cluster import app
 from kvasir.cluster.config import ClusterConfig, GatewayConfig
@@ -32,7 +33,8 @@ spec.loader.exec_module(fakes)
 import ray
 ray.cloudpickle.register_pickle_by_value(fakes)
 engine = EngineConfig(model=model, served_model_name=(served,))
-gateway = GatewayConfig(port=0, grpc_port=0, ollama_port=0, drain_timeout_s=float(timeout))
+gateways = int(os.environ.get("GATEWAYS", "1"))
+gateway = GatewayConfig(port=0, grpc_port=0, ollama_port=0, drain_timeout_s=float(timeout), num_gateways=gateways)
 try:
     running = app.run(ClusterConfig(engines=(engine,), gateway=gateway), make_engine=fakes.make_engine)
 except KvasirError as error:
@@ -113,6 +115,33 @@ def test_a_life(byte_model, otlp_receiver):
         process.wait()
         process.stdout.close()
         process.stderr.close()
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(180)
+def test_metrics_of_gateways_that_share_a_port(byte_model):
+    process = start(byte_model, GATEWAYS="2")
+    try:
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        url = json.loads(line)[0]
+        until(lambda: len(_gateways(url)) == 2)
+        answers = [httpx.post(url + "/v1/completions", json=body(3), timeout=30) for _ in range(12)]
+        assert {answer.status_code for answer in answers} == {200}
+        for _ in range(4):  # whichever is asked
+            text = httpx.get(url + "/metrics").text
+            ends = re.findall(r'^vllm:request_success_total\{.*?gateway="(\w+)".*\} (\S+)$', text, re.MULTILINE)
+            assert sum(float(count) for _, count in ends) == 12
+            assert text.count("\nkvasir:group_alive{") == 1
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
+def _gateways(url):
+    return set(re.findall(r'gateway="(\w+)"', httpx.get(url + "/metrics").text))
 
 
 def _answers_with_a_trace(client, receiver):
