@@ -56,7 +56,6 @@ FALSE = (False, "false", "False")
 _LORA = "adapters are not supported yet"
 _DRAFT = "speculative decoding is not supported yet"
 _TASKS = "a model does all it can: generate, embed, classify or score, as its files say"
-_GRAPHS = "no CUDA graphs are captured yet"
 
 SPELLINGS: dict[str, Renamed | Always | Refused] = {
     "uvicorn_log_level": Renamed("log_level"),
@@ -72,9 +71,6 @@ SPELLINGS: dict[str, Renamed | Always | Refused] = {
     "kv_transfer_config": Refused(
         "groups fetch blocks from each other without a connector; --kv-transfer auto|shm|tcp|gloo|nccl|nixl|off says how"
     ),
-    "enforce_eager": Always(TRUE, "every step runs eagerly"),
-    "max_seq_len_to_capture": Refused(_GRAPHS),
-    "max_cudagraph_capture_size": Refused(_GRAPHS),
     "enable_chunked_prefill": Always(TRUE, "long prompts are always cut into chunks"),
     "num_scheduler_steps": Always((1, "1"), "every step is scheduled by itself"),
     "calculate_kv_scales": Always(TRUE, "scales are always computed, for each token and head"),
@@ -100,7 +96,6 @@ SPELLINGS: dict[str, Renamed | Always | Refused] = {
     "convert": Always(("auto", "none", "embed"), _TASKS),
     "pooler_config": Refused("pooling is what the model's files say (1_Pooling/config.json)"),
     "override_pooler_config": Refused("pooling is what the model's files say (1_Pooling/config.json)"),
-    "attention_backend": Refused("the attention kernel is chosen by device"),
 }
 """vLLM's flags that are no option of ours -> what becomes of them."""
 

@@ -90,6 +90,15 @@ def _kernels() -> Iterator[Finding]:
 
     there, text = compiled_kernels()
     yield Finding("ok" if there else "note", "kernels", text)
+    from kvasir.engine.memory import kernel_backends
+
+    for device, ops in kernel_backends().items():
+        taken: dict[str, list[str]] = {}
+        for name, choices in ops.items():
+            taken.setdefault(choices[0], []).append(name)
+        for backend, names in taken.items():
+            yield Finding("ok", "backend", f"{device}: {backend} for {', '.join(names)}")
+        yield Finding("ok", "backend", f"{device}: --attention-backend auto, {', '.join(ops['attention'])}")
 
 
 def _speed() -> str:

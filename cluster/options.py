@@ -37,6 +37,7 @@ GROUPS = {
     "files": ("load_format", "config_format", "hf_overrides", "rope_scaling", "rope_theta", "download_dir", "hf_token",
               "trust_remote_code"),
     "memory and batching": ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "max_queue",
+                            "attention_backend", "enforce_eager", "max_cudagraph_capture_size", "max_seq_len_to_capture",
                             "gpu_memory_utilization", "kv_cache_memory_bytes", "enable_prefix_caching",
                             "kv_offloading_size", "kv_disk_path", "kv_disk_size", "kv_transfer"),
     "parallelism": ("tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel", "data_parallel_size",

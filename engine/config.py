@@ -73,6 +73,15 @@ class EngineConfig:
     said so) when memory is short."""
     max_num_seqs: int = 256
     """Most sequences in one step."""
+    attention_backend: Literal["auto", "triton", "native", "torch", "plain"] = "auto"
+    """Kernels of attention: Triton's (GPUs), compiled C++ (native) or torch's operators (CPUs), or the definition (plain:
+    slow); auto: the best for the device. `kvasir doctor` shows what there is."""
+    enforce_eager: bool = False
+    """Launch every step kernel by kernel, without CUDA graphs."""
+    max_cudagraph_capture_size: int | None = None
+    """Most sequences in a decoding step that is recorded as a CUDA graph; default: --max-num-seqs, up to 512."""
+    max_seq_len_to_capture: int | None = None
+    """Longest sequence, in tokens, whose decoding steps are replayed from CUDA graphs; default: any."""
     max_num_batched_tokens: int | None = None
     """Token budget of a step; default: 256 on CPU (1024 for encoders), 8192 on CUDA. Long prompts are cut into chunks of
     at most this."""
@@ -162,6 +171,8 @@ class EngineConfig:
 LEAST = {
     "max_model_len": 1,
     "max_num_seqs": 1,
+    "max_cudagraph_capture_size": 1,
+    "max_seq_len_to_capture": 1,
     "max_num_batched_tokens": 1,
     "block_size": 1,
     "max_queue": 1,

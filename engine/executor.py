@@ -14,6 +14,7 @@ from kvasir.engine.control import Hub
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.exchange import Exchange
 from kvasir.engine.grammar import Grammars
+from kvasir.engine.graphs import graphs_of
 from kvasir.engine.lender import OnAsk
 from kvasir.engine.load import Loaded, check_ranks, load
 from kvasir.engine.memory import resolve_device
@@ -267,7 +268,7 @@ def grammars_of(loaded: Loaded) -> Grammars:
 
 def rank_of(config: EngineConfig, loaded: Loaded, grammars: Grammars) -> Rank:
     """The rank of this process."""
-    return Rank(
+    rank = Rank(
         loaded.decoder,
         loaded.cache,
         max_num_seqs=config.max_num_seqs,
@@ -277,6 +278,8 @@ def rank_of(config: EngineConfig, loaded: Loaded, grammars: Grammars) -> Rank:
         tiers=loaded.tiers,
         processors=Processors(config.logits_processors),
     )
+    rank.forward = graphs_of(config, loaded.decoder, loaded.cache, loaded.info.max_model_len)
+    return rank
 
 
 def places(config: EngineConfig, hosts: Mapping[int, str], *, own_gpus: bool) -> list[Place]:

@@ -34,7 +34,9 @@ from kvasir.engine.spec import Spec
 from kvasir.engine.tiers import Tiers
 from kvasir.engine.tokenizer import Tokenizer
 from kvasir.engine.weights import load_decoder, random_decoder, weight_bytes
+from kvasir.kernels.attention import attention
 from kvasir.kernels.native import library
+from kvasir.kernels.op import has_triton
 
 if TYPE_CHECKING:  # transformers, which is slow to import and seldom needed
     from kvasir.engine.fallback import Fallback
@@ -70,6 +72,7 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
     device = resolve_device(config, mesh.place.device_index)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    choose_attention(config, device)
     dtype = resolve_dtype(config, files.config, device)
     cores = max(1, usable_cores() // mesh.place.local_ranks)
     torch.set_num_threads(config.num_threads or cores)  # Ray sets OMP_NUM_THREADS, which is torch's default
@@ -126,6 +129,17 @@ def _agree(mesh: Mesh, *dtypes: torch.dtype) -> None:
             " name one with --dtype",
             param="dtype",
         )
+
+
+def choose_attention(config: EngineConfig, device: torch.device) -> None:
+    """As --attention-backend says; on a GPU, --deterministic takes kernels of its own."""
+    wanted: str = config.attention_backend
+    if config.deterministic and device.type == "cuda" and wanted in ("auto", "triton"):
+        wanted = "invariant_triton" if has_triton() else "plain"
+    try:
+        attention.force(wanted, device.type)
+    except ValueError as error:
+        raise ConfigError(f"--attention-backend: {error}", param="attention_backend") from None
 
 
 def check_ranks(config: EngineConfig) -> None:

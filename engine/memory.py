@@ -19,6 +19,7 @@ from kvasir.engine.layout import Layout, Room, layout
 from kvasir.engine.share import Share, stages
 from kvasir.engine.spec import Spec
 from kvasir.kernels.native import native
+from kvasir.kernels.op import every_op
 
 CPU_SHARE = 0.4
 """Of the RAM that is free beside the weights: the machine has other things to do."""
@@ -155,6 +156,12 @@ def activation_bytes(config: EngineConfig, spec: Spec, dtype: torch.dtype, devic
     logits = 4 * spec.vocab * torch.float32.itemsize
     rows = token_budget(config, spec, device)
     return rows * row * dtype.itemsize + min(rows, config.max_num_seqs) * logits
+
+
+def kernel_backends() -> dict[str, dict[str, list[str]]]:
+    """Type of device -> op -> the backends that can be had here, the one that is taken first; `plain` is the definition."""
+    devices = ["cpu", *["cuda"] * torch.cuda.is_available()]
+    return {device: {name: found.choices(device) for name, found in every_op().items()} for device in devices}
 
 
 def keep_freed_memory() -> None:

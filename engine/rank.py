@@ -20,6 +20,7 @@ from kvasir.engine.decoder import Decoder
 from kvasir.engine.event import TokenLogprob
 from kvasir.engine.exchange import Exchange
 from kvasir.engine.grammar import Grammars
+from kvasir.engine.graphs import Forward
 from kvasir.engine.outcome import Copy, Outcome, Part
 from kvasir.engine.pooler import Pooler
 from kvasir.engine.processors import Processors
@@ -57,6 +58,8 @@ class Rank:
         self.exchange: Exchange | None = None
         """Set when the group fetches blocks from others, and lends them."""
         self.decoder, self.cache, self.pooler, self._grammars = decoder, cache, pooler, grammars
+        self.forward: Forward = decoder
+        """The decoder, or CUDA graphs around it."""
         self._processors = processors or Processors(())
         self.place = decoder.mesh.place
         self.max_logits = max(max_num_seqs, LEAST_LOGITS)
@@ -130,7 +133,7 @@ class Rank:
 
     def _forward(self, rows: Rows) -> Tensor | None:
         """Logits of the rows that are wanted; None on ranks that don't have them."""
-        logits: Tensor | None = self.decoder(rows.tokens, rows.ragged, self.cache, rows.logits)
+        logits: Tensor | None = self.forward(rows.tokens, rows.ragged, self.cache, rows.logits)
         return logits
 
     def _enter(self, new: NewSequence) -> None:

@@ -54,7 +54,7 @@ def tiles(value_dim: int, itemsize: int, *, few: bool, deterministic: bool, late
         return Tiles(32 if wide else 64, 32 if wide else 64, 8, 2)
     if few:
         return Tiles(16, 32 if wide else 64, 4, 3)
-    return Tiles(64 if wide else 128, 32 if wide else 64, 8 if value_dim > 64 else 4, 2 if wide else 3)
+    return Tiles(64 if wide else 128, 32 if wide else 64, 8, 2 if wide else 3)
 
 
 @triton.jit

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.resources
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import Generic, ParamSpec, TypeVar, cast
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 from kvasir.kernels.native import library
 
@@ -17,7 +18,7 @@ R = TypeVar("R")
 FORCED = os.environ.get("KVASIR_KERNELS", "")
 """`reference` makes every op run its definition, to find out whether a faster equal is to blame; `torch` does without
 compiled code; empty: by device."""
-BACKENDS = {"cpu": ("native", "cpu"), "cuda": ("triton",)}
+BACKENDS = {"cpu": ("native", "cpu"), "cuda": ("triton", "invariant_triton")}
 """The best first. `native` is compiled on first use, and looks for itself whether it can be had; `triton` comes with the builds
 of torch for GPUs (their type of device is `cuda`, AMD's too)."""
 
@@ -30,6 +31,26 @@ class Op(Generic[P, R]):
         self.reference = reference
         self._backends = backends if FORCED != "reference" else ()
         self._loaded: dict[str, Callable[P, R]] = {}
+        self.forced: str | None = None
+        """The backend that `force` asked for."""
+
+    def force(self, backend: str, device: str) -> None:
+        """From now on, in this process, this backend on this type of device; auto: the best again. ValueError, naming
+        those there are, if it can't be had. `plain` is the definition, `torch` what CPUs do without compiled code."""
+        self._loaded.pop(device, None)
+        self.forced = None
+        if backend == "auto":
+            return
+        there = self.choices(device)
+        if backend not in there:
+            raise ValueError(f"there is no {backend} backend on {device} here, only {', '.join(there)}")
+        module = {"plain": None, "torch": "cpu"}.get(backend, backend)
+        self._loaded[device], self.forced = self._find(module), backend
+
+    def choices(self, device: str) -> list[str]:
+        """Names of the backends that can be had on a type of device, the one that is taken by itself first."""
+        names = {"cpu": "torch"}
+        return [*(names.get(b, b) for b in BACKENDS.get(device, ()) if self._usable(b)), "plain"]
 
     def implementation(self, device: str) -> Callable[P, R]:
         """What runs on this type of device. The sibling module (`attention_cpu`...) is imported on first use."""
@@ -40,7 +61,7 @@ class Op(Generic[P, R]):
     def _usable(self, backend: str) -> bool:
         if backend not in self._backends:
             return False
-        return library() is not None if backend == "native" else backend != "triton" or has_triton()
+        return library() is not None if backend == "native" else not backend.endswith("triton") or has_triton()
 
     def _find(self, backend: str | None) -> Callable[P, R]:
         if backend is None:
@@ -50,6 +71,16 @@ class Op(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.implementation(args[0].device.type)(*args, **kwargs)  # type: ignore[attr-defined]
+
+
+def every_op() -> dict[str, Op[Any, Any]]:
+    """All ops of this package by name."""
+    here = importlib.resources.files("kvasir.kernels")
+    stems = sorted(path.name.removesuffix(".py") for path in here.iterdir() if path.name.endswith(".py"))
+    siblings = ("_triton", "_cpu", "_native", "__init__")
+    modules = [importlib.import_module(f"kvasir.kernels.{stem}") for stem in stems if not stem.endswith(siblings)]
+    found = {name: value for module in modules for name, value in vars(module).items() if isinstance(value, Op)}
+    return dict(sorted(found.items()))
 
 
 @functools.cache

@@ -39,3 +39,18 @@ def test_reference_can_be_forced(sibling: ModuleType, monkeypatch: pytest.Monkey
 def test_missing_sibling_is_an_error_at_once() -> None:
     with pytest.raises(ModuleNotFoundError, match="_cpu"):
         op("cpu")(double)(torch.ones(1))
+
+
+def test_a_backend_can_be_forced(sibling: ModuleType) -> None:
+    """By the names that users know; what isn't there is refused with what is."""
+    both = op("cpu")(double)
+    assert both.choices("cpu") == ["torch", "plain"]
+    assert both.choices("cuda") == ["plain"]
+    both.force("plain", "cpu")
+    assert both.implementation("cpu") is double
+    both.force("torch", "cpu")
+    assert both.implementation("cpu") is sibling.double
+    with pytest.raises(ValueError, match="no triton backend on cpu here, only torch, plain"):
+        both.force("triton", "cpu")
+    both.force("auto", "cpu")
+    assert (both.forced, both.implementation("cpu")) == (None, sibling.double)

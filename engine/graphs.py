@@ -1,0 +1,204 @@
+"""CUDA graphs: a decoding step recorded once for each of a few sizes, and replayed without Python between its kernels.
+
+A step of T rows, one for each sequence, takes the next larger size. What fills it up repeats the shortest sequence, row for row:
+it writes what is written anyway, and nobody reads its logits. Sizes are captured one by one, after steps that could have
+used them: the server answers first, and the sizes that are used most come first.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Union
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvasir.engine.cache import KVCache
+from kvasir.engine.config import EngineConfig
+from kvasir.engine.decoder import Decoder
+from kvasir.kernels.attention import attention
+from kvasir.kernels.ragged import Ragged
+
+if TYPE_CHECKING:
+    from kvasir.engine.fallback import Fallback
+
+logger = logging.getLogger(__name__)
+
+Forward = Callable[[Tensor, Ragged, KVCache, Tensor], Union[Tensor, None]]
+Replay = Callable[[], None]
+Capture = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
+"""Records what a function launches: (what launches it again, the tensor that its result is in afterwards)."""
+MOST_ROWS = 512
+"""Beyond this kernels take longer than launching them."""
+LEAST_FREE_BYTES = 1 << 30
+"""Of the device's memory. With less, no further size is captured."""
+
+
+def sizes_of(max_num_seqs: int, most: int | None = None) -> list[int]:
+    """1, 2, 4, 8 and on in steps of 8, of 16 from 64 on, of 32 from 256 on; the last is `most` or what is served at once."""
+    top = min(max_num_seqs, most or MOST_ROWS)
+    found = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, top + 1, 32)]
+    return [*(size for size in found if size < top), top]
+
+
+def graphs_of(config: EngineConfig, decoder: Decoder | Fallback, cache: KVCache, max_model_len: int) -> Forward:
+    """The decoder as steps call it: by graphs where they can be had."""
+    alone = isinstance(decoder, Decoder) and decoder.mesh.place.size == 1 and decoder.spec.experts is None
+    attends = attention.implementation(decoder.device.type) is not attention.reference
+    if config.enforce_eager or decoder.device.type != "cuda" or not alone or not attends:
+        return decoder
+    sizes = sizes_of(config.max_num_seqs, config.max_cudagraph_capture_size)
+    longest = min(max_model_len, config.max_seq_len_to_capture or max_model_len)
+    return Graphs(decoder, cache, sizes, longest, CudaCapture(decoder.device), lambda: free_bytes(decoder.device))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of the device, for anybody."""
+    return torch.cuda.mem_get_info(device)[0]
+
+
+class CudaCapture:
+    """Records into CUDA graphs that share their memory: one runs at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            run()  # kernels are compiled and loaded before anything is recorded
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            found = run()
+        return graph.replay, found
+
+
+@dataclass(frozen=True, eq=False)
+class Static:
+    """The buffers that one size reads, wherever they lie in memory for ever, and its recording."""
+
+    tokens: Tensor
+    ragged: Ragged
+    replay: Replay
+    logits: Tensor
+    """[size, V]"""
+
+
+class Graphs:
+    """Calls the decoder; where a recording fits, it is replayed."""
+
+    def __init__(
+        self,
+        decoder: Forward,
+        cache: KVCache,
+        sizes: list[int],
+        longest: int,
+        capture: Capture,
+        free: Callable[[], int],
+    ) -> None:
+        self.sizes, self.longest = sizes, longest
+        self.captured: dict[int, Static] = {}
+        self._decoder, self._cache, self._capture, self._free = decoder, cache, capture, free
+        self._stopped = False
+
+    def __call__(self, tokens: Tensor, ragged: Ragged, cache: KVCache, rows: Tensor) -> Tensor | None:
+        """As the decoder: float32 logits[R, V], here valid until the next call."""
+        size = self._size(tokens, ragged, cache, rows)
+        static = None if size is None else self.captured.get(size)
+        if size is None or static is None:
+            logits = self._decoder(tokens, ragged, cache, rows)
+            if size is not None and not self._stopped:
+                self._record(size, tokens, ragged)
+            return logits
+        fill(static.tokens, tokens, pad := shortest(ragged))
+        fill_ragged(static.ragged, ragged, pad)
+        static.replay()
+        return static.logits[: len(tokens)]
+
+    def _size(self, tokens: Tensor, ragged: Ragged, cache: KVCache, rows: Tensor) -> int | None:
+        """The size for a step of single rows whose logits are all wanted."""
+        count = len(tokens)
+        single = len(ragged.host_lengths) == count == len(rows) and ragged.stretched is None and cache is self._cache
+        if not single or not 0 < count <= self.sizes[-1] or int(ragged.host_lengths.max()) > self.longest:
+            return None
+        return self.sizes[bisect.bisect_left(self.sizes, count)]
+
+    def _record(self, size: int, tokens: Tensor, ragged: Ragged) -> None:
+        """Of the step that has just run: running it again changes nothing."""
+        if self._free() < LEAST_FREE_BYTES:
+            self._stop(f"less than {LEAST_FREE_BYTES >> 20} MiB are free on the device")
+            return
+        pad = shortest(ragged)
+        tokens_in = tokens.new_zeros(size)
+        fill(tokens_in, tokens, pad)
+        block_size = self._cache.block_size
+        held = static_ragged(ragged, size, self.longest, -(-self.longest // block_size))
+        fill_ragged(held, ragged, pad)
+        rows = torch.arange(size, device=tokens.device)
+
+        def run() -> Tensor:
+            for part in (held, *held.others):
+                part.plans.clear()  # of the step before
+            logits = self._decoder(tokens_in, held, self._cache, rows)
+            assert logits is not None, "graphs are for ranks that have the whole model"
+            return logits
+
+        try:
+            replay, logits = self._capture(run)
+        except RuntimeError as error:  # something in it waits for the device
+            self._stop(f"{error}".split("\n")[0])
+            return
+        self.captured[size] = Static(tokens_in, held, replay, logits)
+        logger.info("captured a CUDA graph of %d rows (%d of %d)", size, len(self.captured), len(self.sizes))
+
+    def _stop(self, why: str) -> None:
+        self._stopped = True
+        logger.warning("no further CUDA graphs, after %d: %s", len(self.captured), why)
+
+
+def shortest(ragged: Ragged) -> int:
+    """The sequence that costs least to repeat."""
+    return int(ragged.host_lengths.argmin())
+
+
+def fill(buffer: Tensor, given: Tensor, pad: int) -> None:
+    """given[T, ...] into the first rows of buffer[size, ...], its row `pad` into the others; what is narrower stays so."""
+    count = len(given)
+    target = buffer if given.dim() == 1 else buffer[:, : given.shape[1]]
+    target[:count].copy_(given)
+    if count < len(buffer):
+        target[count:].copy_(given[pad : pad + 1].expand(len(buffer) - count, *given.shape[1:]))
+
+
+def fill_ragged(held: Ragged, ragged: Ragged, pad: int) -> None:
+    """A step's rows into the buffers."""
+    fill(held.positions, ragged.positions, pad)
+    fill(held.lengths, ragged.lengths, pad)
+    for own, given in zip((held, *held.others), (ragged, *ragged.others), strict=True):
+        fill(own.slots, given.slots, pad)
+        fill(own.table, given.table, pad)
+
+
+def static_ragged(ragged: Ragged, size: int, longest: int, blocks: int) -> Ragged:
+    """Buffers for `size` single rows of sequences up to `longest` tokens: kernels see these on the host, and make room."""
+    starts = np.arange(size + 1, dtype=np.int32)
+    first = Ragged(
+        positions=ragged.positions.new_zeros(size),
+        slots=ragged.slots.new_zeros(size),
+        starts=torch.from_numpy(starts).to(ragged.starts.device),
+        lengths=ragged.lengths.new_ones(size),
+        table=ragged.table.new_zeros(size, blocks),
+        host_starts=starts,
+        host_lengths=np.full(size, longest, np.int32),
+    )
+    others = tuple(
+        replace(first, slots=torch.zeros_like(first.slots), table=torch.zeros_like(first.table), plans={})
+        for _ in ragged.others
+    )
+    return replace(first, others=others, plans={})

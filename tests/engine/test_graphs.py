@@ -1,0 +1,167 @@
+"""Decoding steps by recordings of a few sizes, with a fake one on the CPU: padding changes no token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvasir.engine.cache import KVCache
+from kvasir.engine.config import EngineConfig
+from kvasir.engine.decoder import Decoder
+from kvasir.engine.errors import ConfigError
+from kvasir.engine.graphs import Graphs, fill, graphs_of, sizes_of
+from kvasir.engine.load import choose_attention
+from kvasir.engine.rank import Rank
+from kvasir.engine.request import SamplingParams
+from kvasir.engine.spec import Layer, Rope, Spec
+from kvasir.engine.step import NewSequence, Slice, Step
+from kvasir.engine.weights import random_decoder
+from kvasir.kernels.attention import attention
+from kvasir.kernels.ragged import Ragged
+
+CPU = torch.device("cpu")
+SPEC = Spec(
+    vocab=50, hidden=32, heads=4, kv_heads=2, head_dim=8, ffn=48, eps=1e-5, max_len=64,
+    layers=(Layer(Rope(10000.0, 8)),) * 2,
+)  # fmt: skip
+GREEDY = SamplingParams(temperature=0, max_tokens=None)
+
+
+@pytest.mark.parametrize(
+    ("served", "most", "expected"),
+    [
+        (1, None, [1]),
+        (3, None, [1, 2, 3]),
+        (20, None, [1, 2, 4, 8, 16, 20]),
+        (256, 4, [1, 2, 4]),
+        (256, 1000, [1, 2, 4, *range(8, 64, 8), *range(64, 257, 16)]),
+    ],
+)
+def test_sizes(served: int, most: int | None, expected: list[int]) -> None:
+    assert sizes_of(served, most) == expected
+
+
+def test_large_sizes_end_at_what_is_served() -> None:
+    found = sizes_of(1000)
+    assert found[-1] == 512
+    assert found == sorted(set(found))
+
+
+def test_filling_repeats_a_row() -> None:
+    buffer = torch.zeros(5, 4)
+    fill(buffer, torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 1)
+    assert buffer.tolist() == [[1, 2, 0, 0], *([[3, 4, 0, 0]] * 4)]
+    line = torch.zeros(3)
+    fill(line, torch.tensor([7.0, 8.0, 9.0]), 0)
+    assert line.tolist() == [7, 8, 9]
+
+
+class Recorder:
+    """Runs what it was given again, instead of a device; counts."""
+
+    def __init__(self) -> None:
+        self.captured, self.replayed = 0, 0
+
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        self.captured += 1
+        out = run()
+
+        def replay() -> None:
+            self.replayed += 1
+            out.copy_(run())
+
+        return replay, out
+
+
+def eager(decoder: Decoder) -> Callable[[Tensor, Ragged, KVCache, Tensor], Tensor | None]:
+    """CPU kernels go by the lengths on the host, which are the longest possible in a recording: kernels of GPUs don't."""
+
+    def run(tokens: Tensor, ragged: Ragged, cache: KVCache, rows: Tensor) -> Tensor | None:
+        real = replace(ragged, host_lengths=ragged.lengths.numpy(), plans={})
+        return decoder(tokens, real, cache, rows)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    made = random_decoder(SPEC, torch.float32, CPU, seed=1, pack=False)
+    for parameter in made.parameters():
+        parameter.data.mul_(8)
+    made.pack()
+    return made
+
+
+def decode(decoder: Decoder, record: Recorder | None, free: int = 1 << 40, longest: int = 64) -> list[tuple[int, ...]]:
+    """Tokens of 20 steps of five sequences, the last of which ends early, so that sizes change."""
+    cache = KVCache(SPEC, 40, 4, torch.float32, CPU)
+    cache.arena.zero_()
+    rank = Rank(decoder, cache, max_num_seqs=8, max_model_len=64)
+    if record is not None:
+        rank.forward = Graphs(eager(decoder), cache, [1, 2, 4, 8], longest, record, lambda: free)
+    prompts = [[4, 8, 15], [16, 23, 42, 1, 2, 3, 5], [7], [9, 9, 9], [1, 2, 3, 4, 5, 6]]
+    blocks, given = iter(range(40)), []
+    new, slices = [], []
+    for seat, prompt in enumerate(prompts):
+        new.append(NewSequence(seat, prompt, len(prompt), GREEDY, seed=seat, stop_token_ids=frozenset()))
+        given.append((seat, 0, [next(blocks) for _ in range(8)]))
+        slices.append(Slice(seat, 0, len(prompt), sample=True))
+    found = [tuple(rank.run(Step(0, new=new, blocks=given, slices=slices)).token_ids)]
+    for step in range(1, 20):
+        seats = range(5 if step < 8 else 3 if step < 14 else 1)
+        slices = [Slice(seat, len(prompts[seat]) + step - 1, 1, sample=True) for seat in seats]
+        found.append(tuple(rank.run(Step(step, slices=slices)).token_ids))
+    return found
+
+
+def test_a_padded_batch_gives_the_same_tokens(decoder: Decoder) -> None:
+    """Steps of 5, 3 and 1 rows go by recordings of 8, 4 and 1, each made once, by the first step of its size."""
+    record = Recorder()
+    assert decode(decoder, record) == decode(decoder, None)
+    assert record.captured == 3
+    assert record.replayed == 19 - 3
+
+
+def test_what_is_too_long_or_has_no_room_runs_eagerly(decoder: Decoder, caplog: pytest.LogCaptureFixture) -> None:
+    expected = decode(decoder, None)
+    short, none = Recorder(), Recorder()
+    assert decode(decoder, short, longest=12) == expected
+    assert 0 < short.replayed < 16
+    assert decode(decoder, none, free=0) == expected
+    assert none.captured == 0
+    assert "no further CUDA graphs" in caplog.text
+
+
+def test_what_waits_for_the_device_is_given_up(decoder: Decoder, caplog: pytest.LogCaptureFixture) -> None:
+    class Fails(Recorder):
+        def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+            self.captured += 1
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    record = Fails()
+    assert decode(decoder, record) == decode(decoder, None)
+    assert record.captured == 1
+    assert "not permitted" in caplog.text
+
+
+def test_on_a_cpu_there_are_none(decoder: Decoder) -> None:
+    cache = KVCache(SPEC, 4, 4, torch.float32, CPU)
+    assert graphs_of(EngineConfig(), decoder, cache, 64) is decoder
+
+
+def test_the_backend_of_attention_can_be_chosen(decoder: Decoder) -> None:
+    """For the process, until the next engine is loaded; one that isn't there is refused with the flag's name."""
+    try:
+        choose_attention(EngineConfig(attention_backend="plain"), CPU)
+        assert attention.implementation("cpu") is attention.reference
+        expected = decode(decoder, None)
+        with pytest.raises(ConfigError, match="--attention-backend: there is no triton backend on cpu here"):
+            choose_attention(EngineConfig(attention_backend="triton"), CPU)
+    finally:
+        choose_attention(EngineConfig(), CPU)
+    assert attention.implementation("cpu") is not attention.reference
+    assert decode(decoder, None) == expected

@@ -1,0 +1,193 @@
+"""Compiles the Triton kernels for a GPU that needn't be there, and says what each takes: one line of JSON for each kernel.
+
+    TRITON_INTERPRET=0 python tests/kernels/compile_triton.py cuda:90 [all | CASE...]
+
+The launchers run with real shapes and types on empty tensors, and what they would launch is compiled instead.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from kvasir.kernels import (
+    activation_triton,
+    attention_triton,
+    bitmask_triton,
+    blocks_triton,
+    cache_triton,
+    embedding_triton,
+    lora_triton,
+    moe_triton,
+    norm_triton,
+    sample_triton,
+)
+from kvasir.kernels.quantise import Cache, Quantised
+from kvasir.kernels.ragged import Ragged
+
+BF16 = torch.bfloat16
+
+
+class Driver:
+    """As much of a GPU's driver as compiling needs."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+def ragged(parts: list[tuple[int, int]]) -> Ragged:
+    """Of (length, rows), in blocks of 16."""
+    starts = np.cumsum([0, *(rows for _, rows in parts)]).astype(np.int32)
+    lengths = np.array([length for length, _ in parts], np.int32)
+    rows = torch.zeros(int(starts[-1]), dtype=torch.int64)
+    table = torch.zeros(len(parts), -(-int(lengths.max()) // 16), dtype=torch.int32)
+    return Ragged(rows, rows, torch.from_numpy(starts), torch.from_numpy(lengths), table, starts, lengths)
+
+
+def cache(heads: int, dim: int, dtype: torch.dtype) -> Cache:
+    """Two blocks."""
+    numbers = torch.zeros(2, heads, 16, dim, dtype=dtype).transpose(1, 2)
+    return numbers if dtype.itemsize > 1 else Quantised(numbers, torch.zeros(2, heads, 16).transpose(1, 2))
+
+
+def attend(dim: int, heads: int, kv_heads: int, kind: torch.dtype = BF16, **facts: Any) -> None:
+    """A mix of long decodes and a chunk."""
+    step = ragged([(8000, 1), (300, 300)])
+    keys, latent = cache(kv_heads, dim, kind), "value_dim" in facts
+    q = torch.zeros(301, heads, dim, dtype=BF16)
+    attention_triton.attention(q, keys, None if latent else cache(kv_heads, dim, kind), step, scale=0.1, **facts)
+
+
+def rows(hidden: int, ffn: int, heads: int, kv_heads: int, dim: int) -> None:
+    """Norms, rotation with the write, activation, embedding, blocks."""
+    x, weight = torch.zeros(8, hidden, dtype=BF16), torch.zeros(hidden, dtype=BF16)
+    norm_triton.add_rms_norm(x, x, weight, 1e-5)
+    norm_triton.layer_norm(x, weight, weight, 1e-5)
+    activation_triton.gated(torch.zeros(8, 2 * ffn, dtype=BF16), "silu")
+    embedding_triton.embed(torch.zeros(8, dtype=torch.int64), torch.zeros(4, hidden, dtype=BF16))
+    blocks_triton.gather_blocks(torch.zeros(2, 4, 4096, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
+    qkv = torch.zeros(8, heads + 2 * kv_heads, dim, dtype=BF16).split_with_sizes([heads, kv_heads, kv_heads], 1)
+    angles = torch.zeros(8, 1, dim, dtype=BF16), torch.zeros(8, 1, dim, dtype=BF16)
+    for kind in (BF16, torch.int8, torch.float8_e4m3fn):
+        caches = cache(kv_heads, dim, kind), cache(kv_heads, dim, kind)
+        cache_triton.turn_and_write(*qkv, angles, *caches, ragged([(9, 1)] * 8), interleaved=False)
+
+
+def sample(vocab: int) -> None:
+    logits, ones = torch.zeros(4, vocab), torch.ones(4)
+    whole = torch.ones(4, dtype=torch.int64)
+    sample_triton.draw(logits, ones.double(), ones, min_p=ones, top_k=whole, top_p=ones, most=1)
+    sample_triton.greedy(logits)
+    sample_triton.score(logits, whole, 1)
+    counts = torch.zeros(4, vocab, dtype=torch.int32)
+    sample_triton.penalise(logits, counts, counts.bool(), repetition=ones, presence=ones, frequency=ones)
+    bitmask_triton.allow(logits, whole, torch.zeros(4, -(-vocab // 32), dtype=torch.int32))
+
+
+def mixture(hidden: int, ffn: int, count: int, rows: int, **facts: Any) -> None:
+    x, logits = torch.zeros(rows, hidden, dtype=BF16), torch.zeros(rows, count)
+    moe_triton.route(logits, per_token=4, **facts)
+    index, weight = torch.zeros(rows, 4, dtype=torch.int64), torch.zeros(rows, 4)
+    up, down = torch.zeros(2, 2 * ffn, hidden, dtype=BF16), torch.zeros(2, hidden, ffn, dtype=BF16)
+    moe_triton.stacked_experts(x, index, weight, up, down, activation="silu")
+
+
+def adapters(hidden: int, rank: int) -> None:
+    x, which = torch.zeros(8, hidden, dtype=BF16), torch.zeros(8, dtype=torch.int64)
+    h = lora_triton.shrink(x, torch.zeros(2, rank, hidden, dtype=BF16), which)
+    lora_triton.expand(h, torch.zeros(2, hidden, rank, dtype=BF16), which, torch.ones(2), x)
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "D 64": lambda: attend(64, 32, 8),
+    "D 128": lambda: attend(128, 32, 8),
+    "D 256": lambda: attend(256, 16, 8, window=4096, softcap=50.0),
+    "latent": lambda: attend(576, 128, 1, value_dim=512),
+    "fp8": lambda: attend(128, 32, 8, torch.float8_e4m3fn),
+    "int8": lambda: attend(128, 32, 8, torch.int8),
+    "deterministic 128": lambda: attend(128, 32, 8, deterministic=True),
+    "deterministic 256": lambda: attend(256, 16, 8, deterministic=True),
+    "deterministic latent": lambda: attend(576, 128, 1, value_dim=512, deterministic=True),
+    "rows": lambda: rows(4096, 14336, 32, 8, 128),
+    "sample": lambda: sample(128_256),
+    "experts": lambda: mixture(2048, 1024, 256, 4, scoring="sigmoid", groups=8, groups_used=4, group_score="top2"),
+    "many rows": lambda: mixture(2048, 1024, 256, 64),
+    "adapters": lambda: adapters(4096, 16),
+}
+FEW = {
+    "cuda:80": ["D 256"],
+    "cuda:90": ["D 128", "rows"],
+    "cuda:100": ["D 64", "experts", "adapters"],
+    "hip:gfx942": ["D 128", "sample"],
+}
+"""What is compiled unless all is asked for: each kernel for some GPU, and attention for each."""
+
+
+def usage(kernel: Any) -> dict[str, int]:
+    """Bytes of stack that a thread spills to, and of memory that a block shares."""
+    if "cubin" in kernel.asm:
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            call = [str(tool), "--dump-resource-usage", file.name]
+            text = subprocess.run(call, capture_output=True, text=True, check=True).stdout
+        found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"]}
+    found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", kernel.asm["amdgcn"]))
+    return {"registers": int(found["vgpr_count"]), "spilled": int(found["vgpr_spill_count"])}
+
+
+def compiled(name: str) -> Iterator[dict[str, Any]]:
+    """What a case launches, compiled."""
+    launched: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        launched.append((self.fn.__name__, kernel))
+        return kernel
+
+    JITFunction.run = compile_only
+    try:
+        CASES[name]()
+    finally:
+        JITFunction.run = run
+    for function, kernel in launched:
+        yield {"case": name, "kernel": function, "shared": kernel.metadata.shared, **usage(kernel)}
+
+
+def main() -> None:
+    name = sys.argv[1]
+    kind, _, arch = name.partition(":")
+    driver.set_active(Driver(GPUTarget(kind, int(arch) if arch.isdigit() else arch, 64 if kind == "hip" else 32)))
+    wanted = sys.argv[2:] or FEW[name]
+    for case in CASES if wanted == ["all"] else wanted:
+        for line in compiled(case):
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
