@@ -173,7 +173,9 @@ async def replay(asks: Sequence[Ask], speed: float, args: argparse.Namespace) ->
         timeout=aiohttp.ClientTimeout(None), connector=aiohttp.TCPConnector(limit=0)
     ) as client:
         async with client.get(f"{args.url}/v1/models") as answer:
-            model = (await answer.json())["data"][0]["id"]
+            card = (await answer.json())["data"][0]
+        model, room = card["id"], card.get("max_model_len") or math.inf
+        asks = [ask for ask in asks if len(ask.prompt) + ask.output <= room]
         before = await _counters(client, args.url)
         began = time.perf_counter()
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from kvasir.cluster.simulator import LETTER, Run, Shape, SimulatedGroup
 from kvasir.engine.blocks import Changes, Tier
@@ -67,6 +69,10 @@ class SimulatedEngine:
         """Load as of `stats_at`."""
         return self._stats
 
+    def serve_blocks(self, host: str) -> tuple[str, str]:
+        """Where others would fetch blocks: nowhere, but what a hint says they hold comes after as long as it takes."""
+        return (f"{host}:0/{uuid.uuid4().hex}", "simulated") if self._group.shape.token_bytes else ("", "")
+
     def listen(self, on_blocks: Callable[[Tier, Changes], None]) -> None:
         """Tell from now on which blocks can be found."""
         self._on_blocks = on_blocks
@@ -89,10 +95,13 @@ class SimulatedEngine:
         while self._inbox:
             message, now = self._inbox.popleft(), time.monotonic()
             if isinstance(message, Request):
+                prompt = [*message.prompt_token_ids, *message.resume_token_ids]
+                whole = replace(message, prompt_token_ids=prompt)
                 for index in range(message.sampling.n):
-                    run = Run(message, message.sampling.max_tokens or 1, time.time())
+                    left = (message.sampling.max_tokens or 1) - len(message.resume_token_ids)
+                    run = Run(whole, max(1, left), time.time())
                     self._runs[message.request_id, index], self._index[id(run)] = run, index
-                    self._group.submit(run, now)
+                    self._group.submit(run, now, told=message.peers[0].tokens if message.peers else 0)
             else:
                 name, index_, reason = message
                 for key, run in [*self._runs.items()]:
@@ -117,5 +126,11 @@ class SimulatedEngine:
         index, name = self._index.pop(id(run)), run.request.request_id
         del self._runs[name, index]
         timing = Timing(queued=run.arrived, scheduled=run.arrived, first_token=time.time(), finished=time.time())
-        counts = {"prompt_tokens": run.prompt_tokens, "cached_tokens": run.cached, "output_tokens": run.produced}
+        resumed = len(run.request.resume_token_ids)
+        prompt = run.prompt_tokens - resumed
+        counts = {
+            "prompt_tokens": prompt,
+            "cached_tokens": min(prompt, run.cached),
+            "output_tokens": run.produced + resumed,
+        }
         self._events.append(Finished(name, index, reason, timing=timing, **counts))

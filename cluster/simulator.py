@@ -154,12 +154,14 @@ class SimulatedGroup:
     def budget(self) -> int:
         return self.shape.prefill_budget if self.role == "prefill" else self.shape.budget
 
-    def submit(self, run: Run, now: float, peer: SimulatedGroup | None = None) -> None:
-        """A request comes, that fetches blocks from `peer`; a step that is being computed doesn't know it yet."""
+    def submit(self, run: Run, now: float, peer: SimulatedGroup | None = None, told: int = 0) -> None:
+        """A request comes, that fetches blocks from `peer`, or so many tokens' from one elsewhere; a step that is being
+        computed doesn't know it yet."""
         self.now = max(self.now, now)
         start = chain_start(self.info.salt, run.request.cache_salt, run.request.adapter, False)
         run.ids = content_ids(start, token_bytes(run.request.prompt_token_ids), self.shape.block_size)
-        if peer is not None and self._fetch(run, peer, now):
+        held = peer._match(run) if peer is not None else min(told // self.shape.block_size, self._most(run))
+        if held and self._fetch(run, held, peer, now):
             self._fetching.append(run)
         else:
             self._queue(run)
@@ -169,17 +171,19 @@ class SimulatedGroup:
         self._expected += run.cached
         self._waiting.append(run)
 
-    def _fetch(self, run: Run, peer: SimulatedGroup, now: float) -> bool:
-        """Begin; False when the peer has nothing that is lacking."""
-        own, there = self._match(run), peer._match(run)
-        if there <= own:
+    def _fetch(self, run: Run, held: int, peer: SimulatedGroup | None, now: float) -> bool:
+        """Begin; False when the peer has no block that is lacking."""
+        own = self._match(run)
+        if held <= own:
             return False
-        run.fetched = run.ids[own:there]
+        run.fetched = run.ids[own:held]
         seconds = len(run.fetched) * self.shape.token_bytes * self.shape.block_size / self.shape.fetch_bytes_per_s
-        begin = max(now, self.link_free, peer.link_free)
-        self.link_free = peer.link_free = begin + seconds
+        begin = max(now, self.link_free, peer.link_free if peer is not None else 0.0)
+        self.link_free = begin + seconds
+        if peer is not None:
+            peer.link_free = begin + seconds
+            peer._served += len(run.fetched)
         run.ready_at = begin + seconds + self.shape.fetch_floor_s
-        peer._served += len(run.fetched)
         return True
 
     def _land(self) -> None:

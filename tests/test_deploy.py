@@ -49,7 +49,7 @@ def test_clusters_are_what_ray_up_takes(path: Path, schema: Any) -> None:
     assert all((DEPLOY.parent / word.rstrip("'")).exists() for word in named), named
 
 
-@pytest.mark.parametrize("name", ["specs/skald.yaml", "specs/cluster.yaml"])
+@pytest.mark.parametrize("name", ["specs/skald.yaml", "specs/cluster.yaml", "specs/roles.yaml"])
 def test_specs_are_what_serve_and_our_options_take(name: str) -> None:
     (application,) = applications((DEPLOY / name).read_text())
     config = parse_spec(application["args"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -154,3 +155,40 @@ def test_a_simulation_is_repeatable():
     requests = conversations(count=30, turns=4, rate=2.5)
     ends = [[one.finished for one in share_in_time("cost", requests)[2]] for _ in range(2)]
     assert ends[0] == ends[1]
+
+
+LINKED = dataclasses.replace(SHAPE, token_bytes=1e5, fetch_bytes_per_s=1e9, fetch_floor_s=0.005)
+
+
+def test_a_fetch_takes_its_time_and_then_the_blocks_are_there():
+    one, two = SimulatedGroup("one", LINKED), SimulatedGroup("two", LINKED)
+    first, second, third = (run(name, [1] * 1600, 4) for name in "abc")
+    one.submit(first, 0.0)
+    finish(one)
+    two.submit(second, 100.0, one)
+    two.submit(third, 100.0, one)
+    finish(two)
+    seconds = 99 * 16 * 1e5 / 1e9
+    assert second.ready_at == pytest.approx(100.0 + seconds + 0.005)
+    assert third.ready_at == pytest.approx(100.0 + 2 * seconds + 0.005)
+    assert second.cached == 99 * 16
+    assert second.first_token == pytest.approx(second.ready_at + LINKED.step_time(16, 0, 0))
+    assert (two.stats().peer_loaded, one.stats().peer_served) == (198, 198)
+
+
+@pytest.mark.parametrize("prefill", [0, 2])
+def test_fleets_with_links_lose_nothing(prefill):
+    requests = conversations(count=60, turns=6, rate=2.5)
+    simulation = Simulation(8, LINKED, [Router(draw=random.Random(0))], prefill)
+    runs, refused = simulation.run(requests)
+    assert not refused
+    assert len(runs) == len(requests)
+    for one, (_, _, output) in zip(runs, requests, strict=True):
+        made = one.produced + (one.heir.produced if one.heir else 0)
+        assert made == output
+        assert one.first_token <= one.last.finished
+    for group in simulation.groups:
+        assert not group.pool.check()
+        assert group.pool.num_used == 0
+    assert any(one.heir for one in runs) == bool(prefill)
+    assert sum(group.stats().peer_loaded for group in simulation.groups) > 0
