@@ -296,11 +296,11 @@ def _not_negative(rows: "np.ndarray", wanted: "np.ndarray") -> list[float]:  # t
 
 def route_times(groups: int, tokens: int) -> str:
     """Microseconds of the processor for a decision over `groups` groups and prompts of `tokens` tokens."""
-    draw, router, shape = random.Random(0), Router(draw=random.Random(0)), Shape()
+    draw, router, shape = random.Random(0), Router(draw=random.Random(0)), Shape(token_bytes=0.33e6)
     common = [draw.randrange(2**17) for _ in range(tokens // 4)]
     prompts = [common + [draw.randrange(2**17) for _ in range(tokens - len(common))] for _ in range(400)]
     start = chain_start(shape.info.salt, "", None, False)
-    members = [router.join(f"g{number}") for number in range(groups)]
+    members = [router.join(f"g{number}", (f"host:{number}", "secret")) for number in range(groups)]
     for number, member in enumerate(members):
         member.welcome(shape.info, str(number))
         journal = BlockJournal(str(number))

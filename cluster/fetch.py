@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvasir.cluster.member import Member
@@ -37,11 +37,15 @@ class Holdings:
         return sorted(found, key=lambda one: (-one[1], one[0].requests))[:MAX_PEERS]
 
 
-def fetches(members: Sequence[Member], held: Iterable[int], most: int) -> list[tuple[int, float]]:
-    """(tokens worth fetching, what that saves in tokens computed) of each member, that holds `held` tokens itself."""
-    return [
-        (lacking, lacking - price)
-        if (lacking := most - own) > 0 and (price := member.fetch_price(lacking)) < lacking
-        else (0, 0.0)
-        for member, own in zip(members, held, strict=True)
-    ]
+def fetches(members: Sequence[Member], held: Sequence[int], rest: list[float], most: int) -> list[int]:
+    """Tokens that are worth fetching for each member, that holds `held` tokens itself; `rest`, what each has to compute,
+    becomes less by what that saves. Written out: it is most of what fetching costs a decision."""
+    found = [0] * len(held)
+    for place, own in enumerate(held):
+        if (lacking := most - own) > 0:
+            member = members[place]
+            price = member.fetch_floor + member.fetch_token * lacking
+            if price < lacking:
+                rest[place] -= lacking - price
+                found[place] = lacking
+    return found

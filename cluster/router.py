@@ -109,6 +109,8 @@ class Router:
         self._draw = draw or random.Random()
         self._hashers, self._pace = Hashers(), Pace()
         self._known: dict[int, Member] = {}
+        self._lends = False
+        """Some group serves blocks to others."""
         self._sessions: OrderedDict[str, Member] = OrderedDict()
         self._turn = 0
 
@@ -116,6 +118,7 @@ class Router:
         """A new group; `kv`: address and secret with which peers fetch its blocks, if it serves any."""
         member = Member(name, self.directory, self._hashers, self._pace, kv)
         self._known[member.group] = member
+        self._lends = self._lends or bool(kv[0])
         return member
 
     def place(
@@ -193,19 +196,16 @@ class Router:
         holdings = self._holdings(found, size, length, source)
         choices = Choices(members, cached, held, rest, [0] * len(members), [holdings] * len(members))
         if most := holdings.most:
-            gains = fetches(members, held, most)
-            choices.fetched = [tokens for tokens, _ in gains]
-            choices.rest = [tokens - gain for tokens, (_, gain) in zip(rest, gains, strict=True)]
+            choices.fetched = fetches(members, held, rest, most)
         return choices
 
     def _holdings(self, found: dict[int, int], size: int, length: int, source: Member | None) -> Holdings:
-        servers = {group: member for group, member in self._known.items() if member.serves}
-        if not servers:
+        if not self._lends:
             return Holdings()
         tokens = {group: count * size for group, count in found.items()}
         if source is not None:  # it has just computed them, and may not have told yet
             tokens[source.group] = (length - 1) // size * size
-        return Holdings(tokens, servers)
+        return Holdings(tokens, {group: member for group in tokens if (member := self._known[group]).serves})
 
     # -- choosing
 
