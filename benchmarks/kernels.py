@@ -29,6 +29,7 @@ from kvasir.kernels.cache import turn_and_write
 from kvasir.kernels.linear import linear, packed
 from kvasir.kernels.native import native
 from kvasir.kernels.norm import add_rms_norm
+from kvasir.kernels.quantise import LARGEST, Quantised, quantise
 from kvasir.kernels.ragged import Ragged
 
 BLOCK = 16
@@ -98,6 +99,26 @@ def attention_cases(model: str) -> Iterator[Case]:
         yield Case("attention", f"{model} {sequences} x {length}, {rows} rows", runs, read, 4.0 * pairs * heads * dim)
 
 
+def cache_cases(model: str) -> Iterator[Case]:
+    """Attention over caches of other types; the floor is what each must read, scales included."""
+    _, _, heads, kv_heads, dim = SHAPES[model]
+    for sequences, length in ((1, 160), (32, 160), (8, 8000)):
+        step = ragged(sequences, length, 1)
+        q = torch.randn(sequences, heads, dim).to(DTYPE)
+        k, v = caches(step, kv_heads, dim)
+        for kind in (torch.bfloat16, *LARGEST):
+            kept = (k, v) if kind not in LARGEST else tuple(Quantised(*quantise(part, kind)) for part in (k, v))
+            given = (q, *kept, step)
+            runs = {
+                "native": lambda given=given: attention_native.attention(*given, scale=0.125),
+                "torch": lambda given=given: attention_cpu.attention(*given, scale=0.125),
+            }
+            number = dim * kind.itemsize + (4 if kind in LARGEST else 0)
+            work = 4.0 * sequences * length * heads * dim
+            shape = f"{model} {sequences} x {length}, {str(kind).removeprefix('torch.')}"
+            yield Case("attention", shape, runs, 2 * sequences * length * kv_heads * number, work)
+
+
 def product_cases(model: str) -> Iterator[Case]:
     hidden, ffn, *_ = SHAPES[model]
     weights = [(torch.randn(2 * ffn, hidden) / hidden**0.5).to(DTYPE) for _ in range(8 if model == "125M" else 2)]
@@ -162,7 +183,7 @@ def row_cases(model: str) -> Iterator[Case]:
         )
 
 
-FAMILIES = {"attention": attention_cases, "linear": product_cases, "rows": row_cases}
+FAMILIES = {"attention": attention_cases, "caches": cache_cases, "linear": product_cases, "rows": row_cases}
 
 
 def timed(run: Run, clock: Callable[[], float]) -> float:
