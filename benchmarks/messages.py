@@ -50,18 +50,20 @@ def children(count: int, run: Callable[[int], None]) -> Iterator[None]:
 @contextmanager
 def connections(ranks: int) -> Iterator[Way]:
     """What serves."""
-    hub = Hub("127.0.0.1", ranks + 1)
+    hub, pipes = Hub("127.0.0.1", ranks + 1), [os.pipe() for _ in range(ranks)]
 
     def run(number: int) -> None:
         spoke = Spoke(hub.address, hub.token, number + 1, os.getpid(), gone=lambda: os._exit(0))
         while True:
             spoke.receive()
-            spoke.send("result", STAMP.pack(time.monotonic()))
+            os.write(pipes[number][1], STAMP.pack(time.monotonic()))
 
     with children(ranks, run):
         hub.meet(10)
-        yield hub.step, lambda: [STAMP.unpack(hub.result())[0] for _ in range(ranks)]
+        yield hub.step, lambda: [STAMP.unpack(os.read(read, STAMP.size))[0] for read, _ in pipes]
         hub.close()
+    for descriptor in (end for pipe in pipes for end in pipe):
+        os.close(descriptor)
 
 
 @contextmanager

@@ -28,6 +28,8 @@ COMMON: dict[str, Any] = {
     "graceful_shutdown_wait_loop_s": 0.1,
 }
 """A start that fails is told at once, not tried 20 times; health is asked often."""
+NETWORK = ("NCCL_", "TORCH_NCCL_", "TORCH_SYMM_MEM_", "GLOO_", "UCX_", "FI_")
+"""How the variables begin of libraries that move tensors between ranks."""
 
 
 def serve_logging(level: str) -> dict[str, Any]:
@@ -51,9 +53,10 @@ def application(
     keys = {name: environ[name] for name in KEY_VARIABLES if name in environ}
     gpus, level = _gpus(config), config.gateway.log_level
     drain_s = config.gateway.drain_timeout_s
+    setup = RankSetup(make_engine, otel, level, group_host, drain_s, network_variables(environ))
     groups = [
         group_deployment(name, engine, gpus, level, role=role, drain_s=drain_s).bind(
-            with_disk(engine), name, gpus, RankSetup(make_engine, otel, level, group_host, drain_s)
+            with_disk(engine), name, gpus, setup
         )
         for name, engine, role in config.deployments
     ]
@@ -65,6 +68,11 @@ def application(
         **COMMON,
     )
     return gateway.bind(config, otel | keys, *groups)
+
+
+def network_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """What steers exchanges between ranks (NCCL_SOCKET_IFNAME, NCCL_DEBUG...): Ray starts ranks in environments of its own."""
+    return {name: value for name, value in environ.items() if name.startswith(NETWORK)}
 
 
 def with_disk(engine: EngineConfig) -> EngineConfig:

@@ -84,13 +84,21 @@ class RankSetup:
     """Address on which to listen for gateways; default: the node's."""
     drain_timeout_s: float = 0.0
     """How long what runs may take to go elsewhere, or to end, when the group ends."""
+    network: Mapping[str, str] = field(default_factory=dict)
+    """NCCL_* and others; what is set on a node itself goes before."""
+
+    def enter(self) -> None:
+        """First of all in a rank's process: NCCL reads the environment when it is loaded."""
+        telemetry.log_to_stderr(self.log_level)
+        for name, value in self.network.items():
+            os.environ.setdefault(name, value)
 
 
 class RankActor:
     """Loads the model in `start`, serves it until `run` returns why it ended."""
 
     def __init__(self, config: EngineConfig, setup: RankSetup) -> None:
-        telemetry.log_to_stderr(setup.log_level)
+        setup.enter()
         self._config = config
         self._setup = setup
         self._hub: Hub | None = None
@@ -159,7 +167,7 @@ class FollowerActor:
     """A rank other than 0."""
 
     def __init__(self, config: EngineConfig, setup: RankSetup) -> None:
-        telemetry.log_to_stderr(setup.log_level)
+        setup.enter()
         self._config = config
 
     def run(self, rank: int, address: str, token: str) -> None:

@@ -16,7 +16,7 @@ from ray.serve import RunTarget
 
 from kvasir.cluster import app, application
 from kvasir.cluster.group_client import GroupClient
-from kvasir.cluster.rank_actor import RankActor, RankSetup
+from kvasir.cluster.rank_actor import FollowerActor, RankActor, RankSetup
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.control import RankError
 from kvasir.engine.errors import KvasirError
@@ -162,6 +162,16 @@ def test_a_rank_that_an_exchange_holds_is_replaced():
     actor._hub = SimpleNamespace(failure=RankError("rank 1 was stopped"))
     actor._engine = SimpleNamespace(failure=None, heartbeat=time.monotonic())
     assert "rank 1 was stopped" in asyncio.run(asyncio.wait_for(actor.run(), 10)).why
+
+
+def test_what_steers_nccl_reaches_every_rank(monkeypatch):
+    """Ray's workers have the environment of their node, not that of `kvasir serve`; a node's own setting stays."""
+    environ = {"NCCL_SOCKET_IFNAME": "eth1", "NCCL_DEBUG": "WARN", "GLOO_SOCKET_IFNAME": "eth1", "HOME": "/x"}
+    network = application.network_variables(environ)
+    for actor in (RankActor, FollowerActor):
+        monkeypatch.setattr(os, "environ", {"NCCL_DEBUG": "INFO"})
+        actor(EngineConfig(model="stories"), RankSetup(network=network))
+        assert os.environ == {"NCCL_DEBUG": "INFO", "NCCL_SOCKET_IFNAME": "eth1", "GLOO_SOCKET_IFNAME": "eth1"}
 
 
 def test_sizes_that_dont_work_are_told_plainly(deployed, serve_on_ray):

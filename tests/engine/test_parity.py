@@ -211,6 +211,7 @@ def test_logits_equal_on_many_ranks(
         found = on_ranks(tp, pp, logits)[tp * (pp - 1)]
         for got, want in zip(found, wanted, strict=True):
             assert (got - want).abs().max() <= TOLERANCE, f"{tp} x {pp} ranks"
+            assert got.argmax(-1).tolist() == want.argmax(-1).tolist(), "greedy tokens"
 
 
 DEALT = ("llama", "qwen3", "gemma3", "mixtral", "deepseek-v2", "opt-350m", "falcon-11b", "cohere-plus")
@@ -238,6 +239,7 @@ def test_logits_equal_where_rows_are_dealt_out(
 
     for got, want in zip(on_ranks(2, 2, logits)[2], wanted, strict=True):
         assert (got - want).abs().max() <= TOLERANCE
+        assert got.argmax(-1).tolist() == want.argmax(-1).tolist(), "greedy tokens"
 
 
 OUTGROWN = {
