@@ -81,6 +81,12 @@ class KVCache:
         return gather_blocks(self._chunks, index).view(len(blocks), self.bytes_per_block)
 
     @torch.inference_mode()
+    def read_into(self, blocks: Sequence[int], rows: Tensor) -> None:
+        """What `read` gives, straight into rows[n, bytes_per_block] in host memory; on a CPU."""
+        chunks, index = self._chunks.transpose(0, 1), torch.tensor(blocks, dtype=torch.long)
+        torch.index_select(chunks, 0, index, out=rows.view(len(blocks), *chunks.shape[1:]))
+
+    @torch.inference_mode()
     def write(self, blocks: Sequence[int], held: Tensor) -> None:
         """Put into these blocks what `read` gave, on the cache's device."""
         index, chunks = torch.tensor(blocks, device=self.arena.device), self._chunks

@@ -65,6 +65,8 @@ class Portion:
     """Rows that are still to be read from the tiers."""
     arrived: torch.cuda.Event | None = None
     """The rows are there when a GPU has copied them."""
+    places: Sequence[int] | None = None
+    """Set: `rows` hold only these yet."""
     good: int = -1
     """So many rows are there; -1: not known yet."""
     sums: dict[int, int] = field(default_factory=dict)

@@ -156,26 +156,24 @@ class Lender:
             with self._changed:
                 if lent.lend in self._lends:
                     lend.portions.append(portion)
-                    self._bytes += portion.rows.numel()
+                    self._bytes += len(portion.groups) * self._form.block_bytes
                     self._changed.notify_all()
 
     def _copied(self, lent: Lent) -> Portion:
-        """By a GPU behind the step's own work; on a CPU at once."""
+        """By a GPU behind the step's own work; on a CPU at once, into the memory from which it is sent."""
         here = [(place, block) for place, (block, _) in enumerate(lent.places) if block != GONE]
         below = [(place, content) for place, (block, content) in enumerate(lent.places) if block == GONE]
-        held = self._cache.read([block for _, block in here])
-        groups = [group_of(content) for _, content in lent.places]
-        arrived, memory = None, None
-        if self._cache.arena.is_cuda and lent.way not in ("nccl", "nixl"):
+        blocks, groups = [block for _, block in here], [group_of(content) for _, content in lent.places]
+        on_gpu = self._cache.arena.is_cuda
+        if not on_gpu and not below:
+            rows, memory = new_rows(len(blocks), self._form.block_bytes, shared=lent.way == "shm")
+            self._cache.read_into(blocks, rows)
+            return Portion(lent.first, rows, groups, memory)
+        held, arrived = self._cache.read(blocks), None
+        if on_gpu and lent.way not in ("nccl", "nixl"):
             held, arrived = self._aside.copy(held)
-        if below or (lent.way == "shm" and arrived is None):
-            rows, memory = new_rows(len(groups), self._form.block_bytes, shared=lent.way == "shm")
-            if arrived is not None:
-                arrived.synchronize()
-            rows[torch.tensor([place for place, _ in here], dtype=torch.long)] = held.to(rows.device)
-        else:
-            rows = held
-        return Portion(lent.first, rows, groups, memory, below, arrived)
+        places = [place for place, _ in here] if below or lent.way == "shm" else None
+        return Portion(lent.first, held, groups, None, below, arrived, places)
 
     def close(self) -> None:
         """Cut everyone off."""
@@ -213,7 +211,7 @@ class Lender:
 
     def _release(self, portion: Portion | None) -> None:
         if portion is not None:
-            self._bytes -= portion.rows.numel()
+            self._bytes -= len(portion.groups) * self._form.block_bytes
 
     # -- threads of connections
 
@@ -325,14 +323,16 @@ class Lender:
                 return
             if portion.arrived is not None:
                 portion.arrived.synchronize()
+            if portion.places is not None:
+                count, shared = len(portion.groups), way == "shm"
+                rows, portion.memory = new_rows(count, self._form.block_bytes, shared=shared)
+                rows[torch.tensor(portion.places, dtype=torch.long)] = portion.rows.cpu()
+                portion.rows = rows
             good = len(portion.groups)
             for place, content in portion.below:
                 if not self._read_below(content, view(portion.rows[place])):
                     good = place
                     break
-            if way == "shm" and portion.memory is None:
-                rows, portion.memory = new_rows(*portion.rows.shape, shared=True)
-                portion.rows = rows.copy_(portion.rows)
             portion.good = good
 
     def _forget_read(self, number: int, lend: Lend) -> None:

@@ -22,12 +22,14 @@ from kvasir.engine.config import EngineConfig
 from kvasir.engine.engine import Engine
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.event import Event, Failed, Finished, Token
+from kvasir.engine.hub import locate
 from kvasir.engine.layout import LayerGroup
 from kvasir.engine.nixl_channel import agent
 from kvasir.engine.parts import Part
 from kvasir.engine.peer_wire import LENGTHS, Ask, Get, encode_ask, encode_get, greet
 from kvasir.engine.prices import Prices
 from kvasir.engine.request import Peer, Request, SamplingParams
+from kvasir.engine.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPT = [random.Random(2).randrange(3, 90) for _ in range(150)]
@@ -116,6 +118,18 @@ def test_every_layout_to_every_layout(data: Callable[[str], Path], group: Callab
             assert dtype != "float32" or cold == known["greedy_ids"][200:212]
             tokens, cached = borrower.ask(prompt, lender.peer(), cache_salt=salt)
             assert (salt, tokens, cached) == (salt, cold, 192)
+
+
+def test_skald_says_the_same(group: Callable[..., Group]) -> None:
+    """A trained model in its own type, on text: blocks of 16 for one of 32."""
+    one, two = (
+        group("skald", dtype="auto", block_size=size, max_model_len=1024, kv_cache_memory_bytes=1 << 24)
+        for size in (16, 32)
+    )
+    with open(__file__, encoding="utf-8") as file:
+        prompt = Tokenizer.load(locate("skald")).encode(file.read())[:500]
+    cold, _ = one.ask(prompt)
+    assert two.ask(prompt, one.peer()) == (cold, 480)
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
