@@ -6,6 +6,7 @@ It is kept in the user's cache folder under a hash of all that shaped it: source
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import logging
@@ -16,6 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,16 +139,31 @@ def _compiled() -> tuple[Path, str]:
     target = folder / f"kernels-{_key(program)}.so"
     if target.exists():
         return target, f"{target}, compiled before"
-    begin = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made = Path(scratch) / target.name
-        run = subprocess.run(command(program, made), capture_output=True, text=True, timeout=TIMEOUT_S)
-        if run.returncode:
-            raise NativeError(f"{program} failed: {run.stderr.strip()[:500]}")
-        made.replace(target)  # ranks that compile at once all end with a whole file
+    with _alone(folder):
+        if target.exists():
+            return target, f"{target}, compiled by another process"
+        begin = time.perf_counter()
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch) / target.name
+            run = subprocess.run(command(program, made), capture_output=True, text=True, timeout=TIMEOUT_S)
+            if run.returncode:
+                raise NativeError(f"{program} failed: {run.stderr.strip()[:500]}")
+            made.replace(target)
     seconds = time.perf_counter() - begin
     logger.info("compiled the CPU kernels in %.1f s: %s", seconds, target)
     return target, f"{target}, compiled in {seconds:.1f} s"
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Of ranks that start at once one compiles; on file systems without locks all do, and each ends with a whole file."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _folder() -> Path:

