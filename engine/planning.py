@@ -12,6 +12,9 @@ from kvasir.engine.step import Slice
 AHEAD = 4
 """So many of those that wait for a seat have their blocks read from lower tiers meanwhile."""
 
+LEAST_PIECE = 64
+"""Tokens of prompts that a stage is given at least, if there are so many."""
+
 
 class Planning:
     """The parameters are the scheduler's. park(head): somebody gave up its place for `head`."""
@@ -53,7 +56,15 @@ class Planning:
         left = self.budget - len(slices)
         admitted = self._admit(left - prompts, now) if self._seats.stalled is None else set()
         behind = [s for _, s in self._seats.running if s.behind > 1 or id(s) in admitted]
-        return slices + self._plan_prompts(behind, left)
+        return slices + self._plan_prompts(behind, min(left, self._dealt(behind)))
+
+    def _dealt(self, prompts: list[Sequence]) -> int:
+        """Tokens of prompts for one step: with several stages pieces so small that all have work, but worth reading the
+        weights for. c pieces keep d stages busy for c / (c + d - 1) of the time."""
+        if self._depth == 1 or self._whole_prompts:
+            return self.budget
+        left = sum(sequence.behind + sequence.flying for sequence in prompts)
+        return max(LEAST_PIECE, self.budget // 8, -(-left // (4 * self._depth)))
 
     def _plan_streams(self, prompts: bool) -> list[Slice]:
         """One token for every sequence that lacks one; when there are more than fit, they take turns."""

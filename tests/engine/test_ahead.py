@@ -142,6 +142,17 @@ def test_chunks_of_one_prompt_are_in_several_stages_at_once() -> None:
     world.check("a")
 
 
+def test_a_prompt_that_fits_into_one_step_is_cut_for_the_stages() -> None:
+    world = World(blocks=200, budget=512, depth=2, ahead=True, limit=300)
+    world.add("a", [1] * 256, max_tokens=1)
+    slices = []
+    while (step := world.step()) is not None:
+        slices += [(part.start, part.count) for part in step.slices]
+    assert slices == [(0, 64), (64, 64), (128, 64), (192, 64)]
+    world.run()
+    world.check("a")
+
+
 def test_a_token_is_awaited_where_its_stage_is_far() -> None:
     """In three stages a sequence streams in every third step."""
     world = World(depth=3, ahead=True)

@@ -1,0 +1,117 @@
+"""What a step costs beside the model: with grammars and without, and with each result awaited before the next step.
+
+    .venv/bin/python benchmarks/constrained.py --model skald --threads 2
+    .venv/bin/python benchmarks/checkpoint.py 125M /tmp/llama-125m
+    .venv/bin/python benchmarks/constrained.py --model /tmp/llama-125m --repeat 3
+
+Runs take turns in one process, so that the machine's moods hit all alike; medians. "gap" is the time between two steps in
+which the rank executes nothing, "in turn" the engine without a step that is planned ahead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import dataclass, field
+
+from engine import Bench, prompts_of  # a script beside this one
+from kvasir.engine.config import EngineConfig
+from kvasir.engine.event import Failed, Finished, Token
+from kvasir.engine.executor import LocalExecutor
+from kvasir.engine.outcome import Outcome
+from kvasir.engine.request import Request, SamplingParams, StructuredOutput
+from kvasir.engine.step import Step
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "minLength": 5}, "age": {"type": "integer"},
+                   "mails": {"type": "array", "items": {"type": "string"}}},
+    "required": ["name", "age", "mails"], "additionalProperties": False,
+}  # fmt: skip
+SCHEMA = {"type": "array", "minItems": 50, "items": PERSON}
+KINDS: dict[str, StructuredOutput | None] = {
+    "free": None,
+    "schema": StructuredOutput(json=json.dumps(SCHEMA)),
+    "regex": StructuredOutput(regex="([a-z]+ )*"),
+}
+
+
+@dataclass
+class Gaps:
+    """When the rank had nothing to do between two steps."""
+
+    seconds: list[float] = field(default_factory=list)
+    ended: float = 0.0
+
+    def watch(self, executor: LocalExecutor) -> None:
+        launch = executor.rank.launch
+
+        def launched(step: Step) -> Outcome:
+            self.seconds.append(time.perf_counter() - self.ended)
+            outcome = launch(step)
+            self.ended = time.perf_counter()
+            return outcome
+
+        executor.rank.launch = launched  # type: ignore[method-assign]
+
+
+def run(bench: Bench, name: str, kind: str, streams: int, outputs: int) -> float:
+    """Seconds per token of each stream, from the moment at which all stream."""
+    for number, prompt in enumerate(prompts_of(streams, 16, bench.engine.info.vocab_size)):
+        sampling = SamplingParams(temperature=0, max_tokens=outputs, ignore_eos=True, structured_outputs=KINDS[kind])
+        bench.engine.submit(Request(request_id=f"{name}/{number}", prompt_token_ids=prompt, sampling=sampling))
+    times: list[float] = []
+    begun: set[str] = set()
+    ended, all_stream = 0, 0
+    while ended < streams:
+        at, events = bench.events.get()
+        for event in events:
+            if isinstance(event, Failed):
+                raise RuntimeError(event.message)
+            ended += isinstance(event, Finished)
+            if isinstance(event, Token):
+                times += [at] * len(event.token_ids)
+                begun.add(event.request_id)
+        if len(begun) == streams and not all_stream:
+            all_stream = len(times)
+    return (times[-1] - times[all_stream - 1]) / (len(times) - all_stream) * streams
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="skald")
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--outputs", type=int, default=100, help="tokens of each stream")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    bench = Bench(EngineConfig(model=args.model, num_threads=args.threads, max_num_seqs=args.streams))
+    executor = bench.engine._executor
+    assert isinstance(executor, LocalExecutor)
+    gaps = Gaps()
+    gaps.watch(executor)
+    found: dict[tuple[str, int], list[float]] = {}
+    between: dict[tuple[str, int], list[float]] = {}
+    for turn in range(args.repeat + 1):  # the first compiles, and is left out
+        for kind in KINDS:
+            for depth in (1, 0):
+                executor.depth = depth
+                gaps.seconds.clear()
+                seconds = run(bench, f"{turn}/{kind}/{depth}", kind, args.streams, args.outputs)
+                if turn:
+                    found.setdefault((kind, depth), []).append(seconds)
+                    between.setdefault((kind, depth), []).append(statistics.median(gaps.seconds))
+    free = statistics.median(found["free", 1])
+    print(f"{args.model}, {args.streams} streams, {args.threads} threads, medians of {args.repeat} runs")
+    print(f"{'':8}{'ms/token':>10}{'gap, us':>10}{'of free':>9} | {'in turn':>8}{'gap, us':>10}")
+    for kind in KINDS:
+        (ms, gap), (alone, long) = ((statistics.median(found[kind, d]) * 1e3, statistics.median(between[kind, d]) * 1e6)
+                                    for d in (1, 0))  # fmt: skip
+        print(f"{kind:8}{ms:10.3f}{gap:10.0f}{ms / free / 1e3:9.3f} | {alone:8.3f}{long:10.0f}")
+    bench.engine.shutdown()
+
+
+if __name__ == "__main__":
+    main()
