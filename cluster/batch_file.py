@@ -2,7 +2,7 @@
 
 IN holds one JSON object per line, either as OpenAI's batches have them ({"custom_id", "method", "url", "body"}) or
 simple ({"prompt": ...} or {"messages": [...]}, sampling fields, an optional "id"). OUT gets one line for each, in the
-order in which they are done, and is only ever appended to: running the same command again does what is missing.
+order in which they are done: running the same command again does what is missing, and tries once more what failed.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import codecs
 import dataclasses
 import fcntl
 import os
+import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Union
+from tempfile import NamedTemporaryFile
+from typing import IO, Any, Union
 
 import orjson
 from tqdm import tqdm
@@ -40,6 +42,7 @@ from kvasir.cluster.rank_actor import MakeEngine, load_engine
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ClientError, ConfigError, KvasirError, ServerError, UnavailableError
 
+COPY_BYTES = 1 << 20
 SYNC_S = 2.0
 """After a crash of the machine at most this much work is lost; after one of the process none."""
 
@@ -51,7 +54,7 @@ Answer = Callable[[str, Json], Awaitable[Json]]
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """How a run went, in lines. `skipped` were in OUT already."""
+    """How a run went, in lines. `skipped` were answered in OUT already."""
 
     succeeded: int
     failed: int
@@ -173,15 +176,17 @@ class _Work:
 class Output:
     """OUT, locked against a second run: which lines it has, and the place where to append."""
 
-    file: BinaryIO
+    file: IO[bytes]
     keys: set[Key] = field(default_factory=set)
     lines: set[int] = field(default_factory=set)
     """Of entries without an id."""
+    failed: list[tuple[int, int]] = field(default_factory=list)
+    """Where in the file the lines are that tell of an error: (begin, end)."""
     synced: float = 0.0
 
     @classmethod
     def opened(cls, input_path: Path, output_path: Path) -> Output:
-        """Read what is there, and repair a last line that a crash left half written."""
+        """Read what is there, repair a last line that a crash left half written, and take out what failed."""
         if not input_path.is_file():
             raise ConfigError(f"there is no file {str(input_path)!r}", param="input")
         try:
@@ -195,7 +200,7 @@ class Output:
             raise
 
     @classmethod
-    def _from_file(cls, file: BinaryIO, input_path: Path, output_path: Path) -> Output:
+    def _from_file(cls, file: IO[bytes], input_path: Path, output_path: Path) -> Output:
         if os.path.samefile(input_path, output_path):
             raise ConfigError("IN and OUT are the same file", param="output")
         try:
@@ -204,7 +209,28 @@ class Output:
             raise ConfigError(f"another run is writing {str(output_path)!r}", param="output") from error
         output = cls(file)
         output._load(output_path)
-        return output
+        return output._without_failed(output_path) if output.failed else output
+
+    def _without_failed(self, path: Path) -> Output:
+        """The same without the lines that failed: a crash leaves the old file or the new one."""
+        self.file.flush()
+        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as rest:
+            new = Path(rest.name)
+            try:
+                at = 0
+                for begin, end in [*self.failed, (path.stat().st_size, 0)]:
+                    _copy(self.file, rest, at, begin)
+                    at = end
+                os.fsync(rest.fileno())
+                shutil.copymode(path, new)
+                file = new.open("a+b")
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                new.replace(path)
+            except BaseException:
+                new.unlink()
+                raise
+        self.file.close()
+        return Output(file, self.keys, self.lines)
 
     def _load(self, path: Path) -> None:
         self.file.seek(0)
@@ -212,7 +238,8 @@ class Output:
         for number, raw in enumerate(self.file, start=1):
             at = f"{path}, line {number}"
             if raw.endswith(b"\n"):
-                self._note(raw, at)
+                if not self._note(raw, at):
+                    self.failed.append((end, end + len(raw)))
                 end += len(raw)
             else:
                 self._repair(raw, at, end)
@@ -226,21 +253,26 @@ class Output:
             if raw[:2] == b'{"'[: len(raw)]:
                 self.file.truncate(start)
                 return
-        self._note(raw, at)
+        if not self._note(raw, at):
+            self.failed.append((start, start + len(raw) + 1))
         self.file.write(b"\n")
 
-    def _note(self, raw: bytes, at: str) -> None:
+    def _note(self, raw: bytes, at: str) -> bool:
+        """Remember whose line it is; false: it failed."""
         try:
             entry = orjson.loads(raw)
             line = entry["line"]
         except (ValueError, KeyError, TypeError) as error:
             text = f"{at} wasn't written by kvasir batch; name another file for OUT, or remove that line"
             raise ConfigError(text, param="output") from error
+        if entry.get("error") is not None:
+            return False
         label = {name: entry[name] for name in ("custom_id", "id") if entry.get(name) is not None}
         if "custom_id" in label or ("id" in label and "response" not in entry):
             self.keys.add(next(iter(label.values())))
         else:
             self.lines.add(line)
+        return True
 
     def has(self, label: Json) -> bool:
         """Whether the line with that label has its entry."""
@@ -267,6 +299,15 @@ class Output:
     def __exit__(self, *exc: object) -> None:
         self._sync()
         self.file.close()
+
+
+def _copy(source: IO[bytes], target: IO[bytes], begin: int, end: int) -> None:
+    """Bytes `begin` to `end`."""
+    source.seek(begin)
+    while begin < end and (part := source.read(min(COPY_BYTES, end - begin))):
+        target.write(part)
+        begin += len(part)
+    target.flush()
 
 
 async def _some_done(running: set[asyncio.Task[None]]) -> set[asyncio.Task[None]]:

@@ -46,7 +46,8 @@ async def answer(desk: Desk, url: str, body: Json, headers: Mapping[str, str] = 
     if url in ROUTES:
         parse, pool = ROUTES[url]
         inputs = parse(body)
-        return _warned(await pool(desk, inputs, uuid.uuid4().hex, headers), inputs.warnings)
+        pooled, _ = await pool(desk, inputs, uuid.uuid4().hex, headers)
+        return _warned(pooled, inputs.warnings)
     if body.get("stream"):
         raise ClientError("stream must be false in a batch", param="stream")
     warnings, call, reply = (_response if url == RESPONSE else _completion)(desk, url, body)

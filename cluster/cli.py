@@ -133,7 +133,9 @@ def batch(args: argparse.Namespace) -> int:
     from kvasir.cluster.batch_file import run_batch
 
     tally = run_batch(args.input, args.output, _engine_config(args), progress=not args.quiet)
-    print(f"{tally.succeeded} answered, {tally.failed} failed, {tally.skipped} were done before", file=sys.stderr)
+    again = "; the same command tries them again" if tally.failed else ""
+    counts = f"{tally.succeeded} answered, {tally.failed} failed, {tally.skipped} were done before"
+    print(counts + again, file=sys.stderr)
     return 1 if tally.failed else 0
 
 
@@ -278,7 +280,10 @@ def _batch_parser(parser: argparse.ArgumentParser) -> None:
         "input", type=Path, metavar="IN", help="one JSON object per line: a prompt, messages, or OpenAI's batch lines"
     )
     parser.add_argument(
-        "output", type=Path, metavar="OUT", help="one answer per line; lines answered there already are skipped"
+        "output",
+        type=Path,
+        metavar="OUT",
+        help="one answer per line; lines answered there are skipped, those that failed are tried again",
     )
     parser.add_argument(
         "--model",

@@ -22,6 +22,7 @@ from kvasir.cluster.background import Background
 from kvasir.cluster.batches_api import batches_routes
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.conversations_api import conversation_routes
+from kvasir.cluster.decisions_api import Decisions
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.docs_api import docs_routes
 from kvasir.cluster.error_shapes import openai_error
@@ -101,6 +102,7 @@ def _openai_routes(desk: Desk, chats: Chats, config: GatewayConfig) -> list[Rout
         Route("/v1/models/{name:path}", models.get, methods=["GET"]),
         *(Route(path, tokenize, methods=["POST"]) for path in ("/tokenize", "/v1/tokenize")),
         *(Route(path, detokenize, methods=["POST"]) for path in ("/detokenize", "/v1/detokenize")),
+        Route("/v1/decisions", Decisions(desk, limit), methods=["POST"]),
         *(Route(path, pool, methods=["POST"]) for path, pool in PoolingEndpoint.routes(desk, limit).items()),
     ]
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import grpc
@@ -21,6 +21,14 @@ from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.grpc_call import Context, abort, as_status, metadata
+from kvasir.cluster.grpc_pooling import (
+    ask_of_pairs,
+    call_of_classify,
+    classify_reply,
+    inputs_of,
+    rerank,
+    score,
+)
 from kvasir.cluster.grpc_schema import (
     call_of_chat,
     call_of_embed,
@@ -87,13 +95,35 @@ class Inference(InferenceServicer):
             return pb.CancelReply()
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedReply:  # noqa: N802
-        headers = metadata(context)
-        async with as_status(context):
-            request_id = request_id_from(headers.get("x-request-id"), "x-request-id")
-            await context.send_initial_metadata((("x-request-id", request_id),))
+        async with self._whole(context) as (request_id, headers):
             call = dataclasses.replace(call_of_embed(request), deadline_s=context.time_remaining())
             vectors, events = await self._desk.pool(call, request_id, headers)
+            context.set_trailing_metadata((("server-timing", vectors.timing.text()),))
             return embed_reply(vectors, events, request_id)
+
+    async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyReply:  # noqa: N802
+        async with self._whole(context) as (request_id, headers):
+            special = {"add_special_tokens": request.add_special_tokens}
+            given = special if request.HasField("add_special_tokens") else {}
+            call = call_of_classify(request, inputs_of(request.inputs, given))
+            call = dataclasses.replace(call, deadline_s=context.time_remaining())
+            vectors, events = await self._desk.pool(call, request_id, headers)
+            context.set_trailing_metadata((("server-timing", vectors.timing.text()),))
+            return classify_reply(vectors, events, request_id)
+
+    async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreReply:  # noqa: N802
+        async with self._whole(context) as (request_id, headers):
+            ask = ask_of_pairs(request, context.time_remaining())
+            reply, vectors = await score(self._desk, ask, request_id, headers)
+            context.set_trailing_metadata((("server-timing", vectors.timing.text()),))
+            return reply
+
+    async def Rerank(self, request: pb.RerankRequest, context: Context) -> pb.RerankReply:  # noqa: N802
+        async with self._whole(context) as (request_id, headers):
+            ask = ask_of_pairs(request, context.time_remaining())
+            reply, vectors = await rerank(self._desk, ask, request_id, headers)
+            context.set_trailing_metadata((("server-timing", vectors.timing.text()),))
+            return reply
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeReply:  # noqa: N802
         async with as_status(context):
@@ -116,6 +146,15 @@ class Inference(InferenceServicer):
                     card.max_model_len, card.vocab_size = info.max_model_len, info.vocab_size
                     card.ready = not self._desk.draining
         return reply
+
+    @asynccontextmanager
+    async def _whole(self, context: Context) -> AsyncIterator[tuple[str, Mapping[str, str]]]:
+        """(the request's id, which its client is told, its metadata) of a call that has one reply."""
+        headers = metadata(context)
+        async with as_status(context):
+            request_id = request_id_from(headers.get("x-request-id"), "x-request-id")
+            await context.send_initial_metadata((("x-request-id", request_id),))
+            yield request_id, headers
 
     def _check_here(self, stream_id: str) -> None:
         """Several gateways share a port. A channel stays with one of them; after a new connection it may be another."""

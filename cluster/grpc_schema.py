@@ -10,13 +10,13 @@ from google.protobuf.json_format import MessageToDict
 from kvasir.cluster.answer_parts import Part
 from kvasir.cluster.call import Call, Conversation, Prompt, Text, check_variables
 from kvasir.cluster.generation import Generation
+from kvasir.cluster.grpc_pooling import inputs_of
 from kvasir.cluster.openai_logprobs import token_text
 from kvasir.cluster.reading import AnswerStream
 from kvasir.cluster.tool_use import tool_use
 from kvasir.cluster.vectors import PoolingCall, Vectors
 from kvasir.engine.errors import ClientError
 from kvasir.engine.event import Pooled, TokenLogprob
-from kvasir.engine.passage import Passage
 from kvasir.engine.request import PoolingParams, StructuredOutput
 from kvasir.engine.thoughts import Thoughts
 from kvasir.engine.tokenizer import Tokenizer
@@ -81,20 +81,13 @@ def call_of_embed(request: pb.EmbedRequest) -> PoolingCall:
     given = _set(request, ("add_special_tokens", "prompt_name"))
     return PoolingCall(
         model=request.model,
-        inputs=[_embed_input(one, given) for one in request.inputs],
+        inputs=inputs_of(request.inputs, given),
         params=PoolingParams(**_set(request, ("dimensions", "normalize"))),
         operation="embeddings",
         param="inputs",
         truncate=request.truncate_prompt_tokens if request.HasField("truncate_prompt_tokens") else None,
         priority=request.priority,
     )
-
-
-def _embed_input(message: pb.EmbedInput, given: dict[str, Any]) -> Passage | Sequence[int]:
-    kind = message.WhichOneof("input")
-    if kind is None:
-        raise ClientError("every input must have text or token_ids", param="inputs")
-    return Passage(text=message.text, **given) if kind == "text" else list(message.token_ids.ids)
 
 
 def embed_reply(vectors: Vectors, events: Sequence[Pooled], request_id: str) -> pb.EmbedReply:

@@ -125,6 +125,7 @@ class OllamaEmbedding:
         started: float,
     ) -> None:
         found, tokens = [], 0
+        timing: tuple[tuple[bytes, bytes], ...] = ()
         if ask.texts:
             call = PoolingCall(
                 model=model.name,
@@ -136,12 +137,13 @@ class OllamaEmbedding:
             )
             vectors, events = await self._desk.pool(call, request_id, headers)
             found, tokens = [as_float32(event.values) for event in events], vectors.prompt_tokens
+            timing = (vectors.timing.header(),)
         body: dict[str, Any] = {"embedding": found[0] if found else []}
         if not self._legacy:
             spent = {"total_duration": round((time.monotonic() - started) * 1e9), "load_duration": 0}
             body = {"model": ask.model or model.name, "embeddings": found, **spent, "prompt_eval_count": tokens}
         dumped = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-        await send_bytes(send, 200, dumped, (_JSON, *warning_header(ask.warnings)))
+        await send_bytes(send, 200, dumped, (_JSON, *timing, *warning_header(ask.warnings)))
 
 
 def find_model(desk: Desk, name: str) -> ServedModel:

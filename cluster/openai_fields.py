@@ -138,6 +138,7 @@ SAMPLING: dict[str, Check] = {
     "ignore_eos": boolean,
     "deterministic": boolean,
     "prompt_logprobs": later,
+    "prompt_logprob_start": later,
     "skip_special_tokens": boolean,
     "spaces_between_special_tokens": boolean,
 }
@@ -235,7 +236,6 @@ _REFUSED: Neutral = {
     "return_tokens_as_token_ids": (False,),
     "return_offsets": (False,),
     "logprob_token_ids": ([],),
-    "prompt_logprob_start": (0,),
     "flat_logprobs": (False,),
     "prompt_embeds": (),
     "kv_transfer_params": (),

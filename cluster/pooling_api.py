@@ -22,14 +22,16 @@ from kvasir.cluster.pooling_schema import (
     parse_rerank,
     parse_score,
 )
-from kvasir.cluster.vectors import PoolingCall
+from kvasir.cluster.vectors import PoolingCall, Vectors
 from kvasir.engine.errors import ClientError
 from kvasir.engine.passage import Passage, as_float32, role_passage, similarity
 from kvasir.engine.request import PoolingParams
 
 Ask = Any
 """InputsAsk or PairsAsk: what `parse` gives, `answer` takes."""
-Answer = Callable[[Desk, Ask, str, Mapping[str, str]], Awaitable[dict[str, Any]]]
+Answered = tuple[dict[str, Any], Vectors]
+"""The body of an answer, and what it was made of."""
+Answer = Callable[[Desk, Ask, str, Mapping[str, str]], Awaitable[Answered]]
 _JSON = (b"content-type", b"application/json")
 
 
@@ -53,57 +55,62 @@ class PoolingEndpoint:
         await until_gone(receive, self._reply(ask, scope["state"]["request_id"], headers, send))
 
     async def _reply(self, ask: Ask, request_id: str, headers: Mapping[str, str], send: Send) -> None:
-        body = await self._answer(self._desk, ask, request_id, headers)
+        body, vectors = await self._answer(self._desk, ask, request_id, headers)
         dumped = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-        await send_bytes(send, 200, dumped, (_JSON, *warning_header(ask.warnings)))
+        await send_bytes(send, 200, dumped, (_JSON, vectors.timing.header(), *warning_header(ask.warnings)))
 
 
-async def _embeddings(desk: Desk, ask: InputsAsk, request_id: str, headers: Mapping[str, str]) -> dict[str, Any]:
+async def _embeddings(desk: Desk, ask: InputsAsk, request_id: str, headers: Mapping[str, str]) -> Answered:
     vectors, events = await desk.pool(ask.call, request_id, headers)
     data = [
         {"object": "embedding", "index": i, "embedding": _written(event.values, ask.base64)}
         for i, event in enumerate(events)
     ]
-    return _listing("embd", request_id, vectors.model.name, data, vectors.prompt_tokens)
+    return _listing("embd", request_id, vectors.model.name, data, vectors.prompt_tokens), vectors
 
 
-async def _classify(desk: Desk, ask: InputsAsk, request_id: str, headers: Mapping[str, str]) -> dict[str, Any]:
+async def _classify(desk: Desk, ask: InputsAsk, request_id: str, headers: Mapping[str, str]) -> Answered:
     vectors, events = await desk.pool(ask.call, request_id, headers)
     labels = vectors.info.labels
     data = [
-        {"index": i, "label": _best(labels, event.values), "probs": event.values, "num_classes": len(event.values)}
+        {"index": i, "label": best_label(labels, event.values), "probs": event.values, "num_classes": len(event.values)}
         for i, event in enumerate(events)
     ]
-    return _listing("classify", request_id, vectors.model.name, data, vectors.prompt_tokens)
+    return _listing("classify", request_id, vectors.model.name, data, vectors.prompt_tokens), vectors
 
 
-async def _rerank(desk: Desk, ask: PairsAsk, request_id: str, headers: Mapping[str, str]) -> dict[str, Any]:
-    model, scores, tokens = await _scores(desk, ask, request_id, headers)
+async def _rerank(desk: Desk, ask: PairsAsk, request_id: str, headers: Mapping[str, str]) -> Answered:
+    model, scores, vectors = await scores_of(desk, ask, request_id, headers)
     order = sorted(range(len(scores)), key=lambda i: -scores[i])[: ask.top_n or None]
     results: list[dict[str, Any]] = [{"index": i, "relevance_score": scores[i]} for i in order]
     if ask.return_documents:
         for result in results:
             result["document"] = {"text": ask.documents[result["index"]]}
-    return {"id": f"rerank-{request_id}", "model": model, "usage": _usage(tokens), "results": results}
+    return {
+        "id": f"rerank-{request_id}",
+        "model": model,
+        "usage": _usage(vectors.prompt_tokens),
+        "results": results,
+    }, vectors
 
 
-async def _score(desk: Desk, ask: PairsAsk, request_id: str, headers: Mapping[str, str]) -> dict[str, Any]:
-    model, scores, tokens = await _scores(desk, ask, request_id, headers)
+async def _score(desk: Desk, ask: PairsAsk, request_id: str, headers: Mapping[str, str]) -> Answered:
+    model, scores, vectors = await scores_of(desk, ask, request_id, headers)
     data = [{"object": "score", "index": i, "score": score} for i, score in enumerate(scores)]
-    return _listing("score", request_id, model, data, tokens)
+    return _listing("score", request_id, model, data, vectors.prompt_tokens), vectors
 
 
-async def _scores(
+async def scores_of(
     desk: Desk, ask: PairsAsk, request_id: str, headers: Mapping[str, str]
-) -> tuple[str, list[float], int]:
-    """(model, a score for each pair, tokens read): by a cross-encoder that reads both texts, or by their vectors."""
+) -> tuple[str, list[float], Vectors]:
+    """(model, a score for each pair, what was read): by a cross-encoder that reads both texts, or by their vectors."""
     model = desk.model(ask.model)
     tasks = desk.info(model).tasks
     call = {"model": ask.model, "operation": ask.operation, "param": ask.param, **ask.shared}
     if "score" in tasks or "embed" not in tasks:
         pairs = [Passage(text=a, pair=b) for a, b in zip(ask.queries, ask.documents, strict=True)]
         read, events = await desk.pool(PoolingCall(inputs=pairs, params=ask.params, **call), request_id, headers)
-        return model.name, [event.values[0] for event in events], read.prompt_tokens
+        return model.name, [event.values[0] for event in events], read
     if ask.params.normalize is not None:
         text = f"use_activation is for models with labels; {model.name!r} compares vectors"
         raise ClientError(text, param="use_activation")
@@ -114,7 +121,7 @@ async def _scores(
     found = {passage: event.values for passage, event in zip(distinct, events, strict=True)}
     kind = model.rules.similarity
     scores = [similarity(found[a], found[b], kind) for a, b in zip(queries, documents, strict=True)]
-    return model.name, scores, read.prompt_tokens
+    return model.name, scores, read
 
 
 def _listing(prefix: str, request_id: str, model: str, data: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
@@ -133,7 +140,7 @@ def _written(values: Sequence[float], as_base64: bool) -> Any:
     return base64.b64encode(vector.tobytes()).decode() if as_base64 else vector
 
 
-def _best(labels: Sequence[str], values: Sequence[float]) -> str | None:
+def best_label(labels: Sequence[str], values: Sequence[float]) -> str | None:
     """The likeliest label's name; a single one has no rival."""
     if len(labels) != len(values):
         return None

@@ -74,7 +74,7 @@ class CreateResponse:
                 pass
             whole = reply.whole()
             await keep()
-            await send_json(send, 200, whole, warnings)
+            await send_json(send, 200, whole, [*warnings, generation.timing.header()])
         finally:
             self._desk.end(generation)
 

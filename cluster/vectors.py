@@ -6,12 +6,13 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvasir.cluster.failover import Failover, LastingStream
 from kvasir.cluster.metrics import CallRecord
 from kvasir.cluster.served_model import ServedModel
 from kvasir.cluster.telemetry import RequestSpan
+from kvasir.cluster.timing import CallTiming
 from kvasir.engine.errors import ERRORS, ClientError, OverloadedError, ServerError, UnavailableError
 from kvasir.engine.event import Event, Failed, Pooled
 from kvasir.engine.info import ModelInfo
@@ -78,6 +79,7 @@ class Vectors:
         self._found: dict[int, Pooled] = {}
         self._streams: set[LastingStream] = set()
         self._closed = False
+        self._group = ""
 
     @property
     def prompt_tokens(self) -> int:
@@ -87,6 +89,17 @@ class Vectors:
     @property
     def cached_tokens(self) -> int:
         return sum(event.cached_tokens for event in self._found.values())
+
+    @property
+    def timing(self) -> CallTiming:
+        """Complete when all inputs are done; a vector is there when its prompt was read."""
+        times = (event.timing for event in self._found.values())
+        return CallTiming.of(
+            (replace(one, first_token=one.finished) for one in times),
+            total_s=time.monotonic() - self._started,
+            cached_tokens=self.cached_tokens,
+            group=self._group,
+        )
 
     async def run(self) -> list[Pooled]:
         """Raises the KvasirError with which an input failed; then the others are aborted."""
@@ -117,6 +130,7 @@ class Vectors:
         self._streams.add(stream)
         try:
             await stream.start()
+            self._group = stream.placement.client.name
             return _pooled(await stream.batch())
         finally:
             stream.close()

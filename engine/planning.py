@@ -112,7 +112,8 @@ class Planning:
     def _slice(self, sequence: Sequence, count: int) -> Slice:
         assert sequence.seat is not None
         start = sequence.planned
-        scores = sequence.prompt_scores is not None and start < sequence.prompt_len - 1
+        begin, end = sequence.request.sampling.prompt_logprob_start - 1, start + count
+        scores = sequence.prompt_scores is not None and begin < end and start < sequence.prompt_len - 1
         pool = sequence.request.pooling is not None
         sample = count == sequence.behind and not pool
         planned = Slice(sequence.seat, start, count, sample, scores, pool, sequence.replays(count))
@@ -192,5 +193,9 @@ class Planning:
         stretched = len(sequence.tokens) > self._stretch_len
         if stretched != sequence.stretched:
             sequence.stretched, sequence.contents = stretched, []
-        whole = sequence.prompt_scores is not None or (sequence.request.pooling is not None and not self._pool_last)
-        return 0 if whole or not self.pool.prefix_caching else sequence.skippable // self.pool.block_size
+        if not self.pool.prefix_caching or (sequence.request.pooling is not None and not self._pool_last):
+            return 0
+        unseen = sequence.skippable
+        if sequence.prompt_scores is not None:
+            unseen = min(unseen, max(0, sequence.request.sampling.prompt_logprob_start - 1))
+        return unseen // self.pool.block_size

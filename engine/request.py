@@ -110,6 +110,8 @@ class SamplingParams:
     """None: off. 0 to 20: that many most likely tokens, besides the sampled one."""
     prompt_logprobs: int | None = None
     """The same for each prompt token but the first."""
+    prompt_logprob_start: int = 0
+    """Prompt tokens before this one aren't needed with their log probability: those that are cached have none."""
     truncate_prompt_tokens: int | None = None
     """A longer prompt is cut to so many tokens, -1: to what fits, instead of being refused; the cut is reported."""
     truncation_side: Literal["left", "right"] = "left"
@@ -197,6 +199,7 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 0, MAX_LOGPROBS)
+        _whole("prompt_logprob_start", self.prompt_logprob_start, 0, None)
         if self.stop and not self.detokenize:
             raise ClientError("stop strings need detokenize=True; use stop_token_ids instead", param="stop")
 

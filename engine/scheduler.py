@@ -256,8 +256,10 @@ class Scheduler:
                 if not sequence.flying:
                     self._seats.leave(sequence)
                 continue
-            if slice_.prompt_logprobs and sequence.prompt_scores is not None:
-                sequence.prompt_scores += result.prompt_logprobs.get(slice_.seat, ())
+            if sequence.prompt_scores is not None:
+                unscored = min(slice_.start + slice_.count, sequence.prompt_len - 1) - slice_.start
+                scored = result.prompt_logprobs.get(slice_.seat, ()) if slice_.prompt_logprobs else [None] * unscored
+                sequence.prompt_scores += scored
             before, sequence.computed = sequence.computed, sequence.computed + slice_.count
             self.tables.advance(sequence, before)
             if slice_.pool and not sequence.remaining:

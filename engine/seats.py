@@ -56,6 +56,8 @@ class Seats:
         """The ranks learn of the sequence with the next step."""
         seat = sequence.seat = self.free.pop()
         request = sequence.request
+        if sequence.prompt_scores is not None:
+            sequence.prompt_scores = [None] * (sequence.computed + 1)
         stops = tuple(sequence.stop_token_ids)
         self._new.append(
             NewSequence(

@@ -64,6 +64,21 @@ class InferenceStub:
                 request_serializer=kvasir_dot_proto_dot_inference__pb2.EmbedRequest.SerializeToString,
                 response_deserializer=kvasir_dot_proto_dot_inference__pb2.EmbedReply.FromString,
                 _registered_method=True)
+        self.Classify = channel.unary_unary(
+                '/kvasir.v1.Inference/Classify',
+                request_serializer=kvasir_dot_proto_dot_inference__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=kvasir_dot_proto_dot_inference__pb2.ClassifyReply.FromString,
+                _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/kvasir.v1.Inference/Score',
+                request_serializer=kvasir_dot_proto_dot_inference__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=kvasir_dot_proto_dot_inference__pb2.ScoreReply.FromString,
+                _registered_method=True)
+        self.Rerank = channel.unary_unary(
+                '/kvasir.v1.Inference/Rerank',
+                request_serializer=kvasir_dot_proto_dot_inference__pb2.RerankRequest.SerializeToString,
+                response_deserializer=kvasir_dot_proto_dot_inference__pb2.RerankReply.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/kvasir.v1.Inference/Tokenize',
                 request_serializer=kvasir_dot_proto_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -124,6 +139,27 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Classify(self, request, context):
+        """Texts -> how well each of the model's labels fits them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Score(self, request, context):
+        """Pairs of texts -> how well each fits, by a cross-encoder or by comparing their vectors.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rerank(self, request, context):
+        """Documents -> in the order in which they fit a query.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Text or conversation -> token ids.
         """
@@ -172,6 +208,21 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Embed,
                     request_deserializer=kvasir_dot_proto_dot_inference__pb2.EmbedRequest.FromString,
                     response_serializer=kvasir_dot_proto_dot_inference__pb2.EmbedReply.SerializeToString,
+            ),
+            'Classify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Classify,
+                    request_deserializer=kvasir_dot_proto_dot_inference__pb2.ClassifyRequest.FromString,
+                    response_serializer=kvasir_dot_proto_dot_inference__pb2.ClassifyReply.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=kvasir_dot_proto_dot_inference__pb2.ScoreRequest.FromString,
+                    response_serializer=kvasir_dot_proto_dot_inference__pb2.ScoreReply.SerializeToString,
+            ),
+            'Rerank': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rerank,
+                    request_deserializer=kvasir_dot_proto_dot_inference__pb2.RerankRequest.FromString,
+                    response_serializer=kvasir_dot_proto_dot_inference__pb2.RerankReply.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -329,6 +380,87 @@ class Inference:
             '/kvasir.v1.Inference/Embed',
             kvasir_dot_proto_dot_inference__pb2.EmbedRequest.SerializeToString,
             kvasir_dot_proto_dot_inference__pb2.EmbedReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Classify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvasir.v1.Inference/Classify',
+            kvasir_dot_proto_dot_inference__pb2.ClassifyRequest.SerializeToString,
+            kvasir_dot_proto_dot_inference__pb2.ClassifyReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvasir.v1.Inference/Score',
+            kvasir_dot_proto_dot_inference__pb2.ScoreRequest.SerializeToString,
+            kvasir_dot_proto_dot_inference__pb2.ScoreReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rerank(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvasir.v1.Inference/Rerank',
+            kvasir_dot_proto_dot_inference__pb2.RerankRequest.SerializeToString,
+            kvasir_dot_proto_dot_inference__pb2.RerankReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -114,7 +114,7 @@ def test_a_line_at_fault_gets_an_error_and_the_run_goes_on(tmp_path: Path, out: 
     bad, good = _read(out)
     assert match in bad["error"]["message"]
     assert good["text"] == "X"
-    assert _run(source, out) == Tally(0, 0, 2)
+    assert _run(source, out) == Tally(0, 1, 1)
 
 
 def test_an_id_twice(tmp_path: Path, out: Path) -> None:
@@ -123,7 +123,7 @@ def test_an_id_twice(tmp_path: Path, out: Path) -> None:
     first, second = _read(out)
     assert first["text"] == "X"
     assert "that of line 1 too" in second["error"]["message"]
-    assert _run(source, out) == Tally(0, 0, 2)
+    assert _run(source, out) == Tally(0, 1, 1)
 
 
 def test_lines_that_are_too_long(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,25 @@ def test_every_crash_is_resumed(tmp_path: Path, out: Path, monkeypatch: pytest.M
         entries = _read(out)
         assert [{name: value for name, value in entry.items() if name != "id"} for entry in entries] == expected
         assert tally.succeeded + tally.failed + tally.skipped == 4
-        assert tally.skipped == whole[: size + 1].count(b"\n")
+        there = whole[: size + 1].split(b"\n")[:-1]
+        assert tally.skipped == sum(b'"error":{' not in line for line in there)
+
+
+def test_what_failed_is_tried_again(tmp_path: Path, out: Path) -> None:
+    """OUT has one entry for each line, and those that were answered stay as they are."""
+    lines = [{"id": 1, "prompt": "a"}, {"id": 2, "prompt": "b", "bad": 1}, "{", {"prompt": "c", "bad": 1}]
+    lines += [{"custom_id": "d", "url": "/v1/completions", "body": {"prompt": "d", "bad": 1}}]
+    source = _write(tmp_path / "in.jsonl", *lines)
+    assert _run(source, out) == Tally(succeeded=1, failed=4, skipped=0)
+    before = out.read_bytes().splitlines()
+    out.chmod(0o640)
+    assert _run(source, out) == Tally(succeeded=0, failed=4, skipped=1)
+    assert out.read_bytes().splitlines()[0] == before[0]
+    _write(source, *[{name: one[name] for name in one if name != "bad"} if "bad" in one else one for one in lines])
+    assert _run(source, out) == Tally(succeeded=2, failed=2, skipped=1)
+    assert sorted(entry["line"] for entry in _read(out)) == [1, 2, 3, 4, 5]
+    assert out.stat().st_mode & 0o777 == 0o640
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_appended_and_reordered_input_is_known_by_its_ids(tmp_path: Path, out: Path) -> None:

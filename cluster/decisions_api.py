@@ -1,0 +1,176 @@
+"""POST /v1/decisions: what the model would answer, as probabilities. Nothing is drawn: each answer that may be given is
+scored as the model's own, with the end of its turn, and the scores are shared out among them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from kvasir.cluster.call import Call, Conversation, check_variables, request_id_from, thinking_variables
+from kvasir.cluster.decisions_schema import DecisionAsk, Question, parse_decisions
+from kvasir.cluster.desk import Desk
+from kvasir.cluster.http_front import header_map, read_json, send_json, until_gone, warning_header
+from kvasir.cluster.served_model import ServedModel
+from kvasir.cluster.service_fields import in_session, priority
+from kvasir.engine.errors import ClientError
+
+Json = dict[str, Any]
+AT_ONCE = 16
+"""Questions of one call that are scored at a time."""
+_PROBE = "probe answer"
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A question's answers."""
+
+    probabilities: Sequence[float]
+    prompt_tokens: int
+    cached_tokens: int
+    answer_tokens: int
+
+
+class Decisions:
+    """The route, an ASGI application by itself."""
+
+    def __init__(self, desk: Desk, max_body_bytes: int) -> None:
+        self._desk = desk
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ask = parse_decisions(await read_json(scope, receive, self._max_body_bytes))
+        headers, state = header_map(scope), scope["state"]
+        if "request_id" in ask.fields and "x-request-id" not in headers:
+            state["request_id"] = request_id_from(ask.fields["request_id"], "request_id")
+        await until_gone(receive, self._answer(ask, state["request_id"], headers, send))
+
+    async def _answer(self, ask: DecisionAsk, request_id: str, headers: Mapping[str, str], send: Send) -> None:
+        body = await decide(self._desk, ask, request_id, in_session(headers, ask.fields.get("prompt_cache_key", "")))
+        await send_json(send, 200, body, warning_header(ask.warnings))
+
+
+async def decide(desk: Desk, ask: DecisionAsk, request_id: str, headers: Mapping[str, str]) -> Json:
+    """The whole answer. Raises a KvasirError."""
+    model = desk.model(ask.model)
+    room = asyncio.Semaphore(AT_ONCE)
+
+    async def one(number: int) -> Scored:
+        async with room:
+            return await _score(desk, model, ask, ask.questions[number], f"{request_id}-{number}", headers)
+
+    first = await one(0)  # alone: the others find what they have in common in the cache
+    tasks = [asyncio.ensure_future(one(number)) for number in range(1, len(ask.questions))]
+    try:
+        scored = [first, *(await asyncio.gather(*tasks))]
+    finally:
+        for task in tasks:
+            task.cancel()
+    return {
+        "id": f"dec_{request_id}",
+        "object": "decision",
+        "created_at": int(time.time()),
+        "model": model.name,
+        "answers": [_told(question, found) for question, found in zip(ask.questions, scored, strict=True)],
+        "usage": _usage(scored),
+    }
+
+
+async def _score(
+    desk: Desk, model: ServedModel, ask: DecisionAsk, question: Question, request_id: str, headers: Mapping[str, str]
+) -> Scored:
+    """The answers, each as a prompt's end."""
+    conversation = _asked(ask, question)
+    prompt = await model.encode(conversation)
+    tokenizer = model.need_tokenizer("questions")
+    end = await _end(model, conversation, desk.info(model).eos_token_ids)
+    answers = [[*tokenizer.encode(text, add_special_tokens=False), *end] for text, _ in question.answers]
+    if any(len(ids) == len(end) for ids in answers):
+        raise ClientError("an answer has no tokens", param="questions")
+    call = Call(
+        model=ask.model,
+        prompts=[[*prompt, *ids] for ids in answers],
+        sampling={"prompt_logprobs": 0, "prompt_logprob_start": len(prompt), "max_tokens": 1, "temperature": 0.0, "n": 1},
+        priority=priority(ask.fields),
+        cache_salt=ask.fields.get("cache_salt", ""),
+    )
+    generation = await desk.begin(call, request_id, headers)
+    try:
+        async for _ in generation:
+            pass
+        totals = [_total(t.prompt_logprobs, len(prompt)) for t in generation.transcripts]
+        cached = max(transcript.cached_tokens for transcript in generation.transcripts)
+    finally:
+        desk.end(generation)
+    return Scored(_shares(totals), len(prompt), min(cached, len(prompt)), sum(map(len, answers)))
+
+
+def _asked(ask: DecisionAsk, question: Question) -> Conversation:
+    """The conversation with the question as the user's last words, to be answered without thoughts."""
+    said = [dict(message) for message in ask.messages]
+    last = said[-1] if said else None
+    if last is not None and last["role"] == "user":
+        last["content"] = f"{last['content']}\n\n{question.text}"
+    else:
+        said.append({"role": "user", "content": question.text})
+    variables = ask.fields.get("chat_template_kwargs", {})
+    check_variables(variables, "chat_template_kwargs")
+    return Conversation(messages=said, variables={**thinking_variables("none"), **variables})
+
+
+async def _end(model: ServedModel, conversation: Conversation, ends: Sequence[int]) -> list[int]:
+    """The token with which the model ends its turn: without it an answer that begins another one would count for both."""
+    said = [*conversation.messages, {"role": "assistant", "content": _PROBE}]
+    told = Conversation(messages=said, add_generation_prompt=False, variables=conversation.variables)
+    found = [token for token in (await model.encode(told))[-4:] if token in ends]
+    return found[:1] or list(ends[:1])
+
+
+def _total(scores: Sequence[Any] | None, start: int) -> float:
+    """Log probability of the tokens from `start` on."""
+    return math.fsum(score.logprob for score in (scores or ())[start:] if score is not None)
+
+
+def _shares(totals: Sequence[float]) -> list[float]:
+    best = max(totals)
+    weights = [math.exp(total - best) for total in totals]
+    whole = math.fsum(weights)
+    return [weight / whole for weight in weights]
+
+
+def _told(question: Question, scored: Scored) -> Json:
+    """An answer in the shape of its question."""
+    named = {"type": question.kind, "name": question.name, "refusal": None}
+    shares, values = scored.probabilities, [value for _, value in question.answers]
+    if question.kind == "predicate":
+        return {**named, "probability": shares[0]}
+    likeliest = max(range(len(shares)), key=shares.__getitem__)
+    confidence = {"confidence": shares[likeliest]}
+    if question.kind == "choice":
+        found = [{"value": value, "probability": share} for value, share in zip(values, shares, strict=True)]
+        return {**named, "choice": values[likeliest], **confidence, "probabilities": found}
+    found = [
+        {"value": value, "label": label, "probability": share}
+        for value, label, share in zip(values, question.labels, shares, strict=True)
+    ]
+    mean = math.fsum(value * share for value, share in zip(values, shares, strict=True))
+    return {**named, "score": mean, **confidence, "probabilities": found}
+
+
+def _usage(scored: Sequence[Scored]) -> Json:
+    read, cached, written = (
+        sum(getattr(one, name) for one in scored) for name in ("prompt_tokens", "cached_tokens", "answer_tokens")
+    )
+    return {
+        "input_tokens": read,
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        "output_tokens": written,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": read + written,
+    }
