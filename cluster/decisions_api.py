@@ -96,7 +96,13 @@ async def _score(
     call = Call(
         model=ask.model,
         prompts=[[*prompt, *ids] for ids in answers],
-        sampling={"prompt_logprobs": 0, "prompt_logprob_start": len(prompt), "max_tokens": 1, "temperature": 0.0, "n": 1},
+        sampling={
+            "prompt_logprobs": 0,
+            "prompt_logprob_start": len(prompt),
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "n": 1,
+        },
         priority=priority(ask.fields),
         cache_salt=ask.fields.get("cache_salt", ""),
     )

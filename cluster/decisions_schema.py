@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvasir.cluster.described import Check
 from kvasir.cluster.foreign_fields import foreign_constraints
-from kvasir.cluster.openai_fields import CHAT_HONOURED, Check, Neutral, later, string
+from kvasir.cluster.openai_fields import CHAT_HONOURED, Neutral, later, string
 from kvasir.cluster.openai_schema import sort_fields
 from kvasir.cluster.responses_items import input_items, messages
 from kvasir.engine.errors import ClientError, UnsupportedError
@@ -17,7 +18,7 @@ MAX_QUESTIONS = 400
 MAX_CHOICES = 256
 TYPES = ("predicate", "choice", "score")
 _YES_NO = (("Yes", True), ("No", False))
-_HONOURED: dict[str, Check] = {
+HONOURED: dict[str, Check] = {
     "model": string,
     "input": later,
     "instructions": string,
@@ -26,8 +27,8 @@ _HONOURED: dict[str, Check] = {
     **{name: CHAT_HONOURED[name] for name in ("cache_salt", "chat_template_kwargs", "priority", "request_id")},
     "service_tier": CHAT_HONOURED["service_tier"],
 }
-_IGNORED: Neutral = {"safety_identifier": (), "prompt_cache_options": ({},), "prompt_cache_retention": (), "user": ()}
-_REFUSED: Neutral = {**foreign_constraints({*_HONOURED, *_IGNORED}), "images": ([],), "stream": (False,)}
+IGNORED: Neutral = {"safety_identifier": (), "prompt_cache_options": ({},), "prompt_cache_retention": (), "user": ()}
+REFUSED: Neutral = {**foreign_constraints({*HONOURED, *IGNORED}), "images": ([],), "stream": (False,)}
 _QUESTION: dict[str, Check] = {
     "type": later, "name": string, "instructions": string, "choices": later, "levels": later,
 }  # fmt: skip
@@ -60,7 +61,7 @@ class DecisionAsk:
 
 def parse_decisions(body: Mapping[str, Any]) -> DecisionAsk:
     """Body of POST /v1/decisions. Raises ClientError or UnsupportedError naming the field."""
-    fields, warnings = sort_fields(body, _HONOURED, _IGNORED, _REFUSED)
+    fields, warnings = sort_fields(body, HONOURED, IGNORED, REFUSED)
     given = fields.get("questions")
     if not given or len(given) > MAX_QUESTIONS:
         count = len(given or ())
@@ -94,10 +95,14 @@ def _question(given: Mapping[str, Any], at: str) -> Question:
         answers: Sequence[tuple[str, Any]] = _YES_NO
         text = f"{instructions}\nAnswer with Yes or No, and nothing else."
     elif kind == "choice":
-        answers = [_choice(one, f"{at}.choices[{n}]") for n, one in enumerate(_list(fields.get("choices"), f"{at}.choices"))]
+        answers = [
+            _choice(one, f"{at}.choices[{n}]") for n, one in enumerate(_list(fields.get("choices"), f"{at}.choices"))
+        ]
         text = f"{instructions}\nAnswer with one of these, and nothing else:\n{_lines(answers)}"
     else:
-        levels = [_level(one, n, f"{at}.levels[{n}]") for n, one in enumerate(_list(fields.get("levels"), f"{at}.levels"))]
+        levels = [
+            _level(one, n, f"{at}.levels[{n}]") for n, one in enumerate(_list(fields.get("levels"), f"{at}.levels"))
+        ]
         answers, labels = [(number, value) for number, value, _ in levels], [label for _, _, label in levels]
         shown = "\n".join(f"- {number}" + (f": {label}" if label else "") for number, _, label in levels)
         text = f"{instructions}\nAnswer with one of these numbers, and nothing else:\n{shown}"
@@ -119,7 +124,9 @@ def _choice(given: Any, at: str) -> tuple[str, Any]:
     if isinstance(value, bool):
         return ("Yes" if value else "No"), value
     if not isinstance(value, str) or not value.strip():
-        raise ClientError(f"{at}.value must be a text that isn't empty, or true or false; got {value!r:.60}", param="questions")
+        raise ClientError(
+            f"{at}.value must be a text that isn't empty, or true or false; got {value!r:.60}", param="questions"
+        )
     return value.strip(), value
 
 
@@ -130,7 +137,9 @@ def _level(given: Any, number: int, at: str) -> tuple[str, float, str | None]:
         raise UnsupportedError(f"{at}.{other[0]:.60} isn't supported", param="questions")
     value, label = fields.get("value", number), fields.get("label")
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not (label is None or isinstance(label, str)):
-        raise ClientError(f"{at} must be a number, a label, or both by value and label; got {given!r:.60}", param="questions")
+        raise ClientError(
+            f"{at} must be a number, a label, or both by value and label; got {given!r:.60}", param="questions"
+        )
     return f"{value:g}", value, label
 
 

@@ -89,6 +89,9 @@ _OPENAI: dict[tuple[str, str], Operation] = {
         (path, "post"): Operation(says="Token ids to text.", body="DetokenizeRequest", answer="Detokenized")
         for path in ("/detokenize", "/v1/detokenize")
     },
+    ("/v1/decisions", "post"): Operation(
+        says="How likely each of the given answers to a question is.", body="DecisionRequest", answer="Decisions"
+    ),
     **_pooling("A vector for each input.", "EmbeddingRequest", "Embeddings", "/v1/embeddings"),
     **_pooling("Documents by how well they fit.", "RerankRequest", "Ranking", "/rerank", "/v1/rerank", "/v2/rerank"),
     **_pooling("How well texts fit together.", "ScoreRequest", "Scores", "/score", "/v1/score"),
@@ -103,6 +106,9 @@ _STORED: dict[tuple[str, str], Operation] = {
     ),
     (f"{_RESPONSES}/input_tokens", "post"): Operation(
         says="Count what such a body would have the model read.", body="ResponseRequest", answer="InputTokens"
+    ),
+    (f"{_RESPONSES}/compact", "post"): Operation(
+        says="A conversation as a summary, to go on from.", body="CompactionRequest", answer="Compaction"
     ),
     (f"{_RESPONSES}/{{id}}", "get"): Operation(
         says="A response, or with `stream` the events of one that was made in the background.",

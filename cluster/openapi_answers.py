@@ -175,6 +175,25 @@ _STORED = {
     ),
     "ResponseEvent": _object({"type": {"type": "string", "pattern": r"^response\."}, "sequence_number": _INT}),
     "ResponseDeleted": _deleted("response"),
+    "Compaction": _object(
+        {
+            "id": _TEXT,
+            "object": _is("response.compaction"),
+            "created_at": _INT,
+            "output": _list({"type": "object"}),
+            "usage": {"type": "object"},
+        }
+    ),
+    "Decisions": _object(
+        {
+            "id": _TEXT,
+            "object": _is("decision"),
+            "created_at": _INT,
+            "model": _TEXT,
+            "answers": _list(_object({"type": _TEXT, "name": _or_null(_TEXT), "refusal": _NULL})),
+            "usage": {"type": "object"},
+        }
+    ),
     "InputTokens": _object({"object": _is("response.input_tokens"), "input_tokens": _INT}),
     "ItemList": _page(ref("Item")),
     "Conversation": _object(

@@ -10,6 +10,7 @@ from kvasir.cluster import (
     anthropic_schema,
     batches_api,
     conversations_api,
+    decisions_schema,
     groups_api,
     ollama_fields,
     openai_fields,
@@ -69,6 +70,7 @@ SAMPLING: dict[str, Json] = {
     "repetition_penalty": _number(0, None, open_low=True),
     "seed": _integer(-(2**63), 2**63 - 1),
     "min_tokens": _integer(0),
+    "prompt_logprob_start": _integer(0),
     "repeat_last_n": _integer(-1),
     "typical_p": _number(0, 1, open_low=True),
     "tfs_z": _number(0, 1, open_low=True),
@@ -169,12 +171,25 @@ _CHAT_CLOSER: Json = {
     "tools": {"type": "array", "items": _TOOL},
     "logit_bias": _KEY_AND_COUNT,
 }
+_ITEMS: Json = {"anyOf": [_TEXT, {"type": "array", "items": {"type": "object"}, "minItems": 1}]}
 _RESPONSE = Body(
-    honoured=responses_schema._HONOURED,
-    ignored=responses_schema._IGNORED,
-    refused=responses_schema._REFUSED,
-    closer={"input": {"anyOf": [_TEXT, {"type": "array", "items": {"type": "object"}, "minItems": 1}]}},
+    honoured=responses_schema.HONOURED,
+    ignored=responses_schema.IGNORED,
+    refused=responses_schema.REFUSED,
+    closer={"input": _ITEMS},
 )
+_QUESTION: Json = {
+    "type": "object",
+    "properties": {
+        "type": {"enum": ["predicate", "choice", "score"]},
+        "name": _TEXT,
+        "instructions": _TEXT,
+        "choices": {"type": "array", "minItems": 2},
+        "levels": {"type": "array", "minItems": 2},
+    },
+    "required": ["type", "instructions"],
+}
+_QUESTIONS: Json = {"type": "array", "items": _QUESTION, "minItems": 1, "maxItems": decisions_schema.MAX_QUESTIONS}
 
 BODIES: dict[str, Body] = {
     "ChatRequest": Body(
@@ -208,6 +223,20 @@ BODIES: dict[str, Body] = {
     ),
     "ScoreRequest": Body(honoured=pooling_schema._SCORE, **_POOLING),
     "ResponseRequest": _RESPONSE,
+    "CompactionRequest": Body(
+        honoured={
+            name: check for name, check in responses_schema.HONOURED.items() if name in responses_schema.COMPACTED
+        },
+        closer={"input": _ITEMS},
+        closed=True,
+    ),
+    "DecisionRequest": Body(
+        honoured=decisions_schema.HONOURED,
+        ignored=decisions_schema.IGNORED,
+        refused=decisions_schema.REFUSED,
+        required=("input", "questions"),
+        closer={"input": _ITEMS, "questions": _QUESTIONS},
+    ),
     "ConversationRequest": Body(honoured=conversations_api._CREATE, closed=True),
     "ConversationItems": Body(honoured={"items": conversations_api._ITEMS}, required=("items",), closed=True),
     "MetadataRequest": Body(honoured={"metadata": conversations_api._CREATE["metadata"]}, required=("metadata",)),

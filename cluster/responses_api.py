@@ -21,6 +21,7 @@ from kvasir.cluster.generation import Generation
 from kvasir.cluster.http_front import header_map, read_json, send_json, until_gone, warning_header
 from kvasir.cluster.pages import Page, json_response, principal_of
 from kvasir.cluster.reply_stream import SSE, UNBUFFERED, stream
+from kvasir.cluster.responses_compact import Compact
 from kvasir.cluster.responses_fit import fitted
 from kvasir.cluster.responses_history import add_to_conversation, history, said_before
 from kvasir.cluster.responses_reply import ResponseReply
@@ -190,6 +191,7 @@ def responses_routes(desk: Desk, store: Store, background: Background, config: G
     return [
         Route(all_, create, methods=["POST"]),
         Route(f"{all_}/input_tokens", CountInput(desk, store, config.max_body_bytes), methods=["POST"]),
+        Route(f"{all_}/compact", Compact(desk, store, config.max_body_bytes), methods=["POST"]),
         Route(one, Streamed(stored.get), methods=["GET"]),
         Route(one, stored.delete, methods=["DELETE"]),
         Route(f"{one}/cancel", stored.cancel, methods=["POST"]),

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from kvasir.cluster.carried import carried
 from kvasir.engine.errors import ClientError, UnsupportedError
 
 Json = dict[str, Any]
@@ -95,11 +96,30 @@ def _result(out: list[Json], item: Item, at: str) -> None:
 def _reasoning(out: list[Json], item: Item, at: str) -> None:
     """Thoughts belong to the message behind them. Those that only their writer can read are left out."""
     parts = item.get("content") or item.get("summary") or []
+    kept = item.get("encrypted_content")
+    if not parts and isinstance(kept, str) and (said := carried(kept)):
+        parts = [{"text": said}]
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         raise ClientError(f"{at}.content must be a list of parts, got {parts!r:.60}", param="input")
     text = "".join(_string(part, "text", at) for part in parts)
     if text:
         out.append({"role": "assistant", "content": "", "reasoning_content": text})
+
+
+def _custom_call(out: list[Json], item: Item, at: str) -> None:
+    """A call whose input is a text."""
+    call_id, given = _string(item, "call_id", at), {"input": _string(item, "input", at)}
+    call = {"id": call_id, "type": "function", "function": {"name": _string(item, "name", at), "arguments": given}}
+    _turn(out).setdefault("tool_calls", []).append(call)
+
+
+def _compaction(out: list[Json], item: Item, at: str) -> None:
+    """The summary in place of what was said before it."""
+    said = carried(_string(item, "encrypted_content", at))
+    if said is None:
+        raise UnsupportedError(f"{at}.encrypted_content wasn't written by this server", param="input")
+    text = [{"type": "text", "text": f"Summary of the conversation so far:\n{said}"}]
+    _message(out, {"role": "system", "content": text}, at)
 
 
 def _turn(out: list[Json]) -> Json:
@@ -131,11 +151,20 @@ def _string(item: Item, name: str, at: str) -> str:
     return value
 
 
-_PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
+_PREFIXES = {
+    "message": "msg",
+    "function_call": "fc",
+    "function_call_output": "fco",
+    "reasoning": "rs",
+    "compaction": "cmp",
+}
 _READERS: dict[str, Callable[[list[Json], Item, str], None]] = {
     "message": _message,
     "function_call": _call,
     "function_call_output": _result,
     "reasoning": _reasoning,
+    "custom_tool_call": _custom_call,
+    "custom_tool_call_output": _result,
+    "compaction": _compaction,
 }
 """Type of an item -> what it adds to the conversation."""

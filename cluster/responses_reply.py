@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from kvasir.cluster.answer_parts import Part
+from kvasir.cluster.carried import carry
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.openai_logprobs import ChatLogprobs
 from kvasir.cluster.reading import AnswerStream
@@ -139,7 +140,7 @@ class ResponseReply:
             if part.kind == "call":
                 self._item = _Call(index, part.text, self._answer.ids[part.call])
             else:
-                self._item = _Message(index) if part.kind == "content" else _Thoughts(index)
+                self._item = _Message(index) if part.kind == "content" else _Thoughts(index, self._ask)
             out += self._events(self._item.opening())
         return out if part.kind == "call" else [*out, *self._events(self._item.grow(part.text, scores))]
 
@@ -175,7 +176,10 @@ class ResponseReply:
     def _thought_tokens(self) -> int:
         """How many tokens the thoughts are."""
         texts = [
-            part["text"] for item in self.response["output"] if item["type"] == "reasoning" for part in item["content"]
+            part["text"]
+            for item in self.response["output"]
+            if item["type"] == "reasoning"
+            for part in (*item["content"], *item["summary"])
         ]
         tokenizer = self._generation.model.tokenizer if self._generation is not None else None
         return sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts) if tokenizer else 0
@@ -233,35 +237,49 @@ class _Message:
 
 
 class _Thoughts:
-    """An item of what the model thought."""
+    """An item of what the model thought: as it is, or as a summary where one was asked for."""
 
     kind = "reasoning"
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, ask: ResponseAsk) -> None:
         self._id = f"rs_{uuid.uuid4().hex}"
-        self._index, self._place = index, {"item_id": self._id, "output_index": index, "content_index": 0}
+        self._index, self._summarised, self._carried = index, ask.summarised, ask.carried
+        place = "summary_index" if ask.summarised else "content_index"
+        self._place = {"item_id": self._id, "output_index": index, place: 0}
         self._text = ""
 
     def opening(self) -> Events:
-        part = {"type": "reasoning_text", "text": ""}
-        item = {"output_index": self._index, "item": self._item([], "in_progress")}
-        return [("response.output_item.added", item), ("response.content_part.added", {**self._place, "part": part})]
+        item = {"output_index": self._index, "item": self._item(None, "in_progress")}
+        return [("response.output_item.added", item), self._part("added", "")]
 
     def grow(self, text: str, logprobs: list[Json]) -> Events:
         self._text += text
-        return [("response.reasoning_text.delta", {**self._place, "delta": text})]
+        return [(f"response.{self._kind}.delta", {**self._place, "delta": text})]
 
     def closing(self, status: str) -> tuple[Json, Events]:
-        part = {"type": "reasoning_text", "text": self._text}
-        item = self._item([part], status)
+        item = self._item(self._text, status)
         return item, [
-            ("response.reasoning_text.done", {**self._place, "text": self._text}),
-            ("response.content_part.done", {**self._place, "part": part}),
+            (f"response.{self._kind}.done", {**self._place, "text": self._text}),
+            self._part("done", self._text),
             ("response.output_item.done", {"output_index": self._index, "item": item}),
         ]
 
-    def _item(self, content: list[Json], status: str) -> Json:
-        return {"type": "reasoning", "id": self._id, "summary": [], "content": content, "status": status}
+    @property
+    def _kind(self) -> str:
+        return "reasoning_summary_text" if self._summarised else "reasoning_text"
+
+    def _part(self, state: str, text: str) -> tuple[str, Json]:
+        kind = "reasoning_summary_part" if self._summarised else "content_part"
+        return f"response.{kind}.{state}", {**self._place, "part": self._written(text)}
+
+    def _written(self, text: str) -> Json:
+        return {"type": "summary_text" if self._summarised else "reasoning_text", "text": text}
+
+    def _item(self, text: str | None, status: str) -> Json:
+        parts = [] if text is None else [self._written(text)]
+        shown = {"summary": parts, "content": []} if self._summarised else {"summary": [], "content": parts}
+        kept = {"encrypted_content": carry(text)} if self._carried and text is not None else {}
+        return {"type": "reasoning", "id": self._id, **shown, **kept, "status": status}
 
 
 class _Call:

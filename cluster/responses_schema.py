@@ -32,7 +32,7 @@ Body = Mapping[str, Any]
 Json = dict[str, Any]
 
 _OBJECT = CHAT_HONOURED["chat_template_kwargs"]
-_HONOURED: dict[str, Check] = {
+HONOURED: dict[str, Check] = {
     **{name: SAMPLING[name] for name in ("temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids")},
     **{name: SAMPLING[name] for name in ("presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos")},
     **{name: CHAT_HONOURED[name] for name in ("cache_salt", "chat_template_kwargs", "priority", "request_id")},
@@ -47,6 +47,7 @@ _HONOURED: dict[str, Check] = {
     "reasoning": _OBJECT,
     "thinking_token_budget": CHAT_HONOURED["thinking_token_budget"],
     "include": CHAT_HONOURED["stop"],
+    "max_tool_calls": integer_from(1, 2**31 - 1),  # of tools that the server runs: there are none
     "top_logprobs": integer_from(0, MAX_LOGPROBS),
     "metadata": check_metadata,
     "store": boolean,
@@ -59,22 +60,33 @@ _HONOURED: dict[str, Check] = {
     "truncation": one_of("auto", "disabled"),
     **dict.fromkeys(("user", "safety_identifier", "prompt_cache_key"), string),
 }
-_IGNORED: Neutral = {
-    "max_tool_calls": (),  # counts calls of tools that the server runs; there are none
+IGNORED: Neutral = {
     "prompt_cache_retention": (),
     "prompt_cache_options": ({},),
     "prewarm": (False,),
 }
-_REFUSED: Neutral = {
-    **foreign_constraints({*_HONOURED, *_IGNORED}),
+REFUSED: Neutral = {
+    **foreign_constraints({*HONOURED, *IGNORED}),
     "prompt": (),
     "context_management": ([],),
     "moderation": (),
     "access_programs": ({},),
     "image": ({},),
 }
+COMPACTED = (
+    "model", "input", "instructions", "previous_response_id", "conversation", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "service_tier", "priority", "cache_salt", "chat_template_kwargs", "request_id",
+)  # fmt: skip
+THOUGHTS = "reasoning.encrypted_content"
 LOGPROBS = "message.output_text.logprobs"
-_ECHOED = ("previous_response_id", "prompt_cache_key", "safety_identifier", "max_output_tokens", "instructions")
+_ECHOED = (
+    "max_tool_calls",
+    "previous_response_id",
+    "prompt_cache_key",
+    "safety_identifier",
+    "max_output_tokens",
+    "instructions",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +115,10 @@ class ResponseAsk:
     truncates: bool = False
     """What doesn't fit into the context may be left out."""
     logprobs: int | None = None
+    summarised: bool = False
+    """Thoughts are shown as a summary."""
+    carried: bool = False
+    """And given out for the client to send back, in the field that has them encrypted elsewhere."""
     request_id: str | None = None
     warnings: tuple[str, ...] = ()
 
@@ -115,7 +131,7 @@ class ResponseAsk:
 
 def parse_response(body: Body) -> ResponseAsk:
     """Body of POST /v1/responses. Raises ClientError or UnsupportedError naming the field."""
-    fields, warnings = sort_fields(body, _HONOURED, _IGNORED, _REFUSED)
+    fields, warnings = sort_fields(body, HONOURED, IGNORED, REFUSED)
     _check_together(fields)
     tools = [_tool(tool, f"tools[{number}]") for number, tool in enumerate(fields.get("tools", ()))]
     use = tool_use(tools, fields.get("tool_choice"), fields.get("parallel_tool_calls", True))
@@ -153,6 +169,8 @@ def parse_response(body: Body) -> ResponseAsk:
         previous=fields.get("previous_response_id"),
         truncates=fields.get("truncation") == "auto",
         logprobs=logprobs,
+        summarised=bool(_summary(fields.get("reasoning", {}))),
+        carried=THOUGHTS in _include(fields),
         request_id=fields.get("request_id"),
         warnings=(*warnings, *more, *unknown, *_stream_options(fields)),
         **{name: fields[name] for name in ("store", "background", "stream") if name in fields},
@@ -162,6 +180,15 @@ def parse_response(body: Body) -> ResponseAsk:
 def parse_input_tokens(body: Body) -> ResponseAsk:
     """Body of POST /v1/responses/input_tokens: the fields of a response; those that say nothing about input are ignored."""
     return parse_response({**body, "store": False, "background": False, "stream": False, "stream_options": None})
+
+
+def parse_compaction(body: Body) -> ResponseAsk:
+    """Body of POST /v1/responses/compact: what a response would read. ClientError names any other field."""
+    if other := [name for name, value in body.items() if name not in COMPACTED and value is not None]:
+        raise UnsupportedError(f"{other[0]:.60} isn't supported in a compaction", param=other[0][:60])
+    given = [{"role": "user", "content": ""}] if body.get("input") is None else body["input"]
+    ask = parse_response({**body, "input": given, "store": False})
+    return ask if body.get("input") is not None else dataclasses.replace(ask, items=())
 
 
 def _check_together(fields: Mapping[str, Any]) -> None:
@@ -193,8 +220,14 @@ def _effort(reasoning: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
     if effort is not None:
         CHAT_HONOURED["reasoning_effort"]("reasoning.effort", effort)
     ignored = ["reasoning.effort (but by chat templates that know it, or enable_thinking)"] if effort else []
-    wanted = reasoning.get("summary") or reasoning.get("generate_summary")
-    return effort, (*ignored, *(["reasoning.summary (thoughts are shown whole)"] if wanted else []))
+    return effort, (*ignored, *(["reasoning.summary (thoughts are shown whole)"] if _summary(reasoning) else []))
+
+
+def _summary(reasoning: Mapping[str, Any]) -> str | None:
+    wanted: str | None = reasoning.get("summary") or reasoning.get("generate_summary")
+    if wanted is not None:
+        one_of("auto", "concise", "detailed")("reasoning.summary", wanted)
+    return wanted
 
 
 def _format(fields: Mapping[str, Any]) -> Json:
@@ -224,10 +257,14 @@ def _chat_format(form: Json) -> Json:
 
 def _logprobs(fields: Mapping[str, Any]) -> tuple[int | None, tuple[str, ...]]:
     """(most likely tokens that are shown, what of `include` there is nothing of)."""
-    include = fields.get("include", [])
-    include = [include] if isinstance(include, str) else include
+    include = _include(fields)
     wanted = fields.get("top_logprobs", 0) if LOGPROBS in include else None
-    return wanted, tuple(f"include: {name}" for name in include if name != LOGPROBS)
+    return wanted, tuple(f"include: {name}" for name in include if name not in (LOGPROBS, THOUGHTS))
+
+
+def _include(fields: Mapping[str, Any]) -> list[str]:
+    include = fields.get("include", [])
+    return [include] if isinstance(include, str) else include
 
 
 def _stream_options(fields: Mapping[str, Any]) -> tuple[str, ...]:
@@ -256,7 +293,6 @@ def _echo(fields: Mapping[str, Any], form: Json) -> Json:
         **{name: fields[name] for name in ("user",) if name in fields},  # null isn't among its values
         "background": fields.get("background", False),
         "conversation": None if conversation is None else {"id": conversation},
-        "max_tool_calls": None,
         "metadata": fields.get("metadata", {}),
         "parallel_tool_calls": fields.get("parallel_tool_calls", True),
         "reasoning": {"effort": None, "summary": None, **fields.get("reasoning", {})},

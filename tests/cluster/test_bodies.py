@@ -61,7 +61,7 @@ DIALECTS = {
     "completion": (openai_schema.parse_completion, COMPLETION),
     "tokenize": (openai_schema.parse_tokenize, table(openai_fields.TOKENIZE_HONOURED)),
     "detokenize": (openai_schema.parse_detokenize, table(openai_fields.DETOKENIZE_HONOURED)),
-    "responses": (responses_schema.parse_response, table(responses_schema._HONOURED, responses_schema._REFUSED)),
+    "responses": (responses_schema.parse_response, table(responses_schema.HONOURED, responses_schema.REFUSED)),
     "anthropic": (anthropic_schema.parse_messages, table(anthropic_schema._MESSAGES, anthropic_schema._REFUSED)),
     "count": (anthropic_schema.parse_count, table(anthropic_schema._COUNTED)),
     "ollama chat": (ollama_schema.parse_chat, table(ollama_fields.CHAT, ollama_fields.IGNORED)),

@@ -661,6 +661,19 @@ def test_responses(thinker, closing):
     assert kinds.count("response.output_item.added") == kinds.count("response.output_item.done") == 3
     assert "response.function_call_arguments.delta" in kinds
     assert "response.reasoning_text.delta" in kinds
+    shown = {**ask, "reasoning": {"summary": "auto"}, "include": ["reasoning.encrypted_content"], "max_tool_calls": 3}
+    with client.responses.stream(**shown) as stream:
+        kinds = [event.type for event in stream]
+        summarised = stream.get_final_response()
+    thoughts = summarised.output[0]
+    assert [one.text for one in thoughts.summary] == ["A city."]
+    assert summarised.max_tool_calls == 3
+    for kind in ("summary_part.added", "summary_text.delta", "summary_text.done", "summary_part.done"):
+        assert f"response.reasoning_{kind}" in kinds
+    assert "response.reasoning_text.delta" not in kinds
+    kept = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": thoughts.encrypted_content}
+    client.responses.create(model="bytes", input=[kept, *summarised.output[1:], {"role": "user", "content": "And?"}])
+    assert b"A city." in bytes(i for i in thinker.group.requests[-1].prompt_token_ids if i < 256)
     says(thinker, "</think>It rains.")
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
     again = client.responses.create(model="bytes", input=[result], previous_response_id=found.id, tools=[tool])
