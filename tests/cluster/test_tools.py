@@ -20,6 +20,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from kvasir.cluster.answer_parts import AnswerReader, ReadAnswer
 from kvasir.cluster.derived_format import derived_format
+from kvasir.cluster.responses_items import input_items, messages
 from kvasir.cluster.tool_formats import THOUGHT_FORMATS, TOOL_FORMATS, taught_thoughts, taught_tools
 from kvasir.cluster.tool_use import tool_use
 from kvasir.engine.chat_template import ChatTemplates
@@ -672,8 +673,8 @@ def test_responses(thinker, closing):
         assert f"response.reasoning_{kind}" in kinds
     assert "response.reasoning_text.delta" not in kinds
     kept = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": thoughts.encrypted_content}
-    client.responses.create(model="bytes", input=[kept, *summarised.output[1:], {"role": "user", "content": "And?"}])
-    assert b"A city." in bytes(i for i in thinker.group.requests[-1].prompt_token_ids if i < 256)
+    assert messages(input_items([kept]), None) == [{"role": "assistant", "content": "", "reasoning_content": "A city."}]
+    assert messages(input_items([{**kept, "encrypted_content": "gAAAA"}]), None) == []
     says(thinker, "</think>It rains.")
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
     again = client.responses.create(model="bytes", input=[result], previous_response_id=found.id, tools=[tool])
