@@ -132,11 +132,15 @@ class _Work:
         """The line, unless it is done: before this run, or right here because nothing can be asked."""
         label: Json = {}
         try:
-            if self._output.has_line(number) or self._output.has(label := line_label(value := line_object(raw))):
+            done = self._output.has_line(number)
+            if not done:
+                label = line_label(value := line_object(raw))
+                self._check_unique(label, number)
+                done = self._output.has(label)
+            if done:
                 self._bar.update()
                 self.skipped += 1
                 return None
-            self._check_unique(label, number)
             return _parsed(value, number, label)
         except ClientError as error:
             label = {} if error.param == "custom_id" else label  # a second line of that id must not count as the first

@@ -12,9 +12,19 @@ from kvasir.engine.request import PoolingParams, Request, SamplingParams, Struct
 
 if TYPE_CHECKING:
     from kvasir.engine.async_llm import AsyncLLM
+    from kvasir.engine.entry_points import BeamSearchParams
     from kvasir.engine.llm import LLM
 
-__all__ = ["LLM", "AsyncLLM", "EngineConfig", "PoolingParams", "Request", "SamplingParams", "StructuredOutput"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "BeamSearchParams",
+    "EngineConfig",
+    "PoolingParams",
+    "Request",
+    "SamplingParams",
+    "StructuredOutput",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,4 +36,8 @@ def __getattr__(name: str) -> Any:
         from kvasir.engine.async_llm import AsyncLLM
 
         return AsyncLLM
+    if name == "BeamSearchParams":
+        from kvasir.engine.entry_points import BeamSearchParams
+
+        return BeamSearchParams
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

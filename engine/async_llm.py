@@ -10,7 +10,8 @@ from kvasir.engine.engine import Engine
 from kvasir.engine.errors import ClientError
 from kvasir.engine.event import Event
 from kvasir.engine.llm import Message, Prompt, TextModel, engine_config
-from kvasir.engine.output import RequestOutput, request_output
+from kvasir.engine.output import RequestOutput
+from kvasir.engine.output_kind import OutputKind, OutputWriter
 from kvasir.engine.request import SamplingParams
 from kvasir.engine.scheduler import Stats
 from kvasir.engine.tokenizer import Tokenizer
@@ -51,8 +52,10 @@ class AsyncLLM:
         cache_salt: str = "",
         deadline_s: float | None = None,
         trace_context: Mapping[str, str] | None = None,
+        output_kind: OutputKind = "cumulative",
     ) -> AsyncIterator[RequestOutput]:
-        """Everything so far, each time something is new. Leaving the loop, or cancelling, ends the request."""
+        """Each time something is new everything so far, what is new (`delta`), or once all of it (`final_only`). Leaving the
+        loop, or cancelling, ends the request."""
         options = {"priority": priority, "cache_salt": cache_salt, "deadline_s": deadline_s}
         request, text = self._text.request(
             prompt,
@@ -64,6 +67,7 @@ class AsyncLLM:
         )
         self._loop = asyncio.get_running_loop()
         transcript = Transcript(request, self._text.tokenizer)
+        writer = OutputWriter(transcript, text, self._text.tokenizer, output_kind)
         if request_id in self._streams:
             raise ClientError(f"request id {request_id!r} is in use", param="request_id")
         events = self._streams[request_id] = asyncio.Queue()
@@ -76,8 +80,8 @@ class AsyncLLM:
                 deltas = transcript.feed(batch)
                 for index in transcript.take_matched():
                     self.engine.abort(request_id, index, "stop")
-                if deltas:
-                    yield request_output(transcript, text, self._text.tokenizer)
+                if deltas and (output := writer.write(deltas)) is not None:
+                    yield output
         finally:
             del self._streams[request_id]
             if not transcript.settled:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.engine import Engine
+from kvasir.engine.entry_points import EntryPoints
 from kvasir.engine.errors import ERRORS, ClientError, ConfigError, OverloadedError, ServerError
 from kvasir.engine.event import Event, Failed, Pooled
 from kvasir.engine.model_files import ModelFiles
@@ -117,7 +118,7 @@ class TextModel:
         return self.tokenizer
 
 
-class LLM:
+class LLM(EntryPoints):
     """`LLM("skald").generate(["Hello"], SamplingParams(max_tokens=20))`. Options are the fields of EngineConfig."""
 
     def __init__(self, model: str = "skald", **options: Any) -> None:

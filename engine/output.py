@@ -127,7 +127,7 @@ def request_output(transcript: Transcript, prompt: str | None, tokenizer: Tokeni
 
 def _completion(output: Output, tokenizer: Tokenizer | None) -> CompletionOutput:
     scores = output.logprobs
-    named = None if scores is None else [_named(t, s, tokenizer) for t, s in zip(output.token_ids, scores, strict=True)]
+    named = None if scores is None else named_logprobs(output.token_ids, scores, tokenizer)
     return CompletionOutput(
         index=output.index,
         text=output.text,
@@ -137,6 +137,13 @@ def _completion(output: Output, tokenizer: Tokenizer | None) -> CompletionOutput
         finish_reason=output.finish_reason,
         stop_reason=output.stop_reason,
     )
+
+
+def named_logprobs(
+    ids: Sequence[int], scores: Sequence[TokenLogprob], tokenizer: Tokenizer | None
+) -> list[dict[int, Logprob]]:
+    """Of each token: itself and the likeliest few."""
+    return [_named(token, score, tokenizer) for token, score in zip(ids, scores, strict=True)]
 
 
 def _scored(

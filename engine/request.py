@@ -141,6 +141,11 @@ class SamplingParams:
             object.__setattr__(self, "top_k", 0)
         self._check()
 
+    @classmethod
+    def from_optional(cls, **given: Any) -> SamplingParams:
+        """Of what isn't None."""
+        return cls(**{name: value for name, value in given.items() if value is not None})
+
     @property
     def continuations(self) -> int:
         """How many are made: of those n are delivered."""

@@ -206,7 +206,7 @@ def test_every_sampling_field_is_reachable(gateway, client):
     given = {
         "n": 2, "temperature": 0.0, "top_p": 0.5, "top_k": 3, "min_p": 0.25, "presence_penalty": 1.0, "frequency_penalty": 0.5,
         "repetition_penalty": 1.5, "logit_bias": {"5": -2.0}, "seed": -7, "stop_token_ids": [9], "min_tokens": 1,
-        "include_stop_str_in_output": True, "max_tokens": 2, "ignore_eos": True, "logprobs": 0, "prompt_logprobs": 0,
+        "include_stop_str_in_output": True, "max_tokens": 2, "ignore_eos": True, "logprobs": 0, "prompt_logprobs": 0, "prompt_logprob_start": 1,
         "skip_special_tokens": False, "spaces_between_special_tokens": False, "detokenize": False,
         "structured_outputs": {"regex": "a+"}, "thoughts": {"begin": [4], "end": [5, 6], "budget": 7},
         "repeat_last_n": 5, "penalize_newline": False, "typical_p": 0.5,
