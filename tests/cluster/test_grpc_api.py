@@ -206,7 +206,8 @@ def test_every_sampling_field_is_reachable(gateway, client):
     given = {
         "n": 2, "temperature": 0.0, "top_p": 0.5, "top_k": 3, "min_p": 0.25, "presence_penalty": 1.0, "frequency_penalty": 0.5,
         "repetition_penalty": 1.5, "logit_bias": {"5": -2.0}, "seed": -7, "stop_token_ids": [9], "min_tokens": 1,
-        "include_stop_str_in_output": True, "max_tokens": 2, "ignore_eos": True, "logprobs": 0, "prompt_logprobs": 0, "prompt_logprob_start": 1,
+        "include_stop_str_in_output": True, "max_tokens": 2, "ignore_eos": True, "logprobs": 0,
+        "prompt_logprobs": 0, "prompt_logprob_start": 1,
         "skip_special_tokens": False, "spaces_between_special_tokens": False, "detokenize": False,
         "structured_outputs": {"regex": "a+"}, "thoughts": {"begin": [4], "end": [5, 6], "budget": 7},
         "repeat_last_n": 5, "penalize_newline": False, "typical_p": 0.5,
@@ -214,6 +215,7 @@ def test_every_sampling_field_is_reachable(gateway, client):
         "allowed_token_ids": [7, 8], "truncate_prompt_tokens": 1, "truncation_side": "right", "num_keep": 1, "best_of": 3,
         "use_beam_search": True, "length_penalty": -0.5, "early_stopping": "never",
         "logits_processors": {"x": '{"a": 1}'},
+        "deterministic": True,
     }  # fmt: skip
     assert set(given) == set(message.fields_by_name) - {"stop"}
     assert client.text("Generate", {"text": "a", "sampling": given, "priority": -3, "cache_salt": "s"}) == ""
