@@ -61,7 +61,7 @@ def rank(number: int, size: int, port: int, kind: str, width: int) -> None:
     mesh, ways = reach(number, size, port, device)
     for name, way in ways.items():
         mesh.one_shot = way
-        for count in ROWS:
+        for count in (-(-count // size) * size for count in ROWS):
             x = torch.full((count, width), number + 1.0, dtype=torch.bfloat16, device=device)
             total = float(sum(range(1, size + 1)))
             used = name if way is None or way.takes(x) else "the process group"

@@ -113,6 +113,13 @@ def test_mapped_spellings_warn_once_each() -> None:
     assert len(found) == 2
 
 
+def test_spellings_of_parallel_layouts() -> None:
+    with pytest.warns(CompatibilityWarning, match="--expert-parallel is spelled --enable-expert-parallel"):
+        (engine,) = parse_spec({"expert_parallel": True, "disable_custom_all_reduce": True}).engines
+    assert engine.enable_expert_parallel
+    assert engine.disable_custom_all_reduce
+
+
 def test_sizes_of_the_tiers() -> None:
     with pytest.warns(CompatibilityWarning, match="--swap-space is spelled --kv-offloading-size"):
         (engine,) = parse_spec({"swap_space": "4", "tensor_parallel_size": 2, "pipeline_parallel_size": 3}).engines

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvasir.engine import rows, symmetric
-from kvasir.engine.mesh import Mesh, Place, process_group
+from kvasir.engine.mesh import Mesh, Place, join, process_group
 from kvasir.engine.rows import DealtRows, WholeRows, rows_of
 from kvasir.engine.symmetric import BUFFER, Memory, SharedSum, agreed, one_shot_bytes
 
@@ -45,6 +45,19 @@ def test_sums_and_rows(on_ranks: OnRanks, size: int, direct: bool) -> None:
         once = (size - 1) / size * everything  # of a half: each rank's part to, or from, all others
         sums = (size - 1) * everything if direct else 2 * once
         assert (traffic.calls, traffic.bytes) == (3, pytest.approx(sums + 2 * once))
+
+
+def test_sums_that_were_turned_off() -> None:
+    """--disable-custom-all-reduce: the process group alone; logits still come over connections of our own."""
+    store = torch.distributed.HashStore()
+    with ThreadPoolExecutor(2) as pool:
+        places = [Place(2, 1, rank) for rank in range(2)]
+        meshes = list(pool.map(lambda place: join(place, store, CPU, "127.0.0.1", 60.0, one_shot=False), places))
+        found = list(pool.map(lambda mesh: mesh.reduce(torch.ones(2, 2) + mesh.place.rank), meshes))
+    assert [(mesh.one_shot, mesh.links is None) for mesh in meshes] == [(None, False)] * 2
+    assert all(each.tolist() == [[3.0, 3.0]] * 2 for each in found)
+    for mesh in meshes:
+        mesh.close()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
