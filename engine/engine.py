@@ -151,6 +151,8 @@ class Engine:
                 answer.set_result(self._scheduler.lends.lend(ask, ids))
             except RefusedError as error:
                 answer.set_exception(error)
+            except (ArithmeticError, LookupError, ValueError) as error:  # what a peer says must not end this loop
+                answer.set_exception(RefusedError(f"the question makes no sense: {error}"))
 
     def shutdown(self) -> None:
         """End the loop; requests that are left fail with `unavailable`."""

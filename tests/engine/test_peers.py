@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from kvasir.engine.blocks import chain_start, token_bytes
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.engine import Engine
 from kvasir.engine.errors import ConfigError
@@ -354,7 +355,10 @@ def test_the_server_takes_any_bytes(llama: Path, group: Callable[..., Group], mo
     one, two = group(llama), group(llama)
     cold, _ = one.ask()
     draw = random.Random(5)
-    ask, tokens = encode_ask(an_ask())
+    exchange, info = one.engine._exchange, one.engine.info
+    assert exchange is not None
+    chain = chain_start(info.salt, "", None, stretched=False)
+    ask, tokens = encode_ask(an_ask(mark=exchange._mark, chain=chain, tokens=token_bytes(PROMPT)))
     get = encode_get(Get(1, Part(range(2), range(2)), 3, "tcp"))
     for number in range(300):
         host, port = one.address.split(":")
