@@ -29,7 +29,8 @@ def main(load: Callable[[str, int], Generate]) -> None:
             made = generate(prompts, tokens)
             times.append(time.perf_counter() - begin)
             assert made == batch * tokens, f"{made} tokens instead of {batch * tokens}"
-        decode = batch * outputs / (times[1] - times[0]) if outputs else None
+        longer = times[1] - times[0]
+        decode = batch * outputs / longer if outputs and longer > 0 else None  # on a busy machine it may not be longer
         say({"case": [batch, prompt, outputs], "prefill": batch * prompt / times[0], "decode": decode})
 
 
