@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,7 +65,7 @@ def quoted(text: str) -> str:
 
 def _parsed(text: str, kind: str) -> Any:
     try:
-        return json.loads(text, parse_float=_number)
+        return json.loads(text, parse_float=_number, parse_constant=_number)
     except (ValueError, RecursionError) as error:
         raise ClientError(f"structured output: {kind} isn't JSON: {error}", param="structured_outputs") from error
 
@@ -72,6 +73,8 @@ def _parsed(text: str, kind: str) -> Any:
 def _number(text: str) -> float | int:
     """2.0 is 2 in JSON Schema, and the library takes no other for a count; above 2^53 floats aren't exact."""
     value = float(text)
+    if not math.isfinite(value):  # json reads NaN, Infinity and what is too large for a float
+        raise ValueError(f"{text:.30} is no number")
     return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 

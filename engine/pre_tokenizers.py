@@ -31,11 +31,19 @@ class PreTokenizer:
     def build(self) -> pre_tokenizers.PreTokenizer:
         """The chain for `tokenizers`; byte-level kinds end in bytes."""
         steps: list[pre_tokenizers.PreTokenizer] = [
-            pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in self.patterns
+            pre_tokenizers.Split(_regex(pattern), "isolated") for pattern in self.patterns
         ]
         if not self.raw:
             steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
         return pre_tokenizers.Sequence(steps)
+
+
+def _regex(pattern: str) -> Regex:
+    try:
+        return Regex(pattern)
+    except Exception as error:  # tokenizers raises Exception itself
+        text = f"the tokenizer's pattern {pattern!r:.80} isn't a regular expression: {error}"
+        raise ConfigError(text, param="tokenizer") from error
 
 
 def pre_tokenizer(name: str) -> PreTokenizer:

@@ -26,7 +26,7 @@ NARROWED: dict[str, dict[str, Any]] = {
 
 def check_depth(value: Any, limit: int = MAX_DEPTH, what: str = "a schema") -> None:
     """ClientError when it is nested deeper than `limit`."""
-    level, depth = [value], 0
+    level, depth = [value] if isinstance(value, (dict, list)) else [], 0
     while level:
         if depth > limit:
             raise ClientError(f"{what} is nested {limit} levels at most", param="structured_outputs")

@@ -66,6 +66,10 @@ def read_ranks(data: bytes) -> Ranks:
     return ranks
 
 
+MAX_SPECIAL = 2**20
+"""Special tokens that a tekken.json may reserve."""
+
+
 def read_tekken(data: bytes) -> Tekken:
     """What is in a tekken.json; ConfigError when a part is missing or misshapen."""
     try:
@@ -77,9 +81,11 @@ def read_tekken(data: bytes) -> Tekken:
         listed = value.get("special_tokens")
         names = _TEKKEN_SPECIAL if listed is None else [entry["token_str"] for entry in listed]
         pattern = str(config["pattern"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         text = f"tekken.json is malformed: {type(error).__name__}: {error}"
         raise ConfigError(text, param="tokenizer") from error
+    if not 0 <= offset <= MAX_SPECIAL:
+        raise ConfigError(f"tekken.json has {offset} special tokens; at most {MAX_SPECIAL}", param="tokenizer")
     special = {name: i for i, name in enumerate(names)}
     special |= {f"<SPECIAL_{i}>": i for i in range(len(names), offset)}
     return Tekken(ranks, special, offset, pattern)
