@@ -7,6 +7,7 @@ import dataclasses
 import struct
 import time
 
+import grpc
 import httpx
 import openai
 import pytest
@@ -14,6 +15,8 @@ import pytest
 from kvasir.cluster.config import GatewayConfig
 from kvasir.engine.errors import ClientError, OverloadedError
 from kvasir.engine.sentence_transformers import TextRules
+from kvasir.proto import inference_pb2 as pb
+from kvasir.proto.inference_pb2_grpc import InferenceStub
 
 
 def post(gateway, path, **body):
@@ -374,3 +377,21 @@ def test_tasks_that_the_model_cannot_do_are_refused(gateway):
         assert error["param"] == "model"
         assert "what it can do: classify" in error["message"]
     assert not gateway.group.requests
+
+
+def test_over_grpc_as_over_http(reader):
+    """Labels, scores and ranks, with where the time went."""
+    reader.group.vector = lambda request: [len(request.prompt_token_ids) / 10]
+    with grpc.insecure_channel(reader.grpc_address) as channel:
+        stub = InferenceStub(channel)
+        scores = stub.Score(pb.ScoreRequest(queries=["q"], documents=["a", "bc"]), timeout=10)
+        assert list(scores.scores) == pytest.approx([0.2, 0.3])
+        assert scores.usage.prompt_tokens == 5
+        ranked = stub.Rerank(pb.RerankRequest(query="q", documents=["a", "bcd", "bc"], top_n=2), timeout=10)
+        assert [one.index for one in ranked.results] == [1, 2]
+        found, call = stub.Classify.with_call(pb.ClassifyRequest(inputs=[pb.EmbedInput(text="abc")]), timeout=10)
+        assert (list(found.labels), found.classifications[0].label) == (["LABEL_0"], "LABEL_0")
+        assert dict(call.trailing_metadata())["server-timing"].startswith("queue;dur=")
+        with pytest.raises(grpc.RpcError, match="documents"):
+            stub.Rerank(pb.RerankRequest(query="q"), timeout=10)
+    assert "total;dur=" in post(reader, "/score", queries="a", documents=["b"]).headers["server-timing"]
