@@ -127,8 +127,10 @@ def rows_of(ragged: Ragged, s: int, start: int, stop: int) -> tuple[slice, Ragge
 def test_a_row_is_the_same_in_any_batch(seed: int, paged: Callable[..., Any], device: torch.device) -> None:
     """Bit for bit: alone as in a decoding step, among others, in a chunk of any size; one row in 12 is tried alone."""
     rng = random.Random(seed)
-    parts = [(rng.randint(100, 200), 1), (rng.randint(130, 150), 25), (3, 3), (rng.randint(70, 90), 12)]
-    batch = paged(rng.sample(parts, 2), 16, 3, 1, 64, torch.bfloat16, seed).to(device)
+    others = [(rng.randint(100, 200), 1), (3, 3), (rng.randint(70, 90), 12)]
+    parts = [(rng.randint(140, 150), 25), rng.choice(others)]
+    dtype = torch.float32 if seed < 3 else torch.bfloat16  # bfloat16 rounds small differences away
+    batch = paged(parts, 16, 3, 1, 64, dtype, seed).to(device)
     facts: dict[str, Any] = {"scale": 0.2, "deterministic": True, "window": rng.choice([None, 50])}
     facts["softcap"] = rng.choice([None, 3.0])
     if rng.random() < 0.5:
