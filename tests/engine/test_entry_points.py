@@ -103,3 +103,19 @@ def test_kinds_of_output():
     assert lengths == sorted(lengths)
     assert [output.prompt_logprobs is not None for output in found["delta"]].count(True) == 1
     assert last.prompt_logprobs == final.prompt_logprobs is not None
+
+
+def test_prompts_are_scored_from_a_token_on(llm):
+    """What is cached before it is not computed again, and the scores are those of the whole prompt's."""
+    prompt = llm.get_tokenizer().encode("The sea was calm and the ship went on and on to the north. " * 4)
+    whole = llm.generate([prompt], SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)[0]
+    start = len(prompt) - 5
+    sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, prompt_logprob_start=start)
+    part = llm.generate([prompt], sampling, use_tqdm=False)[0]
+    assert len(part.prompt_logprobs) == len(whole.prompt_logprobs) == len(prompt)
+    assert 0 < part.num_cached_tokens < start
+    assert whole.num_cached_tokens == 0
+    for found, expected in zip(part.prompt_logprobs[start:], whole.prompt_logprobs[start:], strict=True):
+        assert {t: s.logprob for t, s in found.items()} == pytest.approx(
+            {t: s.logprob for t, s in expected.items()}, abs=2e-2
+        )
