@@ -187,7 +187,7 @@ class Gateway:
         self._grpc: Any = None
         if config.grpc_port < 0:
             return None
-        self._grpc = create_grpc_server(self._desk, config)
+        self._grpc = create_grpc_server(self._desk, config, self._other_metrics)
         address = authority(config.host, config.grpc_port)
         if config.ssl_certfile and config.ssl_keyfile:
             pair = (Path(config.ssl_keyfile).read_bytes(), Path(config.ssl_certfile).read_bytes())

@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_reflection.v1alpha import reflection
 
+from kvasir.cluster.all_metrics import OtherMetrics, no_others
 from kvasir.cluster.auth import ApiKeys, UnauthenticatedError, load_keys
 from kvasir.cluster.call import ROUTE_HEADER, Call, request_id_from
 from kvasir.cluster.config import GatewayConfig
@@ -57,12 +58,12 @@ _OPEN = (f"/{HEALTH}/", *(f"/{OPEN_INFERENCE}/{name}" for name in ("ServerLive",
 """What probes ask needs no key."""
 
 
-def create_grpc_server(desk: Desk, config: GatewayConfig) -> grpc.aio.Server:
+def create_grpc_server(desk: Desk, config: GatewayConfig, other_metrics: OtherMetrics = no_others) -> grpc.aio.Server:
     """Add ports and start it. Needs a running loop."""
     options = [("grpc.max_receive_message_length", config.max_body_bytes), ("grpc.so_reuseport", 1)]
     server = grpc.aio.server(interceptors=[_KeyCheck(load_keys(config, os.environ))], options=options)
     add_InferenceServicer_to_server(Inference(desk), server)
-    add_GRPCInferenceServiceServicer_to_server(OpenInference(desk), server)
+    add_GRPCInferenceServiceServicer_to_server(OpenInference(desk, other_metrics), server)
     health_pb2_grpc.add_HealthServicer_to_server(HealthService(desk), server)
     reflection.enable_server_reflection((SERVICE, OPEN_INFERENCE, HEALTH, reflection.SERVICE_NAME), server)
     return server

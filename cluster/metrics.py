@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -21,6 +21,7 @@ from kvasir.cluster.group_client import GroupClient, GroupDirectory
 from kvasir.engine.event import Finished, Pooled
 from kvasir.engine.request import Request
 
+LAST_REQUEST = "kvasir:last_request_timestamp_seconds"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40)
@@ -76,10 +77,13 @@ class Metrics:
             registry=self._registry,
         )
         self._moves = self._counter("kvasir:moves", "Requests that another group took over while they ran.", "why")
+        text = "When the model's last request was accepted, in seconds since 1970."
+        self._last = Gauge(LAST_REQUEST, text, ["model_name"], registry=self._registry)
         self._series: dict[tuple[str, str], _Series] = {}
 
     def call(self, model: str, operation: str, requests: Sequence[Request], started: float) -> CallRecord:
         """A call was accepted at `started` (time.monotonic)."""
+        self._last.labels(model).set_to_current_time()
         key = model, operation
         if key not in self._series:
             self._series[key] = _Series(self._children(model, operation), self._success, self._gaps.of(model), model)

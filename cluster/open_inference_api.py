@@ -9,39 +9,46 @@ from contextlib import aclosing, asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
+from kvasir.cluster.all_metrics import OtherMetrics, no_others
 from kvasir.cluster.call import ROUTE_HEADER, request_id_from
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.grpc_call import Context, as_status, metadata, told
 from kvasir.cluster.health import Health
 from kvasir.cluster.http_front import warning_header
-from kvasir.cluster.open_inference_schema import (
-    FINAL,
-    INPUTS,
-    OUTPUTS,
-    VERSION,
-    TensorAsk,
-    check_version,
-    parse_inference,
-    response,
+from kvasir.cluster.open_inference_schema import FINAL, INPUTS, OUTPUTS, TensorAsk, parse_inference, response
+from kvasir.cluster.open_inference_statistics import statistics
+from kvasir.cluster.open_inference_vectors import (
+    EMBEDDING,
+    VECTOR_INPUTS,
+    VECTOR_OUTPUTS,
+    embedded,
+    only_embeds,
+    parse_vectors,
+    wants_vectors,
 )
+from kvasir.cluster.open_inference_wire import VERSION, check_version
 from kvasir.cluster.recordings import RESUMABLE
+from kvasir.cluster.vectors import Vectors
 from kvasir.engine.errors import ClientError, KvasirError, ModelNotFoundError
 from kvasir.engine.transcript import Delta
 from kvasir.proto import open_inference_pb2 as pb
 from kvasir.proto.open_inference_pb2_grpc import GRPCInferenceServiceServicer
 
 OPEN_INFERENCE = "inference.GRPCInferenceService"
+SHAPES = {"num_input_tokens": (1,), EMBEDDING: (-1, -1)}
+"""Of outputs that don't have one value per continuation."""
 MAX_AT_ONCE = 256
 """Requests of one ModelStreamInfer that run; further ones aren't read until one of them ends."""
-EXTENSIONS = ("parameters", "schedule_policy")
+EXTENSIONS = ("parameters", "schedule_policy", "statistics")
 
 
 class OpenInference(GRPCInferenceServiceServicer):
     """The service of open_inference.proto. A call that is cancelled is cancelled here too, and ends its requests."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, other_metrics: OtherMetrics = no_others) -> None:
         self._desk = desk
+        self._other_metrics = other_metrics
         self._health = Health(desk)
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:  # noqa: N802
@@ -70,22 +77,38 @@ class OpenInference(GRPCInferenceServiceServicer):
     ) -> pb.ModelMetadataResponse:
         async with as_status(context):
             check_version(request.version)
-            name = self._desk.model(request.name).name
-            reply = pb.ModelMetadataResponse(name=name, versions=[VERSION], platform="kvasir")
-            for tensor, datatype in INPUTS.items():
-                reply.inputs.add(name=tensor, datatype=datatype, shape=[1])
-            for tensor, datatype in OUTPUTS.items():
-                reply.outputs.add(name=tensor, datatype=datatype, shape=[1 if tensor == "num_input_tokens" else -1])
-            for info in self._desk.directory.models():
-                if info.name == name:
-                    reply.properties["max_model_len"] = str(info.max_model_len)
+            model = self._desk.model(request.name)
+            info = self._desk.info(model)
+            reply = pb.ModelMetadataResponse(name=model.name, versions=[VERSION], platform="kvasir")
+            inputs, outputs = INPUTS, OUTPUTS | (VECTOR_OUTPUTS if "embed" in info.tasks else {})
+            if alone := only_embeds(info.tasks):
+                inputs, outputs = VECTOR_INPUTS, VECTOR_OUTPUTS
+            for tensor, datatype in inputs.items():
+                reply.inputs.add(name=tensor, datatype=datatype, shape=[-1 if alone and tensor == "text_input" else 1])
+            for tensor, datatype in outputs.items():
+                reply.outputs.add(name=tensor, datatype=datatype, shape=SHAPES.get(tensor, (-1,)))
+            reply.properties["max_model_len"] = str(info.max_model_len)
             return reply
+
+    async def ModelStatistics(  # noqa: N802
+        self, request: pb.ModelStatisticsRequest, context: Context
+    ) -> pb.ModelStatisticsResponse:
+        async with as_status(context):
+            check_version(request.version)
+            models = [self._desk.model(request.name)] if request.name else self._desk.models
+            others = await self._other_metrics()
+            texts = [self._desk.metrics.render().decode(), *others.values()]
+            return statistics(texts, [model.name for model in models])
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:  # noqa: N802
         headers = metadata(context)
         async with as_status(context):
             request_id = _request_id(request, headers)
             await context.send_initial_metadata((("x-request-id", request_id),))
+            if self._wants_vectors(request):
+                reply, vectors = await self._embed(request, request_id, headers, context)
+                context.set_trailing_metadata((("server-timing", vectors.timing.text()),))
+                return reply
             asked = parse_inference(request)
             if asked.stream:
                 raise ClientError("stream must be false in ModelInfer; ModelStreamInfer streams", param="stream")
@@ -132,6 +155,11 @@ class OpenInference(GRPCInferenceServiceServicer):
         headers = metadata(context)
         try:
             request_id = _request_id(request, headers)
+            if self._wants_vectors(request):
+                whole, _ = await self._embed(request, request_id, headers, context)
+                whole.parameters[FINAL].bool_param = True
+                yield pb.ModelStreamInferResponse(infer_response=whole)
+                return
             asked = parse_inference(request)
             async with self._begun(asked, request_id, headers, context) as generation:
                 replies = _pieces(asked, generation) if asked.stream else _one(asked, generation)
@@ -140,6 +168,14 @@ class OpenInference(GRPCInferenceServiceServicer):
                         yield pb.ModelStreamInferResponse(infer_response=reply)
         except Exception as error:
             yield _failed(request, told(error))
+
+    def _wants_vectors(self, request: pb.ModelInferRequest) -> bool:
+        return wants_vectors(request, self._desk.info(self._desk.model(request.model_name)).tasks)
+
+    async def _embed(
+        self, request: pb.ModelInferRequest, request_id: str, headers: Mapping[str, str], context: Context
+    ) -> tuple[pb.ModelInferResponse, Vectors]:
+        return await embedded(self._desk, parse_vectors(request), request_id, headers, context.time_remaining())
 
     @asynccontextmanager
     async def _begun(

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class GRPCInferenceServiceStub:
-    """Texts of the models that this server serves, as named tensors.
+    """Texts of the models that this server serves, and vectors of texts, as named tensors.
     """
 
     def __init__(self, channel):
@@ -60,6 +60,11 @@ class GRPCInferenceServiceStub:
                 request_serializer=kvasir_dot_proto_dot_open__inference__pb2.ModelMetadataRequest.SerializeToString,
                 response_deserializer=kvasir_dot_proto_dot_open__inference__pb2.ModelMetadataResponse.FromString,
                 _registered_method=True)
+        self.ModelStatistics = channel.unary_unary(
+                '/inference.GRPCInferenceService/ModelStatistics',
+                request_serializer=kvasir_dot_proto_dot_open__inference__pb2.ModelStatisticsRequest.SerializeToString,
+                response_deserializer=kvasir_dot_proto_dot_open__inference__pb2.ModelStatisticsResponse.FromString,
+                _registered_method=True)
         self.ModelInfer = channel.unary_unary(
                 '/inference.GRPCInferenceService/ModelInfer',
                 request_serializer=kvasir_dot_proto_dot_open__inference__pb2.ModelInferRequest.SerializeToString,
@@ -73,7 +78,7 @@ class GRPCInferenceServiceStub:
 
 
 class GRPCInferenceServiceServicer:
-    """Texts of the models that this server serves, as named tensors.
+    """Texts of the models that this server serves, and vectors of texts, as named tensors.
     """
 
     def ServerLive(self, request, context):
@@ -111,16 +116,23 @@ class GRPCInferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ModelStatistics(self, request, context):
+        """What became of the requests for a model since the server started, or for each model: all that came over HTTP and gRPC.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ModelInfer(self, request, context):
-        """Continues a text; the answer comes in one piece.
+        """Continues a text, or embeds texts if the model does that; the answer comes in one piece.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ModelStreamInfer(self, request_iterator, context):
-        """Any number of requests; each is answered as tokens are made if its input `stream` is true, else in one piece. Answers of
-        several requests are told apart by their ids.
+        """Any number of requests; each is answered as tokens are made if its input `stream` is true, else in one piece, as
+        vectors always are. Answers of several requests are told apart by their ids.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -154,6 +166,11 @@ def add_GRPCInferenceServiceServicer_to_server(servicer, server):
                     request_deserializer=kvasir_dot_proto_dot_open__inference__pb2.ModelMetadataRequest.FromString,
                     response_serializer=kvasir_dot_proto_dot_open__inference__pb2.ModelMetadataResponse.SerializeToString,
             ),
+            'ModelStatistics': grpc.unary_unary_rpc_method_handler(
+                    servicer.ModelStatistics,
+                    request_deserializer=kvasir_dot_proto_dot_open__inference__pb2.ModelStatisticsRequest.FromString,
+                    response_serializer=kvasir_dot_proto_dot_open__inference__pb2.ModelStatisticsResponse.SerializeToString,
+            ),
             'ModelInfer': grpc.unary_unary_rpc_method_handler(
                     servicer.ModelInfer,
                     request_deserializer=kvasir_dot_proto_dot_open__inference__pb2.ModelInferRequest.FromString,
@@ -173,7 +190,7 @@ def add_GRPCInferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GRPCInferenceService:
-    """Texts of the models that this server serves, as named tensors.
+    """Texts of the models that this server serves, and vectors of texts, as named tensors.
     """
 
     @staticmethod
@@ -301,6 +318,33 @@ class GRPCInferenceService:
             '/inference.GRPCInferenceService/ModelMetadata',
             kvasir_dot_proto_dot_open__inference__pb2.ModelMetadataRequest.SerializeToString,
             kvasir_dot_proto_dot_open__inference__pb2.ModelMetadataResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ModelStatistics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference.GRPCInferenceService/ModelStatistics',
+            kvasir_dot_proto_dot_open__inference__pb2.ModelStatisticsRequest.SerializeToString,
+            kvasir_dot_proto_dot_open__inference__pb2.ModelStatisticsResponse.FromString,
             options,
             channel_credentials,
             insecure,

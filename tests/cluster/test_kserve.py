@@ -3,6 +3,7 @@ one definition of the protocol's messages, and stubs for what that client can't 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import queue
 import subprocess
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 
 import grpc
+import httpx
+import numpy as np
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -20,7 +23,9 @@ from hypothesis import strategies as st
 
 from kvasir.cluster import open_inference_api
 from kvasir.cluster.config import GatewayConfig
+from kvasir.cluster.metrics import Metrics
 from kvasir.cluster.open_inference_schema import INPUTS, parse_inference
+from kvasir.cluster.open_inference_statistics import statistics
 from kvasir.cluster.openai_fields import SAMPLING
 from kvasir.cluster.structured_fields import FIELDS as STRUCTURED
 from kvasir.engine.errors import ClientError, OverloadedError
@@ -85,13 +90,23 @@ with triton.InferenceServerClient(sys.argv[1]) as client:
     result, error = answers.get(timeout=10)
     found["stream error"] = error.message()
     client.stop_stream()
+    found["statistics"] = client.get_inference_statistics("bytes", as_json=True)["model_stats"]
+with triton.InferenceServerClient(sys.argv[2]) as client:
+    metadata = client.get_model_metadata("bytes", as_json=True)
+    found["embedder"] = {one["name"]: [one["datatype"], one["shape"]] for one in metadata["inputs"] + metadata["outputs"]}
+    texts = triton.InferInput("text_input", [2], "BYTES")
+    texts.set_data_from_numpy(np.array([b"Hi", "Hör".encode()], dtype=object))
+    given = [texts, *inputs(return_num_input_tokens=True)]
+    reply = client.infer("bytes", given, request_id="8", parameters={"dimensions": 2})
+    found["vectors"] = [reply.as_numpy("embedding").tolist(), reply.as_numpy("num_input_tokens").tolist()]
+    found["vectors"] += [str(reply.as_numpy("embedding").dtype), reply.get_response().id]
 print(json.dumps(found))
 """
 
 
-def test_tritons_client(gateway, tmp_path, monkeypatch):
+def test_tritons_client(gateway, embedder, tmp_path, monkeypatch):
     monkeypatch.setattr(gateway.group, "step_s", 0.01)
-    command = [sys.executable, "-c", TRITON, gateway.grpc_address]
+    command = [sys.executable, "-c", TRITON, gateway.grpc_address, embedder.grpc_address]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
@@ -109,6 +124,14 @@ def test_tritons_client(gateway, tmp_path, monkeypatch):
     assert "'image'" in message
     assert found["stream"] == {"a": [TEXT, True], "b": [TEXT, True]}
     assert "top_p" in found["stream error"]
+    (of_model,) = found["statistics"]
+    assert (of_model["name"], of_model["version"], of_model["inference_count"]) == ("bytes", "1", "4")
+    assert int(of_model["inference_stats"]["success"]["ns"]) > 4e9 * 0.01
+    assert found["embedder"] == {
+        "text_input": ["BYTES", ["-1"]], "return_num_input_tokens": ["BOOL", ["1"]],
+        "embedding": ["FP32", ["-1", "-1"]], "num_input_tokens": ["UINT32", ["1"]],
+    }  # fmt: skip
+    assert found["vectors"] == [[[2.0, 0.5], [4.0, 0.5]], [6], "float32", "8"]
 
 
 def test_names_and_numbers_are_the_published_ones(data, tmp_path):
@@ -145,6 +168,14 @@ def shape(file: FileDescriptorProto) -> dict[str, tuple]:
 def stub(gateway):
     with grpc.insecure_channel(gateway.grpc_address) as channel:
         yield GRPCInferenceServiceStub(channel)
+
+
+@pytest.fixture(scope="module")
+def embedder(gateway, byte_model):
+    """Another gateway, whose model embeds and does nothing else."""
+    with type(gateway)(byte_model) as live:
+        live.group.info = dataclasses.replace(live.group.info, tasks=("embed",))
+        yield live
 
 
 @pytest.fixture
@@ -332,6 +363,124 @@ def test_a_stream_cant_repeat_the_prompt(stub):
     request = asking(stream=True, exclude_input_in_output=False)
     (reply,) = stub.ModelStreamInfer(iter([request]), timeout=10)
     assert reply.infer_response.parameters["param"].string_param == "exclude_input_in_output"
+
+
+def texts_to_embed(*texts, shape=None, **parameters):
+    request = asking(texts[0], parameters)
+    request.inputs[0].contents.bytes_contents.extend(text.encode() for text in texts[1:])
+    request.inputs[0].shape[:] = [len(texts)] if shape is None else shape
+    return request
+
+
+def test_vectors_as_the_embeddings_route_has_them(embedder, connect, monkeypatch):
+    monkeypatch.setattr(embedder.group, "vector", lambda request: [0.1 * len(request.prompt_token_ids), -1 / 3])
+    stub = connect(embedder)
+    request = texts_to_embed(
+        "a", "bc", shape=[2, 1], normalize=False, truncate_prompt_tokens=3, priority=2, timeout=5_000_000
+    )
+    reply, call = stub.ModelInfer.with_call(request, timeout=10, metadata=(("x-request-id", "mine"),))
+    (tensor,) = reply.outputs
+    assert (tensor.name, tensor.datatype, list(tensor.shape)) == ("embedding", "FP32", [2, 2])
+    body = {"model": "bytes", "input": ["a", "bc"], "normalize": False}
+    data = httpx.post(embedder.url + "/v1/embeddings", json=body, timeout=10).json()["data"]
+    np.testing.assert_array_equal(
+        np.float32(tensor.contents.fp32_contents), np.float32([one["embedding"] for one in data]).ravel()
+    )
+    assert not reply.raw_output_contents
+    assert "total" in dict(call.trailing_metadata())["server-timing"]
+    sent = embedder.group.requests[-4]
+    assert (sent.priority, sent.pooling.normalize, sent.request_id.split("-")[0]) == (2, False, "mine")
+    assert 1 < sent.deadline_s <= 5
+
+
+def test_vectors_in_a_stream(embedder, connect):
+    requests = [texts_to_embed("a"), texts_to_embed("b", temperature=0.5)]
+    replies = list(connect(embedder).ModelStreamInfer(iter(requests), timeout=10))
+    (good,) = [reply.infer_response for reply in replies if not reply.error_message]
+    assert list(good.outputs[0].contents.fp32_contents) == [1.0, 0.5]
+    assert good.parameters["triton_final_response"].bool_param
+    (failed,) = [reply.infer_response for reply in replies if reply.error_message]
+    assert failed.parameters["param"].string_param == "temperature"
+
+
+@pytest.mark.parametrize(
+    ("request_", "param"),
+    [
+        (asking(stream=True), "stream"),
+        (asking(sampling={"temperature": 1}), "sampling_parameters"),
+        (asking(outputs=["text_output"]), "text_output"),
+        (asking(parameters={"dimensions": 0}), "dimensions"),
+        (asking(parameters={"encoding_format": "base64"}), "encoding_format"),
+        (texts_to_embed("a", "b", shape=[3]), "text_input"),
+        (texts_to_embed("a", "b", shape=[1, 2]), "text_input"),
+        (texts_to_embed("a", "b", shape=[0]), "text_input"),
+        (texts_to_embed(*["a"] * 2049), "text_input"),
+        (texts_to_embed("a", "x" * 5000), "text_input[1]"),
+        (changed(lambda r: r.ClearField("inputs")), "text_input"),
+        (changed(lambda r: add_input(r, "text_input", "b")), "text_input"),
+    ],
+)
+def test_refusals_of_vectors(embedder, connect, request_, param):
+    with pytest.raises(grpc.RpcError) as caught:
+        connect(embedder).ModelInfer(request_, timeout=10)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert dict(caught.value.trailing_metadata())["kvasir-param"] == param
+
+
+def test_a_model_that_does_both(gateway, stub, monkeypatch):
+    monkeypatch.setattr(gateway.group, "info", dataclasses.replace(gateway.group.info, tasks=("generate", "embed")))
+    metadata = stub.ModelMetadata(pb.ModelMetadataRequest(name="bytes"), timeout=10)
+    shapes = {one.name: list(one.shape) for one in [*metadata.inputs, *metadata.outputs]}
+    assert (shapes["text_input"], shapes["text_output"], shapes["embedding"]) == ([1], [-1], [-1, -1])
+    reply = stub.ModelInfer(asking(outputs=["embedding"]), timeout=10)
+    assert list(reply.outputs[0].contents.fp32_contents) == [2.0, 0.5]
+    assert stub.ModelInfer(asking(), timeout=10).outputs[0].name == "text_output"
+
+
+def test_a_model_that_embeds_nothing(stub):
+    with pytest.raises(grpc.RpcError, match="can't embed") as caught:
+        stub.ModelInfer(asking(outputs=["embedding"]), timeout=10)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_statistics(live_gateway, connect):
+    """They count what came by any protocol."""
+    with live_gateway() as gateway:
+        stub = connect(gateway)
+        (before,) = stub.ModelStatistics(pb.ModelStatisticsRequest(), timeout=10).model_stats
+        assert (before.name, before.version, before.last_inference, before.inference_count) == ("bytes", "1", 0, 0)
+        began = time.time()
+        stub.ModelInfer(asking(sampling={"n": 2}), timeout=10)
+        body = {"model": "bytes", "prompt": ["a", "b"], "max_tokens": 3}
+        assert httpx.post(gateway.url + "/v1/completions", json=body, timeout=10).status_code == 200
+        with pytest.raises(grpc.RpcError):
+            stub.ModelInfer(asking(sampling={"max_tokens": 9999}), timeout=10)
+        (after,) = stub.ModelStatistics(
+            pb.ModelStatisticsRequest(name="alias/bytes", version="1"), timeout=10
+        ).model_stats
+        found = {field.name: value.count for field, value in after.inference_stats.ListFields()}
+        assert found == {"success": 3, "fail": 1, "queue": 3, "compute_infer": 4}
+        assert after.inference_count == 3
+        assert after.inference_stats.success.ns >= after.inference_stats.compute_infer.ns / 4 > 0
+        assert 1000 * began - 1 <= after.last_inference <= 1000 * time.time() + 1
+        for request in (pb.ModelStatisticsRequest(name="other"), pb.ModelStatisticsRequest(version="2")):
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.ModelStatistics(request, timeout=10)
+            assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+def test_statistics_of_several_gateways():
+    texts = []
+    for count in (1, 2):
+        metrics = Metrics()
+        for _ in range(count):
+            metrics.call("m", "text_completion", [], 0.0)
+            metrics.failed("m", "unavailable")
+        texts.append(metrics.render().decode())
+    m, other = statistics(texts, ["m", "other"]).model_stats
+    assert m.inference_stats.fail.count == 3
+    assert m.last_inference > 0
+    assert other == pb.ModelStatistics(name="other", version="1", inference_stats=other.inference_stats)
 
 
 def wait_until(condition, seconds=5.0):
