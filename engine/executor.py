@@ -11,7 +11,7 @@ from typing import Protocol
 from kvasir.engine.codec import decode_result, encode_step
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.control import Hub
-from kvasir.engine.errors import ConfigError
+from kvasir.engine.errors import ConfigError, UnavailableError
 from kvasir.engine.exchange import Exchange
 from kvasir.engine.grammar import Grammars
 from kvasir.engine.graphs import graphs_of
@@ -35,6 +35,7 @@ class Executor(Protocol):
 
     loaded: Loaded
     depth: int
+    lane: Lane
     grammars: Grammars
     fetched: queue.SimpleQueue[tuple[int, int]]
     """(ticket, count): what a rank has read of what a step's fetch asked for."""
@@ -59,6 +60,13 @@ class Lane:
         self._done: queue.SimpleQueue[Outcome | Result | BaseException] = queue.SimpleQueue()
         self._closing = False
         self._thread: threading.Thread | None = None
+        self.on_done: Callable[[], None] = lambda: None
+        """Called in any thread when something can be collected."""
+
+    @property
+    def ready(self) -> bool:
+        """Something can be collected at once (a GPU may still be at work on it)."""
+        return not self._done.empty()
 
     def launch(self, step: Step) -> None:
         if self._thread is None:
@@ -73,26 +81,28 @@ class Lane:
             raise found
         return found if isinstance(found, Result) else found.result()
 
-    def put(self, result: Result | BaseException) -> None:
+    def put(self, result: Outcome | Result | BaseException) -> None:
         """Any thread, in the order of the steps."""
         self._done.put(result)
+        self.on_done()
 
     def close(self) -> None:
-        """Wait for the step that is being executed; those behind it never are."""
+        """Wait for the step that is being executed; those behind it never are, and who waits for one is told."""
         self._closing = True
         self._steps.put(None)
         if self._thread is not None:
             self._thread.join()
+        self._done.put(UnavailableError("the engine was shut down"))
 
     def _work(self) -> None:
         while (step := self._steps.get()) is not None and not self._closing:
             try:
                 outcome = self._execute(step)
             except BaseException as error:  # the thread's border: who collects raises it
-                self._done.put(error)
+                self.put(error)
                 return
             if outcome is not None:
-                self._done.put(outcome)
+                self.put(outcome)
 
 
 class LocalExecutor:
@@ -106,7 +116,7 @@ class LocalExecutor:
         self.fetched: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         if loaded.tiers is not None:
             loaded.tiers.on_fetched = lambda *said: self.fetched.put(said)
-        self._lane = Lane(lambda step: self.rank.launch(step))
+        self.lane = Lane(lambda step: self.rank.launch(step))
 
     def serve_blocks(self, host: str, secret: str, on_ask: OnAsk) -> tuple[Exchange, list[str]] | None:
         exchange = self.rank.exchange = self.loaded.exchange()
@@ -116,13 +126,13 @@ class LocalExecutor:
         return exchange, [exchange.listen(host, secret, on_ask)]
 
     def launch(self, step: Step) -> None:
-        self._lane.launch(step)
+        self.lane.launch(step)
 
     def collect(self) -> Result:
-        return self._lane.collect()
+        return self.lane.collect()
 
     def close(self) -> None:
-        self._lane.close()
+        self.lane.close()
         if self.rank.exchange is not None:
             self.rank.exchange.close()
         if self.loaded.tiers is not None:
@@ -136,7 +146,7 @@ class GroupExecutor:
         self._config, self._hub, self._kill = config, hub, kill
         self._mesh = Mesh()
         self._tiers: Tiers | None = None
-        self._lane = Lane(self._execute)
+        self.lane = Lane(self._execute)
         hub.on_failure = self._free
         try:
             self._mesh = _meet(config, hub, own_gpus)
@@ -172,13 +182,13 @@ class GroupExecutor:
         return exchange, [exchange.listen(host, secret, on_ask), *others]
 
     def launch(self, step: Step) -> None:
-        self._lane.launch(step)
+        self.lane.launch(step)
 
     def collect(self) -> Result:
-        return self._lane.collect()
+        return self.lane.collect()
 
     def close(self) -> None:
-        self._lane.close()
+        self.lane.close()
         self._hub.close()
         if (rank := getattr(self, "rank", None)) is not None and rank.exchange is not None:
             rank.exchange.close()
@@ -219,7 +229,7 @@ class GroupExecutor:
             except BaseException as error:  # the thread's border: who waits for a result raises it
                 result = error
             self._arrived.put(result)
-            self._lane.put(result)
+            self.lane.put(result)
             if isinstance(result, BaseException):
                 return
 

@@ -244,8 +244,8 @@ class Lender:
 
     def _converse(self, connection: socket.socket) -> None:
         try:
-            connection.settimeout(HELLO_S)
             if is_greeted(connection, self._secret):
+                connection.settimeout(HELLO_S)
                 said, data = receive(connection)
                 connection.settimeout(SLOW_S)
                 if connection.family != socket.AF_UNIX:

@@ -119,7 +119,7 @@ class Lends:
             return []
         found: list[Lent] = []
         size = self._terms.forms[0].block_bytes
-        room = min(PORTION_BYTES, self._index.room) // size
+        room = min(max(PORTION_BYTES, size), self._index.room) // size
         for number, lend in [*self._open.items()]:
             if not self._index.is_live(number):
                 self._close(number)

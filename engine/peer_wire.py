@@ -11,6 +11,7 @@ import hmac
 import json
 import socket
 import struct
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -118,9 +119,15 @@ def greet(connection: socket.socket, secret: str) -> None:
 
 
 def is_greeted(connection: socket.socket, secret: str) -> bool:
-    """Whether who connected knows the secret."""
-    said = exactly(connection, len(MAGIC) + 32)
-    return hmac.compare_digest(bytes(said), MAGIC + _token(secret))
+    """Whether who connected knows the secret, and says so within HELLO_S in all."""
+    said, wanted, until = b"", len(MAGIC) + 32, time.monotonic() + HELLO_S
+    while len(said) < wanted:
+        connection.settimeout(max(0.001, until - time.monotonic()))
+        got = connection.recv(wanted - len(said))
+        if not got:
+            raise EOFError("the connection was closed")
+        said += got
+    return hmac.compare_digest(said, MAGIC + _token(secret))
 
 
 def exactly(connection: socket.socket, count: int) -> bytearray:

@@ -131,10 +131,12 @@ class Puller:
         late.daemon = True
         late.start()
         try:
+            if began >= running.until:
+                raise RefusedError("others' fetches took all the time")  # no fault of the peer
             if not running.ended:
                 blocks, error = self._fetch(running, began)
         except RefusedError as refusal:
-            logger.info("%s lends no blocks: %s", pull.address, refusal)
+            logger.info("no blocks come from %s: %s", pull.address, refusal)
         except FAILURES as failure:
             error = failure
         late.cancel()
@@ -211,7 +213,7 @@ class Puller:
 
         with self._changed:
             if not self._changed.wait_for(fits, max(0.0, running.until - time.monotonic())):
-                raise TimeoutError("there was no room for it in time")
+                raise RefusedError("there was no room for them in time")
             return torch.empty(count, self._form.block_bytes, dtype=torch.uint8)
 
     @contextlib.contextmanager
