@@ -23,7 +23,7 @@ from kvasir.cluster.ollama_fields import (
     objects,
     seconds,
 )
-from kvasir.cluster.openai_fields import undrawn
+from kvasir.cluster.openai_fields import unused
 from kvasir.cluster.openai_schema import processors, sort_fields, token_bias
 from kvasir.cluster.tool_use import ToolUse, tool_use
 from kvasir.engine.errors import ClientError, UnsupportedError
@@ -73,7 +73,7 @@ def parse_generate(body: Body) -> OllamaAsk:
     if not fields.get("prompt") and not fields.get("suffix"):
         return _loading(fields, warnings)
     raw, suffix = fields.get("raw", False), fields.get("suffix", "")
-    for name in ("system", "template", "context"):
+    for name in ("system", "template", "context", "think"):
         if (raw or suffix) and fields.get(name):
             text = f"{name} can't be combined with {'raw' if raw else 'suffix'}, which uses no template"
             raise ClientError(text, param=name)
@@ -169,7 +169,7 @@ def _options(options: Body) -> tuple[dict[str, Any], tuple[str, ...]]:
     if "logit_bias" in sampling:
         sampling["logit_bias"] = token_bias(sampling["logit_bias"])
     sampling["max_tokens"] = limit if limit > 0 else None
-    return sampling, tuple(f"options.{name}" for name in (*unknown, *undrawn(fields)))
+    return sampling, tuple(f"options.{name}" for name in (*unknown, *unused(fields)))
 
 
 def _logprobs(fields: Mapping[str, Any]) -> int | None:

@@ -86,11 +86,17 @@ DRAWN = (
 """What shapes draws, of which a beam search makes none."""
 
 
-def undrawn(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """Of a beam search's fields those that mean nothing to it."""
+_NEEDS = {"length_penalty": "use_beam_search", "early_stopping": "use_beam_search", "mirostat_tau": "mirostat",
+          "mirostat_eta": "mirostat"}  # fmt: skip
+"""Field -> the one without which it means nothing."""
+
+
+def unused(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those of a body's sampling fields that mean nothing beside the others, and why."""
+    alone = [f"{name} (needs {other})" for name, other in _NEEDS.items() if name in fields and not fields.get(other)]
     if not fields.get("use_beam_search"):
-        return ()
-    return tuple(f"{name} (beams aren't drawn)" for name in DRAWN if fields.get(name) not in (None, 0))
+        return tuple(alone)
+    return (*alone, *(f"{name} (beams aren't drawn)" for name in DRAWN if fields.get(name) not in (None, 0)))
 
 
 def later(name: str, value: Any) -> None:

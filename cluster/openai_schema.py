@@ -25,7 +25,7 @@ from kvasir.cluster.openai_fields import (
     TOKENIZE_HONOURED,
     Check,
     integer_from,
-    undrawn,
+    unused,
 )
 from kvasir.cluster.service_fields import priority
 from kvasir.cluster.structured_fields import structured_output
@@ -279,7 +279,7 @@ def _shape(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> dict[str, An
         "return_token_ids": fields.get("return_token_ids", False),
         "return_timing": fields.get("return_timing", False),
         "request_id": fields.get("request_id"),
-        "warnings": (*warnings, *undrawn(fields), *unstored),
+        "warnings": (*warnings, *unused(fields), *unstored),
         "session": fields.get("session_id", fields.get("prompt_cache_key", "")),
         **{name: fields[name] for name in ("service_tier", "store", "metadata") if name in fields},
     }
