@@ -166,7 +166,7 @@ class LastingStream:
         elif self._is_death(last := events[-1]):
             self._failed, self._deaths = last, self._deaths + 1
             events.pop()
-        return self._fresh(events) if self._overlap else events
+        return events if self._origin is None else self._fresh(events)
 
     def _is_death(self, event: Event) -> TypeGuard[Failed]:
         return isinstance(event, Failed) and event.code == UnavailableError.code and self._failover.timeout_s > 0
@@ -367,13 +367,15 @@ class LastingStream:
 
     def _hand_over(self, heirs: _Heirs) -> None:
         """All that the old group made was read: the others go on."""
-        (_, old), self._heirs = self._running, None
+        (_, old), self._heirs, self._mover = self._running, None, None
         old.on_leave = lambda: None
         old.abort()
         self._origin, self._earlier, self._resumed = self._origin or old, self._earlier or self._first_token, True
         since = {index: tokens[heirs.told[index] :] for index, tokens in self._live.items()}
         if (heir := heirs.streams.get(WHOLE)) is not None:
             self._overlap = Overlap(since)
+            for index in heirs.told.keys() - self._live.keys():  # they have ended meanwhile
+                self._aborted[index] = "abort"
             self._attach(*heir._running)
             return
         for index in heirs.streams.keys() - self._live.keys():  # they have ended meanwhile
@@ -398,11 +400,14 @@ class LastingStream:
         self._heirs = None
 
     def _fresh(self, events: list[Event]) -> list[Event]:
-        """What comes behind the overlap. Where this group says otherwise than the one before, it has to begin again."""
+        """What comes behind the overlap, of continuations that the group before hasn't ended. Where this group says
+        otherwise than that one, it has to begin again."""
         found: list[Event] = []
         try:
             for event in events:
-                if isinstance(event, Finished) and event.index in self._aborted:
+                if isinstance(event, Token | Finished) and event.index not in self._live:
+                    continue
+                if isinstance(event, Finished) and event.index in self._aborted and event.index in self._overlap:
                     found.append(self._end(event.index, event.reason))
                 elif (fresh := self._overlap.fresh(event)) is not None:
                     found.append(fresh)

@@ -26,12 +26,15 @@ class Merged:
     """Several streams read as one. Holds one batch at most: for slow readers the streams have their own limit."""
 
     def __init__(self, streams: Sequence[EventStream]) -> None:
-        self._queue: asyncio.Queue[tuple[int, Sequence[Event]]] = asyncio.Queue(maxsize=1)
+        self._queue: asyncio.Queue[tuple[int, Sequence[Event] | Exception]] = asyncio.Queue(maxsize=1)
         self._tasks = [asyncio.ensure_future(self._pump(number, stream)) for number, stream in enumerate(streams)]
 
     async def next(self) -> tuple[int, Sequence[Event]]:
-        """(stream's number, its events); no events: that stream has ended."""
-        return await self._queue.get()
+        """(stream's number, its events); no events: that stream has ended. Raises what a stream raises."""
+        number, events = await self._queue.get()
+        if isinstance(events, Exception):
+            raise events
+        return number, events
 
     def close(self) -> None:
         """Who waits is told that a stream has ended."""
@@ -41,8 +44,10 @@ class Merged:
             self._queue.put_nowait((0, ()))
 
     async def _pump(self, number: int, stream: EventStream) -> None:
-        events: Sequence[Event] = await stream.batch()
-        while events:
-            await self._queue.put((number, events))
-            events = await stream.batch()
-        await self._queue.put((number, ()))
+        try:
+            while events := await stream.batch():
+                await self._queue.put((number, events))
+        except Exception as error:  # whoever reads has to know
+            await self._queue.put((number, error))
+        else:
+            await self._queue.put((number, ()))

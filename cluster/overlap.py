@@ -21,6 +21,10 @@ class Overlap:
     def __bool__(self) -> bool:
         return bool(self._tokens)
 
+    def __contains__(self, index: int) -> bool:
+        """Some of what was delivered of this continuation hasn't come again."""
+        return index in self._tokens
+
     def fresh(self, event: Event) -> Event | None:
         """What is new in an event of the next group, if anything. Raises Differs."""
         known = self._tokens.get(event.index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import random
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvasir.cluster.failover import LastingStream
+from kvasir.cluster.merged import Merged
 from kvasir.cluster.overlap import Differs, Overlap
 from kvasir.engine.errors import OverloadedError
 from kvasir.engine.event import Failed, Finished, Token, TokenLogprob
@@ -105,6 +107,96 @@ def test_a_group_that_drains_is_left_before_it_ends(group_of_fakes, n):
             assert fleet.moves == ["drain"]
             found = outcome(events + await reader, n)
             assert [one[0] for one in found] == [[draw(7 + i, p) for p in range(200)] for i in range(n)]
+
+    run(main())
+
+
+def held(group):
+    """Its engine makes no steps. Returns what lets it make so many more; all, when it isn't told how many."""
+    advance = group.engine._advance
+    group.engine._advance = lambda name: []
+
+    def let_go(steps=10**9):
+        left = itertools.repeat(True, steps)
+        group.engine._advance = lambda name: advance(name) if next(left, False) else []
+
+    return let_go
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("by", ["reader", "group"])
+def test_what_ends_before_all_is_handed_over_stays_ended(group_of_fakes, by, steps):
+    """The next group makes all continuations, also the one that is no more."""
+
+    async def main():
+        async with Fleet(group_of_fakes, 2, 0.005) as fleet:
+            let_go = {group: held(group) for group in fleet.groups}
+            stream = LastingStream(request(n=3, max_tokens=60), fleet.failover())
+            await stream.start()
+            await until(fleet.serving)
+            (old,) = fleet.serving()
+            (new,) = [group for group in fleet.groups if group is not old]
+            reader = asyncio.ensure_future(read(stream))
+            draining = asyncio.ensure_future(old.service.drain(30.0))
+            await until(lambda: new.engine.requests)
+            let_go[old](steps)
+            await until(lambda: len(stream._live[1]) == steps)
+            if by == "reader":
+                stream.abort(1, "stop")
+            else:
+                old.engine.abort(old.engine.submitted[0].request_id, 1, "stop")
+            await until(lambda: 1 not in stream._live)
+            let_go[new]()
+            found = outcome(await reader, 3)
+            await draining
+            await until(lambda: not fleet.serving())
+            assert fleet.moves == ["drain"]
+            assert found[1][0] == [draw(8, position) for position in range(steps)]
+            assert found[1][3] == [("stop", steps)]
+            for index in 0, 2:
+                assert found[index][0] == [draw(7 + index, position) for position in range(60)]
+                assert found[index][3] == [("length", 60)]
+            assert [one[1] for one in new.engine.aborted] == [1]
+
+    run(main())
+
+
+def test_a_group_that_drains_before_it_takes_over_is_left_at_once(group_of_fakes):
+    async def main():
+        async with Fleet(group_of_fakes, 3, 0.005) as fleet:
+            stream, events = await begun(fleet, max_tokens=60)
+            (old,) = fleet.serving()
+            held(old)
+            others = [held(group) for group in fleet.groups if group is not old]
+            reader = asyncio.ensure_future(read(stream))
+            draining = asyncio.ensure_future(old.service.drain(30.0))
+            await until(lambda: len(fleet.serving()) == 2)
+            (heir,) = [group for group in fleet.serving() if group is not old]
+            client = next(one for one in fleet.directory.clients("m") if one.endpoint == heir.endpoint)
+            client._change(True, "both")
+            for let_go in others:
+                let_go()
+            found = outcome(events + await reader, 1)
+            await draining
+            assert found[0][0] == [draw(7, position) for position in range(60)]
+            assert fleet.moves == ["drain", "drain"]
+
+    run(main())
+
+
+class Broken:
+    """A stream with a defect."""
+
+    async def batch(self):
+        raise KeyError("index")
+
+
+def test_what_a_stream_raises_reaches_who_reads_several():
+    async def main():
+        merged = Merged([Broken()])
+        with pytest.raises(KeyError, match="index"):
+            await merged.next()
+        merged.close()
 
     run(main())
 
@@ -264,6 +356,8 @@ def test_overlap():
     found = overlap.fresh(Token("r", 0, (3, 5), [score, score], [None]))
     assert ([*found.token_ids], len(found.logprobs), found.prompt_logprobs) == ([5], 1, None)
     assert overlap
+    assert 2 in overlap
+    assert 0 not in overlap
     assert isinstance(overlap.fresh(Failed("r", "unavailable", "")), Failed)
     with pytest.raises(Differs):
         overlap.fresh(Token("r", 2, (5,)))
