@@ -161,21 +161,22 @@ def test_what_ends_before_all_is_handed_over_stays_ended(group_of_fakes, by, ste
     run(main())
 
 
-def test_a_group_that_drains_before_it_takes_over_is_left_at_once(group_of_fakes):
+def test_a_group_that_drains_before_it_takes_over_is_left_too(group_of_fakes):
     async def main():
         async with Fleet(group_of_fakes, 3, 0.005) as fleet:
             stream, events = await begun(fleet, max_tokens=60)
             (old,) = fleet.serving()
-            held(old)
-            others = [held(group) for group in fleet.groups if group is not old]
+            let_go = {group.endpoint: held(group) for group in fleet.groups}
             reader = asyncio.ensure_future(read(stream))
+            ((_, made, _),) = old.engine.requests.values()
+            await until(lambda: len(stream._live[0]) == made[0])
             draining = asyncio.ensure_future(old.service.drain(30.0))
             await until(lambda: len(fleet.serving()) == 2)
-            (heir,) = [group for group in fleet.serving() if group is not old]
-            client = next(one for one in fleet.directory.clients("m") if one.endpoint == heir.endpoint)
-            client._change(True, "both")
-            for let_go in others:
-                let_go()
+            (heir,) = [group.endpoint for group in fleet.serving() if group is not old]
+            next(one for one in fleet.directory.clients("m") if one.endpoint == heir)._change(True, "both")
+            for endpoint, go in let_go.items():
+                if endpoint != old.endpoint:
+                    go(3 if endpoint == heir else 60)
             found = outcome(events + await reader, 1)
             await draining
             assert found[0][0] == [draw(7, position) for position in range(60)]
