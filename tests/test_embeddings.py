@@ -21,7 +21,9 @@ from kvasir.cluster.local_desk import local_desk
 from kvasir.engine import LLM, EngineConfig, PoolingParams
 from kvasir.engine.errors import ClientError, ContextLengthError
 from kvasir.proto import inference_pb2 as pb
+from kvasir.proto import open_inference_pb2
 from kvasir.proto.inference_pb2_grpc import InferenceStub
+from kvasir.proto.open_inference_pb2_grpc import GRPCInferenceServiceStub
 
 LONG = "to be or not to be " * 100
 BY_SENTENCE_TRANSFORMERS = {
@@ -143,6 +145,7 @@ async def _through_a_gateway(minilm, expected):
             await _http(client, expected)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             await _grpc(InferenceStub(channel), expected)
+            await _kserve(GRPCInferenceServiceStub(channel), expected)
         await server.stop(None)
 
 
@@ -163,6 +166,16 @@ async def _grpc(stub, expected):
     for text, one in zip(TEXTS, reply.embeddings, strict=True):
         close(one.values, expected[text])
     assert reply.usage.prompt_tokens == sum(one.prompt_tokens for one in reply.embeddings)
+
+
+async def _kserve(stub, expected):
+    request = open_inference_pb2.ModelInferRequest()
+    tensor = request.inputs.add(name="text_input", datatype="BYTES", shape=[len(TEXTS)])
+    tensor.contents.bytes_contents.extend(text.encode() for text in TEXTS)
+    (output,) = (await stub.ModelInfer(request)).outputs
+    assert list(output.shape) == [len(TEXTS), 384]
+    for number, text in enumerate(TEXTS):
+        close(output.contents.fp32_contents[384 * number : 384 * (number + 1)], expected[text])
 
 
 def test_batch_file(minilm, expected, tmp_path):
