@@ -11,9 +11,11 @@ from typing import Any
 from kvasir.cluster.answer_parts import ToolFormat
 from kvasir.cluster.tool_formats import TOOL_FORMATS
 from kvasir.engine.argument_grammar import check_arguments
+from kvasir.engine.argument_schema import Steps
 from kvasir.engine.argument_style import style_json
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.request import StructuredOutput
+from kvasir.engine.schema import MAX_DEPTH, check_depth
 
 MAX_TOOLS = 512
 _NAME = re.compile(r"""[^\x00-\x1f"'\\<>{}\[\]]{1,128}""")
@@ -70,10 +72,11 @@ class ToolUse:
         when the grammar is compiled.)"""
         if form.arguments is None:
             return None
+        steps = Steps()
         try:
             for name in self.names:
                 strict = exact or bool(self._function(name).get("strict"))
-                check_arguments(self._parameters(name), form.arguments, exact=strict)
+                check_arguments(self._parameters(name), form.arguments, exact=strict, steps=steps)
         except UnsupportedError as error:
             return error.message
         return None
@@ -207,6 +210,7 @@ def _checked(tool: Tool, at: str) -> str:
         raise ClientError(f"{at}.function.parameters must be a JSON Schema, got {parameters!r:.60}", param="tools")
     if parameters and parameters.get("type", "object") != "object":
         raise ClientError(f"{at}.function.parameters must be the schema of an object", param="tools")
+    check_depth(parameters, 2 * MAX_DEPTH, f"{at}.function.parameters", param="tools")
     return name
 
 

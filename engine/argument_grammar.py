@@ -10,12 +10,24 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from kvasir.engine.argument_schema import (
+    Json,
+    Steps,
+    apart,
+    bounds_of,
+    branches_of,
+    kinds_of_value,
+    members_of,
+    same,
+    values_of,
+)
 from kvasir.engine.argument_style import ArgumentStyle
 from kvasir.engine.argument_text import ANY, held, other_readings, plain, refused, slashed
 from kvasir.engine.errors import ClientError
 from kvasir.engine.raw_values import kinds_of, resolved, typed
 
-MAX_ARGUMENTS = 512
+MAX_DEPTH = 32
+"""Of schemas in schemas, where texts stand between quotes."""
 _NOTES = frozenset({
     "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment", "$defs",
     "definitions", "$schema", "$id", "optional", "nullable", "strict",
@@ -25,24 +37,31 @@ _OBJECT = frozenset({"type", "properties", "required", "additionalProperties"})
 _TEXT = frozenset({"type", "minLength", "maxLength", "pattern", "format"})
 _NUMBER = frozenset({"type", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
 _ARRAY = frozenset({"type", "items", "minItems", "maxItems"})
-Json = Mapping[str, Any]
+_ANYTHING: Json = {}
 
 
-def check_arguments(schema: Json, style: ArgumentStyle, *, exact: bool) -> None:
-    """UnsupportedError when a schema can't be enforced in this style, as far as that is known without compiling it."""
-    ArgumentRules(style, schema, _Names(), exact=exact).write()
+def check_arguments(schema: Json, style: ArgumentStyle, *, exact: bool, steps: Steps | None = None) -> None:
+    """UnsupportedError when a schema can't be enforced in this style, as far as that is known without compiling it; another
+    ClientError when it is none, or stands for too much. steps: shared by all tools of a call."""
+    ArgumentRules(style, schema, _Names(steps or Steps()), exact=exact).write()
 
 
 class _Names:
     """Where rules go that nobody wants."""
 
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+
     def rule(self, body: str) -> str:
+        self.steps.add()
         return "r"
 
     def token(self, body: str) -> str:
+        self.steps.add()
         return "T"
 
     def lazy(self, body: str) -> str:
+        self.steps.add()
         return "l"
 
     def literal(self, text: str) -> str:
@@ -62,6 +81,9 @@ class ArgumentRules:
     def __init__(self, style: ArgumentStyle, schema: Json, out: Any, *, exact: bool) -> None:
         self._style, self._root, self._out, self._exact = style, schema, out, exact
         self._known: dict[str, str] = {}
+        self._schemas: dict[int, tuple[Any, Json]] = {}
+        self._values: dict[int, str | None] = {}
+        """Rules of values by their schemas' identity; None: it is being made."""
         self._told = style.key_json is not None
         """Whether a value is a text is written beside it."""
         self._depth = 0
@@ -76,11 +98,7 @@ class ArgumentRules:
 
     def _members(self, schema: Json, member: Callable[[str, Any], str]) -> str:
         """All arguments, each at most once, those that are required always."""
-        properties = dict(schema.get("properties") or {})
-        required = [name for name in schema.get("required") or () if isinstance(name, str)]
-        properties |= {name: {} for name in required if name not in properties}
-        if len(properties) > MAX_ARGUMENTS:
-            raise ClientError(f"a tool takes {MAX_ARGUMENTS} parameters at most", param="tools")
+        properties, required = members_of(schema)
         more = schema.get("additionalProperties", True)
         if not properties and more is not False:
             return self._free(more)
@@ -149,12 +167,12 @@ class ArgumentRules:
 
     def _raw(self, schema: Json) -> tuple[list[str], list[str]]:
         """(ways to write it as text, as JSON), each with what ends it."""
-        if "enum" in schema or "const" in schema:
-            return self._choices(schema)
+        if (values := values_of(schema)) is not None:
+            texts, others = self._literals(values, schema, schema)
+            return texts, [self._json({"enum": others})] if others else []
         kinds = kinds_of(schema)
-        for name in ("anyOf", "oneOf"):
-            if isinstance(schema.get(name), list):
-                return self._branches(schema, name)
+        if (several := branches_of(schema)) is not None:
+            return self._branches(schema, *several)
         if not kinds:
             self._only(schema, frozenset(), "a parameter without a type")
             return [self._text([], kinds)], []
@@ -169,10 +187,10 @@ class ArgumentRules:
         rest = sorted(other if self._told else other - {"integer", "number"})  # numbers would be read as texts
         return [self._string(schema, kinds)], [{**schema, "type": rest}] if rest else []
 
-    def _branches(self, schema: Json, name: str) -> tuple[list[str], list[str]]:
+    def _branches(self, schema: Json, name: str, several: Sequence[Any]) -> tuple[list[str], list[str]]:
         """Of anyOf and oneOf: texts, and everything else as one schema."""
         self._only(schema, frozenset({name, "type"}), name)
-        branches = [self._schema(one) for one in schema[name]]
+        branches = [self._schema(one) for one in several]
         kinds = set().union(*map(kinds_of, branches))
         texts: list[str] = []
         others: list[Any] = []
@@ -192,27 +210,23 @@ class ArgumentRules:
 
     def _raw_of(self, branch: Json, kinds: set[str]) -> tuple[list[str], list[Any]]:
         """(texts of a branch, what else it takes as a schema). kinds: of all branches."""
-        if "enum" in branch or "const" in branch:
-            texts, others = self._literals(branch, {"type": sorted(kinds | {"string"})})
+        if (values := values_of(branch)) is not None:
+            texts, others = self._literals(values, branch, {"type": sorted(kinds | {"string"})})
             return texts, [{"enum": others}] if others else []
         return self._parted(branch, kinds)
 
-    def _choices(self, schema: Json) -> tuple[list[str], list[str]]:
-        texts, others = self._literals(schema, schema)
-        return texts, [self._json({"enum": others})] if others else []
-
-    def _literals(self, schema: Json, read_as: Json) -> tuple[list[str], list[Any]]:
+    def _literals(self, values: Sequence[Any], schema: Json, read_as: Json) -> tuple[list[str], list[Any]]:
         """(each value that its text is read as, those that aren't texts where that is told)."""
-        values = schema["enum"] if isinstance(schema.get("enum"), list) else [schema.get("const")]
+        self._out.steps.add(len(values))
         others = [value for value in values if self._told and not isinstance(value, str)]
-        values = [value for value in values if value not in others]
+        values = [value for value in values if not self._told or isinstance(value, str)]
         kinds, found = kinds_of({"type": schema.get("type")}), []
         for value in values:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            if kinds and not (_kinds(value) & kinds):
+            if kinds and not (kinds_of_value(value) & kinds):
                 continue
             whole = text.strip(self._style.edge or "\0") == text and not any(mark in text for mark in self._style.marks)
-            if whole and (self._told or _same(typed(text, read_as), value)):
+            if whole and (self._told or same(typed(text, read_as), value)):
                 found.append(self._ended(text.replace("&", "&amp;") if self._style.escapes else text))
         if not found and not others:
             raise refused("an enum or const of values that can't be told from others")
@@ -271,19 +285,32 @@ class ArgumentRules:
     # -- objects in a spelling of their own
 
     def _quoted(self, schema: Json) -> str:
-        """A value whose texts stand between quotes that JSON doesn't have, wherever they are."""
+        """A value whose texts stand between quotes that JSON doesn't have, wherever they are. One rule for each schema, however
+        often it is referred to."""
+        key = id(schema)  # `_schemas` keeps it
+        if key not in self._values:
+            self._depth += 1
+            if self._depth > MAX_DEPTH:
+                raise refused(f"a schema of more than {MAX_DEPTH} levels")
+            self._values[key] = None
+            self._values[key] = self._made(schema)
+            self._depth -= 1
+        if (rule := self._values[key]) is None:
+            raise refused("a schema that holds itself")
+        return rule
+
+    def _made(self, schema: Json) -> str:
         if not schema:
             return self._anything()
-        if "enum" in schema or "const" in schema:
-            values = schema["enum"] if isinstance(schema.get("enum"), list) else [schema.get("const")]
+        if (values := values_of(schema)) is not None:
             return str(self._out.rule(" | ".join(self._spelled(value) for value in values)))
-        for name in ("anyOf", "oneOf"):
-            if isinstance(schema.get(name), list):
-                self._only(schema, frozenset({name, "type"}), name)
-                branches = [self._schema(one) for one in schema[name]]
-                if name == "oneOf" and self._exact and not _apart(branches):
-                    raise refused("oneOf whose branches aren't told apart by their types")
-                return str(self._out.rule(" | ".join(self._quoted(one) for one in branches)))
+        if (several := branches_of(schema)) is not None:
+            name, given = several
+            self._only(schema, frozenset({name, "type"}), name)
+            branches = [self._schema(one) for one in given]
+            if name == "oneOf" and self._exact and not apart(branches):
+                raise refused("oneOf whose branches aren't told apart by their types")
+            return str(self._out.rule(" | ".join(self._quoted(one) for one in branches)))
         kinds = sorted(kinds_of(schema))
         if not kinds:
             self._only(schema, frozenset(), "a parameter without a type")
@@ -295,28 +322,19 @@ class ArgumentRules:
             return self._between_quotes(self._held(schema))
         if kind == "array":
             self._only(schema, _ARRAY | _TEXT | _NUMBER | _OBJECT, "an array")
-            return self._array(self._quoted(self._schema(schema.get("items", {}))), schema)
+            return self._array(schema)
         if kind == "object":
             self._only(schema, _OBJECT | _TEXT | _NUMBER | _ARRAY, "an object")
-            return self._braced(schema)
+            return str(self._out.rule(f'"{{" {self._members(schema, self._argument)} "}}"'))
         return self._plain_json({name: schema[name] for name in schema if name in _NUMBER} | {"type": kind})
 
-    def _array(self, item: str, schema: Json) -> str:
-        least, most = schema.get("minItems", 0), schema.get("maxItems")
+    def _array(self, schema: Json) -> str:
+        least, most = bounds_of(schema, "minItems", "maxItems")
         if most == 0:
             return str(self._out.rule('"[]"'))
+        item = self._quoted(self._schema(schema.get("items", {})))
         many = f'{item} ("," {item}){{{max(0, least - 1)},{"" if most is None else most - 1}}}'
         return str(self._out.rule(f'"[" {many} "]"' + (' | "[]"' if not least else "")))
-
-    def _braced(self, schema: Json) -> str:
-        """An object inside of another: a schema that holds itself is one rule."""
-        self._depth += 1
-        if self._depth > 32:
-            raise refused("a schema that holds itself")
-        try:
-            return str(self._out.rule(f'"{{" {self._members(schema, self._argument)} "}}"'))
-        finally:
-            self._depth -= 1
 
     def _between_quotes(self, fits: Sequence[str]) -> str:
         quote = self._style.quote
@@ -331,11 +349,13 @@ class ArgumentRules:
 
     def _spelled(self, value: Any) -> str:
         """One value."""
+        self._out.steps.add()
         literal, quote = self._out.literal, self._style.quote
         if isinstance(value, str):
             return " ".join([literal(quote), *([literal(value)] if value else []), literal(quote)])
         if isinstance(value, list):
-            return " ".join(['"["', *' "," '.join(self._spelled(one) for one in value).split(), '"]"'])
+            items = ' "," '.join(self._spelled(one) for one in value)
+            return f'"[" {items} "]"'
         if isinstance(value, dict):
             raise refused("an enum of objects")
         return str(literal(json.dumps(value)))
@@ -356,13 +376,19 @@ class ArgumentRules:
         return self._known[name]
 
     def _schema(self, schema: Any) -> Json:
-        """Resolved; true is {}."""
+        """Resolved; true is {}. The same one each time for what is the same."""
+        self._out.steps.add()
         found = resolved(schema, self._root)
         if found is True:
-            return {}
+            return _ANYTHING
+        if id(found) in self._schemas:
+            return self._schemas[id(found)][1]
         if not isinstance(found, Mapping) or "x-guidance" in found:
             raise ClientError(f"a parameter's schema must be an object, got {found!r:.60}", param="tools")
-        return {name: value for name, value in found.items() if name not in _NOTES}
+        said = {name: value for name, value in found.items() if name not in _NOTES}
+        self._schemas[id(found)] = found, said  # both kept: what is gone leaves its identity to others
+        self._schemas[id(said)] = said, said
+        return said
 
     def _only(self, schema: Any, known: frozenset[str], what: str) -> None:
         """UnsupportedError names a keyword that isn't in `known`."""
@@ -371,30 +397,3 @@ class ArgumentRules:
         other = [name for name in schema if name not in known and name not in _NOTES]
         if other and self._exact:
             raise refused(f"{other[0]:.60} of {what}")
-
-
-def _apart(branches: Sequence[Json]) -> bool:
-    """No two of them take the same type."""
-    kinds = [{"number" if kind == "integer" else kind for kind in kinds_of(one)} for one in branches]
-    return all(kinds) and sum(map(len, kinds)) == len(set().union(*kinds))
-
-
-def _kinds(value: Any) -> set[str]:
-    """Types that a value is of."""
-    if isinstance(value, bool):
-        return {"boolean"}
-    if isinstance(value, (int, float)):
-        return {"number", "integer"} if float(value).is_integer() else {"number"}
-    return {
-        "string"
-        if isinstance(value, str)
-        else "null"
-        if value is None
-        else "array"
-        if isinstance(value, list)
-        else "object"
-    }
-
-
-def _same(one: Any, other: Any) -> bool:
-    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from kvasir.engine.argument_schema import bounds_of
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.raw_values import WORDS
 
@@ -35,14 +36,14 @@ def refused(what: str) -> UnsupportedError:
 def held(schema: Mapping[str, Any], *, exact: bool) -> list[str]:
     """What a text must fit."""
     found = []
-    least, most = schema.get("minLength", 0), schema.get("maxLength")
+    least, most = bounds_of(schema, "minLength", "maxLength")
     if least or most is not None:
-        if type(least) is not int or (most is not None and type(most) is not int):
-            raise ClientError("minLength and maxLength are integers", param="tools")
         found.append(f"{ANY}{{{least},{'' if most is None else most}}}")
-    if isinstance(schema.get("pattern"), str):
-        found.append(_searched(schema["pattern"]))
-    form = schema.get("format")
+    pattern, form = schema.get("pattern"), schema.get("format")
+    if not all(one is None or isinstance(one, str) for one in (pattern, form)):
+        raise ClientError("pattern and format are texts", param="tools")
+    if pattern is not None:
+        found.append(_searched(pattern))
     if form in _FORMATS:
         found.append(_FORMATS[form])
     elif form is not None and exact:

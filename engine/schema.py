@@ -6,6 +6,7 @@ from typing import Any
 
 from kvasir.engine.errors import ClientError
 
+PARAM = "structured_outputs"
 MAX_DEPTH = 64
 """Of a schema's nesting."""
 DAY = (
@@ -24,12 +25,12 @@ NARROWED: dict[str, dict[str, Any]] = {
 """What a string of a format must also fit (RFC 3339, 5.7; RFC 1123, 2.1)."""
 
 
-def check_depth(value: Any, limit: int = MAX_DEPTH, what: str = "a schema") -> None:
+def check_depth(value: Any, limit: int = MAX_DEPTH, what: str = "a schema", param: str = PARAM) -> None:
     """ClientError when it is nested deeper than `limit`."""
     level, depth = [value] if isinstance(value, (dict, list)) else [], 0
     while level:
         if depth > limit:
-            raise ClientError(f"{what} is nested {limit} levels at most", param="structured_outputs")
+            raise ClientError(f"{what} is nested {limit} levels at most", param=param)
         inner = [child for one in level for child in _children(one)]
         level, depth = [child for child in inner if isinstance(child, (dict, list))], depth + 1
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvasir.engine.argument_grammar import ArgumentRules
+from kvasir.engine.argument_schema import Steps
 from kvasir.engine.argument_style import style_of
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.schema import narrowed
@@ -52,6 +53,7 @@ class _Writer:
         self._special = special
         self._rules: list[str] = []
         self._count = 0
+        self.steps = Steps()
 
     def write(self, form: Any) -> str:
         start = self._of(form)
@@ -136,6 +138,7 @@ class _Writer:
 
     def lazy(self, body: str) -> str:
         """Text that ends as soon as it can."""
+        self.steps.add(1 + len(body) // 1000)
         self._count += 1
         self._rules.append(f"lazy_{self._count}[lazy]: {body}")
         return f"lazy_{self._count}"
@@ -160,13 +163,15 @@ class _Writer:
         return " ".join(parts)
 
     def rule(self, body: str) -> str:
-        """The name of a new rule."""
+        """The name of a new rule. Long ones count for several."""
+        self.steps.add(1 + len(body) // 1000)
         self._count += 1
         self._rules.append(f"rule_{self._count}: {body}")
         return f"rule_{self._count}"
 
     def token(self, body: str) -> str:
         """The name of a new kind of text."""
+        self.steps.add(1 + len(body) // 1000)
         self._count += 1
         self._rules.append(f"TOKEN_{self._count}: {body}")
         return f"TOKEN_{self._count}"

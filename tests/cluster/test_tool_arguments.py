@@ -294,3 +294,45 @@ def test_texts_are_read_by_their_types():
     assert typed("True", {"type": "boolean"}) is True
     assert typed("[1]", {}) == [1]
     assert kinds_of({"anyOf": [{"type": "string"}, {"const": "x"}, {"type": ["null"]}]}) == {"string", "null"}
+
+
+def wide(levels):
+    """Each level refers to the next one twice: 2^levels objects."""
+    defs = {
+        f"d{n}": {"type": "object", "properties": {key: {"$ref": f"#/$defs/d{n + 1}"} for key in "ab"}}
+        for n in range(levels)
+    }
+    return {"$defs": defs | {f"d{levels}": {"type": "string"}}, "properties": {"a": {"$ref": "#/$defs/d0"}}}
+
+
+def forced(schema):
+    return tool_use([{"type": "function", "function": {"name": "f", "parameters": schema}}], "required")
+
+
+@pytest.mark.parametrize("name", ["gemma4", "functiongemma"])
+def test_what_is_referred_to_twice_is_written_once(name):
+    form = TOOL_FORMATS[name]
+    spec = json.loads(forced(wide(25)).grammar(form).structural_tag)
+    assert len(tag_grammar(spec, {})) < 100_000
+    assert forced(wide(3)).format(form) is form
+    matcher = matcher_of(forced(wide(2)), form)
+    begin, end = form.call
+    for text, right in (("a:{b:{a:QxQ,b:QyQ},a:{}}", False), ("a:{a:{},b:{a:QxQ,b:QyQ}}", True), ("a:{a:QxQ}", False)):
+        written = begin.replace("NAME", "f") + text.replace("Q", form.arguments.quote) + end
+        assert accepts(matcher, written) == right, text
+
+
+def test_values_to_choose_from_stay_as_they_are():
+    form = TOOL_FORMATS["gemma4"]
+    matcher = matcher_of(
+        forced({"properties": {"a": {"enum": [["b  c", [1, "d\te"]], "x  y"]}}, "required": ["a"]}), form
+    )
+    begin, end = form.call
+    for text, right in (
+        ("[Qb  cQ,[1,Qd\teQ]]", True),
+        ("[Qb cQ,[1,Qd\teQ]]", False),
+        ("Qx  yQ", True),
+        ("Qx yQ", False),
+    ):
+        written = f"{begin.replace('NAME', 'f')}a:{text}{end}".replace("Q", form.arguments.quote)
+        assert accepts(matcher, written) == right, text
