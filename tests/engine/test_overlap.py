@@ -48,7 +48,9 @@ def test_outputs_are_the_same(which: str, data: Callable[[str], Path]) -> None:
         while llm.engine.stats_at <= ended:  # what is told is a little old
             time.sleep(0.01)
         stats = llm.engine.stats()
-        counts.append((stats.prompt_tokens, stats.generation_tokens, stats.ended))
+        counts.append(
+            (stats.prompt_tokens, stats.ended)
+        )  # stop strings are found outside: what was made by then varies
         assert llm.engine.pool.check() == []
         llm.shutdown()
     assert found[0] == found[1]
