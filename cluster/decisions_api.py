@@ -7,7 +7,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,10 @@ from kvasir.engine.errors import ClientError
 Json = dict[str, Any]
 AT_ONCE = 16
 """Questions of one call that are scored at a time."""
+ANSWERS_AT_ONCE = 128
+"""And their answers, each of which is a request to an engine: a call mustn't fill its queue by itself."""
+PORTION = 64
+"""Of one question's answers, so that several questions share in them."""
 _PROBE = "probe answer"
 
 
@@ -35,6 +40,27 @@ class Scored:
     prompt_tokens: int
     cached_tokens: int
     answer_tokens: int
+
+
+class _Seats:
+    """Taken several at a time, by turns: nobody holds a part of what he needs while another does."""
+
+    def __init__(self, count: int) -> None:
+        self._free = asyncio.Semaphore(count)
+        self._turn = asyncio.Lock()
+
+    @asynccontextmanager
+    async def taken(self, count: int) -> AsyncIterator[None]:
+        held = 0
+        try:
+            async with self._turn:
+                while held < count:
+                    await self._free.acquire()
+                    held += 1
+            yield
+        finally:
+            for _ in range(held):
+                self._free.release()
 
 
 class Decisions:
@@ -59,11 +85,12 @@ class Decisions:
 async def decide(desk: Desk, ask: DecisionAsk, request_id: str, headers: Mapping[str, str]) -> Json:
     """The whole answer. Raises a KvasirError."""
     model = desk.model(ask.model)
-    room = asyncio.Semaphore(AT_ONCE)
+    room, seats = asyncio.Semaphore(AT_ONCE), _Seats(ANSWERS_AT_ONCE)
 
     async def one(number: int) -> Scored:
         async with room:
-            return await _score(desk, model, ask, ask.questions[number], f"{request_id}-{number}", headers)
+            scoring = _Scoring(desk, model, ask, headers, seats)
+            return await scoring.score(ask.questions[number], f"{request_id}-{number}")
 
     first = await one(0)  # alone: the others find what they have in common in the cache
     tasks = [asyncio.ensure_future(one(number)) for number in range(1, len(ask.questions))]
@@ -82,39 +109,60 @@ async def decide(desk: Desk, ask: DecisionAsk, request_id: str, headers: Mapping
     }
 
 
-async def _score(
-    desk: Desk, model: ServedModel, ask: DecisionAsk, question: Question, request_id: str, headers: Mapping[str, str]
-) -> Scored:
-    """The answers, each as a prompt's end."""
-    conversation = _asked(ask, question)
-    prompt = await model.encode(conversation)
-    tokenizer = model.need_tokenizer("questions")
-    end = await _end(model, conversation, desk.info(model).eos_token_ids)
-    answers = [[*tokenizer.encode(text, add_special_tokens=False), *end] for text, _ in question.answers]
-    if any(len(ids) == len(end) for ids in answers):
-        raise ClientError("an answer has no tokens", param="questions")
-    call = Call(
-        model=ask.model,
-        prompts=[[*prompt, *ids] for ids in answers],
-        sampling={
-            "prompt_logprobs": 0,
-            "prompt_logprob_start": len(prompt),
-            "max_tokens": 1,
-            "temperature": 0.0,
-            "n": 1,
-        },
-        priority=priority(ask.fields),
-        cache_salt=ask.fields.get("cache_salt", ""),
-    )
-    generation = await desk.begin(call, request_id, headers)
-    try:
-        async for _ in generation:
-            pass
-        totals = [_total(t.prompt_logprobs, len(prompt)) for t in generation.transcripts]
-        cached = max(transcript.cached_tokens for transcript in generation.transcripts)
-    finally:
-        desk.end(generation)
-    return Scored(_shares(totals), len(prompt), min(cached, len(prompt)), sum(map(len, answers)))
+@dataclass(frozen=True, slots=True)
+class _Scoring:
+    """Scores questions."""
+
+    desk: Desk
+    model: ServedModel
+    ask: DecisionAsk
+    headers: Mapping[str, str]
+    seats: _Seats
+
+    async def score(self, question: Question, request_id: str) -> Scored:
+        """The answers, each as a prompt's end."""
+        conversation = _asked(self.ask, question)
+        prompt = await self.model.encode(conversation)
+        tokenizer = self.model.need_tokenizer("questions")
+        end = await _end(self.model, conversation, self.desk.info(self.model).eos_token_ids)
+        answers = [[*tokenizer.encode(text, add_special_tokens=False), *end] for text, _ in question.answers]
+        if any(len(ids) == len(end) for ids in answers):
+            raise ClientError("an answer has no tokens", param="questions")
+        totals, cached = [], 0
+        for start in range(0, len(answers), PORTION):
+            portion = answers[start : start + PORTION]
+            async with self.seats.taken(len(portion)):
+                found, known = await self._totals(prompt, portion, f"{request_id}-{start}")
+            totals += found
+            cached = cached if start else known  # later ones find what the first ones have left
+        return Scored(_shares(totals), len(prompt), min(cached, len(prompt)), sum(map(len, answers)))
+
+    async def _totals(
+        self, prompt: Sequence[int], answers: Sequence[Sequence[int]], request_id: str
+    ) -> tuple[list[float], int]:
+        """(each answer's log probability, tokens that were in the cache)."""
+        call = Call(
+            model=self.ask.model,
+            prompts=[[*prompt, *ids] for ids in answers],
+            sampling={
+                "prompt_logprobs": 0,
+                "prompt_logprob_start": len(prompt),
+                "max_tokens": 1,
+                "temperature": 0.0,
+                "n": 1,
+            },
+            priority=priority(self.ask.fields),
+            cache_salt=self.ask.fields.get("cache_salt", ""),
+        )
+        generation = await self.desk.begin(call, request_id, self.headers)
+        try:
+            async for _ in generation:
+                pass
+            totals = [_total(t.prompt_logprobs, len(prompt)) for t in generation.transcripts]
+            cached = max(transcript.cached_tokens for transcript in generation.transcripts)
+        finally:
+            self.desk.end(generation)
+        return totals, cached
 
 
 def _asked(ask: DecisionAsk, question: Question) -> Conversation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from kvasir.engine.argument_schema import bounds_of
@@ -64,9 +65,17 @@ def _searched(pattern: str) -> str:
     inner = pattern.removeprefix("^")
     ends = inner.endswith("$") and not inner.endswith("\\$")
     body = inner.removesuffix("$") if ends else inner
-    if re.search(r"(?<!\\)[\^$](?![^\[]*\])", body) or ("|" in body and (inner != pattern or ends)):
+    if _anchored(body) or ("|" in body and (inner != pattern or ends)):
         raise refused(f"pattern {pattern!r:.60}")
     return ("" if inner != pattern else f"{ANY}*") + f"({body})" + ("" if ends else f"{ANY}*")
+
+
+def _anchored(pattern: str) -> bool:
+    """Has it ^ or $ outside of [...]? (In one pass: patterns are long at will.)"""
+    parts = re.split(r"(?=[\[\]])", pattern)
+    return any(
+        not behind.startswith("]") and re.search(r"(?<!\\)[\^$]", part) for part, behind in pairwise([*parts, ""])
+    )
 
 
 def plain(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from kvasir.cluster.tool_formats import TOOL_FORMATS
 from kvasir.cluster.tool_use import tool_use
 from kvasir.engine.argument_grammar import check_arguments
 from kvasir.engine.argument_style import style_json
+from kvasir.engine.argument_text import _anchored
 from kvasir.engine.errors import ClientError
 from kvasir.engine.grammar_text import grammar_text
 from kvasir.engine.structural_tag import tag_grammar
@@ -133,3 +135,14 @@ def test_any_schema_gives_a_grammar_or_the_callers_fault(properties, more, stric
         if form.arguments is not None:
             with contextlib.suppress(ClientError):
                 check_arguments(schema, form.arguments, exact=strict)
+
+
+@given(st.text(alphabet="a^$[]\\", max_size=12))
+def test_anchors_are_found_outside_of_classes(pattern):
+    """In one pass, as the pattern says it that looks ahead from each of them."""
+    assert _anchored(pattern) == (re.search(r"(?<!\\)[\^$](?![^\[]*\])", pattern) is not None)
+
+
+def test_a_long_pattern_takes_no_longer_than_it_is():
+    schema = {"properties": {"a": {"type": "string", "pattern": "[" + "^" * 1_000_000 + "]"}}}
+    check_arguments(schema, TOOL_FORMATS["qwen3_coder"].arguments, exact=True)
