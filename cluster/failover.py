@@ -318,6 +318,8 @@ class LastingStream:
                 self._heirs = await self._find_heirs()
             except KvasirError:  # they are full, or there is none now
                 self._trying = False
+                if self._failed:  # its reader waits for this one try
+                    return
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, MOVE_PAUSE_S[1])
             else:

@@ -65,7 +65,7 @@ def create_app(
         *ollama_routes(desk, limit),
         *anthropic_routes(desk, limit),
         streams,
-        *Groups(desk, set_role).routes(),
+        *Groups(desk, set_role, limit).routes(),
         *_stored_routes(desk, background, store, config),
         *(docs_routes() if config.enable_docs else []),
     ]

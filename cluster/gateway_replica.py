@@ -239,19 +239,21 @@ class Finder:
         self._last: dict[int, list[Endpoint]] = {}
 
     async def endpoints(self) -> Sequence[Endpoint]:
-        """Raises UnavailableError when there are none; a deployment that doesn't answer is taken to be as it was."""
+        """Raises UnavailableError when there are none; what doesn't answer, a deployment or a replica of it, is taken
+        to be where it was."""
         told = await asyncio.gather(*map(_endpoints, self._groups), return_exceptions=True)
         whys = [answer for answer in told if isinstance(answer, BaseException)]
         for number, answer in enumerate(told):
             if not isinstance(answer, BaseException):
-                self._last[number] = [*answer]
+                found, all_said = answer
+                self._last[number] = found if all_said else [*dict.fromkeys([*found, *self._last.get(number, [])])]
         if len(whys) == len(told):
             raise whys[0]
         return [endpoint for number in sorted(self._last) for endpoint in self._last[number]]
 
 
-async def _endpoints(group: DeploymentHandle[Any]) -> Sequence[Endpoint]:
-    """Where the living replicas of a Group deployment are."""
+async def _endpoints(group: DeploymentHandle[Any]) -> tuple[list[Endpoint], bool]:
+    """(where the living replicas of a Group deployment are, whether all of them said it)."""
     try:
         answers = await group.broadcast("endpoint").results_async(timeout_s=ASK_TIMEOUT_S, return_exceptions=True)
     except (TimeoutError, RayError, RayServeException) as error:  # it isn't placed yet, or is being replaced
@@ -259,4 +261,4 @@ async def _endpoints(group: DeploymentHandle[Any]) -> Sequence[Endpoint]:
     told = [answer for answer in answers if not isinstance(answer, BaseException)]
     if not (found := [endpoint for endpoint, _ in told if endpoint is not None]):
         raise UnavailableError(next((why for _, why in told), "the model is loading"))
-    return found
+    return found, len(told) == len(answers)

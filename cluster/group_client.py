@@ -396,7 +396,7 @@ class GroupDirectory:
             if endpoint not in known.clients:
                 known.clients[endpoint] = self._connect(known, endpoint)
         for endpoint in known.clients.keys() - set(endpoints):
-            leaving = asyncio.ensure_future(_leave(known.clients.pop(endpoint)))
+            leaving = asyncio.ensure_future(_leave(known.clients.pop(endpoint), known.router))
             self._leaving.add(leaving)
             leaving.add_done_callback(self._leaving.discard)
 
@@ -454,9 +454,9 @@ def _alike(one: GroupClient, other: GroupClient) -> bool:
     return one.member.hasher is other.member.hasher
 
 
-async def _leave(client: GroupClient) -> None:
+async def _leave(client: GroupClient, router: Router) -> None:
     """It gets no more requests; what runs there moves, or finishes."""
     try:
         await client.finish()
     finally:
-        client.member.leave()
+        router.leave(client.member)

@@ -13,12 +13,12 @@ from starlette.routing import Route
 from kvasir.cluster.described import described
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.group_client import GroupClient
+from kvasir.cluster.http_front import read_json
 from kvasir.engine.config import Role
 from kvasir.engine.errors import ClientError, ModelNotFoundError, UnavailableError
 
 SetRole = Callable[[str, str, Role], Awaitable[bool]]
 """(model, name of a group, its new role) -> whether it was found. The group tells all gateways itself."""
-MAX_BYTES = 1024
 ROLES = get_args(Role)
 
 
@@ -37,8 +37,8 @@ def check_role(name: str, value: Any) -> None:
 class Groups:
     """Endpoints."""
 
-    def __init__(self, desk: Desk, set_role: SetRole) -> None:
-        self._desk, self._set_role = desk, set_role
+    def __init__(self, desk: Desk, set_role: SetRole, max_body_bytes: int) -> None:
+        self._desk, self._set_role, self._max_body_bytes = desk, set_role, max_body_bytes
 
     async def show(self, request: Request) -> Response:
         found = [_shown(model.name, client) for model in self._desk.models for client in self._clients(model.name)]
@@ -46,7 +46,8 @@ class Groups:
 
     async def change(self, request: Request) -> Response:
         """{"role": "prefill"}: no stream ends by it."""
-        role, name = await _role(request), request.path_params["name"]
+        role = _role(await read_json(request.scope, request.receive, self._max_body_bytes))
+        name: str = request.path_params["name"]
         for model in self._desk.models:
             for client in self._clients(model.name):
                 if client.name == name:
@@ -72,17 +73,8 @@ def _shown(model: str, client: GroupClient) -> dict[str, Any]:
     return {"object": "group", "id": client.name, "model": model, "role": client.member.role, "state": state, **load}
 
 
-async def _role(request: Request) -> Role:
-    body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BYTES:
-            raise ClientError(f"the body has more than {MAX_BYTES} bytes")
-    try:
-        told = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise ClientError(f"the body isn't JSON: {error}") from error
-    if not isinstance(told, dict) or set(told) != {"role"}:
+def _role(told: dict[str, Any]) -> Role:
+    if set(told) != {"role"}:
         raise ClientError('the body must be {"role": ...}', param="role")
     check_role("role", told["role"])
     role: Role = told["role"]

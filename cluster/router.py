@@ -121,6 +121,11 @@ class Router:
         self._lends = self._lends or bool(kv[0])
         return member
 
+    def leave(self, member: Member) -> None:
+        """The group is no more."""
+        del self._known[member.group]
+        member.leave()
+
     def place(
         self, request: Request, members: Sequence[Member], now: float, session: str = "", source: Member | None = None
     ) -> Route:
@@ -203,7 +208,9 @@ class Router:
         if not self._lends:
             return Holdings()
         tokens = {group: count * size for group, count in found.items()}
-        if source is not None:  # it has just computed them, and may not have told yet
+        if (
+            source is not None and self._known.get(source.group) is source
+        ):  # it has just computed them, and may not have told yet
             tokens[source.group] = (length - 1) // size * size
         return Holdings(tokens, {group: member for group in tokens if (member := self._known[group]).serves})
 

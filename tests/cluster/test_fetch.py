@@ -141,6 +141,19 @@ def test_a_move_fetches_from_where_it_ran():
     assert (route.peer_name, route.fetched_tokens) == ("g0", 1024)
 
 
+def test_a_group_that_left_lends_nothing_and_its_number_belongs_to_the_next():
+    fleet = Fleet(3)
+    gone = fleet.members[0]
+    fleet.router.leave(gone)
+    assert not fleet.place(prompt(1), among=[1, 2], source=gone).peers
+    new = fleet.members[0] = fleet.router.join("g3", ("host:3", "secret 3"))
+    assert new.group == gone.group
+    fleet.welcome(new, "life 3")
+    fleet.load(0)
+    assert not fleet.place(prompt(1), among=[1, 2], source=gone).peers
+    assert [peer.address for peer in fleet.place(prompt(1), among=[1, 2], source=new).peers] == ["host:3"]
+
+
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_prices_are_right_whatever_is_held(data):

@@ -330,6 +330,7 @@ def test_directory_lets_a_leaving_group_finish(group_of_fakes):
             assert directory.find("m").endpoint.address == new.endpoint.address
             assert isinstance(await _last(stream), Finished)
             await until(lambda: not old.service._links)
+            await until(lambda: len(directory._models["m"].router._known) == 1)
             await directory.close()
 
     run(main())

@@ -12,6 +12,7 @@ from fake_fleet import Fleet, draw, outcome, read, request, run, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvasir.cluster import failover
 from kvasir.cluster.failover import LastingStream
 from kvasir.cluster.merged import Merged
 from kvasir.cluster.overlap import Differs, Overlap
@@ -177,10 +178,33 @@ def test_a_group_that_drains_before_it_takes_over_is_left_too(group_of_fakes):
             for endpoint, go in let_go.items():
                 if endpoint != old.endpoint:
                     go(3 if endpoint == heir else 60)
+            await until(lambda: fleet.moves == ["drain", "drain"])
             found = outcome(events + await reader, 1)
             await draining
             assert found[0][0] == [draw(7, position) for position in range(60)]
-            assert fleet.moves == ["drain", "drain"]
+
+    run(main())
+
+
+def test_a_death_during_a_try_that_fails_waits_for_no_second_one(group_of_fakes, monkeypatch):
+    monkeypatch.setattr(failover, "MOVE_PAUSE_S", (3600.0, 3600.0))
+
+    async def main():
+        async with Fleet(group_of_fakes, 2, 0.005) as fleet:
+            stream, events = await begun(fleet, max_tokens=60)
+            (old,) = fleet.serving()
+            (new,) = [group for group in fleet.groups if group is not old]
+            held(old)
+            let_go, reader = held(new), asyncio.ensure_future(read(stream))
+            client = next(one for one in fleet.directory.clients("m") if one.endpoint == old.endpoint)
+            client._change(True, "both")
+            await until(lambda: new.engine.requests)
+            await fleet.kill(old)
+            await until(lambda: stream._failed)
+            new.engine.fail()
+            let_go()
+            await until(reader.done)
+            assert outcome(events + await reader, 1)[0][0] == [draw(7, position) for position in range(60)]
 
     run(main())
 

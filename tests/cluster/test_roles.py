@@ -10,9 +10,11 @@ import pytest
 
 from kvasir.cluster.application import application
 from kvasir.cluster.config import GatewayConfig
+from kvasir.cluster.gateway_replica import Finder
 from kvasir.cluster.group import Group
 from kvasir.cluster.groups_api import Groups
 from kvasir.cluster.options import parse_spec
+from kvasir.cluster.wire import Endpoint
 from kvasir.engine.errors import ConfigError
 
 
@@ -113,7 +115,7 @@ def test_a_role_is_changed_or_it_is_said_why_not(live_gateway, monkeypatch):
         asked.append((model, name, role))
         return role != "both"
 
-    with live_gateway() as gateway:
+    with live_gateway(GatewayConfig(max_body_bytes=1024)) as gateway:
         post = lambda name, **body: httpx.post(f"{gateway.url}/v1/groups/{name}", **body)  # noqa: E731
         unreachable = post("group-1", json={"role": "decode"})
         assert (unreachable.status_code, "doesn't answer" in unreachable.text) == (503, True)
@@ -125,11 +127,46 @@ def test_a_role_is_changed_or_it_is_said_why_not(live_gateway, monkeypatch):
         assert (answer.status_code, answer.json()["role"]) == (200, "decode")
         assert asked == [("bytes", "group-1", "decode")]
         assert post("group-2", json={"role": "decode"}).status_code == 404
-        for body in (b"{", b'{"role": "x"}', b"{}", b'{"role": "both", "y": 1}', b" " * 2000):
-            assert post("group-1", content=body).status_code == 400
+        for body in (b"{", b'{"role": "x"}', b"{}", b'{"role": "both", "y": 1}', b"[]"):
+            assert post("group-1", content=body, headers={"Content-Type": "application/json"}).status_code == 400
+        plain = post("group-1", content=b'{"role": "decode"}', headers={"Content-Type": "text/plain"})
+        assert (plain.status_code, "Content-Type: application/json" in plain.text) == (415, True)
+        large = post("group-1", json={"role": "decode", "y": "y" * 2000})
+        assert (large.status_code, "--max-body-bytes" in large.text) == (413, True)
 
 
 def test_metrics_say_who_is_what(gateway):
     text = httpx.get(gateway.url + "/metrics").text
     assert 'kvasir:group_role{engine="0",group="group-1",model_name="bytes",role="both"} 1.0' in text
     assert 'kvasir:group_draining{engine="0",model_name="bytes"} 0.0' in text
+
+
+class Replicas:
+    """A deployment's handle: `answers` of its replicas."""
+
+    def __init__(self, *answers):
+        self.answers = answers
+
+    def broadcast(self, method):
+        assert method == "endpoint"
+        return self
+
+    async def results_async(self, timeout_s, return_exceptions):
+        return [*self.answers]
+
+
+def test_a_replica_that_does_not_answer_is_where_it_was():
+    places = [Endpoint(f"127.0.0.1:{port}", f"life {port}", "token") for port in range(4)]
+    one, two, three, four = ((place, None) for place in places)
+    prefill, decode = Replicas(one, two), Replicas(three)
+    finder = Finder([prefill, decode])
+    told = lambda: asyncio.run(finder.endpoints())  # noqa: E731
+    assert told() == places[:3]
+    prefill.answers = (one, RuntimeError("busy"))
+    assert told() == places[:3]
+    prefill.answers = (RuntimeError("busy"), RuntimeError("busy"))
+    assert told() == places[:3]
+    prefill.answers = (one, four, RuntimeError("busy"))
+    assert told() == [places[0], places[3], places[1], places[2]]
+    prefill.answers = (four,)
+    assert told() == [places[3], places[2]]
