@@ -208,9 +208,8 @@ class Router:
         if not self._lends:
             return Holdings()
         tokens = {group: count * size for group, count in found.items()}
-        if (
-            source is not None and self._known.get(source.group) is source
-        ):  # it has just computed them, and may not have told yet
+        # a source has just computed them, and may not have told yet
+        if source is not None and self._known.get(source.group) is source:
             tokens[source.group] = (length - 1) // size * size
         return Holdings(tokens, {group: member for group in tokens if (member := self._known[group]).serves})
 
