@@ -114,15 +114,15 @@ SCHEMA = st.recursive(
     lambda inner: st.fixed_dictionaries(
         {"type": st.sampled_from(["string", "array", "object", "integer", ["string", "null"], "x"])},
         optional={"items": inner, "properties": st.dictionaries(WORDS, inner, max_size=2), "minItems": JSON, "required": JSON,
-                  "maxLength": JSON, "pattern": JSON, "format": JSON, "enum": JSON},
-    ) | st.fixed_dictionaries({"anyOf": st.lists(inner, max_size=3)}),
+                  "maxLength": JSON, "pattern": JSON, "format": JSON},
+    ) | st.fixed_dictionaries({"enum": JSON}) | st.fixed_dictionaries({"anyOf": st.lists(inner, max_size=3)}),
     max_leaves=8,
 )  # fmt: skip
 
 
 @given(
     st.dictionaries(st.sampled_from(["a", "b"]), SCHEMA, min_size=1),
-    st.dictionaries(WORDS, JSON, max_size=3),
+    st.fixed_dictionaries({}, optional={"required": JSON, "additionalProperties": SCHEMA, "a": JSON}),
     st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
