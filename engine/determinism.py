@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.layers import Linear
 from kvasir.kernels.linear import Packed
@@ -18,8 +20,8 @@ def indeterminate(decoder: Decoder | Fallback) -> str:
     each row in an order of its own; so do products in our own order, and sums over two ranks."""
     if not isinstance(decoder, Decoder):
         return "the model runs by transformers' own code, whose products depend on the batch"
-    if decoder.device.type != "cpu":
-        return f"products on {decoder.device.type} depend on how many rows a step has"
+    if obstacle := of_device(decoder.device):
+        return obstacle
     if native().library is None:
         return f"it needs the compiled CPU kernels ({native().text})"
     if decoder.spec.latent is not None:
@@ -33,6 +35,11 @@ def indeterminate(decoder: Decoder | Fallback) -> str:
     if place.tp > 2 and not decoder.mesh.invariant:
         return f"sums over {place.tp} ranks depend on how many rows a step has; start with --deterministic"
     return ""
+
+
+def of_device(device: torch.device) -> str:
+    """Why it can't be had on this device, whatever the model. `attention_triton` could; cuBLAS chooses by the number of rows."""
+    return "" if device.type == "cpu" else f"products on {device.type} depend on how many rows a step has"
 
 
 def _of_products(decoder: Decoder) -> str:

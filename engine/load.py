@@ -16,7 +16,7 @@ from kvasir.engine.arch import load_spec, module_name, supported
 from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.decoder import Decoder
-from kvasir.engine.determinism import indeterminate
+from kvasir.engine.determinism import indeterminate, of_device
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.exchange import Exchange
 from kvasir.engine.info import ModelInfo
@@ -36,7 +36,6 @@ from kvasir.engine.tokenizer import Tokenizer
 from kvasir.engine.weights import load_decoder, random_decoder, weight_bytes
 from kvasir.kernels.attention import attention
 from kvasir.kernels.native import library
-from kvasir.kernels.op import has_triton
 
 if TYPE_CHECKING:  # transformers, which is slow to import and seldom needed
     from kvasir.engine.fallback import Fallback
@@ -70,6 +69,8 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
     if config.max_model_len is None and (trained := read_text_rules(files.path).max_len):
         spec = dataclasses.replace(spec, max_len=min(spec.max_len, trained))
     device = resolve_device(config, mesh.place.device_index)
+    if config.deterministic and (obstacle := of_device(device)):  # said before minutes of loading
+        raise ConfigError(f"--deterministic: {obstacle}", param="deterministic")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     choose_attention(config, device)
@@ -132,12 +133,9 @@ def _agree(mesh: Mesh, *dtypes: torch.dtype) -> None:
 
 
 def choose_attention(config: EngineConfig, device: torch.device) -> None:
-    """As --attention-backend says; on a GPU, --deterministic takes kernels of its own."""
-    wanted: str = config.attention_backend
-    if config.deterministic and device.type == "cuda" and wanted in ("auto", "triton"):
-        wanted = "invariant_triton" if has_triton() else "plain"
+    """As --attention-backend says."""
     try:
-        attention.force(wanted, device.type)
+        attention.force(config.attention_backend, device.type)
     except ValueError as error:
         raise ConfigError(f"--attention-backend: {error}", param="attention_backend") from None
 

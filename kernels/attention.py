@@ -18,7 +18,7 @@ Sparse = tuple[int, int, int, int, int]
 number of the first head): see `_sparse`."""
 
 
-@op("native", "cpu", "triton", "invariant_triton")
+@op("native", "cpu", "triton")
 def attention(
     q: Tensor,
     k_cache: Cache,

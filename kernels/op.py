@@ -18,7 +18,7 @@ R = TypeVar("R")
 FORCED = os.environ.get("KVASIR_KERNELS", "")
 """`reference` makes every op run its definition, to find out whether a faster equal is to blame; `torch` does without
 compiled code; empty: by device."""
-BACKENDS = {"cpu": ("native", "cpu"), "cuda": ("triton", "invariant_triton")}
+BACKENDS = {"cpu": ("native", "cpu"), "cuda": ("triton",)}
 """The best first. `native` is compiled on first use, and looks for itself whether it can be had; `triton` comes with the builds
 of torch for GPUs (their type of device is `cuda`, AMD's too)."""
 

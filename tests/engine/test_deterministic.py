@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from kvasir.engine import determinism
+from kvasir.engine import determinism, load
+from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ClientError, ConfigError
 from kvasir.engine.llm import LLM
 from kvasir.engine.mesh import Mesh
@@ -150,3 +151,10 @@ def test_models_whose_products_cannot_say_so(checkpoint: Callable[..., tuple[Pat
     folder = checkpoint("DeepseekV2", **facts, **experts, num_key_value_heads=4)[0]
     with pytest.raises(ConfigError, match=r"--deterministic: products of latent attention \(MLA\)"):
         LLM(str(folder), dtype="float32", deterministic=True, skip_tokenizer_init=True)
+
+
+def test_a_gpu_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "resolve_device", lambda *_: torch.device("cuda:0"))
+    monkeypatch.setattr(load, "choose_attention", lambda *_: pytest.fail("it went on"))
+    with pytest.raises(ConfigError, match="--deterministic: products on cuda depend on how many rows"):
+        load.load(EngineConfig(model="skald", deterministic=True))
