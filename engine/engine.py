@@ -39,9 +39,6 @@ LOADING_S = 0.001
 """The same while it has nothing to do but wait for blocks from a lower tier."""
 STATS_PERIOD_S = 0.05
 MAX_RETRY_S = 60.0
-AHEAD_S = 0.004
-"""On a CPU the next step is planned so long before the one that is executed is expected to end; a tenth of it, where that is
-more."""
 
 
 class Engine:
@@ -96,10 +93,6 @@ class Engine:
         self._pulls: Pulls | None = None
         self._asks: deque[tuple[Ask, Sequence[ContentId], Future[Offer]]] = deque()
         self._collected = 0.0
-        self._bides = loaded.decoder.device.type == "cpu"
-        self._stream_s = self._token_s = 0.0
-        """What the last step without prompts took, and a token of the last one with some."""
-        executor.lane.on_done = self._notify
         self._groups = len(loaded.cache.layout.groups)
         self._wake = threading.Condition()
         self._inbox: deque[Request | tuple[str, int | None, FinishReason]] = deque()
@@ -197,9 +190,6 @@ class Engine:
             self._grammars.compile(wanted).add_done_callback(self._compiled)
 
     def _compiled(self, _: object) -> None:
-        self._notify()
-
-    def _notify(self) -> None:
         with self._wake:
             self._wake.notify()
 
@@ -286,20 +276,7 @@ class Engine:
             self._fail_all("unavailable", f"the engine failed: {why}")
             self._executor.close()
 
-    def _bide(self) -> None:
-        """Until the next step has to be planned: who comes meanwhile takes part in it, instead of in the one behind it."""
-        if not self._bides or not self._flying or len(self._flying) < self._executor.depth:
-            return
-        step, launched = self._flying[0]
-        counts = [part.count for part in step.slices]
-        expected = self._stream_s if max(counts, default=1) == 1 else self._token_s * sum(counts)
-        left = max(launched, self._collected) + min(0.9 * expected, expected - AHEAD_S) - time.monotonic()
-        if left > 0:
-            with self._wake:
-                self._wake.wait_for(lambda: self._stopping or self._executor.lane.ready, left)
-
     def _turn(self) -> None:
-        self._bide()
         self.heartbeat = time.monotonic()
         events = self._take_in()
         while not self._executor.fetched.empty():
@@ -313,7 +290,7 @@ class Engine:
             launched = time.monotonic()
             self._executor.launch(step)
             self._flying.append((step, launched))
-        if self._flying and (step is None or len(self._flying) > self._executor.depth):
+        if self._flying and (step is None or len(self._flying) >= self._executor.depth + self._executor.ahead):
             step = self._flying[0][0]
             events += self._take_back()
         self._hand_out(events)
@@ -332,15 +309,11 @@ class Engine:
         return self._scheduler.commit(step, result, time.time())
 
     def _measure(self, step: Step, launched: float) -> None:
-        """How fast steps are: when the next one is planned, and what fetching blocks is weighed against."""
+        """How fast prompts are computed: what fetching their blocks is weighed against."""
         began, self._collected = max(launched, self._collected), time.monotonic()
-        counts, seconds = [part.count for part in step.slices], self._collected - began
-        if max(counts, default=1) == 1:
-            self._stream_s = seconds
-        else:
-            self._token_s = seconds / sum(counts)
+        counts = [part.count for part in step.slices]
         if self._prices is not None and sum(count for count in counts if count > 1) > sum(counts) / 2:
-            self._prices.computed(sum(counts), seconds)
+            self._prices.computed(sum(counts), self._collected - began)
 
     def _take_in(self) -> list[Event]:
         """What clients asked since the last turn."""

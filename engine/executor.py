@@ -35,7 +35,9 @@ class Executor(Protocol):
 
     loaded: Loaded
     depth: int
-    lane: Lane
+    ahead: bool
+    """One step more is planned and launched before a result is awaited. On a CPU without stages that costs more than it hides:
+    two threads share the cores, and who comes meanwhile waits for a step more."""
     grammars: Grammars
     fetched: queue.SimpleQueue[tuple[int, int]]
     """(ticket, count): what a rank has read of what a step's fetch asked for."""
@@ -50,25 +52,22 @@ class Executor(Protocol):
 
 
 class Lane:
-    """Executes steps one after another, in a thread of its own that begins with the first. After an error it does nothing
-    more, and everybody who collects gets the error."""
+    """Executes steps one after another; after an error it does nothing more, and everybody who collects gets the error.
+    apart: in a thread of its own, that begins with the first step; else `launch` executes."""
 
-    def __init__(self, execute: Callable[[Step], Outcome | None]) -> None:
+    def __init__(self, execute: Callable[[Step], Outcome | None], *, apart: bool) -> None:
         self._execute = execute
         """None: somebody else `put`s the result."""
+        self._apart = apart
         self._steps: queue.SimpleQueue[Step | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Outcome | Result | BaseException] = queue.SimpleQueue()
         self._closing = False
         self._thread: threading.Thread | None = None
-        self.on_done: Callable[[], None] = lambda: None
-        """Called in any thread when something can be collected."""
-
-    @property
-    def ready(self) -> bool:
-        """Something can be collected at once (a GPU may still be at work on it)."""
-        return not self._done.empty()
 
     def launch(self, step: Step) -> None:
+        if not self._apart:
+            self._do(step)
+            return
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="kvasir-rank", daemon=True)
             self._thread.start()
@@ -84,7 +83,6 @@ class Lane:
     def put(self, result: Outcome | Result | BaseException) -> None:
         """Any thread, in the order of the steps."""
         self._done.put(result)
-        self.on_done()
 
     def close(self) -> None:
         """Wait for the step that is being executed; those behind it never are, and who waits for one is told."""
@@ -95,14 +93,19 @@ class Lane:
         self._done.put(UnavailableError("the engine was shut down"))
 
     def _work(self) -> None:
-        while (step := self._steps.get()) is not None and not self._closing:
-            try:
-                outcome = self._execute(step)
-            except BaseException as error:  # the thread's border: who collects raises it
-                self.put(error)
-                return
-            if outcome is not None:
-                self.put(outcome)
+        while (step := self._steps.get()) is not None and not self._closing and self._do(step):
+            pass
+
+    def _do(self, step: Step) -> bool:
+        """False: it failed."""
+        try:
+            outcome = self._execute(step)
+        except BaseException as error:  # the thread's border: who collects raises it
+            self.put(error)
+            return False
+        if outcome is not None:
+            self.put(outcome)
+        return True
 
 
 class LocalExecutor:
@@ -116,7 +119,8 @@ class LocalExecutor:
         self.fetched: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         if loaded.tiers is not None:
             loaded.tiers.on_fetched = lambda *said: self.fetched.put(said)
-        self.lane = Lane(lambda step: self.rank.launch(step))
+        self.ahead = loaded.decoder.device.type != "cpu"
+        self._lane = Lane(lambda step: self.rank.launch(step), apart=self.ahead)
 
     def serve_blocks(self, host: str, secret: str, on_ask: OnAsk) -> tuple[Exchange, list[str]] | None:
         exchange = self.rank.exchange = self.loaded.exchange()
@@ -126,13 +130,13 @@ class LocalExecutor:
         return exchange, [exchange.listen(host, secret, on_ask)]
 
     def launch(self, step: Step) -> None:
-        self.lane.launch(step)
+        self._lane.launch(step)
 
     def collect(self) -> Result:
-        return self.lane.collect()
+        return self._lane.collect()
 
     def close(self) -> None:
-        self.lane.close()
+        self._lane.close()
         if self.rank.exchange is not None:
             self.rank.exchange.close()
         if self.loaded.tiers is not None:
@@ -146,7 +150,8 @@ class GroupExecutor:
         self._config, self._hub, self._kill = config, hub, kill
         self._mesh = Mesh()
         self._tiers: Tiers | None = None
-        self.lane = Lane(self._execute)
+        self.ahead = config.pipeline_parallel_size > 1 or resolve_device(config, 0).type != "cpu"
+        self._lane = Lane(self._execute, apart=self.ahead)
         hub.on_failure = self._free
         try:
             self._mesh = _meet(config, hub, own_gpus)
@@ -182,13 +187,13 @@ class GroupExecutor:
         return exchange, [exchange.listen(host, secret, on_ask), *others]
 
     def launch(self, step: Step) -> None:
-        self.lane.launch(step)
+        self._lane.launch(step)
 
     def collect(self) -> Result:
-        return self.lane.collect()
+        return self._lane.collect()
 
     def close(self) -> None:
-        self.lane.close()
+        self._lane.close()
         self._hub.close()
         if (rank := getattr(self, "rank", None)) is not None and rank.exchange is not None:
             rank.exchange.close()
@@ -198,7 +203,7 @@ class GroupExecutor:
         self._mesh.close()
 
     def _execute(self, step: Step) -> Outcome | None:
-        """In the lane's thread. The others hear what was sampled before they get a step that follows it."""
+        """What the lane does. The others hear what was sampled before they get a step that follows it."""
         news: list[Result] = []
         while self._unknown == self.depth or not self._arrived.empty():
             news.append(self._learn(self._arrived.get()))
@@ -229,7 +234,7 @@ class GroupExecutor:
             except BaseException as error:  # the thread's border: who waits for a result raises it
                 result = error
             self._arrived.put(result)
-            self.lane.put(result)
+            self._lane.put(result)
             if isinstance(result, BaseException):
                 return
 

@@ -1,4 +1,4 @@
-"""On a CPU the next step is planned when it is due: who comes while one is executed takes part in the next."""
+"""On a CPU no step is planned ahead: who comes while one is executed takes part in the next."""
 
 from __future__ import annotations
 
