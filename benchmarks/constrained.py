@@ -1,11 +1,11 @@
-"""What a step costs beside the model: with grammars and without, and with each result awaited before the next step.
+"""What grammars cost: time per token of many streams, with them and without.
 
     .venv/bin/python benchmarks/constrained.py --model skald --threads 2
     .venv/bin/python benchmarks/checkpoint.py 125M /tmp/llama-125m
     .venv/bin/python benchmarks/constrained.py --model /tmp/llama-125m --repeat 3
 
 Runs take turns in one process, so that the machine's moods hit all alike; medians. "gap" is the time between two steps in
-which the rank executes nothing, "in turn" the engine without a step that is planned ahead.
+which the rank executes nothing.
 """
 
 from __future__ import annotations
@@ -92,24 +92,21 @@ def main() -> None:
     assert isinstance(executor, LocalExecutor)
     gaps = Gaps()
     gaps.watch(executor)
-    found: dict[tuple[str, int], list[float]] = {}
-    between: dict[tuple[str, int], list[float]] = {}
+    found: dict[str, list[float]] = {}
+    between: dict[str, list[float]] = {}
     for turn in range(args.repeat + 1):  # the first compiles, and is left out
         for kind in KINDS:
-            for depth in (1, 0):
-                executor.depth = depth
-                gaps.seconds.clear()
-                seconds = run(bench, f"{turn}/{kind}/{depth}", kind, args.streams, args.outputs)
-                if turn:
-                    found.setdefault((kind, depth), []).append(seconds)
-                    between.setdefault((kind, depth), []).append(statistics.median(gaps.seconds))
-    free = statistics.median(found["free", 1])
+            gaps.seconds.clear()
+            seconds = run(bench, f"{turn}/{kind}", kind, args.streams, args.outputs)
+            if turn:
+                found.setdefault(kind, []).append(seconds)
+                between.setdefault(kind, []).append(statistics.median(gaps.seconds))
+    free = statistics.median(found["free"])
     print(f"{args.model}, {args.streams} streams, {args.threads} threads, medians of {args.repeat} runs")
-    print(f"{'':8}{'ms/token':>10}{'gap, us':>10}{'of free':>9} | {'in turn':>8}{'gap, us':>10}")
+    print(f"{'':8}{'ms/token':>10}{'gap, us':>10}{'of free':>9}")
     for kind in KINDS:
-        (ms, gap), (alone, long) = ((statistics.median(found[kind, d]) * 1e3, statistics.median(between[kind, d]) * 1e6)
-                                    for d in (1, 0))  # fmt: skip
-        print(f"{kind:8}{ms:10.3f}{gap:10.0f}{ms / free / 1e3:9.3f} | {alone:8.3f}{long:10.0f}")
+        seconds, gap = statistics.median(found[kind]), statistics.median(between[kind])
+        print(f"{kind:8}{seconds * 1e3:10.3f}{gap * 1e6:10.0f}{seconds / free:9.3f}")
     bench.engine.shutdown()
 
 
