@@ -8,6 +8,7 @@ used them: the server answers first, and the sizes that are used most come first
 from __future__ import annotations
 
 import bisect
+import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -62,11 +63,17 @@ def free_bytes(device: torch.device) -> int:
 
 
 class CudaCapture:
-    """Records into CUDA graphs that share their memory: one runs at a time."""
+    """Records into CUDA graphs that share their memory: one runs at a time.
+
+    Other threads may go on meanwhile. Where torch can tell, a recording whose inputs are gone raises instead of reading what
+    lies there now.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
+        knows = inspect.signature(torch.cuda.graph.__init__).parameters
+        self._checks = {"check_input_liveness": True} if "check_input_liveness" in knows else {}
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -74,7 +81,10 @@ class CudaCapture:
             run()  # kernels are compiled and loaded before anything is recorded
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        mode = "thread_local"  # the threads of tiers and peers allocate and wait while this one records
+        recording = torch.cuda.graph(graph, self._pool, self._stream, mode, **self._checks)
+        # a recording that fails at its end leaves its stream as the current one
+        with torch.cuda.stream(torch.cuda.current_stream()), recording:
             found = run()
         return graph.replay, found
 
@@ -84,6 +94,8 @@ class Static:
     """The buffers that one size reads, wherever they lie in memory for ever, and its recording."""
 
     tokens: Tensor
+    rows: Tensor
+    """[size] int64: all of them."""
     ragged: Ragged
     replay: Replay
     logits: Tensor
@@ -154,7 +166,7 @@ class Graphs:
         except RuntimeError as error:  # something in it waits for the device
             self._stop(f"{error}".split("\n")[0])
             return
-        self.captured[size] = Static(tokens_in, held, replay, logits)
+        self.captured[size] = Static(tokens_in, rows, held, replay, logits)
         logger.info("captured a CUDA graph of %d rows (%d of %d)", size, len(self.captured), len(self.sizes))
 
     def _stop(self, why: str) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import contextlib
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +17,7 @@ from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.errors import ConfigError
-from kvasir.engine.graphs import Graphs, fill, graphs_of, sizes_of
+from kvasir.engine.graphs import CudaCapture, Graphs, fill, graphs_of, sizes_of
 from kvasir.engine.load import choose_attention
 from kvasir.engine.rank import Rank
 from kvasir.engine.request import SamplingParams
@@ -146,6 +150,88 @@ def test_what_waits_for_the_device_is_given_up(decoder: Decoder, caplog: pytest.
     assert decode(decoder, record) == decode(decoder, None)
     assert record.captured == 1
     assert "not permitted" in caplog.text
+
+
+def tensors_of(ragged: Ragged) -> Iterator[Tensor]:
+    """All of one step."""
+    for part in (ragged, *ragged.others):
+        yield from (found for f in fields(Ragged) if isinstance(found := getattr(part, f.name), Tensor))
+
+
+def test_what_a_recording_reads_is_kept(decoder: Decoder) -> None:
+    """As a CUDA graph, this recorder keeps nothing of what it ran: addresses alone."""
+    read: list[weakref.ref[Tensor]] = []
+
+    def listen(tokens: Tensor, ragged: Ragged, cache: KVCache, rows: Tensor) -> Tensor | None:
+        read[:] = [weakref.ref(tensor) for tensor in (tokens, rows, *tensors_of(ragged))]
+        return eager(decoder)(tokens, ragged, cache, rows)
+
+    cache = KVCache(SPEC, 4, 4, torch.float32, CPU)
+    cache.arena.zero_()
+    rank = Rank(decoder, cache, max_num_seqs=1, max_model_len=16)
+    graphs = Graphs(listen, cache, [1], 16, lambda run: (lambda: None, run()), lambda: 1 << 40)
+    rank.forward = graphs
+    new = NewSequence(0, [4], 1, GREEDY, seed=0, stop_token_ids=frozenset())
+    rank.run(Step(0, new=[new], blocks=[(0, 0, [1])], slices=[Slice(0, 0, 1, sample=True)]))
+    gc.collect()
+    assert list(graphs.captured) == [1]
+    assert len(read) == 7
+    assert all(ref() is not None for ref in read)
+
+
+class Streams:
+    """As much of torch.cuda as recording asks of it: which stream is current, and recordings that fail at their end."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current, self.fails, self.asked = "main", False, dict[str, Any]()
+        streams = self
+
+        class Recording:
+            def __init__(
+                self, graph: Any, pool: Any, stream: Any, mode: str = "global", check_input_liveness: bool = False
+            ) -> None:
+                streams.asked = {"mode": mode, "check": check_input_liveness}
+
+            def __enter__(self) -> None:
+                streams.current = "side"
+
+            def __exit__(self, *args: object) -> None:
+                if streams.fails:
+                    raise RuntimeError("the capture was invalidated")
+                streams.current = "main"
+
+        @contextlib.contextmanager
+        def stream(wanted: str) -> Iterator[None]:
+            before, self.current = self.current, str(wanted)
+            try:
+                yield
+            finally:
+                self.current = before
+
+        class Named(str):
+            def wait_stream(self, other: object) -> None: ...
+
+        for name, fake in {
+            "Stream": lambda device: Named("side"),
+            "current_stream": lambda: Named(self.current),
+            "graph_pool_handle": object,
+            "CUDAGraph": lambda: type("Graph", (), {"replay": None}),
+            "graph": Recording,
+            "stream": stream,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+def test_a_recording_leaves_its_stream_also_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = Streams(monkeypatch)
+    capture = CudaCapture(torch.device("cuda"))
+    capture(lambda: torch.zeros(1))
+    assert streams.asked == {"mode": "thread_local", "check": True}
+    assert streams.current == "main"
+    streams.fails = True
+    with pytest.raises(RuntimeError, match="invalidated"):
+        capture(lambda: torch.zeros(1))
+    assert streams.current == "main"
 
 
 def test_on_a_cpu_there_are_none(decoder: Decoder) -> None:
