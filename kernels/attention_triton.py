@@ -19,7 +19,7 @@ from kvasir.kernels.keys_triton import keys_step, merge
 from kvasir.kernels.quantise import Cache
 from kvasir.kernels.quantise_triton import Stored, converts_float8, stored
 from kvasir.kernels.ragged import Ragged
-from kvasir.kernels.tile_triton import LOG2E, power_of_two, tile_of
+from kvasir.kernels.tile_triton import LOG2E, dense, power_of_two, tile_of
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """How far values of size 1 may be from the definition's: weights are rounded to the cache's type before they meet the values."""
@@ -242,7 +242,8 @@ def attention(
         (q, out),
         (keys, keys if v_cache is None else stored(v_cache)),
         ragged,
-        (sinks, slopes),
+        dense(ragged.table, ragged.starts, ragged.lengths),
+        dense(sinks, slopes),
         (scale, softcap or 0.0),
         deterministic,
         {"SPAN": SPAN, "PARTS": FIXED_PARTS if deterministic else MOST_PARTS, "SINKS": sinks is not None},
@@ -279,7 +280,9 @@ class _Call:
     caches: tuple[Stored, Stored]
     """keys, values"""
     ragged: Ragged
-    per_head: tuple[Tensor | None, Tensor | None]
+    places: list[Tensor | None]
+    """The ragged's table, starts and lengths."""
+    per_head: list[Tensor | None]
     """sinks, slopes"""
     numbers: tuple[float, float]
     """scale, softcap"""
@@ -306,7 +309,7 @@ class _Call:
         self._launch(tile, sequences * per, 1, most, per, parts, kept, sums)
         names = ("HEADS", "VALUE", "DV")
         _together[(sequences * most, heads)](
-            kept, sums, out, self.ragged.starts, self.ragged.lengths, self.per_head[0], 1, most, parts,
+            kept, sums, out, *self.places[1:], self.per_head[0], 1, most, parts,
             **{name: self.shape[name] for name in names}, **self.cut, enable_fp_fusion=not self.deterministic,
         )  # fmt: skip
 
@@ -331,11 +334,10 @@ class _Call:
         kept: Tensor | None = None,
         sums: Tensor | None = None,
     ) -> None:
-        (q, out), (k, v), ragged = self.rows, self.caches, self.ragged
+        (q, out), (k, v), (sequences, width) = self.rows, self.caches, self.ragged.table.shape
         _attention[(count, k.values.shape[2], parts)](
-            q, k.values, v.values, k.scales, v.scales, out, kept, sums, ragged.table, ragged.starts, ragged.lengths, *self.per_head,
-            *self.numbers, len(ragged.lengths), least, most, per, parts,
-            *q.stride()[:2], *k.strides, *v.strides, ragged.table.stride(0),
+            q, k.values, v.values, k.scales, v.scales, out, kept, sums, *self.places, *self.per_head,
+            *self.numbers, sequences, least, most, per, parts, *q.stride()[:2], *k.strides, *v.strides, width,
             FORMAT=k.format_, NATIVE=converts_float8(q.device),
             **self.shape, **self.cut, CUT=kept is not None, MERGE=self.deterministic and kept is None,
             M=tile.lines, N=tile.keys, num_warps=tile.warps, num_stages=tile.stages,

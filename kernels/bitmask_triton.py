@@ -27,6 +27,6 @@ def allow(logits: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
     out = logits.clone(memory_format=torch.contiguous_format)
     if len(rows):
         _allow[(len(rows), triton.cdiv(out.shape[1], BLOCK))](
-            out, rows, mask.contiguous(), out.shape[1], mask.shape[1], BLOCK=BLOCK, num_warps=8
+            out, rows.contiguous(), mask.contiguous(), out.shape[1], mask.shape[1], BLOCK=BLOCK, num_warps=8
         )
     return out

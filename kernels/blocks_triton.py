@@ -50,7 +50,15 @@ def _run(chunks: Tensor, index: Tensor, held: Tensor, *, out: bool) -> None:
     chunks, held = chunks.view(word), held.view(word)
     grid = len(index), chunks.shape[0], triton.cdiv(chunks.shape[2], BLOCK)
     _move[grid](
-        chunks, index, held, chunks.shape[0], chunks.stride(0), chunks.stride(1), chunks.shape[2], OUT=out, BLOCK=BLOCK
+        chunks,
+        index.contiguous(),
+        held,
+        chunks.shape[0],
+        chunks.stride(0),
+        chunks.stride(1),
+        chunks.shape[2],
+        OUT=out,
+        BLOCK=BLOCK,
     )
 
 

@@ -11,7 +11,7 @@ from kvasir.kernels.quantise import Cache
 from kvasir.kernels.quantise_triton import encode, stored
 from kvasir.kernels.ragged import Ragged
 from kvasir.kernels.rope import Angles
-from kvasir.kernels.tile_triton import power_of_two
+from kvasir.kernels.tile_triton import dense, power_of_two
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """For values of size 1 to 4: a sum of two products that is rounded to its neighbour."""
@@ -119,6 +119,7 @@ def run(q: Tensor, written: Written | None, angles: Angles | None, *, interleave
     kv_heads = 0 if written is None else k.shape[1]
     keys = stored(k_cache)
     values = keys if v is None or v_cache is None else stored(v_cache)
+    q, k, v = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     cos, sin = angles or (None, None)
     block = power_of_two(dim, 16)
     together = max(1, 1024 // block)
@@ -126,7 +127,7 @@ def run(q: Tensor, written: Written | None, angles: Angles | None, *, interleave
     if not (rows and grid[1]):
         return out
     _turn[grid](
-        q, k, v, cos, sin, None if ragged is None else ragged.slots, out,
+        q, k, v, *dense(cos, sin, None if ragged is None else ragged.slots), out,
         keys.values, values.values, keys.scales, values.scales,
         *q.stride()[:2], *k.stride()[:2], *((0, 0) if v is None else v.stride()[:2]), *keys.strides, *values.strides,
         HEADS=heads, KV_HEADS=kv_heads, D=dim, BD=block, P=keys.values.shape[1],

@@ -22,9 +22,10 @@ def _embed(tokens_ptr, table_ptr, out_ptr, first, vocab, width, table_row, BLOCK
 def embed(tokens: Tensor, table: Tensor, first: int = 0, whole: bool = True) -> Tensor:
     """As the definition says; a token that a whole table lacks gives zeros instead of an error on the device."""
     rows, width = len(tokens), table.shape[1]
+    table = table if table.stride(1) == 1 else table.contiguous()
     out = table.new_empty(rows, width)
     if rows:
         _embed[(rows, triton.cdiv(width, BLOCK))](
-            tokens, table, out, first, len(table), width, table.stride(0), BLOCK=BLOCK
+            tokens.contiguous(), table, out, first, len(table), width, table.stride(0), BLOCK=BLOCK
         )
     return out

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvasir.kernels.tile_triton import dot, power_of_two
+from kvasir.kernels.tile_triton import dense, dot, power_of_two
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,8 @@ def grouped(
     wide = x.dtype.itemsize == 4
     m, n, k = (16, 32 if wide else 64, 32 if wide else 128) if few else (32 if wide else 64, 64, 32 if wide else 64)
     n, k = min(n, power_of_two(outputs, 16)), min(k, power_of_two(inputs, 16))
-    bias = None if bias is None else bias.contiguous()
-    factors = None if factors is None else factors.contiguous()
     _grouped[(rows // m + min(count, rows), triton.cdiv(outputs, n))](
-        x, weights, bias, factors, scales, groups.order, groups.ends, out, outputs, inputs, count,
+        x, weights, *dense(bias, factors, scales), groups.order, groups.ends, out, outputs, inputs, count,
         x.stride(0), weights.stride(0), weights.stride(1), out.stride(0),
         DIVIDE=divide, GATHER=gather, SCATTER=scatter, BIAS=bias is not None,
         FACTOR=factors is not None and not on_input, SCALE=scales is not None, ADD=add, ON_INPUT=on_input,

@@ -11,7 +11,7 @@ from kvasir.kernels import moe as plain
 from kvasir.kernels.activation import gated
 from kvasir.kernels.activation import plain as ungated
 from kvasir.kernels.grouped_triton import Groups, grouped
-from kvasir.kernels.tile_triton import power_of_two
+from kvasir.kernels.tile_triton import dense, power_of_two
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
 """For results of size 1 to 4: products are added up in another order."""
@@ -99,7 +99,7 @@ def route(
     weight = torch.empty(rows, per_token, dtype=torch.float32, device=logits.device)
     if rows:
         _route[(rows,)](
-            logits.contiguous(), choice_bias, index, weight, scale, E=count, BLOCK=block, CHOSEN=per_token,
+            *dense(logits, choice_bias), index, weight, scale, E=count, BLOCK=block, CHOSEN=per_token,
             KEPT=power_of_two(per_token), SOFTMAX=scoring == "softmax", RENORMALISE=renormalise,
             BIAS=choice_bias is not None, GROUPS=groups, USED=groups_used, TOP2=group_score != "max", num_warps=1,
         )  # fmt: skip

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvasir.kernels import norm as plain
-from kvasir.kernels.tile_triton import power_of_two
+from kvasir.kernels.tile_triton import dense, power_of_two
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 4e-2}
 """For values of size 1 to 4: sums run in another order, which may round a result to its neighbour."""
@@ -126,7 +126,7 @@ def _run(
     if not rows:
         return total, out
     _norm[(triton.cdiv(rows, together),)](
-        x, y, weight, bias, squares, total, out, rows, per, x.stride(0), x.stride(1) if x.dim() == 3 else 0,
+        x, y, weight, bias, *dense(squares), total, out, rows, per, x.stride(0), x.stride(1) if x.dim() == 3 else 0,
         eps, offset, scale, M=width, BLOCK=block, ROWS=together, MEAN=mean, ADD=y is not None, SCALED=scale != 1,
         OFFSET=offset != 0, WEIGHT=weight is not None, PER_PART=weight is not None and weight.dim() == 2,
         BIAS=bias is not None, SQUARES=squares is not None, num_warps=min(16, max(4, block // 1024)),

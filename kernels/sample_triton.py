@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvasir.kernels import sample as plain
-from kvasir.kernels.tile_triton import power_of_two
+from kvasir.kernels.tile_triton import dense, power_of_two
 
 BLOCK = 4096
 ONE = tl.constexpr(2.0**plain.WEIGHT_BITS)
@@ -147,7 +147,7 @@ def draw(
     block = min(BLOCK, power_of_two(vocab, 16))
     if rows:
         _draw[(rows,)](
-            logits, uniforms, temperature, min_p, top_k, top_p, out, vocab, logits.stride(0),
+            logits, *dense(uniforms, temperature, min_p, top_k, top_p), out, vocab, logits.stride(0),
             MIN_P=min_p is not None, TOP_K=top_k is not None, TOP_P=top_p is not None, BLOCK=block, num_warps=16,
         )  # fmt: skip
     return out
@@ -211,7 +211,9 @@ def score(logits: Tensor, tokens: Tensor, best: int) -> tuple[Tensor, Tensor, Te
     rank = torch.empty(rows, dtype=torch.int64, device=logits.device)
     block = min(BLOCK, power_of_two(vocab, 16))
     if rows:
-        _score[(rows,)](logits, tokens, own, rank, total, vocab, logits.stride(0), BLOCK=block, num_warps=8)
+        _score[(rows,)](
+            logits, tokens.contiguous(), own, rank, total, vocab, logits.stride(0), BLOCK=block, num_warps=8
+        )
     top, ids = logits.topk(best)
     return own, rank, ids, top - total[:, None]
 
@@ -248,13 +250,11 @@ def penalise(
     frequency: Tensor,
 ) -> Tensor:
     """As the definition says."""
-    logits, outputs = logits.contiguous(), outputs.contiguous()
-    prompts = None if prompts is None else prompts.contiguous()
-    out = torch.empty_like(logits)
     rows, vocab = logits.shape
+    out = logits.new_empty(rows, vocab)
     if rows:
         _penalise[(rows, triton.cdiv(vocab, BLOCK))](
-            logits, outputs, prompts, repetition, presence, frequency, out, vocab,
+            *dense(logits, outputs, prompts, repetition, presence, frequency), out, vocab,
             REPETITION=repetition is not None, PROMPTS=prompts is not None, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
     return out

@@ -8,6 +8,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # said once, or Triton w
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """Bodies run on the CPU, for tests: Triton's interpreter multiplies bfloat16 as if it were integers."""
@@ -17,6 +18,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def power_of_two(n: int, least: int = 1) -> int:
     """The least power of two that is at least both."""
     return max(least, 1 << max(0, n - 1).bit_length())
+
+
+def dense(*given: Tensor | None) -> list[Tensor | None]:
+    """The same numbers, one behind the other, as kernels read what comes without strides."""
+    return [None if tensor is None else tensor.contiguous() for tensor in given]
 
 
 @triton.jit
