@@ -113,9 +113,8 @@ class Attention(nn.Module):
         if share.mesh.tensor is None:
             return q_norm(q), k_norm(k)
         sums = [q.float().square().sum(-1), k.float().square().sum(-1) / share.kv_copies]
-        squares = share.mesh.reduce(torch.stack(sums, -1))
-        squares = squares / torch.tensor([full.heads, full.kv_heads], device=q.device) / full.head_dim
-        return q_norm.part(q, squares[:, :1]), k_norm.part(k, squares[:, 1:])
+        squares = share.mesh.reduce(torch.stack(sums, -1)) / full.head_dim
+        return q_norm.part(q, squares[:, :1] / full.heads), k_norm.part(k, squares[:, 1:] / full.kv_heads)
 
 
 class LatentAttention(nn.Module):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvasir.engine.attention import Attention
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.layout import layout
 from kvasir.engine.mesh import Mesh, Place
@@ -99,3 +102,19 @@ def test_every_group_of_layers_has_as_many_in_each_stage() -> None:
     assert (whole.height, halved.height) == (4, 2)
     assert sorted(layer for group in halved.groups for layer in group.layers) == list(range(24))
     assert max(len([n for n in group.layers if n in part]) for group in halved.groups for part in parts) == 2
+
+
+def test_norms_over_the_heads_of_all_ranks_wait_for_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a rank that happens to hold all heads: as the norms of whole rows, with no tensor made on the host."""
+    spec, cpu = dataclasses.replace(SPEC, qk_norm="row"), torch.device("cpu")
+    attention = Attention(share_of(spec, Mesh(Place())), Layer(), torch.float32, cpu)
+    q, k = torch.randn(3, 32), torch.randn(3, 16)
+    norms = attention.q_norm, attention.k_norm
+    for norm in norms:
+        norm.weight.data.normal_()
+    want = [norm(x) for norm, x in zip(norms, (q, k), strict=True)]
+    mesh = SimpleNamespace(tensor="joined", reduce=lambda sums: sums)
+    attention.share = SimpleNamespace(mesh=mesh, full=spec, kv_copies=1)
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("a tensor was made on the host"))
+    for got, expected in zip(attention._whole_rows(*norms, q, k), want, strict=True):
+        torch.testing.assert_close(got, expected)
