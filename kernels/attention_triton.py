@@ -294,8 +294,7 @@ class _Call:
     def few(self, most: int, longest: int) -> None:
         """Sequences of 1 to `most` rows, the longest of them `longest`."""
         q, out = self.rows
-        span = SPAN * max(1, -(-longest // (SPAN * self.cut["PARTS"])))
-        parts = -(-longest // span)
+        parts = min(-(-longest // SPAN), self.cut["PARTS"])  # where its own have grown, a shorter one's may not have
         if not self.deterministic and self.shape["WINDOW"]:  # what a row sees is short: cutting it up isn't worth it
             parts = 1 if self.shape["WINDOW"] <= 2 * SPAN else parts
         sequences, heads, value = len(self.ragged.lengths), self.shape["HEADS"], self.shape["VALUE"]

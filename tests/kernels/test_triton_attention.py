@@ -112,6 +112,17 @@ def test_a_long_context(paged: Callable[..., Any], device: torch.device, monkeyp
     compare(batch, device, scale=0.125)
 
 
+@pytest.mark.parametrize("longest", [257, 300, 513, 770])
+def test_a_shorter_sequence_may_have_more_parts(
+    longest: int, paged: Callable[..., Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 257 keys there are three parts of 128, of 256 four of 64."""
+    monkeypatch.setattr(attention_triton, "MOST_PARTS", 4)
+    for others in ([256], [1, 64, 65, 191, 192, 193, 255]):
+        parts = [(length, 1) for length in (longest, *others)]
+        compare(paged(parts, 16, 2, 1, 64), device, scale=0.2)
+
+
 def rows_of(ragged: Ragged, s: int, start: int, stop: int) -> tuple[slice, Ragged]:
     """Rows start..stop of sequence s as a batch of their own: (where they are, the batch)."""
     first, last = ragged.host_starts[s : s + 2].tolist()
