@@ -119,7 +119,8 @@ def run(q: Tensor, written: Written | None, angles: Angles | None, *, interleave
     kv_heads = 0 if written is None else k.shape[1]
     keys = stored(k_cache)
     values = keys if v is None or v_cache is None else stored(v_cache)
-    q, k, v = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    v = v if v is None or v.stride(-1) == 1 else v.contiguous()
     cos, sin = angles or (None, None)
     block = power_of_two(dim, 16)
     together = max(1, 1024 // block)
