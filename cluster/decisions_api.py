@@ -14,8 +14,9 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from kvasir.cluster.call import Call, Conversation, check_variables, request_id_from, thinking_variables
+from kvasir.cluster.call import Call, Conversation, Text, check_variables, request_id_from, thinking_variables
 from kvasir.cluster.decisions_schema import DecisionAsk, Question, parse_decisions
+from kvasir.cluster.decisions_turn import Turn
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.http_front import header_map, read_json, send_json, until_gone, warning_header
 from kvasir.cluster.served_model import ServedModel
@@ -29,7 +30,6 @@ ANSWERS_AT_ONCE = 128
 """And their answers, each of which is a request to an engine: a call mustn't fill its queue by itself."""
 PORTION = 64
 """Of one question's answers, so that several questions share in them."""
-_PROBE = "probe answer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +86,11 @@ async def decide(desk: Desk, ask: DecisionAsk, request_id: str, headers: Mapping
     """The whole answer. Raises a KvasirError."""
     model = desk.model(ask.model)
     room, seats = asyncio.Semaphore(AT_ONCE), _Seats(ANSWERS_AT_ONCE)
+    turn = await Turn.of(model, _asked(ask, ask.questions[0]), desk.info(model).eos_token_ids)
+    scoring = _Scoring(desk, model, ask, headers, seats, turn)
 
     async def one(number: int) -> Scored:
         async with room:
-            scoring = _Scoring(desk, model, ask, headers, seats)
             return await scoring.score(ask.questions[number], f"{request_id}-{number}")
 
     first = await one(0)  # alone: the others find what they have in common in the cache
@@ -118,15 +119,15 @@ class _Scoring:
     ask: DecisionAsk
     headers: Mapping[str, str]
     seats: _Seats
+    turn: Turn
 
     async def score(self, question: Question, request_id: str) -> Scored:
         """The answers, each as a prompt's end."""
-        conversation = _asked(self.ask, question)
-        prompt = await self.model.encode(conversation)
-        tokenizer = self.model.need_tokenizer("questions")
-        end = await _end(self.model, conversation, self.desk.info(self.model).eos_token_ids)
-        answers = [[*tokenizer.encode(text, add_special_tokens=False), *end] for text, _ in question.answers]
-        if any(len(ids) == len(end) for ids in answers):
+        before = await self.turn.before(self.model, _asked(self.ask, question))
+        prompt = await self.model.encode(Text(text=before.rstrip(" "), add_special_tokens=False))
+        texts = [text for text, _ in question.answers]
+        answers = self.turn.answers(self.model.need_tokenizer("questions"), before, texts)
+        if any(len(ids) == len(self.turn.end) for ids in answers):
             raise ClientError("an answer has no tokens", param="questions")
         totals, cached = [], 0
         for start in range(0, len(answers), PORTION):
@@ -176,14 +177,6 @@ def _asked(ask: DecisionAsk, question: Question) -> Conversation:
     variables = ask.fields.get("chat_template_kwargs", {})
     check_variables(variables, "chat_template_kwargs")
     return Conversation(messages=said, variables={**thinking_variables("none"), **variables})
-
-
-async def _end(model: ServedModel, conversation: Conversation, ends: Sequence[int]) -> list[int]:
-    """The token with which the model ends its turn: without it an answer that begins another one would count for both."""
-    said = [*conversation.messages, {"role": "assistant", "content": _PROBE}]
-    told = Conversation(messages=said, add_generation_prompt=False, variables=conversation.variables)
-    found = [token for token in (await model.encode(told))[-4:] if token in ends]
-    return found[:1] or list(ends[:1])
 
 
 def _total(scores: Sequence[Any] | None, start: int) -> float:

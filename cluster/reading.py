@@ -18,6 +18,8 @@ from kvasir.engine.tokenizer import Tokenizer
 
 _TAIL = 24
 """Tokens of the prompt's end that show whether it has begun the thoughts."""
+_TAIL_CHARS = 200
+"""And characters."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +72,8 @@ def reading(
     if tools is not None and tools.whole is not None:
         thoughts = None
     elif thoughts is not None:
-        begun, open_ = _begun(tokenizer, prompt_ids, thoughts)
+        tail = tokenizer.decode(list(prompt_ids[-_TAIL:]), skip_special_tokens=False)
+        begun, open_ = thoughts_begun(tail, thoughts)
         thoughts = thoughts if open_ else None
     marks = marks_of(tools, thoughts)
     added = tokenizer.added_tokens
@@ -127,9 +130,9 @@ class AnswerStream:
         return parts
 
 
-def _begun(tokenizer: Tokenizer, prompt_ids: Sequence[int], thoughts: ThoughtFormat) -> tuple[bool, bool]:
+def thoughts_begun(prompt: str, thoughts: ThoughtFormat) -> tuple[bool, bool]:
     """(the prompt has begun the thoughts, there may be thoughts): a prompt that ends them has none."""
-    tail = tokenizer.decode(list(prompt_ids[-_TAIL:]), skip_special_tokens=False).rstrip()
+    tail = prompt[-_TAIL_CHARS:].rstrip()
     if tail.endswith(thoughts.end):
         return False, False
     return any(tail.endswith(mark.rstrip()) for mark in thoughts.begins), True

@@ -85,6 +85,12 @@ class ServedModel:
             return self._encode(prompt)
         return await asyncio.get_running_loop().run_in_executor(_threads, self._encode, prompt)
 
+    async def render(self, conversation: Conversation) -> str:
+        """What the model reads of it, off the event loop when it is long."""
+        if _length(conversation) <= INLINE_CHARS:
+            return self._render(conversation)
+        return await asyncio.get_running_loop().run_in_executor(_threads, self._render, conversation)
+
     async def encode_passages(
         self, inputs: Sequence[Passage | Sequence[int]], places: Sequence[str], limit: int, truncate: int | None
     ) -> list[Encoded]:
@@ -114,16 +120,18 @@ class ServedModel:
     def _encode(self, prompt: Text | Conversation) -> list[int]:
         if isinstance(prompt, Text):
             return self.need_tokenizer("prompt").encode(prompt.text, prompt.add_special_tokens)
-        tokenizer = self.need_tokenizer("messages")
-        text = tokenizer.render_chat(
-            prompt.messages,
-            prompt.tools,
-            add_generation_prompt=prompt.add_generation_prompt,
-            continue_final_message=prompt.continue_final_message,
-            chat_template=prompt.chat_template,
-            **prompt.variables,
+        text = self._render(prompt)
+        return self.need_tokenizer("messages").encode(text, prompt.add_special_tokens)
+
+    def _render(self, conversation: Conversation) -> str:
+        return self.need_tokenizer("messages").render_chat(
+            conversation.messages,
+            conversation.tools,
+            add_generation_prompt=conversation.add_generation_prompt,
+            continue_final_message=conversation.continue_final_message,
+            chat_template=conversation.chat_template,
+            **conversation.variables,
         )
-        return tokenizer.encode(text, prompt.add_special_tokens)
 
 
 def _length(prompt: Text | Conversation) -> int:

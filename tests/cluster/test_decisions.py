@@ -10,18 +10,34 @@ import pytest
 
 from kvasir.cluster.decisions_api import ANSWERS_AT_ONCE, decide
 from kvasir.cluster.decisions_schema import MAX_CHOICES, parse_decisions
-from kvasir.engine.errors import OverloadedError
+from kvasir.cluster.tool_formats import taught_thoughts, taught_tools
+from kvasir.engine.chat_template import ChatTemplates
+from kvasir.engine.errors import OverloadedError, UnsupportedError
 
 END = 1000
+PLAIN = (
+    "{% for m in messages %}{{ 'Quest' if m.role == 'user' else m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{% endif %}"
+)
 
 
 class Model:
     """Reads a character as a token."""
 
-    name = "m"
+    name, tools, thoughts = "m", None, None
 
-    async def encode(self, conversation):
-        return [0] * 5 if conversation.add_generation_prompt else [0, END]
+    def __init__(self, source=PLAIN, eos=chr(END)):
+        self.templates = ChatTemplates({"default": source}, {"eos_token": eos, "bos_token": "<s>"})
+        self.rendered = 0
+
+    async def render(self, conversation):
+        self.rendered += 1
+        asked = conversation.add_generation_prompt
+        variables = dict(conversation.variables)
+        return self.templates.render(conversation.messages, add_generation_prompt=asked, variables=variables)
+
+    async def encode(self, prompt):
+        return [ord(one) for one in prompt.text]
 
     def need_tokenizer(self, what):
         return SimpleNamespace(encode=lambda text, add_special_tokens: [ord(one) for one in text])
@@ -30,13 +46,14 @@ class Model:
 class Desk:
     """A token's log probability is its number / -100. `refuse_at`: that call to `begin` fails."""
 
-    def __init__(self, refuse_at=None):
+    def __init__(self, refuse_at=None, model=None):
+        self.served = model or Model()
         self.running = self.peak = self.begun = 0
         self.refuse_at = refuse_at
-        self.portions = []
+        self.portions, self.calls = [], []
 
     def model(self, name):
-        return Model()
+        return self.served
 
     def info(self, model):
         return SimpleNamespace(eos_token_ids=[END])
@@ -46,6 +63,7 @@ class Desk:
         if self.begun == self.refuse_at:
             raise OverloadedError("full")
         self.portions.append(request_id)
+        self.calls.append(call)
         self.running += len(call.prompts)
         self.peak = max(self.peak, self.running)
         return Generation(call.prompts)
@@ -102,3 +120,51 @@ def test_a_refusal_ends_all_of_it(at):
 
     asyncio.run(run())
     assert desk.running == 0
+
+
+BEHIND = {
+    "llama.cpp/llama-cpp-deepseek-r1.jinja": "<｜Assistant｜>",
+    "llama.cpp/MiniMax-M2.jinja": "]~b]ai\n",
+    "llama.cpp/StepFun3.5-Flash.jinja": "assistant\n<think>\n\n</think>\n",
+    "llama.cpp/Apriel-1.6-15b-Thinker-fixed.jinja": "<|begin_assistant|>\n",
+    "llama.cpp/openai-gpt-oss-120b.jinja": "<|start|>assistant<|channel|>final<|message|>",
+    "llama.cpp/CohereForAI-c4ai-command-r7b-12-2024-tool_use.jinja": "<|START_RESPONSE|>",
+    "llama.cpp/Qwen-QwQ-32B.jinja": "<think>\n</think>",
+    "llama.cpp/GLM-4.6.jinja": "<think></think>\n",
+    "llama.cpp/google-gemma-4-31B-it.jinja": "model\n<|channel>thought\n<channel|>",
+}
+"""Template -> where an answer without thoughts stands."""
+
+
+@pytest.mark.parametrize(("file", "behind"), BEHIND.items())
+def test_answers_stand_where_the_model_writes_them(data, file, behind):
+    """Neither in thoughts that the prompt begins, nor where a channel is to be chosen."""
+    source = (data("chat-templates") / file).read_text()
+    model = Model(source)
+    model.tools, model.thoughts = taught_tools([source]), taught_thoughts([source])
+    desk = Desk(model=model)
+    asyncio.run(decide(desk, parse_decisions({"input": "a", "questions": [QUESTION]}), "r", {}))
+    (call,) = desk.calls
+    texts = ["".join(map(chr, ids)) for ids in call.prompts]
+    start = call.sampling["prompt_logprob_start"]
+    assert [text[start:].rstrip(chr(END)) for text in texts] == ["Yes", "No"]
+    assert all(text[:start].endswith(behind) for text in texts), texts[0][start - 60 : start]
+
+
+QUESTION = {"type": "predicate", "instructions": "Is it?"}
+
+
+def test_the_space_in_front_of_an_answer_belongs_to_it():
+    model = Model("{% for m in messages %}{{ 'Q:' if m.role == 'user' else ' ' + m.content + eos_token }}{% endfor %}")
+    desk = Desk(model=model)
+    asyncio.run(decide(desk, parse_decisions({"input": "a", "questions": [QUESTION] * 20}), "r", {}))
+    call = desk.calls[0]
+    assert ["".join(map(chr, ids)) for ids in call.prompts] == [f"Q: Yes{chr(END)}", f"Q: No{chr(END)}"]
+    assert call.sampling["prompt_logprob_start"] == 2
+    assert model.rendered == 20 + 2  # each question once
+
+
+def test_a_template_that_hides_answers_is_refused():
+    desk = Desk(model=Model("{{ messages[0].content }}:"))
+    with pytest.raises(UnsupportedError, match="doesn't show what the model answered"):
+        asyncio.run(decide(desk, parse_decisions({"input": "a", "questions": [QUESTION]}), "r", {}))
