@@ -10,8 +10,10 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
+from kvasir.cluster.call import thinking_variables
 from kvasir.cluster.carried import carry
 from kvasir.cluster.desk import Desk
+from kvasir.cluster.generation import Generation
 from kvasir.cluster.http_front import header_map, read_json, send_json, until_gone, warning_header
 from kvasir.cluster.reading import read_whole
 from kvasir.cluster.responses_fit import fitted
@@ -20,6 +22,7 @@ from kvasir.cluster.responses_reply import usage_json
 from kvasir.cluster.responses_schema import ResponseAsk, parse_compaction
 from kvasir.cluster.service_fields import in_session
 from kvasir.cluster.store import Store
+from kvasir.engine.errors import ServerError
 
 Json = dict[str, Any]
 MAX_SUMMARY = 2048
@@ -51,24 +54,36 @@ class Compact:
         most = min(MAX_SUMMARY, max(1, limit // 4))
         call = dataclasses.replace(ask.call, sampling={"max_tokens": most, "temperature": 0.0})
         wish = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": _WISH}]}
-        asked = dataclasses.replace(ask, call=call, items=[wish], truncates=True)
+        variables = {**thinking_variables("none"), **ask.variables}
+        asked = dataclasses.replace(ask, call=call, items=[wish], variables=variables, truncates=True)
         asked = await fitted(self._desk, asked, earlier)
         generation = await self._desk.begin(asked.call, request_id, headers)
         try:
             async for _ in generation:
                 pass
-            text = generation.transcripts[0].outputs[0].text
-            summary = text if generation.reading.plain else read_whole(generation.reading, text).content
+            summary = _summary(generation, most)
             body = {
                 "id": f"resp_{uuid.uuid4().hex}",
                 "object": "response.compaction",
                 "created_at": int(time.time()),
-                "output": _compacted(earlier, summary.strip()),
+                "output": _compacted(earlier, summary),
                 "usage": usage_json(generation.usage, 0),
             }
             await send_json(send, 200, body, [*warning_header(asked.warnings), generation.timing.header()])
         finally:
             self._desk.end(generation)
+
+
+def _summary(generation: Generation, most: int) -> str:
+    """What the model wrote, whole. ServerError when that doesn't stand for the conversation."""
+    output = generation.transcripts[0].outputs[0]
+    plain = generation.reading.plain
+    summary = (output.text if plain else read_whole(generation.reading, output.text).content).strip()
+    if output.finish_reason == "length":
+        raise ServerError(f"the model's summary had no end after {most} tokens, so the conversation isn't compacted")
+    if not summary:
+        raise ServerError("the model wrote no summary, so the conversation isn't compacted")
+    return summary
 
 
 def _compacted(items: Sequence[Json], summary: str) -> list[Json]:

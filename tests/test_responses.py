@@ -228,7 +228,11 @@ def test_compaction_goes_on(client):
     then = client.responses.create(
         model="skald", input=[*json.loads(raw.text)["output"], {"role": "user", "content": SUM}], temperature=0
     )
-    assert then.status == "completed"
+    read = f"Be brief.\n\nSummary of the conversation so far:\n{text}"
+    told = [{"role": "system", "content": read}, {"role": "user", "content": SUM}]
+    same = client.responses.create(model="skald", input=told, temperature=0)
+    assert (then.status, then.output_text) == ("completed", same.output_text)
+    assert then.usage.input_tokens == same.usage.input_tokens
     (said, *_) = client.responses.input_items.list(then.id, order="asc").data
     assert said.content[0].text == "Be brief."
     foreign = {"type": "compaction", "encrypted_content": "gAAAA"}

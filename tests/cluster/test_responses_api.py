@@ -484,3 +484,44 @@ def test_time_to_live(live_gateway):
         place = f"{gateway.url}/v1/responses/{found['id']}"
         assert httpx.get(place).status_code == 200
         until(lambda: httpx.get(place).status_code == 404, 3)
+
+
+# -- compaction
+
+
+def compacted(gateway, **body):
+    return httpx.post(gateway.url + "/v1/responses/compact", json={"model": "bytes"} | body, timeout=10)
+
+
+def test_the_next_turn_reads_the_summary(gateway, monkeypatch):
+    monkeypatch.setattr(gateway.group, "script", lambda request, index: [*b" Ann wants tea. ", 256])
+    said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "I am Ann. Tea, please."}]
+    small = compacted(gateway, input=said).json()
+    assert prompt_of(gateway).decode().endswith("Write nothing but the summary.")
+    post(gateway, input=[*small["output"], {"role": "user", "content": "What do I want?"}])
+    summary = "Be brief.\n\nSummary of the conversation so far:\nAnn wants tea."
+    assert prompt_of(gateway).decode() == f"{summary}What do I want?"
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"), [([*b"  ", 256], "wrote no summary"), (b"Ann wants", "had no end after 1024 tokens")]
+)
+def test_a_summary_that_says_nothing_is_an_error(gateway, monkeypatch, answer, why):
+    monkeypatch.setattr(gateway.group, "script", lambda request, index: answer)
+    answered = compacted(gateway, input="Tea, please.")
+    assert answered.status_code == 500
+    assert why in answered.json()["error"]["message"]
+
+
+def test_a_summary_is_written_without_thoughts(gateway, monkeypatch):
+    model, rendered = type(gateway.model), []
+    render = model._render
+
+    def seen(self, conversation):
+        rendered.append(conversation)
+        return render(self, conversation)
+
+    monkeypatch.setattr(model, "_render", seen)
+    assert compacted(gateway, input="Tea").status_code == 200
+    assert rendered
+    assert all(one.variables["enable_thinking"] is False for one in rendered)
