@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -173,11 +174,7 @@ def _schema(wanted: StructuredOutput) -> Json:
 
 def tool_use(tools: Sequence[Tool] | None, choice: object, parallel: bool = True) -> ToolUse | None:
     """Checked; None: there are no tools, or none may be called. ClientError names what is wrong."""
-    names = [_checked(tool, f"tools[{number}]") for number, tool in enumerate(tools or ())]
-    if len(names) > MAX_TOOLS:
-        raise ClientError(f"tools holds {len(names)} tools; {MAX_TOOLS} at most", param="tools")
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ClientError(f"tools holds {twice[0]!r} twice", param="tools")
+    names = _distinct([_checked(tool, f"tools[{number}]") for number, tool in enumerate(tools or ())], "tools")
     mode, allowed = _choice(choice)
     if not tools:
         if mode == "required" or allowed is not None:
@@ -214,6 +211,15 @@ def _checked(tool: Tool, at: str) -> str:
     return name
 
 
+def _distinct(names: list[str], param: str) -> list[str]:
+    """`names`, if each is there once and they aren't too many."""
+    if len(names) > MAX_TOOLS:
+        raise ClientError(f"{param} holds more than {MAX_TOOLS} tools", param=param)
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ClientError(f"{param} holds {twice[0]!r:.60} twice", param=param)
+    return names
+
+
 def _choice(choice: object) -> tuple[str, list[str] | None]:
     """(auto, none or required; the tools it allows, or None for all)."""
     if choice is None:
@@ -226,7 +232,7 @@ def _choice(choice: object) -> tuple[str, list[str] | None]:
             inner = choice.get("allowed_tools", choice)
             mode, tools = inner.get("mode", "auto"), inner.get("tools")
             if mode in ("auto", "required") and isinstance(tools, list) and tools:
-                return mode, [_named(tool) for tool in tools]
+                return mode, _distinct([_named(tool) for tool in tools[: MAX_TOOLS + 1]], "tool_choice")
         elif kind == "function":
             return "required", [_named(choice)]
     text = 'tool_choice must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}'

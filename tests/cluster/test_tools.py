@@ -315,6 +315,8 @@ def test_a_format_is_derived_from_a_template_of_an_unknown_family(data):
         ([TOOL], {"type": "function"}, "tool_choice", "name"),
         ([], "required", "tool_choice", "needs tools"),
         ([OTHER] * 513, None, "tools", "512"),
+        ([OTHER], {"type": "allowed_tools", "tools": [{"name": "ping"}] * 2}, "tool_choice", "'ping' twice"),
+        ([OTHER], {"type": "allowed_tools", "tools": [{"name": "ping"}] * 10**6}, "tool_choice", "512"),
     ],
 )
 def test_what_a_request_may_not_say(tools, choice, param, word):
