@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import faulthandler
+import gc
 import json
 import socket
 import sys
 
+faulthandler.dump_traceback_later(150, exit=True)  # before its caller loses patience: which call hangs is told
+# litellm leaves a stream of Ollama's after its last line, unread to its end and in a cycle. The collector, when it comes by
+# while httpcore holds its pool's lock (to ask for /api/show), closes that stream, which takes the same lock: for ever.
+gc.disable()
 URL, KEY = sys.argv[1:]
 tried: list[str] = []
 connect, resolve = socket.socket.connect, socket.getaddrinfo
@@ -77,4 +83,4 @@ vectors = litellm.embedding(
     "openai/skald", input=["a ship"], api_base=URL + "/v1", api_key=KEY, encoding_format="float"
 )
 assert len(vectors.data[0]["embedding"]) > 10
-print(json.dumps({"tried": tried}))
+print(json.dumps({"tried": tried}), flush=True)

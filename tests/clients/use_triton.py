@@ -3,6 +3,7 @@ the protocol's messages, and the tests' has ours."""
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import sys
 
@@ -21,6 +22,7 @@ def refused(client: triton.InferenceServerClient, *asked: object, **more: object
 
 
 def main(address: str, key: str) -> None:
+    faulthandler.dump_traceback_later(150, exit=True)
     headers = {"authorization": f"Bearer {key}"}
     given = {"text_input": "Once upon a time", "sampling_parameters": json.dumps({"temperature": 0, "max_tokens": 9})}
     with triton.InferenceServerClient(address) as client:
