@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 import uvicorn
@@ -21,9 +21,16 @@ from kvasir.engine.errors import ClientError, KvasirError
 
 MAX_HEAD_BYTES = 64 * 2**10
 """Of the request line and all headers."""
+MAX_AHEAD = 16
+"""Requests that wait on one connection for the answers of those before them."""
 SLOWEST_BYTES_S = 64 * 2**10
 """What is larger may take longer: a second for so many bytes."""
-_PHRASES = {408: "Request Timeout", 431: "Request Header Fields Too Large"}
+_PHRASES = {
+    400: "Bad Request",
+    408: "Request Timeout",
+    429: "Too Many Requests",
+    431: "Request Header Fields Too Large",
+}
 
 
 class HeadTooLargeError(ClientError):
@@ -31,6 +38,13 @@ class HeadTooLargeError(ClientError):
 
     code = "request_too_large"
     status = 431
+
+
+class TooFarAheadError(ClientError):
+    """More than MAX_AHEAD."""
+
+    code = "too_many_requests"
+    status = 429
 
 
 class RequestTimeoutError(ClientError):
@@ -58,16 +72,34 @@ def server_config(app: Any, config: GatewayConfig) -> uvicorn.Config:
 
 
 class Connection(HttpToolsProtocol):
-    """One connection. Requests that are too slow or too large to be read are refused, and the connection is closed."""
+    """One connection. Requests that are too slow or too large to be read are refused, and the connection is closed.
+
+    A client may send a request before the one before it is answered. It waits: its time begins, and a refusal is said,
+    when all answers before it are complete.
+    """
 
     def __init__(self, *args: Any, receive_timeout_s: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._limit_s = receive_timeout_s
+        self._place: Literal["between", "head", "body"] = "between"
+        """Where in a request the next byte belongs."""
         self._head = 0
-        """Bytes of the head that is being read; behind it -1."""
+        """Bytes since the last request ended."""
         self._arrived = 0
         self._due = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._turn: Any = None
+        """The cycle whose answer is, or was last, sent."""
+        self._refusal: bytes | None = None
+        """What is said behind the answers; nothing is read any more."""
+
+    @property
+    def _answering(self) -> bool:
+        return self._turn is not None and not (self._turn.response_complete or self._turn.disconnected)
+
+    @property
+    def _deaf(self) -> bool:
+        return self._refusal is not None or self.transport.is_closing()
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -75,45 +107,74 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._arrive()
+        if self._answering:
+            self._disconnect()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        self._arrived += len(data)
-        if self._head >= 0:
+        if self._deaf:
+            return
+        if self._place != "body":
             self._head += len(data)
+            self._wait()
+        self._arrived += len(data)
         super().data_received(data)
-        if self._head > MAX_HEAD_BYTES:
+        if self._place != "body" and self._head > MAX_HEAD_BYTES:
             self._too_large()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        if self._timer is None:
-            self._wait()
-        if self._head < 0:
-            self._head = 0
+        self._place = "head"
+        self._wait()
 
     def on_headers_complete(self) -> None:
-        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-        self._head = -1
-        if size > MAX_HEAD_BYTES:
+        if self._deaf:
+            return
+        if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > MAX_HEAD_BYTES:
             self._too_large()
+        elif len(self.pipeline) == MAX_AHEAD:
+            text = f"more than {MAX_AHEAD} requests wait on this connection for the answers of those before them"
+            self._refuse(TooFarAheadError(text))
         else:
             super().on_headers_complete()
+            self._place = "body"
+            self.flow.resume_reading()  # else nobody would see that the client left
 
     def on_body(self, body: bytes) -> None:
-        if not self.transport.is_closing():
+        if not self._deaf:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        self._place = "between"
+        self._head = 0
         self._arrive()
-        if not self.transport.is_closing():
+        if not self._deaf:
             super().on_message_complete()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()  # the next one's turn
+        if self.transport.is_closing():
+            return
+        if self._refusal is not None and not self._answering:
+            self._say_and_close(self._refusal)
+        elif self._place != "between":
+            self._unset_keepalive_if_required()
+            self._wait()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(ClientError(msg))
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._turn = cycle
+        super()._start_asgi_task(cycle, app)
+
     def _wait(self) -> None:
-        """A request begins."""
-        self._arrived = 0
-        self._due = self.loop.time() + self._limit_s
-        self._timer = self.loop.call_at(self._due, self._late)
+        """Its time begins, unless it did, or others are before it."""
+        own = self._place == "body" and self._turn is self.cycle
+        if self._timer is None and (own or not self._answering):
+            self._arrived = 0
+            self._due = self.loop.time() + self._limit_s
+            self._timer = self.loop.call_at(self._due, self._late)
 
     def _arrive(self) -> None:
         """It is here, or will never be."""
@@ -127,31 +188,44 @@ class Connection(HttpToolsProtocol):
             self._timer = self.loop.call_at(due, self._late)
             return
         self._timer = None
-        if self._head == 0 and not self._arrived:  # it never said a word
+        if self._place == "between" and not self._arrived:  # it never said a word
             self.transport.close()
-        elif self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+        else:
             text = f"the request didn't arrive within {self._limit_s:g} s (--receive-timeout)"
             self._refuse(RequestTimeoutError(text))
-        else:
-            self.transport.close()
 
     def _too_large(self) -> None:
-        self._arrive()
-        self._head = -1
         text = f"the request's line and headers have more than {MAX_HEAD_BYTES} bytes"
         self._refuse(HeadTooLargeError(text))
 
     def _refuse(self, error: KvasirError) -> None:
-        """Answer in the place of the application, and close."""
-        if self.transport.is_closing():
+        """Answer what is being read in the place of the application, behind the answers before it, and close."""
+        if self._deaf:
             return
+        self._arrive()
+        self._refusal = self._response(error)
+        if self._place == "body" and self._turn is self.cycle:
+            if self.cycle.response_started:  # it has an answer, and gets no second one
+                self.transport.close()
+                return
+            self._disconnect()  # what the application still says goes nowhere
+        elif self._place == "body":
+            self.pipeline.popleft()  # the last that came
+        if not self._answering:
+            self._say_and_close(self._refusal)
+
+    def _response(self, error: KvasirError) -> bytes:
         name = request_id_from(None, "X-Request-ID")
         path = self.url.decode("latin-1").partition("?")[0] if self.headers is not None else ""
         body = orjson.dumps(error_body(error, path, name))
         lines = [f"HTTP/1.1 {error.status} {_PHRASES[error.status]}", "content-type: application/json"]
         lines += [f"content-length: {len(body)}", f"x-request-id: {name}", f"request-id: {name}", "connection: close"]
-        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
-        if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.disconnected = True  # what the application still says goes nowhere
-            self.cycle.message_event.set()
+        return "\r\n".join([*lines, "", ""]).encode() + body
+
+    def _say_and_close(self, refusal: bytes) -> None:
+        self.transport.write(refusal)
         self.transport.close()
+
+    def _disconnect(self) -> None:
+        self._turn.disconnected = True
+        self._turn.message_event.set()

@@ -10,12 +10,15 @@ import time
 import pytest
 
 from kvasir.cluster.config import GatewayConfig
-from kvasir.cluster.http_protocol import MAX_HEAD_BYTES
+from kvasir.cluster.http_protocol import MAX_AHEAD, MAX_HEAD_BYTES
 
 BODY = json.dumps({"model": "bytes", "prompt": "Hi"}).encode()
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 FILE = b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
 LENGTH = b"Content-Length: %d\r\n" % len(BODY)
+STREAM = json.dumps({"model": "bytes", "prompt": "Hi", "stream": True}).encode()
+STREAM = HEAD + b"Content-Length: %d\r\n\r\n" % len(STREAM) + STREAM
+SECOND = HEAD + LENGTH + b"\r\n" + BODY
 
 
 @pytest.fixture
@@ -120,3 +123,103 @@ def test_a_client_that_leaves_within_its_body_is_no_error(gateway, caplog):
                 until(lambda: any(one.cycle for one in gateway.call(lambda: [*gateway.connections])))
             until(lambda: not gateway.connections)
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.fixture
+def slow(hasty):
+    """Its answers take longer than a request may."""
+    hasty.group.step_s = 0.03
+    return hasty
+
+
+def whole_then(text):
+    """What follows on a whole stream."""
+    first, rest = text.split("\r\n0\r\n\r\n", 1)
+    assert "[DONE]" in first
+    assert first.count("HTTP/1.1 ") == 1
+    return rest
+
+
+@pytest.mark.parametrize(
+    ("second", "status"),
+    [
+        (HEAD, 408),
+        (SECOND[:-9], 408),
+        (HEAD + b"X-Long: " + b"a" * 6 * MAX_HEAD_BYTES, 431),
+        (HEAD + b"X-Long: " + b"a" * MAX_HEAD_BYTES + b"\r\n\r\n", 431),
+        (b"\0\0\r\n\r\n", 400),
+    ],
+    ids=["half-head", "half-body", "endless-head", "large-head", "no-http"],
+)
+@pytest.mark.parametrize("together", [True, False])
+def test_what_comes_behind_a_request_leaves_its_answer_alone(slow, second, status, together):
+    """It is refused behind the answer, and its time begins there."""
+    with connect(slow) as sock:
+        sock.sendall(STREAM + second if together else STREAM)
+        begin = sock.recv(65536)
+        sock.sendall(b"" if together else second)
+        refused = whole_then(begin.decode() + _rest(sock))
+    assert refused.startswith(f"HTTP/1.1 {status} ")
+    assert refused.count("HTTP/1.1 ") == 1
+    assert "connection: close" in refused
+
+
+def _rest(sock):
+    data = b""
+    while more := sock.recv(65536):
+        data += more
+    return data.decode()
+
+
+@pytest.mark.parametrize("cut", [len(HEAD), len(SECOND) - 9])
+def test_a_request_that_is_whole_when_the_answer_before_it_is(slow, cut):
+    """More than its time has passed by then."""
+    with connect(slow) as sock:
+        sock.sendall(STREAM + SECOND[:cut])
+        data = b""
+        while b"[DONE]" not in data:
+            data += sock.recv(65536)
+        sock.sendall(SECOND[cut:] + SECOND.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
+        rest = whole_then(data.decode() + _rest(sock))
+    assert rest.count("HTTP/1.1 200 OK") == rest.count('"finish_reason":"stop"') == 2
+
+
+def test_nothing_but_the_answer_when_a_body_never_comes(hasty):
+    """It was refused before it was whole: no second answer follows."""
+    with connect(hasty) as sock:
+        sock.sendall(HEAD.replace(b"/v1/completions", b"/v1/nothing") + LENGTH + b"\r\n" + BODY[:9])
+        status, text = answer(sock)
+    assert status == 404
+    assert text.count("HTTP/1.1 ") == 1
+
+
+def test_a_client_that_leaves_behind_a_second_request_ends_the_first(live_gateway):
+    with live_gateway() as gateway:
+        gateway.group.step_s = 0.05
+        gateway.group.script = lambda request, index: [65] * 4000
+        with connect(gateway) as sock:
+            sock.sendall(STREAM + SECOND)
+            assert sock.recv(1)
+            assert gateway.group.running == 1
+        until(lambda: gateway.group.running == 0)
+
+
+def test_too_many_ahead(slow):
+    get = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with connect(slow) as sock:
+        sock.sendall(STREAM + get * (MAX_AHEAD + 5))
+        rest = whole_then(_rest(sock))
+    assert rest.count("HTTP/1.1 200 OK") == MAX_AHEAD
+    assert rest.count("HTTP/1.1 ") == MAX_AHEAD + 1
+    assert f"more than {MAX_AHEAD} requests wait" in rest
+
+
+def test_nothing_but_newlines_between_requests(hasty):
+    """They hold no connection open."""
+    with connect(hasty) as sock:
+        sock.sendall(SECOND)
+        data = b""
+        while b'"usage"' not in data:
+            data += sock.recv(65536)
+        sock.sendall(b"\r\n")
+        assert "408" in _rest(sock)
