@@ -19,91 +19,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import json
 import math
 import random
-import statistics
 import time
-from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from replay_costs import fit, route_times
+from replay_report import HEAD, Outcome, Report, carried, plot
 from traces import Ask, block_size, load
 
-from kvasir.cluster.block_journal import BlockJournal
 from kvasir.cluster.router import Policy, Router
-from kvasir.cluster.simulator import Shape, Simulation, StepTime, ideal_hits
-from kvasir.engine.blocks import chain_start, content_ids, token_bytes
-from kvasir.engine.event import Event, Finished
-from kvasir.engine.request import Request, SamplingParams
-from kvasir.engine.scheduler import Stats
-
-COLOURS = {
-    "round-robin": "#999999",
-    "least-load": "#d08000",
-    "prefix": "#4070d0",
-    "cost": "#c02030",
-    "server": "#c02030",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One request that was admitted, and ended."""
-
-    ttft: float
-    itl: float
-    cached: int
-    prompt: Sequence[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """One replay."""
-
-    policy: str
-    speed: float
-    offered: float
-    """Requests a second."""
-    outcomes: Sequence[Outcome]
-    refused: int
-    good: int
-    hits: float
-    real_time: float
-    """Simulated seconds in a second of one core."""
-    fetched: float = 0.0
-    """GB of blocks that came from peers."""
-    moves: int = 0
-    """Requests that another group took over."""
-
-    @property
-    def attained(self) -> float:
-        """Share of all requests that were good."""
-        return self.good / (len(self.outcomes) + self.refused)
-
-    def row(self) -> str:
-        ttft, itl = ([getattr(one, name) for one in self.outcomes] for name in ("ttft", "itl"))
-        total = len(self.outcomes) + self.refused
-        admitted = self.good / max(1, len(self.outcomes))
-        return " | ".join(
-            [
-                f"| {self.policy} | {self.speed:g} | {self.offered:.1f} | {self.attained * self.offered:.1f}",
-                f"{self.attained:.1%} | {self.refused / total:.1%} | {admitted:.1%} | {self.hits:.1%}",
-                *(f"{_percentile(ttft, share):.2f}" for share in (0.5, 0.9, 0.99)),
-                *(f"{_percentile(itl, share) * 1e3:.1f}" for share in (0.5, 0.99)),
-                f"{self.fetched:.3g} | {self.moves} | {self.real_time:.0f} |",
-            ]
-        )
-
-
-COLUMNS = (
-    "policy", "speed", "offered, 1/s", "goodput, 1/s", "good", "refused", "good of admitted", "hits over ideal",
-    "TTFT p50, s", "p90", "p99", "ITL p50, ms", "p99", "fetched, GB", "moves", "x real time",
-)  # fmt: skip
-HEAD = f"\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
+from kvasir.cluster.simulated_group import Shape, StepTime
+from kvasir.cluster.simulator import Simulation, ideal_hits
 
 
 def simulate(asks: Sequence[Ask], policy: Policy, speed: float, shape: Shape, args: argparse.Namespace) -> Report:
@@ -141,25 +71,6 @@ def _report(
     hits = sum(one.cached for one in outcomes) / max(1, ideal)
     offered = len(asks) * speed / max(1e-9, asks[-1].at)
     return Report(policy, speed, offered, outcomes, refused, good, hits, real_time, fetched, moves)
-
-
-def _percentile(values: Iterable[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else math.nan
-
-
-def carried(reports: Sequence[Report], share: float) -> float:
-    """Goodput as DistServe defines it: the highest load, between those measured, of which `share` is good."""
-    points = sorted((one.offered, one.attained) for one in reports)
-    best = 0.0
-    for (load_, attained), (more, less) in zip(points, [*points[1:], (math.inf, 0.0)], strict=True):
-        if attained >= share:
-            best = (
-                load_
-                if more == math.inf or less >= share
-                else load_ + (more - load_) * (attained - share) / (attained - less)
-            )
-    return best
 
 
 # -- a real server
@@ -214,128 +125,6 @@ async def _counters(client: "aiohttp.ClientSession", url: str) -> tuple[float, f
 
 def _total(text: str, name: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name))
-
-
-# -- a plot
-
-
-def plot(reports: Sequence[Report], path: Path) -> None:
-    """Goodput over offered load, a line for each policy; SVG."""
-    wide, high, left, low = 640, 360, 50, 320
-    most = max(one.offered for one in reports)
-    top = max(one.attained * one.offered for one in reports) * 1.05 or 1.0
-
-    def place(x: float, y: float) -> str:
-        return f"{left + x / most * (wide - left - 110):.1f},{low - y / top * (low - 20):.1f}"
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{high}" font-family="sans-serif" font-size="12">',
-        f'<rect width="{wide}" height="{high}" fill="white"/>',
-        f'<polyline points="{left},20 {left},{low} {wide - 110},{low}" fill="none" stroke="black"/>',
-        f'<text x="{wide // 2 - 60}" y="{high - 8}">offered load, requests/s</text>',
-        f'<text x="6" y="14">goodput, requests/s</text><text x="{left - 32}" y="30">{top:.0f}</text>',
-        f'<text x="{wide - 130}" y="{low + 16}">{most:.0f}</text>',
-        f'<polyline points="{place(0, 0)} {place(min(most, top), min(most, top))}" stroke="#ccc" stroke-dasharray="4"/>',
-    ]
-    for number, policy in enumerate(dict.fromkeys(one.policy for one in reports)):
-        mine = sorted((one.offered, one.attained * one.offered) for one in reports if one.policy == policy)
-        points, colour = " ".join(place(*pair) for pair in [(0.0, 0.0), *mine]), COLOURS[policy]
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<text x="{wide - 100}" y="{40 + 18 * number}" fill="{colour}">{policy}</text>')
-    path.write_text("\n".join([*parts, "</svg>\n"]))
-
-
-# -- step times of an engine, and times of decisions
-
-
-def fit(model: str) -> StepTime:
-    """Least squares over measured steps: prompts of several lengths alone, then streams, few and many, short and long."""
-    import numpy as np
-
-    from kvasir.engine.config import EngineConfig
-    from kvasir.engine.engine import Engine
-
-    ends: list[float] = []
-
-    def note(events: Sequence[Event]) -> None:
-        ends.extend(time.perf_counter() for event in events if isinstance(event, Finished))
-
-    engine = Engine(EngineConfig(model=model, enable_prefix_caching=False), note)
-    engine.start()
-    rows, seconds = [], []
-    longest = min(1024, engine.info.max_model_len // 2)
-    for streams, length, output in itertools.product((1, 4, 16), (16, longest // 4, longest), (2, 34)):
-        ends.clear()
-        began, before, draw = time.perf_counter(), engine.stats().steps, random.Random(streams * length)
-        for number in range(streams):
-            prompt = [draw.randrange(engine.info.vocab_size) for _ in range(length)]
-            sampling = SamplingParams(max_tokens=output, ignore_eos=True)
-            engine.submit(Request(request_id=str(number), prompt_token_ids=prompt, sampling=sampling))
-        while len(ends) < streams or engine.stats().running:
-            time.sleep(0.01)
-        decoded = streams * (output - 1)
-        rows.append([engine.stats().steps - before, streams * length, decoded, decoded * (length + output / 2)])
-        seconds.append(ends[-1] - began)
-    engine.shutdown()
-    weights = 1 / np.array(seconds)  # relative errors count, so that short measurements aren't drowned
-    found = _not_negative(np.array(rows, float) * weights[:, None], np.ones(len(seconds)))
-    return StepTime(base_s=found[0], prefill_s=found[1], stream_s=found[2], context_s=found[3])
-
-
-def _not_negative(rows: "np.ndarray", wanted: "np.ndarray") -> list[float]:  # type: ignore[name-defined]  # noqa: F821, UP037
-    """Least squares; a term that would be negative is left out."""
-    import numpy as np
-
-    kept = list(range(rows.shape[1]))
-    while True:
-        found = np.linalg.lstsq(rows[:, kept], wanted, rcond=None)[0]
-        if (found >= 0).all():
-            return [float(found[kept.index(term)]) if term in kept else 0.0 for term in range(rows.shape[1])]
-        kept.pop(int(found.argmin()))
-
-
-def route_times(groups: int, tokens: int) -> str:
-    """Microseconds of the processor for a decision over `groups` groups and prompts of `tokens` tokens."""
-    draw, router, shape = random.Random(0), Router(draw=random.Random(0)), Shape(token_bytes=0.33e6)
-    common = [draw.randrange(2**17) for _ in range(tokens // 4)]
-    prompts = [common + [draw.randrange(2**17) for _ in range(tokens - len(common))] for _ in range(400)]
-    start = chain_start(shape.info.salt, "", None, False)
-    members = [router.join(f"g{number}", (f"host:{number}", "secret")) for number in range(groups)]
-    for number, member in enumerate(members):
-        member.welcome(shape.info, str(number))
-        journal = BlockJournal(str(number))
-        for prompt in draw.sample(prompts, 20):
-            held = prompt[: draw.randrange(len(common), tokens)]
-            journal.take("device", dict.fromkeys(content_ids(start, token_bytes(held), shape.block_size), True))
-        for message in (*journal.flush(), *journal.snapshot()):
-            member.blocks(message)
-        load_ = draw.randrange(4000)
-        member.report(Stats(running=20, queued_prefill_tokens=load_, prefills=2, free_blocks=9999), 0, 0.0)
-    lines = []
-    for label in ("prompts that are new here", "prompts whose tokens were seen before"):
-        took = []
-        for prompt in prompts:
-            fresh = array("I", prompt).tolist()  # as a tokeniser has just made them: not out of the processor's cache
-            asked = Request(request_id="r", prompt_token_ids=fresh, sampling=SamplingParams())
-            began = time.thread_time()
-            route = router.place(asked, members, 0.0)
-            took.append(time.thread_time() - began)
-            route.reservation.settle()
-        lines.append(
-            f"{label}: median {statistics.median(took) * 1e6:.0f} us, p99 {_percentile(took, 0.99) * 1e6:.0f} us"
-        )
-    return "\n".join([*lines, _event_rate(router, members[0].group)])
-
-
-def _event_rate(router: Router, group: int) -> str:
-    draw, count = random.Random(1), 400_000
-    keys = [draw.getrandbits(64) for _ in range(count)]
-    began = time.process_time()
-    for at in range(0, count, 500):
-        router.directory.change(group, "device", keys[at : at + 500], keys[max(0, at - 50_000) : max(0, at - 49_500)])
-    return (
-        f"the directory takes in {count * 1.75 / (time.process_time() - began):,.0f} stored and evicted blocks a second"
-    )
 
 
 def main() -> None:

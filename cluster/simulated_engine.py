@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from kvasir.cluster.simulator import LETTER, Run, Shape, SimulatedGroup
+from kvasir.cluster.simulated_group import LETTER, Run, Shape, SimulatedGroup
 from kvasir.engine.blocks import Changes, Tier
 from kvasir.engine.errors import ClientError, ContextLengthError
 from kvasir.engine.event import Event, Finished, FinishReason, Timing, Token

@@ -10,7 +10,7 @@ import pytest
 from kvasir.cluster.group_client import GroupDirectory
 from kvasir.cluster.group_service import GroupService
 from kvasir.cluster.simulated_engine import SimulatedEngine
-from kvasir.cluster.simulator import Shape, StepTime
+from kvasir.cluster.simulated_group import Shape, StepTime
 from kvasir.cluster.telemetry import Tracing
 from kvasir.engine.errors import ContextLengthError
 from kvasir.engine.event import Finished, Token

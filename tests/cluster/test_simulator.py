@@ -8,7 +8,8 @@ import random
 import pytest
 
 from kvasir.cluster.router import Router
-from kvasir.cluster.simulator import Run, Shape, SimulatedGroup, Simulation, StepTime, ideal_hits
+from kvasir.cluster.simulated_group import Run, Shape, SimulatedGroup, StepTime
+from kvasir.cluster.simulator import Simulation, ideal_hits
 from kvasir.engine.request import Request, SamplingParams
 
 SMALL = Shape(step_time=StepTime(base_s=0.01, prefill_s=0.001, stream_s=0.0, context_s=0.0), num_blocks=100, budget=100)
