@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Union
 
 import torch
@@ -29,6 +30,14 @@ def module(share: Share, layer: Layer, dtype: torch.dtype, device: torch.device)
     return Attention(share, layer, dtype, device)
 
 
+def attend_by(backend: str, device: torch.device, modules: Iterable[nn.Module]) -> None:
+    """All of ours among `modules` by these kernels from now on. ValueError names those there are."""
+    attend = attention.backend(backend, device.type)
+    for module in modules:
+        if isinstance(module, (Attention, LatentAttention)):
+            module.attend = attend
+
+
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245)."""
 
@@ -36,6 +45,7 @@ class Attention(nn.Module):
         super().__init__()
         spec = share.spec
         self.spec, self.layer, self.share = spec, layer, share
+        self.attend: Callable[..., Tensor] = attention
         self.scale = spec.head_dim**-0.5 if spec.attn_scale is None else spec.attn_scale
         q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         self.qkv = Linear(spec.hidden, {"q": q, "k": kv, "v": kv}, spec.qkv_bias, dtype, device)
@@ -67,7 +77,7 @@ class Attention(nn.Module):
         q = self._placed(*self._normed(q, k), v, positional, ragged, k_cache, v_cache)
         if layer.query_scale is not None:
             q = q * positional[layer.query_scale][0]
-        y = attention(
+        y = self.attend(
             q,
             k_cache,
             v_cache,
@@ -124,6 +134,7 @@ class LatentAttention(nn.Module):
     def __init__(self, spec: Spec, latent: Latent, layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.spec, self.latent, self.layer = spec, latent, layer
+        self.attend: Callable[..., Tensor] = attention
         head = latent.nope_dim + latent.rope_dim
         self.scale = head**-0.5 if spec.attn_scale is None else spec.attn_scale
         first = spec.heads * head if latent.q_rank is None else latent.q_rank
@@ -156,7 +167,7 @@ class LatentAttention(nn.Module):
         to_key, to_value = torch.split(expand, [latent.nope_dim, latent.v_dim], 1)
         q = torch.cat((torch.bmm(q.transpose(0, 1), to_key).transpose(0, 1), turning[:, :-1]), -1)
         write(torch.cat((self.kv_a_norm(compressed)[:, None], turning[:, -1:]), -1), None, k_cache, None, ragged)
-        y = attention(q, k_cache, None, ragged, scale=self.scale, window=self.layer.window, value_dim=latent.kv_rank)
+        y = self.attend(q, k_cache, None, ragged, scale=self.scale, window=self.layer.window, value_dim=latent.kv_rank)
         y = torch.bmm(y.transpose(0, 1), to_value.transpose(1, 2)).transpose(0, 1)
         out: Tensor = self.o(y.reshape(rows, -1))
         return out

@@ -77,7 +77,8 @@ class EngineConfig:
     """Kernels of attention: Triton's (GPUs), compiled C++ (native) or torch's operators (CPUs), or the definition (plain:
     slow); auto: the best for the device. `kvasir doctor` shows what there is."""
     enforce_eager: bool = False
-    """Launch every step kernel by kernel, without CUDA graphs."""
+    """Launch every step kernel by kernel, without CUDA graphs. So do models on several ranks, and those that transformers'
+    own code runs."""
     max_cudagraph_capture_size: int | None = None
     """Most sequences in a decoding step that is recorded as a CUDA graph; default: --max-num-seqs, up to 512."""
     max_seq_len_to_capture: int | None = None

@@ -88,6 +88,7 @@ class Decoder(nn.Module):
     def __init__(self, spec: Spec, dtype: torch.dtype, device: torch.device, share: Share | None = None) -> None:
         super().__init__()
         self.spec, self.dtype, self.device = spec, dtype, device
+        self.attention_backend = "auto"
         self.share = share = share or share_of(spec)
         self.mesh = share.mesh
         width, vocab = spec.embed_dim or spec.hidden, len(share.vocab)
@@ -123,6 +124,11 @@ class Decoder(nn.Module):
         self._stack: tuple[KVCache, Stack | None] | None = None
         """What `_stacked` found for this cache."""
         self.query_scales = {layer.query_scale for _, layer in layers if layer.query_scale is not None}
+
+    def attend_by(self, backend: str) -> None:
+        """Attention by these kernels from now on (--attention-backend). ValueError names those there are."""
+        attention.attend_by(backend, self.device, self.modules())
+        self.attention_backend, self._stack = backend, None
 
     def forward(self, tokens: Tensor, ragged: Ragged, cache: KVCache, rows: Tensor) -> Tensor | None:
         """tokens[T] int64, rows[R] int64 -> float32 logits[R, V] of those rows, None on a stage that isn't the last; keys

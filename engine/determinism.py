@@ -20,7 +20,7 @@ def indeterminate(decoder: Decoder | Fallback) -> str:
     each row in an order of its own; so do products in our own order, and sums over two ranks."""
     if not isinstance(decoder, Decoder):
         return "the model runs by transformers' own code, whose products depend on the batch"
-    if obstacle := of_device(decoder.device):
+    if obstacle := of_device(decoder.device, decoder.attention_backend):
         return obstacle
     if native().library is None:
         return f"it needs the compiled CPU kernels ({native().text})"
@@ -37,9 +37,14 @@ def indeterminate(decoder: Decoder | Fallback) -> str:
     return ""
 
 
-def of_device(device: torch.device) -> str:
-    """Why it can't be had on this device, whatever the model. `attention_triton` could; cuBLAS chooses by the number of rows."""
-    return "" if device.type == "cpu" else f"products on {device.type} depend on how many rows a step has"
+def of_device(device: torch.device, attention_backend: str) -> str:
+    """Why it can't be had on this device by these kernels of attention, whatever the model. cuBLAS chooses by the number of
+    rows."""
+    if device.type != "cpu":
+        return f"products on {device.type} depend on how many rows a step has"
+    if attention_backend not in ("auto", "native"):
+        return f"--attention-backend {attention_backend} cuts attention by what is in the batch; use native, or leave it out"
+    return ""
 
 
 def _of_products(decoder: Decoder) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from kvasir.kernels.ragged import Ragged
 logger = logging.getLogger(__name__)
 NAME = "kvasir"
 """Of our attention among transformers' own."""
-_STEP: ContextVar[tuple[Spec, Ragged, KVCache]] = ContextVar("step")
+_STEP: ContextVar[tuple[Fallback, Ragged, KVCache]] = ContextVar("step")
 STATEFUL = ("mamba", "linear_attention", "recurrent", "conv", "hybrid")
 """Parts of layer_types that keep another state than keys and values."""
 
@@ -42,11 +42,17 @@ class Fallback(nn.Module):
         self.model, self.spec, self.dtype, self.device = model, spec, dtype, device
         self.share = share_of(spec)
         self.mesh = self.share.mesh
+        self.attention_backend = "auto"
+        self.attend: Callable[..., Tensor] = attention
+
+    def attend_by(self, backend: str) -> None:
+        """As a `Decoder`'s."""
+        self.attend, self.attention_backend = attention.backend(backend, self.device.type), backend
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, ragged: Ragged, cache: KVCache, rows: Tensor) -> Tensor:
         """tokens[T] int64, rows[R] int64 -> float32 logits[R, V] of those rows; keys and values go into the cache."""
-        token = _STEP.set((self.spec, ragged, cache))
+        token = _STEP.set((self, ragged, cache))
         try:
             out = self.model(
                 input_ids=tokens[None], position_ids=ragged.positions[None], use_cache=False, logits_to_keep=rows
@@ -82,7 +88,7 @@ def paged_attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """query[1, H, T, D] over the cache, into which key and value[1, K, T, D] are written -> ([1, T, H, D], None)."""
-    spec, ragged, cache = _STEP.get()
+    fallback, ragged, cache = _STEP.get()
     kind, number = type(module).__name__, getattr(module, "layer_idx", None)
     if number is None or position_bias is not None:
         raise ConfigError(f"{kind} needs more of attention than keys and values: it can't run here", param="model")
@@ -94,8 +100,8 @@ def paged_attention(
         )
     own = ragged.group(cache.group_of[number])
     write(key[0].transpose(0, 1), value[0].transpose(0, 1), k_cache, v_cache, own)
-    layer = spec.layers[number]
-    out = attention(
+    layer = fallback.spec.layers[number]
+    out = fallback.attend(
         query[0].transpose(0, 1),
         k_cache,
         v_cache,

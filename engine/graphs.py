@@ -22,6 +22,7 @@ from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.decoder import Decoder
 from kvasir.kernels.attention import attention
+from kvasir.kernels.moe import stacked_experts
 from kvasir.kernels.ragged import Ragged
 
 if TYPE_CHECKING:
@@ -48,13 +49,29 @@ def sizes_of(max_num_seqs: int, most: int | None = None) -> list[int]:
 
 def graphs_of(config: EngineConfig, decoder: Decoder | Fallback, cache: KVCache, max_model_len: int) -> Forward:
     """The decoder as steps call it: by graphs where they can be had."""
-    alone = isinstance(decoder, Decoder) and decoder.mesh.place.size == 1 and decoder.spec.experts is None
-    attends = attention.implementation(decoder.device.type) is not attention.reference
-    if config.enforce_eager or decoder.device.type != "cuda" or not alone or not attends:
+    if config.enforce_eager or decoder.device.type != "cuda":
+        return decoder
+    if obstacle := unrecordable(decoder):
+        logger.info("no CUDA graphs: %s; every kernel of a step is launched by Python", obstacle)
         return decoder
     sizes = sizes_of(config.max_num_seqs, config.max_cudagraph_capture_size)
     longest = min(max_model_len, config.max_seq_len_to_capture or max_model_len)
     return Graphs(decoder, cache, sizes, longest, CudaCapture(decoder.device), lambda: free_bytes(decoder.device))
+
+
+def unrecordable(decoder: Decoder | Fallback) -> str:
+    """Why its steps can't be recorded; empty: they can."""
+    device, size = decoder.device.type, decoder.mesh.place.size
+    if not isinstance(decoder, Decoder):
+        return "the model runs by transformers' own code"
+    if size > 1:
+        return f"the model is on {size} ranks, whose exchanges aren't recorded"
+    chosen = decoder.attention_backend
+    if (attention.choices(device)[0] if chosen == "auto" else chosen) == "plain":
+        return "attention by its definition waits for the device"
+    if decoder.spec.experts is not None and stacked_experts.choices(device)[0] == "plain":
+        return "experts that run one by one wait for the device"
+    return ""
 
 
 def free_bytes(device: torch.device) -> int:

@@ -69,11 +69,11 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
     if config.max_model_len is None and (trained := read_text_rules(files.path).max_len):
         spec = dataclasses.replace(spec, max_len=min(spec.max_len, trained))
     device = resolve_device(config, mesh.place.device_index)
-    if config.deterministic and (obstacle := of_device(device)):  # said before minutes of loading
+    check_attention(config, device)  # these two are said before minutes of loading
+    if config.deterministic and (obstacle := of_device(device, config.attention_backend)):
         raise ConfigError(f"--deterministic: {obstacle}", param="deterministic")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    choose_attention(config, device)
     dtype = resolve_dtype(config, files.config, device)
     cores = max(1, usable_cores() // mesh.place.local_ranks)
     torch.set_num_threads(config.num_threads or cores)  # Ray sets OMP_NUM_THREADS, which is torch's default
@@ -92,6 +92,7 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
         decoder, pooler = _weights(config, files, share, pooling, dtype, device)
     else:
         decoder, pooler = _fallback(config, files, spec, dtype, device), None
+    decoder.attend_by(config.attention_backend)
     kept = resolve_cache_dtype(config, dtype)
     _agree(mesh, dtype, kept)
     cache = KVCache(share.spec, plan.num_blocks, config.block_size, kept, device, plan.layout, share.layers)
@@ -132,10 +133,10 @@ def _agree(mesh: Mesh, *dtypes: torch.dtype) -> None:
         )
 
 
-def choose_attention(config: EngineConfig, device: torch.device) -> None:
-    """As --attention-backend says."""
+def check_attention(config: EngineConfig, device: torch.device) -> None:
+    """ConfigError where the device hasn't got what --attention-backend says."""
     try:
-        attention.force(config.attention_backend, device.type)
+        attention.backend(config.attention_backend, device.type)
     except ValueError as error:
         raise ConfigError(f"--attention-backend: {error}", param="attention_backend") from None
 

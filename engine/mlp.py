@@ -9,7 +9,11 @@ from kvasir.engine.layers import Linear, empty
 from kvasir.engine.share import Share
 from kvasir.engine.spec import Experts, Layer, Spec
 from kvasir.kernels.activation import gated, plain
-from kvasir.kernels.moe import experts, route
+from kvasir.kernels.moe import experts, route, stacked_experts
+
+STACKED = ("cuda",)
+"""Types of device on which all experts' matrices are multiplied at once, and lie one behind the other for that. On a CPU each
+expert has its own, in the order its products read fastest."""
 
 
 def module(share: Share, layer: Layer, dtype: torch.dtype, device: torch.device) -> MLP | Mixture:
@@ -49,6 +53,48 @@ class MLP(nn.Module):
         return out
 
 
+class Stack:
+    """Experts whose matrices lie one behind the other on the device: what each of `mlps` has and fills is a view."""
+
+    def __init__(self, numbers: range, mlps: nn.ModuleDict, device: torch.device) -> None:
+        found = [mlp for mlp in mlps.values() if isinstance(mlp, MLP)]
+        self._first, self._facts = numbers.start, found[0]
+        (self._up, self._up_bias), (self._down, self._down_bias) = (
+            (_stacked(lines, "weight", device), _stacked(lines, "bias", device))
+            for lines in ([mlp.up for mlp in found], [mlp.down for mlp in found])
+        )
+
+    def __call__(self, x: Tensor, index: Tensor, weight: Tensor, *, on_input: bool) -> Tensor:
+        """x[T, M] through the experts index[T, k], which weigh weight[T, k] -> [T, M]; others' add nothing."""
+        assert self._up is not None
+        assert self._down is not None
+        return stacked_experts(
+            x,
+            index,
+            weight,
+            self._up,
+            self._down,
+            activation=self._facts.activation,
+            limit=self._facts.limit,
+            gate=self._facts.gated,
+            up_bias=self._up_bias,
+            down_bias=self._down_bias,
+            on_input=on_input,
+            first=self._first,
+        )
+
+
+def _stacked(lines: list[Linear], name: str, device: torch.device) -> Tensor | None:
+    """[E, ...]: the tensors of this name, from now on views of it; None where there are none."""
+    like = getattr(lines[0], name)
+    if like is None:
+        return None
+    whole: Tensor = torch.empty(len(lines), *like.shape, dtype=like.dtype, device=device)
+    for line, part in zip(lines, whole, strict=True):
+        setattr(line, name, nn.Parameter(part, requires_grad=False))
+    return whole
+
+
 class Mixture(nn.Module):
     """A few of many MLPs for each row (Shazeer et al. 2017, arXiv:1701.06538), and one that all rows share."""
 
@@ -61,9 +107,12 @@ class Mixture(nn.Module):
         # float32: a rounding of the router decides between experts
         self.router = Linear(spec.hidden, {"router": facts.count}, facts.router_bias, torch.float32, device)
         self.choice_bias = empty(facts.count, dtype=torch.float32, device=device) if facts.choice_bias else None
+        stacked = device.type in STACKED and len(share.experts) > 0
+        own = torch.device("meta") if stacked else device
         self.experts = nn.ModuleDict(
-            {str(e): MLP(spec, facts.ffn, facts.bias, dtype, device, down_bias=down_bias) for e in share.experts}
+            {str(e): MLP(spec, facts.ffn, facts.bias, dtype, own, down_bias=down_bias) for e in share.experts}
         )
+        self.stack = Stack(share.experts, self.experts, device) if stacked else None
         self.shared = None
         if facts.shared_ffn:
             self.shared = MLP(spec, facts.shared_ffn, facts.bias, dtype, device, down_bias=facts.bias and alone)
@@ -84,7 +133,10 @@ class Mixture(nn.Module):
             choice_bias=self.choice_bias,
             jitter=facts.jitter,
         )
-        out = experts(x, index, weight, self._run, on_input=facts.on_input)
+        if self.stack is None:
+            out = experts(x, index, weight, self._run, on_input=facts.on_input)
+        else:
+            out = self.stack(x, index, weight, on_input=facts.on_input)
         if self.shared is None:
             return out
         shared: Tensor = self.shared(x)

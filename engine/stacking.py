@@ -12,7 +12,6 @@ from kvasir.engine.layers import Linear, Norm
 from kvasir.engine.mlp import MLP
 from kvasir.engine.spec import Rope, Spec
 from kvasir.kernels.activation_native import KINDS
-from kvasir.kernels.attention import attention
 from kvasir.kernels.linear import Packed
 from kvasir.kernels.native import library
 from kvasir.kernels.stack import Layer, Product, Shape, Stack
@@ -25,7 +24,7 @@ def stack_of(decoder: Decoder, cache: KVCache) -> Stack | None:
     """The decoder's layers as one call over this cache; None where they aren't of the kind."""
     share = decoder.share
     numbers = list(share.layers)
-    if attention.forced not in (None, "native"):  # the stack has its own
+    if decoder.attention_backend not in ("auto", "native"):  # the stack has its own
         return None
     if library() is None or not numbers or share.mesh.tensor is not None or not _common(share.spec):
         return None

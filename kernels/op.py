@@ -31,21 +31,16 @@ class Op(Generic[P, R]):
         self.reference = reference
         self._backends = backends if FORCED != "reference" else ()
         self._loaded: dict[str, Callable[P, R]] = {}
-        self.forced: str | None = None
-        """The backend that `force` asked for."""
 
-    def force(self, backend: str, device: str) -> None:
-        """From now on, in this process, this backend on this type of device; auto: the best again. ValueError, naming
-        those there are, if it can't be had. `plain` is the definition, `torch` what CPUs do without compiled code."""
-        self._loaded.pop(device, None)
-        self.forced = None
-        if backend == "auto":
-            return
+    def backend(self, name: str, device: str) -> Callable[P, R]:
+        """This op by this backend alone, on this type of device; auto: by the best, the op itself. ValueError, naming those
+        there are, if it can't be had. `plain` is the definition, `torch` what CPUs do without compiled code."""
+        if name == "auto":
+            return self
         there = self.choices(device)
-        if backend not in there:
-            raise ValueError(f"there is no {backend} backend on {device} here, only {', '.join(there)}")
-        module = {"plain": None, "torch": "cpu"}.get(backend, backend)
-        self._loaded[device], self.forced = self._find(module), backend
+        if name not in there:
+            raise ValueError(f"there is no {name} backend on {device} here, only {', '.join(there)}")
+        return self._find({"plain": None, "torch": "cpu"}.get(name, name))
 
     def choices(self, device: str) -> list[str]:
         """Names of the backends that can be had on a type of device, the one that is taken by itself first."""

@@ -153,8 +153,19 @@ def test_models_whose_products_cannot_say_so(checkpoint: Callable[..., tuple[Pat
         LLM(str(folder), dtype="float32", deterministic=True, skip_tokenizer_init=True)
 
 
+@pytest.mark.parametrize("backend", ["torch", "plain"])
+def test_attention_that_depends_on_the_batch_is_refused(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: Any = {"model": "skald", "attention_backend": backend}
+    refused = pytest.raises(ClientError, match=f"deterministic can't be kept here: --attention-backend {backend} cuts")
+    with LLM(**options, num_threads=1) as llm, refused:
+        llm.generate([[5, 6]], WITNESS, use_tqdm=False)
+    monkeypatch.setattr(load, "resolve_dtype", lambda *_: pytest.fail("it went on"))
+    with pytest.raises(ConfigError, match=f"--deterministic: --attention-backend {backend} cuts attention by what is"):
+        load.load(EngineConfig(**options, deterministic=True))
+
+
 def test_a_gpu_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "resolve_device", lambda *_: torch.device("cuda:0"))
-    monkeypatch.setattr(load, "choose_attention", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(load, "resolve_dtype", lambda *_: pytest.fail("it went on"))
     with pytest.raises(ConfigError, match="--deterministic: products on cuda depend on how many rows"):
         load.load(EngineConfig(model="skald", deterministic=True))

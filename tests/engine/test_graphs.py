@@ -6,6 +6,7 @@ import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import fields, replace
 from typing import Any
 
@@ -17,14 +18,16 @@ from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.errors import ConfigError
-from kvasir.engine.graphs import CudaCapture, Graphs, fill, graphs_of, sizes_of
-from kvasir.engine.load import choose_attention
+from kvasir.engine.graphs import CudaCapture, Graphs, fill, graphs_of, sizes_of, unrecordable
+from kvasir.engine.load import check_attention
+from kvasir.engine.mesh import Mesh, Place
 from kvasir.engine.rank import Rank
 from kvasir.engine.request import SamplingParams
-from kvasir.engine.spec import Layer, Rope, Spec
+from kvasir.engine.spec import Experts, Layer, Rope, Spec
 from kvasir.engine.step import NewSequence, Slice, Step
 from kvasir.engine.weights import random_decoder
 from kvasir.kernels.attention import attention
+from kvasir.kernels.moe import stacked_experts
 from kvasir.kernels.ragged import Ragged
 
 CPU = torch.device("cpu")
@@ -239,15 +242,52 @@ def test_on_a_cpu_there_are_none(decoder: Decoder) -> None:
     assert graphs_of(EngineConfig(), decoder, cache, 64) is decoder
 
 
-def test_the_backend_of_attention_can_be_chosen(decoder: Decoder) -> None:
-    """For the process, until the next engine is loaded; one that isn't there is refused with the flag's name."""
-    try:
-        choose_attention(EngineConfig(attention_backend="plain"), CPU)
-        assert attention.implementation("cpu") is attention.reference
-        expected = decode(decoder, None)
-        with pytest.raises(ConfigError, match="--attention-backend: there is no triton backend on cpu here"):
-            choose_attention(EngineConfig(attention_backend="triton"), CPU)
-    finally:
-        choose_attention(EngineConfig(), CPU)
-    assert attention.implementation("cpu") is not attention.reference
-    assert decode(decoder, None) == expected
+def test_why_steps_are_not_recorded(
+    decoder: Decoder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said once, at the start; --enforce-eager says so itself."""
+    cache = KVCache(SPEC, 4, 4, torch.float32, CPU)
+    monkeypatch.setattr(attention, "choices", lambda device: ["triton", "plain"])
+    monkeypatch.setattr(stacked_experts, "choices", lambda device: ["triton", "plain"])
+    assert not unrecordable(decoder)
+    mixture = copy(decoder)
+    mixture.spec = replace(SPEC, experts=Experts(count=2, per_token=1, ffn=8))
+    assert not unrecordable(mixture)
+    monkeypatch.setattr(stacked_experts, "choices", lambda device: ["plain"])
+    assert "experts that run one by one" in unrecordable(mixture)
+    plain = copy(decoder)
+    plain.attention_backend = "plain"
+    assert "attention by its definition" in unrecordable(plain)
+    dealt = copy(decoder)
+    dealt.mesh = Mesh(Place(2, 1, 0))
+    dealt.device = torch.device("cuda")
+    with caplog.at_level("INFO"):
+        assert graphs_of(EngineConfig(), dealt, cache, 64) is dealt
+        assert graphs_of(EngineConfig(enforce_eager=True), dealt, cache, 64) is dealt
+    assert [record.getMessage() for record in caplog.records] == [
+        "no CUDA graphs: the model is on 2 ranks, whose exchanges aren't recorded;"
+        " every kernel of a step is launched by Python"
+    ]
+
+
+def test_each_engine_has_its_own_backend_of_attention(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two in one process don't share it; one that isn't there is refused with the flag's name."""
+    other = random_decoder(SPEC, torch.float32, CPU, seed=1)
+    plain, calls = attention.reference, []
+
+    def counted(*args: Any, **facts: Any) -> Tensor:
+        calls.append(args)
+        return plain(*args, **facts)
+
+    monkeypatch.setattr(attention, "reference", counted)
+    other.attend_by("plain")
+    decode(decoder, None)
+    assert not calls
+    decode(other, None)
+    assert calls
+    other.attend_by("auto")
+    calls.clear()
+    decode(other, None)
+    assert not calls
+    with pytest.raises(ConfigError, match="--attention-backend: there is no triton backend on cpu here"):
+        check_attention(EngineConfig(attention_backend="triton"), CPU)

@@ -50,7 +50,11 @@ def test_same_bits_in_any_batch(kind: str, in_chunks: Any, monkeypatch: pytest.M
     """Steps of random chunks, with the layers in one call and without."""
     rng = random.Random(0)
     decoder = made(KINDS[kind])
-    assert stack_of(decoder, KVCache(decoder.spec, 4, 16, torch.bfloat16, CPU)) is not None
+    cache = KVCache(decoder.spec, 4, 16, torch.bfloat16, CPU)
+    assert stack_of(decoder, cache) is not None
+    decoder.attend_by("plain")
+    assert stack_of(decoder, cache) is None
+    decoder.attend_by("auto")
     prompts = [[rng.randrange(128) for _ in range(n)] for n in (150, 40, 1, 70)]
     want = in_chunks(decoder, prompts, 16, seed=0)
     for seed, most in ((1, 64), (2, 0), (3, 16)):

@@ -41,16 +41,13 @@ def test_missing_sibling_is_an_error_at_once() -> None:
         op("cpu")(double)(torch.ones(1))
 
 
-def test_a_backend_can_be_forced(sibling: ModuleType) -> None:
+def test_a_backend_can_be_chosen(sibling: ModuleType) -> None:
     """By the names that users know; what isn't there is refused with what is."""
     both = op("cpu")(double)
     assert both.choices("cpu") == ["torch", "plain"]
     assert both.choices("cuda") == ["plain"]
-    both.force("plain", "cpu")
-    assert both.implementation("cpu") is double
-    both.force("torch", "cpu")
-    assert both.implementation("cpu") is sibling.double
+    assert both.backend("plain", "cpu") is double
+    assert both.backend("torch", "cpu") is sibling.double
+    assert both.backend("auto", "cpu") is both
     with pytest.raises(ValueError, match="no triton backend on cpu here, only torch, plain"):
-        both.force("triton", "cpu")
-    both.force("auto", "cpu")
-    assert (both.forced, both.implementation("cpu")) == (None, sibling.double)
+        both.backend("triton", "cpu")
