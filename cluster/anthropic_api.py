@@ -27,7 +27,10 @@ class Messages:
 
     async def _answer(self, ask: MessagesAsk, request_id: str, headers: Mapping[str, str], send: Send) -> None:
         generation = await self._desk.begin(ask.call, request_id, headers)
-        extra = [*warning_header((*ask.warnings, *_betas(headers))), *route_header(generation.route)]
+        extra = [
+            *warning_header((*ask.warnings, *_betas(headers), *generation.reading.warnings)),
+            *route_header(generation.route),
+        ]
         try:
             reply = MessagesReply(ask, generation, request_id)
             if ask.stream:

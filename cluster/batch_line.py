@@ -57,7 +57,10 @@ async def answer(desk: Desk, url: str, body: Json, headers: Mapping[str, str] = 
         async for _ in generation:
             pass
         cut = generation.truncated_tokens
-        return _warned(whole(), (*warnings, *([f"{cut} tokens of the prompt were cut off"] if cut else [])))
+        return _warned(
+            whole(),
+            (*warnings, *generation.reading.warnings, *([f"{cut} tokens of the prompt were cut off"] if cut else [])),
+        )
     finally:
         desk.end(generation)
 

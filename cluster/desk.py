@@ -263,7 +263,7 @@ class Desk:
         info = self.info(model)
         info.need("generate")
         prompts = [await _token_ids(model, prompt, info) for prompt in call.prompts]
-        call, found = _read(call, model, prompts[0])
+        call, found = await _read(call, model, prompts[0])
         sampling, chosen = _sampling(call, model)
         _check_ids(sampling, info)
         cut = [cut_prompt(ids, sampling, info.max_model_len) for ids in prompts]
@@ -297,7 +297,7 @@ class Desk:
         return self._tracing.request(call.operation, call.model or model.name, headers, facts)
 
 
-def _read(call: Call, model: ServedModel, prompt_ids: Sequence[int]) -> tuple[Call, Reading]:
+async def _read(call: Call, model: ServedModel, prompt_ids: Sequence[int]) -> tuple[Call, Reading]:
     """(the call with what holds the model to its tools and its budget of thoughts, how answers are to be read)."""
     prompt = call.prompts[0]
     if not isinstance(prompt, Conversation) or model.tokenizer is None:
@@ -305,8 +305,9 @@ def _read(call: Call, model: ServedModel, prompt_ids: Sequence[int]) -> tuple[Ca
     if call.tools is not None and prompt.chat_template is None and not model.shows_tools:
         text = f"the chat template of {model.name!r} doesn't show tools to the model, so it can't know them"
         raise UnsupportedError(f"{text}; serve it with a --chat-template that does", param="tools")
-    found = reading(call, model.tokenizer, prompt_ids, (model.tools, model.thoughts))
-    given = constraints(call, found, model.tokenizer, model.tools)
+    held = await model.hold(call.tools, call.sampling.get("structured_outputs")) if call.tools is not None else None
+    found = reading(call, model.tokenizer, prompt_ids, (model.tools, model.thoughts), held)
+    given = constraints(call, found, model.tokenizer, held)
     return dataclasses.replace(call, sampling={**call.sampling, **given}) if given else call, found
 
 

@@ -21,7 +21,7 @@ from kvasir.cluster.call import ROUTE_HEADER, Call, request_id_from
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
-from kvasir.cluster.grpc_call import Context, abort, as_status, metadata
+from kvasir.cluster.grpc_call import Context, abort, as_status, metadata, warning_metadata
 from kvasir.cluster.grpc_pooling import (
     ask_of_pairs,
     call_of_classify,
@@ -189,7 +189,8 @@ class Inference(InferenceServicer):
                     async for reply in replies:
                         await context.write(reply)
                 route = [] if generation.route is None else [(ROUTE_HEADER, generation.route)]
-                context.set_trailing_metadata((("server-timing", generation.timing.text()), *route))
+                warned = warning_metadata(generation.reading.warnings, generation.truncated_tokens)
+                context.set_trailing_metadata((("server-timing", generation.timing.text()), *route, *warned))
             finally:
                 self._desk.end(generation)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
 import grpc
 
+from kvasir.cluster.http_front import warning_header
 from kvasir.engine.errors import KvasirError, ServerError
 
 log = logging.getLogger(__name__)
@@ -59,3 +60,8 @@ async def abort(context: Context, error: KvasirError) -> None:
 def metadata(context: Context) -> dict[str, str]:
     """Names are lower case in gRPC; binary values are left out."""
     return {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+
+def warning_metadata(names: Iterable[str], truncated_tokens: int) -> list[tuple[str, str]]:
+    """As `warning_header`."""
+    return [(name.decode(), text.decode()) for name, text in warning_header(names, truncated_tokens)]

@@ -88,7 +88,10 @@ class OllamaGeneration:
         prompt = await _prompt(ask, model)
         call = Call(model=model.name, prompts=(prompt,), sampling=sampling, tools=ask.tools, thinks=ask.thinks)
         generation = await self._desk.begin(call, request_id, headers)
-        extra = [*warning_header(ask.warnings, generation.truncated_tokens), *route_header(generation.route)]
+        extra = [
+            *warning_header((*ask.warnings, *generation.reading.warnings), generation.truncated_tokens),
+            *route_header(generation.route),
+        ]
         try:
             reply = OllamaReply(self._kind, ask, generation, started)
             if ask.stream:

@@ -81,7 +81,10 @@ class Completions:
             )  # which clients may choose, and use twice
             reply = self._make_reply(ask, generation, answer_id, self._role)
             keep = self._keeping(ask, reply, state["principal"])
-            extra = [*warning_header(ask.warnings, generation.truncated_tokens), *route_header(generation.route)]
+            extra = [
+                *warning_header((*ask.warnings, *generation.reading.warnings), generation.truncated_tokens),
+                *route_header(generation.route),
+            ]
             if ask.stream:
                 await stream(generation, reply, send, [SSE, *extra], _failed, keep)
             else:

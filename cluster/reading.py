@@ -10,7 +10,7 @@ from typing import Any
 from kvasir.cluster.answer_parts import AnswerReader, Part, ReadAnswer, ThoughtFormat, ToolFormat
 from kvasir.cluster.call import Call
 from kvasir.cluster.tool_formats import marks_of
-from kvasir.cluster.tool_use import ToolUse
+from kvasir.cluster.tool_use import HeldCalls, ToolUse
 from kvasir.engine.errors import UnsupportedError
 from kvasir.engine.request import StructuredOutput
 from kvasir.engine.thoughts import Thoughts
@@ -33,6 +33,8 @@ class Reading:
     use: ToolUse | None = None
     shown: frozenset[int] = frozenset()
     """Special tokens that are marks: they stay in the text that is read."""
+    warnings: tuple[str, ...] = ()
+    """What of the tools' schemas the model isn't held to."""
 
     @property
     def plain(self) -> bool:
@@ -60,12 +62,13 @@ def reading(
     tokenizer: Tokenizer,
     prompt_ids: Sequence[int],
     taught: tuple[ToolFormat | None, ThoughtFormat | None],
+    held: HeldCalls | None = None,
 ) -> Reading:
-    """How answers to a conversation with these prompt tokens are read. taught: the model's formats."""
+    """How answers to a conversation with these prompt tokens are read. taught: the model's formats; held: of the call's
+    tools."""
     tools, thoughts = taught
-    use = call.tools
-    if use is not None:
-        tools = use.format(tools)
+    if held is not None:
+        tools = held.form
     elif tools is None or tools.whole is None:
         tools = None
     begun = False
@@ -78,15 +81,16 @@ def reading(
     marks = marks_of(tools, thoughts)
     added = tokenizer.added_tokens
     shown = frozenset(token for token, text in added.items() if any(text in mark for mark in marks))
-    return Reading(tools=tools, thoughts=thoughts, begun=begun, use=use, shown=shown)
+    warnings = held.unheld if held else ()
+    return Reading(tools=tools, thoughts=thoughts, begun=begun, use=call.tools, shown=shown, warnings=warnings)
 
 
-def constraints(call: Call, found: Reading, tokenizer: Tokenizer, taught: ToolFormat | None) -> dict[str, Any]:
+def constraints(call: Call, found: Reading, tokenizer: Tokenizer, held: HeldCalls | None) -> dict[str, Any]:
     """What a reading adds to the sampling: a grammar for calls, where thoughts end. UnsupportedError names what can't be."""
     given: dict[str, Any] = {}
     wanted: StructuredOutput | None = call.sampling.get("structured_outputs")
-    if found.use is not None and (calls := found.use.grammar(taught, instead=wanted)) is not None:
-        given["structured_outputs"] = wanted = calls
+    if held is not None:
+        given["structured_outputs"] = wanted = held.grammar
     thoughts = found.thoughts
     if thoughts is None and found.tools is not None:
         thoughts = found.tools.thoughts if found.use is None else found.tools.thoughts_before_calls

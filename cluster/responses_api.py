@@ -60,11 +60,11 @@ class CreateResponse:
         ask = await fitted(self._desk, ask, await said_before(self._store, ask, principal, expires))
         reply = ResponseReply(ask, self._desk.model(ask.call.model))
         stored = _stored(ask, reply, principal, expires, self._desk.model(ask.call.model).name)
-        warnings = warning_header(ask.warnings)
         if ask.background:
-            await self._later(ask, reply, stored, (request_id, headers), warnings, send)
+            await self._later(ask, reply, stored, (request_id, headers), send)
             return
         generation = await self._desk.begin(ask.call, request_id, headers)
+        warnings = _warnings(ask, generation)
         keep = self._keeping(ask, reply, stored)
         try:
             reply.begin(generation)
@@ -95,7 +95,6 @@ class CreateResponse:
         reply: ResponseReply,
         stored: Stored,
         caller: tuple[str, Mapping[str, str]],
-        warnings: Headers,
         send: Send,
     ) -> None:
         """Answer at once that it will be done. What is wrong with it is said now, a full server is no reason to refuse."""
@@ -103,6 +102,7 @@ class CreateResponse:
         generation: Generation | None = None
         with contextlib.suppress(OverloadedError):
             generation = await self._desk.begin(ask.call, *caller)
+        warnings = _warnings(ask, generation)
         await self._background.respond(ask, reply, stored, generation)
         if ask.stream:
             await _follow(self._background, stored.id, -1, send, warnings)
@@ -218,6 +218,10 @@ def _stored(ask: ResponseAsk, reply: ResponseReply, principal: str, expires: flo
         id=body["id"], kind="response", principal=principal, expires=expires, open=ask.background, body=body,
         private=private,
     )  # fmt: skip
+
+
+def _warnings(ask: ResponseAsk, generation: Generation | None) -> Headers:
+    return warning_header((*ask.warnings, *(generation.reading.warnings if generation else ())))
 
 
 def _flag(query: Mapping[str, str], name: str) -> bool:

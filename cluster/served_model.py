@@ -14,10 +14,12 @@ from kvasir.cluster.call import Conversation, Text
 from kvasir.cluster.derived_format import shows_tools
 from kvasir.cluster.model_card import ModelCard
 from kvasir.cluster.tool_formats import model_formats
+from kvasir.cluster.tool_use import HeldCalls, ToolUse
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ClientError
 from kvasir.engine.model_files import ModelFiles
 from kvasir.engine.passage import Encoded, Passage, encode_passage
+from kvasir.engine.request import StructuredOutput
 from kvasir.engine.sentence_transformers import TextRules, read_text_rules
 from kvasir.engine.tokenizer import Tokenizer
 
@@ -25,6 +27,8 @@ INLINE_CHARS = 2000
 """Texts up to this length are tokenised on the event loop (about 0.5 ms); longer ones in a thread."""
 
 _threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenise")
+_builders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tools")
+"""Apart: one tool's schema may take seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +94,10 @@ class ServedModel:
         if _length(conversation) <= INLINE_CHARS:
             return self._render(conversation)
         return await asyncio.get_running_loop().run_in_executor(_threads, self._render, conversation)
+
+    async def hold(self, use: ToolUse, instead: StructuredOutput | None) -> HeldCalls:
+        """`ToolUse.held` in this model's format, off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(_builders, use.held, self.tools, instead)
 
     async def encode_passages(
         self, inputs: Sequence[Passage | Sequence[int]], places: Sequence[str], limit: int, truncate: int | None

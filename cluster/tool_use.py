@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,19 +12,32 @@ from typing import Any
 
 from kvasir.cluster.answer_parts import ToolFormat
 from kvasir.cluster.tool_formats import TOOL_FORMATS
-from kvasir.engine.argument_grammar import check_arguments
+from kvasir.engine.argument_check import check_arguments
 from kvasir.engine.argument_schema import Steps
 from kvasir.engine.argument_style import style_json
 from kvasir.engine.errors import ClientError, UnsupportedError
+from kvasir.engine.loose_schema import loosened
 from kvasir.engine.request import StructuredOutput
 from kvasir.engine.schema import MAX_DEPTH, check_depth
 
 MAX_TOOLS = 512
+LIMIT_S = 10.0
+"""For the schemas of one request."""
 _NAME = re.compile(r"""[^\x00-\x1f"'\\<>{}\[\]]{1,128}""")
 _MODES = ("auto", "none", "required")
 
 Json = dict[str, Any]
 Tool = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldCalls:
+    """How one model writes the calls of a request."""
+
+    form: ToolFormat
+    grammar: StructuredOutput
+    unheld: tuple[str, ...] = ()
+    """What of the tools' schemas the model isn't held to."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,44 +57,55 @@ class ToolUse:
         """Tool -> its parameters' schema."""
         return {tool["function"]["name"]: tool["function"].get("parameters") for tool in self.tools}
 
-    def format(self, taught: ToolFormat | None) -> ToolFormat:
-        """How calls are written: as the model was `taught`, but where that can't be enforced and has to be, as JSON."""
-        if taught is None or (self.required and self._unenforceable(taught, exact=True)):
-            return TOOL_FORMATS["json"]
-        return taught
-
-    def grammar(self, taught: ToolFormat | None, instead: StructuredOutput | None = None) -> StructuredOutput | None:
-        """What holds the model to it; None: nothing can, and nobody was promised that. instead: what an answer that is no
-        call has to look like."""
-        form = self.format(taught)
-        if not self.required and (why := self._unenforceable(form)):
-            strict = [name for name in self.names if self._function(name).get("strict")]
-            if not strict and instead is None:
-                return None
-            what = f"tool {strict[0]!r} is strict, which" if strict else "tools and a structured output together"
-            text = f"{what} can't be enforced in this model's format of calls ({form.name}): {why}"
-            raise UnsupportedError(f'{text}; use tool_choice "required" or "none"', param="tools")
+    def held(self, taught: ToolFormat | None, instead: StructuredOutput | None = None) -> HeldCalls:
+        """What holds the model to it, in the format that it was `taught`; where that can't be enforced and has to be, as JSON.
+        instead: what an answer that is no call has to look like. UnsupportedError names what can't be enforced of a strict
+        tool. Takes milliseconds."""
+        form = TOOL_FORMATS["json"] if taught is None or (self.required and self._unenforceable(taught)) else taught
+        unheld = () if self.required else self._unheld(form)
         if self.required:
             content = self._required(form)
         elif instead is not None:
             content = {"type": "or", "elements": [*self._answers(form, _schema(instead)), self._required(form)]}
         else:
             content = self._whole(form) if form.whole is not None else self._triggered(form)
-        return StructuredOutput(structural_tag=json.dumps({"type": "structural_tag", "format": content}))
+        tag = json.dumps({"type": "structural_tag", "format": content})
+        return HeldCalls(form, StructuredOutput(structural_tag=tag), unheld)
 
-    def _unenforceable(self, form: ToolFormat, *, exact: bool = False) -> str | None:
-        """Why calls in this format can't be held to their schemas, as far as that has to be. (What is wrong with JSON is told
-        when the grammar is compiled.)"""
+    def _unenforceable(self, form: ToolFormat) -> bool:
+        """Calls in this format can't be held to all of their schemas. (What is wrong with JSON is told when the grammar is
+        compiled.)"""
         if form.arguments is None:
-            return None
+            return False
         steps = Steps()
         try:
             for name in self.names:
-                strict = exact or bool(self._function(name).get("strict"))
-                check_arguments(self._parameters(name), form.arguments, exact=strict, steps=steps)
-        except UnsupportedError as error:
-            return error.message
-        return None
+                check_arguments(self._parameters(name), form.arguments, exact=True, steps=steps)
+        except UnsupportedError:
+            return True
+        return False
+
+    def _unheld(self, form: ToolFormat) -> tuple[str, ...]:
+        """What of the schemas isn't enforced where the choice is the model's."""
+        steps, found, limit = Steps(), [], time.monotonic() + LIMIT_S
+        for name in self.names:
+            strict = bool(self._function(name).get("strict"))
+            try:
+                skipped = self._skipped(name, form, strict, steps)
+            except UnsupportedError as error:
+                text = f"tool {name!r} is strict, which can't be enforced in this model's format of calls ({form.name})"
+                advice = 'use tool_choice "required" or "none"'
+                raise UnsupportedError(f"{text}: {error.message}; {advice}", param="tools") from error
+            found += [f"{what} in tool {name} (can't be enforced)" for what in skipped]
+            if time.monotonic() > limit:
+                text = f"the tools' schemas take more than {LIMIT_S:.0f} s: make them smaller, or send fewer tools"
+                raise ClientError(text, param="tools")
+        return tuple(found)
+
+    def _skipped(self, name: str, form: ToolFormat, strict: bool, steps: Steps) -> tuple[str, ...]:
+        if form.arguments is not None:
+            return check_arguments(self._parameters(name), form.arguments, exact=strict, steps=steps)
+        return () if strict else loosened(self._parameters(name))[1]
 
     def _required(self, form: ToolFormat) -> Json:
         before, between, behind = form.wrap

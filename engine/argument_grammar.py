@@ -11,8 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kvasir.engine.argument_schema import (
+    ARRAY,
+    NOTES,
+    NUMBER,
+    OBJECT,
+    TEXT,
     Json,
-    Steps,
     apart,
     bounds_of,
     branches_of,
@@ -24,59 +28,19 @@ from kvasir.engine.argument_schema import (
 from kvasir.engine.argument_style import ArgumentStyle
 from kvasir.engine.argument_text import ANY, held, other_readings, plain, refused, slashed
 from kvasir.engine.errors import ClientError
+from kvasir.engine.loose_schema import loosened
 from kvasir.engine.raw_values import kinds_of, resolved, typed
 
 MAX_DEPTH = 32
 """Of schemas in schemas, where texts stand between quotes."""
-_NOTES = frozenset({
-    "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment", "$defs",
-    "definitions", "$schema", "$id", "optional", "nullable", "strict",
-})  # fmt: skip
-"""Keywords that hold a value to nothing."""
-_OBJECT = frozenset({"type", "properties", "required", "additionalProperties"})
-_TEXT = frozenset({"type", "minLength", "maxLength", "pattern", "format"})
-_NUMBER = frozenset({"type", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
-_ARRAY = frozenset({"type", "items", "minItems", "maxItems"})
+LEVELS = 3
+"""Of lists and objects in a value that may be anything, there."""
 _ANYTHING: Json = {}
 
 
-def check_arguments(schema: Json, style: ArgumentStyle, *, exact: bool, steps: Steps | None = None) -> None:
-    """UnsupportedError when a schema can't be enforced in this style, as far as that is known without compiling it; another
-    ClientError when it is none, or stands for too much. steps: shared by all tools of a call."""
-    ArgumentRules(style, schema, _Names(steps or Steps()), exact=exact).write()
-
-
-class _Names:
-    """Where rules go that nobody wants."""
-
-    def __init__(self, steps: Steps) -> None:
-        self.steps = steps
-
-    def rule(self, body: str) -> str:
-        self.steps.add()
-        return "r"
-
-    def token(self, body: str) -> str:
-        self.steps.add()
-        return "T"
-
-    def lazy(self, body: str) -> str:
-        self.steps.add()
-        return "l"
-
-    def literal(self, text: str) -> str:
-        return json.dumps(text)
-
-    def split(self, text: str) -> tuple[str, str]:
-        return text, ""
-
-    def json(self, schema: Any, *, lenient: bool) -> str:
-        return "j"
-
-
 class ArgumentRules:
-    """Rules for the arguments of one tool. `out` (a `_Writer` of structural tags) names them. not exact: keywords that can't
-    be enforced are skipped over."""
+    """Rules for the arguments of one tool. `out` (a `_Writer` of structural tags) names them. not exact: what can't be
+    enforced is skipped over."""
 
     def __init__(self, style: ArgumentStyle, schema: Json, out: Any, *, exact: bool) -> None:
         self._style, self._root, self._out, self._exact = style, schema, out, exact
@@ -84,6 +48,7 @@ class ArgumentRules:
         self._schemas: dict[int, tuple[Any, Json]] = {}
         self._values: dict[int, str | None] = {}
         """Rules of values by their schemas' identity; None: it is being made."""
+        self.skipped: list[str] = []
         self._told = style.key_json is not None
         """Whether a value is a text is written beside it."""
         self._depth = 0
@@ -91,7 +56,7 @@ class ArgumentRules:
     def write(self) -> str:
         """The name of the rule of all arguments."""
         schema = resolved(self._root, self._root)
-        self._only(schema, _OBJECT, "parameters")
+        self._only(schema, OBJECT, "parameters")
         return self._members(schema, self._argument)
 
     # -- members of objects
@@ -105,6 +70,9 @@ class ArgumentRules:
         gap, between = self._gap(), self._style.between
         none = some = self._out.rule('""')  # what may follow when nothing, or something, was written
         for name in reversed(properties):
+            if not self._writable(name):
+                self._skip(f"a parameter of the name {name!r:.60}")
+                continue
             one = self._out.rule(f"{member(name, properties[name])} {gap}")
             then = f"{one} {some}"
             follow = f"{self._out.literal(between)} {then}" if between else then
@@ -127,10 +95,6 @@ class ArgumentRules:
     def _argument(self, name: str, schema: Any) -> str:
         """One, with its name."""
         style = self._style
-        if name != name.strip() or not name or any(mark and mark in name for mark in (style.key[1], *style.marks, '"')):
-            raise refused(f"a parameter of the name {name!r:.60}")
-        if style.texts != "raw" and not re.fullmatch(r"[A-Za-z0-9_.$/-]+", name):
-            raise refused(f"a parameter of the name {name!r:.60}")
         head = style.key[0] + name
         schema = self._schema(schema)
         if style.key_json is None or style.texts != "raw":
@@ -139,6 +103,13 @@ class ArgumentRules:
         choices = [f"{self._loose(head + style.key[1])} {one}" for one in texts]
         choices += [f"{self._loose(head + style.key_json)} {one}" for one in others]
         return str(self._out.rule(" | ".join(choices)))
+
+    def _writable(self, name: str) -> bool:
+        """Whether an argument of that name is read as one."""
+        style = self._style
+        if name != name.strip() or not name or any(mark and mark in name for mark in (style.key[1], *style.marks, '"')):
+            return False
+        return style.texts == "raw" or re.fullmatch(r"[A-Za-z0-9_.$/-]+", name) is not None
 
     def _value(self, schema: Any) -> str:
         """A value and what ends it."""
@@ -197,15 +168,16 @@ class ArgumentRules:
         for branch in branches:
             own = kinds_of(branch)
             if not own and not {"enum", "const"} & set(branch):
-                raise refused(f"{name} with a branch without a type")
+                self._skip(f"{name} with a branch without a type")
+                return [self._text([], set())], []
             if "string" in own or not own:
                 found, more = self._raw_of(branch, kinds)
                 texts += found
                 others += more
             elif self._told or "string" not in kinds or not own <= {"integer", "number"}:
                 others.append(branch)
-        if len(texts) > 1 and name == "oneOf" and self._exact:
-            raise refused("oneOf with several branches of texts")
+        if len(texts) > 1 and name == "oneOf":
+            self._skip("oneOf with several branches of texts")
         return texts, [self._json({name: others})] if others else []
 
     def _raw_of(self, branch: Json, kinds: set[str]) -> tuple[list[str], list[Any]]:
@@ -229,7 +201,8 @@ class ArgumentRules:
             if whole and (self._told or same(typed(text, read_as), value)):
                 found.append(self._ended(text.replace("&", "&amp;") if self._style.escapes else text))
         if not found and not others:
-            raise refused("an enum or const of values that can't be told from others")
+            self._skip("an enum or const of values that can't be told from others")
+            found.append(self._text([], set()))
         return found, others
 
     def _ended(self, text: str) -> str:
@@ -242,8 +215,8 @@ class ArgumentRules:
 
     def _held(self, schema: Json) -> list[str]:
         """Regular expressions that a text fits."""
-        self._only(schema, _TEXT | _NUMBER | _ARRAY | _OBJECT, "a text")
-        return held(schema, exact=self._exact)
+        self._only(schema, TEXT | NUMBER | ARRAY | OBJECT, "a text")
+        return held(schema, self._skip)
 
     def _text(self, fits: Sequence[str], kinds: set[str]) -> str:
         """A raw text and its end. What would be read as something else isn't one."""
@@ -272,7 +245,11 @@ class ArgumentRules:
 
     def _plain_json(self, schema: Json) -> str:
         shared = {name: self._root[name] for name in ("$defs", "definitions") if name in self._root}
-        return str(self._out.json({**shared, **schema}, lenient=not self._exact))
+        whole = {**shared, **schema}
+        if not self._exact:
+            whole, skipped = loosened(whole)
+            self.skipped += skipped
+        return str(self._out.json(whole, lenient=not self._exact))
 
     # -- as programs write them
 
@@ -289,27 +266,30 @@ class ArgumentRules:
         often it is referred to."""
         key = id(schema)  # `_schemas` keeps it
         if key not in self._values:
+            if self._depth == MAX_DEPTH:
+                self._skip(f"a schema of more than {MAX_DEPTH} levels")
+                return self._anything()
             self._depth += 1
-            if self._depth > MAX_DEPTH:
-                raise refused(f"a schema of more than {MAX_DEPTH} levels")
             self._values[key] = None
             self._values[key] = self._made(schema)
             self._depth -= 1
         if (rule := self._values[key]) is None:
-            raise refused("a schema that holds itself")
+            self._skip("a schema that holds itself")
+            return self._anything()
         return rule
 
     def _made(self, schema: Json) -> str:
         if not schema:
             return self._anything()
         if (values := values_of(schema)) is not None:
-            return str(self._out.rule(" | ".join(self._spelled(value) for value in values)))
+            spelled = [self._spelled(value) for value in values]
+            return self._anything() if None in spelled else str(self._out.rule(" | ".join(map(str, spelled))))
         if (several := branches_of(schema)) is not None:
             name, given = several
             self._only(schema, frozenset({name, "type"}), name)
             branches = [self._schema(one) for one in given]
-            if name == "oneOf" and self._exact and not apart(branches):
-                raise refused("oneOf whose branches aren't told apart by their types")
+            if name == "oneOf" and not apart(branches):
+                self._skip("oneOf whose branches aren't told apart by their types")
             return str(self._out.rule(" | ".join(self._quoted(one) for one in branches)))
         kinds = sorted(kinds_of(schema))
         if not kinds:
@@ -321,12 +301,12 @@ class ArgumentRules:
         if kind == "string":
             return self._between_quotes(self._held(schema))
         if kind == "array":
-            self._only(schema, _ARRAY | _TEXT | _NUMBER | _OBJECT, "an array")
+            self._only(schema, ARRAY | TEXT | NUMBER | OBJECT, "an array")
             return self._array(schema)
         if kind == "object":
-            self._only(schema, _OBJECT | _TEXT | _NUMBER | _ARRAY, "an object")
+            self._only(schema, OBJECT | TEXT | NUMBER | ARRAY, "an object")
             return str(self._out.rule(f'"{{" {self._members(schema, self._argument)} "}}"'))
-        return self._plain_json({name: schema[name] for name in schema if name in _NUMBER} | {"type": kind})
+        return self._plain_json({name: schema[name] for name in schema if name in NUMBER} | {"type": kind})
 
     def _array(self, schema: Json) -> str:
         least, most = bounds_of(schema, "minItems", "maxItems")
@@ -347,25 +327,36 @@ class ArgumentRules:
             return str(self._out.rule(f"{self._out.literal(quote)} {begun} {rest}"))
         return str(self._out.rule(f"{self._out.literal(quote)} {self._out.lazy(f'{text} {json.dumps(quote)}')}"))
 
-    def _spelled(self, value: Any) -> str:
-        """One value."""
+    def _spelled(self, value: Any) -> str | None:
+        """One value; None: it can't be."""
         self._out.steps.add()
         literal, quote = self._out.literal, self._style.quote
         if isinstance(value, str):
             return " ".join([literal(quote), *([literal(value)] if value else []), literal(quote)])
         if isinstance(value, list):
-            items = ' "," '.join(self._spelled(one) for one in value)
-            return f'"[" {items} "]"'
+            items = [self._spelled(one) for one in value]
+            joined = ' "," '.join(map(str, items))
+            return None if None in items else f'"[" {joined} "]"'
         if isinstance(value, dict):
-            raise refused("an enum of objects")
+            self._skip("an enum of objects")
+            return None
         return str(literal(json.dumps(value)))
 
     def _anything(self) -> str:
-        """Any value that isn't an object."""
-        scalar = {"type": ["number", "boolean", "null"]}
-        return self._named(
-            "any", lambda: str(self._out.rule(f"{self._between_quotes([])} | {self._plain_json(scalar)}"))
-        )
+        """Any value, with a few levels of lists and objects."""
+        return self._named("any", self._any)
+
+    def _any(self) -> str:
+        rule, style = self._out.rule, self._style
+        scalar = self._plain_json({"type": ["number", "boolean", "null"]})
+        found = str(rule(f"{self._between_quotes([])} | {scalar}"))
+        name = self._out.token(r"/[a-zA-Z_][a-zA-Z0-9_]{0,63}/")
+        before, behind = (self._loose(one) for one in style.key)
+        for _ in range(LEVELS):
+            member = rule(f"{before} {name} {behind} {found}")
+            listed, held_ = (f'({one} ("," {one})*)?' for one in (found, member))
+            found = str(rule(f'{found} | "[" {listed} "]" | "{{" {held_} "}}"'))
+        return found
 
     # --
 
@@ -385,7 +376,7 @@ class ArgumentRules:
             return self._schemas[id(found)][1]
         if not isinstance(found, Mapping) or "x-guidance" in found:
             raise ClientError(f"a parameter's schema must be an object, got {found!r:.60}", param="tools")
-        said = {name: value for name, value in found.items() if name not in _NOTES}
+        said = {name: value for name, value in found.items() if name not in NOTES}
         self._schemas[id(found)] = found, said  # both kept: what is gone leaves its identity to others
         self._schemas[id(said)] = said, said
         return said
@@ -394,6 +385,12 @@ class ArgumentRules:
         """UnsupportedError names a keyword that isn't in `known`."""
         if not isinstance(schema, Mapping):
             raise ClientError(f"parameters must be a JSON Schema, got {schema!r:.60}", param="tools")
-        other = [name for name in schema if name not in known and name not in _NOTES]
-        if other and self._exact:
-            raise refused(f"{other[0]:.60} of {what}")
+        for name in schema:
+            if name not in known and name not in NOTES:
+                self._skip(f"{name:.60} of {what}")
+
+    def _skip(self, what: str) -> None:
+        """It isn't enforced: UnsupportedError where it has to be."""
+        if self._exact:
+            raise refused(what)
+        self.skipped.append(what)

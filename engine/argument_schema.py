@@ -12,6 +12,15 @@ MAX_ARGUMENTS = 512
 MAX_STEPS = 50_000
 """Rules, and schemas looked at, for all tools of a call: references let a short schema stand for a very long one."""
 Json = Mapping[str, Any]
+NOTES = frozenset({
+    "title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly", "$comment", "$defs",
+    "definitions", "$schema", "$id", "optional", "nullable", "strict",
+})  # fmt: skip
+"""Keywords that hold a value to nothing. Then those of each type."""
+OBJECT = frozenset({"type", "properties", "required", "additionalProperties"})
+TEXT = frozenset({"type", "minLength", "maxLength", "pattern", "format"})
+NUMBER = frozenset({"type", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
+ARRAY = frozenset({"type", "items", "minItems", "maxItems"})
 
 
 class Steps:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
 from kvasir.engine.argument_schema import bounds_of
 from kvasir.engine.errors import ClientError, UnsupportedError
+from kvasir.engine.loose_schema import enforceable
 from kvasir.engine.raw_values import WORDS
 
 ANY = r"(.|\n)"
@@ -34,8 +35,8 @@ def refused(what: str) -> UnsupportedError:
     return UnsupportedError(f"{what} can't be enforced in this model's format of calls", param="tools")
 
 
-def held(schema: Mapping[str, Any], *, exact: bool) -> list[str]:
-    """What a text must fit."""
+def held(schema: Mapping[str, Any], skip: Callable[[str], None]) -> list[str]:
+    """What a text must fit. `skip` is told what can't be enforced."""
     found = []
     least, most = bounds_of(schema, "minLength", "maxLength")
     if least or most is not None:
@@ -44,11 +45,14 @@ def held(schema: Mapping[str, Any], *, exact: bool) -> list[str]:
     if not all(one is None or isinstance(one, str) for one in (pattern, form)):
         raise ClientError("pattern and format are texts", param="tools")
     if pattern is not None:
-        found.append(_searched(pattern))
+        if (whole := _searched(pattern)) is None:
+            skip(f"pattern {pattern!r:.60}")
+        else:
+            found.append(whole)
     if form in _FORMATS:
         found.append(_FORMATS[form])
-    elif form is not None and exact:
-        raise refused(f"format {form!r:.60}")
+    elif form is not None:
+        skip(f"format {form!r:.60}")
     return found
 
 
@@ -60,13 +64,13 @@ def other_readings(kinds: set[str]) -> list[str]:
     return found
 
 
-def _searched(pattern: str) -> str:
-    """A pattern of JSON Schema, which may stand anywhere in the text, as one of the whole text."""
+def _searched(pattern: str) -> str | None:
+    """A pattern of JSON Schema, which may stand anywhere in the text, as one of the whole text; None: it can't be."""
     inner = pattern.removeprefix("^")
     ends = inner.endswith("$") and not inner.endswith("\\$")
     body = inner.removesuffix("$") if ends else inner
-    if _anchored(body) or ("|" in body and (inner != pattern or ends)):
-        raise refused(f"pattern {pattern!r:.60}")
+    if _anchored(body) or ("|" in body and (inner != pattern or ends)) or not enforceable(body):
+        return None
     return ("" if inner != pattern else f"{ANY}*") + f"({body})" + ("" if ends else f"{ANY}*")
 
 

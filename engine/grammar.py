@@ -147,7 +147,7 @@ def refusal(wanted: StructuredOutput, why: str) -> ClientError:
     reason = " ".join(why.split("<state>")[0].split(" Enable 'coerce_one_of'")[0].split())[:500]
     kinds = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
     kind = next(name for name in kinds if getattr(wanted, name) not in (None, False, ()))
-    if kind == "json":
+    if kind in ("json", "structural_tag"):
         reason = "".join(f"{keyword}: " for phrase, keyword in UNNAMED.items() if phrase in reason) + reason
     cause = UnsupportedError if "nimplemented" in reason or "not supported" in reason else ClientError
     return cause(f"structured output: this {kind} can't be enforced: {reason}", param="structured_outputs")

@@ -12,8 +12,8 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from kvasir.engine.errors import ClientError
 from kvasir.engine.request import StructuredOutput
-from kvasir.engine.schema import MAX_DEPTH, check_depth, narrowed
-from kvasir.engine.structural_tag import JSON_RULES, tag_grammar
+from kvasir.engine.schema import JSON_RULES, MAX_DEPTH, check_depth, narrowed
+from kvasir.engine.structural_tag import tag_grammar
 
 MAX_BYTES = 1 << 20
 """Of a schema, regex, grammar or all choices."""

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvasir.engine.errors import ClientError
 
+if TYPE_CHECKING:  # only its stubs know it
+    from llguidance._lib import JsonCompileOptions
+
 PARAM = "structured_outputs"
+JSON_RULES: JsonCompileOptions = {
+    "lenient": False,
+    "coerce_one_of": False,
+    "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}",
+}
+"""Whatever a schema says about how it is read: no keyword is skipped over, and whitespace doesn't go on for ever."""
 MAX_DEPTH = 64
 """Of a schema's nesting."""
 DAY = (

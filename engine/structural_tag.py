@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvasir.engine.argument_grammar import ArgumentRules
 from kvasir.engine.argument_schema import Steps
 from kvasir.engine.argument_style import style_of
 from kvasir.engine.errors import ClientError, UnsupportedError
-from kvasir.engine.schema import narrowed
-
-if TYPE_CHECKING:  # only its stubs know it
-    from llguidance._lib import JsonCompileOptions
+from kvasir.engine.loose_schema import loosened
+from kvasir.engine.schema import JSON_RULES, narrowed
 
 PARAM = "structured_outputs"
-JSON_RULES: JsonCompileOptions = {
-    "lenient": False,
-    "coerce_one_of": False,
-    "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}",
-}
-"""Whatever a schema says about how it is read: no keyword is skipped over, and whitespace doesn't go on for ever."""
 
 
 def tag_grammar(spec: Any, special: Mapping[str, int]) -> str:
@@ -81,7 +73,10 @@ class _Writer:
         schema = form.get("json_schema", {})
         if not isinstance(schema, (dict, bool)) or (isinstance(schema, dict) and "x-guidance" in schema):
             raise ClientError(f"structural tag: json_schema must be a JSON Schema, got {schema!r:.60}", param=PARAM)
-        return self.json(schema, lenient=form.get("lenient") is True)
+        lenient = form.get("lenient") is True
+        if lenient and isinstance(schema, dict):
+            schema, _ = loosened(schema)
+        return self.json(schema, lenient=lenient)
 
     def _arguments(self, form: Any) -> str:
         schema = form.get("json_schema", {})

@@ -90,7 +90,7 @@ def understood(parse, body):
             SamplingParams(**sampling)
         if (use := getattr(call, "tools", None)) is not None:
             for form in (None, TOOL_FORMATS["hermes"], TOOL_FORMATS["qwen3_coder"]):
-                use.grammar(form)
+                use.held(form)
     except ClientError as error:
         if not 0 < len(error.message) < 2000:
             raise AssertionError("a refusal that nobody can read") from error

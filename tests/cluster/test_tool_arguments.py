@@ -14,7 +14,7 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from kvasir.cluster.answer_parts import AnswerReader, ReadAnswer
 from kvasir.cluster.tool_formats import TOOL_FORMATS
 from kvasir.cluster.tool_use import tool_use
-from kvasir.engine.argument_grammar import check_arguments
+from kvasir.engine.argument_check import check_arguments
 from kvasir.engine.argument_style import style_json, style_of
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.raw_values import kinds_of, typed
@@ -81,7 +81,7 @@ PLAIN = Bytes()
 
 
 def matcher_of(use, form, vocabulary=PLAIN):
-    grammar = tag_grammar(json.loads(use.grammar(form).structural_tag), vocabulary.names)
+    grammar = tag_grammar(json.loads(use.held(form).grammar.structural_tag), vocabulary.names)
     found = LLMatcher(vocabulary.compiled, LLMatcher.grammar_from_lark(grammar), log_level=0)
     assert not found.is_error(), (form.name, found.get_error())
     return found
@@ -136,7 +136,7 @@ def test_forced_calls_fit_their_schemas(name, specials):
     form = TOOL_FORMATS[name]
     vocabulary = Bytes(sorted({mark for mark in (*form.begins, *form.inner) if len(mark) > 1})) if specials else PLAIN
     use = tool_use(TOOLS, "required")
-    assert use.format(form) is form
+    assert use.held(form).form is form
     matcher, ended = matcher_of(use, form, vocabulary), 0
     for seed in range(16):
         if (text := walk(matcher, form, seed, vocabulary)) is not None:
@@ -243,7 +243,7 @@ def test_bfcl_forced_in_every_format(data, name):
     form, ended, own = TOOL_FORMATS[name], 0, 0
     for number, tools in enumerate(functions(data, 10)):
         use = tool_use(tools, "required")
-        written = use.format(form)
+        written = use.held(form).form
         matcher = matcher_of(use, form)
         for seed in range(2):
             if (text := walk(matcher, written, 100 * number + seed)) is not None:
@@ -312,9 +312,9 @@ def forced(schema):
 @pytest.mark.parametrize("name", ["gemma4", "functiongemma"])
 def test_what_is_referred_to_twice_is_written_once(name):
     form = TOOL_FORMATS[name]
-    spec = json.loads(forced(wide(25)).grammar(form).structural_tag)
+    spec = json.loads(forced(wide(25)).held(form).grammar.structural_tag)
     assert len(tag_grammar(spec, {})) < 100_000
-    assert forced(wide(3)).format(form) is form
+    assert forced(wide(3)).held(form).form is form
     matcher = matcher_of(forced(wide(2)), form)
     begin, end = form.call
     for text, right in (("a:{b:{a:QxQ,b:QyQ},a:{}}", False), ("a:{a:{},b:{a:QxQ,b:QyQ}}", True), ("a:{a:QxQ}", False)):

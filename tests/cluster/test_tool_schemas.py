@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvasir.cluster.tool_formats import TOOL_FORMATS
 from kvasir.cluster.tool_use import tool_use
-from kvasir.engine.argument_grammar import check_arguments
+from kvasir.engine.argument_check import check_arguments
 from kvasir.engine.argument_style import style_json
 from kvasir.engine.argument_text import _anchored
 from kvasir.engine.errors import ClientError
@@ -38,7 +38,7 @@ def test_what_schemas_stand_for_has_a_limit(name):
     with pytest.raises(ClientError, match=r"more than 50000 rules"):
         check_arguments(schema, style, exact=False)
     with pytest.raises(ClientError, match=r"more than 50000 rules"):
-        forced(schema).grammar(TOOL_FORMATS[name])
+        forced(schema).held(TOOL_FORMATS[name])
     tag = {"type": "arguments", **style_json(style), "json_schema": schema, "lenient": True}
     with pytest.raises(ClientError, match=r"more than 50000 rules"):
         tag_grammar({"format": tag}, {})
@@ -67,7 +67,7 @@ ODD = [
 def compiled(use, form):
     """Its grammar, or an error that says whose fault it is."""
     with contextlib.suppress(ClientError):
-        wanted = use.grammar(form)
+        wanted = use.held(form).grammar
         if wanted is not None:
             grammar_text(wanted, {})
 

@@ -326,7 +326,7 @@ def test_what_a_request_may_not_say(tools, choice, param, word):
 
 
 def grammar_of(use, form):
-    return use.grammar(TOOL_FORMATS.get(form))
+    return use.held(TOOL_FORMATS.get(form)).grammar
 
 
 def accepts(wanted, text):
@@ -376,7 +376,7 @@ def test_what_a_grammar_lets_through_is_read_as_a_call(form):
 @pytest.mark.parametrize("form", [name for name in ENFORCED if TOOL_FORMATS[name].whole is None])
 def test_a_free_choice_holds_calls_alone(form):
     known = TOOL_FORMATS[form]
-    wanted = tool_use([TOOL], "auto").grammar(known)
+    wanted = tool_use([TOOL], "auto").held(known).grammar
     begin, end = known.call
     before, _, behind = known.wrap
     good = before + begin.replace("NAME", "get_weather") + '{"city": "Oslo"}' + end + behind
@@ -388,12 +388,12 @@ def test_a_free_choice_holds_calls_alone(form):
 
 def test_an_answer_beside_tools_may_have_a_schema():
     wanted = StructuredOutput(json='{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}')
-    held = tool_use([TOOL], "auto").grammar(TOOL_FORMATS["hermes"], instead=wanted)
+    held = tool_use([TOOL], "auto").held(TOOL_FORMATS["hermes"], instead=wanted).grammar
     assert accepts(held, '{"a": 1}')
     assert accepts(held, SAMPLES["hermes"])
     assert not accepts(held, "Hello")
     assert not accepts(held, '{"a": "b"}')
-    tagged = tool_use([TOOL], "auto").grammar(TOOL_FORMATS["qwen3_coder"], instead=wanted)
+    tagged = tool_use([TOOL], "auto").held(TOOL_FORMATS["qwen3_coder"], instead=wanted).grammar
     assert accepts(tagged, '{"a": 1}')
     assert accepts(tagged, SAMPLES["qwen3_coder"])
     assert not accepts(tagged, "Hello")
@@ -403,9 +403,9 @@ def test_strict_tools_are_enforced_or_refused():
     """What a format with a tag for each argument can't hold is written as JSON where it must be held."""
     strict = {"type": "function", "function": {**HARD["function"], "strict": True}}
     with pytest.raises(UnsupportedError, match=r"'hard' is strict.*allOf"):
-        tool_use([strict], "auto").grammar(TOOL_FORMATS["qwen3_coder"])
-    assert tool_use([strict], "required").format(TOOL_FORMATS["qwen3_coder"]).name == "json"
-    forced = tool_use([HARD], "required").grammar(TOOL_FORMATS["qwen3_coder"])
+        tool_use([strict], "auto").held(TOOL_FORMATS["qwen3_coder"])
+    assert tool_use([strict], "required").held(TOOL_FORMATS["qwen3_coder"]).form.name == "json"
+    forced = tool_use([HARD], "required").held(TOOL_FORMATS["qwen3_coder"]).grammar
     assert accepts(forced, '[{"name": "hard", "arguments": {"a": "Oslo"}}]')
 
 
@@ -429,7 +429,7 @@ def test_bfcl_tools_have_grammars(data):
             tools = [{"type": "function", "function": {**f, "parameters": plain(f["parameters"])}} for f in functions]
             if not tools or len({f["name"] for f in functions}) != len(functions):
                 continue
-            wanted = tool_use(tools, "required").grammar(TOOL_FORMATS["hermes"])
+            wanted = tool_use(tools, "required").held(TOOL_FORMATS["hermes"]).grammar
             grammar = LLMatcher.grammar_from_lark(tag_grammar(json.loads(wanted.structural_tag), {}))
             matcher = LLMatcher(tokenizer, grammar, log_level=0)
             seen += 1

@@ -100,7 +100,7 @@ def bodies(data: bytes) -> None:
                 SamplingParams(**sampling)
             if (use := getattr(call, "tools", None)) is not None:
                 for form in (None, TOOL_FORMATS["hermes"]):
-                    use.grammar(form)
+                    use.held(form)
 
 
 def constraints(data: bytes) -> None:
