@@ -93,11 +93,12 @@ class Batch:
         blocks = -(-int(lengths.max()) // self.block_size)
         sent = send(positions, self.device), send(host_starts, self.device), send(host_lengths, self.device)
         turned = send(stretched[owner], self.device) if stretched.any() else None
+        places, inside = np.divmod(positions, self.block_size)
 
         def group(number: int, others: tuple[Ragged, ...] = ()) -> Ragged:
-            table = self.table[number, seats, :blocks]
-            slots = table[owner, positions // self.block_size].astype(np.int64) * self.block_size
-            slots += positions % self.block_size
+            table = self.table[number, :, :blocks][seats]
+            slots = table[owner, places].astype(np.int64) * self.block_size
+            slots += inside
             return Ragged(
                 positions=sent[0],
                 slots=send(slots, self.device),

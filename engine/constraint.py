@@ -190,11 +190,9 @@ class Constraints:
         rows = np.flatnonzero(self._held[seats])
         return rows, self._masks[seats[rows]] if len(rows) else self._masks
 
-    def advance(
-        self, seats: Sequence[int], token_ids: Callable[[], Sequence[int]]
-    ) -> Future[dict[int, str | None]] | None:
+    def advance(self, seats: Ints, token_ids: Callable[[], Sequence[int]]) -> Future[dict[int, str | None]] | None:
         """row -> None when its grammar is over, or else why it can't go on. None: nothing holds any of the seats."""
-        rows = [(row, seat) for row, seat in enumerate(seats) if seat in self._seats] if self._seats else []
+        rows = [(row, seat) for row, seat in enumerate(seats.tolist()) if seat in self._seats] if self._seats else []
         return self._begin(lambda: self._advance(rows, token_ids())) if rows else None
 
     # -- in the thread

@@ -20,7 +20,7 @@ from kvasir.engine.stacking import stack_of
 from kvasir.kernels.embedding import embed
 from kvasir.kernels.linear import Weight, is_packed, linear, packed
 from kvasir.kernels.ragged import Ragged
-from kvasir.kernels.rope import Angles, rope_angles
+from kvasir.kernels.rope import Angles, Dial, rope_angles
 from kvasir.kernels.stack import MOST_ROWS, Stack
 
 BEFORE = ("pre", "sandwich", "parallel", "parallel_two")
@@ -121,6 +121,11 @@ class Decoder(nn.Module):
         self.turnings = {
             rope: (turning(rope).to(device), stretched_turning(rope, spec.max_len).to(device)) for rope in ropes
         }
+        self._dials = {
+            rope: Dial(turn, dtype, interleaved=rope.interleaved)
+            for rope, (turn, _) in self.turnings.items()
+            if device.type == "cpu"
+        }
         self._stack: tuple[KVCache, Stack | None] | None = None
         """What `_stacked` found for this cache."""
         self.query_scales = {layer.query_scale for _, layer in layers if layer.query_scale is not None}
@@ -218,10 +223,12 @@ class Decoder(nn.Module):
         return self.mesh.reduce(embed(tokens, self.embed, own.start, whole=False))
 
     def _positional(self, ragged: Ragged, dtype: torch.dtype) -> Positional:
-        found: Positional = {
-            rope: rope_angles(ragged, turn, stretched, dtype, interleaved=rope.interleaved)
-            for rope, (turn, stretched) in self.turnings.items()
-        }
+        found: Positional = {}
+        for rope, (turn, stretched) in self.turnings.items():
+            angles = None
+            if rope in self._dials and ragged.stretched is None:
+                angles = self._dials[rope].angles(ragged.positions, int(ragged.host_lengths.max(initial=0)))
+            found[rope] = angles or rope_angles(ragged, turn, stretched, dtype, interleaved=rope.interleaved)
         return found | {scale: _factors(scale, ragged.positions, dtype) for scale in self.query_scales}
 
     def pack(self, *, invariant: bool = False) -> None:

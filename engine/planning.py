@@ -51,10 +51,13 @@ class Planning:
         """The next step's slices. `steps` and `slices` are the caller's to advance."""
         self._seats.stalled = None
         self._look_below(now)
-        prompts = sum(sequence.behind > 1 for _, sequence in self._seats.running)
-        slices = self._plan_streams(prompts > 0)
+        lacking = [(sequence.behind, sequence) for _, sequence in self._seats.running]
+        prompts = sum(count > 1 for count, _ in lacking)
+        slices = self._plan_streams([sequence for count, sequence in lacking if count == 1], prompts > 0)
         left = self.budget - len(slices)
         admitted = self._admit(left - prompts, now) if self._seats.stalled is None else set()
+        if not prompts and not admitted:
+            return slices
         behind = [s for _, s in self._seats.running if s.behind > 1 or id(s) in admitted]
         return slices + self._plan_prompts(behind, min(left, self._dealt(behind)))
 
@@ -66,9 +69,8 @@ class Planning:
         left = sum(sequence.behind + sequence.flying for sequence in prompts)
         return max(LEAST_PIECE, self.budget // 8, -(-left // (4 * self._depth)))
 
-    def _plan_streams(self, prompts: bool) -> list[Slice]:
-        """One token for every sequence that lacks one; when there are more than fit, they take turns."""
-        streams = [sequence for _, sequence in self._seats.running if sequence.behind == 1]
+    def _plan_streams(self, streams: list[Sequence], prompts: bool) -> list[Slice]:
+        """One token for each of these, that lack one; when there are more than fit, they take turns."""
         room = self.budget if self._depth == 1 else min(self.budget, -(-len(streams) // self._depth))
         streams = [sequence for sequence in streams if not sequence.promised or self._ready(sequence)]
         if prompts or (self._seats.waiting and self._seats.free):
@@ -111,13 +113,16 @@ class Planning:
 
     def _slice(self, sequence: Sequence, count: int) -> Slice:
         assert sequence.seat is not None
-        start = sequence.planned
-        begin, end = sequence.request.sampling.prompt_logprob_start - 1, start + count
-        scores = sequence.prompt_scores is not None and begin < end and start < sequence.prompt_len - 1
+        start, known = sequence.planned, len(sequence.tokens)
+        end = start + count
+        scores = sequence.prompt_scores is not None and start < sequence.prompt_len - 1
+        scores = scores and sequence.request.sampling.prompt_logprob_start - 1 < end
         pool = sequence.request.pooling is not None
-        sample = count == sequence.behind and not pool
-        planned = Slice(sequence.seat, start, count, sample, scores, pool, sequence.replays(count))
-        self.slices.append((sequence, start + count > len(sequence.tokens)))
+        sample = end == known + sequence.promised and not pool
+        planned = Slice(
+            sequence.seat, start, count, sample, scores, pool, start + 1 < known and sequence.replays(count)
+        )
+        self.slices.append((sequence, end > known))
         sequence.flying, sequence.promised = sequence.flying + count, sequence.promised + sample
         sequence.step = self.steps + 1
         return planned

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvasir.engine.batch import Ints
 from kvasir.engine.errors import ClientError, ConfigError, UnsupportedError
 from kvasir.engine.request import SamplingParams
 from kvasir.engine.step import NewSequence
@@ -65,10 +66,10 @@ class Processing:
         if processes:
             self._seats[new.seat] = processes, list(new.token_ids[new.prompt_len :])
 
-    def apply(self, logits: Tensor, seats: Sequence[int]) -> tuple[Tensor, dict[int, str]]:
+    def apply(self, logits: Tensor, seats: Ints) -> tuple[Tensor, dict[int, str]]:
         """(logits[R, V] after the processors, row -> why its processor failed)."""
         failed: dict[int, str] = {}
-        rows = [row for row, seat in enumerate(seats) if seat in self._seats] if self._seats else []
+        rows = [row for row, seat in enumerate(seats.tolist()) if seat in self._seats] if self._seats else []
         if not rows:
             return logits, failed
         logits = logits.clone()
@@ -82,10 +83,10 @@ class Processing:
                 failed[row] = f"a logits processor failed: {type(error).__name__}: {error}"
         return logits, failed
 
-    def remember(self, seats: Sequence[int], token_ids: Tensor) -> None:
+    def remember(self, seats: Ints, token_ids: Tensor) -> None:
         """The tokens that were sampled."""
-        if self._seats and not self._seats.keys().isdisjoint(seats):
-            for seat, token in zip(seats, token_ids.tolist(), strict=True):
+        if self._seats and not self._seats.keys().isdisjoint(taken := seats.tolist()):
+            for seat, token in zip(taken, token_ids.tolist(), strict=True):
                 if seat in self._seats:
                     self._seats[seat][1].append(token)
 

@@ -65,6 +65,8 @@ class Rank:
         self.max_logits = max(max_num_seqs, LEAST_LOGITS)
         self.batch = Batch(max_num_seqs, max_model_len, cache.block_size, decoder.device, len(cache.layout.groups))
         self.sampler = Sampler(max_num_seqs, decoder.spec.vocab, decoder.device) if self.place.samples else None
+        self.lags = decoder.device.type != "cpu"
+        """What is sampled lies on the device until the next step begins; on a CPU the host has it at once."""
         self._awaited: dict[int, Ints] = {}
         """step -> seats whose next token it samples; GONE: another sequence has taken it since"""
         self._unread: deque[Outcome] = deque()
@@ -115,7 +117,7 @@ class Rank:
                 self.sampler.replay(part.seat, logits[where], ids, first)
             if len(rows.sampled):
                 outcome.parts.append(self._sample(self.sampler, logits, rows))
-        if any(map(len, sampling)):
+        if (self.lags or self.place.size > 1) and any(map(len, sampling)):
             self._awaited[step.id] = np.concatenate(sampling)
             if self.place.size == 1:
                 self._unread.append(outcome)
@@ -176,9 +178,11 @@ class Rank:
             logits = logits[send(rows.sampled, logits.device)]
         tokens = sampler.sample(logits, rows.seats, rows.positions)
         sampled = Copy(tokens)
-        if self.place.size == 1:
+        if self.place.size == 1 and self.lags:
             self.batch.promise(rows.seats, tokens)
-        ended = sampler.constraints.advance(rows.seats.tolist(), lambda: sampled.values)
+        elif self.place.size == 1:
+            self.batch.append(rows.seats, sampled.values)
+        ended = sampler.constraints.advance(rows.seats, lambda: sampled.values)
         sampler.remember(rows.seats, tokens)
         scores = sampler.score_sampled(logits, rows.seats, tokens)
         return Part(sampled, scores, ended, sampler.stuck, sampler.offers)

@@ -135,13 +135,13 @@ class Sampler:
             chosen = self._tensor(np.array([token]))
             self.shaping.replay(adjusted, seats, chosen, *self._plain_filters(seats))
             self.remember(seats, chosen)
-            self.constraints.advance([seat], lambda token=token: [token])  # type: ignore[misc]
+            self.constraints.advance(seats, lambda token=token: [token])  # type: ignore[misc]
 
     def remember(self, seats: Ints, token_ids: Tensor) -> None:
         """Count new tokens of the seats whose rules look back."""
-        self.trails.remember(seats.tolist(), token_ids)
-        self.processing.remember(seats.tolist(), token_ids)
-        rows = [i for i, seat in enumerate(seats.tolist()) if seat in self.counted]
+        self.trails.remember(seats, token_ids)
+        self.processing.remember(seats, token_ids)
+        rows = self._rows(seats, self.counted)
         if rows and self.counts is not None:
             self.counts[self._tensor(seats[rows]), token_ids[self._tensor(np.array(rows))]] += 1
 
@@ -162,8 +162,8 @@ class Sampler:
 
     def _ruled(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
         """Everything but the draw: what moves logits, then what bars tokens."""
-        logits, self.stuck = self.processing.apply(self._adjust(logits, seats, positions), seats.tolist())
-        logits, barred = self.trails.bar(logits, seats.tolist())
+        logits, self.stuck = self.processing.apply(self._adjust(logits, seats, positions), seats)
+        logits, barred = self.trails.bar(logits, seats)
         logits = self._constrain(logits, seats)
         if barred:
             self.stuck |= dict.fromkeys(_empty(logits, barred), STUCK)
@@ -209,15 +209,19 @@ class Sampler:
 
     def _adjust(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
         """Biases, muted stop tokens and penalties; a copy when anything changes."""
-        biased = [(row, *self.biased[seat]) for row, seat in enumerate(seats.tolist()) if seat in self.biased]
-        muted = [
-            (row, self.muted[seat][0], [-torch.inf] * len(self.muted[seat][0]))
-            for row, seat in enumerate(seats.tolist())
-            if seat in self.muted and positions[row] < self.muted[seat][1]
-        ]
-        if biased or muted:
-            logits = self._add(logits, biased + muted)
-        return self.trails.penalise(self._penalise(logits, seats), seats.tolist())
+        added = [(row, *self.biased[seats[row]]) for row in self._rows(seats, self.biased)]
+        for row in self._rows(seats, self.muted):
+            tokens, until = self.muted[seats[row]]
+            if positions[row] < until:
+                added.append((row, tokens, [-torch.inf] * len(tokens)))
+        if added:
+            logits = self._add(logits, added)
+        return self.trails.penalise(self._penalise(logits, seats), seats)
+
+    @staticmethod
+    def _rows(seats: Ints, kept: Collection[int]) -> list[int]:
+        """Rows of the seats of which something is kept."""
+        return [row for row, seat in enumerate(seats.tolist()) if seat in kept] if kept else []
 
     def _constrain(self, logits: Tensor, seats: Ints) -> Tensor:
         """Only what the grammars allow."""
@@ -226,7 +230,7 @@ class Sampler:
 
     def _penalise(self, logits: Tensor, seats: Ints) -> Tensor:
         """Only rows with a penalty cost anything."""
-        rows = np.array([row for row, seat in enumerate(seats.tolist()) if seat in self.counted], np.int64)
+        rows = np.array(self._rows(seats, self.counted), np.int64)
         if not len(rows):
             return logits
         assert self.in_prompt is not None

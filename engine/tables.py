@@ -90,8 +90,11 @@ class Tables:
 
     def lacking(self, sequence: Sequence, tokens: int) -> int:
         """Free blocks that `grow` would take."""
-        count = self._count(tokens)
-        return sum(max(0, count - len(table)) for table in sequence.blocks)
+        count, lacking = self._count(tokens), 0
+        for table in sequence.blocks:
+            if count > len(table):
+                lacking += count - len(table)
+        return lacking
 
     def grow(self, sequence: Sequence, tokens: int) -> Grown:
         """Slots for its first `tokens` tokens, in all groups."""

@@ -44,19 +44,22 @@ class Trails:
         if sampling.allowed_token_ids:
             self._allowed[seat] = _mask(sampling.allowed_token_ids, self._vocab)
 
-    def penalise(self, logits: Tensor, seats: Sequence[int]) -> Tensor:
+    def penalise(self, logits: Tensor, seats: Ints) -> Tensor:
         """logits[R, V] of the sequences in `seats` after the penalties of those with windows."""
         if not self._windowed:
             return logits
-        return self._penalise(logits, [(row, seat) for row, seat in enumerate(seats) if seat in self._windowed])
+        return self._penalise(
+            logits, [(row, seat) for row, seat in enumerate(seats.tolist()) if seat in self._windowed]
+        )
 
-    def bar(self, logits: Tensor, seats: Sequence[int]) -> tuple[Tensor, list[int]]:
+    def bar(self, logits: Tensor, seats: Ints) -> tuple[Tensor, list[int]]:
         """(logits[R, V] of what the sequences in `seats` may say, the rows that something is barred from)."""
         if not self._seats and not self._allowed:
             return logits, []
-        barred = [(row, self._seats[seat].barred()) for row, seat in enumerate(seats) if seat in self._seats]
+        taken = seats.tolist()
+        barred = [(row, self._seats[seat].barred()) for row, seat in enumerate(taken) if seat in self._seats]
         barred = [(row, tokens) for row, tokens in barred if tokens]
-        masks = [(row, self._allowed[seat]) for row, seat in enumerate(seats) if seat in self._allowed]
+        masks = [(row, self._allowed[seat]) for row, seat in enumerate(taken) if seat in self._allowed]
         if barred:
             rows = np.repeat([row for row, _ in barred], [len(tokens) for _, tokens in barred])
             ids = np.concatenate([tokens for _, tokens in barred]).astype(np.int64)
@@ -66,10 +69,10 @@ class Trails:
             logits = allow(logits, self._tensor(rows), self._tensor(np.stack([words for _, words in masks])))
         return logits, sorted({row for row, _ in barred} | {row for row, _ in masks})
 
-    def remember(self, seats: Sequence[int], token_ids: Tensor) -> None:
+    def remember(self, seats: Ints, token_ids: Tensor) -> None:
         """The tokens that were sampled."""
-        if self._seats and not self._seats.keys().isdisjoint(seats):
-            for seat, token in zip(seats, token_ids.tolist(), strict=True):
+        if self._seats and not self._seats.keys().isdisjoint(taken := seats.tolist()):
+            for seat, token in zip(taken, token_ids.tolist(), strict=True):
                 if seat in self._seats:
                     self._seats[seat].tokens.append(token)
 

@@ -36,11 +36,41 @@ def rope_angles(
         long = ragged.stretched[:, None, None]
         frequencies = torch.where(long, stretched.frequencies, frequencies)
         magnitude = torch.where(long, stretched.magnitude, turning.magnitude)
-    angles = ragged.positions[:, None, None].float() * frequencies
+    return _angles(ragged.positions, frequencies, magnitude, dtype, interleaved)
+
+
+def _angles(
+    positions: Tensor, frequencies: Tensor, magnitude: Tensor | float, dtype: torch.dtype, interleaved: bool
+) -> Angles:
+    angles = positions[:, None, None].float() * frequencies
     cos, sin = (angles.cos() * magnitude).to(dtype), (angles.sin() * magnitude).to(dtype)
     if interleaved:
         return cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2)
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+class Dial:
+    """On a CPU the angles of the first positions are worked out once and looked up: 5 us a step instead of 23 (Zen 4), and no
+    threads that wake for a cosine."""
+
+    KEPT = 16_384
+    """Positions beyond this are worked out anew in each step."""
+
+    def __init__(self, turning: Turning, dtype: torch.dtype, *, interleaved: bool) -> None:
+        self._turning, self._dtype, self._interleaved = turning, dtype, interleaved
+        self._angles: Angles | None = None
+
+    def angles(self, positions: Tensor, longest: int) -> Angles | None:
+        """As `rope_angles` has them, of positions[T] below `longest`; None: too many."""
+        if longest > self.KEPT:
+            return None
+        if self._angles is None or len(self._angles[0]) < longest:
+            every = torch.arange(min(self.KEPT, max(1024, 2 * longest)), device=positions.device)
+            self._angles = _angles(
+                every, self._turning.frequencies, self._turning.magnitude, self._dtype, self._interleaved
+            )
+        cos, sin = self._angles
+        return cos.index_select(0, positions), sin.index_select(0, positions)
 
 
 @op("triton")

@@ -167,6 +167,7 @@ def test_usable_cores() -> None:
 def test_the_newest_token_is_taken_where_it_lies(rank: Rank, logprobs: Callable[[Sequence[int]], torch.Tensor]) -> None:
     """Steps that follow each other at once read no token on the host; a seat's new sequence gets nothing of the old one's."""
     first = Step(1, new=(new(0, PROMPT),), blocks=((0, 0, (0, 1, 2)),), slices=(Slice(0, 0, 10, True),))
+    rank.lags = True  # as on a GPU
     outcomes = [rank.launch(first)]
     outcomes += [rank.launch(Step(i, slices=(Slice(0, 8 + i, 1, True),))) for i in (2, 3)]
     assert rank.batch.known[0] == 11 < rank.batch.lengths[0] == 13

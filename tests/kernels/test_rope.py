@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvasir.kernels.ragged import Ragged
-from kvasir.kernels.rope import Turning, rope_angles, rotate
+from kvasir.kernels.rope import Dial, Turning, rope_angles, rotate
 
 
 def rows(positions: list[int]) -> Ragged:
@@ -62,3 +62,17 @@ def test_angles_are_float32_until_the_end() -> None:
     angle = torch.tensor(4097.0)
     assert cos[0, 0, 0] == angle.cos().bfloat16()
     assert sin[0, 0].tolist() == [-angle.sin().bfloat16(), angle.sin().bfloat16()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_angles_that_are_looked_up_are_the_same(dtype: torch.dtype, interleaved: bool) -> None:
+    turning = Turning(1e4 ** -(torch.arange(0, 64, 2) / 64), magnitude=1.3)
+    dial = Dial(turning, dtype, interleaved=interleaved)
+    for longest in (5, 1500, Dial.KEPT, 1):
+        positions = torch.randint(0, longest, (67,))
+        found = dial.angles(positions, longest)
+        want = rope_angles(rows(positions.tolist()), turning, turning, dtype, interleaved=interleaved)
+        assert found is not None
+        assert all(map(torch.equal, found, want))
+    assert dial.angles(torch.tensor([Dial.KEPT]), Dial.KEPT + 1) is None
