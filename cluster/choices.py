@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from kvasir.cluster.fetch import Holdings
 from kvasir.cluster.member import Member
+from kvasir.cluster.standings import DECODING, PREFILL_TOKENS, PREFILLS, RATE, Floats, Ints
 
 OTHERS = 2.0
 """A request waits for others' tokens, and they for as many of its own."""
@@ -14,57 +17,70 @@ OTHERS = 2.0
 
 @dataclass(slots=True)
 class Choices:
-    """Lists of equal length, one entry for each candidate."""
+    """Of equal length, one entry for each candidate."""
 
     members: Sequence[Member]
-    cached: list[int]
+    standings: Floats
+    """[field, candidate]"""
+    cached: Ints
     """Tokens on the device."""
-    held: list[int]
+    held: Ints
     """Tokens in any tier of its own."""
-    rest: list[float]
+    rest: Floats
     """What all others cost, in tokens computed."""
-    fetched: list[int]
+    fetched: Ints
     """Tokens that are worth fetching from a peer."""
-    holdings: list[Holdings]
+    holdings: Sequence[Holdings]
     """Who has them; groups of one version share it."""
 
     @classmethod
-    def none(cls) -> Choices:
-        return cls([], [], [], [], [], [])
-
-    @classmethod
-    def blank(cls, members: Sequence[Member], length: int) -> Choices:
+    def blank(cls, members: Sequence[Member], standings: Floats, length: int) -> Choices:
         """Nothing is known of what they hold."""
-        zeros = [0] * len(members)
-        return cls(members, zeros, zeros, [float(length)] * len(members), zeros, [Holdings()] * len(members))
+        zeros, rest = np.zeros(len(members), np.int64), np.full(len(members), length, np.float64)
+        return cls(members, standings, zeros, zeros, rest, zeros, [Holdings()] * len(members))
 
     def only(self, places: Sequence[int]) -> Choices:
         """Those of some candidates."""
-        columns = (self.members, self.cached, self.held, self.rest, self.fetched, self.holdings)
-        return Choices(*([column[place] for place in places] for column in columns))  # type: ignore[arg-type]
+        at, members = np.array(places), [self.members[place] for place in places]
+        cached, held, rest, fetched = self.cached[at], self.held[at], self.rest[at], self.fetched[at]
+        holdings = [self.holdings[place] for place in places]
+        return Choices(members, self.standings[:, at], cached, held, rest, fetched, holdings)
 
-    def add(self, other: Choices) -> None:
-        """Candidates of another version; what they hold is nothing to these."""
-        self.members = [*self.members, *other.members]
-        self.cached, self.held = self.cached + other.cached, self.held + other.held
-        self.rest, self.fetched = self.rest + other.rest, self.fetched + other.fetched
-        self.holdings = self.holdings + other.holdings
+    def beside(self, other: Choices) -> Choices:
+        """And candidates of another version; what they hold is nothing to these."""
+        return Choices(
+            [*self.members, *other.members],
+            np.concatenate([self.standings, other.standings], axis=1),
+            np.concatenate([self.cached, other.cached]),
+            np.concatenate([self.held, other.held]),
+            np.concatenate([self.rest, other.rest]),
+            np.concatenate([self.fetched, other.fetched]),
+            [*self.holdings, *other.holdings],
+        )
+
+    def costs(self, mean: float) -> Floats:
+        """Of each, in tokens that a group computes that is as fast as `mean`, the mean of all."""
+        table, rest = self.standings, self.rest
+        before = np.minimum(table[PREFILL_TOKENS], table[PREFILLS] * rest)  # as Member.before
+        rates = np.where(table[RATE], table[RATE], mean)
+        found: Floats = (table[DECODING] + OTHERS * before + rest) * (mean / rates)
+        return found
 
     def peers(self, place: int) -> list[tuple[Member, int]]:
         """(group, tokens) from which it should fetch, best first; none when that doesn't pay."""
-        return self.holdings[place].peers(self.members[place], self.held[place]) if self.fetched[place] else []
+        return self.holdings[place].peers(self.members[place], int(self.held[place])) if self.fetched[place] else []
 
     def wait(self, place: int) -> float:
         """Predicted seconds to the first token."""
-        return self.members[place].wait(self.rest[place])
+        return self.members[place].wait(self.rest.item(place))
 
     def queue(self, place: int) -> float:
         """Predicted seconds until its own tokens' turn."""
-        return self.members[place].queue(self.rest[place])
+        return self.members[place].queue(self.rest.item(place))
 
     def clear(self, place: int) -> float:
         """Predicted seconds until this and all before have their first token."""
-        return self.members[place].wait(self.rest[place], together=True)
+        return self.members[place].wait(self.rest.item(place), together=True)
 
     def late(self, place: int, limit: float, now: float) -> bool:
         """It would come, or make others come, too late there. What an idle group can do is tried again now and then."""

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Collection, Iterable, Sequence
-from functools import reduce
-from operator import or_
 
 from kvasir.cluster.block_journal import TIERS
 from kvasir.engine.blocks import ContentId, Tier
@@ -39,6 +37,8 @@ class BlockDirectory:
         self._masks: dict[Tier, dict[Key, int]] = {tier: {} for tier in TIERS}
         """Bit g: group g holds the block in this tier."""
         self._held: dict[int, dict[Tier, set[Key]]] = {}
+        self._places = 0
+        """Numbers that groups had so far."""
         self._room = max_holdings
         self._max = max_holdings
 
@@ -51,6 +51,7 @@ class BlockDirectory:
         """A number for a new group, the smallest free one."""
         group = next(number for number in range(len(self._held) + 1) if number not in self._held)
         self._held[group] = {tier: set() for tier in TIERS}
+        self._places = max(self._places, group + 1)
         return group
 
     def leave(self, group: int) -> None:
@@ -83,14 +84,14 @@ class BlockDirectory:
         held, wanted = self._held[group][tier], set(keys)
         self.change(group, tier, wanted - held, held - wanted)
 
-    def prefixes(self, portions: Iterable[Sequence[Key]], worst: Tier = "device") -> dict[int, int]:
-        """Group -> how many of the first blocks it holds without a gap, in tiers up to `worst`; those with none are left
-        out. Asks for portions of the keys only as long as somebody has all before.
+    def prefixes(self, portions: Iterable[Sequence[Key]], worst: Tier = "device") -> list[int]:
+        """By group: how many of the first blocks it holds without a gap, in tiers up to `worst`. Asks for portions of the
+        keys only as long as somebody has all before.
 
         Who holds a block of a portion is taken to hold those of it that come before: pools evict tails before heads, and to
         look at all of 500 blocks takes 130 us (the dictionaries don't fit into a processor's cache).
         """
-        look, found = self._holders(worst), dict[int, int]()
+        look, found = self._holders(worst), [0] * self._places
         alive, count = -1, 0
         for portion in portions:
             if not count:
@@ -110,14 +111,19 @@ class BlockDirectory:
     def _holders(self, worst: Tier) -> Callable[[Key, int], int]:
         """(key, 0) -> bits of the groups that hold it in tiers up to `worst`."""
         first, *others = [self._masks[tier] for tier in TIERS[: TIERS.index(worst) + 1]]
-        others = [table for table in others if table]
-        if not others:
-            return first.get
-        return lambda key, default: reduce(or_, [table.get(key, default) for table in others], first.get(key, default))
+        look: Callable[[Key, int], int] = first.get
+        for table in others:
+            if table:
+                look = _either(look, table.get)
+        return look
 
     def has_tier(self, tier: Tier) -> bool:
         """Some group holds something there."""
         return bool(self._masks[tier])
+
+
+_BITS = [tuple(bit for bit in range(8) if byte >> bit & 1) for byte in range(256)]
+"""Of each byte: the bits that are set. Groups are mostly lost many at a time, where a common beginning ends."""
 
 
 def _drop(masks: dict[Key, int], key: Key, bit: int) -> None:
@@ -126,6 +132,10 @@ def _drop(masks: dict[Key, int], key: Key, bit: int) -> None:
         masks[key] = mask
     else:
         masks.pop(key, None)
+
+
+def _either(one: Callable[[Key, int], int], other: Callable[[Key, int], int]) -> Callable[[Key, int], int]:
+    return lambda key, default: one(key, default) | other(key, default)
 
 
 def _first_loss(look: Callable[[Key, int], int], portion: Sequence[Key], gone: int) -> tuple[int, int]:
@@ -140,11 +150,11 @@ def _first_loss(look: Callable[[Key, int], int], portion: Sequence[Key], gone: i
     return low, gone & ~look(portion[low], 0)
 
 
-def _note(found: dict[int, int], mask: int, count: int) -> None:
-    while mask and count:
-        low = mask & -mask
-        found[low.bit_length() - 1] = count
-        mask ^= low
+def _note(found: list[int], mask: int, count: int) -> None:
+    if count:
+        for start, byte in enumerate(mask.to_bytes(-(-mask.bit_length() // 8), "little")):
+            for bit in _BITS[byte]:
+                found[8 * start + bit] = count
 
 
 class BlockFeed:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kvasir.cluster.directory import BlockDirectory, BlockFeed
 from kvasir.cluster.prompt_keys import Hasher, Hashers
+from kvasir.cluster.standings import Column, Standings
 from kvasir.engine.config import Role
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.scheduler import Stats
@@ -52,45 +53,58 @@ class Reservation:
 class Pace:
     """What a model's groups compute on average, for those that weren't measured yet."""
 
-    rate: float | None = None
+    rate: float = 0.0
     fetch_floor_s: float = 0.0
     fetch_bytes_per_s: float = 0.0
 
 
 class Member:
-    """Belongs to one router. `hasher` is None until the first connection, and `rate` until there was a queue."""
+    """Belongs to one router. `hasher` is None until the first connection."""
+
+    prefill_tokens = Column(int)
+    """To be computed before all that it was given streams."""
+    prefills = Column(int)
+    """Requests that these belong to; they share its steps evenly."""
+    decoding = Column(float)
+    """What its decoding slows down, in tokens computed."""
+    requests = Column(int)
+    """Running or waiting."""
+    rate = Column(float)
+    """Prompt tokens that it computes in a second, beside its decoding; 0 until there was a queue."""
+    fetch_floor = Column(float)
+    """What fetching costs it, in tokens computed."""
+    fetch_token = Column(float)
+    """And for each token."""
+    serves = Column(bool)
+    """Peers can fetch its blocks."""
 
     def __init__(
-        self, name: str, directory: BlockDirectory, hashers: Hashers, pace: Pace, kv: tuple[str, str] = ("", "")
+        self,
+        name: str,
+        directory: BlockDirectory,
+        hashers: Hashers,
+        pace: Pace,
+        standings: Standings,
+        kv: tuple[str, str] = ("", ""),
     ) -> None:
         self.name = name
         self.kv_address, self.kv_secret = kv
         """Where peers fetch its blocks, if it serves any."""
         self.role: Role = "both"
-        self.reachable = False
         self.hasher: Hasher | None = None
         self.stats = Stats()
         self.group = directory.join()
-        """Its number in the directory."""
+        """Its number in the directory, and among the standings."""
+        self.standings = standings
+        standings.join(self.group)
         self.block_size = 16
-        self.prefill_tokens = 0
-        """To be computed before all that it was given streams."""
-        self.prefills = 0
-        """Requests that these belong to; they share its steps evenly."""
-        self.decoding = 0.0
-        """What its decoding slows down, in tokens computed."""
-        self.requests = 0
-        """Running or waiting."""
-        self.rate: float | None = None
-        """Prompt tokens that it computes in a second, beside its decoding."""
         self.fetch_floor, self.fetch_token = FETCH_FLOOR, FETCH_TOKEN
-        """What fetching costs it: once, and for each token, in tokens computed."""
         self._measured_at = -KNOWN_S
         self._token_bytes = 0.0
         self._max_num_seqs = 0
         self._step_s = 0.0
         """A step's length: a request waits for the end of the one that is being computed."""
-        self._end_rate: float | None = None
+        self._end_rate = 0.0
         """Sequences that end in a second while others wait for a seat."""
         self._hashers, self._directory, self._pace = hashers, directory, pace
         self._feed = BlockFeed(directory, self.group)
@@ -102,14 +116,14 @@ class Member:
     def welcome(self, info: ModelInfo, incarnation: str) -> None:
         """A connection; load and a snapshot of its blocks follow."""
         self.hasher, self.block_size, self._max_num_seqs = self._hashers.of(info), info.block_size, info.max_num_seqs
-        self._told_at, self.reachable = None, True
+        self._told_at, self.serves = None, bool(self.kv_address)
         self._token_bytes = info.block_bytes / info.block_size
         self._feed.begin(incarnation)
         self._price_fetches()
 
     def lost(self) -> None:
         """The connection broke."""
-        self.reachable = False
+        self.serves = False
 
     def report(self, stats: Stats, counted: int, now: float) -> None:
         """The group's load, with this gateway's requests up to number `counted` in it."""
@@ -128,6 +142,7 @@ class Member:
     def leave(self) -> None:
         """The group is no more."""
         self._directory.leave(self.group)
+        self.standings.leave(self.group)
 
     # -- what it is given
 
@@ -162,18 +177,13 @@ class Member:
         """The same, and for its own tokens."""
         return self.queue(tokens, together) + (tokens / self.speed if self.speed else 0.0)
 
-    @property
-    def serves(self) -> bool:
-        """Peers can fetch its blocks."""
-        return bool(self.kv_address) and self.reachable
-
     def fetch_price(self, tokens: int) -> float:
         """What it costs this group to fetch the blocks of so many tokens, in tokens computed."""
         return self.fetch_floor + self.fetch_token * tokens
 
     @property
-    def speed(self) -> float | None:
-        """Its rate, or its like's."""
+    def speed(self) -> float:
+        """Its rate, or its like's; 0 while neither is known."""
         return self.rate or self._pace.rate
 
     def known(self, now: float) -> bool:
@@ -187,7 +197,7 @@ class Member:
         lacking = sum(one.blocks for one in self._open) + -(-tokens // self.block_size) - stats.free_blocks
         if lacking > 0:
             short = max(short, stats.waiting + len(self._open) + 1)
-        return max(0, short) / self._end_rate if self._end_rate else 0.0
+        return max(0, short) / self._end_rate
 
     def _add_up(self) -> None:
         stats, sent = self.stats, self._open
@@ -216,12 +226,11 @@ class Member:
             if after.steps > before.steps:
                 self._step_s += share * (seconds / (after.steps - before.steps) - self._step_s)
             self._measured_at = now
-            self._pace.rate = _average(self._pace.rate, self.rate or 0.0, share)
+            self._pace.rate = _average(self._pace.rate, self.rate, share)
         if before.waiting and after.waiting:
             self._end_rate = _average(self._end_rate, (after.ended - before.ended) / seconds, share)
 
 
-def _average(before: float | None, rate: float, share: float) -> float | None:
-    if before is None:
-        return rate or None
-    return before + share * (rate - before) or before
+def _average(before: float, rate: float, share: float) -> float:
+    """0 before: nothing was measured yet."""
+    return before + share * (rate - before) or before if before else rate

@@ -21,17 +21,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from kvasir.cluster.choices import OTHERS, Choices
+import numpy as np
+
+from kvasir.cluster.choices import Choices
 from kvasir.cluster.directory import BlockDirectory
 from kvasir.cluster.fetch import Holdings, fetches
 from kvasir.cluster.member import Member, Pace, Reservation
-from kvasir.cluster.prompt_keys import Hasher, Hashers, PromptKeys
+from kvasir.cluster.prompt_keys import Hashers, PromptKeys
+from kvasir.cluster.standings import REQUESTS, SERVES, Floats, Ints, Standings
+from kvasir.engine.blocks import Tier
 from kvasir.engine.errors import OverloadedError
 from kvasir.engine.request import Peer, Request
 
 Policy = Literal["round-robin", "least-load", "prefix", "cost"]
 
-HOST_PRICE, DISK_PRICE = 0.05, 0.25
+TIER_PRICES: Sequence[tuple[Tier, float]] = (("host", 0.05), ("disk", 0.25))
 """What a cached token costs that has to be brought back to the device, in tokens computed."""
 AFFINITY = 0.8
 """Share of a prompt that makes a group its home."""
@@ -107,23 +111,24 @@ class Router:
         self.policy, self.max_ttft_s = policy, max_ttft_s
         self.directory = BlockDirectory()
         self._draw = draw or random.Random()
-        self._hashers, self._pace = Hashers(), Pace()
-        self._known: dict[int, Member] = {}
-        self._lends = False
-        """Some group serves blocks to others."""
+        self._hashers, self._pace, self._standings = Hashers(), Pace(), Standings()
+        self._lenders: dict[int, Member] = {}
+        """Groups that serve blocks to others, by number."""
+        self._asked: tuple[Sequence[Member], Ints] = ([], np.zeros(0, np.int64))
+        """The candidates of the last request, mostly those of the next one, and their numbers."""
         self._sessions: OrderedDict[str, Member] = OrderedDict()
         self._turn = 0
 
     def join(self, name: str, kv: tuple[str, str] = ("", "")) -> Member:
         """A new group; `kv`: address and secret with which peers fetch its blocks, if it serves any."""
-        member = Member(name, self.directory, self._hashers, self._pace, kv)
-        self._known[member.group] = member
-        self._lends = self._lends or bool(kv[0])
+        member = Member(name, self.directory, self._hashers, self._pace, self._standings, kv)
+        if kv[0]:
+            self._lenders[member.group] = member
         return member
 
     def leave(self, member: Member) -> None:
         """The group is no more."""
-        del self._known[member.group]
+        self._lenders.pop(member.group, None)
         member.leave()
 
     def place(
@@ -146,8 +151,8 @@ class Router:
     def _route(
         self, why: str, choices: Choices, place: int, length: int, candidates: int, source: Member | None
     ) -> Route:
-        member, cached = choices.members[place], choices.cached[place]
-        wait, queued, best = choices.wait(place), member.prefill_tokens, max(choices.cached)
+        member, cached = choices.members[place], int(choices.cached[place])
+        wait, queued, best = choices.wait(place), member.prefill_tokens, int(choices.cached.max())
         peers = choices.peers(place)
         reservation = member.reserve(int(choices.rest[place]), -(-length // member.block_size))
         return Route(
@@ -161,7 +166,7 @@ class Router:
             wait,
             queued,
             candidates,
-            choices.fetched[place] if peers else 0,
+            int(choices.fetched[place]) if peers else 0,
             peers[0][0].name if peers else "",
             tuple(Peer(one.kv_address, one.kv_secret, tokens, ordered=one is source) for one, tokens in peers),
         )
@@ -171,47 +176,57 @@ class Router:
         return self.policy in ("prefix", "cost")
 
     def _choices(self, request: Request, members: Sequence[Member], length: int, source: Member | None) -> Choices:
-        nothing = Choices.none()
-        for hasher in {member.hasher for member in members} if self._looks else (None,):
-            same = [member for member in members if member.hasher is hasher] if self._looks else members
-            if hasher is not None:
-                found = self._held(same, hasher.prompt(request), hasher, length, source)
-            else:
-                found = Choices.blank(same, length)
-            if len(same) == len(members):
-                return found
-            nothing.add(found)
-        return nothing
+        numbers = self._numbers(members)
+        standings = self._standings.table[:, numbers]
+        if not self._looks:
+            return Choices.blank(members, standings, length)
+        hasher = members[0].hasher
+        same = [place for place, member in enumerate(members) if member.hasher is hasher]
+        if len(same) < len(members):
+            others = [member for member in members if member.hasher is not hasher]
+            mine = self._choices(request, [members[place] for place in same], length, source)
+            return mine.beside(self._choices(request, others, length, source))
+        if hasher is None:
+            return Choices.blank(members, standings, length)
+        return self._held(members, numbers, standings, hasher.prompt(request), hasher.block_size, length, source)
+
+    def _numbers(self, members: Sequence[Member]) -> Ints:
+        if members != self._asked[0]:
+            self._asked = [*members], np.array([member.group for member in members])
+        return self._asked[1]
 
     def _held(
-        self, members: Sequence[Member], keys: PromptKeys, hasher: Hasher, length: int, source: Member | None
+        self,
+        members: Sequence[Member],
+        numbers: Ints,
+        standings: Floats,
+        keys: PromptKeys,
+        size: int,
+        length: int,
+        source: Member | None,
     ) -> Choices:
         """What each has cached, and what it costs to have the rest."""
-        size, found = hasher.block_size, self.directory.prefixes(keys)
-        cached = held = [found.get(member.group, 0) * size for member in members]
-        if self.directory.has_tier("host") or self.directory.has_tier("disk"):
-            host, found = self.directory.prefixes(keys, "host"), self.directory.prefixes(keys, "disk")
-            rest, held = [], []
-            for member, near in zip(members, cached, strict=True):
-                mid, far = host.get(member.group, 0) * size, found.get(member.group, 0) * size
-                rest.append(length - far + HOST_PRICE * (mid - near) + DISK_PRICE * (far - mid))
-                held.append(far)
-        else:
-            rest = [float(length - tokens) for tokens in cached]
+        found = np.array(self.directory.prefixes(keys)) * size
+        cached = held = found[numbers]
+        rest = length - cached.astype(np.float64)
+        for tier, price in TIER_PRICES:
+            if self.directory.has_tier(tier):
+                found = np.array(self.directory.prefixes(keys, tier)) * size
+                near, held = held, found[numbers]
+                rest -= (1 - price) * (held - near)
         holdings = self._holdings(found, size, length, source)
-        choices = Choices(members, cached, held, rest, [0] * len(members), [holdings] * len(members))
-        if most := holdings.most:
-            choices.fetched = fetches(members, held, rest, most)
-        return choices
+        most = holdings.most
+        fetched = fetches(standings, held, rest, most) if most else np.zeros_like(held)
+        return Choices(members, standings, cached, held, rest, fetched, [holdings] * len(members))
 
-    def _holdings(self, found: dict[int, int], size: int, length: int, source: Member | None) -> Holdings:
-        if not self._lends:
+    def _holdings(self, found: Ints, size: int, length: int, source: Member | None) -> Holdings:
+        if not self._lenders:
             return Holdings()
-        tokens = {group: count * size for group, count in found.items()}
+        tokens = found * (self._standings.table[SERVES, : len(found)] > 0)
         # a source has just computed them, and may not have told yet
-        if source is not None and self._known.get(source.group) is source:
+        if source is not None and self._lenders.get(source.group) is source and source.serves:
             tokens[source.group] = (length - 1) // size * size
-        return Holdings(tokens, {group: member for group in tokens if (member := self._known[group]).serves})
+        return Holdings(tokens, self._lenders)
 
     # -- choosing
 
@@ -227,18 +242,18 @@ class Router:
         decoders, prefillers = choices.only(whole), choices.only(places)
         why, place = self._choose(decoders, at_home)
         if not request.resume_token_ids and request.pooling is None:
-            costs = self._costs(prefillers)
-            first = min(range(len(places)), key=costs.__getitem__)
+            costs = prefillers.costs(self._pace.rate or 1.0)
+            first = int(costs.argmin())
             if costs[first] < self._alone(decoders, place, length):
                 return "split", prefillers, first
         return why, decoders, place
 
     def _alone(self, choices: Choices, place: int, length: int) -> float:
         """What a prefill group may cost: what it costs to compute a prompt where it decodes, without the move."""
-        member, rest, mean = choices.members[place], choices.rest[place], self._pace.rate or 1.0
+        member, rest, mean = choices.members[place], choices.rest.item(place), self._pace.rate or 1.0
         harm = STREAM_HARM * member.requests * rest
-        move = MOVE + member.fetch_price(length - choices.held[place])
-        return self._costs(choices)[place] + (harm - move) * mean / (member.rate or mean)
+        move = MOVE + member.fetch_price(length - choices.held.item(place))
+        return choices.costs(mean).item(place) + (harm - move) * mean / (member.rate or mean)
 
     def _choose(self, choices: Choices, at_home: Member | None) -> tuple[str, int]:
         """(why, number of the choice)"""
@@ -252,32 +267,24 @@ class Router:
             self._turn += 1
             return "turn", self._turn % len(choices.members)
         if self.policy == "least-load":
-            return "load", self._least(choices, [member.requests for member in choices.members], 0.0)
+            return "load", self._least(choices, choices.standings[REQUESTS], 0.0)
         if self.policy == "prefix":
-            return "prefix", self._least(choices, [-tokens for tokens in choices.cached], 0.0)
+            return "prefix", self._least(choices, -choices.cached.astype(np.float64), 0.0)
         return self._cheapest(choices)
 
     def _cheapest(self, choices: Choices) -> tuple[str, int]:
-        costs, cached = self._costs(choices), choices.cached
-        if (best := max(cached)) and best >= AFFINITY * (best + min(choices.rest)):
-            places = [place for place, tokens in enumerate(cached) if tokens >= (1 - TIE) * best]
-            home = min(places, key=costs.__getitem__)
+        costs, cached = choices.costs(self._pace.rate or 1.0), choices.cached
+        if (best := cached.max()) and best >= AFFINITY * (best + choices.rest.min()):
+            places = (cached >= (1 - TIE) * best).nonzero()[0]
+            home = int(places[costs[places].argmin()])
             if choices.queue(home) <= STAY_S:
                 return "home", home
         return "cost", self._least(choices, costs, TIE)
 
-    def _costs(self, choices: Choices) -> list[float]:
-        pairs, mean = zip(choices.members, choices.rest, strict=True), self._pace.rate or 1.0
-        return [
-            (member.decoding + OTHERS * member.before(rest) + rest) * mean / (member.rate or mean)
-            for member, rest in pairs
-        ]
-
-    def _least(self, choices: Choices, costs: Sequence[float], tie: float) -> int:
+    def _least(self, choices: Choices, costs: Floats, tie: float) -> int:
         """The least; of those that are about equal, the less loaded of two at random."""
-        limit = min(costs)
-        limit += tie * abs(limit)
-        near = [place for place, cost in enumerate(costs) if cost <= limit]
+        least = costs.min()
+        near: list[int] = (costs <= least + tie * abs(least)).nonzero()[0].tolist()
         if len(near) > 1:
             near = self._draw.sample(near, 2)
         return min(near, key=lambda place: choices.members[place].requests)

@@ -24,7 +24,7 @@ OTHERS = {
     "kernels": {"torch", "numpy"},
     "engine": {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "llguidance", "tqdm"},
     "cluster": {
-        "aiohttp", "fastapi", "google", "grpc", "grpc_health", "grpc_reflection", "opentelemetry", "orjson",
+        "aiohttp", "fastapi", "google", "grpc", "grpc_health", "grpc_reflection", "numpy", "opentelemetry", "orjson",
         "prometheus_client", "ray", "starlette", "tqdm", "uvicorn", "uvloop", "yaml",
     },
 }  # fmt: skip

@@ -364,7 +364,7 @@ def test_blocks_and_load_reach_the_router(group_of_fakes):
     ids = [salted(bytes([number])) for number in range(8)]
 
     def held(client):
-        return client.member._directory.prefixes([one] for one in key_list(ids)).get(client.member.group, 0)
+        return client.member._directory.prefixes([one] for one in key_list(ids))[client.member.group]
 
     async def main():
         async with group_of_fakes() as group:
@@ -397,7 +397,7 @@ def test_a_missed_change_is_made_good(group_of_fakes):
                 group.engine.on_blocks("device", {ids[number]: True})
                 await asyncio.sleep(2 * wire.PUBLISH_PERIOD_S)
             directory = client.member._directory
-            await until(lambda: directory.prefixes([one] for one in key_list(ids)) == {client.member.group: 3})
+            await until(lambda: directory.prefixes([one] for one in key_list(ids))[client.member.group] == 3)
             await client.close()
 
     run(main())

@@ -46,7 +46,7 @@ class Fleet:
         for message in self.journals[number].flush():
             assert not self.members[number].blocks(message)
 
-    def load(self, number, rate=None, **stats):
+    def load(self, number, rate=0.0, **stats):
         stats = {"prefills": 1 if stats.get("queued_prefill_tokens") else 0, **stats}
         self.members[number].report(Stats(**{**FREE, **stats}), 0, 0.0)
         self.members[number].rate = rate
