@@ -181,13 +181,14 @@ class Engine:
                     retry_after_s=self._retry_after(waiting),
                 )
             self._accepted.add(request.request_id)
+            grammar = None
             if (wanted := request.sampling.structured_outputs) is not None:
-                self._compiling.add(request, time.time())
+                grammar = self._compiling.add(request, wanted, time.time())
             else:
                 self._inbox.append(request)
             self._wake.notify()
-        if wanted is not None:
-            self._grammars.compile(wanted).add_done_callback(self._compiled)
+        if grammar is not None:
+            grammar.future.add_done_callback(self._compiled)
 
     def _compiled(self, _: object) -> None:
         with self._wake:
@@ -341,6 +342,7 @@ class Engine:
         for event in events:
             if not self._scheduler.knows(event.request_id) and event.request_id in self._accepted:
                 self._accepted.discard(event.request_id)
+                self._compiling.end(event.request_id)
                 self._ends.append(time.monotonic())
         self._deliver(events)
 

@@ -7,9 +7,11 @@ it can't enforce; masks are computed lazily, so that compiling stays cheap (benc
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
@@ -20,11 +22,11 @@ from kvasir.engine.tokenizer import Tokenizer
 from kvasir.engine.words import Words
 
 CACHED = 256
-"""Compiled grammars that are kept; the least recently used goes first."""
+"""Compiled grammars that are kept beside those in use; the least recently used goes first."""
 THREADS = 2
 """Grammars that are compiled at once: a heavy one leaves a thread to the others."""
 COMPILE_LIMIT_S = 10.0
-"""A request whose grammar isn't ready after this fails."""
+"""A grammar that takes longer is given up."""
 MARK = "\x02"
 """A character that joins with no other."""
 LONGEST = 64
@@ -91,6 +93,17 @@ class Vocabulary:
         return found
 
 
+@dataclass(eq=False, slots=True)
+class Grammar:
+    """One that was asked for."""
+
+    future: Future[LLMatcher] = field(default_factory=Future)
+    """The compiled one, not to be advanced itself. Raises ClientError or UnsupportedError."""
+    begun: float | None = None
+    """time.time() when a thread took it up."""
+    uses: int = 0
+
+
 class Grammars:
     """Compiles off the caller's thread, each content once. `tokenizer` is called when the first grammar is asked for."""
 
@@ -99,23 +112,59 @@ class Grammars:
         self.words = Words(tokenizer)
         self._vocabulary: Vocabulary | None = None
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="kvasir-grammar")
-        self._found: OrderedDict[StructuredOutput, Future[LLMatcher]] = OrderedDict()
+        self._used: dict[StructuredOutput, Grammar] = {}
+        self._kept: OrderedDict[StructuredOutput, Grammar] = OrderedDict()
         self._lock, self._loading = threading.Lock(), threading.Lock()
 
-    def compile(self, wanted: StructuredOutput) -> Future[LLMatcher]:
-        """The grammar, not to be advanced itself. The future raises ClientError or UnsupportedError."""
+    def hold(self, wanted: StructuredOutput) -> Grammar:
+        """From now on it is compiled, or is being compiled, until `release`: as often as it was held."""
         with self._lock:
-            future = self._found.get(wanted)
-            if future is None:
-                future = self._found[wanted] = self._threads.submit(self._compile, wanted)
-            self._found.move_to_end(wanted)
-            while len(self._found) > CACHED:
-                self._found.popitem(last=False)
-        return future
+            found = self._used.get(wanted)
+            if found is None:
+                found = self._used[wanted] = self._kept.pop(wanted) if wanted in self._kept else Grammar()
+                if found.begun is None:
+                    self._threads.submit(self._work, wanted, found)
+            found.uses += 1
+        return found
+
+    def release(self, wanted: StructuredOutput) -> None:
+        """It isn't needed any more, but may be asked for again."""
+        with self._lock:
+            found = self._used[wanted]
+            found.uses -= 1
+            if not found.uses:
+                del self._used[wanted]
+                if found.begun is not None:
+                    self._keep(wanted, found)
+        if not found.uses and found.begun is None:  # its turn hasn't come; who is told so may take locks
+            found.future.cancel()
 
     def matcher(self, wanted: StructuredOutput) -> LLMatcher:
-        """A sequence's own state, at the grammar's beginning."""
-        return self.compile(wanted).result().deep_copy()
+        """A sequence's own state, at the grammar's beginning. Where nobody holds it, as on ranks apart, it is compiled now."""
+        with self._lock:
+            found = self._used.get(wanted) or self._kept.get(wanted)
+        if found is None:
+            found = Grammar()
+            self._work(wanted, found)
+            with self._lock:
+                self._keep(wanted, found)
+        return found.future.result().deep_copy()
+
+    def _keep(self, wanted: StructuredOutput, found: Grammar) -> None:
+        self._kept[wanted] = found
+        self._kept.move_to_end(wanted)
+        while len(self._kept) > CACHED:
+            self._kept.popitem(last=False)
+
+    def _work(self, wanted: StructuredOutput, found: Grammar) -> None:
+        """Compile it, unless everybody who wanted it has gone."""
+        found.begun = time.time()
+        if not found.future.set_running_or_notify_cancel():
+            return
+        try:
+            found.future.set_result(self._compile(wanted))
+        except Exception as error:  # whoever waits is told, whatever it is
+            found.future.set_exception(error)
 
     def shutdown(self) -> None:
         """No grammar is waited for any more."""

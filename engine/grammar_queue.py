@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from kvasir.engine.errors import KvasirError
 from kvasir.engine.event import Event, Failed
-from kvasir.engine.grammar import COMPILE_LIMIT_S, Grammars
-from kvasir.engine.request import Request
+from kvasir.engine.grammar import COMPILE_LIMIT_S, Grammar, Grammars
+from kvasir.engine.request import Request, StructuredOutput
+
+WAIT_LIMIT_S = 60.0
+"""A request whose grammar's turn hasn't come after this fails."""
 
 
 class Compiling:
@@ -13,15 +16,24 @@ class Compiling:
 
     def __init__(self, grammars: Grammars) -> None:
         self._grammars = grammars
-        self._held: dict[str, tuple[Request, float]] = {}
+        self._held: dict[str, tuple[Request, Grammar, float]] = {}
+        self._wanted: dict[str, StructuredOutput] = {}
 
     def __len__(self) -> int:
         return len(self._held)
 
-    def add(self, request: Request, now: float) -> None:
-        """The request waits for its grammar, up to its own deadline."""
-        limit = COMPILE_LIMIT_S if request.deadline_s is None else min(COMPILE_LIMIT_S, request.deadline_s)
-        self._held[request.request_id] = (request, now + limit)
+    def add(self, request: Request, wanted: StructuredOutput, now: float) -> Grammar:
+        """The request waits for its grammar, up to its own deadline. The grammar stays until the request's `end`."""
+        limit = WAIT_LIMIT_S if request.deadline_s is None else min(WAIT_LIMIT_S, request.deadline_s)
+        grammar = self._grammars.hold(wanted)
+        self._wanted[request.request_id] = wanted
+        self._held[request.request_id] = (request, grammar, now + limit)
+        return grammar
+
+    def end(self, request_id: str) -> None:
+        """The request is over."""
+        if (wanted := self._wanted.pop(request_id, None)) is not None:
+            self._grammars.release(wanted)
 
     def pop(self, request_id: str) -> Request | None:
         """It need not wait any longer: it is about to be ended."""
@@ -32,8 +44,8 @@ class Compiling:
         """(requests whose grammars are ready, the ends of those whose grammars can't be)."""
         ready: list[Request] = []
         events: list[Event] = []
-        for request, limit in list(self._held.values()):
-            outcome = self._outcome(request, limit, now)
+        for request, grammar, limit in list(self._held.values()):
+            outcome = _outcome(request, grammar, limit, now)
             if outcome is None:
                 continue
             del self._held[request.request_id]
@@ -43,21 +55,25 @@ class Compiling:
                 ready.append(outcome)
         return ready, events
 
-    def _outcome(self, request: Request, limit: float, now: float) -> Request | Failed | None:
-        """None: it isn't known yet."""
-        wanted = request.sampling.structured_outputs
-        assert wanted is not None
-        future = self._grammars.compile(wanted)
-        if future.done():
-            error = future.exception()
-            if error is None:
-                return request
-            if isinstance(error, KvasirError):
-                return Failed(request.request_id, error.code, error.message)
-            return Failed(request.request_id, "internal_error", f"the grammar's compiler failed: {error}")
-        if now < limit:
-            return None
-        if request.deadline_s is not None and request.deadline_s < COMPILE_LIMIT_S:
-            return Failed(request.request_id, "deadline_exceeded", "the deadline passed while the grammar was compiled")
-        message = f"structured output: compiling took over {COMPILE_LIMIT_S:.0f} s; simplify the grammar or schema"
-        return Failed(request.request_id, "invalid_request_error", message)
+
+def _outcome(request: Request, grammar: Grammar, limit: float, now: float) -> Request | Failed | None:
+    """None: it isn't known yet."""
+    name = request.request_id
+    if grammar.future.done():
+        error = grammar.future.exception()
+        if error is None:
+            return request
+        if isinstance(error, KvasirError):
+            return Failed(name, error.code, error.message)
+        return Failed(name, "internal_error", f"the grammar's compiler failed: {error}")
+    if grammar.begun is not None and now >= grammar.begun + COMPILE_LIMIT_S:
+        text = f"structured output: compiling took over {COMPILE_LIMIT_S:.0f} s; simplify the grammar or schema"
+        return Failed(name, "invalid_request_error", text)
+    if now < limit:
+        return None
+    if request.deadline_s is not None and request.deadline_s <= WAIT_LIMIT_S:
+        return Failed(name, "deadline_exceeded", "the deadline passed while the grammar was compiled")
+    text = (
+        f"structured output: others' grammars were compiled for {WAIT_LIMIT_S:.0f} s before this one; ask again later"
+    )
+    return Failed(name, "overloaded", text)

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from kvasir.engine import LLM, SamplingParams
 from kvasir.engine.errors import ClientError, UnsupportedError
-from kvasir.engine.grammar import Vocabulary
+from kvasir.engine.grammar import CACHED, COMPILE_LIMIT_S, Grammar, Grammars, Vocabulary
+from kvasir.engine.grammar_queue import WAIT_LIMIT_S, Compiling
 from kvasir.engine.request import Request, StructuredOutput
 from kvasir.engine.thoughts import Thinking, Thoughts
 from kvasir.engine.tokenizer import Tokenizer
@@ -222,6 +223,76 @@ def test_a_pathological_grammar_costs_its_sender_only(llm, write, wanted):
     done.set()
     watcher.join()
     assert max(slowest) < 1.0  # the loop went on turning: its idle turn takes 0.2 s
+
+
+def test_more_grammars_at_once_than_are_kept(llm):
+    """Those that wait push each other out of no cache, and each waits for its own turn alone."""
+    count = CACHED + 60
+    sampling = [
+        SamplingParams(max_tokens=8, structured_outputs=StructuredOutput(regex=f"{number}[a-z]"))
+        for number in range(count)
+    ]
+    outputs = llm.generate(["Hello"] * count, sampling, use_tqdm=False)
+    for number, output in enumerate(outputs):
+        assert re.fullmatch(f"{number}[a-z]", output.outputs[0].text)
+    grammars = llm.engine._grammars
+    assert not grammars._used
+    assert len(grammars._kept) == CACHED
+
+
+def test_a_grammar_that_nobody_waits_for_any_more_isn_t_compiled():
+    started, go_on = threading.Event(), threading.Event()
+
+    def tokenizer():
+        started.set()
+        assert go_on.wait(60)
+        raise UnsupportedError("no tokenizer", param="structured_outputs")
+
+    grammars = Grammars(tokenizer, 10, [0])
+    wanted = [StructuredOutput(regex=f"{number}") for number in range(4)]
+    held = [grammars.hold(one) for one in wanted]
+    assert grammars.hold(wanted[3]) is held[3]
+    assert started.wait(60)
+    grammars.release(wanted[2])
+    grammars.release(wanted[3])
+    assert held[2].future.cancelled()
+    assert not held[3].future.done()
+    go_on.set()
+    for one in (held[0], held[1], held[3]):
+        with pytest.raises(UnsupportedError):
+            one.future.result(60)
+    grammars.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("begun", "deadline_s", "late", "code"),
+    [
+        (None, None, WAIT_LIMIT_S, "overloaded"),
+        (None, 5.0, 5.0, "deadline_exceeded"),
+        (1000.0, None, COMPILE_LIMIT_S, "invalid_request_error"),
+        (1040.0, None, 40.0 + COMPILE_LIMIT_S, "invalid_request_error"),
+    ],
+)
+def test_waiting_for_others_isn_t_compiling(begun, deadline_s, late, code):
+    class Slow:
+        def hold(self, wanted):
+            return grammar
+
+        def release(self, wanted):
+            released.append(wanted)
+
+    grammar, released, wanted = Grammar(), [], StructuredOutput(regex="a")
+    grammar.begun = begun
+    compiling = Compiling(Slow())
+    sampling = SamplingParams(structured_outputs=wanted)
+    request = Request(request_id="one", prompt_token_ids=[1], sampling=sampling, deadline_s=deadline_s)
+    compiling.add(request, wanted, 1000.0)
+    assert compiling.take(1000.0 + late - 0.1) == ([], [])
+    _, (failed,) = compiling.take(1000.0 + late)
+    assert failed.code == code
+    compiling.end("one")
+    compiling.end("one")
+    assert released == [wanted]
 
 
 def test_without_a_tokenizer_it_is_refused():
