@@ -17,6 +17,7 @@ from kvasir.engine.transcript import Delta, Output
 
 Json = dict[str, Any]
 
+_TEXT = {"type": "text_delta", "text": ""}
 _STOPS = {"stop": "end_turn", "length": "max_tokens"}
 
 
@@ -102,9 +103,12 @@ class _Blocks:
     def __init__(self) -> None:
         self._index = -1
         self._open: str | None = None
+        self._head = b""
+        """What a piece of text of the open block begins with."""
 
     def text(self, text: str) -> bytes:
-        return self._delta({"type": "text", "text": ""}, {"type": "text_delta", "text": text})
+        out = b"" if self._open == "text" else self._begin({"type": "text", "text": ""})
+        return out + self._head + orjson.dumps(text) + b"}}\n\n"
 
     def thinking(self, text: str) -> bytes:
         return self._delta(_thinking(""), {"type": "thinking_delta", "thinking": text})
@@ -133,6 +137,7 @@ class _Blocks:
     def _begin(self, block: Json) -> bytes:
         out = self.close()
         self._index, self._open = self._index + 1, block["type"]
+        self._head = event("content_block_delta", {"index": self._index, "delta": _TEXT}).removesuffix(b'""}}\n\n')
         return out + event("content_block_start", {"index": self._index, "content_block": block})
 
 

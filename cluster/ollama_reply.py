@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import orjson
 
-from kvasir.cluster.answer_parts import CalledTool, ReadAnswer
+from kvasir.cluster.answer_parts import CalledTool, Part, ReadAnswer
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.ollama_schema import OllamaAsk
 from kvasir.cluster.openai_logprobs import ChatLogprobs
@@ -26,14 +26,19 @@ class OllamaReply:
     def __init__(self, kind: Kind, ask: OllamaAsk, generation: Generation, started: float) -> None:
         self._kind, self._ask, self._generation, self._started = kind, ask, generation, started
         self._logprobs = ChatLogprobs(generation.model.tokenizer, ask.logprobs or 0)
+        self._reads = not generation.reading.plain
         self._answer = AnswerStream(generation.reading)
         self._read = ReadAnswer()
         self._shown = 0
         """Calls that have been sent: each goes out as a whole."""
+        model = orjson.dumps(ask.model or generation.model.name)
+        said = b'"response":' if kind == "generate" else b'"message":{"role":"assistant","content":'
+        self._line = (b'{"model":' + model + b',"created_at":"', b'",' + said)
+        self._line_end = b',"done":false}\n' if kind == "generate" else b'},"done":false}\n'
 
     def frames(self, deltas: Sequence[tuple[int, Delta]]) -> bytes:
         """Lines of one step."""
-        return b"".join(self._lines(delta) for _, delta in deltas)
+        return b"".join([self._lines(delta) for _, delta in deltas])
 
     def closing(self) -> bytes:
         """The last line: counts and durations."""
@@ -46,18 +51,26 @@ class OllamaReply:
 
     def _lines(self, delta: Delta) -> bytes:
         """Of one delta: one for each kind of text, and for each call that is complete."""
-        if self._generation.reading.plain:
+        if not self._reads and self._ask.logprobs is None:
+            return self._text(delta.text) if delta.text else b""
+        if not self._reads:
             read = [ReadAnswer(content=delta.text)] if delta.text else []
         else:
-            read = self._news(delta)
+            parts = self._answer.parts(delta.text, last=delta.finish_reason is not None)
+            if len(parts) == 1 and parts[0].kind == "content" and self._ask.logprobs is None and not self._read.calls:
+                return self._text(parts[0].text)
+            read = self._news(parts, delta.finish_reason is not None) if parts or delta.finish_reason else []
         if not read and delta.logprobs and self._ask.logprobs is not None:
             read = [ReadAnswer()]
         scores = [delta, *(None for _ in read)]
         return b"".join(_line(self._part(one, at) | {"done": False}) for one, at in zip(read, scores, strict=False))
 
-    def _news(self, delta: Delta) -> list[ReadAnswer]:
-        last = delta.finish_reason is not None
-        parts = self._answer.parts(delta.text, last=last)
+    def _text(self, text: str) -> bytes:
+        """A line with nothing but text: what is the same in all of them is encoded once."""
+        head, said = self._line
+        return head + timestamp(time.time()).encode() + said + orjson.dumps(text) + self._line_end
+
+    def _news(self, parts: Sequence[Part], last: bool) -> list[ReadAnswer]:
         self._read.add([part for part in parts if part.kind in ("call", "arguments")])
         news = [ReadAnswer(content=part.text) for part in parts if part.kind == "content"]
         news = [ReadAnswer(reasoning=part.text) for part in parts if part.kind == "reasoning"] + news

@@ -127,7 +127,9 @@ class ChatReply:
 
     def _parts(self, delta: Delta) -> bytes:
         """One chunk for each part; what was asked for of the tokens goes with the first, or alone."""
-        answer = self._answers.setdefault(delta.index, AnswerStream(self._generation.reading))
+        answer = self._answers.get(delta.index)
+        if answer is None:
+            answer = self._answers[delta.index] = AnswerStream(self._generation.reading)
         parts = answer.parts(delta.text, last=delta.finish_reason is not None)
         if not self._ask.include_reasoning:
             parts = [part for part in parts if part.kind != "reasoning"]

@@ -20,6 +20,10 @@ _INSIDE = re.compile(r'["\\]')
 _SCALAR = re.compile(r"[\s,;}\]]")
 
 
+def _never(text: str, at: int) -> None:
+    """Nothing is found."""
+
+
 class Scanner:
     """The text so far, and how much of it has been read."""
 
@@ -82,7 +86,12 @@ class Scanner:
         """Over the first of `marks`, that is returned; None when the text ends without. What stands before it goes to `take`
         as soon as it can't be a part of a mark."""
         longest, firsts = max(map(len, marks), default=0), {mark[:1] for mark in marks}
+        maybe = re.compile(f"[{re.escape(''.join(firsts))}]").search if firsts else _never
         while True:
+            if maybe(self._text, self._at) is None and not self._ended:  # as with most tokens
+                self._give(len(self._text), take)
+                yield
+                continue
             at, mark = self._first(marks)
             held = self._held(marks, longest, firsts)
             if mark and (self._ended or held > at):
