@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvasir.kernels import native
+from kvasir.kernels import huge_pages, native
 
 WIDE = 64
 """Outputs that lie side by side in our own order."""
@@ -88,7 +88,7 @@ def _pack(weight: Tensor) -> Packed:
     outputs, inputs = weight.shape
     pairs = weight.dtype == torch.bfloat16 and native.multiplies_pairs()
     shape = (inputs // 2, WIDE, 2) if pairs else (inputs, WIDE)
-    out = weight.new_empty(-(-outputs // WIDE), *shape)
+    out = huge_pages.empty(-(-outputs // WIDE), *shape, dtype=weight.dtype)
     kind = native.TYPES[weight.dtype]
     compiled.pack_linear(kind, weight.data_ptr(), out.data_ptr(), outputs, inputs, torch.get_num_threads())
     return Packed(out, outputs, inputs)
