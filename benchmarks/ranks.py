@@ -6,10 +6,13 @@
 
 - alone: the whole model in one process, on one core and on two
 - apart: both halves at once in two processes that exchange nothing, layer by layer as ranks go through them: what two cores
-  and one memory allow; and the same halves as one compiled call, which no rank can be while it has to exchange between layers
-- ranks: what serves; sums over connections of our own, over gloo, and with rows dealt out (sequence parallelism)
+  and one memory allow; and the same halves as one compiled call
+- ranks: sums through shared memory, in one compiled call (what serves on one node) and layer by layer; over connections of our
+  own (what serves between nodes), over gloo, and with rows dealt out (sequence parallelism)
 
-Medians; bytes and calls are a rank's own, beside what theory says.
+Medians, and the fastest steps: other work on the machine only ever adds. `x work` is the time over that of one process on one
+core per unit of work, on a machine where it alone uses the memory; `x apart` the same beside another that does as much. Bytes
+and calls are a rank's own, beside what theory says.
 """
 
 from __future__ import annotations
@@ -17,17 +20,18 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import statistics
 import time
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+import torch.distributed
 from decoder import BLOCK, CPU, SHAPES, spec_of
 from steps import DTYPE, Steps
 
 from kvasir.engine import rows
 from kvasir.engine.cache import KVCache
+from kvasir.engine.links import Links
 from kvasir.engine.memory import keep_freed_memory
 from kvasir.engine.mesh import Mesh, Place, host_store, join, reach_store
 from kvasir.engine.share import share_of
@@ -39,7 +43,9 @@ WAYS = (
     "alone, two cores",
     "apart, layer by layer",
     "apart, one call",
-    "ranks, own connections",
+    "ranks, one call",
+    "ranks, layer by layer",
+    "ranks, connections",
     "ranks, gloo",
     "ranks, rows dealt out",
 )
@@ -48,23 +54,25 @@ WAYS = (
 class Half:
     """A rank's part of the model, and the ways in which it can run."""
 
-    def __init__(self, model: str, step: tuple[int, int, int], mesh: Mesh) -> None:
+    def __init__(self, model: str, step: tuple[int, int, int], mesh: Mesh, links: Links) -> None:
         share = share_of(spec_of(model), mesh)
         decoder = random_decoder(share.full, DTYPE, CPU, share=share)
         self.steps = Steps(decoder, *step)
         sequences, count, context = step
         blocks = sequences * -(-(context + count + 1) // BLOCK)
         self.steps.paged.cache = KVCache(share.spec, blocks, BLOCK, DTYPE, CPU, layers=share.layers)
-        self.decoder, self.mesh, self.group, self.one_shot = decoder, mesh, mesh.tensor, mesh.one_shot
+        self.shared, self.links = mesh.links, links
+        self.decoder, self.mesh, self.group = decoder, mesh, mesh.tensor
 
     def go(self, way: str) -> None:
         """From now on."""
         mesh, cache = self.mesh, self.steps.paged.cache
         exchanges = way.startswith("ranks")
         mesh.tensor = self.group if exchanges else None
-        mesh.one_shot = None if way == "ranks, gloo" else self.one_shot
+        mesh.links = self.links if way == "ranks, connections" else self.shared
+        mesh.one_shot = mesh.links if exchanges and way != "ranks, gloo" else None
         rows.dealing_wins = lambda *_: way == "ranks, rows dealt out"
-        self.decoder._stack = None if way == "apart, one call" else (cache, None)
+        self.decoder._stack = None if way.endswith("one call") else (cache, None)
 
 
 def rank(number: int, args: argparse.Namespace, step: tuple[int, int, int], port: int, orders: Connection) -> None:
@@ -74,7 +82,9 @@ def rank(number: int, args: argparse.Namespace, step: tuple[int, int, int], port
     torch.set_num_threads(1)
     keep_freed_memory()
     store = reach_store(HOST, port, 2, 100.0)
-    half = Half(args.model, step, join(Place(2, 1, number), store, CPU, HOST, 100.0))
+    mesh = join(Place(2, 1, number), store, CPU, HOST, 100.0)
+    links = Links(torch.distributed.PrefixStore("connections", store), number, 2, HOST, 100.0, "")
+    half = Half(args.model, step, mesh, links)
     while way := orders.recv():
         half.go(way)
         traffic = half.mesh.traffic
@@ -115,6 +125,22 @@ def theory(model: str, step: tuple[int, int, int]) -> str:
     return f"{2 * depth + 2} calls, {sums / 1e6:.3f} MB (rank 1: + {logits / 1e6:.3f} MB of logits)"
 
 
+def report(found: dict[str, list[Any]]) -> None:
+    """A line for each way: runs of (seconds of each step, calls, bytes)."""
+    steps = {way: sorted(s for times, *_ in runs for s in times) for way, runs in found.items()}
+    print(f"{'':<24}{'median':>10}{'x work':>8}{'x apart':>8}{'fastest':>11}{'x work':>8}{'x apart':>8}")
+    for way, runs in found.items():
+        line = f"{way:<24}"
+        for at in (0.5, 0.0):
+            seconds, alone, apart = (
+                steps[each][int(at * len(steps[each]))] for each in (way, "alone, one core", "apart, one call")
+            )
+            ranks = 1 if way == "alone, one core" else 2
+            line += f"{seconds * 1e3:>{10 if at else 8}.2f} ms{ranks * seconds / alone:>7.2f}{seconds / apart:>8.2f}"
+        _, calls, sent = runs[-1]
+        print(line, f"{calls:>5} calls {sent / 1e6:8.3f} MB" if calls else "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="1B")
@@ -149,16 +175,7 @@ def main() -> None:
         pipe.send("")
         process.join()
     print(f"{args.model}, {args.step}, {args.rounds} x {args.steps} steps{', pinned' if args.pin else ''}")
-    medians = {way: statistics.median(s for times, *_ in runs for s in times) for way, runs in found.items()}
-    for way, runs in found.items():
-        ms, work = (
-            medians[way] * 1e3,
-            medians[way] / medians["alone, one core"] * (1 if way == "alone, one core" else 2),
-        )
-        floor = medians[way] / medians["apart, layer by layer"]
-        _, calls, sent = runs[-1]
-        traffic = f"{calls:>5} calls {sent / 1e6:8.3f} MB" if calls else ""
-        print(f"{way:<26}{ms:>9.2f} ms{work:>7.2f} x work{floor:>7.2f} x apart  {traffic}")
+    report(found)
     print(f"theory: {theory(args.model, step)}")
 
 

@@ -189,6 +189,8 @@ class Decoder(nn.Module):
         all_rows = rows is None or not self.share.last or len(rows) == len(x)
         count = len(self.share.layers) - (not all_rows)
         angles = [positional[rope] for rope in self.turnings]
+        if self.mesh.meeting is not None:
+            self.mesh.traffic.note(x, self.mesh.place.tp - 1, 2 * count)
         return *stack(x, count, angles, ragged), count
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Links: a TCP connection between every two ranks of a stage, for CPU tensors.
+"""Links: a TCP connection between every two ranks of a stage that isn't all on one node, for CPU tensors.
 
 A sum of 8 x 2048 bfloat16 over two ranks of one machine takes gloo 260 us (three threads hand it on in each process) and
 the same bytes over a connection of our own 50 us; a step of a small model makes dozens. gloo keeps what is large and goes

@@ -15,6 +15,7 @@ import torch
 from kvasir.engine.arch import load_spec, module_name, supported
 from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
+from kvasir.engine.cores import usable_cores
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.determinism import indeterminate, of_device
 from kvasir.engine.errors import ConfigError
@@ -27,7 +28,6 @@ from kvasir.engine.open_exchange import open_exchange
 from kvasir.engine.open_tiers import open_tiers
 from kvasir.engine.pooler import Pooler, load_pooler
 from kvasir.engine.pooling import Pooling, pooling_of, tasks_of
-from kvasir.engine.rank import usable_cores
 from kvasir.engine.sentence_transformers import read_text_rules
 from kvasir.engine.share import Share, share_of
 from kvasir.engine.spec import Spec

@@ -7,6 +7,7 @@ hidden states (Huang et al. 2018, arXiv:1811.06965).
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections import deque
 from collections.abc import Sequence
@@ -19,8 +20,11 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvasir.engine.agreement import agreed
 from kvasir.engine.links import Links
+from kvasir.engine.node_links import NodeLinks
 from kvasir.engine.symmetric import shared_sum
+from kvasir.kernels.node_sums import Meeting
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Place:
         return self.rank == (self.pp - 1) * self.tp
 
 
+log = logging.getLogger(__name__)
 ALONE = Place()
 c10d: Any = torch.distributed  # most of what is used of it has no types
 SENDING = 4
@@ -77,9 +82,10 @@ class Traffic:
     calls: int = 0
     bytes: float = 0
 
-    def note(self, tensor: Tensor, times: float = 1) -> None:
-        self.calls += 1
-        self.bytes += tensor.nbytes * times
+    def note(self, tensor: Tensor, times: float = 1, calls: int = 1) -> None:
+        """It was sent so many times in each of so many calls."""
+        self.calls += calls
+        self.bytes += tensor.nbytes * times * calls
 
 
 class OneShot(Protocol):
@@ -98,7 +104,7 @@ class Mesh:
         place: Place = ALONE,
         world: Any = None,
         tensor: Any = None,
-        links: Links | None = None,
+        links: Links | NodeLinks | None = None,
         device: torch.device = torch.device("cpu"),
         one_shot: OneShot | None = None,
     ) -> None:
@@ -145,7 +151,12 @@ class Mesh:
         return whole
 
     @property
-    def _direct(self) -> Links | None:
+    def meeting(self) -> Meeting | None:
+        """Where this rank meets the others of its stage for every sum; None: they aren't all on one node, or this is off."""
+        return self._direct.meeting if isinstance(self._direct, NodeLinks) else None
+
+    @property
+    def _direct(self) -> Links | NodeLinks | None:
         """Links that may stand in for the process group."""
         return self.links if self.one_shot is self.links else None
 
@@ -229,13 +240,21 @@ def join(
         stage = c10d.PrefixStore(f"stage {place.stage}", store)
         tensor = process_group(stage, place.tp_rank, place.tp, device, host, timeout_s)
     if place.tp > 1 and device.type == "cpu":
-        prefixed = c10d.PrefixStore(f"links {place.stage}", store)
-        direct = links = Links(prefixed, place.tp_rank, place.tp, host, timeout_s, secret)
+        direct = links = cpu_links(c10d.PrefixStore(f"links {place.stage}", store), place, host, timeout_s, secret)
     elif place.tp > 1 and one_shot:
         shared = c10d.PrefixStore(f"shared {place.stage}", store)
         direct = shared_sum(tensor, shared, place.tp_rank, place.tp, device, host, timeout_s)
     world = process_group(c10d.PrefixStore("world", store), place.rank, place.size, device, host, timeout_s)
     return Mesh(place, world, tensor, links, device, direct if one_shot else None)
+
+
+def cpu_links(store: Any, place: Place, host: str, timeout_s: float, secret: str) -> Links | NodeLinks:
+    """Through shared memory where all ranks of the stage are on one node, else connections."""
+    own, size = place.tp_rank, place.tp
+    found, why = agreed(lambda: NodeLinks(store, own, size, timeout_s), store, own, size, host, timeout_s)
+    if found is None:
+        log.info("sums between ranks go over connections, not through shared memory: %s", why)
+    return found or Links(store, own, size, host, timeout_s, secret)
 
 
 def process_group(store: Any, rank: int, size: int, device: torch.device, host: str, timeout_s: float) -> Any:

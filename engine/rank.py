@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -224,11 +222,3 @@ def _bounded(slices: Sequence[Slice], limit: int) -> Iterator[Sequence[Slice]]:
                 portion, room = [], limit
     if portion:
         yield portion
-
-
-def usable_cores() -> int:
-    """Cores that this process may use, by its affinity and its container's quota (cgroup v2)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    limit, period = quota.read_text().split() if quota.exists() else ("max", "1")
-    return cores if limit == "max" else max(1, min(cores, int(limit) // int(period)))

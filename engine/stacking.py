@@ -26,7 +26,9 @@ def stack_of(decoder: Decoder, cache: KVCache) -> Stack | None:
     numbers = list(share.layers)
     if decoder.attention_backend not in ("auto", "native"):  # the stack has its own
         return None
-    if library() is None or not numbers or share.mesh.tensor is not None or not _common(share.spec):
+    mesh = share.mesh
+    exchanges = mesh.tensor is not None
+    if library() is None or not numbers or (exchanges and mesh.meeting is None) or not _common(share.spec):
         return None
     ropes = list(decoder.turnings)
     layers = [
@@ -34,7 +36,7 @@ def stack_of(decoder: Decoder, cache: KVCache) -> Stack | None:
         for number, block in zip(numbers, decoder.blocks.values(), strict=True)
     ]
     whole = [layer for layer in layers if layer is not None]
-    return Stack(whole, _shape(share.spec)) if len(whole) == len(layers) else None
+    return Stack(whole, _shape(share.spec), mesh.meeting) if len(whole) == len(layers) else None
 
 
 def _common(spec: Spec) -> bool:

@@ -11,12 +11,13 @@ import logging
 import os
 import secrets
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 import torch.distributed
 from torch import Tensor
+
+from kvasir.engine.agreement import agreed
 
 log = logging.getLogger(__name__)
 c10d: Any = torch.distributed  # most of what is used of it has no types
@@ -71,40 +72,17 @@ def shared_sum(
     group: Any, store: Any, rank: int, size: int, device: torch.device, host: str, timeout_s: float
 ) -> SharedSum | None:
     """All ranks of a stage call it. None on all of them where one can't: NCCL does everything then, and the log says why."""
-    return agreed(lambda: TorchMemory(group, store, rank, size, device), store, rank, size, host, timeout_s)
+    return agreed_sum(lambda: TorchMemory(group, store, rank, size, device), store, rank, size, host, timeout_s)
 
 
-def agreed(
+def agreed_sum(
     make: Callable[[], Memory], store: Any, rank: int, size: int, host: str, timeout_s: float
 ) -> SharedSum | None:
-    """What all ranks can `make`, or nothing. Each tells its host, then whether it could, and reads what the others say."""
-    hosts = _told(store, "host", rank, size, host, timeout_s)
-    if len(set(hosts)) > 1:
-        _fall_back(rank, f"the ranks of a stage are on {len(set(hosts))} nodes")
-        return None
-    memory, why = None, ""
-    try:
-        memory = make()
-    except (RuntimeError, AttributeError, ImportError) as error:  # of torch: no peer access, no such operator
-        why = " ".join(str(error).split())[:200] or type(error).__name__
-    reasons = _told(store, "why", rank, size, why, 2 * timeout_s)
-    if memory is None or any(reasons):
-        _fall_back(rank, next(filter(None, reasons)))
-        return None
-    return SharedSum(memory, size)
-
-
-def _told(store: Any, what: str, rank: int, size: int, said: str, timeout_s: float) -> list[str]:
-    """What every rank says."""
-    keys = [f"shared {what} {number}" for number in range(size)]
-    store.set(keys[rank], said)
-    store.wait(keys, timedelta(seconds=timeout_s))
-    return [store.get(key).decode() for key in keys]
-
-
-def _fall_back(rank: int, why: str) -> None:
-    if rank == 0:
+    """Over what all ranks can `make`."""
+    memory, why = agreed(make, store, rank, size, host, timeout_s)
+    if memory is None and rank == 0:
         log.warning("sums between GPUs go over NCCL alone, not through shared memory: %s", why)
+    return None if memory is None else SharedSum(memory, size)
 
 
 class TorchMemory:

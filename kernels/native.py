@@ -44,7 +44,11 @@ SIGNATURES: dict[str, Types] = {
     "allow": (P, N, P, P, N, P, N, N, N),
     "gated": (N, P, P, N, N, N, N),
     "turn_and_write": (N, P, N, P, N, P, N, P, P, P, P, N, N, N, N, N, N, N),
-    "run_layers": (P, N, P, P, P, P, N, N),
+    "run_layers": (P, N, P, P, P, P, N, P, N),
+    "sum_between": (P, N, P, P, N),
+    "scatter_between": (P, N, P, P, N),
+    "gather_between": (P, P, P, N),
+    "abort_between": (P,),
     "pack_linear": (N, P, P, N, N, N),
     "linear": (N, P, N, P, P, P, N, N, N, N),
 }
@@ -203,7 +207,8 @@ def _opened(path: Path) -> ctypes.CDLL:
     for name, types in SIGNATURES.items():
         function = getattr(found, name)
         function.argtypes, function.restype = types, None
-    found.multiplies_pairs.restype = N
+    for name in ("multiplies_pairs", "run_layers", "sum_between", "scatter_between", "gather_between"):
+        getattr(found, name).restype = N
     openmp = ctypes.CDLL(torch._C.__file__)  # looks through all that torch was linked with
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
     if not all(hasattr(openmp, name) for name in names):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvasir.kernels.linear import Packed
 from kvasir.kernels.native import CacheC, cache_of, library
+from kvasir.kernels.node_sums import Meeting, check
 from kvasir.kernels.quantise import Cache
 from kvasir.kernels.ragged import Ragged
 from kvasir.kernels.rope import Angles
@@ -109,19 +110,21 @@ class Shape:
 
 
 class Stack:
-    """Layers that are called together; what they read must stay where it is."""
+    """Layers that are called together; what they read must stay where it is. With a `meeting` they are a rank's part of
+    each, and what the ranks of a node have to add up goes through it."""
 
-    def __init__(self, layers: Sequence[Layer], shape: Shape) -> None:
+    def __init__(self, layers: Sequence[Layer], shape: Shape, meeting: Meeting | None = None) -> None:
         compiled = library()
         assert compiled is not None
-        self._compiled, self._layers = compiled, layers
+        self._compiled, self._layers, self._meeting = compiled, layers, meeting
         self._table = (LayerC * len(layers))(*map(_layer, layers))
         s = shape
         common = (s.hidden, s.ffn, s.heads, s.kv_heads, s.dim, s.gate, s.causal)
         self._shape = ShapeC(*common, s.eps, s.offset, s.residual, s.scale, s.softcap or 0.0)
 
     def __call__(self, x: Tensor, count: int, angles: Sequence[Angles], ragged: Ragged) -> tuple[Tensor, Tensor]:
-        """x[T, M] through the first `count` layers -> (x, what is still to be added to it)."""
+        """x[T, M] through the first `count` layers -> (x, what is still to be added to it). RuntimeError when another rank
+        is late or gone."""
         x, y = x.clone(), torch.empty_like(x)
         turns = (AnglesC * len(angles))(*(AnglesC(c.data_ptr(), s.data_ptr(), c.shape[-1]) for c, s in angles))
         all_groups = (ragged, *ragged.others)
@@ -136,7 +139,7 @@ class Stack:
             ctypes.addressof(turns),
             ctypes.addressof(groups),
         )
-        self._compiled.run_layers(
+        status = self._compiled.run_layers(
             ctypes.addressof(self._table),
             count,
             ctypes.addressof(self._shape),
@@ -144,8 +147,10 @@ class Stack:
             x.data_ptr(),
             y.data_ptr(),
             True,
+            None if self._meeting is None else self._meeting.address,
             torch.get_num_threads(),
         )
+        check(status)
         return x, y
 
 

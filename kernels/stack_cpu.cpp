@@ -1,5 +1,5 @@
 // Layers one after the other in a single call: with few rows the time between calls would be longer than the calls.
-#include "native.h"
+#include "node_sums.h"
 
 extern "C" {
 void rms_norm(int64_t, const void *, int64_t, int64_t, int64_t, const void *, double, const void *, double, double, void *, void *,
@@ -62,9 +62,10 @@ void product(const bf16 *x, const Product &p, bf16 *out, int64_t rows, int64_t i
 
 } // namespace
 
-// x[T, M] and, unless `fresh`, y[T, M] to be added to it -> the same behind `count` layers.
-EXPORT void run_layers(const Layer *layers, int64_t count, const Shape *shape, const Step *step, bf16 *x, bf16 *y, int64_t fresh,
-                       int64_t threads) {
+// x[T, M] and, unless `fresh`, y[T, M] to be added to it -> the same behind `count` layers. With a `meeting` the layers are a
+// rank's part, and its y are summed over all ranks; how an exchange failed is returned.
+EXPORT int64_t run_layers(const Layer *layers, int64_t count, const Shape *shape, const Step *step, bf16 *x, bf16 *y, int64_t fresh,
+                          Meeting *meeting, int64_t threads) {
   const Shape &s = *shape;
   int64_t t = step->rows, q_width = s.heads * s.dim, k_width = s.kv_heads * s.dim, row = q_width + 2 * k_width;
   bf16 *h = (bf16 *)scratch.get(2 * (size_t)t * (s.hidden + row + 2 * q_width + k_width + 3 * s.ffn));
@@ -89,9 +90,12 @@ EXPORT void run_layers(const Layer *layers, int64_t count, const Shape *shape, c
               s.heads, s.kv_heads, s.dim, s.dim, s.scale, s.softcap, l->window, l->chunk, s.causal, l->sinks, l->slopes, found,
               threads);
     product(found, l->o, y, t, q_width, threads);
+    if (int64_t failed = meeting ? sum_between(meeting, BF16, y, y, t * s.hidden) : 0) return failed;
     rms_norm(BF16, x, s.hidden, 1, 0, y, s.residual, l->mlp_norm, s.offset, s.eps, x, h, t, s.hidden, threads);
     product(h, l->up, up, t, s.hidden, threads);
     gated(BF16, up, gate, t, s.ffn, s.gate, threads);
     product(gate, l->down, y, t, s.ffn, threads);
+    if (int64_t failed = meeting ? sum_between(meeting, BF16, y, y, t * s.hidden) : 0) return failed;
   }
+  return 0;
 }

@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvasir.engine import mesh as mesh_module
 from kvasir.engine import rows, symmetric
+from kvasir.engine.links import Links
 from kvasir.engine.mesh import Mesh, Place, join, process_group
 from kvasir.engine.rows import DealtRows, WholeRows, rows_of
-from kvasir.engine.symmetric import BUFFER, Memory, SharedSum, agreed, one_shot_bytes
+from kvasir.engine.symmetric import BUFFER, Memory, SharedSum, agreed_sum, one_shot_bytes
 
 CPU = torch.device("cpu")
 OnRanks = Callable[[int, int, Callable[[Mesh], Any]], list[Any]]
@@ -25,11 +27,19 @@ def part(rank: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(rank))
 
 
-@pytest.mark.parametrize("direct", [True, False], ids=["links", "gloo"])
+def refused(*_: object) -> Any:
+    raise OSError("no memory")
+
+
+@pytest.mark.parametrize("way", ["memory", "links", "gloo"])
 @pytest.mark.parametrize("size", [2, 3])
-def test_sums_and_rows(on_ranks: OnRanks, size: int, direct: bool) -> None:
+def test_sums_and_rows(on_ranks: OnRanks, size: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "links":
+        monkeypatch.setattr(mesh_module, "NodeLinks", refused)
+
     def work(mesh: Mesh) -> Any:
-        if not direct:
+        assert isinstance(mesh.links, Links) == (way == "links")
+        if way == "gloo":
             mesh.one_shot = None
         rank = mesh.place.rank
         x = part(rank, 2 * size, 5)
@@ -43,7 +53,7 @@ def test_sums_and_rows(on_ranks: OnRanks, size: int, direct: bool) -> None:
         torch.testing.assert_close(whole, wanted)
         everything = 2 * size * 5 * 4
         once = (size - 1) / size * everything  # of a half: each rank's part to, or from, all others
-        sums = (size - 1) * everything if direct else 2 * once
+        sums = (size - 1) * everything if way != "gloo" else 2 * once
         assert (traffic.calls, traffic.bytes) == (3, pytest.approx(sums + 2 * once))
 
 
@@ -117,7 +127,7 @@ def together(size: int, make: Callable[[int], Memory], hosts: Callable[[int], st
     store = torch.distributed.HashStore()
     with ThreadPoolExecutor(size) as pool:
         jobs = [
-            pool.submit(agreed, lambda rank=rank: make(rank), store, rank, size, hosts(rank), 10.0)
+            pool.submit(agreed_sum, lambda rank=rank: make(rank), store, rank, size, hosts(rank), 10.0)
             for rank in range(size)
         ]
         return [job.result() for job in jobs]

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from kvasir.engine.cache import KVCache
+from kvasir.engine.cores import usable_cores
 from kvasir.engine.decoder import Decoder
-from kvasir.engine.rank import Rank, portions, usable_cores
+from kvasir.engine.rank import Rank, portions
 from kvasir.engine.request import SamplingParams
 from kvasir.engine.spec import Layer, Rope, Spec
 from kvasir.engine.step import NewSequence, Slice, Step
