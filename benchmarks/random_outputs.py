@@ -84,14 +84,12 @@ def bfcl(form: ToolFormat, counts: Counter[str]) -> Iterator[Case]:
                     [{"type": "function", "function": one} for one in tools.values()], "required", parallel=False
                 )
                 assert use is not None
-                wanted = use.grammar(form)
-                assert wanted is not None
+                held = use.held(form)
             except ClientError as error:
                 counts[f"refused: {error.message}"] += 1
                 continue
-            written = use.format(form)
-            counts["written as JSON instead"] += written is not form
-            yield Case(entry["id"], wanted, use.schemas, written)
+            counts["written as JSON instead"] += held.form is not form
+            yield Case(entry["id"], held.grammar, use.schemas, held.form)
 
 
 def plain(schema: Any) -> Any:

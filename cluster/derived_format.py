@@ -6,14 +6,16 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from kvasir.cluster.answer_parts import ToolFormat
+from kvasir.cluster.derived_tags import NAMES, Call, tag_format, understood
 from kvasir.cluster.tool_readers import named, objects
 from kvasir.engine.chat_template import ChatTemplates
 from kvasir.engine.errors import ClientError
 
-_NAME, _TEXT = "probe_function", "probe_answer"
+_NAME, _TEXT = NAMES[0], "probe_answer"
 _ARGUMENTS = {"probe_key": "probe_value"}
 _SPELLINGS = (json.dumps(_ARGUMENTS), json.dumps(_ARGUMENTS, separators=(",", ":")))
 _PARAMETERS = {"type": "object", "properties": {"p": {"type": "string", "description": "d"}}, "required": ["p"]}
@@ -30,18 +32,41 @@ def shows_tools(templates: ChatTemplates) -> bool:
 
 def derived_format(templates: ChatTemplates) -> ToolFormat | None:
     """None: the template shows no calls, or in a form that can't be told from other text."""
-    call = {"id": _ID, "type": "function", "function": {"name": _NAME, "arguments": _ARGUMENTS}}
-    called = _rendered(templates, [_USER, {"role": "assistant", "content": "", "tool_calls": [call]}])
-    said = _rendered(templates, [_USER, {"role": "assistant", "content": _TEXT}])
-    given = next((spelling for spelling in _SPELLINGS if spelling in called), None)
-    if _NAME not in called or given is None or _TEXT not in said:
-        return None
-    head, _, tail = said.partition(_TEXT)
-    start, end = _outwards(called, _shared(called, head), len(called) - _shared(called[::-1], tail[::-1]))
-    shown = called[start:end].removeprefix(_header(templates))
+    shown = shown_calls(templates, [(_NAME, _ARGUMENTS)])
+    given = next((spelling for spelling in _SPELLINGS if spelling in shown), None)
+    if given is None:
+        return tag_format(lambda calls: shown_calls(templates, calls))
     before, _, rest = shown.partition(_NAME)
     between, _, after = rest.partition(given)
     return _format(before, between, after) if rest and _ID not in before + between + after else None
+
+
+def taught_differs(templates: ChatTemplates, taught: ToolFormat) -> bool:
+    """What the template shows of a call isn't read as one in this format, though it is in the one that is derived."""
+    calls = [(_NAME, _ARGUMENTS)]
+    shown = shown_calls(templates, calls)
+    if not shown or understood(taught, shown, calls):
+        return False
+    return (derived := derived_format(templates)) is not None and understood(derived, shown, calls)
+
+
+def shown_calls(templates: ChatTemplates, calls: Sequence[Call]) -> str:
+    """What the template makes of an answer that is these calls; empty where it refuses, or shows none."""
+    tool_calls = [
+        {
+            "id": _ID if not number else f"{_ID[:-1]}{number}",
+            "type": "function",
+            "function": {"name": name, "arguments": given},
+        }
+        for number, (name, given) in enumerate(calls)
+    ]
+    called = _rendered(templates, [_USER, {"role": "assistant", "content": "", "tool_calls": tool_calls}])
+    said = _rendered(templates, [_USER, {"role": "assistant", "content": _TEXT}])
+    if not all(name in called for name, _ in calls) or _TEXT not in said:
+        return ""
+    head, _, tail = said.partition(_TEXT)
+    start, end = _outwards(called, _shared(called, head), len(called) - _shared(called[::-1], tail[::-1]))
+    return called[start:end].removeprefix(_header(templates))
 
 
 def _shared(one: str, other: str) -> int:

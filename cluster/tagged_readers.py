@@ -48,8 +48,8 @@ def _parameters(
         head, _ = yield from scanner.collect([form[1]])
         key, _, rest = head.partition('"') if form[0].endswith('"') else (head, "", "")
         schema = {"type": "string"} if 'string="true"' in rest else schemas.get(key.strip())
-        text, mark, whole = yield from _argument(answer, schema, form[2], end)
-        value = typed(text, _untold(rest)) if whole else typed(_unwrapped(decode(text)), _untold(rest, schema))
+        text, mark, whole = yield from argument(answer, schema, form[2], end)
+        value = typed(text, _untold(rest)) if whole else typed(unwrapped(decode(text)), _untold(rest, schema))
         answer.arguments(f"{written}{dumps(key.strip())}: {dumps(value)}")
         written = ", "
         if mark != form[2]:
@@ -62,7 +62,7 @@ def _untold(rest: str, schema: Any = None) -> Any:
     return None if 'string="false"' in rest else schema
 
 
-def _argument(answer: AnswerReader, schema: Any, *marks: str) -> Steps[tuple[str, str | None, bool]]:
+def argument(answer: AnswerReader, schema: Any, *marks: str) -> Steps[tuple[str, str | None, bool]]:
     """(a value's text, the mark behind it, whether it is a JSON value): such a value may hold the marks."""
     scanner, kinds = answer.scanner, kinds_of(schema)
     if kinds and ("string" not in kinds or kinds & {"object", "array"}):
@@ -87,7 +87,7 @@ def _is_json(text: str) -> bool:
         return False
 
 
-def _unwrapped(text: str) -> str:
+def unwrapped(text: str) -> str:
     """Without the line breaks around it that belong to the tags."""
     text = text[1:] if text.startswith("\n") else text
     return text[:-1] if text.endswith("\n") else text
@@ -107,7 +107,7 @@ def glm(answer: AnswerReader, mark: str) -> Steps[bool]:
         yield from scanner.space()
         opened = yield from scanner.literal("<arg_value>")
         schema = schemas.get(key.strip())
-        value, found, _ = yield from _argument(
+        value, found, _ = yield from argument(
             answer, schema, "</arg_value>", "<arg_key>", "</tool_call>"
         )  # if not closed
         text = value if opened else value.strip()

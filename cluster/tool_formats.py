@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from kvasir.cluster.answer_parts import ThoughtFormat, ToolFormat
-from kvasir.cluster.derived_format import derived_format
+from kvasir.cluster.derived_format import derived_format, taught_differs
 from kvasir.cluster.tagged_readers import glm, tagged
 from kvasir.cluster.thought_formats import THOUGHT_ALIASES, THOUGHT_FORMATS
 from kvasir.cluster.tool_readers import (
@@ -348,7 +348,9 @@ def model_formats(
     """Those of --tool-call-parser and --reasoning-parser. ConfigError when there is none of that name."""
     templates = [] if tokenizer is None else [*tokenizer.templates.sources.values()]
     if tools == "auto":
-        found = taught_tools(templates) or (derived_format(tokenizer.templates) if tokenizer else None)
+        found = taught_tools(templates)
+        if tokenizer is not None and (found is None or taught_differs(tokenizer.templates, found)):
+            found = derived_format(tokenizer.templates)
     elif (found := TOOL_FORMATS.get(_TOOL_ALIASES.get(tools, tools))) is None:
         known = ", ".join(sorted({*TOOL_FORMATS, *_TOOL_ALIASES}))
         raise ConfigError(

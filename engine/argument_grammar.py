@@ -254,7 +254,9 @@ class ArgumentRules:
     # -- as programs write them
 
     def _programs(self, schema: Json) -> str:
-        """JSON, whose words are Python's where they stand alone."""
+        """JSON, whose words are Python's where they stand alone; with a tag behind it, just JSON."""
+        if self._style.end:
+            return self._json(schema)
         if schema.get("type") == "boolean" and not {"enum", "const"} & set(schema):
             return str(self._out.rule('"True" | "False"'))
         return self._plain_json(schema)

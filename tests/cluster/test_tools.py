@@ -282,7 +282,7 @@ def test_a_format_is_derived_from_a_template_of_an_unknown_family(data):
     for file in sorted(data("chat-templates").rglob("*.jinja*")):
         templates = ChatTemplates({"default": file.read_text()}, {"bos_token": "<s>", "eos_token": "</s>"})
         form = derived_format(templates)
-        if form is None:
+        if form is None or form.arguments is not None:  # those are test_derived_tags' business
             continue
         begin, end = form.call
         derived[file.name] = form
