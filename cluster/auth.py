@@ -13,6 +13,8 @@ from kvasir.engine.errors import ClientError, ConfigError
 
 KEY_VARIABLES = ("KVASIR_API_KEY", "VLLM_API_KEY")
 """Each may hold several keys, separated by commas."""
+HTTP_KEY = "the header Authorization: Bearer KEY, or x-api-key: KEY"
+GRPC_KEY = "the metadata authorization: Bearer KEY"
 PRINCIPAL_HEADER = "kvasir-principal"
 """Whose work it is, where work of ours has no caller's headers (batches, the background). What a client sends under this
 name counts for nothing: its key does."""
@@ -34,21 +36,21 @@ class ApiKeys:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def check(self, authorization: str | None, x_api_key: str | None = None) -> str:
+    def check(self, authorization: str | None, x_api_key: str | None = None, hint: str = HTTP_KEY) -> str:
         """Raise UnauthenticatedError unless the header's value is `Bearer KEY` with one of the keys, or that of
         `x-api-key` (Anthropic's clients) is one where there is no other. Returns the principal: who called, as a name
-        that doesn't give the key away; everybody is the same one where no key is needed."""
+        that doesn't give the key away; everybody is the same one where no key is needed. hint: how to send one."""
         if not self._digests:
             return ""
         authorization = _header(authorization, x_api_key)
         if not authorization:
-            raise UnauthenticatedError("no API key; send the header Authorization: Bearer KEY, or x-api-key: KEY")
+            raise UnauthenticatedError(f"no API key; send {hint}")
         scheme, _, key = authorization.partition(" ")
         given = _digest(key.strip())
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]  # all of them: no early way out
         if not any(matches) or scheme.lower() != "bearer":
             # in OpenAI's words, by which some clients tell this from other errors of the same type
-            raise UnauthenticatedError("Incorrect API key provided; send the header Authorization: Bearer KEY")
+            raise UnauthenticatedError(f"Incorrect API key provided; send {hint}")
         return hmac.digest(given, b"principal", "sha256").hex()
 
     def principal(self, headers: Mapping[str, str]) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from kvasir.cluster.compatibility import SHORT, SPELLINGS, SWITCHES, CompatibilityWarning
 from kvasir.cluster.options import GROUPS, Option, from_environment, options, parse_engine, parse_spec, read_yaml
+from kvasir.cluster.role_options import counts_of
 from kvasir.engine.errors import ConfigError, KvasirError
 
 if TYPE_CHECKING:
@@ -435,7 +436,7 @@ def _cluster_config(args: argparse.Namespace) -> ClusterConfig:
         spec |= read_yaml(args.config)
     if "models" in spec:
         spec.pop("model", None)
-    return parse_spec(spec | given | ({"groups": args.groups} if args.groups else {}))
+    return parse_spec(spec | given | ({"groups": counts_of(args.groups, "--groups")} if args.groups else {}))
 
 
 def _engine_config(args: argparse.Namespace) -> Any:

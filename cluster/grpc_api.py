@@ -16,7 +16,7 @@ from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_reflection.v1alpha import reflection
 
 from kvasir.cluster.all_metrics import OtherMetrics, no_others
-from kvasir.cluster.auth import ApiKeys, UnauthenticatedError, load_keys
+from kvasir.cluster.auth import GRPC_KEY, ApiKeys, UnauthenticatedError, load_keys
 from kvasir.cluster.call import ROUTE_HEADER, Call, request_id_from
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.desk import Desk
@@ -274,7 +274,7 @@ class _KeyCheck(grpc.aio.ServerInterceptor):
             return await continuation(details)
         given = dict(details.invocation_metadata or ()).get("authorization")
         try:
-            self._keys.check(given if isinstance(given, str) else None)
+            self._keys.check(given if isinstance(given, str) else None, hint=GRPC_KEY)
         except UnauthenticatedError as error:
             return await self._refuse(continuation, details, error)
         return await continuation(details)

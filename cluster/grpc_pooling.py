@@ -69,7 +69,7 @@ async def rerank(
     """Raises a KvasirError."""
     model, scores, vectors = await scores_of(desk, ask, request_id, headers)
     reply = pb.RerankReply(request_id=request_id, model=model)
-    for index in sorted(range(len(scores)), key=lambda i: -scores[i])[: ask.top_n or None]:
+    for index in ask.order(scores):
         reply.results.add(index=index, score=scores[index])
     _count(reply.usage, vectors)
     return reply, vectors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
 import orjson
@@ -88,6 +88,15 @@ class Front:
 def header_map(scope: Scope) -> dict[str, str]:
     """Lower-case name -> value."""
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+def request_id_of(scope: Scope, headers: Mapping[str, str], given: str | None) -> str:
+    """The call's id: that of its headers, else the one which its body gives; the answer's headers tell it."""
+    state = scope["state"]
+    if given is not None and "x-request-id" not in headers:
+        state["request_id"] = request_id_from(given, "request_id")
+    found: str = state["request_id"]
+    return found
 
 
 async def read_json(scope: Scope, receive: Receive, max_bytes: int, *, any_type: bool = False) -> dict[str, Any]:

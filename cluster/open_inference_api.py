@@ -27,7 +27,7 @@ from kvasir.cluster.open_inference_vectors import (
     parse_vectors,
     wants_vectors,
 )
-from kvasir.cluster.open_inference_wire import VERSION, check_version
+from kvasir.cluster.open_inference_wire import VERSION, check_version, earlier
 from kvasir.cluster.recordings import RESUMABLE
 from kvasir.cluster.vectors import Vectors
 from kvasir.engine.errors import ClientError, KvasirError, ModelNotFoundError
@@ -181,9 +181,7 @@ class OpenInference(GRPCInferenceServiceServicer):
     async def _begun(
         self, asked: TensorAsk, request_id: str, headers: Mapping[str, str], context: Context
     ) -> AsyncIterator[Generation]:
-        """The earlier of the call's deadline and the request's timeout holds."""
-        limits = [limit for limit in (context.time_remaining(), asked.timeout_s) if limit is not None]
-        call = dataclasses.replace(asked.ask.call, deadline_s=min(limits, default=None))
+        call = dataclasses.replace(asked.ask.call, deadline_s=earlier(context.time_remaining(), asked.timeout_s))
         generation = await self._desk.begin(call, request_id, headers)
         try:
             yield generation

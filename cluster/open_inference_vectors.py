@@ -12,6 +12,7 @@ from kvasir.cluster.open_inference_wire import (
     VERSION,
     add_output,
     check_version,
+    earlier,
     joined,
     read_parameters,
     read_tensors,
@@ -80,9 +81,8 @@ def parse_vectors(request: pb.ModelInferRequest) -> VectorAsk:
 async def embedded(
     desk: Desk, asked: VectorAsk, request_id: str, headers: Mapping[str, str], limit_s: float | None
 ) -> tuple[pb.ModelInferResponse, Vectors]:
-    """The whole answer. limit_s: the call's deadline; the earlier of it and the request's timeout holds."""
-    limits = [limit for limit in (limit_s, asked.timeout_s) if limit is not None]
-    call = dataclasses.replace(asked.call, deadline_s=min(limits, default=None))
+    """The whole answer. limit_s: the call's deadline."""
+    call = dataclasses.replace(asked.call, deadline_s=earlier(limit_s, asked.timeout_s))
     vectors, events = await desk.pool(call, request_id, headers)
     reply = pb.ModelInferResponse(model_name=vectors.model.name, model_version=VERSION, id=asked.id)
     for name in asked.outputs:

@@ -176,3 +176,8 @@ def _check_parameter(name: str, value: Any, known: Mapping[str, str]) -> None:
         raise UnsupportedError(f"there is no parameter {name!r:.60}", param=name)
     if not good:
         raise ClientError(f"{name} must be {what}, got {value!r:.60}", param=name)
+
+
+def earlier(*limits_s: float | None) -> float | None:
+    """The one that holds: the call's deadline, the request's timeout; None: there is none."""
+    return min((limit for limit in limits_s if limit is not None), default=None)

@@ -217,6 +217,7 @@ def document() -> Json:
     return {
         "openapi": "3.1.0",
         "info": {"title": "Kvasir", "version": version("kvasir"), "description": _ABOUT},
+        "tags": [{"name": name} for name in sorted({_tag(path) for path in paths})],
         "paths": paths,
         "components": {
             "schemas": schemas,
@@ -269,12 +270,20 @@ def error_schema(path: str) -> str:
     return "AnthropicError" if path.startswith("/v1/messages") else "OpenAIError"
 
 
+_TAGS = {
+    "Server": ("/health", "/metrics", "/version", "/openapi", "/docs", "/v1/groups", "/v1/streams"),
+    "Ranking": ("/rerank", "/v1/rerank", "/v2/rerank", "/score", "/v1/score", "/classify", "/v1/classify"),
+    "Tokens": ("/tokenize", "/v1/tokenize", "/detokenize", "/v1/detokenize"),
+}
+"""Tag -> beginnings of the paths that no dialect has."""
+
+
 def _tag(path: str) -> str:
     if path.startswith("/api/") or path == "/":
         return "Ollama"
     if path.startswith("/v1/messages"):
         return "Anthropic"
-    return "Server" if path.startswith(("/health", "/metrics", "/version", "/openapi", "/docs")) else "OpenAI"
+    return next((tag for tag, paths in _TAGS.items() if path.startswith(paths)), "OpenAI")
 
 
 def _parameter(name: str, place: str, schema: Json, *, required: bool = False) -> Json:

@@ -10,9 +10,8 @@ from typing import Any
 import orjson
 from starlette.types import Receive, Scope, Send
 
-from kvasir.cluster.call import request_id_from
 from kvasir.cluster.desk import Desk
-from kvasir.cluster.http_front import header_map, read_json, send_bytes, until_gone, warning_header
+from kvasir.cluster.http_front import header_map, read_json, request_id_of, send_bytes, until_gone, warning_header
 from kvasir.cluster.pooling_schema import (
     Body,
     InputsAsk,
@@ -50,9 +49,8 @@ class PoolingEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         ask = self._parse(await read_json(scope, receive, self._max_body_bytes))
         headers = header_map(scope)
-        if ask.request_id is not None and "x-request-id" not in headers:
-            scope["state"]["request_id"] = request_id_from(ask.request_id, "request_id")
-        await until_gone(receive, self._reply(ask, scope["state"]["request_id"], headers, send))
+        request_id = request_id_of(scope, headers, ask.request_id)
+        await until_gone(receive, self._reply(ask, request_id, headers, send))
 
     async def _reply(self, ask: Ask, request_id: str, headers: Mapping[str, str], send: Send) -> None:
         body, vectors = await self._answer(self._desk, ask, request_id, headers)
@@ -81,8 +79,7 @@ async def _classify(desk: Desk, ask: InputsAsk, request_id: str, headers: Mappin
 
 async def _rerank(desk: Desk, ask: PairsAsk, request_id: str, headers: Mapping[str, str]) -> Answered:
     model, scores, vectors = await scores_of(desk, ask, request_id, headers)
-    order = sorted(range(len(scores)), key=lambda i: -scores[i])[: ask.top_n or None]
-    results: list[dict[str, Any]] = [{"index": i, "relevance_score": scores[i]} for i in order]
+    results: list[dict[str, Any]] = [{"index": i, "relevance_score": scores[i]} for i in ask.order(scores)]
     if ask.return_documents:
         for result in results:
             result["document"] = {"text": ask.documents[result["index"]]}

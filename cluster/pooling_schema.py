@@ -91,6 +91,10 @@ class PairsAsk:
     request_id: str | None = None
     warnings: tuple[str, ...] = ()
 
+    def order(self, scores: Sequence[float]) -> list[int]:
+        """Documents that are asked for, best first; equals as they were sent."""
+        return sorted(range(len(scores)), key=lambda index: -scores[index])[: self.top_n or None]
+
 
 def parse_embeddings(body: Body) -> InputsAsk:
     """Body of POST /v1/embeddings. Raises ClientError or UnsupportedError naming the field."""

@@ -127,14 +127,16 @@ class EntryPoints:
         method = self.embed if task == "embed" else self.classify
         return method(prompts, params, truncate_prompt_tokens=truncate_prompt_tokens, use_tqdm=use_tqdm)
 
-    def __getattr__(self, name: str) -> Callable[..., NoReturn]:
-        if name not in REFUSED:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    if not TYPE_CHECKING:  # a type checker knows the methods that there are, and no others
 
-        def refused(*_: Any, **__: Any) -> NoReturn:
-            raise UnsupportedError(f"LLM.{name} isn't supported: {REFUSED[name]}", param=name)
+        def __getattr__(self, name: str) -> Callable[..., NoReturn]:
+            if name not in REFUSED:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-        return refused
+            def refused(*_: Any, **__: Any) -> NoReturn:
+                raise UnsupportedError(f"LLM.{name} isn't supported: {REFUSED[name]}", param=name)
+
+            return refused
 
     def _beams(self, output: RequestOutput) -> BeamSearchOutput:
         tokenizer = self.get_tokenizer()

@@ -35,11 +35,12 @@ class Server:
         sock = bound_socket("127.0.0.1", 0, shared=False)
         self.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         self._ready, self._stop = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=asyncio.run, args=(self._serve(sock),))
+        self._thread = threading.Thread(target=asyncio.run, args=(self._serve(sock),), daemon=True)
 
     def __enter__(self):
         self._thread.start()
-        assert self._ready.wait(60)
+        while not self._ready.wait(0.2):
+            assert self._thread.is_alive(), "the server didn't start: its thread's error says why"
         return self
 
     def __exit__(self, *_):

@@ -72,6 +72,9 @@ def test_underscores_and_short_flags() -> None:
     [
         (["serve", "--max-modle-len", "4"], 2, "did you mean --max-model-len"),
         (["serve", "--port", "many"], 1, "--port must be a whole number"),
+        (["serve", "--groups", "prefil=1"], 1, "--groups: role must be one of both, prefill, decode"),
+        (["serve", "--groups", "prefill=0"], 1, "--groups: count must be a whole number"),
+        (["serve", "--groups", "prefill"], 1, "--groups must be prefill=1,decode=3"),
         (["serve", "--quantization", "awq"], 1, "--quantization: quantised weights are not supported yet"),
         (["serve", "-tp", "0"], 1, "--tensor-parallel-size must be at least 1"),
         (["serve", "a", "--model", "b"], 1, "differ"),

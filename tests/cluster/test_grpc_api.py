@@ -338,6 +338,7 @@ def test_keys(live_gateway, connect):
             for metadata in ((), (("authorization", "Bearer wrong"),)):
                 error = refused(client.call, method, {}, metadata=metadata)
                 assert error.code() == grpc.StatusCode.UNAUTHENTICATED, method
+                assert error.details().endswith("send the metadata authorization: Bearer KEY")
         assert len(client.call("ListModels", {}, metadata=with_key).models) == 2
         assert refused(Client, gateway.grpc_address).code() == grpc.StatusCode.UNAUTHENTICATED  # reflection
         unknown = client.channel.unary_unary("/kvasir.v1.Inference/Nothing", _registered_method=False)

@@ -35,6 +35,15 @@ def test_every_route_is_described_and_no_other(gateway):
     assert {method for _, method in OPERATIONS} <= set(METHODS)
 
 
+def test_tags_say_whose_a_route_is():
+    found = document()
+    tags = {path: one["tags"] for path, item in found["paths"].items() for one in item.values() if "tags" in one}
+    assert {tag for (tag,) in tags.values()} == {one["name"] for one in found["tags"]}
+    for path, tag in {"/v1/groups": "Server", "/v1/streams/{id}": "Server", "/rerank": "Ranking", "/tokenize": "Tokens",
+                      "/v1/messages": "Anthropic", "/api/chat": "Ollama", "/v1/decisions": "OpenAI"}.items():  # fmt: skip
+        assert tags[path] == [tag], path
+
+
 def refs(value: Any) -> Iterator[str]:
     if isinstance(value, dict):
         if "$ref" in value:

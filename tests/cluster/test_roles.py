@@ -56,15 +56,17 @@ def test_what_groups_run_otherwise():
     ("spec", "why"),
     [
         ({"groups": "prefill"}, "prefill=1,decode=3"),
-        ({"groups": "prefil=1"}, "one of both, prefill, decode"),
-        ({"groups": "prefill=0"}, "count must be a whole number from 1"),
+        ({"groups": "prefil=1"}, "^groups: role must be one of both, prefill, decode"),
+        ({"groups": [{"role": "decode"}, {"role": "prefil"}]}, r"^groups\[1\]: role must be one of"),
+        ({"groups": [{"role": "prefill", "count": 0}]}, r"^groups\[0\]: count must be"),
+        ({"groups": "prefill=0"}, "^groups: count must be a whole number from 1"),
         ({"groups": "prefill=1,prefill=2"}, "names a role twice"),
         ({"groups": []}, "groups must be"),
-        ({"groups": [3]}, "groups must be"),
+        ({"groups": [3]}, r"groups\[0\] must be"),
         ({"groups": [{"role": "prefill", "port": 1}]}, "unknown option|belongs"),
         ({"groups": [{"role": "prefill", "max_model_lenn": 1}]}, "did you mean 'max_model_len'"),
         ({"groups": [{"role": "prefill", "model": "x"}]}, "belongs beside groups"),
-        ({"groups": "prefill=1", "data_parallel_size": 2}, "either groups or --data-parallel-size"),
+        ({"groups": "prefill=1", "data_parallel_size": 2}, r"either groups \(--groups\) or data_parallel_size"),
     ],
 )
 def test_what_is_wrong_is_said(spec, why):
