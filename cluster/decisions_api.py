@@ -14,14 +14,16 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from kvasir.cluster.call import Call, Conversation, Text, check_variables, request_id_from, thinking_variables
+from kvasir.cluster.call import Call, Conversation, Text, check_variables, thinking_variables
 from kvasir.cluster.decisions_schema import DecisionAsk, Question, parse_decisions
 from kvasir.cluster.decisions_turn import Turn
 from kvasir.cluster.desk import Desk
-from kvasir.cluster.http_front import header_map, read_json, send_json, until_gone, warning_header
+from kvasir.cluster.http_front import header_map, read_json, request_id_of, send_json, until_gone, warning_header
+from kvasir.cluster.responses_reply import usage_json
 from kvasir.cluster.served_model import ServedModel
 from kvasir.cluster.service_fields import in_session, priority
 from kvasir.engine.errors import ClientError
+from kvasir.engine.transcript import Usage
 
 Json = dict[str, Any]
 AT_ONCE = 16
@@ -72,13 +74,14 @@ class Decisions:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         ask = parse_decisions(await read_json(scope, receive, self._max_body_bytes))
-        headers, state = header_map(scope), scope["state"]
-        if "request_id" in ask.fields and "x-request-id" not in headers:
-            state["request_id"] = request_id_from(ask.fields["request_id"], "request_id")
-        await until_gone(receive, self._answer(ask, state["request_id"], headers, send))
+        headers = header_map(scope)
+        request_id = request_id_of(scope, headers, ask.fields.get("request_id"))
+        await until_gone(receive, self._answer(ask, request_id, headers, send))
 
     async def _answer(self, ask: DecisionAsk, request_id: str, headers: Mapping[str, str], send: Send) -> None:
-        body = await decide(self._desk, ask, request_id, in_session(headers, ask.fields.get("prompt_cache_key", "")))
+        headers = in_session(headers, ask.fields.get("prompt_cache_key", ""))
+        with self._desk.work():
+            body = await decide(self._desk, ask, request_id, headers)
         await send_json(send, 200, body, warning_header(ask.warnings))
 
 
@@ -91,7 +94,7 @@ async def decide(desk: Desk, ask: DecisionAsk, request_id: str, headers: Mapping
 
     async def one(number: int) -> Scored:
         async with room:
-            return await scoring.score(ask.questions[number], f"{request_id}-{number}")
+            return await scoring.score(ask.questions[number], f"{request_id}-{number}", begun=number > 0)
 
     first = await one(0)  # alone: the others find what they have in common in the cache
     tasks = [asyncio.ensure_future(one(number)) for number in range(1, len(ask.questions))]
@@ -121,8 +124,8 @@ class _Scoring:
     seats: _Seats
     turn: Turn
 
-    async def score(self, question: Question, request_id: str) -> Scored:
-        """The answers, each as a prompt's end."""
+    async def score(self, question: Question, request_id: str, *, begun: bool) -> Scored:
+        """The answers, each as a prompt's end. begun: others were asked before."""
         before = await self.turn.before(self.model, _asked(self.ask, question))
         prompt = await self.model.encode(Text(text=before.rstrip(" "), add_special_tokens=False))
         texts = [text for text, _ in question.answers]
@@ -133,13 +136,13 @@ class _Scoring:
         for start in range(0, len(answers), PORTION):
             portion = answers[start : start + PORTION]
             async with self.seats.taken(len(portion)):
-                found, known = await self._totals(prompt, portion, f"{request_id}-{start}")
+                found, known = await self._totals(prompt, portion, f"{request_id}-{start}", begun or start > 0)
             totals += found
             cached = cached if start else known  # later ones find what the first ones have left
         return Scored(_shares(totals), len(prompt), min(cached, len(prompt)), sum(map(len, answers)))
 
     async def _totals(
-        self, prompt: Sequence[int], answers: Sequence[Sequence[int]], request_id: str
+        self, prompt: Sequence[int], answers: Sequence[Sequence[int]], request_id: str, begun: bool
     ) -> tuple[list[float], int]:
         """(each answer's log probability, tokens that were in the cache)."""
         call = Call(
@@ -155,7 +158,8 @@ class _Scoring:
             priority=priority(self.ask.fields),
             cache_salt=self.ask.fields.get("cache_salt", ""),
         )
-        generation = await self.desk.begin(call, request_id, self.headers)
+        begin = self.desk.begin_next if begun else self.desk.begin
+        generation = await begin(call, request_id, self.headers)
         try:
             async for _ in generation:
                 pass
@@ -214,10 +218,4 @@ def _usage(scored: Sequence[Scored]) -> Json:
     read, cached, written = (
         sum(getattr(one, name) for one in scored) for name in ("prompt_tokens", "cached_tokens", "answer_tokens")
     )
-    return {
-        "input_tokens": read,
-        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
-        "output_tokens": written,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": read + written,
-    }
+    return usage_json(Usage(read, cached, written), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -136,11 +137,21 @@ def _level(given: Any, number: int, at: str) -> tuple[str, float, str | None]:
     if other := [name for name in fields if name not in ("value", "label")]:
         raise UnsupportedError(f"{at}.{other[0]:.60} isn't supported", param="questions")
     value, label = fields.get("value", number), fields.get("label")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (label is None or isinstance(label, str)):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or not (label is None or isinstance(label, str))
+    ):
         raise ClientError(
             f"{at} must be a number, a label, or both by value and label; got {given!r:.60}", param="questions"
         )
-    return f"{value:g}", value, label
+    return _digits(value), value, label
+
+
+def _digits(value: float) -> str:
+    """All of them, and no more."""
+    return str(int(value)) if value == int(value) and abs(value) < 1e16 else repr(value)
 
 
 def _lines(answers: Sequence[tuple[str, Any]]) -> str:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import secrets
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 from kvasir.cluster import telemetry
 from kvasir.cluster.call import ROUTE_HEADER, SESSION_HEADERS, Call, Conversation, Prompt, Text
-from kvasir.cluster.failover import Failover, LastingStream
+from kvasir.cluster.call_sampling import check_ids, check_range, fitted, sampling_of, seeded
+from kvasir.cluster.failover import PAUSE_S, Failover, LastingStream
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.group_client import GroupClient, GroupDirectory, Placement
 from kvasir.cluster.metrics import Metrics
@@ -25,7 +25,6 @@ from kvasir.cluster.telemetry import RequestSpan, Tracing
 from kvasir.cluster.vectors import PoolingCall, Vectors
 from kvasir.engine.errors import (
     ClientError,
-    ContextLengthError,
     KvasirError,
     ModelNotFoundError,
     UnavailableError,
@@ -100,15 +99,43 @@ class Desk:
         """Facts of a living group of `model`. Raises UnavailableError."""
         return _info(self.directory.find(model.name))
 
-    async def begin(self, call: Call, request_id: str, headers: Mapping[str, str]) -> Generation:
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """Around several calls that answer one: between them it runs too."""
+        self._beginning += 1
+        try:
+            yield
+        finally:
+            self._beginning -= 1
+
+    async def begin_next(self, call: Call, request_id: str, headers: Mapping[str, str]) -> Generation:
+        """A later call of the same `work`. Like a stream it waits for a group where there is none just now, and isn't refused
+        because this gateway drains."""
+        limit, pause = time.monotonic() + self._failover_timeout_s, PAUSE_S[0]
+        while True:
+            try:
+                self.info(self.model(call.model))
+                break
+            except UnavailableError:
+                if time.monotonic() + pause > limit:
+                    raise
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, PAUSE_S[1])
+        return await self.begin(call, request_id, headers, begun=True)
+
+    async def begin(
+        self, call: Call, request_id: str, headers: Mapping[str, str], *, begun: bool = False
+    ) -> Generation:
         """Start `call`. Raises a KvasirError when it can't be run, or not now. `headers` may hold a traceparent, and say
-        that the answer may be resumed."""
+        that the answer may be resumed. begun: it belongs to what runs already."""
         started = time.monotonic()
         call = dataclasses.replace(call, cache_salt=self._salt(call.cache_salt, headers))
         model = self.model(call.model)
         recording = self.recordings.new(headers)
         span = self._span(call, model, headers)
         with self._opening(model, span):
+            if not begun:
+                self._check_open()
             generation = await self._begin(call, model, request_id, headers, span, recording, started)
         self._running.add(generation)
         recording.on_end, recording.on_cancel = lambda: self.end(generation), generation.abandon
@@ -136,7 +163,7 @@ class Desk:
 
     async def detokenize(self, model: ServedModel, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Text of `ids`. ClientError when one isn't the model's."""
-        _check_range("tokens", ids, self.info(model))
+        check_range("tokens", ids, self.info(model))
         return await model.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def end(self, work: Generation | Vectors) -> None:
@@ -161,16 +188,14 @@ class Desk:
     @contextmanager
     def _opening(self, model: ServedModel, span: RequestSpan) -> Iterator[None]:
         """Around what happens before a call runs: an error there ends its span and is counted."""
-        self._beginning += 1
         try:
-            yield
+            with self.work():
+                yield
         except BaseException as error:  # cancellation too: span and counter must not be forgotten
             code = _code(error)
             self.metrics.failed(model.name, code)
             span.end(error=code)
             raise
-        finally:
-            self._beginning -= 1
 
     async def _begin(
         self,
@@ -183,7 +208,6 @@ class Desk:
         started: float,
     ) -> Generation:
         with span.stage("admit"):
-            self._check_open()
             requests, info, found = await self._requests(call, model, request_id, span)
         record = self.metrics.call(model.name, call.operation, requests, started)
         with span.stage("route") as facts:
@@ -227,7 +251,7 @@ class Desk:
                 for number, one in enumerate(encoded)
             ]
             for place, one in zip(call.places, encoded, strict=True):
-                _check_range(place, one.ids, info)
+                check_range(place, one.ids, info)
         record = self.metrics.call(model.name, call.operation, requests, started)
         return Vectors(model, info, requests, self._failover(model, session, span), span=span, record=record)
 
@@ -264,15 +288,15 @@ class Desk:
         info.need("generate")
         prompts = [await _token_ids(model, prompt, info) for prompt in call.prompts]
         call, found = await _read(call, model, prompts[0])
-        sampling, chosen = _sampling(call, model)
-        _check_ids(sampling, info)
+        sampling, chosen = sampling_of(call, model)
+        check_ids(sampling, info)
         cut = [cut_prompt(ids, sampling, info.max_model_len) for ids in prompts]
         suffix = uuid.uuid4().hex[:8]  # clients may use an id twice, groups need them unique
         requests = [
             Request(
                 request_id=f"{request_id}-{number}-{suffix}",
                 prompt_token_ids=ids,
-                sampling=_seeded(_fitted(sampling, len(ids), info, chosen)),
+                sampling=seeded(fitted(sampling, len(ids), info, chosen)),
                 priority=call.priority,
                 cache_salt=call.cache_salt,
                 deadline_s=call.deadline_s,
@@ -322,62 +346,21 @@ def _info(client: GroupClient) -> ModelInfo:
     return client.info
 
 
-def _sampling(call: Call, model: ServedModel) -> tuple[SamplingParams, bool]:
-    """(client's values over the model's defaults over Kvasir's, whether the client chose max_tokens)."""
-    chosen = call.sampling.get("max_tokens") is not None
-    detokenize = {} if model.tokenizer else {"detokenize": False}
-    given = {"max_tokens": call.max_tokens, **model.sampling_defaults, **call.sampling, **detokenize}
-    return SamplingParams(**given), chosen
-
-
-def _check_ids(sampling: SamplingParams, info: ModelInfo) -> None:
-    """Token ids that the sampling names are the model's."""
-    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
-        _check_range(name, getattr(sampling, name), info)
-
-
-def _check_range(name: str, ids: Collection[int], info: ModelInfo) -> None:
-    """ClientError unless all `ids` are in the vocabulary."""
-    if ids and not 0 <= min(ids) <= max(ids) < info.vocab_size:
-        wrong = next(token for token in ids if not 0 <= token < info.vocab_size)
-        raise ClientError(f"{name} has token id {wrong}; ids are 0 to {info.vocab_size - 1}", param=name)
-
-
 async def _token_ids(model: ServedModel, prompt: Prompt, info: ModelInfo) -> Sequence[int]:
     """The prompt as ids of the model's vocabulary, at least one."""
     if isinstance(prompt, (Text, Conversation)):
         ids: Sequence[int] = await model.encode(prompt)
     else:
         ids = prompt
-        _check_range("prompt", ids, info)
+        check_range("prompt", ids, info)
     if not ids:
         raise ClientError("prompt must hold at least one token", param="prompt")
     return ids
 
 
-def _fitted(sampling: SamplingParams, prompt_tokens: int, info: ModelInfo, chosen: bool) -> SamplingParams:
-    """`sampling` with a max_tokens that the context has room for. ContextLengthError when a chosen one doesn't fit."""
-    limit = info.max_model_len
-    room, wanted = limit - prompt_tokens, sampling.max_tokens
-    if room < 1:
-        text = f"the prompt has {prompt_tokens} tokens; prompt and output share {limit} tokens (--max-model-len)"
-        raise ContextLengthError(f"{text}, so it may have {limit - 1} at most", param="prompt")
-    if wanted is None or wanted <= room:
-        return sampling
-    if not chosen:
-        return dataclasses.replace(sampling, max_tokens=room)
-    text = f"the prompt has {prompt_tokens} tokens and max_tokens is {wanted}, {prompt_tokens + wanted} together"
-    raise ContextLengthError(f"{text}; the model's context is {limit} (--max-model-len)", param="max_tokens")
-
-
 def _session(headers: Mapping[str, str]) -> str:
     """What the client says belongs together; empty: nothing."""
     return next((headers[name] for name in SESSION_HEADERS if headers.get(name)), "")
-
-
-def _seeded(sampling: SamplingParams) -> SamplingParams:
-    """`sampling` with a seed: another group must draw as the first would have."""
-    return sampling if sampling.seed is not None else dataclasses.replace(sampling, seed=secrets.randbits(63))
 
 
 async def _submit(requests: Sequence[Request], failover: Failover) -> list[LastingStream]:

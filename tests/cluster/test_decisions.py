@@ -6,13 +6,14 @@ import asyncio
 import math
 from types import SimpleNamespace
 
+import httpx
 import pytest
 
 from kvasir.cluster.decisions_api import ANSWERS_AT_ONCE, decide
 from kvasir.cluster.decisions_schema import MAX_CHOICES, parse_decisions
 from kvasir.cluster.tool_formats import taught_thoughts, taught_tools
 from kvasir.engine.chat_template import ChatTemplates
-from kvasir.engine.errors import OverloadedError, UnsupportedError
+from kvasir.engine.errors import OverloadedError, UnavailableError, UnsupportedError
 
 END = 1000
 PLAIN = (
@@ -67,6 +68,8 @@ class Desk:
         self.running += len(call.prompts)
         self.peak = max(self.peak, self.running)
         return Generation(call.prompts)
+
+    begin_next = begin
 
     def end(self, generation):
         self.running -= len(generation.transcripts)
@@ -168,3 +171,43 @@ def test_a_template_that_hides_answers_is_refused():
     desk = Desk(model=Model("{{ messages[0].content }}:"))
     with pytest.raises(UnsupportedError, match="doesn't show what the model answered"):
         asyncio.run(decide(desk, parse_decisions({"input": "a", "questions": [QUESTION]}), "r", {}))
+
+
+def test_levels_keep_their_digits():
+    levels = [1234567, 1234568.0, 0.123456789, -2, 2.5, 1e-7]
+    question = {"type": "score", "instructions": "How much?", "levels": levels}
+    (found,) = parse_decisions({"input": "a", "questions": [question]}).questions
+    assert [text for text, _ in found.answers] == ["1234567", "1234568", "0.123456789", "-2", "2.5", "1e-07"]
+    assert "- 1234568\n" in found.text
+
+
+def test_what_has_begun_outlives_drains(gateway, monkeypatch):
+    """Of this gateway, and of the only group, until there is another one."""
+    monkeypatch.setattr(gateway.desk, "_failover_timeout_s", 20.0)
+    info, misses = gateway.desk.info, [1, 2, 3]
+
+    def found(model):
+        if gateway.group.requests and misses:
+            misses.pop()
+            raise UnavailableError("the group is draining")
+        return info(model)
+
+    def script(request, index):
+        gateway.desk.draining = True
+        return b"x"
+
+    monkeypatch.setattr(gateway.desk, "draining", False)
+    monkeypatch.setattr(gateway.desk, "info", found)
+    monkeypatch.setattr(gateway.group, "script", script)
+    body = {"input": "a", "questions": [QUESTION] * 3}
+    place = gateway.url + "/v1/decisions"
+    assert [httpx.post(place, json=body, timeout=30).status_code for _ in "ab"] == [200, 503]
+    assert len(gateway.group.requests) == 6
+    assert not misses
+    assert not gateway.desk.running
+
+
+def test_ids(gateway):
+    body = {"input": "a", "questions": [QUESTION], "request_id": "mine"}
+    reply = httpx.post(gateway.url + "/v1/decisions", json=body, timeout=30)
+    assert (reply.headers["x-request-id"], reply.json()["id"]) == ("mine", "dec_mine")

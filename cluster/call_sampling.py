@@ -1,0 +1,54 @@
+"""What a call asks of sampling, by a model's facts: its defaults, its vocabulary, what its context has room for."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Collection
+
+from kvasir.cluster.call import Call
+from kvasir.cluster.served_model import ServedModel
+from kvasir.engine.errors import ClientError, ContextLengthError
+from kvasir.engine.info import ModelInfo
+from kvasir.engine.request import SamplingParams
+
+
+def sampling_of(call: Call, model: ServedModel) -> tuple[SamplingParams, bool]:
+    """(client's values over the model's defaults over Kvasir's, whether the client chose max_tokens)."""
+    chosen = call.sampling.get("max_tokens") is not None
+    detokenize = {} if model.tokenizer else {"detokenize": False}
+    given = {"max_tokens": call.max_tokens, **model.sampling_defaults, **call.sampling, **detokenize}
+    return SamplingParams(**given), chosen
+
+
+def check_ids(sampling: SamplingParams, info: ModelInfo) -> None:
+    """Token ids that the sampling names are the model's."""
+    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+        check_range(name, getattr(sampling, name), info)
+
+
+def check_range(name: str, ids: Collection[int], info: ModelInfo) -> None:
+    """ClientError unless all `ids` are in the vocabulary."""
+    if ids and not 0 <= min(ids) <= max(ids) < info.vocab_size:
+        wrong = next(token for token in ids if not 0 <= token < info.vocab_size)
+        raise ClientError(f"{name} has token id {wrong}; ids are 0 to {info.vocab_size - 1}", param=name)
+
+
+def fitted(sampling: SamplingParams, prompt_tokens: int, info: ModelInfo, chosen: bool) -> SamplingParams:
+    """`sampling` with a max_tokens that the context has room for. ContextLengthError when a chosen one doesn't fit."""
+    limit = info.max_model_len
+    room, wanted = limit - prompt_tokens, sampling.max_tokens
+    if room < 1:
+        text = f"the prompt has {prompt_tokens} tokens; prompt and output share {limit} tokens (--max-model-len)"
+        raise ContextLengthError(f"{text}, so it may have {limit - 1} at most", param="prompt")
+    if wanted is None or wanted <= room:
+        return sampling
+    if not chosen:
+        return dataclasses.replace(sampling, max_tokens=room)
+    text = f"the prompt has {prompt_tokens} tokens and max_tokens is {wanted}, {prompt_tokens + wanted} together"
+    raise ContextLengthError(f"{text}; the model's context is {limit} (--max-model-len)", param="max_tokens")
+
+
+def seeded(sampling: SamplingParams) -> SamplingParams:
+    """`sampling` with a seed: another group must draw as the first would have."""
+    return sampling if sampling.seed is not None else dataclasses.replace(sampling, seed=secrets.randbits(63))
