@@ -134,10 +134,32 @@ SHOW: dict[str, Check] = {"model": string, "name": string, "verbose": boolean}
 IGNORED: Neutral = {
     "shift": (False,),
 }
-REFUSED: Neutral = {
+_FOREIGN: Neutral = {
     **foreign_constraints({**GENERATE, **CHAT, **EMBED}),
     "_debug_render_only": (False,),
     "width": (0,),
     "height": (0,),
     "steps": (0,),
 }
+GENERATE_REFUSED: Neutral = {**_FOREIGN, "messages": ([],), "tools": ([],), "tool_choice": ("none", "auto")}
+CHAT_REFUSED: Neutral = {
+    **_FOREIGN, "prompt": ("",), "suffix": ("",), "system": ("",), "template": ("",), "context": ([],), "raw": (False,),
+    "images": ([],),
+}  # fmt: skip
+EMBED_REFUSED: Neutral = {**_FOREIGN, "prompt": ("",), "images": ([],), "messages": ([],)}
+EMBEDDINGS_REFUSED: Neutral = {**_FOREIGN, "input": ("", []), "images": ([],), "messages": ([],)}
+INSTEAD = {
+    **{name: f"options.{name}" for name in OPTIONS},
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), "options.num_predict"),
+    **dict.fromkeys(("response_format", "guided_json", "structured_outputs"), "format"),
+    "repetition_penalty": "options.repeat_penalty",
+    "reasoning_effort": "think",
+}
+GENERATE_INSTEAD = {**INSTEAD, **dict.fromkeys(("messages", "tools", "tool_choice"), "/api/chat")}
+CHAT_INSTEAD = {
+    **INSTEAD, "prompt": "messages", "system": "a message of the role system", "template": "--chat-template",
+    **dict.fromkeys(("suffix", "context", "raw"), "/api/generate"),
+}  # fmt: skip
+EMBED_INSTEAD = {**INSTEAD, **dict.fromkeys(("prompt", "images", "messages"), "input, which takes texts")}
+EMBEDDINGS_INSTEAD = {**INSTEAD, **dict.fromkeys(("input", "images", "messages"), "prompt, which takes a text")}
+"""Refused field -> what to use."""

@@ -10,14 +10,21 @@ from typing import Any
 from kvasir.cluster.call import Conversation, Text, thinking_variables
 from kvasir.cluster.ollama_fields import (
     CHAT,
+    CHAT_INSTEAD,
+    CHAT_REFUSED,
     EMBED,
+    EMBED_INSTEAD,
+    EMBED_REFUSED,
     EMBEDDINGS,
+    EMBEDDINGS_INSTEAD,
+    EMBEDDINGS_REFUSED,
     GENERATE,
+    GENERATE_INSTEAD,
+    GENERATE_REFUSED,
     IGNORED,
     OPTIONS,
     OPTIONS_IGNORED,
     OPTIONS_REFUSED,
-    REFUSED,
     SAMPLING_NAMES,
     no_images,
     objects,
@@ -69,7 +76,7 @@ class OllamaEmbedAsk:
 
 def parse_generate(body: Body) -> OllamaAsk:
     """Body of POST /api/generate."""
-    fields, warnings = sort_fields(body, GENERATE, IGNORED, REFUSED)
+    fields, warnings = sort_fields(body, GENERATE, IGNORED, GENERATE_REFUSED, GENERATE_INSTEAD)
     if not fields.get("prompt") and not fields.get("suffix"):
         return _loading(fields, warnings)
     raw, suffix = fields.get("raw", False), fields.get("suffix", "")
@@ -94,7 +101,7 @@ def parse_generate(body: Body) -> OllamaAsk:
 
 def parse_chat(body: Body) -> OllamaAsk:
     """Body of POST /api/chat."""
-    fields, warnings = sort_fields(body, CHAT, IGNORED, REFUSED)
+    fields, warnings = sort_fields(body, CHAT, IGNORED, CHAT_REFUSED, CHAT_INSTEAD)
     if not fields.get("messages"):
         return _loading(fields, warnings)
     use = tool_use(fields.get("tools"), fields.get("tool_choice"))
@@ -105,7 +112,7 @@ def parse_chat(body: Body) -> OllamaAsk:
 
 def parse_embed(body: Body) -> OllamaEmbedAsk:
     """Body of POST /api/embed."""
-    fields, warnings = sort_fields(body, EMBED, {}, REFUSED)
+    fields, warnings = sort_fields(body, EMBED, {}, EMBED_REFUSED, EMBED_INSTEAD)
     given = fields.get("input", [])
     texts = [given] if isinstance(given, str) else given
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -121,7 +128,7 @@ def parse_embed(body: Body) -> OllamaEmbedAsk:
 
 def parse_embeddings(body: Body) -> OllamaEmbedAsk:
     """Body of POST /api/embeddings."""
-    fields, warnings = sort_fields(body, EMBEDDINGS, {}, REFUSED)
+    fields, warnings = sort_fields(body, EMBEDDINGS, {}, EMBEDDINGS_REFUSED, EMBEDDINGS_INSTEAD)
     texts = [fields["prompt"]] if fields.get("prompt") else []
     return OllamaEmbedAsk(model=fields.get("model", ""), texts=texts, warnings=(*warnings, *_unread(fields)))
 
@@ -136,7 +143,9 @@ def _loading(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> OllamaAsk:
 
 def _shared(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> dict[str, Any]:
     """Fields of `OllamaAsk` that both bodies have."""
-    sampling, more = _options(fields.get("options", {}))
+    sampling, more = _options(
+        fields.get("options", {}), beside=("truncate_prompt_tokens",) if fields.get("truncate") else ()
+    )
     if schema := fields.get("format"):
         form = {"json_object": True} if schema == "json" else {"json": json.dumps(schema)}
         sampling["structured_outputs"] = StructuredOutput(**form)
@@ -157,7 +166,7 @@ def _shared(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> dict[str, A
     }
 
 
-def _options(options: Body) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _options(options: Body, beside: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """(by the names of SamplingParams, ignored options)."""
     fields, unknown = sort_fields(options, OPTIONS, OPTIONS_IGNORED, OPTIONS_REFUSED)
     limit = fields.pop("num_predict", -1)
@@ -169,7 +178,7 @@ def _options(options: Body) -> tuple[dict[str, Any], tuple[str, ...]]:
     if "logit_bias" in sampling:
         sampling["logit_bias"] = token_bias(sampling["logit_bias"])
     sampling["max_tokens"] = limit if limit > 0 else None
-    return sampling, tuple(f"options.{name}" for name in (*unknown, *unused(fields)))
+    return sampling, tuple(f"options.{name}" for name in (*unknown, *unused(fields, beside=beside)))
 
 
 def _logprobs(fields: Mapping[str, Any]) -> int | None:

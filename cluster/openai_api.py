@@ -12,13 +12,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from kvasir.cluster.anthropic_reply import model_card
-from kvasir.cluster.call import Conversation, request_id_from
+from kvasir.cluster.call import Conversation
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.error_shapes import openai_error
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.http_front import (
     header_map,
     read_json,
+    request_id_of,
     route_header,
     send_json,
     until_gone,
@@ -69,8 +70,7 @@ class Completions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         ask = self._parse(await read_json(scope, receive, self._max_body_bytes))
         headers = header_map(scope)
-        if ask.request_id is not None and "x-request-id" not in headers:
-            scope["state"]["request_id"] = request_id_from(ask.request_id, "request_id")
+        request_id_of(scope, headers, ask.request_id)
         await until_gone(receive, self._answer(ask, scope["state"], headers, send))
 
     async def _answer(self, ask: Ask, state: Mapping[str, Any], headers: Mapping[str, str], send: Send) -> None:

@@ -6,7 +6,7 @@ the neutral values, which say nothing; null always is one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from kvasir.cluster.described import Check as Check
@@ -86,14 +86,25 @@ DRAWN = (
 """What shapes draws, of which a beam search makes none."""
 
 
-_NEEDS = {"length_penalty": "use_beam_search", "early_stopping": "use_beam_search", "mirostat_tau": "mirostat",
-          "mirostat_eta": "mirostat"}  # fmt: skip
+_NEEDS = {
+    "length_penalty": "use_beam_search",
+    "early_stopping": "use_beam_search",
+    "mirostat_tau": "mirostat",
+    "mirostat_eta": "mirostat",
+    "truncation_side": "truncate_prompt_tokens",
+    "num_keep": "truncate_prompt_tokens",
+    "include_stop_str_in_output": "stop",
+    "tool_choice": "tools",
+    "parallel_tool_calls": "tools",
+}
 """Field -> the one without which it means nothing."""
 
 
-def unused(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """Those of a body's sampling fields that mean nothing beside the others, and why."""
-    alone = [f"{name} (needs {other})" for name, other in _NEEDS.items() if name in fields and not fields.get(other)]
+def unused(fields: Mapping[str, Any], *, beside: Collection[str] = ()) -> tuple[str, ...]:
+    """Those of a body's fields that mean nothing without others, or with them, and why. `beside`: others that count as set."""
+    given = [name for name in _NEEDS if fields.get(name) not in (None, False, "none", "auto")]
+    missing = [name for name in given if not fields.get(_NEEDS[name]) and _NEEDS[name] not in beside]
+    alone = [f"{name} (needs {_NEEDS[name]})" for name in missing]
     if not fields.get("use_beam_search"):
         return tuple(alone)
     return (*alone, *(f"{name} (beams aren't drawn)" for name in DRAWN if fields.get(name) not in (None, 0)))
@@ -103,6 +114,7 @@ def later(name: str, value: Any) -> None:
     """Checked where it is used."""
 
 
+list_of_texts = _list_of(str, "texts")
 boolean = _of_type(bool, "true or false")
 string = _of_type(str, "a string")
 _OBJECT = _of_type(dict, "an object")
@@ -251,6 +263,8 @@ _REFUSED: Neutral = {
     "num_ctx": (),
     "max_new_tokens": (),
     "n_predict": (),
+    "num_predict": (),
+    "repeat_penalty": (1,),
     "top_a": (0.0,),
     "dry_multiplier": (0.0,),
     "xtc_probability": (0.0,),
@@ -275,4 +289,39 @@ CHAT_REFUSED: Neutral = {
     "stream_reasoning": (True,),
 }
 
-COMPLETION_REFUSED: Neutral = {**_REFUSED, "thinking_token_budget": (), "suffix": ("",)}
+OF_CHATS: Neutral = {
+    **dict.fromkeys(CHAT_HONOURED.keys() - COMPLETION_HONOURED.keys() - COMPLETION_IGNORED.keys(), ()),
+    **CHAT_REFUSED,
+    "messages": ([],),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "top_logprobs": (0,),
+    "include_reasoning": (True, False),
+    "enable_thinking": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template_kwargs": ({},),
+}
+"""What says nothing to a plain text."""
+COMPLETION_REFUSED: Neutral = {**_REFUSED, **OF_CHATS, "suffix": ("",)}
+
+INSTEAD = {
+    **dict.fromkeys(("num_predict", "n_predict", "max_new_tokens"), "max_tokens"),
+    "repeat_penalty": "repetition_penalty",
+    "num_ctx": "--max-model-len when the server starts",
+    "no_repeat_ngram_size": "repetition_penalty",
+    **dict.fromkeys(("json_schema", "grammar", "regex", "ebnf"), "structured_outputs"),
+    "format": "response_format",
+    **dict.fromkeys(("functions", "function_call"), "tools and tool_choice"),
+    "reasoning": "reasoning_effort",
+    "logit_processor": "logits_processors",
+    "options": "their names at the top of the body",
+}
+"""Refused field -> what to use."""
+INSTEAD_OF_CHATS = {
+    **INSTEAD,
+    **dict.fromkeys(("messages", "tools", "tool_choice", "functions", "function_call"), "/v1/chat/completions"),
+    "max_completion_tokens": "max_tokens",
+    "top_logprobs": "logprobs, a number",
+}

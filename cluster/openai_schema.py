@@ -20,6 +20,8 @@ from kvasir.cluster.openai_fields import (
     COMPLETION_IGNORED,
     COMPLETION_REFUSED,
     DETOKENIZE_HONOURED,
+    INSTEAD,
+    INSTEAD_OF_CHATS,
     SAMPLING,
     STREAM_OPTIONS,
     TOKENIZE_HONOURED,
@@ -72,7 +74,7 @@ class Ask:
 
 def parse_chat(body: Mapping[str, Any]) -> Ask:
     """Body of POST /v1/chat/completions. Raises ClientError or UnsupportedError naming the field."""
-    fields, warnings = sort_fields(body, CHAT_HONOURED, CHAT_IGNORED, CHAT_REFUSED)
+    fields, warnings = sort_fields(body, CHAT_HONOURED, CHAT_IGNORED, CHAT_REFUSED, INSTEAD)
     use = tool_use(fields.get("tools"), fields.get("tool_choice"), fields.get("parallel_tool_calls", True))
     sampling = _sampling(fields)
     limit = fields.get("max_completion_tokens", fields.get("max_tokens"))
@@ -98,7 +100,7 @@ def parse_chat(body: Mapping[str, Any]) -> Ask:
 
 def parse_completion(body: Mapping[str, Any]) -> Ask:
     """Body of POST /v1/completions. Raises ClientError or UnsupportedError naming the field."""
-    fields, warnings = sort_fields(body, COMPLETION_HONOURED, COMPLETION_IGNORED, COMPLETION_REFUSED)
+    fields, warnings = sort_fields(body, COMPLETION_HONOURED, COMPLETION_IGNORED, COMPLETION_REFUSED, INSTEAD_OF_CHATS)
     sampling = _sampling(fields)
     logprobs, echo = fields.get("logprobs"), fields.get("echo", False)
     if logprobs is not None:
@@ -139,9 +141,11 @@ def sort_fields(
     honoured: Mapping[str, Check],
     ignored: Mapping[str, Sequence[Any]],
     refused: Mapping[str, Sequence[Any]],
+    instead: Mapping[str, str] = {},
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """(honoured fields that are set, checked; names of what was ignored). A literal extra_body is unwrapped: OpenAI's
-    client merges it into the body, and so do we for those who send it as it is written in examples."""
+    client merges it into the body, and so do we for those who send it as it is written in examples. instead: what to use
+    in place of what is refused."""
     if isinstance(body.get("extra_body"), dict):
         body = {**body, **body["extra_body"]}
         del body["extra_body"]
@@ -155,7 +159,8 @@ def sort_fields(
             fields[name] = value
         elif name in refused:
             if value not in refused[name]:
-                raise UnsupportedError(_refusal(name, value, refused[name]), param=name)
+                advice = f"; use {instead[name]}" if name in instead else ""
+                raise UnsupportedError(_refusal(name, value, refused[name]) + advice, param=name)
         elif value not in ignored.get(name, ()):
             warnings.append(name)
     return fields, tuple(warnings)

@@ -163,7 +163,6 @@ _OPTIONS = Body(
     refused=ollama_fields.OPTIONS_REFUSED,
     closer={"logit_bias": _KEY_AND_COUNT},
 )
-_OLLAMA: Json = {"ignored": ollama_fields.IGNORED, "refused": ollama_fields.REFUSED}
 _OLLAMA_CLOSER: Json = {"options": _OPTIONS.schema()}
 _POOLING: Json = {"ignored": pooling_schema._IGNORED, "refused": pooling_schema._REFUSED}
 _CHAT_CLOSER: Json = {
@@ -224,11 +223,10 @@ BODIES: dict[str, Body] = {
     "ScoreRequest": Body(honoured=pooling_schema._SCORE, **_POOLING),
     "ResponseRequest": _RESPONSE,
     "CompactionRequest": Body(
-        honoured={
-            name: check for name, check in responses_schema.HONOURED.items() if name in responses_schema.COMPACTED
-        },
+        honoured=responses_schema.COMPACTED,
+        ignored=responses_schema.IGNORED,
+        refused=responses_schema.NOT_COMPACTED,
         closer={"input": _ITEMS},
-        closed=True,
     ),
     "DecisionRequest": Body(
         honoured=decisions_schema.HONOURED,
@@ -256,18 +254,24 @@ BODIES: dict[str, Body] = {
         required=("messages",),
         closer={"tool_choice": {"type": "object", "required": ["type"]}},
     ),
-    "OllamaGenerateRequest": Body(honoured=ollama_fields.GENERATE, closer=_OLLAMA_CLOSER, **_OLLAMA),
+    "OllamaGenerateRequest": Body(
+        honoured=ollama_fields.GENERATE,
+        ignored=ollama_fields.IGNORED,
+        refused=ollama_fields.GENERATE_REFUSED,
+        closer=_OLLAMA_CLOSER,
+    ),
     "OllamaChatRequest": Body(
         honoured=ollama_fields.CHAT,
+        ignored=ollama_fields.IGNORED,
+        refused=ollama_fields.CHAT_REFUSED,
         closer={**_OLLAMA_CLOSER, "messages": {"type": "array", "items": {"type": "object", "required": ["role"]}}},
-        **_OLLAMA,
     ),
     "OllamaEmbedRequest": Body(
         honoured=ollama_fields.EMBED,
-        refused=ollama_fields.REFUSED,
+        refused=ollama_fields.EMBED_REFUSED,
         closer={"input": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]}},
     ),
-    "OllamaEmbeddingsRequest": Body(honoured=ollama_fields.EMBEDDINGS, refused=ollama_fields.REFUSED),
+    "OllamaEmbeddingsRequest": Body(honoured=ollama_fields.EMBEDDINGS, refused=ollama_fields.EMBEDDINGS_REFUSED),
     "OllamaShowRequest": Body(
         honoured=ollama_fields.SHOW, refused={"system": ("",), "template": ("",), "options": ({},)}
     ),

@@ -14,11 +14,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvasir.cluster.background import Background
-from kvasir.cluster.call import Conversation, request_id_from
+from kvasir.cluster.call import Conversation
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
-from kvasir.cluster.http_front import header_map, read_json, send_json, until_gone, warning_header
+from kvasir.cluster.http_front import header_map, read_json, request_id_of, send_json, until_gone, warning_header
 from kvasir.cluster.pages import Page, json_response, principal_of
 from kvasir.cluster.reply_stream import SSE, UNBUFFERED, stream
 from kvasir.cluster.responses_compact import Compact
@@ -46,10 +46,9 @@ class CreateResponse:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         ask = parse_response(await read_json(scope, receive, self._max_body_bytes))
-        headers, state = header_map(scope), scope["state"]
-        if ask.request_id is not None and "x-request-id" not in headers:
-            state["request_id"] = request_id_from(ask.request_id, "request_id")
-        work = self._answer(ask, state["principal"], state["request_id"], headers, send)
+        headers = header_map(scope)
+        request_id = request_id_of(scope, headers, ask.request_id)
+        work = self._answer(ask, scope["state"]["principal"], request_id, headers, send)
         await until_gone(receive, work)
 
     async def _answer(

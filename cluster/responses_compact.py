@@ -14,7 +14,7 @@ from kvasir.cluster.call import thinking_variables
 from kvasir.cluster.carried import carry
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
-from kvasir.cluster.http_front import header_map, read_json, send_json, until_gone, warning_header
+from kvasir.cluster.http_front import header_map, read_json, request_id_of, send_json, until_gone, warning_header
 from kvasir.cluster.reading import read_whole
 from kvasir.cluster.responses_fit import fitted
 from kvasir.cluster.responses_history import said_before
@@ -43,8 +43,9 @@ class Compact:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         ask = parse_compaction(await read_json(scope, receive, self._max_body_bytes))
-        headers, state = in_session(header_map(scope), ask.session), scope["state"]
-        await until_gone(receive, self._answer(ask, state["principal"], state["request_id"], headers, send))
+        headers = header_map(scope)
+        request_id, principal = request_id_of(scope, headers, ask.request_id), scope["state"]["principal"]
+        await until_gone(receive, self._answer(ask, principal, request_id, in_session(headers, ask.session), send))
 
     async def _answer(
         self, ask: ResponseAsk, principal: str, request_id: str, headers: Mapping[str, str], send: Send

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from kvasir.cluster.call import Conversation
@@ -15,7 +16,7 @@ Json = dict[str, Any]
 
 async def fitted(desk: Desk, ask: ResponseAsk, earlier: Sequence[Json]) -> ResponseAsk:
     """`ask` behind the items of an earlier conversation. The fewest oldest items are left out, if that was allowed, so
-    that prompt and output fit; what the system said and the last item stay. A warning tells how many."""
+    that prompt and output fit; what the system said, compactions and the last item stay. A warning tells how many."""
     items = [*earlier, *ask.items]
     whole = ask.with_items(items)
     if not ask.truncates or await _fits(desk, whole):
@@ -30,14 +31,24 @@ async def fitted(desk: Desk, ask: ResponseAsk, earlier: Sequence[Json]) -> Respo
 
 
 def _without(items: Sequence[Json], count: int) -> list[Json]:
-    """But for those of the first `count` that the system didn't say, and results of calls that are among them."""
-    left = [item for number, item in enumerate(items) if number >= count or _of_system(item)]
-    calls = {item["call_id"] for item in left if item["type"] == "function_call"}
-    return [item for item in left if item["type"] != "function_call_output" or item["call_id"] in calls]
+    """But for those of the first `count` that may go, and results whose calls are among them."""
+    last = _last_calls(items)
+    left = [item for number, item in enumerate(items) if number >= count or _stays(item, last)]
+    calls = {item["call_id"] for item in left if item["type"].endswith("_call")}
+    return [item for item in left if not item["type"].endswith("_call_output") or item["call_id"] in calls]
 
 
-def _of_system(item: Json) -> bool:
-    return item["type"] == "message" and item["role"] in ("system", "developer")
+def _stays(item: Json, last: Collection[str]) -> bool:
+    """What the system said, what stands for items that were compacted, and calls whose results the model is to read now."""
+    if item["type"] == "message":
+        return item["role"] in ("system", "developer")
+    return item["type"] == "compaction" or item.get("call_id") in last
+
+
+def _last_calls(items: Sequence[Json]) -> set[str]:
+    """Ids of the calls whose results come last."""
+    behind = itertools.takewhile(lambda item: item["type"].endswith("_call_output"), reversed(items))
+    return {item["call_id"] for item in behind}
 
 
 async def _fits(desk: Desk, ask: ResponseAsk) -> bool:

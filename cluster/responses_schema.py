@@ -17,8 +17,10 @@ from kvasir.cluster.openai_fields import (
     boolean,
     integer_from,
     later,
+    list_of_texts,
     one_of,
     string,
+    unused,
 )
 from kvasir.cluster.openai_schema import sort_fields
 from kvasir.cluster.responses_items import input_items, messages
@@ -46,7 +48,7 @@ HONOURED: dict[str, Check] = {
     "parallel_tool_calls": boolean,
     "reasoning": _OBJECT,
     "thinking_token_budget": CHAT_HONOURED["thinking_token_budget"],
-    "include": CHAT_HONOURED["stop"],
+    "include": list_of_texts,
     "max_tool_calls": integer_from(1, 2**31 - 1),  # of tools that the server runs: there are none
     "top_logprobs": integer_from(0, MAX_LOGPROBS),
     "metadata": check_metadata,
@@ -73,10 +75,41 @@ REFUSED: Neutral = {
     "access_programs": ({},),
     "image": ({},),
 }
-COMPACTED = (
-    "model", "input", "instructions", "previous_response_id", "conversation", "prompt_cache_key", "prompt_cache_options",
-    "prompt_cache_retention", "service_tier", "priority", "cache_salt", "chat_template_kwargs", "request_id",
-)  # fmt: skip
+COMPACTED: dict[str, Check] = {
+    **{name: HONOURED[name] for name in ("model", "input", "instructions", "previous_response_id", "conversation")},
+    **{name: HONOURED[name] for name in ("prompt_cache_key", "service_tier", "priority", "cache_salt", "request_id")},
+    "chat_template_kwargs": HONOURED["chat_template_kwargs"],
+}
+"""What a compaction reads of a response's body."""
+NOT_COMPACTED: Neutral = {
+    **REFUSED,
+    **{name: () for name in HONOURED if name not in COMPACTED},
+    "stream": (False,),
+    "stream_options": ({},),
+    "background": (False,),
+    "store": (True, False),
+    "metadata": ({},),
+    "include": ([],),
+    "tools": ([],),
+    "tool_choice": ("auto", "none"),
+    "parallel_tool_calls": (True, False),
+    "truncation": ("auto", "disabled"),
+    "text": ({}, {"format": {"type": "text"}}),
+    "reasoning": ({},),
+    "top_logprobs": (0,),
+    "user": (),
+    "safety_identifier": (),
+}
+"""And what it doesn't, with the values that say nothing to it."""
+INSTEAD = {
+    **dict.fromkeys(("max_tokens", "max_completion_tokens", "num_predict"), "max_output_tokens"),
+    **dict.fromkeys(("response_format", "guided_json", "structured_outputs"), "text.format"),
+    "repeat_penalty": "repetition_penalty",
+    "messages": "input",
+    "reasoning_effort": "reasoning.effort",
+    "logprobs": 'include: ["message.output_text.logprobs"]',
+}
+"""Refused field -> what to use."""
 THOUGHTS = "reasoning.encrypted_content"
 LOGPROBS = "message.output_text.logprobs"
 _ECHOED = (
@@ -131,7 +164,7 @@ class ResponseAsk:
 
 def parse_response(body: Body) -> ResponseAsk:
     """Body of POST /v1/responses. Raises ClientError or UnsupportedError naming the field."""
-    fields, warnings = sort_fields(body, HONOURED, IGNORED, REFUSED)
+    fields, warnings = sort_fields(body, HONOURED, IGNORED, REFUSED, INSTEAD)
     _check_together(fields)
     tools = [_tool(tool, f"tools[{number}]") for number, tool in enumerate(fields.get("tools", ()))]
     use = tool_use(tools, fields.get("tool_choice"), fields.get("parallel_tool_calls", True))
@@ -170,9 +203,9 @@ def parse_response(body: Body) -> ResponseAsk:
         truncates=fields.get("truncation") == "auto",
         logprobs=logprobs,
         summarised=bool(_summary(fields.get("reasoning", {}))),
-        carried=THOUGHTS in _include(fields),
+        carried=THOUGHTS in fields.get("include", ()),
         request_id=fields.get("request_id"),
-        warnings=(*warnings, *more, *unknown, *_stream_options(fields)),
+        warnings=(*warnings, *more, *unknown, *_stream_options(fields), *unused(fields)),
         **{name: fields[name] for name in ("store", "background", "stream") if name in fields},
     )
 
@@ -183,12 +216,12 @@ def parse_input_tokens(body: Body) -> ResponseAsk:
 
 
 def parse_compaction(body: Body) -> ResponseAsk:
-    """Body of POST /v1/responses/compact: what a response would read. ClientError names any other field."""
-    if other := [name for name, value in body.items() if name not in COMPACTED and value is not None]:
-        raise UnsupportedError(f"{other[0]:.60} isn't supported in a compaction", param=other[0][:60])
-    given = [{"role": "user", "content": ""}] if body.get("input") is None else body["input"]
-    ask = parse_response({**body, "input": given, "store": False})
-    return ask if body.get("input") is not None else dataclasses.replace(ask, items=())
+    """Body of POST /v1/responses/compact: what a response would read. UnsupportedError names what says more than that."""
+    fields, warnings = sort_fields(body, COMPACTED, IGNORED, NOT_COMPACTED)
+    given = fields.get("input", [{"role": "user", "content": ""}])
+    ask = parse_response({**fields, "input": given, "store": False})
+    items = ask.items if "input" in fields else ()
+    return dataclasses.replace(ask, items=items, warnings=(*warnings, *ask.warnings))
 
 
 def _check_together(fields: Mapping[str, Any]) -> None:
@@ -224,10 +257,12 @@ def _effort(reasoning: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
 
 
 def _summary(reasoning: Mapping[str, Any]) -> str | None:
-    wanted: str | None = reasoning.get("summary") or reasoning.get("generate_summary")
-    if wanted is not None:
-        one_of("auto", "concise", "detailed")("reasoning.summary", wanted)
-    return wanted
+    found: str | None = None
+    for name in ("generate_summary", "summary"):
+        if (given := reasoning.get(name)) is not None:
+            one_of("auto", "concise", "detailed")(f"reasoning.{name}", given)
+            found = given
+    return found
 
 
 def _format(fields: Mapping[str, Any]) -> Json:
@@ -257,14 +292,9 @@ def _chat_format(form: Json) -> Json:
 
 def _logprobs(fields: Mapping[str, Any]) -> tuple[int | None, tuple[str, ...]]:
     """(most likely tokens that are shown, what of `include` there is nothing of)."""
-    include = _include(fields)
+    include = fields.get("include", ())
     wanted = fields.get("top_logprobs", 0) if LOGPROBS in include else None
     return wanted, tuple(f"include: {name}" for name in include if name not in (LOGPROBS, THOUGHTS))
-
-
-def _include(fields: Mapping[str, Any]) -> list[str]:
-    include = fields.get("include", [])
-    return [include] if isinstance(include, str) else include
 
 
 def _stream_options(fields: Mapping[str, Any]) -> tuple[str, ...]:

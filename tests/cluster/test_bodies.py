@@ -142,8 +142,7 @@ def test_likely_bodies_are_understood():
     """Else all of this would test refusals alone."""
     for dialect in ("chat", "completion", "ollama chat", "anthropic"):
         parse, names = DIALECTS[dialect]
-        body = {
-            name: LIKELY[name] for name in names if name in LIKELY and (name, dialect) != ("tool_choice", "anthropic")
-        }
+        others = {"completion": openai_fields.OF_CHATS, "anthropic": ("tool_choice",)}.get(dialect, ())
+        body = {name: LIKELY[name] for name in names if name in LIKELY and name not in others}
         body |= {"tools": [{"name": "f", "input_schema": {}}]} if dialect == "anthropic" else {}
         assert understood(parse, body) is not None, dialect

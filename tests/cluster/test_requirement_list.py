@@ -51,7 +51,7 @@ frequency_penalty             0.5                        D D D R D D
 presence_penalty              0.5                        D D D R D D
 repetition_penalty            1.5                        D D D R R D
 max_tokens                    7                          D D R D R D
-max_completion_tokens         7                          D W R R R R
+max_completion_tokens         7                          D R R R R R
 stop                          ["x"]                      D D D R D D
 seed                          5                          D D D R D D
 n                             2                          D D R R R D
@@ -70,11 +70,11 @@ guided_grammar                "root::=\\"a\\""           D D R R R D
 structured_outputs            {"regex":"a"}              D D R R R D
 structural_tag                {"type":"structural_tag"}  D D R R R D
 response_format               {"type":"json_object"}     D D R R R D
-top_logprobs                  5                          D W D R R R
+top_logprobs                  5                          D R D R R R
 extra_body                    {"top_k":5}                D D D D D R
 stream                        true                       D D D D W R
-tools                         "TOOLS"                    D W D D R R
-tool_choice                   "CHOICE"                   D W D D R R
+tools                         "TOOLS"                    D R D D R R
+tool_choice                   "CHOICE"                   D R D D R R
 stop_token_ids                [5]                        D D D R D D
 ignore_eos                    true                       D D D R D D
 min_tokens                    2                          D D R R D D
@@ -90,7 +90,7 @@ truncation_side               "right"                    D D R R D D
 return_token_ids              true                       D D W W W R
 return_offsets                true                       R R R R R R
 thinking_token_budget         9                          D R D R R R
-reasoning_effort              "low"                      D W R R R R
+reasoning_effort              "low"                      D R R R R R
 repetition_detection          {"a":1}                    R R R R R R
 priority                      3                          D D D W W D
 cache_salt                    "s"                        D D D W W D
@@ -103,14 +103,14 @@ stream_interval               5                          W W W W W R
 skip_reading_prefix_cache     true                       W W W W W R
 prompt_embeds                 "x"                        R R R R R R
 echo                          true                       D D R R R R
-add_generation_prompt         false                      D W R R R R
-continue_final_message        true                       D W R R R R
-documents                     [{"a":"b"}]                R W R R R R
-chat_template                 "x"                        R W R R R R
-chat_template_kwargs          {"a":1}                    D W D R R R
-mm_processor_kwargs           {"a":1}                    R W R R R R
-repeat_penalty                1.5                        W W W W D R
-num_predict                   7                          W W W W D R
+add_generation_prompt         false                      D R R R R R
+continue_final_message        true                       D R R R R R
+documents                     [{"a":"b"}]                R R R R R R
+chat_template                 "x"                        R R R R R R
+chat_template_kwargs          {"a":1}                    D R D R R R
+mm_processor_kwargs           {"a":1}                    R R R R R R
+repeat_penalty                1.5                        R R R R D R
+num_predict                   7                          R R R R D R
 repeat_last_n                 3                          D D R R D D
 num_ctx                       77                         R R R R W R
 num_gpu                       1                          W W W W W R
@@ -132,21 +132,21 @@ REQUEST_DIALECTS = ("generate", "ollama chat", "embed", "api embeddings", "embed
 """Of the second: what stands beside a prompt, at its places in Ollama's dialect and at /v1/embeddings."""
 REQUEST_NAMES = """
 model              "m"                D D D D D
-prompt             "Ho"               D W W D W
-messages           "MESSAGES"         W D W W R
+prompt             "Ho"               D R R D W
+messages           "MESSAGES"         R D R R R
 stream             false              D D W W W
 options            {"top_k":5}        D D W W W
 format             "json"             D D W W W
-images             ["x"]              R W W W W
-tools              "TOOLS"            W D W W W
-input              ["Ho"]             W W D W D
+images             ["x"]              R R R R W
+tools              "TOOLS"            R D W W W
+input              ["Ho"]             W W D R D
 think              true               D D W W W
 keep_alive         "5m"               W W W W W
-raw                true               D W W W W
-suffix             "x"                D W W W W
-context            [5]                D W W W W
-system             "x"                D W W W W
-template           "{%x%}messages"    D W W W W
+raw                true               D R W W W
+suffix             "x"                D R W W W
+context            [5]                D R W W W
+system             "x"                D R W W W
+template           "{%x%}messages"    D R W W W
 truncate           true               D D D W W
 shift              true               W W W W W
 logprobs           true               D D W W W
@@ -170,6 +170,9 @@ BESIDE = {
     "mirostat_eta": {"mirostat": 2},
     "mirostat_tau": {"mirostat": 2},
     "top_logprobs": {"logprobs": True},
+    "truncation_side": {"truncate_prompt_tokens": 9},
+    "num_keep": {"truncate_prompt_tokens": 9},
+    "include_stop_str_in_output": {"stop": ["x"]},
 }
 """What a field means nothing without."""
 BESIDE_OF = {("top_logprobs", "responses"): {"include": ["message.output_text.logprobs"]}}
@@ -282,6 +285,11 @@ def test_what_becomes_of(name, value, dialect, fate):
         ("text", {"early_stopping": True, "use_beam_search": False}, "early_stopping (needs use_beam_search)"),
         ("options", {"mirostat_tau": 4.0}, "options.mirostat_tau (needs mirostat)"),
         ("kserve", {"mirostat_eta": 0.2}, "mirostat_eta (needs mirostat)"),
+        ("chat", {"parallel_tool_calls": True}, "parallel_tool_calls (needs tools)"),
+        ("responses", {"parallel_tool_calls": True}, "parallel_tool_calls (needs tools)"),
+        ("text", {"truncation_side": "left"}, "truncation_side (needs truncate_prompt_tokens)"),
+        ("options", {"num_keep": 5}, "options.num_keep (needs truncate_prompt_tokens)"),
+        ("chat", {"include_stop_str_in_output": True}, "include_stop_str_in_output (needs stop)"),
         ("chat", {"use_beam_search": True, "best_of": 2, "temperature": 0.5}, "temperature (beams aren't drawn)"),
         ("options", {"mirostat": 2, "use_beam_search": True, "best_of": 2}, "options.mirostat (beams aren't drawn)"),
     ],
@@ -316,13 +324,37 @@ def test_what_contradicts_itself_is_refused(dialect, fields, named):
         ("generate", {"raw": True, "think": False}),
         ("options", {"num_predict": -1, "seed": -1}),
         ("options", {"num_predict": -2}),
+        ("ollama chat", {"truncate": True, "options": {"num_keep": 5}}),
+        ("text", {"tools": [], "tool_choice": "auto", "messages": []}),
+        ("chat", {"tools": [], "tool_choice": "auto", "parallel_tool_calls": False}),
     ],
 )
 def test_what_says_nothing_passes_in_silence(dialect, fields):
     found = PARSERS[dialect](fields)
     assert found.warnings == ()
-    assert facts(found)["max_tokens"] is None
-    assert "seed" not in found.sampling
+    assert sampling_of(found).get("max_tokens") is None
+    assert "seed" not in sampling_of(found)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "name", "use"),
+    [
+        *((dialect, "num_predict", "max_tokens") for dialect in ("chat", "text")),
+        *((dialect, "repeat_penalty", "repetition_penalty") for dialect in ("chat", "text", "responses")),
+        ("responses", "num_predict", "max_output_tokens"),
+        ("text", "tools", "/v1/chat/completions"),
+        ("generate", "tools", "/api/chat"),
+        ("generate", "messages", "/api/chat"),
+        ("generate", "temperature", "options.temperature"),
+        ("generate", "max_tokens", "options.num_predict"),
+        ("ollama chat", "system", "a message of the role system"),
+        ("embed", "images", "input, which takes texts"),
+        ("api embeddings", "input", "prompt, which takes a text"),
+    ],
+)
+def test_a_refusal_says_what_to_use(dialect, name, use):
+    with pytest.raises(ClientError, match=f"{name} isn't supported.*; use {use}"):
+        PARSERS[dialect]({name: [{"a": "b"}]})
 
 
 RANGES = {

@@ -15,6 +15,7 @@ from jsonschema import Draft202012Validator as Validator
 from openai.types.responses import Response, ResponseStreamEvent
 
 from kvasir.cluster import responses_schema
+from kvasir.cluster.carried import carry
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.store import Store
 from kvasir.engine.errors import ConfigError, OverloadedError
@@ -162,6 +163,10 @@ def test_items(gateway):
         ({"metadata": {"a": 1}}, "metadata"),
         ({"service_tier": "gold"}, "service_tier"),
         ({"stream_options": {}}, "stream_options"),
+        ({"reasoning": {"summary": ""}}, "reasoning.summary"),
+        ({"reasoning": {"summary": False}}, "reasoning.summary"),
+        ({"reasoning": {"summary": "auto", "generate_summary": 0}}, "reasoning.generate_summary"),
+        ({"include": "reasoning.encrypted_content"}, "include"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"temperature": -1}, "temperature"),
         ({"previous_response_id": "resp_none"}, "previous_response_id"),
@@ -209,6 +214,35 @@ def test_truncation(gateway):
     assert post(gateway, input=items, truncation="auto", max_output_tokens=2500).status_code == 200
     assert prompt_of(gateway) == b"S" * 10 + b"d" * 1000
     assert post(gateway, input="x" * 5000, truncation="auto").status_code == 400
+
+
+CALLED = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+RESULT = {"type": "function_call_output", "call_id": "c", "output": "b" * 1000}
+
+
+def test_truncation_keeps_what_was_compacted(gateway):
+    """It stands for everything before it: were it the first to go, nothing of that would be left."""
+    summary = {"type": "compaction", "encrypted_content": carry("Ann wants tea.")}
+    items = [summary, {"role": "user", "content": "a" * 3000}, {"role": "user", "content": "b" * 2000}]
+    reply = post(gateway, input=items, truncation="auto")
+    assert prompt_of(gateway) == b"Summary of the conversation so far:\nAnn wants tea." + b"b" * 2000
+    assert reply.headers["x-kvasir-warning"] == "ignored: input: 1 items that don't fit into the context"
+
+
+@pytest.mark.parametrize("kind", ["function", "custom_tool"])
+def test_truncation_drops_results_with_their_calls(gateway, kind):
+    call, result = {**CALLED, "type": f"{kind}_call"}, {**RESULT, "type": f"{kind}_call_output"}
+    if kind == "custom_tool":
+        call["input"] = call.pop("arguments")
+    items = [call, {"role": "user", "content": "a" * 2000}, result, {"role": "user", "content": "d" * 2500}]
+    assert post(gateway, input=items, truncation="auto").status_code == 200
+    assert prompt_of(gateway) == b"d" * 2500
+
+
+def test_truncation_keeps_the_call_whose_result_comes_last(gateway):
+    reply = post(gateway, input=[{"role": "user", "content": "a" * 3000}, CALLED, RESULT], truncation="auto")
+    assert reply.status_code == 200
+    assert prompt_of(gateway).endswith(b"b" * 1000)
 
 
 def test_input_tokens(gateway, client):
@@ -525,3 +559,34 @@ def test_a_summary_is_written_without_thoughts(gateway, monkeypatch):
     assert compacted(gateway, input="Tea").status_code == 200
     assert rendered
     assert all(one.variables["enable_thinking"] is False for one in rendered)
+
+
+def test_a_compaction_has_its_id_and_takes_what_says_nothing(gateway):
+    neutral = {
+        "stream": False,
+        "store": False,
+        "background": False,
+        "tools": [],
+        "include": [],
+        "metadata": {},
+        "unknown": 1,
+    }
+    neutral |= {
+        "tool_choice": "auto",
+        "truncation": "disabled",
+        "parallel_tool_calls": True,
+        "text": {},
+        "reasoning": {},
+    }
+    reply = compacted(gateway, input="Tea", request_id="mine", **neutral)
+    assert (reply.status_code, reply.headers["x-request-id"]) == (200, "mine"), reply.text
+    assert gateway.group.requests[-1].request_id.startswith("mine")
+    assert reply.headers["x-kvasir-warning"] == "ignored: unknown"
+
+
+@pytest.mark.parametrize(
+    "fields", [{"stream": True}, {"tools": [{"type": "function", "name": "f"}]}, {"temperature": 1}]
+)
+def test_a_compaction_refuses_what_it_doesnt_read(gateway, fields):
+    reply = compacted(gateway, input="Tea", **fields)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, *fields)
