@@ -6,7 +6,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # not `python -m pytest`: that makes our folders kernels and proto importable by their bare names, which are others'
 PYTEST := $(BIN)/pytest
-SPREAD := -n auto --maxprocesses 8 --dist loadscope
+SPREAD := --no-loadscope-reorder -n auto
+# its packages of others take seconds to import, and all its tests need Ray
+FAST := $(SPREAD) --maxprocesses 8 --ignore tests/clients
+# neither knows Ray; each process has a Ray of its own
+WITH_RAY := $(SPREAD) --maxprocesses 2 --ignore tests/engine --ignore tests/kernels
+
+# hundreds of processes are started, and each would compile all of our modules again
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help venv serve test test-fast fuzz lint format proto bench clean
@@ -32,11 +39,11 @@ serve: venv  ## serve the bundled model: HTTP on port 8000, gRPC on port 9000
 	$(BIN)/kvasir serve
 
 test: venv  ## all tests
-	$(PYTEST) -m 'not ray' $(SPREAD)
-	$(PYTEST) -m ray
+	$(PYTEST) -m 'not ray' $(FAST)
+	$(PYTEST) -m ray $(WITH_RAY)
 
 test-fast: venv  ## the tests that need no Ray and take no ten seconds
-	$(PYTEST) -m 'not ray and not slow' $(SPREAD)
+	$(PYTEST) -m 'not ray and not slow' $(FAST)
 
 fuzz: venv  ## fuzz all parsers and routes, SECONDS (60) each
 	$(BIN)/python tests/fuzz/run.py --seconds $(or $(SECONDS),60)

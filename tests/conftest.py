@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,14 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
     TraceServiceServicer,
     add_TraceServiceServicer_to_server,
 )
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd"))
 # read when triton is imported: its kernels run on the CPU where there is no GPU
 os.environ.setdefault("TRITON_INTERPRET", "0" if GPU else "1")
+for wait in ("connect", "read", "write", "pool"):  # five seconds are little on a busy machine
+    setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, wait, 60.0)
 DATA = Path(os.environ.get("KVASIR_DATA") or ROOT.parent / "shared" / "data")
 
 
@@ -38,6 +43,52 @@ def pytest_configure() -> None:
         number, count = int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[number::count] or cores)
+
+
+LONGEST = (
+    "tests/engine/test_groups.py::test_chaos",
+    "tests/kernels/test_native.py::test_under_sanitizers",
+    "tests/engine/test_group_network.py",
+    "tests/kernels/test_instruction_sets.py",
+    "tests/engine/test_groups.py",
+    "tests/engine/test_tiers.py",
+    "tests/engine/test_beam_search.py",
+    "tests/engine/test_peers.py",
+    "tests/engine/test_parity.py",
+    "tests/cluster/test_cli.py",
+    "tests/cluster/test_group_ranks.py::test_chaos",
+    "tests/test_end_to_end.py",
+    "tests/clients",
+    "tests/test_end_to_end.py::test_streams_survive_their_group",
+    "tests/test_end_to_end.py::test_a_prompt_starts_from_the_disk",
+    "tests/test_end_to_end.py::test_streams_are_found",
+    "tests/test_end_to_end.py::test_files_are_named",
+    "tests/test_end_to_end.py::test_rank_killed",
+    "tests/cluster/test_group_nodes.py",
+    "tests/test_batches.py",
+    "tests/cluster/test_group_ranks.py",
+)
+"""What takes longest: begun first, so that no process works on alone at the end; and what is shared out by itself."""
+
+
+def share_of(nodeid: str) -> str:
+    """What the processes of one run (pytest -n) share out: modules, and what is named above."""
+    found = [name for name in LONGEST if nodeid.startswith(name)]
+    return max(found, key=len) if found else nodeid.partition("::")[0]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order in which they are shared out; and within a module, so that it doesn't depend on how many processes there are."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(share_of(item.nodeid), len(places)))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    class Shares(LoadScopeScheduling):  # type: ignore[misc, unused-ignore]
+        def _split_scope(self, nodeid: str) -> str:
+            return share_of(nodeid)
+
+    return Shares(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +137,7 @@ class OtlpReceiver(TraceServiceServicer):  # type: ignore[misc]
 
     def trace(self, trace_id: str, names: set[str]) -> dict[str, Any]:
         """Spans of one trace by name, once all of `names` are there."""
-        limit = time.monotonic() + 15
+        limit = time.monotonic() + 60
         while True:
             found = {span.name: span for span in self.spans if span.trace_id.hex() == trace_id}
             if names <= set(found):
@@ -262,3 +313,18 @@ class Orders:
 @pytest.fixture
 def orders(tmp_path: Path) -> Orders:
     return Orders(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def segments() -> Callable[[], set[str]]:
+    """`segments()`: shared memory that no process has open, so that nobody will give it back. Other tests' comes and goes."""
+
+    def orphans() -> set[str]:
+        held = set()
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                held.update(re.findall(r"/dev/shm/(\S+)", (process / "maps").read_text()))
+                held.update(Path(os.readlink(file)).name for file in (process / "fd").iterdir())
+        return set(os.listdir("/dev/shm")) - held
+
+    return orphans

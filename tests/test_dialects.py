@@ -124,7 +124,7 @@ def test_ollamas_sampler_options_work(url):
         "typical_p": 0.9, "tfs_z": 0.95, "mirostat": 2, "mirostat_tau": 3.0, "mirostat_eta": 0.1, "num_keep": 4,
     }  # fmt: skip
     body = {"model": "skald", "prompt": "The ship", "raw": True, "stream": False}
-    found = [httpx.post(url + "/api/generate", json=body | {"options": options}, timeout=30) for _ in range(2)]
+    found = [httpx.post(url + "/api/generate", json=body | {"options": options}, timeout=60) for _ in range(2)]
     assert found[0].json()["response"] == found[1].json()["response"] != ""
     assert "x-kvasir-warning" not in found[0].headers
     other = httpx.post(
@@ -132,7 +132,7 @@ def test_ollamas_sampler_options_work(url):
     )
     assert other.json()["response"] != found[0].json()["response"]
     banned = options | {"bad_words": ["sea"], "temperature": 0, "num_predict": 60}
-    text = httpx.post(url + "/api/generate", json=body | {"options": banned}, timeout=30).json()["response"]
+    text = httpx.post(url + "/api/generate", json=body | {"options": banned}, timeout=60).json()["response"]
     assert " sea" not in text
 
 
@@ -166,7 +166,7 @@ def test_beams_by_openais_client(url):
 def test_prompts_are_cut_when_asked(url):
     long = "to be or not to be " * 2000
     body = {"model": "skald", "prompt": long, "stream": False, "options": {"num_predict": 5}}
-    cut = httpx.post(url + "/api/generate", json=body | {"truncate": True}, timeout=30)
+    cut = httpx.post(url + "/api/generate", json=body | {"truncate": True}, timeout=60)
     assert cut.json()["prompt_eval_count"] == 2048 - 5
     assert "tokens of the prompt were cut off" in cut.headers["x-kvasir-warning"]
 
@@ -211,7 +211,7 @@ def test_anthropic_client(url):
 
 def test_context_overflow_is_a_client_error(url):
     long = "to be or not to be " * 2000
-    reply = httpx.post(url + "/api/generate", json={"model": "skald", "prompt": long}, timeout=30)
+    reply = httpx.post(url + "/api/generate", json={"model": "skald", "prompt": long}, timeout=60)
     assert reply.status_code == 400
     assert "2048" in reply.json()["error"]
     with (

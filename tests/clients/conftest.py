@@ -33,7 +33,7 @@ class Server:
     def count(self, name: str) -> float:
         """Sum over the series of one metric."""
         request = urllib.request.Request(self.url + "/metrics", headers={"Authorization": f"Bearer {KEY}"})
-        with urllib.request.urlopen(request, timeout=10) as reply:
+        with urllib.request.urlopen(request, timeout=60) as reply:
             found = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", reply.read().decode(), re.MULTILINE)
         return sum(map(float, found))
 
@@ -47,7 +47,7 @@ class Server:
 
     def _value(self, series: str) -> float:
         request = urllib.request.Request(self.url + "/metrics", headers={"Authorization": f"Bearer {KEY}"})
-        with urllib.request.urlopen(request, timeout=10) as reply:
+        with urllib.request.urlopen(request, timeout=60) as reply:
             found = re.findall(rf"^{re.escape(series)} (\S+)$", reply.read().decode(), re.MULTILINE)
         return float(found[0]) if found else 0.0
 

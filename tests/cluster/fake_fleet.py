@@ -28,7 +28,7 @@ def request(prompt=(1, 2, 3), **sampling):
     return Request(request_id="r", prompt_token_ids=prompt, sampling=SamplingParams(**fields))
 
 
-async def until(condition, timeout=30.0):
+async def until(condition, timeout=60.0):
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < timeout, "it didn't happen in time"

@@ -18,7 +18,7 @@ TOOL = {"name": "f", "input_schema": {"type": "object", "properties": {"x": {"ty
 
 def send(gateway, path="", **fields):
     body = {name: value for name, value in (BODY | fields).items() if value is not ...}
-    return httpx.post(gateway.url + "/v1/messages" + path, json=body, timeout=10)
+    return httpx.post(gateway.url + "/v1/messages" + path, json=body, timeout=60)
 
 
 def events(reply):

@@ -106,7 +106,7 @@ def test_a_life(byte_model, otlp_receiver):
         assert grpc.startswith("127.0.0.1:")
         assert ollama != http
         assert httpx.get(ollama).text == "Ollama is running"
-        with httpx.Client(base_url=http, timeout=30) as client:
+        with httpx.Client(base_url=http, timeout=60) as client:
             _answers_with_a_trace(client, otlp_receiver)
             _survives_the_death_of_its_rank(client, process.pid)
             _drains(client, process)
@@ -126,7 +126,7 @@ def test_metrics_of_gateways_that_share_a_port(byte_model):
         assert line, process.stderr.read()
         url = json.loads(line)[0]
         until(lambda: len(_gateways(url)) == 2)
-        answers = [httpx.post(url + "/v1/completions", json=body(3), timeout=30) for _ in range(12)]
+        answers = [httpx.post(url + "/v1/completions", json=body(3), timeout=60) for _ in range(12)]
         assert {answer.status_code for answer in answers} == {200}
         for _ in range(4):  # whichever is asked
             text = httpx.get(url + "/metrics").text
@@ -163,7 +163,7 @@ def _survives_the_death_of_its_rank(client, pid):
         lines = (line for line in reply.iter_lines() if line)
         first = next(lines)
         os.kill(rank_of(pid), signal.SIGKILL)
-        until(lambda: httpx.get(client.base_url.join("/health")).status_code == 503, timeout=2.0)
+        until(lambda: httpx.get(client.base_url.join("/health")).status_code == 503)
         *events, last = [first, *lines]
     assert last == "data: [DONE]"
     text = "".join(json.loads(event[6:])["choices"][0]["text"] for event in events)
@@ -179,8 +179,8 @@ def _drains(client, process):
         process.send_signal(signal.SIGTERM)
         until(lambda: _refused(client))
         assert [line for line in lines if line][-1] == "data: [DONE]"
-    assert process.wait(timeout=20) == 0
-    until(lambda: not [child for child in children if Path(f"/proc/{child}").exists()], timeout=5)
+    assert process.wait(timeout=60) == 0
+    until(lambda: not [child for child in children if Path(f"/proc/{child}").exists()])
 
 
 def _refused(client):
@@ -192,10 +192,8 @@ def _refused(client):
 
 @pytest.mark.ray
 def test_a_start_that_fails_ends_with_a_plain_block(byte_model):
-    began = time.monotonic()
     process = start(byte_model, served="wrong")
-    out, err = process.communicate(timeout=60)
-    assert time.monotonic() - began < 120
+    out, err = process.communicate(timeout=150)
     assert process.returncode == 1
     assert out == ""
     assert err.strip().splitlines() == [

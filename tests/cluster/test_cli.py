@@ -143,7 +143,7 @@ class Terminal:
 
     def expect(self, text: str) -> str:
         """Wait for `text`; returns what was printed up to it, and forgets that."""
-        limit = time.monotonic() + 30
+        limit = time.monotonic() + 60
         while text not in self.output:
             assert time.monotonic() < limit, self.output
             if select.select([self.fd], [], [], 0.2)[0]:
@@ -161,7 +161,7 @@ class Terminal:
         return self.expect(">>> ")
 
     def end(self) -> int:
-        limit = time.monotonic() + 20
+        limit = time.monotonic() + 60
         while True:
             with contextlib.suppress(OSError):
                 if select.select([self.fd], [], [], 0.1)[0]:

@@ -54,7 +54,7 @@ def _check(gateway, method, path, body) -> bool:
     """Whether it was answered; else the refusal names what isn't supported."""
     content = re.sub(r'"model": ?"[^"]*"', '"model": "bytes"', body) if body else None
     json_type = {"Content-Type": "application/json"} if path.startswith("/v1/") else {}  # which those examples say
-    reply = httpx.request(method, gateway.url + path, content=content, headers=json_type, timeout=10)
+    reply = httpx.request(method, gateway.url + path, content=content, headers=json_type, timeout=60)
     place = (path, body, reply.text)
     streamed = body is not None and '"stream": true' in body
     if reply.status_code == 200:

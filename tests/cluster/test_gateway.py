@@ -25,7 +25,7 @@ KEYS = GatewayConfig(api_key=("secret", "other"))
 
 
 def complete(gateway, headers=None, **fields):
-    return httpx.post(gateway.url + "/v1/completions", json=BODY | fields, headers=headers, timeout=10)
+    return httpx.post(gateway.url + "/v1/completions", json=BODY | fields, headers=headers, timeout=60)
 
 
 def walk(app):
@@ -245,7 +245,7 @@ def test_tls_on_both_servers(live_gateway, certificate):
         context = ssl.create_default_context(cafile=str(chain))
         assert httpx.get(gateway.url + "/health", verify=context).status_code == 200
         with grpc.secure_channel(gateway.grpc_address, grpc.ssl_channel_credentials(chain.read_bytes())) as channel:
-            assert InferenceStub(channel).ListModels(pb.ListModelsRequest(), timeout=5).models[0].id == "bytes"
+            assert InferenceStub(channel).ListModels(pb.ListModelsRequest(), timeout=60).models[0].id == "bytes"
 
 
 def test_version(gateway):
@@ -288,7 +288,7 @@ def test_one_write_per_step(live_gateway):
         gateway.group.step_s = 0.02
         body = json.dumps(BODY | {"stream": True, "n": 4}).encode()
         host, port = gateway.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=5) as sock:
+        with socket.create_connection((host, int(port)), timeout=60) as sock:
             head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
             sock.sendall(head.encode() + b"Connection: close\r\n\r\n" + body)
             sock.settimeout(5)

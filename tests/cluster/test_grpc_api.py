@@ -322,7 +322,7 @@ def test_slow_client_is_cut_off(live_gateway, connect):
     with live_gateway(GatewayConfig(max_stream_buffer=50)) as gateway:
         gateway.group.script = lambda request, index: [65] * 4000
         body = {"text": "a", "sampling": {"n": 20, "max_tokens": 4000, "ignore_eos": True, "logprobs": 20}}
-        call = connect(gateway).call("Generate", body, timeout=30)
+        call = connect(gateway).call("Generate", body, timeout=60)
         next(call)
         wait_until(lambda: not gateway.group.running, seconds=20)
         error = refused(lambda: call)
@@ -345,21 +345,21 @@ def test_keys(live_gateway, connect):
         assert refused(unknown, b"").code() == grpc.StatusCode.UNAUTHENTICATED
         assert refused(unknown, b"", metadata=with_key).code() == grpc.StatusCode.UNIMPLEMENTED
         health = health_pb2_grpc.HealthStub(client.channel)
-        assert health.Check(health_pb2.HealthCheckRequest(), timeout=5).status == SERVING
+        assert health.Check(health_pb2.HealthCheckRequest(), timeout=60).status == SERVING
 
 
 def test_health(live_gateway, connect):
     with live_gateway() as gateway:
         stub = health_pb2_grpc.HealthStub(connect(gateway).channel)
         for service in ("", "kvasir.v1.Inference", "bytes", "alias/bytes"):
-            assert stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5).status == SERVING
+            assert stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=60).status == SERVING
         unknown = health_pb2.HealthCheckRequest(service="other")
-        assert refused(stub.Check, unknown, timeout=5).code() == grpc.StatusCode.NOT_FOUND
-        watch = stub.Watch(health_pb2.HealthCheckRequest(service="bytes"), timeout=5)
+        assert refused(stub.Check, unknown, timeout=60).code() == grpc.StatusCode.NOT_FOUND
+        watch = stub.Watch(health_pb2.HealthCheckRequest(service="bytes"), timeout=60)
         assert next(watch).status == SERVING
         gateway.group.alive = False
         assert next(watch).status == NOT_SERVING
-        assert stub.Check(health_pb2.HealthCheckRequest(), timeout=5).status == NOT_SERVING
+        assert stub.Check(health_pb2.HealthCheckRequest(), timeout=60).status == NOT_SERVING
         gateway.group.alive = True
         assert next(watch).status == SERVING
         watch.cancel()

@@ -17,12 +17,12 @@ MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
 def complete(gateway, **fields):
-    return httpx.post(gateway.url + "/v1/completions", json=BODY | fields, timeout=10)
+    return httpx.post(gateway.url + "/v1/completions", json=BODY | fields, timeout=60)
 
 
 def chat(gateway, **fields):
     body = {"model": "bytes", "messages": MESSAGES} | fields
-    return httpx.post(gateway.url + "/v1/chat/completions", json=body, timeout=10)
+    return httpx.post(gateway.url + "/v1/chat/completions", json=body, timeout=60)
 
 
 def frames(reply):
@@ -75,7 +75,7 @@ def test_large_bodies(live_gateway):
 def test_body_that_never_ends_is_not_read(live_gateway):
     """The answer comes although the client goes on sending; nothing of the rest is kept."""
     with live_gateway(GatewayConfig(max_body_bytes=1000)) as gateway:
-        connection = http.client.HTTPConnection(gateway.url.removeprefix("http://"), timeout=5)
+        connection = http.client.HTTPConnection(gateway.url.removeprefix("http://"), timeout=60)
         connection.putrequest("POST", "/v1/completions")
         connection.putheader("Content-Type", "application/json")
         connection.putheader("Transfer-Encoding", "chunked")
@@ -147,7 +147,7 @@ def test_slow_client_is_cut_off(live_gateway):
         gateway.group.script = lambda request, index: [65] * 4000
         gateway.group.info = gateway.group.info.__class__(name="bytes", max_model_len=5000, vocab_size=261)
         body = {"model": "bytes", "prompt": "a", "stream": True, "max_tokens": 4000, "n": 20, "ignore_eos": True}
-        with httpx.stream("POST", gateway.url + "/v1/completions", json=body, timeout=30) as reply:
+        with httpx.stream("POST", gateway.url + "/v1/completions", json=body, timeout=60) as reply:
             chunks = reply.iter_raw(1024)
             next(chunks)
             wait_until(lambda: not gateway.group.running, seconds=20)

@@ -46,7 +46,7 @@ def answer(sock):
 
 
 def until(condition):
-    limit = time.monotonic() + 20
+    limit = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < limit
         time.sleep(0.01)

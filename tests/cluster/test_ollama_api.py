@@ -17,7 +17,7 @@ PROMPT = [257, *b"Hi", 256, 258]
 
 
 def post(gateway, path, **body):
-    return httpx.post(gateway.url + path, json=body, timeout=10)
+    return httpx.post(gateway.url + path, json=body, timeout=60)
 
 
 def generate(gateway, **fields):

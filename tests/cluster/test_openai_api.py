@@ -13,7 +13,7 @@ MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
 def post(gateway, path, **body):
-    return httpx.post(gateway.url + path, json=body, timeout=10)
+    return httpx.post(gateway.url + path, json=body, timeout=60)
 
 
 def chat(gateway, **fields):

@@ -31,7 +31,7 @@ def client(gateway):
 
 
 def post(gateway, **body):
-    return httpx.post(gateway.url + "/v1/responses", json={"model": "bytes", "input": "Hi"} | body, timeout=10)
+    return httpx.post(gateway.url + "/v1/responses", json={"model": "bytes", "input": "Hi"} | body, timeout=60)
 
 
 def events(text):
@@ -52,7 +52,7 @@ def prompt_of(gateway):
     return bytes(t for t in gateway.group.requests[-1].prompt_token_ids if t < 256)
 
 
-def until(condition, seconds=10):
+def until(condition, seconds=60):
     limit = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < limit
@@ -524,7 +524,7 @@ def test_time_to_live(live_gateway):
 
 
 def compacted(gateway, **body):
-    return httpx.post(gateway.url + "/v1/responses/compact", json={"model": "bytes"} | body, timeout=10)
+    return httpx.post(gateway.url + "/v1/responses/compact", json={"model": "bytes"} | body, timeout=60)
 
 
 def test_the_next_turn_reads_the_summary(gateway, monkeypatch):

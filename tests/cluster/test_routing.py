@@ -16,7 +16,7 @@ from kvasir.engine.request import Request, SamplingParams
 
 
 async def until(condition):
-    limit = time.monotonic() + 10
+    limit = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < limit
         await asyncio.sleep(0.01)

@@ -24,7 +24,7 @@ def request(name, prompt, **sampling):
 
 
 async def until(condition):
-    limit = time.monotonic() + 5
+    limit = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < limit
         await asyncio.sleep(0.005)

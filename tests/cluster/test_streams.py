@@ -34,7 +34,7 @@ DIALECTS = {
 }  # fmt: skip
 
 
-def until(condition, timeout=30.0):
+def until(condition, timeout=60.0):
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < timeout, "it didn't happen in time"
@@ -44,7 +44,7 @@ def until(condition, timeout=30.0):
 def begin(gateway, path="/v1/completions", events=3, headers=RESUMABLE, **fields):
     """Read so many events, and lose the connection: (stream id, what was read)."""
     body, seen = DIALECTS[path] | fields, ""
-    with httpx.stream("POST", gateway.url + path, json=body, headers=headers, timeout=10) as reply:
+    with httpx.stream("POST", gateway.url + path, json=body, headers=headers, timeout=60) as reply:
         assert reply.status_code == 200, reply.read()
         end = "\n" if path.startswith("/api/") else "\n\n"
         for part in reply.iter_text():
@@ -56,7 +56,7 @@ def begin(gateway, path="/v1/completions", events=3, headers=RESUMABLE, **fields
 
 def resume(gateway, stream_id, after=None, headers=None):
     params = {} if after is None else {"after": after}
-    return httpx.get(f"{gateway.url}/v1/streams/{stream_id}", params=params, headers=headers or {}, timeout=10)
+    return httpx.get(f"{gateway.url}/v1/streams/{stream_id}", params=params, headers=headers or {}, timeout=60)
 
 
 def long(gateway, step_s=0.01, tokens=300):
@@ -131,7 +131,7 @@ def test_nobody_comes_back(live_gateway):
         stream_id, _ = begin(gateway, max_tokens=300)
         left = time.monotonic()
         assert gateway.group.running == 1
-        until(lambda: gateway.group.running == 0, timeout=1.0)
+        until(lambda: gateway.group.running == 0)
         assert time.monotonic() - left > 0.2
         assert gateway.desk.running == 0
         for gone in (ended, stream_id):
@@ -153,7 +153,7 @@ def test_delete_cancels(live_gateway, headers):
     with live_gateway() as gateway:
         long(gateway)
         body = DIALECTS["/v1/completions"] | {"max_tokens": 300}
-        with httpx.stream("POST", gateway.url + "/v1/completions", json=body, headers=headers, timeout=10) as reply:
+        with httpx.stream("POST", gateway.url + "/v1/completions", json=body, headers=headers, timeout=60) as reply:
             lines = reply.iter_lines()
             next(lines)
             url = f"{gateway.url}/v1/streams/{reply.headers['kvasir-stream-id']}"
@@ -191,7 +191,7 @@ def test_what_isnt_kept_says_so(live_gateway):
     with live_gateway() as gateway:
         long(gateway)
         body = DIALECTS["/v1/completions"] | {"max_tokens": 300}
-        with httpx.stream("POST", gateway.url + "/v1/completions", json=body, timeout=10) as reply:
+        with httpx.stream("POST", gateway.url + "/v1/completions", json=body, timeout=60) as reply:
             found = resume(gateway, reply.headers["kvasir-stream-id"])
         assert found.status_code == 400
         assert "kvasir-resumable: true" in found.json()["error"]["message"]
@@ -242,9 +242,9 @@ def test_a_reader_elsewhere_that_goes_away(live_gateway):
         two.others[one.desk.recordings.gateway] = one.url
         long(one)
         stream_id, _ = begin(one, max_tokens=300)
-        with httpx.stream("GET", f"{two.url}/v1/streams/{stream_id}", timeout=10) as reply:
+        with httpx.stream("GET", f"{two.url}/v1/streams/{stream_id}", timeout=60) as reply:
             next(reply.iter_lines())
-        until(lambda: one.group.running == 0, timeout=2.0)
+        until(lambda: one.group.running == 0)
 
 
 # ---- gRPC
@@ -255,7 +255,7 @@ def stub(gateway):
 
 
 def generate(gateway, metadata=(("kvasir-resumable", "true"),), **fields):
-    return stub(gateway).Generate(pb.GenerateRequest(model="bytes", text="Hi", **fields), metadata=metadata, timeout=10)
+    return stub(gateway).Generate(pb.GenerateRequest(model="bytes", text="Hi", **fields), metadata=metadata, timeout=60)
 
 
 def test_grpc_resume(live_gateway):
@@ -279,7 +279,7 @@ def test_grpc_cancel(live_gateway):
             call = generate(gateway, metadata)
             stream_id = dict(call.initial_metadata())["kvasir-stream-id"]
             next(call)
-            stub(gateway).Cancel(pb.CancelRequest(stream_id=stream_id), timeout=10)
+            stub(gateway).Cancel(pb.CancelRequest(stream_id=stream_id), timeout=60)
             with pytest.raises(grpc.RpcError) as raised:
                 list(call)
             assert raised.value.code() == grpc.StatusCode.CANCELLED

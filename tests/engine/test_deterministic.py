@@ -87,7 +87,7 @@ def test_the_engine_gives_the_same_bits_in_any_mixture(kind: str, checkpoint: Ca
                 order = rng.sample(range(9), 9)
                 found = seen(llm, [prompts[i] for i in order])
                 assert found == [want[i] for i in order]
-            deadline = time.monotonic() + 10  # counts are told after a step
+            deadline = time.monotonic() + 60  # counts are told after a step
             while blocks == 16 and not llm.engine.stats().preemptions and time.monotonic() < deadline:
                 time.sleep(0.01)
             assert blocks > 16 or llm.engine.stats().preemptions

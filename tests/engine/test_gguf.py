@@ -144,9 +144,9 @@ def test_a_vocabulary_of_128k_tokens_takes_a_moment(tmp_path: Path) -> None:
     strings = b"".join(text(f"Ġtoken{i}") for i in range(128_000))
     path = tmp_path / "vocabulary.gguf"
     path.write_bytes(raw_file([pair("tokenizer.ggml.tokens", 9, struct.pack("<IQ", 8, 128_000) + strings)]))
-    start = time.perf_counter()
+    start = time.thread_time()
     assert read_gguf(path).metadata["tokenizer.ggml.tokens"][-1] == "Ġtoken127999"
-    assert time.perf_counter() - start < 5
+    assert time.thread_time() - start < 5
 
 
 # Parts of a model
@@ -268,11 +268,11 @@ def test_broken_files_are_refused_at_once(case: str, tmp_path: Path) -> None:
     content, message = BROKEN[case]
     path = tmp_path / "broken.gguf"
     path.write_bytes(content)
-    peak, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    peak, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.thread_time()
     with pytest.raises(ConfigError, match=message) as error:
         read_gguf(path)
     assert "broken.gguf" in str(error.value)
-    assert time.perf_counter() - start < 10
+    assert time.thread_time() - start < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100_000  # KiB
 
 

@@ -45,7 +45,7 @@ def answers(llm: LLM, prompts: Sequence[list[int]]) -> list[list[int]]:
 
 def preempted(llm: LLM) -> bool:
     """Whether a sequence ever was; counts are told after the step."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not llm.engine.stats().preemptions and time.monotonic() < deadline:
         time.sleep(0.01)
     return llm.engine.stats().preemptions > 0

@@ -66,7 +66,7 @@ def filled(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     with LLM(str(llama), **options(folder)) as llm:
         tokens, cached = ask(llm)
         assert cached == 0
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while stats(llm)["disk_stored"] < 20 and time.monotonic() < deadline:
             time.sleep(0.01)
     assert len(blocks(folder)) == 20  # 150 + 11 tokens
@@ -103,7 +103,7 @@ def test_what_the_tiers_hold_is_told(llama: Path, tmp_path: Path) -> None:
         with LLM(str(llama), **options(tmp_path, kv_offloading_size=0.001)) as llm:
             found = {tier: set() for tier in found}
             llm.engine.listen(tell)
-            limit = time.monotonic() + 30
+            limit = time.monotonic() + 60
             while len(found["disk"]) < left and time.monotonic() < limit:
                 time.sleep(0.01)
             assert len(found["disk"]) == left
@@ -229,7 +229,7 @@ def test_a_disk_that_hangs(
         monkeypatch.setattr(tiers._disk, "read", lambda *said: go.wait() and read(*said))
         began = time.monotonic()
         assert ask(llm) == (filled[1], 0)
-        assert 0.3 < time.monotonic() - began < 30
+        assert time.monotonic() - began > 0.3
         llm.engine.pool.reset()
         assert ask(llm) == (filled[1], 0)
         llm.engine.pool.reset()
@@ -356,7 +356,7 @@ def test_every_rank_keeps_its_share(
 
 
 def _wait_for(condition: Callable[[], bool]) -> None:
-    limit = time.monotonic() + 30
+    limit = time.monotonic() + 60
     while not condition() and time.monotonic() < limit:
         time.sleep(0.01)
     assert condition()

