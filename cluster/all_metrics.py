@@ -10,13 +10,12 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector, CollectorRegistry
 
-OtherMetrics = Callable[[], Awaitable[Mapping[str, str]]]
-"""Name -> own series of each other gateway, in Prometheus' text format."""
+OtherMetrics = Callable[[], Awaitable[Mapping[str, str] | None]]
+"""Name -> own series of each other gateway that is known, in Prometheus' text format; None: there can be no others."""
 
 
-async def no_others() -> Mapping[str, str]:
+async def no_others() -> None:
     """Of a gateway that is alone."""
-    return {}
 
 
 def merged(texts: Mapping[str, str]) -> bytes:

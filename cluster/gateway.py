@@ -135,7 +135,7 @@ def _operator_routes(desk: Desk, other_metrics: OtherMetrics) -> list[Route]:
 
     async def scrape(request: Request) -> Response:
         own, others = desk.metrics.render(), await other_metrics()
-        if others:
+        if others is not None:  # with the label even while nobody else is known: series mustn't change their names
             own = merged({**others, desk.recordings.gateway: own.decode()})
         groups = desk.metrics.render_groups(desk.directory, names)
         return Response(groups + own, media_type=metrics.CONTENT_TYPE)

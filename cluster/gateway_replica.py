@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from kvasir.cluster import telemetry
 from kvasir.cluster.auth import load_keys, tenant_of
 from kvasir.cluster.config import ClusterConfig
 from kvasir.cluster.group_client import GroupDirectory
+from kvasir.cluster.siblings import Siblings
 from kvasir.cluster.sockets import authority, bound_socket
 from kvasir.cluster.wire import Endpoint
 from kvasir.engine.config import Role
@@ -86,7 +88,11 @@ class Gateway:
         ttl_s, memory = config.gateway.stream_ttl_s, config.gateway.stream_memory
         self._recordings = Recordings(keys, ttl_s=ttl_s, max_bytes=memory)
         self._door: str | None = None
-        self._doors: dict[str, str] = {}
+        self._doors, self._metrics = (
+            Siblings(partial(_ask_gateways, "door")),
+            Siblings(partial(_ask_gateways, "metrics")),
+        )
+        self._known_doors: dict[str, str | None] = {}
         self._asked_at = 0.0
         self._desk = Desk(
             models,
@@ -167,16 +173,16 @@ class Gateway:
 
     async def _find_gateway(self, name: str) -> str | None:
         """The door of another gateway."""
-        if name not in self._doors and time.monotonic() - self._asked_at > ASK_PAUSE_S:
+        if name not in self._known_doors and time.monotonic() - self._asked_at > ASK_PAUSE_S:
             self._asked_at = time.monotonic()
-            self._doors = await _doors()
-        return self._doors.get(name)
+            self._known_doors = await self._doors.told()
+        return self._known_doors.get(name)
 
-    async def _other_metrics(self) -> dict[str, str]:
+    async def _other_metrics(self) -> dict[str, str] | None:
         """What the other gateways measured: they share our port."""
         if self._config.num_gateways == 1:
-            return {}
-        told: dict[str, str] = dict(await _ask_gateways("metrics"))
+            return None
+        told = await self._metrics.told()
         told.pop(self._recordings.gateway, None)
         return told
 
@@ -215,20 +221,14 @@ def _reachable(host: str) -> str:
     return found if host in ("0.0.0.0", "::", "") else host
 
 
-async def _doors() -> dict[str, str]:
-    """Name -> door of the gateways that live."""
-    return {name: door for name, door in await _ask_gateways("door") if door}
-
-
 async def _ask_gateways(method: str) -> list[Any]:
-    """What the gateways that live answer, this one too."""
+    """What the gateways that live answer, this one too, or the exceptions that came instead. Raises TimeoutError."""
     context = serve.get_replica_context()
     handle: DeploymentHandle[Any] = serve.get_deployment_handle(context.deployment, context.app_name)
     try:
-        answers = await handle.broadcast(method).results_async(timeout_s=ASK_TIMEOUT_S, return_exceptions=True)
-    except (TimeoutError, RayError, RayServeException):
-        return []
-    return [answer for answer in answers if not isinstance(answer, BaseException)]
+        return await handle.broadcast(method).results_async(timeout_s=ASK_TIMEOUT_S, return_exceptions=True)
+    except (RayError, RayServeException) as error:
+        raise TimeoutError("the gateways don't answer") from error
 
 
 class Finder:

@@ -96,7 +96,7 @@ class OpenInference(GRPCInferenceServiceServicer):
         async with as_status(context):
             check_version(request.version)
             models = [self._desk.model(request.name)] if request.name else self._desk.models
-            others = await self._other_metrics()
+            others = await self._other_metrics() or {}
             texts = [self._desk.metrics.render().decode(), *others.values()]
             return statistics(texts, [model.name for model in models])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 
 import httpx
@@ -9,7 +10,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvasir.cluster.all_metrics import merged
+from kvasir.cluster.gateway import close_app, create_app
 from kvasir.cluster.metrics import Metrics
+from kvasir.cluster.siblings import Siblings
 from kvasir.engine.event import Finished
 from kvasir.engine.request import Request, SamplingParams
 
@@ -150,3 +153,54 @@ def test_of_several_gateways():
     assert [s.labels["le"] for s in (buckets[0], buckets[-1])] == ["0.001", "+Inf"]
     assert buckets[-1].value == 3
     assert [s.value for s in buckets] == sorted(s.value for s in buckets)
+
+
+def test_labels_are_the_same_when_nobody_else_answers(live):
+    """Of gateways that share a port: the label is there before others are known, and when they are slow."""
+    complete(live)
+
+    async def scrape(others):
+        async def told():
+            return others
+
+        app = create_app(live.desk, live.config, other_metrics=told)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+            text = (await client.get("/metrics")).text
+        await close_app(app)
+        return [s for family in text_string_to_metric_families(text) for s in family.samples]
+
+    def labelled(others):
+        found = [s for s in asyncio.run(scrape(others)) if s.name == "vllm:request_success_total"]
+        assert found
+        return {s.labels.get("gateway") for s in found}
+
+    own = live.desk.recordings.gateway
+    other = live.desk.metrics.render().decode()
+    assert labelled(None) == {None}
+    assert labelled({}) == {own}
+    assert labelled({"b": other}) == {own, "b"}
+
+
+def test_who_does_not_answer_is_taken_to_be_as_it_was():
+    answers = iter(
+        [
+            [("a", "1"), ("b", "1"), ("c", "1")],
+            [("a", "2"), RuntimeError("slow"), ("c", "2")],
+            TimeoutError(),
+            [("a", "4"), ("c", "4")],
+        ]
+    )
+
+    async def ask():
+        if isinstance(answer := next(answers), TimeoutError):
+            raise answer
+        return answer
+
+    async def told():
+        siblings = Siblings(ask)
+        return [await siblings.told() for _ in range(4)]
+
+    first, second, third, fourth = asyncio.run(told())
+    assert first == {"a": "1", "b": "1", "c": "1"}
+    assert second == third == {"a": "2", "b": "1", "c": "2"}
+    assert fourth == {"a": "4", "c": "4"}
