@@ -191,12 +191,16 @@ class Output:
     @classmethod
     def opened(cls, input_path: Path, output_path: Path) -> Output:
         """Read what is there, repair a last line that a crash left half written, and take out what failed."""
-        if not input_path.is_file():
-            raise ConfigError(f"there is no file {str(input_path)!r}", param="input")
+        try:
+            if not input_path.is_file():
+                raise ConfigError(f"there is no file {str(input_path)!r}", param="input")
+            input_path.open("rb").close()
+        except OSError as error:
+            raise ConfigError(f"can't read {str(input_path)!r}: {_why(error)}", param="input") from error
         try:
             file = output_path.open("a+b")
         except OSError as error:
-            raise ConfigError(f"can't write {str(output_path)!r}: {error.strerror}", param="output") from error
+            raise ConfigError(f"can't write {str(output_path)!r}: {_why(error)}", param="output") from error
         try:
             return cls._from_file(file, input_path, output_path)
         except BaseException:
@@ -213,7 +217,14 @@ class Output:
             raise ConfigError(f"another run is writing {str(output_path)!r}", param="output") from error
         output = cls(file)
         output._load(output_path)
-        return output._without_failed(output_path) if output.failed else output
+        if not output.failed:
+            return output
+        real = output_path.resolve()  # a link keeps leading to it
+        try:
+            return output._without_failed(real)
+        except OSError as error:
+            text = f"lines of {str(output_path)!r} failed; to try them again, {str(real.parent)!r} must take a new file"
+            raise ConfigError(f"{text}: {_why(error)}", param="output") from error
 
     def _without_failed(self, path: Path) -> Output:
         """The same without the lines that failed: a crash leaves the old file or the new one."""
@@ -303,6 +314,10 @@ class Output:
     def __exit__(self, *exc: object) -> None:
         self._sync()
         self.file.close()
+
+
+def _why(error: OSError) -> str:
+    return error.strerror or str(error)
 
 
 def _copy(source: IO[bytes], target: IO[bytes], begin: int, end: int) -> None:

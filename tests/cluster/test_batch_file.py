@@ -9,8 +9,9 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -207,6 +208,53 @@ def test_files_that_cannot_be_used(tmp_path: Path, out: Path) -> None:
         _run(source, source)
     assert source.read_text()
     with Output.opened(source, out), pytest.raises(ConfigError, match="another run is writing"):
+        _run(source, out)
+
+
+def test_an_output_that_is_a_link_stays_one(tmp_path: Path, out: Path) -> None:
+    real = tmp_path / "elsewhere" / "real.jsonl"
+    real.parent.mkdir()
+    out.symlink_to(real)
+    source = _write(tmp_path / "in.jsonl", {"prompt": "a", "bad": 1}, {"prompt": "b"})
+    assert _run(source, out) == Tally(1, 1, 0)
+    _write(source, {"prompt": "a"}, {"prompt": "b"})
+    assert _run(source, out) == Tally(1, 0, 1)
+    assert out.is_symlink()
+    assert [entry["text"] for entry in _read(real)] == ["A", "B"]
+    assert [*real.parent.iterdir()] == [real]
+
+
+@pytest.fixture
+def stranger() -> Iterator[Path]:
+    """A folder of its own for who may not do everything: root may, whatever a file's mode says."""
+    with TemporaryDirectory() as folder:
+        if root := os.geteuid() == 0:
+            os.chown(folder, 65534, 65534)
+            os.seteuid(65534)
+        try:
+            yield Path(folder)
+        finally:
+            if root:
+                os.seteuid(0)
+            os.chmod(folder, 0o700)
+
+
+def test_files_that_may_not_be_used(stranger: Path) -> None:
+    source = _write(stranger / "in.jsonl", {"prompt": "a", "bad": 1})
+    out = stranger / "out.jsonl"
+    assert _run(source, out) == Tally(0, 1, 0)
+    before = out.read_bytes()
+    stranger.chmod(0o500)
+    with pytest.raises(ConfigError, match="must take a new file: Permission denied"):
+        _run(source, out)
+    assert out.read_bytes() == before
+    with pytest.raises(ConfigError, match=r"can't write .*: Permission denied"):
+        _run(source, stranger / "other.jsonl")
+    source.chmod(0)
+    with pytest.raises(ConfigError, match=r"can't read .*: Permission denied"):
+        _run(source, out)
+    stranger.chmod(0)
+    with pytest.raises(ConfigError, match=r"can't read .*: Permission denied"):
         _run(source, out)
 
 
