@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.output import Logprob, RequestOutput
@@ -81,6 +81,13 @@ class BeamSearchOutput:
     sequences: list[BeamSearchSequence]
 
 
+def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several: a list of ids is one."""
+    if isinstance(prompts, (str, Mapping)) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [cast("Prompt", prompts)]
+    return list(cast("Sequence[Prompt]", prompts))
+
+
 class EntryPoints:
     """Methods of `LLM` in terms of others."""
 
@@ -99,14 +106,11 @@ class EntryPoints:
         concurrency_limit: int | None = None,
     ) -> list[BeamSearchOutput]:
         """The likeliest continuations of each prompt as a whole; `concurrency_limit`: so many prompts at a time."""
-        sampling = params.sampling()
-        if concurrency_limit is None or isinstance(prompts, (str, Mapping)):
-            return [self._beams(one) for one in self.generate(prompts, sampling, use_tqdm=use_tqdm)]
-        if concurrency_limit < 1:
-            raise ClientError(
-                f"concurrency_limit must be at least 1, got {concurrency_limit}", param="concurrency_limit"
-            )
-        parts = [prompts[at : at + concurrency_limit] for at in range(0, len(prompts), concurrency_limit)]
+        sampling, asked = params.sampling(), as_list(prompts)
+        limit = max(1, len(asked)) if concurrency_limit is None else concurrency_limit
+        if limit < 1:
+            raise ClientError(f"concurrency_limit must be at least 1, got {limit}", param="concurrency_limit")
+        parts = [asked[at : at + limit] for at in range(0, len(asked), limit)]
         return [self._beams(one) for part in parts for one in self.generate(part, sampling, use_tqdm=use_tqdm)]
 
     def encode(

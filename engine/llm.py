@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.engine import Engine
-from kvasir.engine.entry_points import EntryPoints
+from kvasir.engine.entry_points import EntryPoints, as_list
 from kvasir.engine.errors import ERRORS, ClientError, ConfigError, OverloadedError, ServerError
 from kvasir.engine.event import Event, Failed, Pooled
 from kvasir.engine.model_files import ModelFiles
@@ -148,7 +148,7 @@ class LLM(EntryPoints):
         priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Continue every prompt; results in the order of the prompts. Bad input raises before anything runs."""
-        many = _as_list(prompts)
+        many = as_list(prompts)
         sampling = _spread(sampling_params, len(many), "sampling_params")
         priorities = _spread(priority, len(many), "priority")
         context = self.engine.info.max_model_len
@@ -200,7 +200,7 @@ class LLM(EntryPoints):
         """A vector of each prompt. `prompt_name`: which of the model's prompts (query, document, ...) stands before the
         texts. Prompts that are too long are an error unless `truncate_prompt_tokens` says where to cut (-1: at the
         model's limit)."""
-        passages = [self._text.passage(prompt, prompt_name) for prompt in _as_list(prompts)]
+        passages = [self._text.passage(prompt, prompt_name) for prompt in as_list(prompts)]
         done = self._pool(passages, pooling_params or PoolingParams(), "embed", truncate_prompt_tokens, use_tqdm)
         return [pooling_output(request, event, EmbeddingOutput(list(event.values))) for request, event in done]
 
@@ -213,7 +213,7 @@ class LLM(EntryPoints):
         use_tqdm: bool = True,
     ) -> list[ClassificationRequestOutput]:
         """The probability of each of the model's labels, for each prompt."""
-        passages = [self._text.passage(prompt) for prompt in _as_list(prompts)]
+        passages = [self._text.passage(prompt) for prompt in as_list(prompts)]
         params = pooling_params or PoolingParams(task="classify")
         done = self._pool(passages, params, "classify", truncate_prompt_tokens, use_tqdm)
         return [pooling_output(request, event, ClassificationOutput(list(event.values))) for request, event in done]
@@ -377,13 +377,6 @@ def _pairs(queries: str | Sequence[str], documents: str | Sequence[str]) -> tupl
     if len(left) != len(right):
         raise ClientError(f"{len(left)} queries don't pair with {len(right)} documents", param="queries")
     return left, right
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several: a list of ids is one."""
-    if isinstance(prompts, (str, Mapping)) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-        return [cast("Prompt", prompts)]
-    return list(cast("Sequence[Prompt]", prompts))
 
 
 def _spread(given: Any, count: int, name: str) -> list[Any]:

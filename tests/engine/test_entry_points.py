@@ -33,6 +33,10 @@ def test_beam_search(llm):
     many = llm.beam_search(["Once upon a", plain.prompt_token_ids], params, concurrency_limit=1)
     assert [[beam.tokens for beam in one.sequences] for one in many] == [[b.tokens for b in found.sequences]] * 2
     assert many[1].sequences[0].text.endswith(plain.outputs[0].text)
+    for limit in (None, 1, 2):  # one list of ids is one prompt
+        (alone,) = llm.beam_search(plain.prompt_token_ids, params, concurrency_limit=limit)
+        assert [beam.tokens for beam in alone.sequences] == [beam.tokens for beam in found.sequences]
+    assert llm.beam_search([], params) == llm.beam_search([], params, concurrency_limit=1) == []
 
 
 def test_what_a_beam_search_cant_do(llm):
@@ -40,6 +44,8 @@ def test_what_a_beam_search_cant_do(llm):
         llm.beam_search("a", BeamSearchParams(beam_width=2, max_tokens=2, temperature=0.5))
     with pytest.raises(ClientError, match="concurrency_limit"):
         llm.beam_search(["a"], BeamSearchParams(beam_width=2, max_tokens=2), concurrency_limit=0)
+    with pytest.raises(ClientError, match="concurrency_limit"):
+        llm.beam_search("a", BeamSearchParams(beam_width=2, max_tokens=2), concurrency_limit=0)
     with pytest.raises(ClientError, match="n must"):
         llm.beam_search("a", BeamSearchParams(beam_width=0, max_tokens=2))
 
