@@ -81,7 +81,7 @@ def _call(out: list[Json], item: Item, at: str) -> None:
     given = _string(item, "arguments", at)
     try:
         arguments = json.loads(given)
-    except ValueError:
+    except (ValueError, RecursionError):
         arguments = given  # as the model wrote it
     call_id = _string(item, "call_id", at)
     call = {"id": call_id, "type": "function", "function": {"name": _string(item, "name", at), "arguments": arguments}}

@@ -28,7 +28,7 @@ from kvasir.cluster.service_fields import check_metadata, check_tier, priority
 from kvasir.cluster.structured_fields import structured_output
 from kvasir.cluster.tool_use import tool_use
 from kvasir.engine.errors import ClientError, UnsupportedError
-from kvasir.engine.request import MAX_LOGPROBS
+from kvasir.engine.request import MAX_LOGPROBS, SamplingParams
 
 Body = Mapping[str, Any]
 Json = dict[str, Any]
@@ -179,6 +179,7 @@ def parse_response(body: Body) -> ResponseAsk:
     logprobs, more = _logprobs(fields)
     if logprobs is not None:
         sampling["logprobs"] = logprobs
+    SamplingParams(**sampling)  # one that runs later is refused now
     items = input_items(fields.get("input"))
     call = Call(
         model=fields.get("model", ""),

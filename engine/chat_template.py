@@ -198,7 +198,7 @@ def _function(call: Any) -> Any:
 def _object(text: str, at: str) -> dict[str, Any]:
     try:
         value = json.loads(text or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ClientError(f"{at}: a tool call's arguments aren't valid JSON: {error}", param="messages") from error
     if not isinstance(value, dict):
         raise ClientError(f"{at}: a tool call's arguments must be a JSON object", param="messages")

@@ -290,7 +290,7 @@ def _as_text(processors: object) -> dict[str, str]:
     try:
         given = {str(k): json.loads(v) if isinstance(v, str) else v for k, v in processors.items()}
         found = {name: json.dumps(arguments or {}, sort_keys=True) for name, arguments in given.items()}
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ClientError(f"logits_processors: arguments must be JSON: {error}", param="logits_processors") from error
     if wrong := [name for name, text in found.items() if not text.startswith("{")]:
         raise ClientError(f"logits_processors: arguments of {wrong[0]!r} must be an object", param="logits_processors")

@@ -23,6 +23,7 @@ from kvasir.engine.errors import ConfigError
 SERVE = """
 import dataclasses, importlib.util, json, os, sys, time
 conftest, model, served, timeout = sys.argv[1:]
+sys.path.append(os.path.dirname(conftest))
 from kvasir.cluster import app
 from kvasir.cluster.config import ClusterConfig, GatewayConfig
 from kvasir.engine.config import EngineConfig

@@ -178,6 +178,14 @@ def test_refusals(gateway, fields, param):
     assert reply.json()["error"]["param"] == param
 
 
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize(("name", "value"), [("temperature", "hot"), ("top_p", {}), ("max_output_tokens", -1)])
+def test_what_sampling_cannot_be_is_refused_at_once(gateway, background, name, value):
+    reply = post(gateway, input="Hi", background=background, **{name: value})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == name
+
+
 def test_structured_output(gateway):
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     form = {"type": "json_schema", "name": "x", "schema": schema, "strict": True}

@@ -14,10 +14,6 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 GROWN = HERE.parents[1] / "build" / "fuzz"
-NAMES = (
-    "answers", "bodies", "constraints", "gguf", "tokenizer_files", "vocabularies", "templates", "multipart", "messages",
-    "peers", "identifiers",
-)  # fmt: skip
 
 
 def fuzz(name: str, arguments: list[str]) -> None:
@@ -49,10 +45,14 @@ def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         fuzz(sys.argv[2], sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("targets", nargs="*", default=[*NAMES], help="default: all")
+    parser.add_argument("targets", nargs="*", help="default: all")
     parser.add_argument("--seconds", type=int, default=60, help="of each (default: 60)")
     options = parser.parse_args()
-    good = [run(name, options.seconds) for name in options.targets]
+    from targets import TARGETS
+
+    if unknown := {*options.targets} - {*TARGETS}:
+        parser.error(f"there is no target {', '.join(sorted(unknown))}; there is: {', '.join(sorted(TARGETS))}")
+    good = [run(name, options.seconds) for name in options.targets or TARGETS]
     sys.exit(0 if all(good) else 1)
 
 

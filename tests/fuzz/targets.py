@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import formats
 import orjson
+import routes
 from google.protobuf.message import DecodeError, Message
 
 from kvasir.cluster import (
@@ -24,14 +26,13 @@ from kvasir.cluster import (
     responses_schema,
     wire,
 )
-from kvasir.cluster.answer_parts import AnswerReader, read_answer, text_of
 from kvasir.cluster.call import request_id_from
 from kvasir.cluster.files_api import expires_after
 from kvasir.cluster.multipart import Multipart
 from kvasir.cluster.pages import Page
 from kvasir.cluster.recordings import Recordings
 from kvasir.cluster.service_fields import check_metadata
-from kvasir.cluster.tool_formats import THOUGHT_FORMATS, TOOL_FORMATS
+from kvasir.cluster.tool_formats import TOOL_FORMATS
 from kvasir.engine import gguf_config, gguf_tokenizer
 from kvasir.engine.chat_template import ChatTemplates
 from kvasir.engine.errors import ClientError, ConfigError
@@ -46,9 +47,6 @@ from kvasir.proto import group_pb2 as pb
 
 Target = Callable[[bytes], None]
 
-_TOOLS = [None, *TOOL_FORMATS.values()]
-_THOUGHTS = [None, *THOUGHT_FORMATS.values()]
-_SCHEMAS = {"f": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}}}
 _BODIES: list[Callable[[dict[str, Any]], Any]] = [
     openai_schema.parse_chat,
     openai_schema.parse_completion,
@@ -72,21 +70,6 @@ _TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho
 _TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 _FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "tokenizer_config.json")
 _BOXES = [pb.GatewayMessage, pb.GroupMessage]
-
-
-def answers(data: bytes) -> None:
-    """Answers of models: however they are cut, the same is read."""
-    if len(data) < 3:
-        return
-    tools, thoughts = _TOOLS[data[0] % len(_TOOLS)], _THOUGHTS[data[1] % len(_THOUGHTS)]
-    text = data[3:].decode("utf-8", "replace")
-    begun, step = bool(data[2] & 128), data[2] % 16 + 1
-    whole = read_answer(AnswerReader(tools, thoughts, begun=begun, schemas=_SCHEMAS), text)
-    reader = AnswerReader(tools, thoughts, begun=begun, schemas=_SCHEMAS)
-    parts = [part for at in range(0, len(text), step) for part in reader.feed(text[at : at + step])]
-    parts += reader.finish()
-    for kind in ("content", "reasoning", "call", "arguments"):
-        assert text_of(parts, kind) == text_of(whole, kind), (kind, text)
 
 
 def bodies(data: bytes) -> None:
@@ -217,9 +200,9 @@ def _file(name: str, data: bytes) -> Any:
         yield path
 
 
-TARGETS: dict[str, Target] = {
+TARGETS: dict[str, Target] = formats.TARGETS | routes.TARGETS | {
     function.__name__: function
     for function in (
-        answers, bodies, constraints, gguf, tokenizer_files, vocabularies, templates, multipart, messages, peers, identifiers,
+        bodies, constraints, gguf, tokenizer_files, vocabularies, templates, multipart, messages, peers, identifiers,
     )
 }  # fmt: skip
