@@ -256,7 +256,12 @@ def _serve_parser(parser: argparse.ArgumentParser) -> None:
 def _plan_parser(parser: argparse.ArgumentParser) -> None:
     _model_argument(parser)
     parser.add_argument("--gpus", type=_count, metavar="N", default=1, help="how many (default: 1)")
-    parser.add_argument("--gpu", metavar="NAME", default="H100-80GB", help="which (default: H100-80GB)")
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        default="H100-80GB",
+        help="which; cpu: the cores of this machine, measured now (default: H100-80GB)",
+    )
     parser.add_argument("--streams", type=_count, metavar="N", default=64, help="streams at once (default: 64)")
     parser.add_argument("--json", action="store_true", help="print the layouts as JSON")
     _add_options(parser, [option for option in options().values() if option.of_engine])

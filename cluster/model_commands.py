@@ -52,14 +52,16 @@ def plan(engine: EngineConfig, gpu: str, gpus: int, *, streams: int, as_json: bo
     import torch
 
     from kvasir.engine.arch import load_spec
+    from kvasir.engine.cpu_device import cpu_device
     from kvasir.engine.memory import DTYPES
     from kvasir.engine.model_files import ModelFiles
     from kvasir.engine.parallel_plan import find_device, plans
 
-    device = find_device(gpu)
     spec = load_spec(ModelFiles(replace(engine, load_format="dummy")).config)
     length = engine.max_model_len or min(spec.max_len, LENGTH)
     dtype = DTYPES.get(engine.dtype, torch.bfloat16)
+    here = gpu.lower() == "cpu"
+    device = cpu_device(gpus, streams, dtype, engine.num_threads) if here else find_device(gpu)
     found = plans(engine, spec, dtype, device, gpus, streams=streams, length=length)
     if as_json:
         print(json.dumps([asdict(one) for one in found], indent=1))
@@ -82,7 +84,10 @@ def plan(engine: EngineConfig, gpu: str, gpus: int, *, streams: int, as_json: bo
         f"{engine.model} in {str(dtype).removeprefix('torch.')}{kept} on {gpus} x {gpu}; {streams} streams of {length} tokens:\n"
     )
     print(_table(heads, (_layout(one, best=one is found[0] and one.fits) for one in found)))
-    print("\nPer rank, at the devices' published limits: bounds, not measurements.")
+    if here:
+        print(f"\nPer rank, by what {gpus} of them were just measured to do at once on this machine.")
+    else:
+        print("\nPer rank, at the devices' published limits: bounds, not measurements.")
     if not found[0].fits:
         print("No layout has room for one sequence: use more or larger GPUs, or lower --max-model-len.")
         return 1

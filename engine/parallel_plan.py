@@ -1,7 +1,7 @@
-"""What each layout of ranks would hold, take and exchange, computed from the model's facts and a device's published limits.
+"""What each layout of ranks would hold, take and exchange, computed from the model's facts and a device's limits.
 
-Step times are bounds: the larger of bytes over bandwidth and operations over rate, plus exchanges; what is measured on
-real devices lies above.
+By a GPU's published limits step times are bounds: the larger of bytes over bandwidth and operations over rate, plus exchanges;
+what is measured on real devices lies above. By what was measured of a CPU (`cpu_device`) they are estimates.
 """
 
 from __future__ import annotations
@@ -16,20 +16,19 @@ from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.layout import Room, layout
-from kvasir.engine.memory import activation_bytes, resolve_cache_dtype
+from kvasir.engine.memory import activation_bytes, resolve_cache_dtype, token_budget
 from kvasir.engine.mesh import Mesh, Place
 from kvasir.engine.share import Share, share_of, stages
 from kvasir.engine.spec import Spec
 from kvasir.engine.weights import weight_bytes
 
 GB = 10**9
-ROWS = 8192
-"""Token budget of a step on a GPU."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU's published limits; `link` is what one sends to its neighbours, one way."""
+    """A GPU's published limits, or what a rank on a CPU was measured to do; `link` is what one sends to its neighbours, one
+    way."""
 
     memory: int
     bandwidth: float
@@ -40,6 +39,27 @@ class Device:
     """Bytes per second."""
     latency: float = 10e-6
     """Seconds that an exchange takes whatever its size."""
+    message: float | None = None
+    """The same of what one stage hands to the next; None: the same."""
+    layer: float = 0.0
+    """Seconds that a layer takes whatever its size."""
+    products: Sequence[tuple[int, float]] = ()
+    """(rows, bytes per second of weights by which so many are multiplied), measured; none: by bandwidth and rate."""
+    kind: str = "cuda"
+    """torch's name of the type of device."""
+
+    def product(self, read: float, active: float, rows: float) -> float:
+        """Seconds for `rows` rows times `read` bytes of weights, of which each row meets `active`."""
+        if not self.products:  # two operations per weight of two bytes
+            return max(read / self.bandwidth, rows * active / self.rate)
+        rows = rows * active / read if read else 0  # of those that meet a weight
+        known = [(float(count), 1 / speed) for count, speed in self.products]
+        lower = next((at for at in reversed(known) if at[0] <= rows), known[0])
+        upper = next((at for at in known if at[0] >= rows), known[-1])
+        if rows > upper[0]:
+            return read * upper[1] * rows / upper[0]
+        share = (rows - lower[0]) / (upper[0] - lower[0]) if upper[0] > lower[0] else 0.0
+        return read * (lower[1] + max(0.0, share) * (upper[1] - lower[1]))
 
 
 DEVICES = {
@@ -110,13 +130,12 @@ def plan(
     shape = layout(spec, length, stages(spec, place.pp, config.pipeline_layer_partition))
     kept = resolve_cache_dtype(config, dtype)
     block = max(KVCache.block_bytes(share.spec, config.block_size, kept, shape.height) for share in held)
+    kind = torch.device(device.kind)
     free = min(
-        int(device.memory * config.gpu_memory_utilization)
-        - size
-        - activation_bytes(config, share.spec, dtype, torch.device("cuda"))
+        int(device.memory * config.gpu_memory_utilization) - size - activation_bytes(config, share.spec, dtype, kind)
         for share, size in zip(held, sizes, strict=True)
     )
-    room = Room(shape, config.block_size, ROWS)
+    room = Room(shape, config.block_size, token_budget(config, spec, kind))
     blocks = max(0, free) // block
     sequences = min(blocks // room.blocks(length), config.max_num_seqs) if blocks else 0
     batch = max(1, min(sequences or 1, -(-streams // dp)))
@@ -140,7 +159,7 @@ def find_device(name: str) -> Device:
     """ConfigError names those that are known."""
     found = next((device for known, device in DEVICES.items() if known.lower() == name.lower()), None)
     if found is None:
-        raise ConfigError(f"--gpu {name}: not known; known are {', '.join(DEVICES)}", param="gpu")
+        raise ConfigError(f"--gpu {name}: not known; known are {', '.join(DEVICES)} and cpu", param="gpu")
     return found
 
 
@@ -168,28 +187,40 @@ def _times(
     place = shares[0].mesh.place
     part = -(-batch // place.pp)
     seconds = [_stage(share, size, device, part, cached) for share, size in zip(shares, sizes, strict=True)]
-    hand_over = (place.pp - 1) * (device.latency + part * shares[0].full.hidden * 2 / device.link)
+    message = device.latency if device.message is None else device.message
+    hand_over = (place.pp - 1) * (message + part * shares[0].full.hidden * 2 / device.link)
     return max(sum(seconds), place.pp * max(seconds)) + hand_over, part / max(seconds)
 
 
 def _stage(share: Share, size: int, device: Device, rows: int, cached: float) -> float:
-    spec, facts = share.full, share.full.experts
-    read = float(size)
-    active = float(size)
+    """Of a step of so many rows, each behind `cached` bytes."""
+    spec, facts, tp = share.full, share.full.experts, share.mesh.place.tp
+    dense = float(size - _looked_up(share))
+    seconds = rows * cached / device.bandwidth + len(share.layers) * device.layer
     if facts:
         mixtures = sum(spec.layers[number].experts for number in share.layers)
-        expert = 3 * spec.hidden * facts.ffn * 2 / share.mesh.place.tp
+        expert = mixtures * 3 * spec.hidden * facts.ffn * 2 / tp
         idle = (1 - facts.per_token / facts.count) ** rows
-        read -= mixtures * facts.count * idle * expert
-        active -= mixtures * (facts.count - facts.per_token) * expert
-    compute = rows * active / device.rate  # two operations per weight of two bytes
-    moved = (read + rows * cached) / device.bandwidth
-    tp = share.mesh.place.tp
-    exchange = 0.0
+        dense -= facts.count * expert
+        seconds += device.product(facts.count * (1 - idle) * expert, facts.per_token * expert, rows)
+    seconds += device.product(dense, dense, rows)
     if tp > 1:
         each = device.latency + 2 * (tp - 1) / tp * rows * spec.hidden * 2 / device.link
-        exchange = 2 * len(share.layers) * each
-    return max(compute, moved) + exchange
+        seconds += (_sums(share) + share.last) * each
+    return seconds
+
+
+def _looked_up(share: Share) -> int:
+    """Bytes of an embedding that isn't the head: a row of it is read, not all."""
+    spec = share.full
+    apart = share.first and not (spec.tied and spec.lm_head and share.last)
+    return len(share.vocab) * (spec.embed_dim or spec.hidden) * 2 if apart else 0
+
+
+def _sums(share: Share) -> int:
+    """Over the ranks of a stage in one step."""
+    once = share.full.placement.startswith("parallel")
+    return (1 if once else 2) * len(share.layers) + share.first
 
 
 def _traffic(held: Sequence[Share], itemsize: int) -> float:
@@ -199,10 +230,7 @@ def _traffic(held: Sequence[Share], itemsize: int) -> float:
     row = full.hidden * itemsize
 
     def sent(share: Share) -> float:
-        sums = (
-            2 * len(share.layers) + share.first if full.placement[:8] != "parallel" else len(share.layers) + share.first
-        )
         logits = full.vocab / tp * torch.float32.itemsize if share.last and tp > 1 and full.lm_head else 0
-        return sums * 2 * (tp - 1) / tp * row + (not share.last) * row + logits
+        return _sums(share) * 2 * (tp - 1) / tp * row + (not share.last) * row + logits
 
     return max(map(sent, held))

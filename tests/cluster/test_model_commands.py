@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kvasir.cluster.cli import main
 from kvasir.engine.arch import supported
+from kvasir.engine.parallel_plan import Device
 
 MIXTRAL = {
     "model_type": "mixtral",
@@ -144,3 +146,31 @@ def test_how_a_model_lies_on_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[
         main(["plan", path, "--gpu", "L4-24GB"])
     assert end.value.code == 1
     assert "use more or larger GPUs" in capsys.readouterr().out
+
+
+def test_layouts_of_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", folder(tmp_path, MIXTRAL), "--gpus", "4", "--gpu", "H100-80GB", "--streams", "8"]
+    found = json.loads(shown(capsys, *asked, "--json"))
+    assert {(each["tp"], each["pp"], each["dp"]) for each in found} == {
+        (1, 1, 4), (1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1),
+    }  # fmt: skip
+    assert {(each["tp"], each["pp"]) for each in found if not each["sequences"]} == {(1, 1)}, "93 GB don't fit on one"
+    best = found[0]
+    assert f"-tp {best['tp']} -pp {best['pp']} -dp {best['dp']}" in shown(capsys, *asked).splitlines()[-1]
+
+
+def test_layouts_of_this_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Speeds by which it is predicted are measured for as many ranks, rows and threads."""
+    asked: list[Any] = []
+
+    def measured(*given: Any) -> Device:
+        asked.append(given)
+        return Device(200 * 10**9, 1e10, 1e12, 1e9, kind="cpu", products=((1, 1e10), (64, 1e9)))
+
+    monkeypatch.setattr("kvasir.engine.cpu_device.cpu_device", measured)
+    words = ["plan", folder(tmp_path, MIXTRAL), "--gpus", "2", "--gpu", "CPU", "--streams", "8", "--num-threads", "1"]
+    text = shown(capsys, *words)
+    assert asked == [(2, 8, torch.bfloat16, 1)]
+    assert "by what 2 of them were just measured to do" in text

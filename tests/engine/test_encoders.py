@@ -67,11 +67,17 @@ def test_hidden_states_equal(case: str, encoder: Callable[..., tuple[Decoder, An
         assert (got - want).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("dealt", [False, True])
+@pytest.mark.parametrize(("tp", "pp", "dealt"), [(2, 1, False), (1, 2, False), (2, 2, False), (2, 2, True)])
 def test_hidden_states_equal_on_ranks(
-    dealt: bool, checkpoint: Callable[..., tuple[Path, Any]], ragged: Any, on_ranks: Any, monkeypatch: Any
+    tp: int,
+    pp: int,
+    dealt: bool,
+    checkpoint: Callable[..., tuple[Path, Any]],
+    ragged: Any,
+    on_ranks: Any,
+    monkeypatch: Any,
 ) -> None:
-    """Two stages of two ranks; rows dealt out between them, or not."""
+    """Rows dealt out between the ranks of a stage, or not."""
     monkeypatch.setattr(rows, "dealing_wins", lambda mesh, *_: dealt)
     folder, model = checkpoint("Bert", auto="AutoModel")
     spec = load_spec(json.loads((folder / "config.json").read_text()))
@@ -82,7 +88,7 @@ def test_hidden_states_equal_on_ranks(
             load_decoder(folder, spec, dtype=torch.float32, device=CPU, share=share_of(spec, mesh)), prompts, ragged
         )
 
-    for got, prompt in zip(on_ranks(2, 2, work)[2], prompts, strict=True):
+    for got, prompt in zip(on_ranks(tp, pp, work)[tp * (pp - 1)], prompts, strict=True):
         with torch.no_grad():
             want = model(torch.tensor([prompt])).last_hidden_state[0]
         assert (got - want).abs().max() <= 1e-4

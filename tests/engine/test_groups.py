@@ -157,6 +157,25 @@ def _cancelled(llm: LLM) -> None:
     assert sorted(event.reason for event in ended) == ["abort"] * 3 + ["length"] * 3  # type: ignore[union-attr]
 
 
+def test_experts_dealt_out_whole(checkpoint: Any) -> None:
+    """--enable-expert-parallel: each of two processes has half of the experts, and the tokens are those of one."""
+    experts = {"num_local_experts": 5, "num_experts_per_tok": 2}
+    folder, _ = checkpoint("Mixtral", vocab_size=97, **experts)
+    options: dict[str, Any] = {
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+        "num_threads": 1,
+        "kv_cache_memory_bytes": 1 << 21,
+    }
+    prompts = [[5, 6, 7], list(range(3, 60)), [9]]
+    sampling = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    with LLM(str(folder), **options) as alone:
+        wanted = alone.generate(prompts, sampling, use_tqdm=False)
+    with LLM(str(folder), **options, tensor_parallel_size=2, enable_expert_parallel=True) as llm:
+        found = llm.generate(prompts, sampling, use_tqdm=False)
+    assert [each.outputs[0].token_ids for each in found] == [each.outputs[0].token_ids for each in wanted]
+
+
 def test_vectors(checkpoint: Any) -> None:
     """An encoder over two stages of two ranks."""
     folder, _ = checkpoint("Bert", auto="AutoModel", vocab_size=97, num_key_value_heads=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from kvasir.engine.arch import load_spec
 from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
+from kvasir.engine.cpu_device import cpu_device
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.layout import layout
 from kvasir.engine.mesh import Mesh, Place
@@ -131,6 +133,51 @@ def test_idle_experts_aren_t_read() -> None:
         plan(CONFIG, spec, torch.bfloat16, slow, Place(), 1, streams=streams, length=16).step_s for streams in (1, 250)
     )
     assert 5 < many / one < 9
+
+
+MEASURED = Device(
+    GB, bandwidth=1e10, rate=1e12, link=1e8, latency=1e-4, message=3e-4, layer=1e-5, kind="cpu",
+    products=((1, 1e10), (4, 8e9), (8, 5e9)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "speed"), [(1, 1e10), (4, 8e9), (6, 2 / (1 / 8e9 + 1 / 5e9)), (8, 5e9), (16, 2.5e9)])
+def test_products_go_by_what_was_measured(rows: int, speed: float) -> None:
+    """Between two counts of rows, and beyond the last one in proportion."""
+    assert MEASURED.product(1e9, 1e9, rows) == pytest.approx(1e9 / speed)
+    assert MEASURED.product(1e9, 1e9 / 4, 4 * rows) == pytest.approx(1e9 / speed), (
+        "a row meets a quarter of the weights"
+    )
+
+
+def test_a_step_is_the_sum_of_its_parts() -> None:
+    """Products, layers, keys and values, sums over ranks, hand-overs: each as often as it happens."""
+    tied = dataclasses.replace(SPEC, tied=True)
+
+    def step(tp: int, pp: int) -> float:
+        return plan(CONFIG, tied, torch.bfloat16, MEASURED, Place(tp, pp), 1, streams=8, length=64).step_s
+
+    layers, table = 6 * (64 * (8 + 2 * 4 + 8) * 8 + 3 * 64 * 256) * 2, 1000 * 64 * 2
+    kept, norms = 8 * 64 * 6 * 2 * 4 * 8 * 2 / 1e10, 2 * 64 * 13
+    assert step(1, 1) == pytest.approx((layers + table + norms) / 5e9 + kept + 6 * 1e-5, rel=1e-3)
+    half = layers / 2 + table / 2 + norms
+    sums = (2 * 6 + 1 + 1) * (1e-4 + 8 * 64 * 2 / 1e8)
+    assert step(2, 1) == pytest.approx(half / 5e9 + kept / 2 + 6 * 1e-5 + sums, rel=1e-2)
+    stages_ = [layers * count / 6 + table * last for count, last in ((4, 0), (2, 1))]
+    part = max(size / 8e9 for size in stages_)  # four rows each; the first stage looks the embedding up
+    found = step(1, 2)
+    assert found == pytest.approx(2 * part + kept / 2 * 4 / 3 + 2 * 4e-5 + 3e-4, rel=0.1)
+
+
+def test_this_machine() -> None:
+    """Every figure of two ranks is a real one."""
+    found = cpu_device(2, 2, torch.float32, 1)
+    assert found.kind == "cpu"
+    assert [rows for rows, _ in found.products] == [1, 2]
+    figures = [found.memory, found.bandwidth, found.rate, found.link, found.latency, found.message, found.layer]
+    assert all(figure and 0 < figure < float("inf") for figure in figures)
+    assert 1e8 < found.bandwidth < 1e12
+    assert 1e-7 < found.latency < 1
 
 
 def test_an_unknown_device_is_named() -> None:
