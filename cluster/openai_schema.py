@@ -136,6 +136,10 @@ def parse_detokenize(body: Mapping[str, Any]) -> tuple[str, list[int], bool, tup
     return fields.get("model", ""), fields["tokens"], fields.get("skip_special_tokens", False), warnings
 
 
+_CONSTRAINTS = "guided_"
+"""What begins so constrains the output, even if it isn't known here."""
+
+
 def sort_fields(
     body: Mapping[str, Any],
     honoured: Mapping[str, Check],
@@ -161,6 +165,8 @@ def sort_fields(
             if value not in refused[name]:
                 advice = f"; use {instead[name]}" if name in instead else ""
                 raise UnsupportedError(_refusal(name, value, refused[name]) + advice, param=name)
+        elif name.startswith(_CONSTRAINTS) and name not in ignored:
+            raise UnsupportedError(_refusal(name, value, ()), param=name)
         elif value not in ignored.get(name, ()):
             warnings.append(name)
     return fields, tuple(warnings)

@@ -4,6 +4,8 @@ tokens alone drive it.
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -89,6 +91,22 @@ class Constraint:
         if self.matcher is not None:
             for one in answer:
                 self._consume(self.matcher, one)
+
+    def fitting(self, drafted: Sequence[int]) -> int:
+        """How many of these tokens may come next, one after the other, without saying them: for speculation, whose drafts need
+        no look at a model where they can't be. Where thoughts are about to begin, none."""
+        drafted = list(itertools.takewhile(lambda token: token != self._end and token not in self._stops, drafted))
+        if self.over or self.why is not None:
+            return 0
+        if self.thinking is None or self.thinking.over:
+            return len(drafted) if self.matcher is None else self.matcher.validate_tokens(drafted)
+        thinking, count = copy.deepcopy(self.thinking), 0
+        for token in drafted:
+            if not thinking.inside or thinking.forced not in (None, token):
+                break
+            thinking.advance(token)
+            count += 1
+        return count
 
     def close(self, words: Words) -> None:
         """Of the library's mask words[W], or one of zeros: what else holds, ends where they may be, and at least one token."""

@@ -140,3 +140,10 @@ def test_echo_asks_for_the_prompts_scores():
     assert parse_completion({**COMPLETION, "echo": True, "max_tokens": 0}).call.sampling["max_tokens"] == 1
     with pytest.raises(ClientError):
         SamplingParams(**parse_completion({**COMPLETION, "max_tokens": 0}).call.sampling)
+
+
+@pytest.mark.parametrize("name", ["guided_xml", "guided_", "guided_lark"])
+def test_a_constraint_that_nobody_knows_isn_t_ignored(name):
+    for body in ({name: "x"}, {"extra_body": {name: "x"}}):
+        with pytest.raises(UnsupportedError, match=name):
+            parse_chat({"messages": [{"role": "user", "content": "Hi"}], **body})

@@ -12,16 +12,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from llguidance import LLMatcher, LLTokenizer
 
 from kvasir.engine import LLM, SamplingParams
+from kvasir.engine.constraint import Constraint
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.grammar import CACHED, COMPILE_LIMIT_S, Grammar, Grammars, Vocabulary
 from kvasir.engine.grammar_queue import WAIT_LIMIT_S, Compiling
+from kvasir.engine.grammar_text import grammar_text
 from kvasir.engine.request import Request, StructuredOutput
+from kvasir.engine.step import NewSequence
 from kvasir.engine.thoughts import Thinking, Thoughts
 from kvasir.engine.tokenizer import Tokenizer
 from kvasir.kernels.bitmask import allow
@@ -223,6 +228,47 @@ def test_a_pathological_grammar_costs_its_sender_only(llm, write, wanted):
     done.set()
     watcher.join()
     assert max(slowest) < 1.0  # the loop went on turning: its idle turn takes 0.2 s
+
+
+@given(drafted=st.lists(st.sampled_from([ord(c) for c in 'ab"{}:1 ']), max_size=6), data=st.data())
+def test_what_is_drafted_fits_as_far_as_the_masks_say(drafted, data):
+    """For speculation: asked at once, and one token after the other."""
+    wanted = StructuredOutput(
+        json=json.dumps({"type": "object", "properties": {"a": {"enum": [1, "b"]}}, "required": ["a"]})
+    )
+    said = '{"a": "b"}'[: data.draw(st.integers(0, 10))].encode()
+    thoughts = data.draw(
+        st.sampled_from([None, Thoughts(end=[ord("b"), ord("1")], budget=3), Thoughts(begin=[1], end=[2])])
+    )
+    sampling = SamplingParams(structured_outputs=wanted, thoughts=thoughts)
+    new = NewSequence(0, (0, *said), 1, sampling, 0, ())
+    tokenizer, grammar = _byte_grammar(wanted)
+    constraint, trial = (Constraint(new, grammar.deep_copy, tokenizer.eos_token) for _ in range(2))
+    fits = 0
+    for token in drafted:
+        words = np.zeros(-(-tokenizer.vocab_size // 32), np.int32)
+        if (matcher := trial.lexing) is not None:
+            matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        if trial.holds:
+            trial.close(words)
+        else:
+            words[:] = -1
+        if trial.over or trial.why is not None or not words[token // 32] >> (token % 32) & 1:
+            break
+        trial.advance(token)
+        fits += 1
+    assert constraint.fitting(drafted) <= fits
+    if thoughts is None:
+        assert constraint.fitting(drafted) == fits
+    assert constraint.fitting([*drafted, tokenizer.eos_token]) == constraint.fitting(drafted)
+
+
+@functools.cache
+def _byte_grammar(wanted):
+    tokenizer = LLTokenizer("byte")
+    matcher = LLMatcher(tokenizer, grammar_text(wanted, {}), log_level=0)
+    assert not matcher.is_error(), matcher.get_error()
+    return tokenizer, matcher
 
 
 def test_more_grammars_at_once_than_are_kept(llm):
