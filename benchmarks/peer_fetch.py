@@ -2,8 +2,10 @@
 
 python benchmarks/checkpoint.py 125M /tmp/llama-125m
 python benchmarks/peer_fetch.py /tmp/llama-125m
+python benchmarks/peer_fetch.py /tmp/llama-125m --tokens 1000 --tail 256   # 256 tokens that the peer doesn't have behind them
 
-Two groups, each in a process of its own, on one machine: one computes a prompt, then the other is asked for the same.
+Two groups, each in a process of its own, on one machine: one computes a prompt, then the other is asked for the same, with a
+tail of its own: once in one piece, once layer by layer, so that the tail is computed on the first layers already.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ def main() -> None:
     parser.add_argument("model", help="folder or GGUF file")
     parser.add_argument("--tokens", type=int, nargs="+", default=LENGTHS, help="lengths of prompts")
     parser.add_argument("--ways", nargs="+", default=["shm", "tcp", "gloo"], help="transports, as of --kv-transfer")
+    parser.add_argument("--tail", type=int, default=0, help="tokens behind those that the peer has")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
@@ -45,7 +48,7 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, way: str) -> None:
     """A line per length: medians of the seconds to the first token, and of their ratio; both groups say the same."""
-    longest = max(args.tokens) + 16
+    longest = max(args.tokens) + args.tail + 16
     options = {"model": args.model, "dtype": args.dtype, "kv_transfer": way, "max_model_len": longest}
     options |= {"skip_tokenizer_init": True, "max_num_seqs": 4, "hf_overrides": {"max_position_embeddings": longest}}
     command = [sys.executable, __file__, args.model, "--serve", json.dumps(options)]
@@ -58,16 +61,21 @@ def measure(args: argparse.Namespace, way: str) -> None:
             timed = []
             for seed in range(args.repeat):
                 draw = random.Random(1000 * tokens + seed)
-                prompt = [draw.randrange(100, 20000) for _ in range(tokens)]
+                prompt, tail = ([draw.randrange(100, 20000) for _ in range(count)] for count in (tokens, args.tail))
+                there = Peer(address, secret, tokens, ordered=True)
                 print(json.dumps(prompt), file=process.stdin, flush=True)
-                cold = json.loads(process.stdout.readline())
-                warm = group.ask(prompt, Peer(address, secret, tokens, ordered=True))
-                if cold["tokens"] != warm["tokens"]:
+                json.loads(process.stdout.readline())
+                order = [False, True] if seed % 2 else [True, False]
+                warm = {layered: group.ask(prompt + tail, there, layered=layered, forget=True) for layered in order}
+                cold = group.ask(prompt + tail, forget=True)
+                if any(one["tokens"] != cold["tokens"] for one in warm.values()):
                     print(f"seed {seed}, {tokens} tokens: the answers differ")
-                timed.append((cold["first"], warm["first"], cold["first"] / warm["first"], warm["cached"]))
-            computed, fetched, ratio, cached = (statistics.median(each) for each in zip(*timed, strict=True))
+                timed.append((cold["first"], warm[False]["first"], warm[True]["first"], warm[False]["cached"]))
+            computed, whole, layers, cached = (statistics.median(each) for each in zip(*timed, strict=True))
             size = cached * group.engine.info.block_bytes / group.engine.info.block_size / 1e6
-            times = f"computed {computed:7.3f} s, fetched {fetched:7.3f} s ({size:6.1f} MB): {ratio:6.1f} x"
+            times = f"computed {computed:7.3f} s, fetched {whole:7.3f} s ({size:6.1f} MB): {computed / whole:6.1f} x"
+            if args.tail:
+                times += f"; layer by layer {layers:7.3f} s, {group.begun} began before all was there"
             print(f"{way:>4} {tokens:>6} tokens: {times}", flush=True)
         time.sleep(0.3)  # figures are published every 50 ms
         stats = group.engine.stats()
@@ -86,11 +94,25 @@ class Group:
         self.engine = Engine(config, lambda events: self._events.put((time.perf_counter(), events)))
         self.address = self.engine.serve_blocks("127.0.0.1")
         self.engine.start()
-        self._asked = 0
+        self._asked = self.begun = 0
+        """Fetches on whose first layers a step began."""
+        assert self.engine._exchange is not None
+        arrivals = self.engine._exchange.arrivals
+        begin = arrivals.begin
 
-    def ask(self, prompt: Sequence[int], *peers: Peer) -> dict[str, Any]:
+        def noted(*landing: Any) -> None:
+            self.begun += 1
+            begin(*landing)
+
+        arrivals.begin = noted  # type: ignore[method-assign]
+
+    def ask(self, prompt: Sequence[int], *peers: Peer, layered: bool = True, forget: bool = False) -> dict[str, Any]:
         """{"first": seconds to the first token, "tokens": the answer, "cached": tokens that weren't computed}"""
         self._asked += 1
+        assert self.engine._pulls is not None
+        self.engine._pulls._step = self.engine._scheduler.budget if layered else 0
+        if forget:
+            self.engine.pool.reset()
         sampling = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
         request = Request(request_id=str(self._asked), prompt_token_ids=prompt, sampling=sampling, peers=peers)
         began, first, tokens = time.perf_counter(), 0.0, list[int]()

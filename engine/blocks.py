@@ -139,6 +139,11 @@ class BlockPool:
         changes, self._changes = self._changes, {}
         return changes
 
+    def withdraw(self, blocks: Iterable[int]) -> None:
+        """What these hold isn't what it was said to be: it can't be found any more."""
+        for block in blocks:
+            self._forget(block)
+
     def reset(self) -> None:
         """Forget all contents; blocks stay with their holders."""
         for block in list(self._found.values()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Union
 
@@ -48,10 +48,13 @@ class KVCache:
         self._chunks = heads.view(self.layout.height * self.kinds, num_blocks, -1)
         """[C, N, W]: the bytes of a block's keys, or values, of one layer lie in one piece."""
         self.group_of = [0] * depth
+        self._places = [0] * depth
+        self.awaited: Callable[[int], None] | None = None
+        """Set while layers of some blocks still come: called before a layer is read or written."""
         self._layers: list[Views] = [(heads[0, 0], None)] * depth
         for number, group in enumerate(self.layout.groups):
             for place, layer in enumerate(layer for layer in group.layers if layer in here):
-                self.group_of[layer] = number
+                self.group_of[layer], self._places[layer] = number, place
                 parts = heads[place]
                 self._layers[layer] = (
                     _view(parts[0], block_size, spec.key_dim, dtype),
@@ -68,6 +71,8 @@ class KVCache:
 
     def layer(self, index: int) -> Views:
         """(keys, values), each [N, P, K, D]; in memory a head's slots are neighbours: [N, K, P, D]."""
+        if self.awaited is not None:
+            self.awaited(index)
         return self._layers[index]
 
     @property
@@ -75,15 +80,16 @@ class KVCache:
         return self.arena.numel() // self.num_blocks
 
     @torch.inference_mode()
-    def read(self, blocks: Sequence[int]) -> Tensor:
-        """[n, bytes_per_block] uint8: what these blocks hold in all layers, each in one piece, on the cache's device."""
+    def read(self, blocks: Sequence[int], layers: tuple[int, int] | None = None) -> Tensor:
+        """[n, bytes] uint8: what these blocks hold, each in one piece, on the cache's device: in all layers, or at those places
+        (first and behind the last)."""
         index = torch.tensor(blocks, dtype=torch.long, device=self.arena.device)
-        return gather_blocks(self._chunks, index).view(len(blocks), self.bytes_per_block)
+        return gather_blocks(self._of(layers), index).flatten(1)
 
     @torch.inference_mode()
-    def read_into(self, blocks: Sequence[int], rows: Tensor) -> None:
-        """What `read` gives, straight into rows[n, bytes_per_block] in host memory; on a CPU."""
-        chunks, index = self._chunks.transpose(0, 1), torch.tensor(blocks, dtype=torch.long)
+    def read_into(self, blocks: Sequence[int], rows: Tensor, layers: tuple[int, int] | None = None) -> None:
+        """What `read` gives, straight into rows[n, bytes] in host memory; on a CPU."""
+        chunks, index = self._of(layers).transpose(0, 1), torch.tensor(blocks, dtype=torch.long)
         torch.index_select(chunks, 0, index, out=rows.view(len(blocks), *chunks.shape[1:]))
 
     @torch.inference_mode()
@@ -100,6 +106,22 @@ class KVCache:
         if self.arena.is_cuda and not rows.is_cuda:
             rows = rows.pin_memory().to(self.arena.device, non_blocking=True)
         self.write(blocks, rows)
+
+    @torch.inference_mode()
+    def put_layer(self, layer: int, blocks: Sequence[int], staged: Tensor, numbers: Sequence[int]) -> None:
+        """The same of one layer that these blocks have."""
+        place = self._places[layer]
+        chunks, index = self._of((place, place + 1)), torch.tensor(blocks, device=self.arena.device)
+        width = self.kinds * chunks.shape[2]
+        rows = staged[:, place * width : (place + 1) * width].index_select(0, torch.tensor(numbers))
+        if self.arena.is_cuda:
+            rows = rows.pin_memory().to(self.arena.device, non_blocking=True)
+        scatter_blocks(chunks, index, rows.view(len(blocks), self.kinds, -1))
+
+    def _of(self, layers: tuple[int, int] | None) -> Tensor:
+        """The chunks of the layers at those places."""
+        first, stop = layers or (0, self.layout.height)
+        return self._chunks[first * self.kinds : stop * self.kinds]
 
     @torch.inference_mode()
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:

@@ -59,6 +59,8 @@ class Portion:
     rows: Tensor
     groups: Sequence[int]
     """The layer group of each item."""
+    form: Form
+    """Of the rows: they may hold some layers alone."""
     memory: Memory | None = None
     """Where the rows lie, if another process may have that."""
     below: Sequence[tuple[int, ContentId]] = ()
@@ -71,51 +73,60 @@ class Portion:
     """So many rows are there; -1: not known yet."""
     sums: dict[int, int] = field(default_factory=dict)
 
+    def pieces(self, place: int, part: Part) -> list[memoryview]:
+        """What `part` names of a row, in pieces that lie together; none where it has nothing."""
+        return [view(piece) for piece in self.form.piece(self.rows[place], self.groups[place], part)]
+
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a reader wants of each item: `part` of `form`. take(number, part, piece) gets what came; into(number, part) says
-    where it may lie at once."""
+    """What a reader wants of each item: `part` of it. take(number, part, piece) gets what came; into(number, part) says where it
+    may lie at once. groups: of each item; forms: of the slabs of layers that they come in, each as many items."""
 
-    form: Form
+    forms: Sequence[Form]
     part: Part
     groups: Sequence[int]
     take: Callable[[int, Part, Tensor], None]
     into: Callable[[int, Part], Tensor | None]
 
+    def form(self, number: int) -> Form:
+        """Of the item."""
+        return self.forms[number * len(self.forms) // len(self.groups)]
+
     def size(self, number: int) -> int:
         """Bytes of the item's piece; 0: this rank has none."""
-        return self._sizes[self.groups[number]]
+        slab, group = number * len(self.forms) // len(self.groups), self.groups[number]
+        return self._sizes[slab][group]
 
     @cached_property
-    def _sizes(self) -> list[int]:
-        return [math.prod(self.form.piece_shape(group, self.part)) for group in range(len(self.form.groups))]
+    def _sizes(self) -> list[list[int]]:
+        return [
+            [math.prod(form.piece_shape(group, self.part)) for group in range(len(form.groups))] for form in self.forms
+        ]
 
 
 class Channel(Protocol):
     """One way. `lend` ends early when a portion does; `borrow` returns how many items came, all of them good."""
 
-    def lend(self, connection: socket.socket, portions: Iterator[Portion], wanted: Wanted) -> int: ...
+    def lend(self, connection: socket.socket, portions: Iterator[Portion], part: Part) -> int: ...
     def borrow(self, connection: socket.socket, wanted: Wanted) -> int: ...
 
 
 class Tcp:
     """Frames on the connection itself."""
 
-    def lend(self, connection: socket.socket, portions: Iterator[Portion], wanted: Wanted) -> int:
+    def lend(self, connection: socket.socket, portions: Iterator[Portion], part: Part) -> int:
         count = 0
         for portion in portions:
-            for place in range(len(portion.groups)):
-                number = portion.first + place
-                if not wanted.size(number):
+            for place, group in enumerate(portion.groups):
+                number, size = portion.first + place, math.prod(portion.form.piece_shape(group, part))
+                if not size:
                     continue
                 if place >= portion.good:
                     connection.sendall(FRAME.pack(number, 0, 0))
                     return count
-                pieces = [
-                    view(piece) for piece in wanted.form.piece(portion.rows[place], portion.groups[place], wanted.part)
-                ]
-                send_all(connection, [memoryview(FRAME.pack(number, wanted.size(number), crc(pieces))), *pieces])
+                pieces = portion.pieces(place, part)
+                send_all(connection, [memoryview(FRAME.pack(number, size, crc(pieces))), *pieces])
                 count += 1
         return count
 
@@ -141,7 +152,7 @@ class Tcp:
 class Shm:
     """The portions' own memory, by its descriptor, over a Unix socket. The reader says when it has read one."""
 
-    def lend(self, connection: socket.socket, portions: Iterator[Portion], wanted: Wanted) -> int:
+    def lend(self, connection: socket.socket, portions: Iterator[Portion], part: Part) -> int:
         count = 0
         for portion in portions:
             assert portion.memory is not None, "portions for another node can't be mapped"
@@ -162,7 +173,7 @@ class Shm:
         return count
 
     def borrow(self, connection: socket.socket, wanted: Wanted) -> int:
-        done, size = 0, wanted.form.block_bytes
+        done = 0
         while done < len(wanted.groups):
             lengths, fds, _, _ = socket.recv_fds(connection, LENGTHS.size, 1)
             try:
@@ -176,7 +187,7 @@ class Shm:
                 if first != done or not 0 <= len(sums) <= count <= len(wanted.groups) - first:
                     raise BadPieceError(f"items {first} to {first + count} came instead of {done}")
                 if sums:
-                    self._read(fds[0], wanted, first, size, sums)
+                    self._read(fds[0], wanted, first, sums)
             finally:
                 for fd in fds:
                     os.close(fd)
@@ -187,7 +198,8 @@ class Shm:
         return done
 
     @staticmethod
-    def _read(fd: int, wanted: Wanted, first: int, size: int, sums: Sequence[int]) -> None:
+    def _read(fd: int, wanted: Wanted, first: int, sums: Sequence[int]) -> None:
+        size = wanted.form(first).block_bytes
         if os.fstat(fd).st_size < len(sums) * size:
             raise BadPieceError("a portion's memory is too small")
         memory = mmap.mmap(fd, len(sums) * size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
@@ -203,7 +215,7 @@ class Distributed:
     def __init__(self, device: torch.device, host: str, timeout_s: float) -> None:
         self._device, self._host, self._timeout_s = device, host, timeout_s
 
-    def lend(self, connection: socket.socket, portions: Iterator[Portion], wanted: Wanted) -> int:
+    def lend(self, connection: socket.socket, portions: Iterator[Portion], part: Part) -> int:
         from kvasir.engine.mesh import host_store, process_group
 
         store, port = host_store(self._host, 2, self._timeout_s)
@@ -238,7 +250,7 @@ class Distributed:
                 sums, count = said["sums"], said["count"]
                 if not 0 <= len(sums) <= count <= len(wanted.groups) - done:
                     raise BadPieceError(f"{count} items came where {len(wanted.groups) - done} are left")
-                rows = torch.empty(len(sums), wanted.form.block_bytes, dtype=torch.uint8, device=self._device)
+                rows = torch.empty(len(sums), wanted.form(done).block_bytes, dtype=torch.uint8, device=self._device)
                 if len(rows):
                     group.recv([rows], 0, 0).wait()
                 if total(rows) != sums:
@@ -260,7 +272,7 @@ def take_row(wanted: Wanted, number: int, row: Tensor, checksum: int | None) -> 
         return
     if checksum is not None and crc([view(row)]) != checksum:
         raise BadPieceError(f"the checksum of item {number} is wrong")
-    pieces = wanted.form.piece(row, wanted.groups[number], wanted.part)
+    pieces = wanted.form(number).piece(row, wanted.groups[number], wanted.part)
     piece = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     target = wanted.into(number, wanted.part)
     if target is None:

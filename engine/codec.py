@@ -147,7 +147,7 @@ def _read_moves(read: Reader) -> Moves:
 
 
 def _write_exchanges(out: Writer, moves: Moves) -> None:
-    out.json([[lent.lend, lent.readers, lent.way, lent.first] for lent in moves.lends])
+    out.json([[lent.lend, lent.readers, lent.way, lent.first, lent.layers] for lent in moves.lends])
     for lent in moves.lends:
         out.array(block for block, _ in lent.places)
         out.contents([content for _, content in lent.places])
@@ -158,8 +158,8 @@ def _write_exchanges(out: Writer, moves: Moves) -> None:
 
 def _read_exchanges(read: Reader) -> dict[str, Any]:
     lends = [
-        Lent(lend, readers, way, first, list(zip(read.array(), read.contents(), strict=True)))
-        for lend, readers, way, first in read.json() or ()
+        Lent(lend, readers, way, first, list(zip(read.array(), read.contents(), strict=True)), tuple(layers))
+        for lend, readers, way, first, layers in read.json() or ()
     ]
     pulls = [
         Pull(**{**said, "chain": bytes.fromhex(said["chain"]), "tokens": bytes(read.array(U8))})
@@ -185,6 +185,7 @@ def encode_result(result: Result) -> bytes:
     out.json(result.pooled)
     out.json(result.ended)
     out.json({number: [_candidate(c) for c in found] for number, found in result.offers.items()})
+    out.array(result.spoiled)
     return out.bytes()
 
 
@@ -198,7 +199,7 @@ def decode_result(data: bytes | memoryview) -> Result:
     pooled, ended = ({int(key): value for key, value in (read.json() or {}).items()} for _ in range(2))
     offers: dict[int, Sequence[Candidate]]
     offers = {int(key): [_offered(said) for said in found] for key, found in (read.json() or {}).items()}
-    return Result(number, tokens, scores, prompts, ended, pooled, offers)
+    return Result(number, tokens, scores, prompts, ended, pooled, offers, read.array() or ())
 
 
 def _flags(part: Slice) -> int:

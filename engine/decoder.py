@@ -186,6 +186,9 @@ class Decoder(nn.Module):
         stack = self._stack[1]
         if stack is None:
             return x, None, 0
+        if cache.awaited is not None:
+            for layer in self.share.layers:
+                cache.awaited(layer)
         all_rows = rows is None or not self.share.last or len(rows) == len(x)
         count = len(self.share.layers) - (not all_rows)
         angles = [positional[rope] for rope in self.turnings]

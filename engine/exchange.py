@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from kvasir.engine.arrivals import Arrivals
 from kvasir.engine.blocks import ContentId
 from kvasir.engine.cache import KVCache
 from kvasir.engine.channels import node
@@ -39,6 +40,7 @@ class Exchange:
         self.lender = Lender(cache, self.form, rank, read_below)
         device = cache.arena.device
         self.puller = Puller(mark, self.form, cache.layout.groups, self._parts, rank, self._ways, device)
+        self.arrivals = Arrivals(cache, self.puller, share.layers)
 
     @property
     def most_pulled(self) -> int:
@@ -59,11 +61,15 @@ class Exchange:
         """A step's part."""
         for ticket in dict.fromkeys(ticket for ticket, _, _ in moves.loads):
             rows = self.puller.rows(ticket)
-            if rows is not None:
-                mine = [(number, block) for found, number, block in moves.loads if found == ticket]
+            if rows is None:
+                continue
+            mine = [(number, block) for found, number, block in moves.loads if found == ticket]
+            if self.puller.is_coming(ticket):
+                self.arrivals.begin(ticket, rows, mine)
+            else:
                 self._cache.put([block for _, block in mine], rows, [number for number, _ in mine])
         self.lender.take(moves.lends)
-        for ticket in moves.ended:
+        for ticket in set(moves.ended) - self.arrivals.tickets:
             self.puller.end(ticket)
         for pull in moves.pulls:
             self.puller.start(pull)

@@ -21,7 +21,7 @@ import torch
 from kvasir.engine.aside import Aside
 from kvasir.engine.blocks import ContentId, content_ids
 from kvasir.engine.cache import KVCache
-from kvasir.engine.channels import SLOW_S, Portion, Wanted, channel_of, new_rows, node, unix_name, view
+from kvasir.engine.channels import SLOW_S, Portion, channel_of, new_rows, node, unix_name, view
 from kvasir.engine.parts import Form, group_of
 from kvasir.engine.peer_wire import (
     HELLO_S,
@@ -142,38 +142,38 @@ class Lender:
     def take(self, lents: Sequence[Lent]) -> None:
         """Copy aside what a step lends."""
         for lent in lents:
-            readers = lent.readers[self._rank]
+            readers, form = lent.readers[self._rank], self._form.of_layers(*lent.layers)
             with self._changed:
                 self._expire()
                 if lent.first == 0 and readers:
                     self._open(lent.lend, readers, lent.way)
                 lend = self._lends.get(lent.lend)
-                full = self._bytes + len(lent.places) * self._form.block_bytes > 2 * LENT_BYTES
+                full = self._bytes + len(lent.places) * form.block_bytes > 2 * LENT_BYTES
                 if lend is None or full:  # readers here are slower than rank 0's
                     self._drop(lent.lend)
                     continue
-            portion = self._copied(lent)
+            portion = self._copied(lent, form)
             with self._changed:
                 if lent.lend in self._lends:
                     lend.portions.append(portion)
-                    self._bytes += len(portion.groups) * self._form.block_bytes
+                    self._bytes += len(portion.groups) * form.block_bytes
                     self._changed.notify_all()
 
-    def _copied(self, lent: Lent) -> Portion:
+    def _copied(self, lent: Lent, form: Form) -> Portion:
         """By a GPU behind the step's own work; on a CPU at once, into the memory from which it is sent."""
         here = [(place, block) for place, (block, _) in enumerate(lent.places) if block != GONE]
         below = [(place, content) for place, (block, content) in enumerate(lent.places) if block == GONE]
         blocks, groups = [block for _, block in here], [group_of(content) for _, content in lent.places]
         on_gpu = self._cache.arena.is_cuda
         if not on_gpu and not below:
-            rows, memory = new_rows(len(blocks), self._form.block_bytes, shared=lent.way == "shm")
-            self._cache.read_into(blocks, rows)
-            return Portion(lent.first, rows, groups, memory)
-        held, arrived = self._cache.read(blocks), None
+            rows, memory = new_rows(len(blocks), form.block_bytes, shared=lent.way == "shm")
+            self._cache.read_into(blocks, rows, lent.layers)
+            return Portion(lent.first, rows, groups, form, memory)
+        held, arrived = self._cache.read(blocks, lent.layers), None
         if on_gpu and lent.way not in ("nccl", "nixl"):
             held, arrived = self._aside.copy(held)
         places = [place for place, _ in here] if below or lent.way == "shm" else None
-        return Portion(lent.first, held, groups, None, below, arrived, places)
+        return Portion(lent.first, held, groups, form, None, below, arrived, places)
 
     def close(self) -> None:
         """Cut everyone off."""
@@ -211,7 +211,7 @@ class Lender:
 
     def _release(self, portion: Portion | None) -> None:
         if portion is not None:
-            self._bytes -= len(portion.groups) * self._form.block_bytes
+            self._bytes -= len(portion.groups) * portion.form.block_bytes
 
     # -- threads of connections
 
@@ -286,22 +286,21 @@ class Lender:
                 lend.until = time.monotonic() + LEND_S
             lend.places.append(-1)
         part = get.part.within(self._form.part)
-        groups: list[int] = []
         try:
-            wanted = Wanted(self._form, part, groups, lambda *_: None, lambda *_: None)
             channel = channel_of(get.way, self._cache.arena.device, self._host)
-            self.served += channel.lend(connection, self._portions(get, lend, reader, groups), wanted)
+            self.served += channel.lend(connection, self._portions(get, lend, reader), part)
         finally:
             with self._changed:
                 lend.places[reader] = DONE
                 self._forget_read(get.lend, lend)
 
-    def _portions(self, get: Get, lend: Lend, reader: int, groups: list[int]) -> Iterator[Portion]:
+    def _portions(self, get: Get, lend: Lend, reader: int) -> Iterator[Portion]:
         """Those of a lend, as they come, until all items are there or it ends."""
-        while len(groups) < get.count:
+        count = 0
+        while count < get.count:
             portion = self._next(get.lend, lend, reader)
             self._fill(portion, lend.way)
-            groups += portion.groups
+            count += len(portion.groups)
             yield portion
 
     def _next(self, number: int, lend: Lend, reader: int) -> Portion:
@@ -325,7 +324,7 @@ class Lender:
                 portion.arrived.synchronize()
             if portion.places is not None:
                 count, shared = len(portion.groups), way == "shm"
-                rows, portion.memory = new_rows(count, self._form.block_bytes, shared=shared)
+                rows, portion.memory = new_rows(count, portion.form.block_bytes, shared=shared)
                 rows[torch.tensor(portion.places, dtype=torch.long)] = portion.rows.cpu()
                 portion.rows = rows
             good = len(portion.groups)

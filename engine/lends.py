@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 from kvasir.engine.blocks import ContentId
@@ -24,6 +25,10 @@ PORTION_BYTES = 32 << 20
 """Copied aside by one step, in each rank: 10 ms of a CPU."""
 MOST_BYTES = 512 << 20
 """Of one lend, in each rank."""
+LEAST_SLAB = 1 << 20
+"""Bytes of some layers of all blocks that are worth sending before the others."""
+LAYERED = ("tcp", "shm")
+"""Ways by which blocks go in slabs of layers."""
 LENT_SHARE = 0.25
 """Of the cache's blocks, at most, are held for others."""
 
@@ -54,12 +59,24 @@ class Terms:
 
 @dataclass(slots=True)
 class Lend:
-    """Blocks on their way to one group: (block or GONE, content), of which those from `next` on aren't copied yet."""
+    """Blocks on their way to one group: (block or GONE, content), each as often as there are slabs of layers; those from
+    `next` on aren't copied yet."""
 
     way: str
     readers: list[int]
     places: list[tuple[int, ContentId]]
+    slabs: Sequence[tuple[int, int]]
     next: int = 0
+
+    @property
+    def over(self) -> bool:
+        """All is copied."""
+        return self.next == len(self.places) * len(self.slabs)
+
+    @property
+    def held(self) -> list[tuple[int, ContentId]]:
+        """What it still needs: blocks are, until their last slab is copied."""
+        return self.places[max(0, self.next - len(self.places) * (len(self.slabs) - 1)) :]
 
 
 class Lends:
@@ -105,10 +122,11 @@ class Lends:
             raise RefusedError(f"it sends by {', '.join(terms.ways)} (--kv-transfer)")
         firsts, stop, end = self._cover(ask, ids, form)
         places = [self._place(ids[i], group) for i, group in items(firsts, stop)]
+        slabs = _slabs(form, places, ask.slabs if way in LAYERED else 1)
         number = secrets.randbits(62)
-        offer = Offer(number, end, tuple(firsts), stop, tuple(terms.forms), tuple(terms.addresses), way)
+        offer = Offer(number, end, tuple(firsts), stop, tuple(terms.forms), tuple(terms.addresses), way, slabs)
         self._offers[ask.fetch] = offer
-        self._open[number] = Lend(way, wanted, places)
+        self._open[number] = Lend(way, wanted, places, slabs)
         self._pool.hold(block for block, _ in places if block != GONE)
         index.open(number, wanted[0], way)
         return offer
@@ -118,32 +136,42 @@ class Lends:
         if not self._open or self._index is None or self._terms is None:
             return []
         found: list[Lent] = []
-        size = self._terms.forms[0].block_bytes
-        room = min(max(PORTION_BYTES, size), self._index.room) // size
+        form = self._terms.forms[0]
+        room = min(max(PORTION_BYTES, form.block_bytes), self._index.room)
         for number, lend in [*self._open.items()]:
             if not self._index.is_live(number):
                 self._close(number)
                 continue
-            part = lend.places[lend.next : lend.next + room]
-            if part:
-                found.append(Lent(number, tuple(lend.readers), lend.way, lend.next, part))
-                lend.next += len(part)
-                room -= len(part)
-                self._free(part)
-            if lend.next == len(lend.places):
+            while not lend.over and (lent := self._portion(number, lend, room)) is not None:
+                found.append(lent)
+                room -= len(lent.places) * form.of_layers(*lent.layers).block_bytes
+            if lend.over:
                 del self._open[number]
         return found
 
+    def _portion(self, number: int, lend: Lend, room: int) -> Lent | None:
+        """The next one, of one slab and at most `room` bytes; None: not even one item."""
+        assert self._terms is not None
+        slab, at = divmod(lend.next, len(lend.places))
+        layers = lend.slabs[slab]
+        part = lend.places[at : at + room // self._terms.forms[0].of_layers(*layers).block_bytes]
+        if not part:
+            return None
+        first, lend.next = lend.next, lend.next + len(part)
+        if slab == len(lend.slabs) - 1:
+            self._free(part)
+        return Lent(number, tuple(lend.readers), lend.way, first, part, layers)
+
     def give_up(self) -> bool:
         """Our own sequences want blocks: False when none is held for others."""
-        held = [number for number, lend in self._open.items() if lend.next < len(lend.places)]
+        held = [number for number, lend in self._open.items() if not lend.over]
         for number in held:
             self._close(number)
         return bool(held)
 
     def _close(self, number: int) -> None:
         lend = self._open.pop(number)
-        self._free(lend.places[lend.next :])
+        self._free(lend.held)
         if self._index is not None:
             self._index.end(number)
 
@@ -157,7 +185,7 @@ class Lends:
     def _cover(self, ask: Ask, ids: Sequence[ContentId], form: Form) -> tuple[list[int], int, int]:
         """(first block of each of our groups, the block behind the last one, tokens): the longest part of what is asked of
         which we have all that the asker's rows behind it see."""
-        size, held = self._tables.pool.block_size, sum(len(lend.places) - lend.next for lend in self._open.values())
+        size, held = self._tables.pool.block_size, sum(len(lend.held) for lend in self._open.values())
         spare = int(self._pool.num_blocks * LENT_SHARE) - held
         most = min(MOST_BYTES // form.block_bytes, spare) // len(form.groups) * size
         end = min(ask.end, len(ids) * size, ask.first + most) // ask.block_size * ask.block_size
@@ -181,3 +209,12 @@ class Lends:
     def _known(self, content: ContentId, group: int) -> bool:
         key = self._tables.name(content, group)
         return self._pool.knows(key) or self._below(key)
+
+
+def _slabs(form: Form, places: Sequence[tuple[int, ContentId]], most: int) -> tuple[tuple[int, int], ...]:
+    """Even slabs, at most `most`. What a lower tier holds is read as a whole."""
+    count = min(most, form.height, len(places) * form.block_bytes // LEAST_SLAB)
+    if count < 2 or any(block == GONE for block, _ in places):
+        count = 1
+    edges = [form.height * n // count for n in range(count + 1)]
+    return tuple(pairwise(edges))

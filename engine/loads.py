@@ -45,6 +45,8 @@ class Fetch:
     """How many each rank has, of those that have answered; of a pull, up to which block of the prompt."""
     pull: Pull | None = None
     """Set: they come from another group."""
+    coming: bool = False
+    """Its sequence begins before all is here."""
 
 
 class Loads:
@@ -67,6 +69,8 @@ class Loads:
         self._pulls: list[Pull] = []
         self._pulled: list[tuple[int, ContentId]] = []
         self._late: list[tuple[int, ContentId]] = []
+        self._landing: dict[int, tuple[Pull, list[int]]] = {}
+        """ticket -> (fetch, blocks) of which a step that isn't over computes on the first layers."""
         self.peers: Pulls | None = None
         """Set when blocks are fetched from other groups, too."""
 
@@ -112,12 +116,14 @@ class Loads:
         return True
 
     def fetched(self, ticket: int, count: int) -> Sequence | None:
-        """A rank has so many of what was asked; the sequence, when it was the last rank."""
-        fetch = self._fetches.get(ticket)
+        """A rank has so many of what was asked; the sequence, when it was the last rank. -ticket: it will have them in time."""
+        fetch = self._fetches.get(abs(ticket))
         if fetch is None:
             self._overdue.discard(ticket)
             return None
         fetch.come.append(count)
+        fetch.coming = ticket < 0
+        ticket = abs(ticket)
         if len(fetch.come) < self._ranks:
             return None
         if fetch.pull is not None and self.peers is not None:
@@ -143,6 +149,7 @@ class Loads:
             return False
         ticket, fetch = sequence.ticket, self._end(sequence)
         held: list[int] = []
+        landed: list[int] = []
         cached = self._tables.keys(sequence, sequence.sought)  # must not make room for what follows it
         for content in cached:
             self._hold(self._pool.match([content]), held)
@@ -153,10 +160,36 @@ class Loads:
                 held += self._pool.take(1)
                 self._pool.commit(held[-1], content)
                 self._loads.append((ticket, number, held[-1]))
+                landed.append(held[-1])
                 if fetch.pull is not None:
                     self._pulled.append((held[-1], content))
         self._pool.free(held)
+        if fetch.coming and fetch.pull is not None and landed:
+            self._landing[ticket] = fetch.pull, landed
         return True
+
+    @property
+    def landing(self) -> bool:
+        """A step computes on blocks that may turn out not to be there: none that follows may be planned."""
+        return bool(self._landing)
+
+    def landed(self, moves: Moves | None, spoiled: Iterable[int]) -> set[int]:
+        """A step is over: the blocks whose layers didn't all come. They are found no more, and lent to nobody."""
+        begun = {ticket for ticket, _, _ in moves.loads} if moves is not None and self._landing else set()
+        landing = {ticket: self._landing.pop(ticket) for ticket in begun & self._landing.keys()}
+        wrong: set[int] = set()
+        for ticket in spoiled:
+            pull, blocks = landing[ticket]
+            self._pool.withdraw(blocks)
+            self._ended_badly(pull, len(blocks))
+            wrong |= {*blocks}
+        return wrong
+
+    def _ended_badly(self, pull: Pull, blocks: int) -> None:
+        if self.peers is not None:
+            self.peers.late(pull)
+            self.peers.loaded -= blocks
+            self.peers.failed += blocks
 
     def _come(self, sequence: Sequence, fetch: Fetch) -> list[tuple[int, ContentId]]:
         """(number, content) of what came."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvasir.engine.channels import SLOW_S, BadPieceError, Portion, Wanted, take_row, total
 from kvasir.engine.errors import ConfigError
+from kvasir.engine.parts import Part
 from kvasir.engine.peer_wire import exactly, receive, send
 
 POLL_S = 0.0005
@@ -30,7 +31,7 @@ class Nixl:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def lend(self, connection: socket.socket, portions: Iterator[Portion], wanted: Wanted) -> int:
+    def lend(self, connection: socket.socket, portions: Iterator[Portion], part: Part) -> int:
         count = 0
         for portion in portions:
             rows = portion.rows[: portion.good]
@@ -54,7 +55,7 @@ class Nixl:
             if not 0 <= len(sums) <= count <= len(wanted.groups) - done:
                 raise BadPieceError(f"{count} items came where {len(wanted.groups) - done} are left")
             if sums:
-                rows = torch.empty(len(sums), wanted.form.block_bytes, dtype=torch.uint8, device=self._device)
+                rows = torch.empty(len(sums), wanted.form(done).block_bytes, dtype=torch.uint8, device=self._device)
                 with _Registered(rows, "borrow") as where:
                     where.read(said)
                 connection.sendall(b"1")

@@ -64,6 +64,7 @@ class Outcome:
     prompt_scores: list[tuple[int, Callable[[], Sequence[TokenLogprob]]]] = field(default_factory=list)
     """(seat, scores of some prompt tokens of its sequence), in their order."""
     pooled: dict[int, Sequence[float]] = field(default_factory=dict)
+    spoiled: Sequence[int] = ()
 
     @property
     def token_ids(self) -> list[int]:
@@ -86,4 +87,4 @@ class Outcome:
         for seat, some in self.prompt_scores:
             prompts[seat] = [*prompts.get(seat, ()), *some()]
         kept = scores if any(scores) else ()
-        return Result(self.step, self.token_ids, kept, prompts, ended, self.pooled, offers)
+        return Result(self.step, self.token_ids, kept, prompts, ended, self.pooled, offers, self.spoiled)

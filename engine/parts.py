@@ -6,7 +6,7 @@ A piece is what a rank holds of one block for one layer group, or what a reader 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -65,6 +65,11 @@ class Form:
     def places(self) -> tuple[tuple[int, ...], ...]:
         """The group's layers that are here, in the order of their places."""
         return tuple(tuple(layer for layer in group if layer in self.part.layers) for group in self.groups)
+
+    def of_layers(self, first: int, stop: int) -> Form:
+        """The same of these places alone: what a group lies in that keeps no other layers."""
+        groups = tuple(layers[first:stop] for layers in self.places)
+        return replace(self, groups=groups, height=stop - first)
 
     def view(self, row: Tensor) -> Tensor:
         """row[block_bytes] by its dimensions."""

@@ -55,6 +55,8 @@ class Ask:
     """What each of its ranks keeps."""
     ways: tuple[str, ...]
     """By which it can take them."""
+    slabs: int = 1
+    """Into so many slabs of layers the blocks may be cut, the first layers first; 1: they come one by one, as wholes."""
     node: str = ""
     """Where it runs (`channels.node`)."""
 
@@ -78,6 +80,8 @@ class Offer:
     """Of each rank."""
     addresses: tuple[str, ...]
     way: str
+    slabs: tuple[tuple[int, int], ...]
+    """Places of the layers in a block, first and behind the last, of what comes one after the other."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,7 @@ def encode_ask(ask: Ask) -> tuple[dict[str, Any], bytes]:
         "groups": [[list(group.layers), group.window, group.chunk] for group in ask.groups],
         "readers": [_part(part) for part in ask.readers],
         "ways": ask.ways,
+        "slabs": ask.slabs,
         "node": ask.node,
     }
     return {"ask": said}, ask.tokens
@@ -178,6 +183,7 @@ def decode_ask(said: Any, tokens: bytes) -> Ask:
         groups=groups,
         readers=tuple(_parted(part) for part in read.list("readers", 4096)),
         ways=tuple(map(str, read.list("ways", 16))),
+        slabs=read.number("slabs", 1),
         node=read.text("node"),
     )
     if len(tokens) % 4 or ask.end > len(tokens) // 4 or ask.first % ask.block_size or ask.first >= ask.end:
@@ -196,6 +202,7 @@ def encode_offer(offer: Offer) -> dict[str, Any]:
             "stop": offer.stop,
             "addresses": offer.addresses,
             "way": offer.way,
+            "slabs": offer.slabs,
             "parts": [_part(each.part) for each in offer.forms],
             "groups": form.groups,
             "height": form.height,
@@ -222,7 +229,15 @@ def decode_offer(said: Any) -> Offer:
         raise ValueError("an offer's lists don't fit together")
     forms = tuple(Form(part, groups, *shape, *sizes) for part in found)
     lend, end, stop = read.number("lend", most=1 << 63), read.number("end"), read.number("stop")
-    return Offer(lend, end, firsts, stop, forms, addresses, read.text("way"))
+    edges = [tuple(_numbers(slab, 2)) for slab in read.list("slabs", 65536)]
+    if [edge for slab in edges for edge in slab[:1]] != [0, *(slab[-1] for slab in edges[:-1])] or not all(
+        len(slab) == 2 and slab[0] < slab[1] for slab in edges
+    ):
+        raise ValueError("slabs don't follow each other")
+    slabs = tuple((slab[0], slab[1]) for slab in edges)
+    if slabs[-1][1] != forms[0].height:
+        raise ValueError("slabs don't hold all layers")
+    return Offer(lend, end, firsts, stop, forms, addresses, read.text("way"), slabs)
 
 
 def encode_get(get: Get) -> dict[str, Any]:

@@ -91,6 +91,10 @@ class Prices:
         compute, (least, most) = self._compute(tokens), LIMIT_S
         return most if compute is None else min(most, max(least, PATIENCE * compute))
 
+    def step_s(self, tokens: int) -> float:
+        """What computing them is expected to take; 0: nothing was measured."""
+        return self._compute(tokens) or 0.0
+
     def counts(self) -> dict[str, float]:
         """By the names of the scheduler's Stats."""
         with self._lock:

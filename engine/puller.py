@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 MOST_PULLS = 4
 """At once; later ones wait."""
+MOST_SLABS = 8
+"""Layers come in so many portions at most, where a step may begin on the first."""
 STAGED_BYTES = 512 << 20
 """Host memory for blocks that came and aren't in the cache yet."""
 FAILURES = (OSError, ValueError, EOFError, BadPieceError, KeyError, TypeError, RuntimeError)
@@ -56,11 +58,17 @@ class Running:
     connections: set[socket.socket] = field(default_factory=set)
     ended: bool = False
     rows: Tensor | None = None
+    gets: Sequence[_Get] = ()
+    begun: bool = False
+    """The sequence was told to begin on the first layers."""
+    over: bool = False
+    """Nothing more comes."""
 
 
 class Puller:
-    """The rank's thread calls `start`, `rows` and `end`. on_fetched(ticket, blocks) is called in a thread of ours: up to which
-    block of the prompt all is here, or its bitwise complement when the peer failed."""
+    """The rank's thread calls `start`, `rows`, `wait` and `end`. on_fetched(ticket, blocks) is called in a thread of ours: up to
+    which block of the prompt all is here, or its bitwise complement when the peer failed. Or, with -ticket, all is expected to
+    be here before a step that begins now needs it."""
 
     def __init__(
         self,
@@ -94,6 +102,21 @@ class Puller:
         with self._changed:
             running = self._running.get(ticket)
             return running.rows if running is not None else None
+
+    def is_coming(self, ticket: int) -> bool:
+        """Its sequence began before all was here."""
+        with self._changed:
+            running = self._running.get(ticket)
+            return running is not None and running.begun
+
+    def wait(self, ticket: int, layer: int, seconds: float) -> bool:
+        """Until all of that layer is in `rows`; False: it isn't, and won't be in that time."""
+        with self._changed:
+            running = self._running.get(ticket)
+            if running is None:
+                return False
+            self._changed.wait_for(lambda: running.over or all(get.has(layer) for get in running.gets), seconds)
+            return all(get.has(layer) for get in running.gets)
 
     def end(self, ticket: int) -> None:
         """Nobody waits for it any more."""
@@ -140,11 +163,15 @@ class Puller:
         except FAILURES as failure:
             error = failure
         late.cancel()
+        with self._changed:
+            running.over = True
+            self._changed.notify_all()
         if running.ended:
             return
         if error is not None:
             logger.warning("not all blocks came from %s, what is missing is computed: %s", pull.address, error)
-        self.on_fetched(pull.ticket, blocks if error is None else ~blocks)
+        if not running.begun:
+            self.on_fetched(pull.ticket, blocks if error is None else ~blocks)
 
     def _fetch(self, running: Running, began: float) -> tuple[int, Exception | None]:
         """(up to which block of the prompt all is here, why not to where it was offered)"""
@@ -159,7 +186,22 @@ class Puller:
         rows = running.rows = self._room(running, (stop - first) * len(self._form.groups))
         filling = Filling(rows, self._form, first, starts)
         chosen = sources(self._form.part, self._rank, [form.part for form in offer.forms])
-        gets = [_Get(self, running, offer, filling, rank, part) for rank, part in chosen]
+        gets = running.gets = [_Get(self, running, offer, filling, rank, part) for rank, part in chosen]
+        slabs = len(offer.slabs)
+
+        def progress() -> None:
+            with self._changed:
+                self._changed.notify_all()
+                done = min(get.slabs for get in gets)
+                if running.begun or running.ended or not 0 < done < slabs:
+                    return
+                took = time.monotonic() - min(get.arrived or began for get in gets)
+                running.begun = begin = is_in_time(done, slabs, took, pull.ahead_s)
+            if begin:
+                self.on_fetched(-pull.ticket, stop)
+
+        for get in gets:
+            get.progress = progress
         for get in gets[1:]:
             get.start()
         gets[0].run()
@@ -194,6 +236,7 @@ class Puller:
             groups=self._groups,
             readers=self._everyone,
             ways=self._ways,
+            slabs=MOST_SLABS if pull.ahead_s else 1,
             node=node(),
         )
 
@@ -244,35 +287,62 @@ class _Get(threading.Thread):
         self._offer, self._rank, self._part = offer, rank, part
         self.blocks = 0
         """Of the peer's size, up to which all came."""
+        self.slabs = 0
+        """Of layers, that came whole."""
+        self.progress: Callable[[], None] = lambda: None
+        self._forms = [offer.forms[rank].of_layers(*slab) for slab in offer.slabs]
         self.arrived: float | None = None
         self.error: Exception | None = None
         self._at = 0
 
+    def has(self, layer: int) -> bool:
+        """It came, or is none of these pieces."""
+        if layer not in self._part.layers:
+            return True
+        return any(layer in places for form in self._forms[: self.slabs] for places in form.places)
+
+    def _reach(self, number: int) -> None:
+        """All items before this one are there."""
+        self._at = number
+        if number // self._each > self.slabs:
+            self.slabs = number // self._each
+            self.progress()
+
     def run(self) -> None:
-        offer, form = self._offer, self._offer.forms[self._rank]
-        listed = items(offer.firsts, offer.stop)
-        count = 0
+        offer, listed = self._offer, items(self._offer.firsts, self._offer.stop)
+        self._each = len(listed)
+        whole, count = self._each * len(self._forms), 0
 
         def into(number: int, part: Part) -> Tensor | None:
             self.arrived = self.arrived or time.monotonic()
-            self._at = number
-            return self._filling.whole(form, part, *listed[number])
+            self._reach(number)
+            return self._filling.whole(self._forms[number // self._each], part, *listed[number % self._each])
 
         def take(number: int, part: Part, piece: Tensor) -> None:
-            block, group = listed[number]
+            form, (block, group) = self._forms[number // self._each], listed[number % self._each]
             self._filling.put(form, part, block, group, piece.view(form.piece_shape(group, part)))
 
-        wanted = Wanted(form, self._part, [group for _, group in listed], take, into)
+        groups = [group for _, group in listed] * len(self._forms)
+        wanted = Wanted(self._forms, self._part, groups, take, into)
         address = self._running.pull.address if self._rank == 0 else offer.addresses[self._rank]
         local = offer.way == "shm"
         try:
             with self._puller.connected(self._running, address, local=local) as connection:
                 way = "tcp" if local and connection.family != socket.AF_UNIX else offer.way
-                send(connection, encode_get(Get(offer.lend, self._part, len(listed), way)))
+                send(connection, encode_get(Get(offer.lend, self._part, whole, way)))
                 count = channel_of(way, self._puller.device, "").borrow(connection, wanted)
         except FAILURES as error:
             self.error, count = error, self._at
-        self.blocks = offer.stop if count == len(listed) else listed[count][0]
+        if count == whole:
+            self.blocks, self.slabs = offer.stop, len(self._forms)
+        else:  # without the last layers it is nothing
+            self.blocks = listed[max(0, count - whole + self._each)][0]
+
+
+def is_in_time(done: int, slabs: int, took_s: float, ahead_s: float) -> bool:
+    """Whether a step of `ahead_s`, whose forward goes through all layers evenly, will find every slab when it needs it. `done`
+    of them came in `took_s`, the others come at the same rate."""
+    return (slabs - done) * took_s / done <= ahead_s * (slabs - 1) / slabs
 
 
 def reached(address: str, timeout_s: float, *, local: bool) -> socket.socket:

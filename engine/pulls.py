@@ -15,6 +15,8 @@ from kvasir.engine.tables import Tables
 
 GRACE_S = 2.0
 """Ranks end a fetch themselves when its time is over; that long is waited for their word."""
+LEAST_AHEAD_S = 0.01
+"""A step that takes less isn't worth to be begun on the first layers."""
 SLACK = 1024
 """So many tokens behind those that are wanted are told: the peer's last block may be larger."""
 
@@ -22,8 +24,10 @@ SLACK = 1024
 class Pulls:
     """Each peer that a request names is asked once, the best first, when that is expected to pay."""
 
-    def __init__(self, tables: Tables, own: str, prices: Prices, most: int) -> None:
+    def __init__(self, tables: Tables, own: str, prices: Prices, most: int, step: int = 0) -> None:
         self._tables, self._own, self._prices = tables, own, prices
+        self._step = step
+        """Tokens of a step, which may begin before all layers are here; 0: none may."""
         self._most = most
         """Blocks that one fetch may bring."""
         self.loaded = self.failed = 0
@@ -47,8 +51,14 @@ class Pulls:
                     have * size,
                     want * size,
                     self._prices.limit_s((want - have) * size),
+                    self._ahead_s(sequence, want * size),
                 )
         return None
+
+    def _ahead_s(self, sequence: Sequence, end: int) -> float:
+        """Beams share blocks in ways that can't be taken back."""
+        seconds = self._prices.step_s(min(self._step, len(sequence.tokens) - end))
+        return 0.0 if seconds < LEAST_AHEAD_S or sequence.request.sampling.use_beam_search else seconds
 
     def came(self, pull: Pull, said: Seq[int]) -> int:
         """Up to which block of the prompt every rank has all; said: what each of them said."""

@@ -93,8 +93,14 @@ class Rank:
             for seats in self._awaited.values():
                 seats[seats == new.seat] = GONE
             self._enter(new)
-        if not step.slices:
-            return outcome
+        if step.slices:
+            self._compute(step, outcome)
+        if self.exchange is not None:
+            outcome.spoiled = self.exchange.arrivals.settle()
+        return outcome
+
+    def _compute(self, step: Step, outcome: Outcome) -> None:
+        """The forward, or several, and what is sampled."""
         if self.sampler is not None:
             self.sampler.constraints.prepare()
         sampling: list[Ints] = []
@@ -119,7 +125,6 @@ class Rank:
             self._awaited[step.id] = np.concatenate(sampling)
             if self.place.size == 1:
                 self._unread.append(outcome)
-        return outcome
 
     def run(self, step: Step) -> Result:
         """`launch`, and wait for the result."""
@@ -133,7 +138,8 @@ class Rank:
 
     def _forward(self, rows: Rows) -> Tensor | None:
         """Logits of the rows that are wanted; None on ranks that don't have them."""
-        logits: Tensor | None = self.forward(rows.tokens, rows.ragged, self.cache, rows.logits)
+        forward = self.forward if self.cache.awaited is None else self.decoder  # graphs wait for no layer
+        logits: Tensor | None = forward(rows.tokens, rows.ragged, self.cache, rows.logits)
         return logits
 
     def _enter(self, new: NewSequence) -> None:

@@ -32,13 +32,15 @@ class Filling:
         return self.rows[number] if wanted else None
 
     def whole(self, theirs: Form, part: Part, block: int, group: int) -> Tensor | None:
-        """The row that such a piece is, byte by byte; None: it has to be cut."""
+        """What such a piece is of a row, byte by byte; None: it has to be cut."""
         mine = self.form
         alike = theirs.block_size == mine.block_size and part.heads == mine.part.heads
-        if not alike or group >= len(mine.groups) or len(mine.places[group]) != mine.height:
-            return None
         layers = tuple(layer for layer in theirs.places[group] if layer in part.layers)
-        return self.row(block, group) if layers == mine.places[group] else None
+        if not alike or group >= len(mine.groups) or not layers or layers[0] not in mine.places[group]:
+            return None
+        first = mine.places[group].index(layers[0])
+        row = self.row(block, group) if mine.places[group][first : first + len(layers)] == layers else None
+        return None if row is None else mine.view(row)[first : first + len(layers)].view(-1)
 
     def put(self, theirs: Form, part: Part, block: int, group: int, piece: Tensor) -> None:
         """piece[layers, kinds, heads, head bytes] of their block."""

@@ -32,7 +32,7 @@ from kvasir.engine.seats import Seats, remove
 from kvasir.engine.sequence import Order, Sequence
 from kvasir.engine.stats import Stats as Stats
 from kvasir.engine.step import Result, Step
-from kvasir.engine.tables import Tables
+from kvasir.engine.tables import Tables, all_blocks
 
 ONE_GROUP = Layout((LayerGroup((0,)),), 1)
 
@@ -206,7 +206,7 @@ class Scheduler:
         self._loads.peers = peers
 
     def fetched(self, ticket: int, count: int) -> None:
-        """A rank has read the first `count` blocks that a step's fetch asked for."""
+        """A rank has read the first `count` blocks that a step's fetch asked for; -ticket: it will have before they are needed."""
         sequence = self._loads.fetched(ticket, count)
         if sequence is not None:
             self._seats.queue(sequence)
@@ -233,6 +233,8 @@ class Scheduler:
     def plan(self, now: float) -> Step | None:
         """The next step, or None when there is nothing to compute yet. `computed` advances in `commit`."""
         assert len(self._in_flight) <= self._depth, "a step has to be committed first"
+        if self._loads.landing:
+            return None
         slices = self._planning.plan(now)
         moves = self._loads.moves(self.lends.moves())
         if not slices and not self._seats.left and moves is None:
@@ -246,10 +248,16 @@ class Scheduler:
         """Take in what a step, the oldest that is executed, produced."""
         events: list[Event] = []
         sampled = 0
+        wrong = self._loads.landed(step.moves, result.spoiled)
+        while wrong and self.lends.give_up():
+            pass
         for (sequence, ahead), slice_ in zip(self._in_flight.pop(step.id), step.slices, strict=True):
             number, sampled = sampled, sampled + slice_.sample
             sequence.flying -= slice_.count
             sequence.promised -= slice_.sample
+            if wrong and not wrong.isdisjoint(all_blocks(sequence)):
+                self._again(sequence)
+                continue
             if not (ahead and sequence.ended):
                 self._totals["step_tokens"] += slice_.count
             if sequence.ended:
@@ -271,7 +279,18 @@ class Scheduler:
                 events += self._append(sequence, result.token_ids[number], score, now)
                 if number in result.ended and not sequence.ended:
                     events += self._end_grammar(sequence, result.ended[number], now)
+        for _, sequence in [*self._seats.running] if wrong else ():
+            if not wrong.isdisjoint(all_blocks(sequence)):
+                self._again(sequence)
         return events
+
+    def _again(self, sequence: Sequence) -> None:
+        """It was computed on blocks that weren't there."""
+        sequence.computed = 0
+        if sequence.ended:
+            self._seats.leave(sequence)
+        else:
+            self._seats.again(sequence)
 
     # -- the life of a sequence
 

@@ -65,6 +65,8 @@ class Lent:
     """How many items went before."""
     places: Sequence[tuple[int, ContentId]]
     """(block, content); a block that isn't in the cache (GONE) is in a lower tier."""
+    layers: tuple[int, int]
+    """Places of the layers in a block that it holds, first and behind the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,8 @@ class Pull:
     end: int
     limit_s: float
     """What has come until then is all."""
+    ahead_s: float = 0.0
+    """What the first step behind it is expected to take: it may begin on the first layers. 0: only when all is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +144,8 @@ class Result:
     """seat -> the vector of a sequence whose prompt ended in this step."""
     offers: dict[int, Sequence[Candidate]] = field(default_factory=dict)
     """Number in `token_ids`, where a beam stands (the token itself means nothing) -> its likeliest next tokens."""
+    spoiled: Sequence[int] = ()
+    """Tickets of fetches whose layers didn't all come in time: what was computed on their blocks means nothing."""
 
 
 def replays(sampling: SamplingParams) -> bool:

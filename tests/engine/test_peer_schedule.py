@@ -18,7 +18,7 @@ from kvasir.engine.prices import Prices
 from kvasir.engine.pulls import Pulls
 from kvasir.engine.request import Peer, Request, SamplingParams
 from kvasir.engine.step import Lent, Moves, Pull
-from tests.engine.test_scheduler import CHUNKS, ONE_GROUP, VOCABULARY, WINDOWS, FakeTiers, World
+from tests.engine.test_scheduler import CHUNKS, ONE_GROUP, VOCABULARY, WINDOWS, WRONG, FakeTiers, World
 
 Chance = Callable[[float], bool]
 
@@ -54,6 +54,7 @@ class FakeExchange(FakeTiers):
         self.index = FakeIndex(self.chance, self.draw)
         self.lent: dict[int, list[object]] = {}
         """lend -> what was copied aside of each item; None: it wasn't there"""
+        self.begun = 0
         self.pulls: dict[int, tuple[Pull, Offer | None]] = {}
 
     def chance(self, share: float) -> bool:
@@ -79,7 +80,9 @@ class FakeExchange(FakeTiers):
         """Lend to, and fetch from, the other world."""
         self.world, self.other, self.layout = world, other, layout
         prices = Prices(1.0)
-        world.scheduler.use_peers(Pulls(world.scheduler.tables, "own", prices, 3 if self.chance(0.5) else 1000))
+        prices.computed(1, 1.0)
+        most, step = 3 if self.chance(0.5) else 1000, world.budget if self.chance(0.7) else 0
+        world.scheduler.use_peers(Pulls(world.scheduler.tables, "own", prices, most, step))
         world.scheduler.lends.begin(Terms(b"m", [self.form(world)], ["a"], "", ("tcp",)), self.index)
 
     def form(self, world: World) -> Form:
@@ -102,11 +105,24 @@ class FakeExchange(FakeTiers):
             assert isinstance(self.other.tiers, FakeExchange)
             aside = self.other.tiers.lent.get(offer.lend, [])
             done = len(aside) == len(items(offer.firsts, offer.stop))
-            if done or self.chance(0.1):
+            if pull.ahead_s and self.chance(0.3):
+                found.append(self._begun(pull, offer, aside, done))
+            elif done or self.chance(0.1):
                 del self.pulls[ticket]
                 if not self.chance(0.1):
                     found.append((ticket, self._stage(pull, offer, aside)))
         return found
+
+    def _begun(self, pull: Pull, offer: Offer, aside: Sequence[object], done: bool) -> tuple[int, int]:
+        """All is expected to come in time: it does, or some of it doesn't."""
+        del self.pulls[pull.ticket]
+        groups, size = len(self.layout.groups), self.world.pool.block_size
+        first, end = pull.first // size, offer.end // size
+        if not done or self._stage(pull, offer, aside) != end or self.chance(0.3):
+            self.spoiled.add(pull.ticket)
+            self.staged[pull.ticket] = [[WRONG] * size] * ((end - first) * groups)
+        self.begun += 1
+        return -pull.ticket, end
 
     def _ask(self, pull: Pull) -> Offer:
         size = self.world.pool.block_size

@@ -65,6 +65,19 @@ class Group:
                     assert self.engine.pool.check() == []
                     return tokens, event.cached_tokens
 
+    def collect(self, *names: str) -> dict[str, list[int]]:
+        """The tokens of requests that were submitted, when they have ended."""
+        found, left = {name: list[int]() for name in names}, {*names}
+        while left:
+            for event in self.events.get(timeout=60):
+                assert not isinstance(event, Failed), event
+                if isinstance(event, Token):
+                    found[event.request_id] += event.token_ids
+                elif isinstance(event, Finished):
+                    left.discard(event.request_id)
+        assert self.engine.pool.check() == []
+        return found
+
     def stats(self) -> Any:
         return self.engine.stats()
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pytest
@@ -75,6 +76,10 @@ class Seat:
     tables: list[list[int]]
 
 
+WRONG = object()
+"""What stands where a layer didn't come, and where something was computed from that."""
+
+
 class FakeTiers:
     """What lies below the cache of `ranks` ranks, in words: loses blocks, answers late or never, has less than it says."""
 
@@ -85,6 +90,8 @@ class FakeTiers:
         self.held: dict[bytes, list[object]] = {}
         self.asked: dict[int, list[bytes]] = {}
         self.staged: dict[int, list[list[object]]] = {}
+        self.spoiled: set[int] = set()
+        """Tickets of fetches of which layers won't have come."""
         self.loaded = 0
         self.saved: list[bytes] = []
         self.used: list[tuple[int, Seq[bytes]]] = []
@@ -174,9 +181,15 @@ class FakeRank:
         for part in step.slices:  # all rows are written before any is read, as in a layer
             seat_ = self.seats[part.seat]
             end = part.start + part.count
+            wrong = False
             for number, group_ in enumerate(self.groups):
                 for position in range(group_.first_seen(part.start), end):
-                    assert self.slots.get(self.slot(seat_, number, position)) == self.stamp(seat_, number, position)
+                    found = self.slots.get(self.slot(seat_, number, position))
+                    wrong |= found is WRONG
+                    assert found is WRONG or found == self.stamp(seat_, number, position)
+            if wrong:
+                for number, position in product(range(len(self.groups)), range(part.start, end)):
+                    self.slots[self.slot(seat_, number, position)] = WRONG
             if part.prompt_logprobs:
                 last = min(end, seat_.prompt_len - 1)
                 scores[part.seat] = [TokenLogprob(-float(p + 1), 1) for p in range(part.start, last)]
@@ -187,10 +200,12 @@ class FakeRank:
                 assert end == len(seat_.tokens)
                 if seat_.beams:
                     offered[len(sampled)] = offers(seat_.tokens, seat_.beams)
-                sampled.append(0 if seat_.beams else model(seat_.tokens, seat_.seed))
+                sampled.append(0 if seat_.beams or wrong else model(seat_.tokens, seat_.seed))
         sampling = [self.seats[part.seat] for part in step.slices if part.sample]
         self.awaited.append((step.id, list(zip(sampling, sampled, strict=True))))
-        return Result(step.id, sampled, prompt_logprobs=scores, pooled=pooled, offers=offered)
+        loads = step.moves.loads if step.moves is not None else ()
+        spoiled = self.tiers.spoiled & {ticket for ticket, _, _ in loads} if self.tiers is not None else ()
+        return Result(step.id, sampled, prompt_logprobs=scores, pooled=pooled, offers=offered, spoiled=[*spoiled])
 
     def learn(self, last: int) -> None:
         """What steps up to `last` sampled."""

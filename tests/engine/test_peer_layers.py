@@ -1,0 +1,145 @@
+"""A step that begins on the first layers of a peer's blocks: the same tokens, whatever becomes of the layers behind them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvasir.engine.arrivals import Arrivals
+from kvasir.engine.prices import Prices
+from kvasir.engine.puller import is_in_time
+from kvasir.engine.request import Peer, Request
+from tests.engine.test_peers import GREEDY, PEER, PROMPT, Group, Proxy, group, idle, wait_for
+
+__all__ = ["group"]
+LAYERS = 8
+
+
+@pytest.fixture(scope="module")
+def deep(checkpoint: Callable[..., tuple[Path, Any]]) -> Path:
+    return checkpoint("Llama", num_hidden_layers=LAYERS)[0]
+
+
+@pytest.fixture(autouse=True)
+def begun(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Tickets of fetches on whose first layers a step began; all do."""
+    found: list[int] = []
+    begin = Arrivals.begin
+
+    def noted(self: Arrivals, ticket: int, *more: Any) -> None:
+        found.append(ticket)
+        begin(self, ticket, *more)
+
+    monkeypatch.setattr(Arrivals, "begin", noted)
+    monkeypatch.setattr(Prices, "step_s", lambda self, tokens: 1000.0)
+    monkeypatch.setattr("kvasir.engine.lends.LEAST_SLAB", 1)
+    return found
+
+
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "float32": ("tcp", {}),
+    "bfloat16": ("shm", {"dtype": "bfloat16"}),
+    "fp8": ("tcp", {"kv_cache_dtype": "fp8"}),
+    "blocks of 16": ("shm", {"block_size": 16}),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_layer_by_layer(deep: Path, group: Callable[..., Group], begun: list[int], case: str) -> None:
+    way, options = OPTIONS[case]
+    lent = {name: value for name, value in options.items() if name != "block_size"}
+    one, two = group(deep, kv_transfer=way, **lent), group(deep, kv_transfer=way, **options)
+    cold, _ = one.ask()
+    assert two.ask(PROMPT, one.peer()) == (cold, 144)
+    assert begun
+    assert two.ask(PROMPT) == (cold, 144)
+    wait_for(lambda: idle(one) and idle(two))
+
+
+@pytest.mark.parametrize("layout", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], ids=["tp2", "pp2"])
+def test_from_several_ranks(deep: Path, group: Callable[..., Group], begun: list[int], layout: dict[str, Any]) -> None:
+    one, two = group(deep, kv_transfer="tcp", **layout), group(deep, kv_transfer="tcp")
+    cold, _ = one.ask()
+    assert two.ask(PROMPT, one.peer()) == (cold, 144)
+    assert begun
+    assert one.ask([5, *PROMPT], two.peer())[0] == two.ask([5, *PROMPT])[0]  # several ranks wait for all of it
+
+
+@pytest.mark.parametrize("how", ["stop", "cut", "garble", "slow"])
+def test_layers_that_do_not_come(
+    deep: Path, group: Callable[..., Group], begun: list[int], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """What was computed on them is computed again; who streams in the same step gets its own tokens."""
+    monkeypatch.setattr("kvasir.engine.lender.BEGIN_S", 0.5)
+    monkeypatch.setattr("kvasir.engine.prices.LIMIT_S", (2.0, 2.0))
+    one, two = group(deep, kv_transfer="tcp"), group(deep, kv_transfer="tcp")
+    cold, _ = one.ask()
+    assert one.engine._exchange is not None
+    size = one.engine._exchange.form.block_bytes * 18
+    other = [9, *PROMPT[:40]]
+    streamed, _ = two.ask(other)
+    proxy = Proxy(one.address, size * 3 // 4, how)
+    long = Request(request_id="other", prompt_token_ids=other, sampling=GREEDY)
+    asked = Request(request_id="x", prompt_token_ids=PROMPT, sampling=GREEDY, peers=(one.peer(address=proxy.address),))
+    two.engine.submit(asked)
+    assert proxy.reached.wait(60)
+    two.engine.submit(long)
+    tokens = two.collect("x", "other")
+    assert tokens == {"x": cold, "other": streamed}
+    assert begun
+    wait_for(lambda: two.stats().peer_failed == 18 and not two.stats().peer_loaded)
+    assert two.ask(PROMPT)[0] == cold
+    proxy.close()
+    wait_for(lambda: idle(one) and idle(two))
+
+
+SLABS = "import kvasir.engine.lends as lends\nlends.LEAST_SLAB = 1\n"
+
+
+def test_a_peer_that_is_killed_between_two_layers(deep: Path, group: Callable[..., Group], begun: list[int]) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *(path for path in sys.path if path)])}
+    command = [sys.executable, "-c", SLABS + PEER, str(deep)]
+    two = group(deep, kv_transfer="tcp")
+    assert two.engine._exchange is not None
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        address, secret, cold = json.loads(process.stdout.readline())
+        proxy = Proxy(address, two.engine._exchange.form.block_bytes * 14, "stop")
+        killer = threading.Thread(target=lambda: proxy.reached.wait(60) and process.kill())
+        killer.start()
+        assert two.ask(PROMPT, Peer(proxy.address, secret, 10**6, ordered=True)) == (cold, 0)
+        killer.join()
+        proxy.close()
+    assert begun
+    wait_for(lambda: idle(two))
+
+
+def test_an_abort_while_layers_come(deep: Path, group: Callable[..., Group], begun: list[int]) -> None:
+    one, two = group(deep, kv_transfer="tcp"), group(deep, kv_transfer="tcp")
+    cold, _ = one.ask()
+    assert one.engine._exchange is not None
+    proxy = Proxy(one.address, one.engine._exchange.form.block_bytes * 12, "stop")
+    asked = Request(request_id="x", prompt_token_ids=PROMPT, sampling=GREEDY, peers=(one.peer(address=proxy.address),))
+    two.engine.submit(asked)
+    threading.Thread(target=lambda: proxy.reached.wait(60) and two.engine.abort("x")).start()
+    two.collect("x")
+    wait_for(lambda: idle(two))
+    assert two.ask(PROMPT)[0] == cold
+    proxy.close()
+    wait_for(lambda: idle(one))
+
+
+def test_when_a_step_may_begin() -> None:
+    """As soon as what is left is expected to come before the forward reaches it, and never later than when all is here."""
+    assert is_in_time(1, 4, 0.1, 0.4)  # each slab takes what a quarter of the forward takes
+    assert not is_in_time(1, 4, 0.1, 0.3)
+    assert is_in_time(2, 4, 0.2, 0.3)
+    assert not is_in_time(3, 4, 3.0, 1.0)
