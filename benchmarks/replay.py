@@ -154,10 +154,11 @@ def main() -> None:
     parser.add_argument("--url", help="a real server instead of simulated groups")
     parser.add_argument("--vocab", type=int, default=2**17, help="token ids stay below")
     parser.add_argument("--fit", metavar="MODEL", help="measure an engine's step times, for --step")
+    parser.add_argument("--threads", type=int, help="of the engine that is measured, as of --num-threads")
     parser.add_argument("--route", action="store_true", help="time the decision: 64 groups, 8,000 tokens")
     args = parser.parse_args()
     if args.fit:
-        found = fit(args.fit)
+        found = fit(args.fit, args.threads)
         print(f"--step {found.base_s:.3g} {found.prefill_s:.3g} {found.stream_s:.3g} {found.context_s:.3g}")
     elif args.route:
         print(route_times(64, 8000))

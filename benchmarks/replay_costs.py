@@ -20,7 +20,7 @@ from kvasir.engine.request import Request, SamplingParams
 from kvasir.engine.scheduler import Stats
 
 
-def fit(model: str) -> StepTime:
+def fit(model: str, threads: int | None = None) -> StepTime:
     """Least squares over measured steps: prompts of several lengths alone, then streams, few and many, short and long."""
     import numpy as np
 
@@ -32,7 +32,7 @@ def fit(model: str) -> StepTime:
     def note(events: Sequence[Event]) -> None:
         ends.extend(time.perf_counter() for event in events if isinstance(event, Finished))
 
-    engine = Engine(EngineConfig(model=model, enable_prefix_caching=False), note)
+    engine = Engine(EngineConfig(model=model, enable_prefix_caching=False, num_threads=threads), note)
     engine.start()
     rows, seconds = [], []
     longest = min(1024, engine.info.max_model_len // 2)

@@ -12,9 +12,12 @@ from kvasir.cluster.failover import Failover, LastingStream
 from kvasir.cluster.group_client import GroupDirectory
 from kvasir.cluster.group_service import GroupService
 from kvasir.cluster.telemetry import Tracing
+from kvasir.engine.arrivals import Arrivals
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.event import Finished, Token
+from kvasir.engine.prices import Prices
 from kvasir.engine.request import Request, SamplingParams
+from tests.engine.test_peers import Proxy
 
 
 async def until(condition):
@@ -27,10 +30,12 @@ async def until(condition):
 class Pair:
     """Two groups of a small model in this process, that serve blocks to each other."""
 
-    def __init__(self, model):
+    def __init__(self, model, way="auto", through=lambda engine, address: address):
+        """through: where others find what an engine serves at `address`."""
         self.config = EngineConfig(
-            model=model, dtype="float32", max_model_len=512, kv_cache_memory_bytes=2**22, num_threads=1
+            model=model, dtype="float32", max_model_len=512, kv_cache_memory_bytes=2**22, num_threads=1, kv_transfer=way
         )
+        self.through = through
 
     async def __aenter__(self):
         from kvasir.engine.engine import Engine
@@ -43,6 +48,7 @@ class Pair:
             engine.start()
             address, secret = engine.serve_blocks("127.0.0.1")
             endpoint = await service.start(engine, "127.0.0.1")
+            address = self.through(engine, address)
             endpoints.append(dataclasses.replace(endpoint, kv_address=address, kv_secret=secret))
         self.directory.update("m", endpoints)
         self.clients = self.directory.clients("m")
@@ -104,6 +110,38 @@ def test_blocks_of_a_peer_change_no_answer(data, kind):
             assert not any(engine.stats().peer_failed for engine in pair.engines)
 
     run(main())
+
+
+@pytest.mark.parametrize("how", ["garble", "stop", "cut"])
+def test_a_link_that_breaks_between_two_layers_changes_no_answer(data, monkeypatch, how):
+    """Gateway's router, groups, links: a step that has begun on the first layers is computed once more."""
+    begun, begin = [], Arrivals.begin
+    monkeypatch.setattr(Arrivals, "begin", lambda self, *landing: (begun.append(landing), begin(self, *landing)))
+    monkeypatch.setattr(Prices, "step_s", lambda self, tokens: 1000.0)
+    monkeypatch.setattr("kvasir.engine.lends.LEAST_SLAB", 1)
+    monkeypatch.setattr("kvasir.engine.prices.LIMIT_S", (2.0, 2.0))
+    proxies = []
+
+    def through(engine, address):
+        size = engine._exchange.form.block_bytes * len(SYSTEM) // 16
+        proxies.append(Proxy(address, size * 3 // 4, how))
+        return proxies[-1].address
+
+    async def main():
+        async with Pair(str(data("model-stories260k/hf")), "tcp", through) as pair:
+            await pair.ask("first", [*SYSTEM, 7], 0)
+            prompt = SYSTEM + [8] * 20
+            route, tokens, cached = await pair.ask("second", prompt, 1)
+            assert route.fetched_tokens == 160
+            assert begun
+            assert cached == 0
+            assert tokens == await cold_run(pair.config, prompt)
+            assert (await pair.ask("third", prompt, 1))[1] == tokens
+            assert pair.engines[1].stats().peer_failed == 10
+
+    run(main())
+    for proxy in proxies:
+        proxy.close()
 
 
 async def cold_run(config, prompt):

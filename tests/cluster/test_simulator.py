@@ -152,6 +152,18 @@ def test_what_is_admitted_under_overload_is_in_time():
     assert late < 0.03 * len(runs)
 
 
+def test_too_much_load_is_no_collapse():
+    """As many answers a second are in time as under less, and what is admitted stays in time."""
+    good = []
+    for rate in (4.0, 16.0):  # the fleet carries about eight requests a second of 15 and of 26
+        requests = conversations(count=250, turns=6, rate=rate)
+        _, _, runs, _ = share_in_time("cost", requests, groups=4, max_ttft_s=0.5)
+        in_time = sum(one.first_token - one.arrived <= 0.5 for one in runs)
+        assert in_time > 0.97 * len(runs)
+        good.append(in_time / requests[-1][0])
+    assert good[1] > good[0]
+
+
 def test_a_simulation_is_repeatable():
     requests = conversations(count=30, turns=4, rate=2.5)
     ends = [[one.finished for one in share_in_time("cost", requests)[2]] for _ in range(2)]
