@@ -97,10 +97,11 @@ class BlockDirectory:
             if not count:
                 alive = look(portion[0], 0)
             gone = alive & ~look(portion[-1], 0)
+            alive ^= gone
             while gone:
                 place, lost = _first_loss(look, portion, gone)
                 _note(found, lost, count + place)
-                alive, gone = alive & ~lost, gone & ~lost
+                gone ^= lost
             if not alive:
                 return found
             count += len(portion)
@@ -140,14 +141,14 @@ def _either(one: Callable[[Key, int], int], other: Callable[[Key, int], int]) ->
 
 def _first_loss(look: Callable[[Key, int], int], portion: Sequence[Key], gone: int) -> tuple[int, int]:
     """(place of the first block that not all of `gone` hold, those that don't); none of them holds the last one."""
-    low, high = 0, len(portion) - 1
+    low, high, lost = 0, len(portion) - 1, gone
     while low < high:
         middle = (low + high) // 2
-        if gone & ~look(portion[middle], 0):
-            high = middle
+        if now := gone & ~look(portion[middle], 0):
+            high, lost = middle, now
         else:
             low = middle + 1
-    return low, gone & ~look(portion[low], 0)
+    return low, lost
 
 
 def _note(found: list[int], mask: int, count: int) -> None:

@@ -140,7 +140,7 @@ class Router:
         choices = self._choices(request, members, length, source)
         why, choices, place = self._by_role(choices, request, length, self._sessions.get(session) if session else None)
         limit = min(SLACK * self.max_ttft_s or math.inf, request.deadline_s or math.inf)
-        if choices.late(place, limit, now):
+        if limit < math.inf and choices.late(place, limit, now):
             why, place = "limit", min(range(len(choices.members)), key=choices.clear)
             if choices.late(place, limit, now):
                 raise self._late(choices.clear(place), limit)

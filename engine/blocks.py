@@ -10,6 +10,7 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Literal
 
 ContentId = bytes
@@ -44,6 +45,7 @@ def token_bytes(token_ids: Sequence[int]) -> bytes:
     return array("I", token_ids).tobytes()
 
 
+@lru_cache(maxsize=1024)
 def chain_start(salt: ContentId, cache_salt: str, adapter: str | None, stretched: bool) -> ContentId:
     """What stands before a request's first block. salt: the engine's; stretched: the sequence turns by other angles."""
     return salted(salt, cache_salt, adapter or "", "stretched" if stretched else "")

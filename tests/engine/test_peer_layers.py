@@ -41,6 +41,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(Arrivals, "begin", noted)
     monkeypatch.setattr(Prices, "step_s", lambda self, tokens: 1000.0)
     monkeypatch.setattr("kvasir.engine.lends.LEAST_SLAB", 1)
+    monkeypatch.setattr("kvasir.engine.arrivals.LATE_S", 60.0)
     return found
 
 
@@ -79,7 +80,8 @@ def test_layers_that_do_not_come(
 ) -> None:
     """What was computed on them is computed again; who streams in the same step gets its own tokens."""
     monkeypatch.setattr("kvasir.engine.lender.BEGIN_S", 0.5)
-    monkeypatch.setattr("kvasir.engine.prices.LIMIT_S", (2.0, 2.0))
+    monkeypatch.setattr("kvasir.engine.prices.LIMIT_S", (10.0, 10.0))
+    monkeypatch.setattr("kvasir.engine.arrivals.LATE_S", 0.25)
     one, two = group(deep, kv_transfer="tcp"), group(deep, kv_transfer="tcp")
     cold, _ = one.ask()
     assert one.engine._exchange is not None
