@@ -12,6 +12,7 @@ from importlib.metadata import version
 from kvasir.cluster.described import Json
 from kvasir.cluster.openapi_answers import ANSWERS, ref
 from kvasir.cluster.openapi_bodies import BODIES
+from kvasir.cluster.openapi_examples import EXAMPLES
 
 JSON, SSE, NDJSON, TEXT = "application/json", "text/event-stream", "application/x-ndjson", "text/plain"
 METHODS = ("get", "post", "delete", "head")
@@ -241,14 +242,14 @@ def _operation(path: str, operation: Operation) -> Json:
     if operation.query:
         found["parameters"] = [_parameter(name, "query", schema) for name, schema in operation.query.items()]
     if operation.body:
-        found["requestBody"] = {"required": True, "content": {JSON: {"schema": ref(operation.body)}}}
+        content = {"schema": ref(operation.body), "example": EXAMPLES[operation.body]}
+        found["requestBody"] = {"required": True, "content": {JSON: content}}
     if operation.upload:
         found["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}
     if not operation.refused:
         found["responses"]["200"] = {"description": "The answer.", "content": _content(operation)}
     for status, name in operation.statuses.items():
-        content = {JSON: {"schema": ref(name)}}
-        found["responses"][status] = {"description": "The answer.", "content": content}
+        found["responses"][status] = {"description": "The answer.", "content": {JSON: {"schema": ref(name)}}}
     found["responses"] |= {"4XX": error, "5XX": error}
     if operation.open:
         found["security"] = []

@@ -49,17 +49,22 @@ def _deleted(kind: str) -> Json:
 
 
 _USAGE = _object(
-    {"prompt_tokens": _INT, "completion_tokens": _INT, "total_tokens": _INT}, {"prompt_tokens_details": _ANY}
+    {"prompt_tokens": _INT, "completion_tokens": _INT, "total_tokens": _INT},
+    {"prompt_tokens_details": _or_null(_object({"cached_tokens": _INT}))},
 )
 _FINISH: Json = {"enum": ["stop", "length", "tool_calls", None]}
 _STOP: Json = {"type": ["string", "integer", "null"]}
 _CALL = _object(
     {"id": _TEXT, "type": _is("function"), "function": _object({"name": _TEXT, "arguments": _TEXT})},
 )
-_CALL_PART = _object({"index": _INT}, {"id": _TEXT, "type": _is("function"), "function": {"type": "object"}})
+_CALL_PART = _object(
+    {"index": _INT},
+    {"id": _TEXT, "type": _is("function"), "function": _object({}, {"name": _TEXT, "arguments": _TEXT})},
+)
 _SAID: Json = {"reasoning": _TEXT, "reasoning_content": _TEXT}
 _MESSAGE = _object({"role": _TEXT, "content": _or_null(_TEXT), "refusal": _NULL}, {**_SAID, "tool_calls": _list(_CALL)})
 _ENVELOPE: Json = {"id": _TEXT, "created": _INT, "model": _TEXT}
+_LABELS: Json = {"type": "object", "additionalProperties": _TEXT}
 _BESIDE: Json = {
     "system_fingerprint": _TEXT,
     "service_tier": _TEXT,
@@ -67,15 +72,20 @@ _BESIDE: Json = {
     "timing": ref("Timing"),
     "prompt_token_ids": _list(_INT),
     "prompt_logprobs": _or_null(_list(_ANY)),
-    "metadata": _ANY,
+    "metadata": _or_null(_LABELS),
 }
-_CHOICE: Json = {"logprobs": _ANY, "stop_reason": _STOP, "token_ids": _list(_INT)}
+_CHOICE: Json = {"logprobs": {"type": ["object", "null"]}, "stop_reason": _STOP, "token_ids": _list(_INT)}
 _DURATIONS: Json = dict.fromkeys(
     ("total_duration", "load_duration", "prompt_eval_count", "prompt_eval_duration", "eval_count"), _INT
 ) | {"eval_duration": _INT, "context": _list(_INT), "done_reason": _TEXT, "logprobs": _list(_ANY)}
 _OLLAMA: Json = {"model": _TEXT, "created_at": {"type": "string", "format": "date-time"}, "done": _BOOL}
+_OLLAMA_CALL = _object({"function": _object({"name": _TEXT, "arguments": {"type": "object"}})})
 _ANTHROPIC_USAGE = _object({"input_tokens": _INT, "output_tokens": _INT})
-_CARD: Json = {"name": _TEXT, "model": _TEXT, "size": _INT, "digest": _TEXT, "details": {"type": "object"}}
+_DETAILS = _object(
+    dict.fromkeys(("parent_model", "format", "family", "parameter_size", "quantization_level"), _TEXT)
+    | {"families": _list(_TEXT)}
+)
+_CARD: Json = {"name": _TEXT, "model": _TEXT, "size": _INT, "digest": _TEXT, "details": _DETAILS}
 _VECTOR: Json = {"type": ["array", "string"]}
 _POOLED: Json = {"id": _TEXT, "object": _is("list"), "created": _INT, "model": _TEXT, "usage": ref("Usage")}
 
@@ -150,11 +160,25 @@ _OPENAI = {
             "id": _TEXT,
             "model": _TEXT,
             "usage": ref("Usage"),
-            "results": _list(_object({"index": _INT, "relevance_score": _NUMBER}, {"document": {"type": "object"}})),
+            "results": _list(
+                _object({"index": _INT, "relevance_score": _NUMBER}, {"document": _object({"text": _TEXT})})
+            ),
         }
     ),
 }
 
+_DECISION = _object(
+    {"type": {"enum": ["predicate", "choice", "score"]}, "name": _or_null(_TEXT), "refusal": _NULL},
+    {
+        **dict.fromkeys(("probability", "confidence", "score"), _NUMBER),
+        "choice": {"type": ["string", "boolean"]},
+        "probabilities": _list(
+            _object(
+                {"value": {"type": ["string", "boolean", "number"]}, "probability": _NUMBER}, {"label": _or_null(_TEXT)}
+            )
+        ),
+    },
+)
 _STORED = {
     "Item": _object({"id": _TEXT, "type": _TEXT}),
     "Response": _object(
@@ -166,12 +190,34 @@ _STORED = {
             "model": _TEXT,
             "output": _list(ref("Item")),
             "error": _or_null(_object({"code": _TEXT, "message": _TEXT})),
-            "usage": _or_null(_object({"input_tokens": _INT, "output_tokens": _INT, "total_tokens": _INT})),
-            "metadata": {"type": "object"},
+            "usage": _or_null(ref("ResponseUsage")),
+            "metadata": _LABELS,
             "parallel_tool_calls": _BOOL,
             "tool_choice": {"type": ["string", "object"]},
-            "tools": _list({"type": "object"}),
+            "tools": _list(_object({"type": _is("function"), "name": _TEXT})),
         },
+        {
+            "background": _BOOL,
+            "store": _BOOL,
+            "conversation": _or_null(_object({"id": _TEXT})),
+            "incomplete_details": _or_null(_object({"reason": _TEXT})),
+            **dict.fromkeys(
+                ("instructions", "previous_response_id", "prompt_cache_key", "service_tier"), _or_null(_TEXT)
+            ),
+            "max_output_tokens": _or_null(_INT),
+            "reasoning": _object({"effort": _or_null(_TEXT), "summary": _or_null(_TEXT)}),
+            "text": _object({"format": _object({"type": _TEXT})}),
+            "truncation": {"enum": ["auto", "disabled"]},
+        },
+    ),
+    "ResponseUsage": _object(
+        {
+            "input_tokens": _INT,
+            "input_tokens_details": _object({"cached_tokens": _INT}),
+            "output_tokens": _INT,
+            "output_tokens_details": _object({"reasoning_tokens": _INT}),
+            "total_tokens": _INT,
+        }
     ),
     "ResponseEvent": _object({"type": {"type": "string", "pattern": r"^response\."}, "sequence_number": _INT}),
     "ResponseDeleted": _deleted("response"),
@@ -180,8 +226,8 @@ _STORED = {
             "id": _TEXT,
             "object": _is("response.compaction"),
             "created_at": _INT,
-            "output": _list({"type": "object"}),
-            "usage": {"type": "object"},
+            "output": _list(ref("Item")),
+            "usage": ref("ResponseUsage"),
         }
     ),
     "Decisions": _object(
@@ -190,15 +236,13 @@ _STORED = {
             "object": _is("decision"),
             "created_at": _INT,
             "model": _TEXT,
-            "answers": _list(_object({"type": _TEXT, "name": _or_null(_TEXT), "refusal": _NULL})),
-            "usage": {"type": "object"},
+            "answers": _list(_DECISION),
+            "usage": ref("ResponseUsage"),
         }
     ),
     "InputTokens": _object({"object": _is("response.input_tokens"), "input_tokens": _INT}),
     "ItemList": _page(ref("Item")),
-    "Conversation": _object(
-        {"id": _TEXT, "object": _is("conversation"), "created_at": _INT, "metadata": {"type": "object"}}
-    ),
+    "Conversation": _object({"id": _TEXT, "object": _is("conversation"), "created_at": _INT, "metadata": _LABELS}),
     "ConversationDeleted": _deleted("conversation.deleted"),
     "File": _object(
         {"id": _TEXT, "object": _is("file"), "bytes": _INT, "created_at": _INT, "filename": _TEXT, "purpose": _TEXT}
@@ -229,7 +273,15 @@ _OTHERS = {
             "type": _is("message"),
             "role": _is("assistant"),
             "model": _TEXT,
-            "content": _list(_object({"type": {"enum": ["text", "thinking", "tool_use"]}})),
+            "content": _list(
+                _object(
+                    {"type": {"enum": ["text", "thinking", "tool_use"]}},
+                    {
+                        **dict.fromkeys(("text", "thinking", "signature", "id", "name"), _TEXT),
+                        "input": {"type": "object"},
+                    },
+                )
+            ),
             "stop_reason": {"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use", None]},
             "stop_sequence": _or_null(_TEXT),
             "usage": _ANTHROPIC_USAGE,
@@ -251,7 +303,7 @@ _OTHERS = {
         {
             **_OLLAMA,
             "message": _object(
-                {"role": _TEXT, "content": _TEXT}, {"thinking": _TEXT, "tool_calls": _list({"type": "object"})}
+                {"role": _TEXT, "content": _TEXT}, {"thinking": _TEXT, "tool_calls": _list(_OLLAMA_CALL)}
             ),
         },
         _DURATIONS,
@@ -266,7 +318,8 @@ _OTHERS = {
     "OllamaShown": _object(
         {
             **dict.fromkeys(("modelfile", "parameters", "template"), _TEXT),
-            **{name: {"type": "object"} for name in ("details", "model_info")},
+            "details": _DETAILS,
+            "model_info": {"type": "object"},
             "capabilities": _list(_TEXT),
         }
     ),

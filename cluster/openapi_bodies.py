@@ -15,6 +15,7 @@ from kvasir.cluster import (
     ollama_fields,
     openai_fields,
     pooling_schema,
+    responses_items,
     responses_schema,
 )
 from kvasir.cluster.described import Check, schema_of
@@ -31,10 +32,33 @@ _PROMPT: Json = {"anyOf": [_TEXT, _TEXTS, _IDS, {"type": "array", "items": _IDS,
 _SCHEMA: Json = {"type": ["object", "boolean", "string"], "description": "A JSON Schema, or the text of one."}
 _CHOICE: Json = {"type": ["string", "object"]}
 _KEY_AND_COUNT: Json = {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}
+_FUNCTION: Json = {
+    "name": {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"},
+    "description": _TEXT,
+    "parameters": {"type": "object", "properties": {"type": {"const": "object"}}},
+    "strict": {"type": "boolean"},
+}
 _TOOL: Json = {
     "type": "object",
-    "properties": {"type": {"const": "function"}, "function": {"type": "object", "required": ["name"]}},
+    "properties": {
+        "type": {"const": "function"},
+        "function": {"type": "object", "properties": _FUNCTION, "required": ["name"]},
+    },
     "required": ["type", "function"],
+}
+_FLAT_TOOL: Json = {
+    "type": "object",
+    "properties": {"type": {"const": "function"}, **_FUNCTION},
+    "required": ["type", "name"],
+}
+_NAMED_TOOL: Json = {
+    "type": "object",
+    "properties": {
+        "name": _FUNCTION["name"],
+        "description": _TEXT,
+        "input_schema": _FUNCTION["parameters"],
+    },
+    "required": ["name", "input_schema"],
 }
 _MESSAGE: Json = {
     "type": "object",
@@ -43,6 +67,11 @@ _MESSAGE: Json = {
         "content": {"type": ["string", "array", "null"]},
     },
     "required": ["role"],
+}
+_TURN: Json = {
+    "type": "object",
+    "properties": {"role": {"enum": ["user", "assistant"]}, "content": {"type": ["string", "array"]}},
+    "required": ["role", "content"],
 }
 _BLOCKS: Json = {"type": ["string", "array"]}
 
@@ -94,8 +123,24 @@ LATER: dict[str, Json] = {
     "logprobs": _integer(0, MAX_LOGPROBS),
     "tool_choice": _CHOICE,
     "prompt": _PROMPT,
-    "response_format": {"type": "object", "required": ["type"]},
-    "structured_outputs": {"type": "object"},
+    "response_format": {
+        "type": "object",
+        "properties": {
+            "type": {"enum": ["text", "json_object", "json_schema", "structural_tag"]},
+            "json_schema": {"type": "object", "properties": {"name": _TEXT, "schema": {"type": "object"}}},
+        },
+        "required": ["type"],
+    },
+    "structured_outputs": {
+        "type": "object",
+        "properties": {
+            "json": _SCHEMA,
+            "json_object": {"type": "boolean"},
+            **dict.fromkeys(("regex", "grammar"), _TEXT),
+            "choice": _TEXTS,
+            "structural_tag": {"type": ["object", "string"]},
+        },
+    },
     "guided_json": _SCHEMA,
     "guided_json_object": {"type": "boolean"},
     "guided_regex": _TEXT,
@@ -109,9 +154,9 @@ LATER: dict[str, Json] = {
     "conversation": {"type": ["string", "object"]},
     "endpoint": {"enum": [*batches_api.ENDPOINTS]},
     "completion_window": {"const": "24h"},
-    "messages": {"type": "array", "items": {"type": "object"}, "minItems": 1},
+    "messages": {"type": "array", "items": _TURN, "minItems": 1},
     "system": _BLOCKS,
-    "tools": {"type": "array", "items": {"type": "object", "required": ["name", "input_schema"]}},
+    "tools": {"type": "array", "items": _NAMED_TOOL},
     "thinking": {
         "type": "object",
         "properties": {"type": {"enum": ["enabled", "adaptive", "disabled"]}, "budget_tokens": _integer(1)},
@@ -169,22 +214,66 @@ _CHAT_CLOSER: Json = {
     "messages": {"type": "array", "items": _MESSAGE, "minItems": 1},
     "tools": {"type": "array", "items": _TOOL},
     "logit_bias": _KEY_AND_COUNT,
+    "stream_options": {"type": "object", "properties": {"include_usage": {"type": "boolean"}}},
 }
-_ITEMS: Json = {"anyOf": [_TEXT, {"type": "array", "items": {"type": "object"}, "minItems": 1}]}
+_ITEM: Json = {
+    "type": "object",
+    "properties": {
+        "type": {"enum": ["message", *sorted(responses_items.READ - {"message"})]},
+        "role": {"enum": ["user", "assistant", "system", "developer"]},
+        "content": {"type": ["string", "array"]},
+        **dict.fromkeys(("id", "call_id", "name", "arguments", "encrypted_content"), _TEXT),
+        "output": {"type": ["string", "array"]},
+    },
+}
+_ITEMS: Json = {"anyOf": [_TEXT, {"type": "array", "items": _ITEM, "minItems": 1}]}
 _RESPONSE = Body(
     honoured=responses_schema.HONOURED,
     ignored=responses_schema.IGNORED,
     refused=responses_schema.REFUSED,
-    closer={"input": _ITEMS},
+    closer={
+        "input": _ITEMS,
+        "tools": {"type": "array", "items": _FLAT_TOOL},
+        "text": {
+            "type": "object",
+            "properties": {
+                "format": {
+                    "type": "object",
+                    "properties": {
+                        "type": {"enum": ["text", "json_object", "json_schema"]},
+                        "name": _TEXT,
+                        "schema": {"type": "object"},
+                    },
+                    "required": ["type"],
+                },
+                "verbosity": {"const": "medium"},
+            },
+        },
+        "reasoning": {
+            "type": "object",
+            "properties": {
+                "effort": {"enum": ["none", "minimal", "low", "medium", "high", "xhigh", "max", None]},
+                "summary": {"enum": ["auto", "concise", "detailed", None]},
+            },
+        },
+        "conversation": {"anyOf": [_TEXT, {"type": "object", "properties": {"id": _TEXT}, "required": ["id"]}]},
+    },
 )
+_CHOSEN: Json = {
+    "type": "object", "properties": {"value": {"type": ["string", "boolean"]}}, "required": ["value"],
+    "additionalProperties": False,
+}  # fmt: skip
+_LEVEL: Json = {
+    "type": "object", "properties": {"value": {"type": "number"}, "label": _TEXT}, "additionalProperties": False,
+}  # fmt: skip
 _QUESTION: Json = {
     "type": "object",
     "properties": {
         "type": {"enum": ["predicate", "choice", "score"]},
         "name": _TEXT,
         "instructions": _TEXT,
-        "choices": {"type": "array", "minItems": 2},
-        "levels": {"type": "array", "minItems": 2},
+        "choices": {"type": "array", "items": {"anyOf": [_TEXT, _CHOSEN]}, "minItems": 2},
+        "levels": {"type": "array", "items": {"anyOf": [_TEXT, {"type": "number"}, _LEVEL]}, "minItems": 2},
     },
     "required": ["type", "instructions"],
 }
@@ -203,7 +292,7 @@ BODIES: dict[str, Body] = {
         ignored=openai_fields.COMPLETION_IGNORED,
         refused=openai_fields.COMPLETION_REFUSED,
         required=("prompt",),
-        closer={"logit_bias": _KEY_AND_COUNT},
+        closer={name: _CHAT_CLOSER[name] for name in ("logit_bias", "stream_options")},
     ),
     "TokenizeRequest": Body(
         honoured=openai_fields.TOKENIZE_HONOURED,

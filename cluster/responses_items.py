@@ -168,3 +168,5 @@ _READERS: dict[str, Callable[[list[Json], Item, str], None]] = {
     "compaction": _compaction,
 }
 """Type of an item -> what it adds to the conversation."""
+READ = frozenset(_READERS)
+"""Types of items that are read."""

@@ -248,7 +248,7 @@ def test_truncation_drops_results_with_their_calls(gateway, kind):
 
 
 def test_truncation_keeps_the_call_whose_result_comes_last(gateway):
-    reply = post(gateway, input=[{"role": "user", "content": "a" * 3000}, CALLED, RESULT], truncation="auto")
+    reply = post(gateway, input=[CALLED, {"role": "user", "content": "a" * 3500}, RESULT], truncation="auto")
     assert reply.status_code == 200
     assert prompt_of(gateway).endswith(b"b" * 1000)
 
