@@ -1,6 +1,6 @@
 """Exchanges of a stage's ranks, through each way that there is on this device: right, and how long they take.
 
-    python benchmarks/sums.py                             two ranks on a CPU: connections of our own, and gloo
+    python benchmarks/sums.py                             two ranks on a CPU: shared memory, connections, gloo
     python benchmarks/sums.py --device cuda --ranks 8     shared memory and NCCL; one rank: NCCL alone
 
 Medians of a sum, a sum whose rows are dealt out and a gathering of rows, for 8 rows to 8192.
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvasir.engine.links import Links
 from kvasir.engine.memory import keep_freed_memory
-from kvasir.engine.mesh import Mesh, Place, host_store, join, process_group, reach_store
+from kvasir.engine.mesh import Mesh, Place, c10d, host_store, join, process_group, reach_store
 
 HOST = "127.0.0.1"
 ROWS = (8, 64, 512, 2048, 8192)
@@ -33,9 +34,10 @@ def reach(number: int, size: int, port: int, device: torch.device) -> tuple[Mesh
         group = process_group(store, 0, 1, device, HOST, 60.0)
         return Mesh(Place(), group, group, None, device), {"alone": None}
     mesh = join(Place(size, 1, number, size, number), store, device, HOST, 60.0)
-    group = "NCCL" if device.type == "cuda" else "gloo"
-    direct = "shared memory" if device.type == "cuda" else "own connections"
-    return mesh, {direct: mesh.one_shot, group: None} if mesh.one_shot is not None else {group: None}
+    ways = {"shared memory": mesh.one_shot, "NCCL" if device.type == "cuda" else "gloo": None}
+    if device.type == "cpu":
+        ways["connections"] = Links(c10d.PrefixStore("connections", store), number, size, HOST, 60.0, "")
+    return mesh, {name: way for name, way in ways.items() if way is not None or name in ("NCCL", "gloo")}
 
 
 def timed(device: torch.device, run: Callable[[], Tensor]) -> float:
@@ -60,7 +62,7 @@ def rank(number: int, size: int, port: int, kind: str, width: int) -> None:
     logging.basicConfig()
     mesh, ways = reach(number, size, port, device)
     for name, way in ways.items():
-        mesh.one_shot = way
+        mesh.one_shot = mesh.links = way
         for count in (-(-count // size) * size for count in ROWS):
             x = torch.full((count, width), number + 1.0, dtype=torch.bfloat16, device=device)
             total = float(sum(range(1, size + 1)))

@@ -251,7 +251,11 @@ def join(
 def cpu_links(store: Any, place: Place, host: str, timeout_s: float, secret: str) -> Links | NodeLinks:
     """Through shared memory where all ranks of the stage are on one node, else connections."""
     own, size = place.tp_rank, place.tp
-    found, why = agreed(lambda: NodeLinks(store, own, size, timeout_s), store, own, size, host, timeout_s)
+
+    def shared() -> NodeLinks:
+        return NodeLinks(store, own, size, timeout_s, place.local_ranks)
+
+    found, why = agreed(shared, store, own, size, host, timeout_s)
     if found is None:
         log.info("sums between ranks go over connections, not through shared memory: %s", why)
     return found or Links(store, own, size, host, timeout_s, secret)

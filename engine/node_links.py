@@ -19,7 +19,7 @@ from kvasir.engine.cores import usable_cores
 from kvasir.kernels.native import library
 from kvasir.kernels.node_sums import Meeting, meeting_bytes
 
-CAPACITY = 1 << 20
+CAPACITY = 4 << 20
 """Bytes of a rank's part; more goes in several turns."""
 SPIN_S = 200e-6
 """A rank that has a core for itself waits awake for so long: to be woken takes about 50 us."""
@@ -27,12 +27,13 @@ NAME_BYTES = 16
 
 
 class NodeLinks:
-    """The same operations as `Links`. OSError where these ranks can't share memory."""
+    """The same operations as `Links`, for rank `own` of `size`, beside so many ranks in all on this node. OSError where they
+    can't share memory."""
 
-    def __init__(self, store: Any, own: int, size: int, timeout_s: float) -> None:
+    def __init__(self, store: Any, own: int, size: int, timeout_s: float, local_ranks: int = 1) -> None:
         self.own, self.size = own, size
         memory, self._kept = _shared(store, own, meeting_bytes(size, CAPACITY))
-        spin_s = SPIN_S if size <= usable_cores() else 0.0
+        spin_s = SPIN_S if max(size, local_ranks) <= usable_cores() else 0.0
         self.meeting = Meeting(memory, own, size, CAPACITY, spin_s=spin_s, timeout_s=timeout_s)
 
     def takes(self, x: Tensor) -> bool:
