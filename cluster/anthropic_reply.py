@@ -25,7 +25,7 @@ class MessagesReply:
     """One message. Blocks of other types than text are opened and closed by `_Blocks` alike."""
 
     def __init__(self, ask: MessagesAsk, generation: Generation, request_id: str) -> None:
-        self._generation = generation
+        self._ask, self._generation = ask, generation
         self._id = f"msg_{request_id}"
         self._model = ask.call.model or generation.model.name
         self._blocks = _Blocks()
@@ -44,7 +44,7 @@ class MessagesReply:
     def closing(self) -> bytes:
         output = self._output
         stop = {"stop_reason": _stop_reason(output, bool(self._answer.ids)), "stop_sequence": _stop_sequence(output)}
-        end = event("message_delta", {"delta": stop, "usage": self._usage()})
+        end = event("message_delta", {"delta": stop, "usage": self._usage(), **self._timing()})
         return (b"" if self._begun else self._begin()) + self._blocks.close() + end + event("message_stop", {})
 
     def whole(self) -> Json:
@@ -54,7 +54,7 @@ class MessagesReply:
         content += [{"type": "text", "text": read.content, "citations": None}] if read.content else []
         content += [self._use(call.name, number, _input(call.arguments)) for number, call in enumerate(read.calls)]
         stop = {"stop_reason": _stop_reason(output, bool(read.calls)), "stop_sequence": _stop_sequence(output)}
-        return self._message(content) | stop | {"usage": self._usage()}
+        return self._message(content) | stop | {"usage": self._usage(), **self._timing()}
 
     def _parts(self, delta: Delta) -> bytes:
         out = b""
@@ -85,6 +85,10 @@ class MessagesReply:
 
     def _message(self, content: list[Json]) -> Json:
         return {"id": self._id, "type": "message", "role": "assistant", "model": self._model, "content": content}
+
+    def _timing(self) -> Json:
+        """If it was asked for."""
+        return {"timing": self._generation.timing.json()} if self._ask.return_timing else {}
 
     def _usage(self) -> Json:
         """Anthropic counts what came out of the cache apart."""

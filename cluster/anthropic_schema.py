@@ -40,6 +40,7 @@ _MESSAGES: dict[str, Check] = {
     "top_k": SAMPLING["top_k"],
     "metadata": later,
     "cache_control": later,
+    "return_timing": boolean,
 }
 _IGNORED: Neutral = {
     "service_tier": ("auto", "standard_only"),
@@ -64,6 +65,8 @@ class MessagesAsk:
     call: Call
     conversation: Conversation
     stream: bool = False
+    return_timing: bool = False
+    """Where the time went is told in the answer."""
     warnings: tuple[str, ...] = ()
 
 
@@ -92,7 +95,8 @@ def parse_messages(body: Body) -> MessagesAsk:
         thinks=thinking.get("type") in ("enabled", "adaptive"),
         thinking_budget=_budget(thinking),
     )
-    return MessagesAsk(call=call, conversation=found, stream=fields.get("stream", False), warnings=warnings)
+    asked = {name: fields[name] for name in ("stream", "return_timing") if name in fields}
+    return MessagesAsk(call=call, conversation=found, warnings=warnings, **asked)
 
 
 def parse_count(body: Body) -> MessagesAsk:

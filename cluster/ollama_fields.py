@@ -110,6 +110,7 @@ _GENERATION: dict[str, Check] = {
     "think": _think,
     "logprobs": boolean,
     "top_logprobs": integer_from(0, 20),
+    "return_timing": boolean,
 }
 GENERATE: dict[str, Check] = {
     **_GENERATION,

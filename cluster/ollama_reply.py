@@ -98,6 +98,8 @@ class OllamaReply:
         end: Json = {"done": True, "done_reason": output.finish_reason}
         if self._ask.gives_context:
             end["context"] = [*request.prompt_token_ids, *output.token_ids]
+        if self._ask.return_timing:
+            end["timing"] = self._generation.timing.json()
         at = output.timing
         return end | {
             "total_duration": round((time.monotonic() - self._started) * 1e9),

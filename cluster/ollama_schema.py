@@ -60,6 +60,8 @@ class OllamaAsk:
     tools: ToolUse | None = None
     thinks: bool = False
     """Thoughts are asked for."""
+    return_timing: bool = False
+    """Where the time went is told in the answer."""
     warnings: tuple[str, ...] = ()
 
 
@@ -162,6 +164,7 @@ def _shared(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> dict[str, A
         "stream": fields.get("stream", True),
         "logprobs": logprobs,
         "thinks": bool(fields.get("think")),
+        "return_timing": fields.get("return_timing", False),
         "warnings": (*warnings, *more),
     }
 

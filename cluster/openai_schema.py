@@ -136,8 +136,8 @@ def parse_detokenize(body: Mapping[str, Any]) -> tuple[str, list[int], bool, tup
     return fields.get("model", ""), fields["tokens"], fields.get("skip_special_tokens", False), warnings
 
 
-_CONSTRAINTS = "guided_"
-"""What begins so constrains the output, even if it isn't known here."""
+_MEANT = ("guided_", "images")
+"""What begins so constrains the output or is input, even if it isn't known here."""
 
 
 def sort_fields(
@@ -165,7 +165,7 @@ def sort_fields(
             if value not in refused[name]:
                 advice = f"; use {instead[name]}" if name in instead else ""
                 raise UnsupportedError(_refusal(name, value, refused[name]) + advice, param=name)
-        elif name.startswith(_CONSTRAINTS) and name not in ignored:
+        elif name.startswith(_MEANT) and name not in ignored and value != []:
             raise UnsupportedError(_refusal(name, value, ()), param=name)
         elif value not in ignored.get(name, ()):
             warnings.append(name)

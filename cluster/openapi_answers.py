@@ -77,7 +77,13 @@ _BESIDE: Json = {
 _CHOICE: Json = {"logprobs": {"type": ["object", "null"]}, "stop_reason": _STOP, "token_ids": _list(_INT)}
 _DURATIONS: Json = dict.fromkeys(
     ("total_duration", "load_duration", "prompt_eval_count", "prompt_eval_duration", "eval_count"), _INT
-) | {"eval_duration": _INT, "context": _list(_INT), "done_reason": _TEXT, "logprobs": _list(_ANY)}
+) | {
+    "timing": ref("Timing"),
+    "eval_duration": _INT,
+    "context": _list(_INT),
+    "done_reason": _TEXT,
+    "logprobs": _list(_ANY),
+}
 _OLLAMA: Json = {"model": _TEXT, "created_at": {"type": "string", "format": "date-time"}, "done": _BOOL}
 _OLLAMA_CALL = _object({"function": _object({"name": _TEXT, "arguments": {"type": "object"}})})
 _ANTHROPIC_USAGE = _object({"input_tokens": _INT, "output_tokens": _INT})
@@ -285,7 +291,8 @@ _OTHERS = {
             "stop_reason": {"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use", None]},
             "stop_sequence": _or_null(_TEXT),
             "usage": _ANTHROPIC_USAGE,
-        }
+        },
+        {"timing": ref("Timing")},
     ),
     "MessageEvent": _object(
         {

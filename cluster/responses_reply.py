@@ -171,6 +171,8 @@ class ResponseReply:
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "usage": usage_json(self._generation.usage, self._thought_tokens()),
         }
+        if self._ask.return_timing:
+            self.response["timing"] = self._generation.timing.json()
         return out
 
     def _thought_tokens(self) -> int:

@@ -38,6 +38,7 @@ HONOURED: dict[str, Check] = {
     **{name: SAMPLING[name] for name in ("temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids")},
     **{name: SAMPLING[name] for name in ("presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos")},
     **{name: CHAT_HONOURED[name] for name in ("cache_salt", "chat_template_kwargs", "priority", "request_id")},
+    "return_timing": boolean,
     "model": string,
     "input": later,
     "instructions": string,
@@ -153,6 +154,8 @@ class ResponseAsk:
     carried: bool = False
     """And given out for the client to send back, in the field that has them encrypted elsewhere."""
     request_id: str | None = None
+    return_timing: bool = False
+    """Where the time went is told in the answer."""
     warnings: tuple[str, ...] = ()
 
     def with_items(self, items: Sequence[Json]) -> ResponseAsk:
@@ -207,7 +210,7 @@ def parse_response(body: Body) -> ResponseAsk:
         carried=THOUGHTS in fields.get("include", ()),
         request_id=fields.get("request_id"),
         warnings=(*warnings, *more, *unknown, *_stream_options(fields), *unused(fields)),
-        **{name: fields[name] for name in ("store", "background", "stream") if name in fields},
+        **{name: fields[name] for name in ("store", "background", "stream", "return_timing") if name in fields},
     )
 
 

@@ -142,7 +142,7 @@ def test_echo_asks_for_the_prompts_scores():
         SamplingParams(**parse_completion({**COMPLETION, "max_tokens": 0}).call.sampling)
 
 
-@pytest.mark.parametrize("name", ["guided_xml", "guided_", "guided_lark"])
+@pytest.mark.parametrize("name", ["guided_xml", "guided_", "guided_lark", "images"])
 def test_a_constraint_that_nobody_knows_isn_t_ignored(name):
     for body in ({name: "x"}, {"extra_body": {name: "x"}}):
         with pytest.raises(UnsupportedError, match=name):

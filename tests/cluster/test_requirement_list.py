@@ -137,7 +137,7 @@ messages           "MESSAGES"         R D R R R
 stream             false              D D W W W
 options            {"top_k":5}        D D W W W
 format             "json"             D D W W W
-images             ["x"]              R R R R W
+images             ["x"]              R R R R R
 tools              "TOOLS"            R D W W W
 input              ["Ho"]             W W D R D
 think              true               D D W W W

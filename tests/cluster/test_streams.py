@@ -317,6 +317,25 @@ def test_return_timing(gateway, path, usage):
     assert ("usage" in last) == usage
 
 
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses", "/api/generate", "/api/chat"])
+@pytest.mark.parametrize("streamed", [True, False])
+def test_return_timing_in_other_dialects(gateway, path, streamed):
+    """In the answer, or in the event that ends the stream."""
+    found = {}
+    for wanted in (True, False):
+        body = DIALECTS[path] | {"stream": streamed, "return_timing": wanted}
+        text = httpx.post(gateway.url + path, json=body).text
+        parts = [
+            json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith(("{", "data: {"))
+        ]
+        parts = [part.get("response", part) if isinstance(part.get("response"), dict) else part for part in parts]
+        found[wanted] = [part["timing"] for part in parts if "timing" in part]
+    assert not found[False]
+    (timing,) = found[True]
+    assert timing["group"] == "group-1"
+    assert timing["total_ms"] > 0
+
+
 def test_grpc_timing(gateway):
     call = generate(gateway, (), return_timing=True)
     replies = list(call)
