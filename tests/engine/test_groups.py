@@ -311,6 +311,7 @@ WAYS = [*sorted(DEATHS), "raise", "out of memory"]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_chaos(
     stories: dict[str, Any], orders: Any, segments: Callable[[], set[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,7 +320,7 @@ def test_chaos(
     rng = random.Random(0)
     before = segments()
     for how in WAYS * 3:
-        tp, pp = rng.choice(LAYOUTS)
+        tp, pp = rng.choices(LAYOUTS, (2, 2, 1))[0]  # of four ranks three start beside this process
         llm = LLM(**stories, tensor_parallel_size=tp, pipeline_parallel_size=pp)
         others = pids(llm)
         strike = DEATHS[how][0] if how in DEATHS else lambda _, pid, how=how: orders.give(pid, how)
