@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,9 @@ import torch
 
 from kvasir.engine.cache import KVCache
 from kvasir.engine.decoder import Decoder
+from kvasir.engine.engine import Engine
 from kvasir.engine.mesh import Mesh, Place, join
+from kvasir.engine.scheduler import Stats
 from kvasir.kernels.native import library
 from kvasir.kernels.ragged import Ragged
 
@@ -97,6 +100,20 @@ def on_ranks() -> Callable[..., list[Any]]:
                 mesh.close()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def fresh() -> Callable[[Engine], Stats]:
+    """`fresh(engine)`: its statistics as of now; what it tells at any time is a little old."""
+
+    def found(engine: Engine) -> Stats:
+        asked, limit = time.monotonic(), time.monotonic() + 60
+        while engine.stats_at <= asked:
+            assert time.monotonic() < limit, "they are told no more"
+            time.sleep(0.01)
+        return engine.stats()
+
+    return found
 
 
 @pytest.fixture(scope="session")
