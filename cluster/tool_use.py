@@ -60,9 +60,8 @@ class ToolUse:
     def held(self, taught: ToolFormat | None, instead: StructuredOutput | None = None) -> HeldCalls:
         """What holds the model to it, in the format that it was `taught`; where that can't be enforced and has to be, as JSON.
         instead: what an answer that is no call has to look like. UnsupportedError names what can't be enforced of a strict
-        tool. Takes milliseconds."""
-        form = TOOL_FORMATS["json"] if taught is None or (self.required and self._unenforceable(taught)) else taught
-        unheld = () if self.required else self._unheld(form)
+        tool, or a forced one. Takes milliseconds."""
+        form, unheld = self._format(taught)
         if self.required:
             content = self._required(form)
         elif instead is not None:
@@ -72,40 +71,48 @@ class ToolUse:
         tag = json.dumps({"type": "structural_tag", "format": content})
         return HeldCalls(form, StructuredOutput(structural_tag=tag), unheld)
 
-    def _unenforceable(self, form: ToolFormat) -> bool:
-        """Calls in this format can't be held to all of their schemas. (What is wrong with JSON is told when the grammar is
-        compiled.)"""
-        if form.arguments is None:
-            return False
-        steps = Steps()
-        try:
-            for name in self.names:
-                check_arguments(self._parameters(name), form.arguments, exact=True, steps=steps)
-        except UnsupportedError:
-            return True
-        return False
+    def _format(self, taught: ToolFormat | None) -> tuple[ToolFormat, tuple[str, ...]]:
+        """(how calls are written, what of their schemas isn't enforced)."""
+        if taught is not None:
+            try:
+                return taught, self._unheld(taught)
+            except UnsupportedError:
+                if not self.required:
+                    raise
+        return TOOL_FORMATS["json"], self._unheld(TOOL_FORMATS["json"])
 
     def _unheld(self, form: ToolFormat) -> tuple[str, ...]:
-        """What of the schemas isn't enforced where the choice is the model's."""
+        """What of the schemas isn't enforced; UnsupportedError where it has to be."""
         steps, found, limit = Steps(), [], time.monotonic() + LIMIT_S
         for name in self.names:
             strict = bool(self._function(name).get("strict"))
             try:
-                skipped = self._skipped(name, form, strict, steps)
+                skipped = self._skipped(name, form, strict or self.required, steps)
             except UnsupportedError as error:
-                text = f"tool {name!r} is strict, which can't be enforced in this model's format of calls ({form.name})"
-                advice = 'use tool_choice "required" or "none"'
-                raise UnsupportedError(f"{text}: {error.message}; {advice}", param="tools") from error
+                raise UnsupportedError(self._refusal(name, form, strict, error.message), param="tools") from error
             found += [f"{what} in tool {name} (can't be enforced)" for what in skipped]
             if time.monotonic() > limit:
                 text = f"the tools' schemas take more than {LIMIT_S:.0f} s: make them smaller, or send fewer tools"
                 raise ClientError(text, param="tools")
         return tuple(found)
 
-    def _skipped(self, name: str, form: ToolFormat, strict: bool, steps: Steps) -> tuple[str, ...]:
+    def _refusal(self, name: str, form: ToolFormat, strict: bool, why: str) -> str:
         if form.arguments is not None:
-            return check_arguments(self._parameters(name), form.arguments, exact=strict, steps=steps)
-        return () if strict else loosened(self._parameters(name))[1]
+            text = f"tool {name!r} is strict, which can't be enforced in this model's format of calls ({form.name})"
+            return f'{text}: {why}; use tool_choice "required" or "none"'
+        if strict:
+            return f"tool {name!r} is strict: {why}; leave that out, or strict"
+        return (
+            f'tool {name!r} is forced, so that its schema has to hold: {why}; leave that out, or use tool_choice "auto"'
+        )
+
+    def _skipped(self, name: str, form: ToolFormat, exact: bool, steps: Steps) -> tuple[str, ...]:
+        if form.arguments is not None:
+            return check_arguments(self._parameters(name), form.arguments, exact=exact, steps=steps)
+        found = loosened(self._parameters(name))[1]
+        if found and exact:
+            raise UnsupportedError(f"{', '.join(found)} can't be enforced", param="tools")
+        return found
 
     def _required(self, form: ToolFormat) -> Json:
         before, between, behind = form.wrap

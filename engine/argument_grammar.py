@@ -246,9 +246,9 @@ class ArgumentRules:
     def _plain_json(self, schema: Json) -> str:
         shared = {name: self._root[name] for name in ("$defs", "definitions") if name in self._root}
         whole = {**shared, **schema}
-        if not self._exact:
-            whole, skipped = loosened(whole)
-            self.skipped += skipped
+        whole, skipped = loosened(whole)
+        for what in skipped:
+            self._skip(what)
         return str(self._out.json(whole, lenient=not self._exact))
 
     # -- as programs write them

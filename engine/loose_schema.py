@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from kvasir.engine.errors import ClientError
-from kvasir.engine.schema import JSON_RULES
+from kvasir.engine.schema import JSON_RULES, narrowed
 
 KEPT = 1024
 """Schemas and patterns that are remembered: agents send the same tools with each turn."""
@@ -47,7 +47,7 @@ def _problems(schema: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
 
     from kvasir.engine.grammar import LIMITS
 
-    text = f"start: %json {json.dumps({**schema, 'x-guidance': JSON_RULES | {'lenient': True}})}\n"
+    text = f"start: %json {json.dumps({**narrowed(schema), 'x-guidance': JSON_RULES | {'lenient': True}})}\n"
     failed, said = LLMatcher.validate_grammar_with_warnings(LLMatcher.grammar_from_lark(text), limits=LIMITS)
     return not failed, () if failed else tuple(_told(one) for one in said)
 

@@ -13,7 +13,6 @@ from llguidance import LLMatcher, LLTokenizer
 from kvasir.cluster.tool_formats import TOOL_FORMATS
 from kvasir.cluster.tool_use import ToolUse, tool_use
 from kvasir.engine.errors import ClientError, UnsupportedError
-from kvasir.engine.grammar import refusal
 from kvasir.engine.loose_schema import MAX_PATTERNS, loosened
 from kvasir.engine.request import StructuredOutput
 from kvasir.engine.structural_tag import tag_grammar
@@ -36,6 +35,7 @@ ODD = {
     },
 }
 """In each format some of it can't be enforced."""
+NAMED_TOOL = {"type": "function", "function": {"name": "odd"}}
 PING = {"properties": {"n": {"type": "integer"}}, "additionalProperties": False}
 
 
@@ -96,18 +96,21 @@ def test_strict_tools_and_forced_ones_are_refused_by_name():
     strict = [tool("odd", {"properties": {"code": {"type": "string", "pattern": "a|^b$"}}}, strict=True)]
     with pytest.raises(UnsupportedError, match=r"'odd' is strict.*pattern 'a\|\^b\$'"):
         tool_use(strict, "auto").held(TOOL_FORMATS["qwen3_coder"])
-    for choice, given in (
-        ("required", {}),
-        ({"type": "function", "function": {"name": "odd"}}, {}),
-        ("auto", {"strict": True}),
-    ):
-        for keyword, value in (("pattern", "(?=a)b"), ("not", {})):
+    for choice, given in (("required", {}), (NAMED_TOOL, {}), ("auto", {"strict": True})):
+        for keyword, value in (("pattern", "(?=a)b"), ("not", {}), ("format", "phone")):
             tools = [tool("odd", {"properties": {"code": {"type": "string", keyword: value}}}, **given)]
-            held = tool_use(tools, choice).held(TOOL_FORMATS["hermes"])
-            matcher = compiled(held.grammar)
-            assert matcher.is_error()
-            assert keyword in str(refusal(held.grammar, matcher.get_error()))
-            assert not held.unheld
+            for form in ("hermes", "qwen3_coder", "gemma4"):
+                with pytest.raises(UnsupportedError, match=f"tool 'odd'.*{keyword}") as caught:
+                    tool_use(tools, choice).held(TOOL_FORMATS[form])
+                assert caught.value.param == "tools"
+
+
+def test_what_can_be_enforced_in_other_words_is():
+    schema = {"properties": {"n": {"oneOf": [{"const": 1}, {"const": 2}]}}}
+    for choice in ("required", "auto"):
+        held = tool_use([tool("odd", schema)], choice).held(TOOL_FORMATS["hermes"])
+        assert not held.unheld
+        assert not compiled(held.grammar).is_error()
 
 
 def test_patterns_that_cant_be_enforced_have_a_limit():
@@ -140,10 +143,11 @@ def test_warned_and_built_once_off_the_loop(thinker, monkeypatch):
         return build(self, *given)
 
     monkeypatch.setattr(ToolUse, "held", held)
-    for choice in ("auto", "required"):
+    for choice, status in (("auto", 200), ("required", 400)):
         reply = httpx.post(thinker.url + "/v1/chat/completions", json=ASK | {"tool_choice": choice})
-        assert reply.status_code == 200
+        assert reply.status_code == status
         assert (reply.headers.get("x-kvasir-warning") == "ignored: " + TOLD) == (choice == "auto")
+        assert status == 200 or reply.json()["error"]["message"].startswith("tool 'odd' is forced")
     assert [name.startswith("tools") for name in built] == [True, True]
     assert isinstance(thinker.group.requests[-1].sampling.structured_outputs, StructuredOutput)
 
