@@ -16,7 +16,7 @@ import urllib.request
 import openai
 import pytest
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 LINES, TOKENS = 16, 60
 

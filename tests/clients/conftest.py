@@ -63,7 +63,7 @@ class Server:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    limit = time.monotonic() + 150
+    limit = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < limit, "it doesn't happen"
         time.sleep(0.05)

@@ -20,7 +20,7 @@ from langchain_core.tools import tool
 from langchain_ollama import ChatOllama, OllamaEmbeddings
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 SUM: Any = [{"role": "user", "content": "What is 47 + 38?"}]
 WEATHER: Any = [{"role": "user", "content": "What is the weather in Bergen?"}]

@@ -97,7 +97,7 @@ def body(max_tokens, **more):
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_a_life(byte_model, otlp_receiver):
     process = start(byte_model, OTEL_EXPORTER_OTLP_ENDPOINT=otlp_receiver.endpoint)
     try:
@@ -119,7 +119,7 @@ def test_a_life(byte_model, otlp_receiver):
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_metrics_of_gateways_that_share_a_port(byte_model):
     process = start(byte_model, GATEWAYS="2")
     try:

@@ -122,18 +122,18 @@ def test_streams_outlive_changes_of_roles_deaths_and_drains(fleet):
     assert loaded > 0
 
     def kill():
-        os.kill(handles[0].broadcast("rank_pid").results(timeout_s=5)[0], signal.SIGKILL)
+        os.kill(handles[0].broadcast("rank_pid").results(timeout_s=30)[0], signal.SIGKILL)
 
     def swap_and_kill():
         """Who is to hand over dies while the other fetches."""
         give("decode", "prefill")
-        handles[0].broadcast("set_role", names[0], "prefill").results(timeout_s=5)
+        handles[0].broadcast("set_role", names[0], "prefill").results(timeout_s=30)
         kill()
 
     assert asyncio.run(eight(url, "killed", swap_and_kill)) == expected
     until(lambda: [group["state"] for group in groups(url)] == ["alive"] * 2)
-    handles[0].broadcast("reconfigure", {"role": "both"}).results(timeout_s=5)
-    handles[1].broadcast("reconfigure", {"role": "both"}).results(timeout_s=5)
+    handles[0].broadcast("reconfigure", {"role": "both"}).results(timeout_s=30)
+    handles[1].broadcast("reconfigure", {"role": "both"}).results(timeout_s=30)
     until(lambda: [group["role"] for group in groups(url)] == ["both"] * 2)
     before = metric(url, "kvasir:moves_total")
     assert asyncio.run(eight(url, "drained", lambda: serve.delete("one"))) == expected

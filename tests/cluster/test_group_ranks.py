@@ -45,12 +45,12 @@ def deployed(serve_on_ray, data):
 
 
 def endpoints(handle):
-    answers = handle.broadcast("endpoint").results(timeout_s=5, return_exceptions=True)
+    answers = handle.broadcast("endpoint").results(timeout_s=30, return_exceptions=True)
     return [answer[0] for answer in answers if isinstance(answer, tuple) and answer[0] is not None]
 
 
 def pids(handle):
-    return handle.broadcast("rank_pids").results(timeout_s=5)[0]
+    return handle.broadcast("rank_pids").results(timeout_s=30)[0]
 
 
 def until(condition, timeout=60.0):
@@ -108,7 +108,7 @@ def test_copies_of_a_model(deployed):
     handle = deployed(data_parallel_size=2, pipeline_parallel_size=2)
     found = until(lambda: len(both := endpoints(handle)) == 2 and both)
     assert found[0].incarnation != found[1].incarnation
-    everyone = {pid for ranks in handle.broadcast("rank_pids").results(timeout_s=5) for pid in ranks}
+    everyone = {pid for ranks in handle.broadcast("rank_pids").results(timeout_s=30) for pid in ranks}
     assert len(everyone) == 4
 
 

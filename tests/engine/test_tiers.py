@@ -305,8 +305,8 @@ for i in range(10**6):
 """
 
 
-def killed(model: Path, given: dict[str, Any]) -> None:
-    """A process that has answered PROMPT and is busy with others."""
+def killed(model: Path, given: dict[str, Any], folder: Path) -> None:
+    """A process that has answered PROMPT and is busy with others, whose blocks are written too."""
     import json
 
     command = [sys.executable, "-c", GENERATE, json.dumps([str(model), given, PROMPT])]
@@ -314,8 +314,10 @@ def killed(model: Path, given: dict[str, Any]) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"served\n"
-        time.sleep(0.5)
-        process.send_signal(signal.SIGKILL)
+        try:
+            _wait_for(lambda: len(blocks(folder)) > 40)
+        finally:
+            process.send_signal(signal.SIGKILL)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -323,8 +325,7 @@ def test_after_a_kill_a_prompt_starts_from_the_disk(
     llama: Path, filled: tuple[Path, list[int]], tmp_path: Path, ranks: int
 ) -> None:
     given = options(tmp_path, tensor_parallel_size=ranks)
-    killed(llama, given)
-    assert len(blocks(tmp_path)) > 40
+    killed(llama, given, tmp_path)
     with LLM(str(llama), **given) as llm:
         assert ask(llm) == (filled[1], 144)
 
