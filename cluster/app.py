@@ -241,11 +241,19 @@ def _start_ray(config: ClusterConfig, address: str | None) -> None:
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
         }
-        with _lean_ray():
-            ray.init("local", logging_level=logging.ERROR, **local)
+        where, change = "Ray could not be started here", "see what else this machine does, then start again"
     else:
-        ray.init(address, logging_level=logging.ERROR)
-    importer.join()
+        local = {}
+        where, change = f"no Ray cluster could be joined at {address}", "check --address and that the cluster runs"
+    try:
+        with _lean_ray() if address is None else contextlib.nullcontext():
+            ray.init(address or "local", logging_level=logging.ERROR, **local)
+    except Exception as error:  # Ray's has no class of its own for a node that is late
+        raise StartError(
+            "\n".join((where, f"  why:    {' '.join(str(error).split())}", f"  change: {change}"))
+        ) from error
+    finally:
+        importer.join()
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import ray
 
 from kvasir.cluster import app, telemetry
 from kvasir.cluster.config import ClusterConfig, GatewayConfig
@@ -218,3 +219,21 @@ def test_a_port_in_use_is_told_before_anything_starts(byte_model):
 def test_a_model_that_is_not_there_is_told_before_anything_starts(tmp_path):
     with pytest.raises(ConfigError):
         app.run(config(tmp_path / "nothing", port=0, grpc_port=0))
+
+
+@pytest.mark.parametrize(
+    ("address", "what"),
+    [(None, "Ray could not be started here"), ("10.0.0.9:6379", "no Ray cluster could be joined at 10")],
+)
+def test_a_ray_that_is_late_is_told_plainly(byte_model, monkeypatch, address, what):
+    def late(*_, **__):
+        raise Exception("The current node timed out during startup.\nIt may be busy.")
+
+    monkeypatch.setattr(ray, "init", late)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(app.StartError) as caught:
+        app.run(config(byte_model, port=0, grpc_port=-1), address=address)
+    first, why, change = caught.value.message.splitlines()
+    assert first.startswith(what)
+    assert why == "  why:    The current node timed out during startup. It may be busy."
+    assert change.startswith("  change: ")
