@@ -123,7 +123,7 @@ def test_ollamas_sampler_options_work(url):
         "temperature": 1.0, "seed": 7, "num_predict": 30, "repeat_penalty": 1.2, "repeat_last_n": 32, "penalize_newline": False,
         "typical_p": 0.9, "tfs_z": 0.95, "mirostat": 2, "mirostat_tau": 3.0, "mirostat_eta": 0.1, "num_keep": 4,
     }  # fmt: skip
-    body = {"model": "skald", "prompt": "The ship", "raw": True, "stream": False}
+    body = {"model": "skald", "prompt": "The ship", "raw": True, "stream": False, "truncate": True}
     found = [httpx.post(url + "/api/generate", json=body | {"options": options}, timeout=60) for _ in range(2)]
     assert found[0].json()["response"] == found[1].json()["response"] != ""
     assert "x-kvasir-warning" not in found[0].headers
