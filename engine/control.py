@@ -1,4 +1,5 @@
-"""Control: what rank 0 and the other ranks of a group tell each other, over one TCP connection each.
+"""Control: what rank 0 and the other ranks of a group tell each other, over one TCP connection each; steps for ranks of rank
+0's own node go through memory that they share (`board`), where that can be had.
 
 Rank 0 listens, the others connect. A frame is its length (4 bytes), its kind (1 byte) and its content: JSON, or a step or
 result in `codec`'s form. Nothing that arrives can run, and nothing is believed before the group's token was shown.
@@ -11,6 +12,7 @@ import hmac
 import json
 import queue
 import secrets
+import select
 import selectors
 import socket
 import struct
@@ -21,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from kvasir.engine.board import Poster, Reader
 from kvasir.engine.errors import ConfigError, ServerError
 
 Kind = Literal["hello", "welcome", "ready", "step", "result", "failed", "beat", "fetched", "serve", "serving"]
@@ -34,6 +37,9 @@ BEAT_S = 0.25
 """How often a rank says that it lives, and how often rank 0 looks."""
 SILENCE_S = 10.0
 """A rank that says nothing for this long is lost: its node or its network is gone."""
+NAP_S = 0.1
+"""How often a rank that reads steps from the board looks whether something else has come."""
+BOARD = b"board"
 VERDICT_S = 0.5
 """When one rank dies the others' exchanges with it fail at the same moment: so long is waited for who it was."""
 
@@ -56,6 +62,8 @@ class Peer:
     buffer: bytearray = field(default_factory=bytearray)
     serves: str | None = None
     """Where it lends blocks to other groups; empty: it can't."""
+    reads: bool = False
+    """Steps from the board."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} (pid {self.pid} on {self.host})"
@@ -75,6 +83,7 @@ class Hub:
         self.failure: RankError | ConfigError | None = None
         self._ended = ended
         self._listener = socket.create_server((host, 0), backlog=size)
+        self._board: Poster | None = None
         self._peers: dict[int, Peer] = {}
         self._changed = threading.Condition()
         self.fetched: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
@@ -105,8 +114,13 @@ class Hub:
         return {0: self.host} | {rank: peer.host for rank, peer in self._peers.items()}
 
     def welcome(self, rank: int, said: Mapping[str, Any]) -> None:
-        """Tell one rank its place."""
-        _send(self._peers[rank].connection, "welcome", json.dumps(said).encode())
+        """Tell one rank its place, and where the board is."""
+        peer = self._peers[rank]
+        if peer.host == self.host and self._board is None:
+            with contextlib.suppress(OSError):
+                self._board = Poster(self.size)
+        board = self._board.where if self._board is not None and peer.host == self.host else None
+        _send(peer.connection, "welcome", json.dumps({**said, "board": board}).encode())
 
     def all_ready(self) -> None:
         """Wait until every rank has loaded its share; from then on silence is death."""
@@ -124,7 +138,12 @@ class Hub:
 
     def step(self, frame: bytes) -> None:
         """Send a step to every rank."""
+        readers = [peer.rank for peer in self._peers.values() if peer.reads]
+        board = self._board if readers else None
+        posted = board is not None and board.post(frame, readers, lambda: self.failure is None)
         for peer in self._peers.values():
+            if posted and peer.reads:
+                continue
             try:
                 _send(peer.connection, "step", frame)
             except OSError as error:
@@ -228,7 +247,7 @@ class Hub:
                 self._changed.notify_all()
         elif kind == "ready":
             with self._changed:
-                peer.ready = True
+                peer.ready, peer.reads = True, content == BOARD
                 self._changed.notify_all()
         elif kind == "failed":
             said = json.loads(content)
@@ -291,6 +310,8 @@ class Spoke:
         self._connection.settimeout(None)
         _tune(self._connection)
         self._lock = threading.Lock()
+        self._rank = rank
+        self._reader: Reader | None = None
         self._gone = gone
         self._closing = threading.Event()
         self.send("hello", json.dumps({"token": token, "rank": rank, "pid": pid}).encode())
@@ -301,8 +322,21 @@ class Spoke:
         with self._lock:
             _send(self._connection, kind, content)
 
+    def ready(self, where: str | None = None, size: int = 0) -> None:
+        """This rank has loaded its share. From now on it reads steps of `size` ranks from the board at `where`, if it can."""
+        if where is not None:
+            with contextlib.suppress(OSError):
+                self._reader = Reader(where, self._rank, size)
+        self.send("ready", b"" if self._reader is None else BOARD)
+
     def receive(self) -> tuple[Kind, bytes]:
         """The next frame. EOFError when rank 0 is gone."""
+        while self._reader is not None:
+            found, step = self._reader.take(NAP_S)
+            if step is not None:
+                return "step", step
+            if found or select.select([self._connection], [], [], 0)[0]:
+                break
         return receive(self._connection)
 
     def close(self) -> None:
@@ -351,9 +385,7 @@ def _tune(connection: socket.socket) -> None:
     connection.settimeout(None)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    silence = int(
-        SILENCE_S * 1000
-    )  # what was sent, beats above all, has to arrive by then: a kernel tries for 15 minutes
+    silence = int(SILENCE_S * 1000)  # what was sent has to arrive by then: a kernel tries for 15 minutes
     for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", silence)):
         if hasattr(socket, name):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -1,29 +1,21 @@
-"""Node links: exchanges of a stage's CPU ranks that are all on one node, through memory that they share.
-
-The memory has no name that could be left behind: rank 0 of the stage makes it, the others open its descriptor, and the system
-frees it with the last of them.
-"""
+"""Node links: exchanges of a stage's CPU ranks that are all on one node, through memory that they share."""
 
 from __future__ import annotations
 
-import mmap
-import os
-import secrets
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from kvasir.engine.channels import Memory, node
 from kvasir.engine.cores import usable_cores
-from kvasir.kernels.native import library
+from kvasir.engine.node_memory import NodeMemory, opened
 from kvasir.kernels.node_sums import Meeting, meeting_bytes
 
 CAPACITY = 4 << 20
 """Bytes of a rank's part; more goes in several turns."""
 SPIN_S = 200e-6
 """A rank that has a core for itself waits awake for so long: to be woken takes about 50 us."""
-NAME_BYTES = 16
+NOWHERE = "0 0 0"
 
 
 class NodeLinks:
@@ -61,29 +53,14 @@ class NodeLinks:
         """The memory is freed with the last one who holds it."""
 
 
-def _shared(store: Any, own: int, size: int) -> tuple[Any, Memory | None]:
-    """(the stage's memory: zeros behind its name, what keeps its descriptor open for the others)"""
-    if own == 0:
-        return _made(store, size)
-    pid, fd, name = store.get("memory").decode().split()
-    with open(f"/proc/{pid}/fd/{fd}", "r+b", buffering=0) as file:
-        if os.fstat(file.fileno()).st_size < size:
-            raise OSError("what rank 0 of the stage shares isn't to be had here")
-        memory = mmap.mmap(file.fileno(), size)
-    if memory[:NAME_BYTES].hex() != name:
-        raise OSError("what rank 0 of the stage shares isn't to be had here")
-    return memory, None
-
-
-def _made(store: Any, size: int) -> tuple[Any, Memory]:
-    where = "0 0 0"  # nowhere: the others needn't wait
+def _shared(store: Any, own: int, size: int) -> tuple[Any, NodeMemory | None]:
+    """(the stage's memory, what keeps it open for the others)"""
+    if own:
+        return opened(store.get("memory").decode(), size), None
+    where = NOWHERE  # the others needn't wait
     try:
-        if not node() or library() is None:
-            raise OSError("this needs Linux and compiled kernels")
-        kept = Memory(size)
-        memory = mmap.mmap(kept.fd, size)
-        memory[:NAME_BYTES] = secrets.token_bytes(NAME_BYTES)
-        where = f"{os.getpid()} {kept.fd} {memory[:NAME_BYTES].hex()}"
-        return memory, kept
+        made = NodeMemory(size)
+        where = made.where
     finally:
         store.set("memory", where)
+    return made.memory, made

@@ -63,7 +63,7 @@ def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
     rank = rank_of(config, loaded, grammars_of(loaded))
     if (tiers := loaded.tiers) is not None:
         tiers.on_fetched = lambda ticket, count: spoke.send("fetched", FETCHED.pack(ticket, count))
-    spoke.send("ready")
+    spoke.ready(said["board"], place.size)
     try:
         while True:
             kind, content = spoke.receive()

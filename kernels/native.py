@@ -49,9 +49,16 @@ SIGNATURES: dict[str, Types] = {
     "scatter_between": (P, N, P, P, N),
     "gather_between": (P, P, P, N),
     "abort_between": (P,),
+    "board_bytes": (N,),
+    "post": (P, P, N, N, P, N),
+    "take": (P, N, N, P, N),
     "pack_linear": (N, P, P, N, N, N),
     "linear": (N, P, N, P, P, P, N, N, N, N),
 }
+ANSWERS = (
+    "multiplies_pairs", "run_layers", "sum_between", "scatter_between", "gather_between", "board_bytes", "post", "take",
+)  # fmt: skip
+"""Functions that return a number."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +214,7 @@ def _opened(path: Path) -> ctypes.CDLL:
     for name, types in SIGNATURES.items():
         function = getattr(found, name)
         function.argtypes, function.restype = types, None
-    for name in ("multiplies_pairs", "run_layers", "sum_between", "scatter_between", "gather_between"):
+    for name in ANSWERS:
         getattr(found, name).restype = N
     openmp = ctypes.CDLL(torch._C.__file__)  # looks through all that torch was linked with
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")

@@ -2,17 +2,13 @@
 // what the others wrote.
 #pragma once
 #include "native.h"
-
-struct Counter { // on a cache line of its own: the newest turn for which a rank has written its part
-  std::atomic<uint32_t> turn, sleepers;
-  char rest[56];
-};
+#include "turns.h"
 
 struct Shared { // in front of the parts: [2][size] of `capacity` bytes
   char name[64];
   std::atomic<uint32_t> aborted;
   char rest[60];
-  Counter counters[1];
+  Counter counters[1]; // the newest turn for which a rank has written its part
 };
 
 // A process's end; node_sums.py lays it out alike.

@@ -3,14 +3,6 @@
 #include "node_sums.h"
 
 #include <algorithm>
-#include <ctime>
-#ifdef __linux__
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#else
-#include <sched.h>
-#endif
 
 namespace {
 
@@ -31,23 +23,6 @@ void pause_a_little() {
 #endif
 }
 
-void sleep_while(std::atomic<uint32_t> &word, uint32_t value) {
-#ifdef __linux__
-  timespec nap{0, NAP_NS};
-  syscall(SYS_futex, (uint32_t *)&word, FUTEX_WAIT, value, &nap, nullptr, 0);
-#else
-  sched_yield();
-#endif
-}
-
-void wake(std::atomic<uint32_t> &word) {
-#ifdef __linux__
-  syscall(SYS_futex, (uint32_t *)&word, FUTEX_WAKE, 1 << 30, nullptr, nullptr, 0);
-#endif
-}
-
-bool reached(const Counter &c, uint32_t turn) { return (int32_t)(c.turn.load(std::memory_order_acquire) - turn) >= 0; }
-
 // Until this rank has written `turn`.
 Met wait_for(Meeting *m, int64_t rank, uint32_t turn) {
   Counter &c = m->shared->counters[rank];
@@ -65,7 +40,7 @@ Met wait_for(Meeting *m, int64_t rank, uint32_t turn) {
       break;
     }
     seen = c.turn.load();
-    if ((int32_t)(seen - turn) < 0) sleep_while(c.turn, seen);
+    if ((int32_t)(seen - turn) < 0) sleep_while(c.turn, seen, NAP_NS);
   }
   c.sleepers.fetch_sub(1);
   return found;
@@ -86,11 +61,7 @@ Met begin(Meeting *m) {
 }
 
 // This rank's part is written.
-void tell(Meeting *m) {
-  Counter &c = m->shared->counters[m->own];
-  c.turn.store((uint32_t)m->turn); // in one order with the sleepers' count
-  if (c.sleepers.load()) wake(c.turn);
-}
+void tell(Meeting *m) { advance(m->shared->counters[m->own], (uint32_t)m->turn); }
 
 Met write(Meeting *m, const void *x, int64_t bytes) {
   if (Met found = begin(m)) return found;

@@ -1,0 +1,128 @@
+"""The board: every reader gets every message in order, long ones another way, and a slow reader loses nothing."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from kvasir.engine import control
+from kvasir.engine.board import SLOT_BYTES, Poster, Reader
+from kvasir.engine.control import Hub, Spoke
+from kvasir.kernels import native
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no compiled kernels: {native.native().text}")
+HOST = "127.0.0.1"
+
+
+def messages(count: int) -> list[bytes]:
+    rng = random.Random(0)
+    return [rng.randbytes(rng.choice([0, 1, 30, 5000, SLOT_BYTES])) for _ in range(count)]
+
+
+def test_every_reader_gets_every_message() -> None:
+    """More than there are slots: who posts waits for the slowest."""
+    poster, sent = Poster(3), messages(200)
+
+    def read(rank: int) -> list[bytes]:
+        reader, found = Reader(poster.where, rank, 3), []
+        while len(found) < len(sent):
+            there, message = reader.take(1.0)
+            assert there == (message is not None)
+            found += [message] if message is not None else []
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(read, rank) for rank in (1, 2)]
+        assert all(poster.post(message, [1, 2], lambda: True) for message in sent)
+        assert all(job.result() == sent for job in jobs)
+
+
+def test_nothing_is_there() -> None:
+    poster = Poster(2)
+    reader = Reader(poster.where, 1, 2)
+    assert reader.take(0.001) == (False, None)
+    assert not poster.post(bytes(SLOT_BYTES + 1), [1], lambda: True)
+    assert reader.take(0.001) == (True, None), "it comes another way"
+
+
+def test_who_posts_gives_up_with_the_group() -> None:
+    poster, looks = Poster(2), []
+
+    def going() -> bool:
+        looks.append(True)
+        return len(looks) < 3
+
+    for _ in range(17):
+        poster.post(b"x", [1], going)
+    assert len(looks) == 3
+
+
+def greeted(hub: Hub, ranks: int) -> list[Spoke]:
+    """Ranks that have loaded."""
+    spokes = [Spoke(hub.address, hub.token, rank, os.getpid(), gone=lambda: None) for rank in range(1, ranks)]
+    hub.meet(20)
+    for rank, spoke in enumerate(spokes, 1):
+        hub.welcome(rank, {"place": rank})
+        _, content = spoke.receive()
+        spoke.ready(control.json.loads(content)["board"], ranks)
+    hub.all_ready()
+    return spokes
+
+
+@pytest.mark.parametrize("refused", [0, 1, 2])
+def test_steps_come_in_order_by_either_way(refused: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short and long ones, to ranks of which so many have no access to the board."""
+    left = refused
+
+    def limited(*given: Any) -> Reader:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise OSError("no memory")
+        return Reader(*given)
+
+    monkeypatch.setattr(control, "Reader", limited)
+    hub = Hub(HOST, 3)
+    spokes = greeted(hub, 3)
+    assert [spoke._reader is None for spoke in spokes].count(True) == refused
+    sent = [*messages(40), bytes(200_000), b"after", bytes(300_000), *messages(5)]
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(lambda spoke=spoke: [spoke.receive() for _ in sent]) for spoke in spokes]
+        for frame in sent:
+            hub.step(frame)
+        assert all(job.result() == [("step", frame) for frame in sent] for job in jobs)
+    hub.close()
+    for spoke in spokes:
+        spoke.close()
+
+
+def ends(act: Callable[[Hub], object]) -> type[BaseException] | str:
+    """What a rank that waits for a step gets when this happens."""
+    hub = Hub(HOST, 2)
+    (spoke,) = greeted(hub, 2)
+    found: list[Any] = []
+
+    def wait() -> None:
+        try:
+            found.append(spoke.receive()[0])
+        except EOFError as error:
+            found.append(type(error))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    act(hub)
+    thread.join(20)
+    hub.close()
+    spoke.close()
+    return found[0]  # type: ignore[no-any-return]
+
+
+def test_other_messages_come_beside_it() -> None:
+    assert ends(lambda hub: control._send(hub._peers[1].connection, "serve", b"{}")) == "serve"
+    assert ends(Hub.close) is EOFError
