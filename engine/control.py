@@ -62,8 +62,8 @@ class Peer:
     buffer: bytearray = field(default_factory=bytearray)
     serves: str | None = None
     """Where it lends blocks to other groups; empty: it can't."""
-    reads: bool = False
-    """Steps from the board."""
+    reads: bool = False  # steps from the board
+    failed: bool = False  # and has said why, before its process ends
 
     def __str__(self) -> str:
         return f"rank {self.rank} (pid {self.pid} on {self.host})"
@@ -250,7 +250,7 @@ class Hub:
                 peer.ready, peer.reads = True, content == BOARD
                 self._changed.notify_all()
         elif kind == "failed":
-            said = json.loads(content)
+            said, peer.failed = json.loads(content), True
             if said.get("final"):
                 self._fail(ConfigError(said["why"], param=said.get("param")))
             elif self._suspect is None:  # it may only have felt the death of another
@@ -260,7 +260,7 @@ class Hub:
         self._selector.unregister(peer.connection)
         if self._closing:
             return
-        if self._suspect is not None and self._suspect[1].startswith(str(peer)):
+        if self._suspect is not None and peer.failed:
             self._fail(RankError(self._suspect[1]))
             return
         deadline = time.monotonic() + VERDICT_S  # its parent reaps it a little later

@@ -337,3 +337,23 @@ def test_chaos(
 def test_executor_of_one_rank_is_this_process(stories: dict[str, Any]) -> None:
     executor = executor_of(EngineConfig(**stories))
     assert (executor.depth, executor.loaded.decoder.mesh.place.size) == (1, 1)
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_ranks_that_fail_together_say_why(order: tuple[int, int]) -> None:
+    """Both explain themselves and end; whichever connection closes first, the cause is what one of them said."""
+    hub = Hub("127.0.0.1", 3)
+    try:
+        spokes = {rank: Spoke(hub.address, hub.token, rank, os.getpid(), gone=lambda: None) for rank in (1, 2)}
+        hub.meet(20)
+        for rank in (1, 2):
+            spokes[rank].send("failed", json.dumps({"why": f"ValueError: {rank}", "final": False}).encode())
+            limit = time.monotonic() + 20
+            while not hub._peers[rank].failed and time.monotonic() < limit:
+                time.sleep(0.001)
+        for rank in order:
+            spokes[rank].close()
+        assert "rank 1 " in str(hub.verdict(""))
+        assert "failed: ValueError: 1" in str(hub.failure)
+    finally:
+        hub.close()
