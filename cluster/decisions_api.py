@@ -22,6 +22,7 @@ from kvasir.cluster.http_front import header_map, read_json, request_id_of, send
 from kvasir.cluster.responses_reply import usage_json
 from kvasir.cluster.served_model import ServedModel
 from kvasir.cluster.service_fields import in_session, priority
+from kvasir.cluster.timing import CallTiming
 from kvasir.engine.errors import ClientError
 from kvasir.engine.transcript import Usage
 
@@ -80,17 +81,25 @@ class Decisions:
 
     async def _answer(self, ask: DecisionAsk, request_id: str, headers: Mapping[str, str], send: Send) -> None:
         headers = in_session(headers, ask.fields.get("prompt_cache_key", ""))
+        began, timings = time.monotonic(), list[CallTiming]()
         with self._desk.work():
-            body = await decide(self._desk, ask, request_id, headers)
-        await send_json(send, 200, body, warning_header(ask.warnings))
+            body = await decide(self._desk, ask, request_id, headers, timings)
+        timing = CallTiming.together(timings, total_s=time.monotonic() - began)
+        await send_json(send, 200, body, [timing.header(), *warning_header(ask.warnings)])
 
 
-async def decide(desk: Desk, ask: DecisionAsk, request_id: str, headers: Mapping[str, str]) -> Json:
-    """The whole answer. Raises a KvasirError."""
+async def decide(
+    desk: Desk,
+    ask: DecisionAsk,
+    request_id: str,
+    headers: Mapping[str, str],
+    timings: list[CallTiming] | None = None,
+) -> Json:
+    """The whole answer. Raises a KvasirError. Where the time went is added to `timings`."""
     model = desk.model(ask.model)
     room, seats = asyncio.Semaphore(AT_ONCE), _Seats(ANSWERS_AT_ONCE)
     turn = await Turn.of(model, _asked(ask, ask.questions[0]), desk.info(model).eos_token_ids)
-    scoring = _Scoring(desk, model, ask, headers, seats, turn)
+    scoring = _Scoring(desk, model, ask, headers, seats, turn, timings)
 
     async def one(number: int) -> Scored:
         async with room:
@@ -123,6 +132,7 @@ class _Scoring:
     headers: Mapping[str, str]
     seats: _Seats
     turn: Turn
+    timings: list[CallTiming] | None
 
     async def score(self, question: Question, request_id: str, *, begun: bool) -> Scored:
         """The answers, each as a prompt's end. begun: others were asked before."""
@@ -165,6 +175,8 @@ class _Scoring:
                 pass
             totals = [_total(t.prompt_logprobs, len(prompt)) for t in generation.transcripts]
             cached = max(transcript.cached_tokens for transcript in generation.transcripts)
+            if self.timings is not None:
+                self.timings.append(generation.timing)
         finally:
             self.desk.end(generation)
         return totals, cached

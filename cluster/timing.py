@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,13 @@ class CallTiming:
             cached_tokens=cached_tokens,
             group=group,
         )
+
+    @classmethod
+    def together(cls, calls: Sequence[CallTiming], *, total_s: float) -> CallTiming:
+        """Of what one request asked of groups, at least once: the longest of each; the group is the last one's."""
+        spans = {name: max(getattr(call, name) for call in calls) for name in ("queue_ms", "prefill_ms", "decode_ms")}
+        cached = max(call.cached_tokens for call in calls)
+        return cls(**spans, total_ms=round(1000 * total_s, 3), cached_tokens=cached, group=calls[-1].group)
 
     def json(self) -> dict[str, Any]:
         """The `timing` field of answers."""

@@ -211,3 +211,5 @@ def test_ids(gateway):
     body = {"input": "a", "questions": [QUESTION], "request_id": "mine"}
     reply = httpx.post(gateway.url + "/v1/decisions", json=body, timeout=30)
     assert (reply.headers["x-request-id"], reply.json()["id"]) == ("mine", "dec_mine")
+    assert reply.headers["server-timing"].startswith("queue;dur=")
+    assert 'group;desc="group-1"' in reply.headers["server-timing"]
