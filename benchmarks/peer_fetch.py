@@ -80,6 +80,7 @@ def measure(args: argparse.Namespace, way: str) -> None:
         time.sleep(0.3)  # figures are published every 50 ms
         stats = group.engine.stats()
         speed = stats.fetch_bytes_per_s / 1e6
+        print(f"{way:>4}: {stats.peer_failed} blocks were asked for and didn't come in time")
         print(f"{way:>4}: {1000 * stats.fetch_floor_s:.1f} ms before the first byte, then {speed:.0f} MB/s", flush=True)
         group.engine.shutdown()
         process.stdin.close()

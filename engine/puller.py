@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 MOST_PULLS = 4
 """At once; later ones wait."""
+MARGIN = 2.0
 MOST_SLABS = 8
 """Layers come in so many portions at most, where a step may begin on the first."""
 STAGED_BYTES = 512 << 20
@@ -341,8 +342,8 @@ class _Get(threading.Thread):
 
 def is_in_time(done: int, slabs: int, took_s: float, ahead_s: float) -> bool:
     """Whether a step of `ahead_s`, whose forward goes through all layers evenly, will find every slab when it needs it. `done`
-    of them came in `took_s`, the others come at the same rate."""
-    return (slabs - done) * took_s / done <= ahead_s * (slabs - 1) / slabs
+    of them came in `took_s`, the others come at the same rate, or at worst MARGIN times slower."""
+    return MARGIN * (slabs - done) * took_s / done <= ahead_s * (slabs - 1) / slabs
 
 
 def reached(address: str, timeout_s: float, *, local: bool) -> socket.socket:

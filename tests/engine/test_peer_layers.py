@@ -141,7 +141,7 @@ def test_an_abort_while_layers_come(deep: Path, group: Callable[..., Group], beg
 
 def test_when_a_step_may_begin() -> None:
     """As soon as what is left is expected to come before the forward reaches it, and never later than when all is here."""
-    assert is_in_time(1, 4, 0.1, 0.4)  # each slab takes what a quarter of the forward takes
-    assert not is_in_time(1, 4, 0.1, 0.3)
-    assert is_in_time(2, 4, 0.2, 0.3)
+    assert is_in_time(1, 4, 0.1, 0.81)  # each slab takes half of what a quarter of the forward takes
+    assert not is_in_time(1, 4, 0.1, 0.6)
+    assert is_in_time(2, 4, 0.2, 0.6)
     assert not is_in_time(3, 4, 3.0, 1.0)
