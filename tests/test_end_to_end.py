@@ -627,8 +627,10 @@ def test_files_are_named_as_seen_from_here_and_sigterm_drains(tmp_path: Path, da
             server.process.send_signal(signal.SIGTERM)
             rest = list(lines)
         assert rest[-2:] == ["data: [DONE]", ""] or rest[-1] == "data: [DONE]"
-    finally:
-        assert server.stop() == 0, "".join(server.log)
+    except BaseException:
+        server.stop()
+        raise
+    assert server.wait() == 0, "".join(server.log)
 
 
 def test_failure_is_one_plain_block(tmp_path: Path) -> None:
