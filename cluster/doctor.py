@@ -76,6 +76,7 @@ def _cpu() -> Iterator[Finding]:
     text = "the CPU computes it" if fast else "no instructions for it here: --dtype auto takes float32"
     yield Finding("ok" if fast else "note", "bfloat16", text)
     yield from _kernels()
+    yield from _huge_pages()
     yield Finding("ok", "speed", _speed())
     ram = available_ram()
     low = ram < 2 * 2**30
@@ -99,6 +100,17 @@ def _kernels() -> Iterator[Finding]:
         for backend, names in taken.items():
             yield Finding("ok", "backend", f"{device}: {backend} for {', '.join(names)}")
         yield Finding("ok", "backend", f"{device}: --attention-backend auto, {', '.join(ops['attention'])}")
+
+
+def _huge_pages() -> Iterator[Finding]:
+    from kvasir.engine.memory import huge_pages
+
+    setting = huge_pages()
+    if setting in ("always", "madvise"):
+        yield Finding("ok", "huge pages", f"{setting}: weights and the KV cache lie in them")
+    elif setting:
+        advice = "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled makes reading weights faster"
+        yield Finding("note", "huge pages", f"{setting}; as root, {advice}")
 
 
 def _speed() -> str:

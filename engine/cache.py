@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvasir.engine.layout import LayerGroup, Layout
 from kvasir.engine.spec import Spec
+from kvasir.kernels import huge_pages
 from kvasir.kernels.blocks import copy_blocks, gather_blocks, scatter_blocks
 from kvasir.kernels.quantise import LARGEST, Cache, Quantised
 
@@ -19,7 +20,7 @@ Views = tuple[Cache, Union[Cache, None]]
 
 
 class KVCache:
-    """N blocks of P slots. Nothing is written until it is used: on a CPU, untouched blocks cost no memory.
+    """N blocks of P slots. Nothing is written until it is used: on a CPU, untouched blocks cost no memory (but for the rest of a huge page).
 
     A block holds slots of as many layers as a group of the layout has; without a layout all layers are one group. A rank
     of several keeps its own heads in the `layers` of its stage: the spec is its share's. In 8 bits, the slots of a head in a
@@ -41,7 +42,9 @@ class KVCache:
         self.num_blocks, self.block_size, self.dtype = num_blocks, block_size, dtype
         self.layout = layout or Layout((LayerGroup(tuple(range(depth))),), depth)
         bytes_ = num_blocks * self.block_bytes(spec, block_size, dtype, self.layout.height)
-        self.arena = torch.empty(bytes_, dtype=torch.uint8, device=device)
+        cpu = device.type == "cpu"
+        byte = torch.uint8
+        self.arena = huge_pages.empty(bytes_, dtype=byte) if cpu else torch.empty(bytes_, dtype=byte, device=device)
         self.kinds, self.slot_bytes = 2 if spec.value_dim else 1, spec.key_dim * dtype.itemsize
         self.scale_bytes = 4 if dtype in LARGEST else 0
         heads = self.arena.view(self.layout.height, self.kinds, num_blocks, spec.cache_heads, -1)

@@ -164,6 +164,12 @@ def kernel_backends() -> dict[str, dict[str, list[str]]]:
     return {device: {name: found.choices(device) for name, found in every_op().items()} for device in devices}
 
 
+def huge_pages() -> str:
+    """Whether the system gives huge pages: always, madvise (to who asks, as we do) or never; empty: it has none."""
+    path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return path.read_text().partition("[")[2].partition("]")[0] if path.exists() else ""
+
+
 def keep_freed_memory() -> None:
     """Tell glibc's malloc not to hand freed memory back at every step: a process that steps calls it once.
 
