@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/kernels.py --threads 2
     .venv/bin/python benchmarks/kernels.py --only attention --cpu-time    one thread, its own time: for busy machines
 
-Ceilings: bytes per second of a float32 sum, operations per second of a large bfloat16 product. An op's share is of the
-larger of its two floors: bytes it must read and write, operations it must do.
+Ceilings: bytes per second of a float32 sum in huge pages, operations per second of a large bfloat16 product. An op's share is
+of the larger of its two floors: bytes it must read and write, operations it must do.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from kvasir.kernels import activation_native, attention_cpu, attention_native, c
 from kvasir.kernels.activation import gated
 from kvasir.kernels.attention import attention
 from kvasir.kernels.cache import turn_and_write
+from kvasir.kernels.hugepages import lasting, mapped
 from kvasir.kernels.linear import linear, packed
 from kvasir.kernels.native import native
 from kvasir.kernels.norm import add_rms_norm
@@ -35,7 +36,7 @@ from kvasir.kernels.ragged import Ragged
 BLOCK = 16
 SHAPES = {"125M": (576, 1536, 9, 3, 64), "1B": (2048, 8192, 32, 8, 64), "8B": (4096, 14336, 32, 8, 128)}
 """hidden, ffn, heads, kv heads, head dim"""
-MIXES = ((1, 160, 1), (32, 160, 1), (8, 2000, 1), (1, 512, 512))
+MIXES = ((1, 160, 1), (32, 160, 1), (8, 2000, 1), (8, 8000, 1), (1, 512, 512))
 """sequences, length, rows of each"""
 DTYPE = torch.bfloat16
 
@@ -79,7 +80,9 @@ def ragged(sequences: int, length: int, rows: int) -> Ragged:
 
 
 def caches(step: Ragged, kv_heads: int, dim: int) -> tuple[Tensor, Tensor]:
-    made = torch.randn(2, step.table.numel(), kv_heads, BLOCK, dim).to(DTYPE).transpose(2, 3)
+    """In huge pages, as the engine's are."""
+    shape = (2, step.table.numel(), kv_heads, BLOCK, dim)
+    made = mapped(torch.Size(shape).numel() * DTYPE.itemsize).view(DTYPE).view(shape).normal_().transpose(2, 3)
     return made[0], made[1]
 
 
@@ -194,7 +197,7 @@ def timed(run: Run, clock: Callable[[], float]) -> float:
 
 def ceilings(clock: Callable[[], float]) -> tuple[float, float]:
     """Bytes and operations per second."""
-    many = torch.ones(1 << 26)
+    many = lasting(1 << 26, dtype=torch.float32).fill_(1)
     x, weight = torch.randn(512, 2048).to(DTYPE), torch.randn(8192, 2048).to(DTYPE)
     read = statistics.median(timed(many.sum, clock) for _ in range(5))
     product = statistics.median(timed(lambda: F.linear(x, weight), clock) for _ in range(5))

@@ -4,9 +4,9 @@
     .venv/bin/python benchmarks/steps.py --cpu-time       one thread, its own time: for busy machines
     KVASIR_KERNELS=torch .venv/bin/python benchmarks/steps.py      the same without compiled kernels
 
-Ceilings, measured before and after each line: bytes per second of a float32 sum, operations per second of a large bfloat16
-product. A step must read every weight and the keys and values of all contexts once, and do two operations for every weight
-and row; "of bytes" is the share of the first floor, "of floor" of the larger one.
+Ceilings, measured before and after each line: bytes per second of a float32 sum in huge pages, operations per second of a
+large bfloat16 product. A step must read every weight and the keys and values of all contexts once, and do two operations for
+every weight and row; "of bytes" is the share of the first floor, "of floor" of the larger one.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from decoder import CPU, SHAPES, Paged, spec_of
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.memory import keep_freed_memory
 from kvasir.engine.weights import random_decoder
+from kvasir.kernels.hugepages import lasting
 
 DTYPE = torch.bfloat16
 MIXES = ("1x1@128", "8x1@128", "32x1@128", "1x512@0", "8x1@8000")
@@ -37,7 +38,7 @@ def timed(run: Callable[[], object], clock: Clock) -> float:
 
 def ceilings(clock: Clock) -> tuple[float, float]:
     """Bytes and operations per second."""
-    many = torch.ones(1 << 26)
+    many = lasting(1 << 26, dtype=torch.float32).fill_(1)
     x, weight = torch.randn(256, 2048).to(DTYPE), torch.randn(8192, 2048).to(DTYPE)
     read = statistics.median(timed(many.sum, clock) for _ in range(5))
     product = statistics.median(timed(lambda: F.linear(x, weight), clock) for _ in range(5))

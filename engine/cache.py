@@ -20,7 +20,7 @@ Views = tuple[Cache, Union[Cache, None]]
 
 
 class KVCache:
-    """N blocks of P slots. Nothing is written until it is used: on a CPU, untouched blocks cost no memory (but for the rest of a huge page).
+    """N blocks of P slots. Nothing is written until it is used: on a CPU, huge pages without a used block cost no memory.
 
     A block holds slots of as many layers as a group of the layout has; without a layout all layers are one group. A rank
     of several keeps its own heads in the `layers` of its stage: the spec is its share's. In 8 bits, the slots of a head in a

@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t TILE = 64;   // keys whose scores a row takes at once
 constexpr int64_t PART = 1024; // keys after which a row's softmax begins anew, to be merged: long contexts use all threads
 constexpr int64_t QUERIES = 64; // query rows (of all heads of a group) that share a tile's keys
+constexpr int64_t AHEAD = 2;    // heads whose keys and values are called for before they are needed
 #ifdef __AVX512F__
 constexpr int BLOCK = 6; // rows whose sums are in registers at once
 #else
@@ -143,8 +144,81 @@ struct Worker {
   }
 #endif
 
+#if KVASIR_PAIRS
+  // Which of 2 x 32 numbers stand side by side as pairs: those of the first 16 columns, and of the others.
+  static __m512i firsts() {
+    return _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34,
+                            2, 33, 1, 32, 0);
+  }
+  static __m512i seconds() { return _mm512_add_epi16(firsts(), _mm512_set1_epi16(16)); }
+
+  // What pack_keys and multiply do, for so few rows that a tile isn't worth laying down: each sum in the same order.
+  template <int R>
+  void few_keys(const Places &places, int64_t h, const Places &next, int64_t next_h, const float *const *from) {
+    for (int64_t j = 0; j < TILE; j += 16) {
+      const T *keys[16], *later[16];
+      for (int64_t i = 0; i < 16; i++)
+        keys[i] = at(cache.k, places.row[j + i], h), later[i] = at(cache.k, next.row[j + i], next_h);
+      F16 sums[R];
+      for (int r = 0; r < R; r++) sums[r] = splat(0.0f);
+      for (int64_t d = 0; d < c.dim / 2; d += 16) {
+        __m512 k[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) k[i] = keys[i] ? (__m512)pairs(keys[i] + 2 * d, 32) : _mm512_setzero_ps();
+        transpose(k);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) {
+          for (int r = 0; r < R; r++) sums[r] = product(sums[r], from[r][d + i], (F16)k[i]);
+          if (later[i]) __builtin_prefetch(later[i] + 2 * d, 0, 2); // one by one: many at once keep loads waiting
+        }
+      }
+      for (int r = 0; r < R; r++) store(scores + r * TILE + j, sums[r]);
+    }
+  }
+
+  // The same of pack_values: to[R][wide] += from[R][TILE / 2 pairs] times the values, 16 * C columns at a time.
+  template <int R, int C>
+  void few_values(const Places &places, int64_t h, const Places &next, int64_t next_h, const float *const *from, float *to) {
+    const void *numbers = cache.v ? cache.v : cache.k;
+    const __m512i first = firsts(), second = seconds(), none = _mm512_setzero_si512();
+    for (int64_t d = 0; d < wide; d += 16 * C) {
+      F16 sums[R][C];
+      for (int r = 0; r < R; r++)
+        for (int i = 0; i < C; i++) sums[r][i] = load<F16>(to + r * wide + d + 16 * i);
+      for (int64_t j = 0; j < TILE; j += 2) {
+        const T *one = at(numbers, places.row[j], h), *other = at(numbers, places.row[j + 1], h);
+        for (int64_t i = 0; i < 2 && cache.v; i++)
+          if (const T *later = at(numbers, next.row[j + i], next_h))
+            for (int64_t b = 0; b < 16 * C * (int64_t)sizeof(T); b += 64) __builtin_prefetch((const char *)(later + d) + b, 0, 2);
+        F16 v[C];
+        for (int i = 0; i < C; i += 2) {
+          __m512i a = one ? pairs(one + d + 16 * i, 32) : none, b = other ? pairs(other + d + 16 * i, 32) : none;
+          v[i] = (F16)_mm512_permutex2var_epi16(a, first, b), v[i + 1] = (F16)_mm512_permutex2var_epi16(a, second, b);
+        }
+        for (int r = 0; r < R; r++)
+          for (int i = 0; i < C; i++) sums[r][i] = product(sums[r][i], from[r][j / 2], v[i]);
+      }
+      for (int r = 0; r < R; r++)
+        for (int i = 0; i < C; i++) store(to + r * wide + d + 16 * i, sums[r][i]);
+    }
+  }
+
+  template <int R>
+  void few(int64_t tile, const Places &places, int64_t h, const Places &next, int64_t next_h) {
+    int64_t base = h * rows;
+    const float *from[R];
+    for (int r = 0; r < R; r++) from[r] = (const float *)((const bf16 *)c.q + query(base + r));
+    few_keys<R>(places, h, next, next_h, from);
+    for (int r = 0; r < R; r++) weigh(base + r, tile), from[r] = weights + r * TILE;
+    if (R <= 4 && wide % 64 == 0)
+      few_values<R, R <= 4 ? 4 : 2>(places, h, next, next_h, from, acc + base * wide);
+    else
+      few_values<R, 2>(places, h, next, next_h, from, acc + base * wide);
+  }
+#endif
+
   // kt[dim (pairs)][TILE]: keys of a tile side by side; keys beyond the sequence are zero.
-  // Meanwhile those of the next tile or head are called for.
+  // Meanwhile those of a later head or tile are called for.
   void pack_keys(const Places &places, int64_t h, const Places &next, int64_t next_h) {
     int64_t dims = PAIRS ? c.dim / 2 : c.dim;
     for (int64_t j = 0; j < TILE; j += 16) {
@@ -179,7 +253,7 @@ struct Worker {
   }
 
 #ifdef __AVX512F__
-  static void transpose(__m512 *r) {
+  static inline __attribute__((always_inline)) void transpose(__m512 *r) {
     __m512 t[16];
     for (int i = 0; i < 16; i += 2) {
       t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
@@ -211,9 +285,7 @@ struct Worker {
 #if KVASIR_PAIRS
       if constexpr (PAIRS) {
         const T *other = at(numbers, places.row[j + 1], h);
-        const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                               5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-        const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+        const __m512i first = firsts(), second = seconds();
         for (int64_t d = 0; d < wide; d += 32) {
           __m512i a = from ? pairs(from + d, c.value_dim - d) : _mm512_setzero_si512();
           __m512i b = other ? pairs(other + d, c.value_dim - d) : _mm512_setzero_si512();
@@ -320,6 +392,17 @@ struct Worker {
 
   void one_tile(int64_t tile, const Places &places, int64_t h, const Places &next, int64_t next_h) {
     if (scaled<T>) find_scales(places, h);
+#if KVASIR_PAIRS
+    if constexpr (PAIRS && std::is_same_v<T, bf16>) { // the compiler's time is not worth it for other types
+      if (c.dim % 32 == 0 && c.value_dim % 32 == 0) switch (rows) {
+        case 1: return few<1>(tile, places, h, next, next_h);
+        case 2: return few<2>(tile, places, h, next, next_h);
+        case 3: return few<3>(tile, places, h, next, next_h);
+        case 4: return few<4>(tile, places, h, next, next_h);
+        case 8: return few<8>(tile, places, h, next, next_h);
+        }
+    }
+#endif
     pack_keys(places, h, next, next_h);
     int64_t inner = PAIRS ? c.dim / 2 : c.dim, base = h * rows;
     const float *from[BLOCK];
@@ -350,8 +433,9 @@ struct Worker {
     for (int64_t tile = begin, turn = 0; tile < end; tile += TILE, turn ^= 1) {
       find(tile + TILE < end ? tile + TILE : length, first, places[turn ^ 1]);
       for (int64_t h = 0; h < u.heads; h++) {
-        bool over = h + 1 == u.heads;
-        one_tile(tile, places[turn], h, places[turn ^ over], over ? 0 : h + 1);
+        int64_t then = h + std::min<int64_t>(AHEAD, u.heads);
+        bool over = then >= u.heads;
+        one_tile(tile, places[turn], h, places[turn ^ over], over ? then - u.heads : then);
       }
     }
   }

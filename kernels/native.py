@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-math-errno", "-w")
-TIMEOUT_S = 120
+TIMEOUT_S = 300
+"""Half a minute on an idle core; a machine that is busy loading models takes its time."""
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers that the sources know types by."""
 CACHE_TYPES = TYPES | {torch.int8: 3, torch.float8_e4m3fn: 4, torch.float8_e5m2: 5}

