@@ -169,10 +169,12 @@ class Ends:
 
 
 class Constraints:
-    """Those of all seats, and their masks. As soon as a token is known a thread of their own takes it in and makes the next
-    mask, while the next step's forward runs; `masks` waits for it."""
+    """Those of all seats, and their masks. As soon as a token is known it is taken in, and the next mask is made; apart: by a
+    thread of their own, while the next step's forward runs, and `masks` waits for it. Where the forward runs on the same
+    cores that delays it by more than it hides: half of its threads wait for the one that lost its core."""
 
-    def __init__(self, max_num_seqs: int, vocab: int) -> None:
+    def __init__(self, max_num_seqs: int, vocab: int, *, apart: bool) -> None:
+        self._apart = apart
         self._shape = max_num_seqs, -(-vocab // 32)
         self._masks = np.zeros((0, 0), np.int32)
         self._held = np.zeros(max_num_seqs, np.bool_)
@@ -213,7 +215,7 @@ class Constraints:
         rows = [(row, seat) for row, seat in enumerate(seats.tolist()) if seat in self._seats] if self._seats else []
         return self._begin(lambda: self._advance(rows, token_ids())) if rows else None
 
-    # -- in the thread
+    # -- in the thread, if there is one
 
     def _advance(self, rows: Sequence[tuple[int, int]], token_ids: Sequence[int]) -> dict[int, str | None]:
         ended: dict[int, str | None] = {}
@@ -251,6 +253,10 @@ class Constraints:
         return {}
 
     def _begin(self, work: Callable[[], dict[int, str | None]]) -> Future[dict[int, str | None]]:
+        if not self._apart:
+            done: Future[dict[int, str | None]] = Future()
+            done.set_result(work())
+            return done
         self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="kvasir-masks")
         self._newest = self._thread.submit(work)
         return self._newest

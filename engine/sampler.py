@@ -53,7 +53,7 @@ class Sampler:
         """seat -> (stop tokens, the position from which they may appear)"""
         self.counted: set[int] = set()
         """Seats with a penalty."""
-        self.constraints = Constraints(max_num_seqs, vocab)
+        self.constraints = Constraints(max_num_seqs, vocab, apart=device.type != "cpu")
         self.trails = Trails(vocab, device)
         self.processing = Processing()
         self.shaping = Shaping(max_num_seqs, device)

@@ -168,7 +168,7 @@ struct Worker {
         transpose(k);
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++) {
-          for (int r = 0; r < R; r++) sums[r] = product(sums[r], from[r][d + i], (F16)k[i]);
+          for (int r = 0; r < R; r++) sums[r] = product(sums[r], load<float>(from[r] + d + i), (F16)k[i]);
           if (later[i]) __builtin_prefetch(later[i] + 2 * d, 0, 2); // one by one: many at once keep loads waiting
         }
       }

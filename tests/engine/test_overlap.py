@@ -44,6 +44,7 @@ def test_outputs_are_the_same(which: str, data: Callable[[str], Path]) -> None:
         llm = LLM(model, max_num_batched_tokens=64, kv_cache_memory_bytes=1 << 21, **options)
         executor = llm.engine._executor
         executor.ahead = executor._lane._apart = executor.rank.lags = ahead  # type: ignore[attr-defined]  # as on a GPU, as on a CPU
+        executor.rank.sampler.constraints._apart = ahead  # type: ignore[attr-defined]
         found.append(said(llm, prompts))
         ended = time.monotonic()
         while llm.engine.stats_at <= ended:  # what is told is a little old
