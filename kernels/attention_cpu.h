@@ -196,7 +196,7 @@ struct Worker {
           v[i] = (F16)_mm512_permutex2var_epi16(a, first, b), v[i + 1] = (F16)_mm512_permutex2var_epi16(a, second, b);
         }
         for (int r = 0; r < R; r++)
-          for (int i = 0; i < C; i++) sums[r][i] = product(sums[r][i], from[r][j / 2], v[i]);
+          for (int i = 0; i < C; i++) sums[r][i] = product(sums[r][i], load<float>(from[r] + j / 2), v[i]);
       }
       for (int r = 0; r < R; r++)
         for (int i = 0; i < C; i++) store(to + r * wide + d + 16 * i, sums[r][i]);
