@@ -22,11 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvasir.kernels import activation_native, attention_cpu, attention_native, cache_native, norm_native
+from kvasir.kernels import activation_native, attention_cpu, attention_native, cache_native, huge_pages, norm_native
 from kvasir.kernels.activation import gated
 from kvasir.kernels.attention import attention
 from kvasir.kernels.cache import turn_and_write
-from kvasir.kernels.hugepages import lasting, mapped
 from kvasir.kernels.linear import linear, packed
 from kvasir.kernels.native import native
 from kvasir.kernels.norm import add_rms_norm
@@ -82,7 +81,7 @@ def ragged(sequences: int, length: int, rows: int) -> Ragged:
 def caches(step: Ragged, kv_heads: int, dim: int) -> tuple[Tensor, Tensor]:
     """In huge pages, as the engine's are."""
     shape = (2, step.table.numel(), kv_heads, BLOCK, dim)
-    made = mapped(torch.Size(shape).numel() * DTYPE.itemsize).view(DTYPE).view(shape).normal_().transpose(2, 3)
+    made = huge_pages.empty(*shape, dtype=DTYPE).normal_().transpose(2, 3)
     return made[0], made[1]
 
 
@@ -197,7 +196,7 @@ def timed(run: Run, clock: Callable[[], float]) -> float:
 
 def ceilings(clock: Callable[[], float]) -> tuple[float, float]:
     """Bytes and operations per second."""
-    many = lasting(1 << 26, dtype=torch.float32).fill_(1)
+    many = huge_pages.empty(1 << 26, dtype=torch.float32).fill_(1)
     x, weight = torch.randn(512, 2048).to(DTYPE), torch.randn(8192, 2048).to(DTYPE)
     read = statistics.median(timed(many.sum, clock) for _ in range(5))
     product = statistics.median(timed(lambda: F.linear(x, weight), clock) for _ in range(5))

@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from models import SHAPES, folder_of, gguf_of
 
-from kvasir.kernels.hugepages import lasting
+from kvasir.kernels import huge_pages
 
 HERE = Path(__file__).parent
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#ff7f0e")
@@ -61,7 +61,7 @@ class Found:
 
 def ceilings() -> tuple[float, float]:
     many, x, weight = (
-        lasting(1 << 26, dtype=torch.float32).fill_(1),
+        huge_pages.empty(1 << 26, dtype=torch.float32).fill_(1),
         torch.randn(256, 2048).bfloat16(),
         torch.randn(8192, 2048).bfloat16(),
     )
