@@ -118,7 +118,7 @@ async def run_gateway() -> None:
     from kvasir.cluster.config import GatewayConfig
     from kvasir.cluster.desk import Desk
     from kvasir.cluster.gateway import create_app
-    from kvasir.cluster.group_client import GroupDirectory
+    from kvasir.cluster.group_directory import GroupDirectory
     from kvasir.cluster.metrics import Metrics
     from kvasir.cluster.served_model import ServedModel
     from kvasir.cluster.sockets import bound_socket

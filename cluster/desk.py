@@ -16,7 +16,8 @@ from kvasir.cluster.call import ROUTE_HEADER, SESSION_HEADERS, Call, Conversatio
 from kvasir.cluster.call_sampling import check_ids, check_range, fitted, sampling_of, seeded
 from kvasir.cluster.failover import PAUSE_S, Failover, LastingStream
 from kvasir.cluster.generation import Generation
-from kvasir.cluster.group_client import GroupClient, GroupDirectory, Placement
+from kvasir.cluster.group_client import GroupClient, Placement
+from kvasir.cluster.group_directory import GroupDirectory
 from kvasir.cluster.metrics import Metrics
 from kvasir.cluster.reading import PLAIN, Reading, constraints, reading
 from kvasir.cluster.recordings import Recording, Recordings

@@ -26,7 +26,7 @@ from ray.serve.handle import DeploymentHandle
 from kvasir.cluster import telemetry
 from kvasir.cluster.auth import load_keys, tenant_of
 from kvasir.cluster.config import ClusterConfig
-from kvasir.cluster.group_client import GroupDirectory
+from kvasir.cluster.group_directory import GroupDirectory
 from kvasir.cluster.siblings import Siblings
 from kvasir.cluster.sockets import authority, bound_socket
 from kvasir.cluster.wire import Endpoint

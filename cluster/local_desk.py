@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Mapping
 
 from kvasir.cluster.desk import Desk
-from kvasir.cluster.group_client import GroupDirectory
+from kvasir.cluster.group_directory import GroupDirectory
 from kvasir.cluster.group_service import GroupService
 from kvasir.cluster.metrics import Metrics
 from kvasir.cluster.rank_actor import MakeEngine, OwnedEngine, load_engine

@@ -17,7 +17,8 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from kvasir.cluster import telemetry
-from kvasir.cluster.group_client import GroupClient, GroupDirectory
+from kvasir.cluster.group_client import GroupClient
+from kvasir.cluster.group_directory import GroupDirectory
 from kvasir.engine.event import Finished, Pooled
 from kvasir.engine.request import Request
 

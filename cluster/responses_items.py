@@ -137,7 +137,7 @@ def _text(content: Any, at: str) -> str:
     text = ""
     for number, part in enumerate(content):
         kind = part.get("type")
-        if kind not in _TEXTS:
+        if not isinstance(kind, str) or kind not in _TEXTS:
             why = "this server reads text only"
             raise UnsupportedError(f"{at}[{number}]: parts of type {kind!r:.60} aren't read here; {why}", param="input")
         text += _string(part, _TEXTS[kind], f"{at}[{number}]")

@@ -9,7 +9,7 @@ import time
 from functools import partial
 
 from kvasir.cluster.failover import Failover
-from kvasir.cluster.group_client import GroupDirectory
+from kvasir.cluster.group_directory import GroupDirectory
 from kvasir.engine.errors import UnavailableError
 from kvasir.engine.event import Finished, Token
 from kvasir.engine.request import Request, SamplingParams

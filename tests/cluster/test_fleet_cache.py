@@ -9,7 +9,7 @@ import time
 import pytest
 
 from kvasir.cluster.failover import Failover, LastingStream
-from kvasir.cluster.group_client import GroupDirectory
+from kvasir.cluster.group_directory import GroupDirectory
 from kvasir.cluster.group_service import GroupService
 from kvasir.cluster.telemetry import Tracing
 from kvasir.engine.arrivals import Arrivals

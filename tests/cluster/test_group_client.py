@@ -11,7 +11,8 @@ import pytest
 
 from kvasir.cluster import group_client, wire
 from kvasir.cluster.directory import key_list
-from kvasir.cluster.group_client import GroupClient, GroupDirectory
+from kvasir.cluster.group_client import GroupClient
+from kvasir.cluster.group_directory import GroupDirectory
 from kvasir.engine.blocks import salted
 from kvasir.engine.errors import ClientError, ContextLengthError, ModelNotFoundError, UnavailableError
 from kvasir.engine.event import Failed, Finished, Token, TokenLogprob

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from kvasir.cluster.group_client import GroupDirectory
+from kvasir.cluster.group_directory import GroupDirectory
 from kvasir.cluster.group_service import GroupService
 from kvasir.cluster.telemetry import Tracing
 from kvasir.engine.config import EngineConfig

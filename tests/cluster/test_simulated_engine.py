@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from kvasir.cluster.group_client import GroupDirectory
+from kvasir.cluster.group_directory import GroupDirectory
 from kvasir.cluster.group_service import GroupService
 from kvasir.cluster.simulated_engine import SimulatedEngine
 from kvasir.cluster.simulated_group import Shape, StepTime
