@@ -169,14 +169,14 @@ def route_header(route: str | None) -> list[tuple[bytes, bytes]]:
 async def on_kvasir_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, KvasirError)
     headers = {name.decode(): value.decode() for name, value in _error_headers(error)}
-    body = error_body(error, request.url.path, request.scope["state"]["request_id"])
+    body = error_body(error, request.scope["path"], request.scope["state"]["request_id"])
     return Response(orjson.dumps(body), error.status, headers, "application/json")
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
     """Routes that don't exist, other methods."""
     assert isinstance(error, HTTPException)
-    path = request.url.path
+    path = request.scope["path"]
     text = f"there is no {path}" if error.status_code == 404 else f"{path} doesn't answer {request.method}"
     response = await on_kvasir_error(request, RouteError(text, error.status_code))
     response.headers.update(error.headers or {})

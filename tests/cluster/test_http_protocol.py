@@ -223,3 +223,11 @@ def test_nothing_but_newlines_between_requests(hasty):
             data += sock.recv(65536)
         sock.sendall(b"\r\n")
         assert "408" in _rest(sock)
+
+
+def test_a_query_that_is_no_text(gateway):
+    with connect(gateway) as sock:
+        sock.sendall(b"GET /v1/nothing?a=\x91 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        status, text = answer(sock)
+    assert status == 400
+    assert '"type":"invalid_request_error"' in text

@@ -199,7 +199,7 @@ def kserve(data: bytes) -> None:
             message = json_format.Parse(data, pb.ModelInferRequest())
         else:
             message = pb.ModelInferRequest.FromString(data[1:])
-    except (DecodeError, json_format.ParseError, RecursionError):  # the libraries' own
+    except (DecodeError, json_format.ParseError, UnicodeDecodeError, RecursionError):  # the libraries' own
         return
     service = open_inference_api.OpenInference(gateway.desk)
 
