@@ -210,6 +210,9 @@ class LastingStream:
             self._failed = None
             self._hand_over(self._heirs)
             return []
+        if self._mover is not None:  # asleep until its next try, that was for the group which is gone
+            self._mover.cancel()
+            self._mover = None
         if self._deaths >= MAX_DEATHS:
             return [replace(failed, message=f"{failed.message}; so did the {self._deaths - 1} before it")]
         self._failed = None

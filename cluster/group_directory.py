@@ -60,7 +60,7 @@ class GroupDirectory:
         self._names = dict(models)
         routers = {name: Router(policy, max_ttft_s=max_ttft_s) for name in models.values()}
         self._models = {name: _Model(name, {}, router) for name, router in routers.items()}
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._leaving: dict[asyncio.Task[None], GroupClient] = {}
 
     @property
     def names(self) -> list[str]:
@@ -121,9 +121,10 @@ class GroupDirectory:
             if endpoint not in known.clients:
                 known.clients[endpoint] = self._connect(known, endpoint)
         for endpoint in known.clients.keys() - set(endpoints):
-            leaving = asyncio.ensure_future(_leave(known.clients.pop(endpoint), known.router))
-            self._leaving.add(leaving)
-            leaving.add_done_callback(self._leaving.discard)
+            client = known.clients.pop(endpoint)
+            leaving = asyncio.ensure_future(_leave(client, known.router))
+            self._leaving[leaving] = client
+            leaving.add_done_callback(self._leaving.pop)
 
     def follow(self, model: str, fetch: Fetch) -> None:
         """Keep `model` up to date by asking `fetch`; it may raise UnavailableError to say why there is no group."""
@@ -132,12 +133,13 @@ class GroupDirectory:
         known.follower = asyncio.get_running_loop().create_task(self._follow(known, fetch, known.wakeup))
 
     async def close(self) -> None:
-        """Close every stream."""
+        """Close every stream, those to groups that are leaving too."""
+        leaving = [*self._leaving.values()]
         tasks = [known.follower for known in self._models.values() if known.follower] + [*self._leaving]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(client.close() for client in self.clients()))
+        await asyncio.gather(*(client.close() for client in [*self.clients(), *leaving]))
 
     def _alive(self, known: _Model) -> list[GroupClient]:
         """Those that fail are asked only where there are no others, those that drain never."""

@@ -335,6 +335,24 @@ def test_directory_lets_a_leaving_group_finish(group_of_fakes):
     run(main())
 
 
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_directory_closes_what_is_leaving_too(group_of_fakes, begun):
+    async def main():
+        async with group_of_fakes() as group:
+            directory = GroupDirectory({"m": "m"})
+            directory.update("m", [group.endpoint])
+            await until(lambda: directory.models())
+            await directory.find("m").submit(request(max_tokens=10**6))
+            directory.update("m", [])
+            if begun:
+                await asyncio.sleep(0)
+            await directory.close()
+            assert [task for task in asyncio.all_tasks() if task.get_name().startswith("group ")] == []
+            await until(lambda: not group.service._links)
+
+    run(main())
+
+
 def test_directory_follows(group_of_fakes):
     async def main():
         async with group_of_fakes() as group:

@@ -209,6 +209,32 @@ def test_a_death_during_a_try_that_fails_waits_for_no_second_one(group_of_fakes,
     run(main())
 
 
+def test_a_mover_that_slept_when_its_group_died_moves_the_stream_from_the_next_one(group_of_fakes, monkeypatch):
+    monkeypatch.setattr(failover, "MOVE_PAUSE_S", (3600.0, 3600.0))
+
+    async def main():
+        async with Fleet(group_of_fakes, 2, 0.005) as fleet:
+            stream, events = await begun(fleet, max_tokens=400)
+            (old,) = fleet.serving()
+            (new,) = [group for group in fleet.groups if group is not old]
+            asked, submit = [], new.engine.submit
+            new.engine.submit = lambda request: asked.append(request) or submit(request)
+            new.engine.refusal = OverloadedError("full")
+            next(one for one in fleet.directory.clients("m") if one.endpoint == old.endpoint)._change(True, "both")
+            await until(lambda: asked and not stream._trying)
+            await fleet.kill(old)
+            reader = asyncio.ensure_future(read(stream))
+            await until(lambda: len(asked) > 1)
+            new.engine.refusal = None
+            await until(lambda: new.engine.requests)
+            await fleet.add()
+            await asyncio.wait_for(fleet.drain(new), 20.0)
+            assert fleet.moves == ["drain"]
+            assert outcome(events + await reader, 1)[0][0] == [draw(7, position) for position in range(400)]
+
+    run(main())
+
+
 class Broken:
     """A stream with a defect."""
 
