@@ -21,8 +21,9 @@ from kvasir.cluster.group_client import Placement
 from kvasir.cluster.group_stream import Stream
 from kvasir.cluster.overlap import Differs, Overlap
 from kvasir.cluster.parts import Parts
-from kvasir.engine.errors import ERRORS, DeadlineError, KvasirError, OverloadedError, ServerError, UnavailableError
-from kvasir.engine.event import Event, Failed, Finished, FinishReason, Timing, Token
+from kvasir.cluster.progress import Progress
+from kvasir.engine.errors import ERRORS, KvasirError, OverloadedError, ServerError, UnavailableError
+from kvasir.engine.event import Event, Failed, Finished, FinishReason, Token
 from kvasir.engine.request import Request
 
 WHOLE = -1
@@ -55,7 +56,7 @@ class Failover:
     """Told of every move: why, where to, and how long it was prepared."""
 
 
-class LastingStream:
+class LastingStream(Progress):
     """Events of one request, whichever groups they come from: `start`, read `batch`es, `close`.
 
     The events of a step come in one message: a continuation whose end wasn't delivered has more to come, unless it was
@@ -63,28 +64,20 @@ class LastingStream:
     """
 
     def __init__(self, request: Request, failover: Failover) -> None:
-        self._request, self._failover = request, failover
+        super().__init__(request)
+        self._failover = failover
         self._stream: Stream | None = None
         self._parts: Parts | None = None
         self._placement: Placement | None = None
-        self._live: dict[int, list[int]] = {index: [] for index in range(request.sampling.streams)}
-        """Continuations that haven't ended -> their tokens so far."""
-        self._aborted: dict[int, FinishReason] = {}
         self._failed: Failed | None = None
         """Its group died of this, and nothing has been done about it yet."""
-        self._deaths = self._attempts = 0
-        self._began, self._queued, self._first_token, self._earlier = time.monotonic(), time.time(), 0.0, 0.0
-        self._resumed = False
-        """Tokens came from more than one group."""
+        self._deaths = 0
         self._mover: asyncio.Task[None] | None = None
         self._trying = False
         self._heirs: _Heirs | None = None
         """They go on as soon as what its group has made is read."""
         self._overlap = Overlap({})
         """What the group before has delivered, and this one makes once more."""
-        self._origin: Stream | None = None
-        """Of the first group, that was told to end, where this was continuation `_index`; None: it has the same number."""
-        self._index: int | None = None
         self._closed = False
 
     @property
@@ -189,17 +182,6 @@ class LastingStream:
             self._consider()
         return events
 
-    def _dated(self, event: Finished) -> Finished:
-        """With the times of the whole request. When its first group began with it, only that group knew."""
-        if not self._resumed:
-            return event
-        of, queued = event.timing, self._queued
-        begin = (queued, self._earlier) if self._earlier else (of.scheduled, of.first_token)
-        left = self._origin.left() if self._origin is not None else []
-        index = event.index if self._index is None else self._index
-        first = next((one for one in left if isinstance(one, Finished) and one.index == index), event)
-        return replace(event, cached_tokens=first.cached_tokens, timing=Timing(queued, *begin, of.finished))
-
     async def _go_on(self, failed: Failed) -> list[Event]:
         """Let another group take over; what it can't is ended by the events that this returns."""
         if ended := [(index, reason) for index, reason in self._aborted.items() if index in self._live]:
@@ -221,50 +203,13 @@ class LastingStream:
         self._parts = Parts({index: self._part(index, failed) for index in self._live})
         return []
 
-    @property
-    def _untouched(self) -> bool:
-        """Nothing was delivered."""
-        return len(self._live) == self._request.sampling.streams and not any(self._live.values())
-
-    def _end(self, index: int, reason: FinishReason) -> Finished:
-        """What its group would have said had it lived."""
-        made = len(self._request.resume_token_ids) + len(self._live[index])
-        timing = Timing(self._queued, self._queued, self._first_token, time.time())
-        return Finished(self._request.request_id, index, reason, output_tokens=made, timing=timing)
-
     def _part(self, index: int, failed: Failed) -> LastingStream:
         """One continuation, from where it is, as a request of its own."""
-        request, sampling = self._request, self._request.sampling
-        scores = None if index or self._live[index] else sampling.prompt_logprobs
-        alone = replace(sampling, n=1, best_of=None, seed=_nth(sampling.seed, index), prompt_logprobs=scores)
-        if sampling.streams > sampling.n:  # the best are chosen by them
-            alone = replace(alone, logprobs=sampling.logprobs or 0)
-        own = replace(
-            request,
-            request_id=f"{request.request_id}.{self._attempts}.{index}",
-            sampling=alone,
-            resume_token_ids=(*request.resume_token_ids, *self._live[index]),
-        )
-        part = LastingStream(own, self._failover)
+        part = LastingStream(self._alone(index), self._failover)
         part._failed, part._deaths, part._placement = failed, self._deaths, self._placement
         part._began, part._queued, part._first_token = self._began, self._queued, self._first_token
         part._earlier, part._resumed = self._first_token, True
         return part
-
-    def _again(self) -> Request:
-        """The request behind what was delivered of it."""
-        request, sampling, told = self._request, self._request.sampling, any(self._live.values())
-        self._attempts += 1
-        left = request.deadline_s
-        if left is not None and (left := left - (time.monotonic() - self._began)) <= 0:
-            raise DeadlineError("the request's deadline passed when its group had died")
-        return replace(
-            request,
-            request_id=f"{request.request_id}.{self._attempts}",
-            sampling=replace(sampling, prompt_logprobs=None) if told else sampling,
-            resume_token_ids=(*request.resume_token_ids, *self._live[0]) if told else request.resume_token_ids,
-            deadline_s=left,
-        )
 
     async def _resubmit(self, failed: Failed) -> list[Event]:
         """Until a group takes it; else what is to be said instead."""
@@ -441,9 +386,3 @@ class _Heirs:
     def close(self) -> None:
         for stream in self.streams.values():
             stream.close()
-
-
-def _nth(seed: int | None, index: int) -> int:
-    """The seed with which continuation `index` draws, as SamplingParams takes it."""
-    assert seed is not None, "the gateway chooses one"
-    return (seed + index + 2**63) % 2**64 - 2**63

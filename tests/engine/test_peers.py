@@ -250,17 +250,45 @@ def wait_for(condition: Callable[[], bool]) -> None:
     assert condition()
 
 
+def timer(over: Callable[[], bool]) -> type[threading.Timer]:
+    """Timers whose time is over when that is true."""
+
+    class Timer(threading.Timer):
+        def run(self) -> None:
+            wait_for(lambda: self.finished.is_set() or over())
+            if not self.finished.is_set():
+                self.function(*self.args, **self.kwargs)
+
+    return Timer
+
+
+def expire(found: Group) -> None:
+    """Nobody begins any more with what it lends."""
+    assert found.engine._exchange is not None
+    lender = found.engine._exchange.lender
+    with lender._changed:
+        for lend in lender._lends.values():
+            lend.until = 0.0
+
+
 @pytest.mark.parametrize("how", ["stop", "cut", "garble", "slow"])
 @pytest.mark.parametrize("after", [0, 20_000])
 def test_a_link_that_breaks(
     llama: Path, group: Callable[..., Group], monkeypatch: pytest.MonkeyPatch, how: str, after: int
 ) -> None:
     """Answers are the same and don't come much later; a peer that failed is left alone for a while."""
-    monkeypatch.setattr("kvasir.engine.prices.LIMIT_S", (0.5, 0.5))
-    monkeypatch.setattr("kvasir.engine.lender.BEGIN_S", 0.5)
+    monkeypatch.setattr("kvasir.engine.prices.LIMIT_S", (60.0, 60.0))
+    monkeypatch.setattr("kvasir.engine.lender.BEGIN_S", 60.0)
     one, two = group(llama, kv_transfer="tcp"), group(llama, kv_transfer="tcp")
     cold, _ = one.ask()
     proxy = Proxy(one.address, after, how)
+    assert two.engine._exchange is not None
+    pulls = two.engine._exchange.puller._running
+
+    def bad() -> bool:
+        return how in ("stop", "slow") and proxy.reached.is_set() and any(one.connections for one in [*pulls.values()])
+
+    monkeypatch.setattr("threading.Timer", timer(bad))
     tokens, cached = two.ask(PROMPT, one.peer(address=proxy.address))
     assert tokens == cold
     assert proxy.reached.is_set()
@@ -271,6 +299,7 @@ def test_a_link_that_breaks(
     assert two.ask([*PROMPT[:20], 3, 4], one.peer(address=proxy.address))[0]
     assert proxy.connections == asked
     proxy.close()
+    expire(one)
     wait_for(lambda: idle(one))
     assert after == 0 or two.stats().peer_failed
 
