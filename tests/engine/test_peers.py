@@ -262,13 +262,14 @@ def timer(over: Callable[[], bool]) -> type[threading.Timer]:
     return Timer
 
 
-def expire(found: Group) -> None:
-    """Nobody begins any more with what it lends."""
+def idle_later(found: Group) -> bool:
+    """Idle, once nobody has begun in time with what it lends."""
     assert found.engine._exchange is not None
     lender = found.engine._exchange.lender
     with lender._changed:
         for lend in lender._lends.values():
             lend.until = 0.0
+    return idle(found)
 
 
 @pytest.mark.parametrize("how", ["stop", "cut", "garble", "slow"])
@@ -299,8 +300,7 @@ def test_a_link_that_breaks(
     assert two.ask([*PROMPT[:20], 3, 4], one.peer(address=proxy.address))[0]
     assert proxy.connections == asked
     proxy.close()
-    expire(one)
-    wait_for(lambda: idle(one))
+    wait_for(lambda: idle_later(one))
     assert after == 0 or two.stats().peer_failed
 
 
