@@ -224,7 +224,7 @@ class BatchRun:
         async for part in self._parts():
             if part.failed == failed:
                 await file.write(part.data)
-        return str((await file.done(time.time() + seconds))["id"])
+        return str((await file.done(seconds))["id"])
 
     async def _usage(self) -> Json:
         """Sum over all lines."""

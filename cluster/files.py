@@ -44,11 +44,11 @@ class FileWriter:
         if len(self._buffer) >= PIECE:
             await self._flush()
 
-    async def done(self, expires: float) -> Json:
-        """The file's object. `expires`: Unix time."""
+    async def done(self, live_s: float) -> Json:
+        """The file's object. `live_s`: how long it shall live from its creation on."""
         await self._flush()
-        body = {**self._body, "bytes": self.size, "expires_at": int(expires)}
-        await self._store.keep([self.id], expires)
+        body = {**self._body, "bytes": self.size, "expires_at": self._body["created_at"] + int(live_s)}
+        await self._store.keep([self.id], time.time() + live_s)
         await self._store.finish(self.id, body)
         return body
 

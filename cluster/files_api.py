@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -89,7 +88,7 @@ class _Upload:
         if purpose != "batch":
             raise UnsupportedError(f"purpose must be batch, got {purpose!r:.60}", param="purpose")
         seconds = expires_after(self._field("expires_after[anchor]"), self._field("expires_after[seconds]"))
-        return await self._file.done(time.time() + (seconds or ttl_s))
+        return await self._file.done(seconds or ttl_s)
 
     async def drop(self) -> None:
         if self._file is not None:
