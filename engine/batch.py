@@ -159,8 +159,8 @@ class Batch:
         self.known[at] += 1
 
     def append(self, seats: Ints, token_ids: Sequence[int]) -> None:
-        """The tokens that a step sampled elsewhere."""
-        self.lengths[seats] += 1
+        """The tokens that a step sampled elsewhere; seats as in `learn`."""
+        self.lengths[seats[seats >= 0]] += 1
         self.learn(seats, token_ids)
 
 

@@ -18,6 +18,7 @@ from kvasir.engine.errors import ConfigError
 from kvasir.engine.layout import Layout, Room, layout
 from kvasir.engine.share import Share, stages
 from kvasir.engine.spec import Spec
+from kvasir.kernels.attention import MOST_WORK_BYTES
 from kvasir.kernels.native import native
 from kvasir.kernels.op import every_op
 
@@ -149,13 +150,17 @@ def token_budget(config: EngineConfig, spec: Spec, device: torch.device) -> int:
 
 
 def activation_bytes(config: EngineConfig, spec: Spec, dtype: torch.dtype, device: torch.device) -> int:
-    """An upper estimate of what a step holds besides weights and cache: rows in the widest layer, and logits. `spec` is
-    a rank's own."""
-    heads = spec.heads + 2 * spec.kv_heads
-    row = 6 * spec.hidden + 3 * heads * spec.head_dim + 4 * spec.ffn
+    """An upper estimate of what a step holds besides weights and cache: rows in the widest layer, logits, and on a GPU what
+    attention puts aside. `spec` is a rank's own."""
+    heads, facts = spec.heads + 2 * spec.kv_heads, spec.experts
+    widest = 4 * spec.ffn
+    if facts is not None:
+        widest = max(widest, facts.per_token * (3 * facts.ffn + 2 * spec.hidden) + 4 * facts.shared_ffn)
+    row = 6 * spec.hidden + 3 * heads * spec.head_dim + widest
     logits = 4 * spec.vocab * torch.float32.itemsize
     rows = token_budget(config, spec, device)
-    return rows * row * dtype.itemsize + min(rows, config.max_num_seqs) * logits
+    aside = MOST_WORK_BYTES if device.type == "cuda" else 0
+    return rows * row * dtype.itemsize + min(rows, config.max_num_seqs) * logits + aside
 
 
 def kernel_backends() -> dict[str, dict[str, list[str]]]:

@@ -17,6 +17,9 @@ Sparse = tuple[int, int, int, int, int]
 """(positions per block, blocks that are always seen, stride of the others, by how many blocks the next head's are shifted,
 number of the first head): see `_sparse`."""
 
+MOST_WORK_BYTES = 1 << 28
+"""What an implementation may take on the device besides its result."""
+
 
 @op("native", "cpu", "triton")
 def attention(

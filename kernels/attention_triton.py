@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvasir.kernels.attention import Sparse
+from kvasir.kernels.attention import MOST_WORK_BYTES, Sparse
 from kvasir.kernels.keys_triton import keys_step, merge
 from kvasir.kernels.quantise import Cache
 from kvasir.kernels.quantise_triton import Stored, converts_float8, stored
@@ -28,7 +28,8 @@ FEW_ROWS = 8
 SPAN = 512
 """Keys in a part, at least."""
 MOST_PARTS = 32
-"""Beyond as many parts they grow instead, which bounds the grid of a CUDA graph."""
+"""Beyond as many parts they grow instead, which bounds the grid of a CUDA graph; earlier where all parts of all sequences took
+more than MOST_WORK_BYTES."""
 FIXED_PARTS = 1 << 20
 """Parts never grow: where a row's sums must not depend on what comes behind it."""
 
@@ -58,22 +59,22 @@ def tiles(value_dim: int, itemsize: int, *, few: bool, deterministic: bool, late
 
 
 @triton.jit
-def _span(length, SPAN: tl.constexpr, PARTS: tl.constexpr):
+def _span(length, most_parts, SPAN: tl.constexpr):
     """Keys in a part of so long a sequence."""
-    return SPAN * tl.maximum(1, tl.cdiv(length, SPAN * PARTS))
+    return SPAN * tl.maximum(1, tl.cdiv(length, SPAN * most_parts))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "least", "most", "per", "parts", "most_parts", "table_row"])
 def _attention(
     q_ptr, k_ptr, v_ptr, ks_ptr, vs_ptr, out_ptr, parts_ptr, sums_ptr, table_ptr, starts_ptr, lengths_ptr, sinks_ptr, slopes_ptr,
-    scale, softcap, sequences, least, most, per, parts,
+    scale, softcap, sequences, least, most, per, parts, most_parts,
     q_row, q_head, k_block, k_slot, k_head, ks_block, ks_slot, ks_head,
     v_block, v_slot, v_head, vs_block, vs_slot, vs_head, table_row, FORMAT: tl.constexpr, NATIVE: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, VALUE: tl.constexpr, REST: tl.constexpr,
     DV: tl.constexpr, DR: tl.constexpr, LATENT: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, SLOPES: tl.constexpr,
     SIZE: tl.constexpr, LOCAL: tl.constexpr, STRIDE: tl.constexpr, SHIFT: tl.constexpr, FIRST_HEAD: tl.constexpr,
-    SPAN: tl.constexpr, PARTS: tl.constexpr, CUT: tl.constexpr, MERGE: tl.constexpr,
+    SPAN: tl.constexpr, CUT: tl.constexpr, MERGE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Lines of sequences of least..most rows. CUT: keys of part program_id(2) alone, into parts and sums; else all keys into
@@ -118,7 +119,7 @@ def _attention(
         low = tl.maximum(low, top_row // CHUNK * CHUNK)
         end = tl.minimum(end, (last_row // CHUNK + 1) * CHUNK)
 
-    span = _span(length, SPAN, PARTS)
+    span = _span(length, most_parts, SPAN)
     if CUT:
         begin, stop, span_here = tl.program_id(2), tl.program_id(2) + 1, span
     elif MERGE:
@@ -178,11 +179,10 @@ def _attention(
         tl.store(out_ptr + out_at[:, None] * VALUE + d[None, :], out, mask=real[:, None] & (d < VALUE)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["least", "most", "parts", "most_parts"])
 def _together(
-    parts_ptr, sums_ptr, out_ptr, starts_ptr, lengths_ptr, sinks_ptr, least, most, parts,
-    HEADS: tl.constexpr, VALUE: tl.constexpr, DV: tl.constexpr, SINKS: tl.constexpr,
-    SPAN: tl.constexpr, PARTS: tl.constexpr,
+    parts_ptr, sums_ptr, out_ptr, starts_ptr, lengths_ptr, sinks_ptr, least, most, parts, most_parts,
+    HEADS: tl.constexpr, VALUE: tl.constexpr, DV: tl.constexpr, SINKS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """The parts of one row and head, one after the other, into out."""
     s, query, head = tl.program_id(0) // most, tl.program_id(0) % most, tl.program_id(1)
@@ -197,7 +197,7 @@ def _together(
     l = tl.zeros((1,), tl.float32)
     acc = tl.zeros((1, DV), tl.float32)
     one = tl.arange(0, 1)
-    for part in range(tl.cdiv(length, _span(length, SPAN, PARTS))):
+    for part in range(tl.cdiv(length, _span(length, most_parts, SPAN))):
         at = place + part + one
         new = tl.load(parts_ptr + at[:, None] * VALUE + d[None, :], mask=(d < VALUE)[None, :], other=0.0)
         m, l, acc = merge(m, l, acc, tl.load(sums_ptr + at * 2), tl.load(sums_ptr + at * 2 + 1), new)
@@ -246,7 +246,7 @@ def attention(
         dense(sinks, slopes),
         (scale, softcap or 0.0),
         deterministic,
-        {"SPAN": SPAN, "PARTS": FIXED_PARTS if deterministic else MOST_PARTS, "SINKS": sinks is not None},
+        {"SPAN": SPAN, "SINKS": sinks is not None},
         _shape(q, keys.values, value, window or 0, chunk or 0, sparse or (0, 0, 1, 0, 0))
         | {"LATENT": v_cache is None, "CAUSAL": causal, "SOFTCAP": softcap is not None, "SLOPES": slopes is not None},
     )
@@ -294,21 +294,25 @@ class _Call:
     def few(self, most: int, longest: int) -> None:
         """Sequences of 1 to `most` rows, the longest of them `longest`."""
         q, out = self.rows
-        parts = min(-(-longest // SPAN), self.cut["PARTS"])  # where its own have grown, a shorter one's may not have
-        if not self.deterministic and self.shape["WINDOW"]:  # what a row sees is short: cutting it up isn't worth it
-            parts = 1 if self.shape["WINDOW"] <= 2 * SPAN else parts
         sequences, heads, value = len(self.ragged.lengths), self.shape["HEADS"], self.shape["VALUE"]
+        room = MOST_WORK_BYTES // (4 * sequences * most * heads * (value + 2))
+        most_parts = FIXED_PARTS if self.deterministic else max(1, min(MOST_PARTS, room))
+        parts = min(-(-longest // SPAN), most_parts)  # where its own have grown, a shorter one's may not have
+        if self.deterministic:
+            parts = parts if parts <= room else 1  # one after the other, which adds up the same
+        elif 0 < self.shape["WINDOW"] <= 2 * SPAN:  # what a row sees is short: cutting it up isn't worth it
+            parts = 1
         tile = self._tiles(few=True)
         per = -(-most * self.shape["GROUP"] // tile.lines)
         if parts == 1:
-            self._launch(tile, sequences * per, 1, most, per)
+            self._launch(tile, sequences * per, 1, most, per, most_parts)
             return
         kept = q.new_empty(sequences * most * heads * parts, value, dtype=torch.float32)
         sums = q.new_empty(sequences * most * heads * parts, 2, dtype=torch.float32)
-        self._launch(tile, sequences * per, 1, most, per, parts, kept, sums)
+        self._launch(tile, sequences * per, 1, most, per, most_parts, parts, kept, sums)
         names = ("HEADS", "VALUE", "DV")
         _together[(sequences * most, heads)](
-            kept, sums, out, *self.places[1:], self.per_head[0], 1, most, parts,
+            kept, sums, out, *self.places[1:], self.per_head[0], 1, most, parts, most_parts,
             **{name: self.shape[name] for name in names}, **self.cut, enable_fp_fusion=not self.deterministic,
         )  # fmt: skip
 
@@ -316,7 +320,7 @@ class _Call:
         """Sequences of more than FEW_ROWS rows."""
         tile, sequences = self._tiles(few=False), len(self.ragged.lengths)
         count = len(self.rows[0]) * self.shape["GROUP"] // tile.lines + sequences
-        self._launch(tile, count, FEW_ROWS + 1, 1 << 30, 0)
+        self._launch(tile, count, FEW_ROWS + 1, 1 << 30, 0, FIXED_PARTS if self.deterministic else MOST_PARTS)
 
     def _tiles(self, *, few: bool) -> Tiles:
         value, itemsize = self.shape["VALUE"], self.rows[0].dtype.itemsize
@@ -329,6 +333,7 @@ class _Call:
         least: int,
         most: int,
         per: int,
+        most_parts: int,
         parts: int = 1,
         kept: Tensor | None = None,
         sums: Tensor | None = None,
@@ -336,7 +341,7 @@ class _Call:
         (q, out), (k, v), (sequences, width) = self.rows, self.caches, self.ragged.table.shape
         _attention[(count, k.values.shape[2], parts)](
             q, k.values, v.values, k.scales, v.scales, out, kept, sums, *self.places, *self.per_head,
-            *self.numbers, sequences, least, most, per, parts, *q.stride()[:2], *k.strides, *v.strides, width,
+            *self.numbers, sequences, least, most, per, parts, most_parts, *q.stride()[:2], *k.strides, *v.strides, width,
             FORMAT=k.format_, NATIVE=converts_float8(q.device),
             **self.shape, **self.cut, CUT=kept is not None, MERGE=self.deterministic and kept is None,
             M=tile.lines, N=tile.keys, num_warps=tile.warps, num_stages=tile.stages,

@@ -115,7 +115,8 @@ def run(q: Tensor, written: Written | None, angles: Angles | None, *, interleave
     """q[T, H, D] by its angles -> the turned queries; keys and values, if there are any, into their slots."""
     rows, heads, dim = q.shape
     out = q.new_empty(rows, heads, dim)
-    k, v, k_cache, v_cache, ragged = written or (q, None, q[None], None, None)
+    # what stands for a cache that nothing is written to looks the same, however many rows there are
+    k, v, k_cache, v_cache, ragged = written or (q, None, q[:1][None], None, None)
     kv_heads = 0 if written is None else k.shape[1]
     keys = stored(k_cache)
     values = keys if v is None or v_cache is None else stored(v_cache)

@@ -16,7 +16,7 @@ WIDEST = 65536
 """Numbers in a row: they are held at once."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm(
     x_ptr, y_ptr, weight_ptr, bias_ptr, squares_ptr, total_ptr, out_ptr,
     rows, per, x_row, x_part, eps, offset, scale,

@@ -207,7 +207,7 @@ def score(logits: Tensor, tokens: Tensor, best: int) -> tuple[Tensor, Tensor, Te
     """As the definition says; the best are found by torch."""
     assert logits.stride(-1) == 1, "a row lies in one piece"
     rows, vocab = logits.shape
-    own, total = torch.empty(2, rows, dtype=torch.float32, device=logits.device)
+    own, total = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
     rank = torch.empty(rows, dtype=torch.int64, device=logits.device)
     block = min(BLOCK, power_of_two(vocab, 16))
     if rows:

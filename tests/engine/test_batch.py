@@ -54,6 +54,14 @@ def test_a_sampled_token_is_the_next_input(batch: Batch) -> None:
     assert rows.positions.tolist() == [4, 11]
 
 
+def test_tokens_of_seats_that_were_given_away_count_for_nobody(batch: Batch) -> None:
+    """-1 is no seat, and not the last one either."""
+    before = batch.lengths.tolist()
+    batch.append(np.array([0, -1, 2]), [42, 41, 43])
+    assert (batch.lengths - before).tolist() == [1, 0, 1, 0]
+    assert batch.known.tolist() == batch.lengths.tolist()
+
+
 def test_a_new_owner_of_a_seat_starts_afresh(batch: Batch) -> None:
     batch.apply(Step(2, freed=(2,), new=(new(2, [9, 8, 7]),), blocks=((2, 0, (6,)),)))
     rows = batch.rows([Slice(2, 0, 3, True)])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.memory import plan_memory, resolve_device, resolve_dtype
 from kvasir.engine.share import share_of
-from kvasir.engine.spec import Layer, Spec
+from kvasir.engine.spec import Experts, Layer, Spec
+from kvasir.kernels.attention import MOST_WORK_BYTES
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIB = 1 << 30
@@ -99,6 +101,17 @@ def test_cuda_leaves_others_their_memory(monkeypatch: pytest.MonkeyPatch) -> Non
     config = EngineConfig(gpu_memory_utilization=0.5, max_num_seqs=4000)
     activations = memory.activation_bytes(config, SPEC, torch.bfloat16, CUDA)
     assert plan(config, CUDA).num_blocks == (40 * GIB - 10 * GIB - 2 * GIB - activations) // BLOCK
+
+
+def test_activations() -> None:
+    """A row of a mixture passes through several experts; on a GPU attention puts parts aside."""
+    config = EngineConfig(max_num_batched_tokens=64)
+    plain = memory.activation_bytes(config, SPEC, torch.bfloat16, CPU)
+    assert memory.activation_bytes(config, SPEC, torch.bfloat16, CUDA) == plain + MOST_WORK_BYTES
+    for per_token, more in ((1, 0), (8, 64 * 2 * (8 * (3 * SPEC.ffn + 2 * SPEC.hidden) - 4 * SPEC.ffn))):
+        facts = Experts(count=16, per_token=per_token, ffn=SPEC.ffn if per_token > 1 else 8)
+        mixture = dataclasses.replace(SPEC, experts=facts)
+        assert memory.activation_bytes(config, mixture, torch.bfloat16, CPU) - plain == more
 
 
 def test_device(monkeypatch: pytest.MonkeyPatch) -> None:

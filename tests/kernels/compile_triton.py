@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for a GPU that needn't be there, and says what each takes: one line of JSON for each kernel.
 
-    TRITON_INTERPRET=0 python tests/kernels/compile_triton.py cuda:90 [all | CASE...]
+    TRITON_INTERPRET=0 python tests/kernels/compile_triton.py cuda:90 [all | CASE... | variants]
 
 The launchers run with real shapes and types on empty tensors, and what they would launch is compiled instead.
 """
@@ -33,6 +33,7 @@ from kvasir.kernels import (
     lora_triton,
     moe_triton,
     norm_triton,
+    rope_triton,
     sample_triton,
 )
 from kvasir.kernels.quantise import Cache, Quantised
@@ -145,6 +146,66 @@ FEW = {
 """What is compiled unless all is asked for: each kernel for some GPU, and attention for each."""
 
 
+def steps(small: bool) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The same kinds of work, of sizes that have nothing in common: (kind, launchers to run)."""
+    counts = (1, 2, 3) if small else (16, 32, 48, 97)
+    for n in counts:
+        yield "decode", lambda n=n: decode([(300 + n, 1)] * n)
+        yield "long decode", lambda n=n: decode([(4000 * n, 1), *[(9, 1)] * (n - 1)])
+        yield "drafts", lambda n=n: decode([(700 * n, 2), *[(9, 1)] * (n - 1)])
+        yield "prefill", lambda n=n: decode([(100 * n, 100)] * n)
+        yield "rows", lambda n=n: of_rows(n)
+        yield "few experts", lambda n=n: mixture(256, 128, 16, min(n, 16))
+
+
+def decode(parts: list[tuple[int, int]]) -> None:
+    step, keys = ragged(parts), cache(8, 128, BF16)
+    attention_triton.attention(torch.zeros(len(step.positions), 32, 128, dtype=BF16), keys, keys, step, scale=0.1)
+
+
+def of_rows(n: int) -> None:
+    x, weight = torch.zeros(n, 256, dtype=BF16), torch.zeros(256, dtype=BF16)
+    norm_triton.add_rms_norm(x, x, weight, 1e-5)
+    norm_triton.rms_norm(torch.zeros(n, 4, 128, dtype=BF16), weight[:128], 1e-5)
+    activation_triton.gated(x, "silu")
+    whole = torch.zeros(n, dtype=torch.int64)
+    embedding_triton.embed(whole, torch.zeros(4, 256, dtype=BF16))
+    blocks_triton.gather_blocks(torch.zeros(2, 4, 4096, dtype=torch.uint8), whole)
+    heads, kv = torch.zeros(n, 12, 64, dtype=BF16).split_with_sizes([8, 4], 1)
+    angles = torch.zeros(n, 1, 64, dtype=BF16), torch.zeros(n, 1, 64, dtype=BF16)
+    rope_triton.rotate(heads, angles)
+    cache_triton.write(kv, kv, cache(4, 64, BF16), cache(4, 64, BF16), ragged([(9, 1)] * n))
+    logits, ones = torch.zeros(n, 2048), torch.ones(n)
+    sample_triton.draw(logits, ones.double(), ones, min_p=ones, top_k=whole, top_p=ones, most=1)
+    sample_triton.greedy(logits)
+    sample_triton.score(logits, whole, 1)
+    counts = torch.zeros(n, 2048, dtype=torch.int32)
+    sample_triton.penalise(logits, counts, counts.bool(), repetition=ones, presence=ones, frequency=ones)
+    bitmask_triton.allow(logits, whole, torch.zeros(n, 64, dtype=torch.int32))
+    h = lora_triton.shrink(x, torch.zeros(8, 16, 256, dtype=BF16), whole)
+    lora_triton.expand(h, torch.zeros(8, 256, 16, dtype=BF16), whole, torch.ones(8), x)
+
+
+def variants(small: bool) -> set[str]:
+    """What of each kernel would be compiled for these steps: by the types, sizes and constants that it is compiled for."""
+    found: set[str] = set()
+    now = ""
+
+    def note(self: JITFunction, key: str, *_: Any) -> str:
+        found.add(f"{now}: {self.fn.__name__}: {key}")
+        return key
+
+    compile_, run = JITFunction._do_compile, JITFunction.run
+    JITFunction._do_compile = note
+    JITFunction.run = lambda self, *args, warmup, **options: run(self, *args, warmup=True, **options)
+    try:
+        for now, launch in steps(small):  # noqa: B007
+            launch()
+    finally:
+        JITFunction._do_compile, JITFunction.run = compile_, run
+    return found
+
+
 def usage(kernel: Any) -> dict[str, int]:
     """Bytes of stack that a thread spills to, and of memory that a block shares."""
     if "cubin" in kernel.asm:
@@ -183,6 +244,10 @@ def main() -> None:
     name = sys.argv[1]
     kind, _, arch = name.partition(":")
     driver.set_active(Driver(GPUTarget(kind, int(arch) if arch.isdigit() else arch, 64 if kind == "hip" else 32)))
+    if sys.argv[2:] == ["variants"]:
+        few, many = variants(True), variants(False)
+        print(json.dumps({"kernels": len(few), "differ": sorted(few ^ many)}))
+        return
     wanted = sys.argv[2:] or FEW[name]
     for case in CASES if wanted == ["all"] else wanted:
         for line in compiled(case):

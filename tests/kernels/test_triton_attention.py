@@ -123,6 +123,26 @@ def test_a_shorter_sequence_may_have_more_parts(
         compare(paged(parts, 16, 2, 1, 64), device, scale=0.2)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("parts", [0, 1, 3, 5])
+def test_parts_keep_to_their_room(
+    parts: int, deterministic: bool, paged: Callable[..., Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for fewer parts than the keys have, parts grow; where they may not, none are put aside."""
+    batch, aside = paged([(300, 1), (70, 1)], 16, 4, 2, 64), []
+    room = 4 * 2 * 4 * (64 + 2)
+    monkeypatch.setattr(attention_triton, "MOST_WORK_BYTES", parts * room)
+    launch = attention_triton._Call._launch
+
+    def watched(self: Any, *args: Any) -> None:
+        aside.append(sum(t.nbytes for t in args[7:]))
+        launch(self, *args)
+
+    monkeypatch.setattr(attention_triton._Call, "_launch", watched)
+    compare(batch, device, scale=0.2, deterministic=deterministic)
+    assert aside == [parts * room if parts == 5 or (parts == 3 and not deterministic) else 0]
+
+
 def rows_of(ragged: Ragged, s: int, start: int, stop: int) -> tuple[slice, Ragged]:
     """Rows start..stop of sequence s as a batch of their own: (where they are, the batch)."""
     first, last = ragged.host_starts[s : s + 2].tolist()
