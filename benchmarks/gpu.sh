@@ -1,21 +1,50 @@
 #!/usr/bin/env bash
-# Checks and times everything that needs a GPU; prints a report for benchmarks/results/. Needs Python 3.12, torch 2.11 or
-# newer, tokenizers, safetensors, jinja2, numpy, tqdm, pyyaml and pytest; no Ray, no OpenTelemetry, no installation.
+# Checks and times everything that needs a GPU, in under 9 minutes; prints a report for benchmarks/results/. Needs Python 3.12,
+# torch 2.11 or newer with its Triton, tokenizers, safetensors, jinja2, numpy, tqdm, pyyaml, llguidance and pytest; no Ray, no
+# OpenTelemetry, no installation.
 #
 #   benchmarks/gpu.sh            # on cuda
-#   DEVICE=cpu benchmarks/gpu.sh # the same on a CPU, to try the script itself
+#   DEVICE=cpu benchmarks/gpu.sh # the same on a CPU, to try the script itself: fewer tests, smaller models
 #   OUT=folder                   # figures as JSON go there, too
-#   TESTS="tests/kernels"        # what is tested; default: kernels and engine
-set -euo pipefail
+#   TESTS="tests/kernels"        # what is tested; default: Triton's kernels
+#   SECONDS_IN_ALL=530           # what is begun later is left out, and said so
+set -uo pipefail
 cd "$(dirname "$0")/.."
-device=${DEVICE:-cuda}
-python=${PYTHON:-python3}
+device=${DEVICE:-cuda} python=${PYTHON:-python3} in_all=${SECONDS_IN_ALL:-530} failed=0
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 ln -s "$PWD" "$site/kvasir"
-out=${OUT:-$site}
+out=${OUT:-$site/out}
 mkdir -p "$out"
-export PYTHONPATH=$site PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH=$site PYTHONDONTWRITEBYTECODE=1 TRITON_INTERPRET=0
+tests=${TESTS:-$(echo tests/kernels/test_triton_*.py)} shape=1B sequences="1 8 32 128" models=() tokens=()
+if [ "$device" != cuda ]; then
+  export TRITON_INTERPRET=1 # Triton's kernels on a CPU
+  tests=${TESTS:-tests/kernels/test_triton_experts.py} shape=125M sequences="1 4" models=(--model tiny --repeat 2)
+  tokens=(--input-len 64 --output-len 16)
+fi
+
+# stage NAME LIMIT COMMAND: with at most LIMIT seconds of those that are left
+stage() {
+  local name=$1 limit=$2 begun=$SECONDS code=0
+  shift 2
+  echo "## $name"
+  if ((SECONDS + 10 > in_all)); then
+    echo "left out: there are no 10 s left of $in_all"
+    failed=1
+    return
+  fi
+  ((SECONDS + limit > in_all)) && limit=$((in_all - SECONDS))
+  timeout -k 5 "$limit" "$@" || code=$?
+  [ $code = 124 ] && echo "stopped after $limit s"
+  [ $code = 0 ] || { failed=1; echo "FAILED: exit status $code"; }
+  echo "($((SECONDS - begun)) s)"
+}
+# without the configuration and fixtures of the other tests, which want Ray, browsers' libraries and plugins
+check() { stage "$1" "$2" "$python" -P -m pytest -q -c /dev/null --rootdir . --confcutdir tests/kernels -p no:cacheprovider \
+  --import-mode=importlib "${@:3}"; }
+engine() { stage "the engine, $1" 75 "$python" -P -m kvasir.cluster.cli bench engine "${@:3}" --device "$device" \
+  --out "$out/engine-$2.json" "${tokens[@]}"; }
 
 echo "# $(date -u +%Y-%m-%d), $device"
 "$python" - <<'PY'
@@ -23,30 +52,22 @@ import platform, torch
 name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
 print(f"{name}; Python {platform.python_version()}, torch {torch.__version__}")
 PY
-echo "## tests of kernels and engine"
-"$python" -P -m pytest -q -p no:cacheprovider -W default ${TESTS:-tests/kernels tests/engine} || failed=1
+stage "greedy tokens on $device against the CPU, float32" 90 "$python" benchmarks/device_parity.py --device "$device"
+stage "kernels" 120 "$python" benchmarks/gpu_kernels.py --device "$device" "${models[@]}" --seconds 90 --json "$out/kernels.json"
+engine skald skald skald
+stage "a random $shape" 60 "$python" benchmarks/checkpoint.py "$shape" "$site/model"
+engine "random $shape" "$shape" "$site/model" --sequences $sequences
+engine "random $shape, without CUDA graphs" "$shape-eager" "$site/model" --sequences $sequences --enforce-eager
+stage "a process group of one" 30 "$python" benchmarks/sums.py --device "$device" --ranks 1
+gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+[ "$device" = cuda ] && [ "$gpus" -lt 2 ] || stage "sums over all GPUs (two ranks on a CPU) by each way" 45 "$python" benchmarks/sums.py --device "$device"
+check "tests of kernels" 150 $tests
 if [ "$device" = cuda ] && command -v compute-sanitizer >/dev/null; then
-  echo "## Triton kernels under compute-sanitizer: bounds, then races"
   for tool in memcheck racecheck; do
-    timeout 60 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -P -m pytest -q -p no:cacheprovider -W default \
-      tests/kernels/test_triton_attention.py -k "head_dims or inside" || failed=1
+    stage "Triton kernels under compute-sanitizer: $tool" 45 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      "$python" -P -m pytest -q -c /dev/null --rootdir . --confcutdir tests/kernels -p no:cacheprovider \
+      --import-mode=importlib tests/kernels/test_triton_attention.py -k "head_dims or inside"
   done
 fi
-echo "## kernels"
-models=() shape=1B sequences="1 8 32 128"
-[ "$device" = cuda ] || { models=(--model tiny --repeat 2); shape=125M; sequences="1 4"; }
-"$python" benchmarks/gpu_kernels.py --device "$device" "${models[@]}" --json "$out/kernels.json"
-echo "## greedy tokens on $device against the CPU, float32"
-"$python" benchmarks/device_parity.py --device "$device" || failed=1
-echo "## a process group of one, then sums over all GPUs (two ranks on a CPU) by each way"
-"$python" benchmarks/sums.py --device "$device" --ranks 1
-gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-[ "$device" = cuda ] && [ "$gpus" -lt 2 ] || "$python" benchmarks/sums.py --device "$device"
-echo "## the engine, skald"
-"$python" -P -m kvasir.cluster.cli bench engine skald --device "$device"
-echo "## the engine, random $shape"
-"$python" benchmarks/checkpoint.py $shape "$site/model"
-"$python" -P -m kvasir.cluster.cli bench engine "$site/model" --device "$device" --sequences $sequences
-echo "## the same without CUDA graphs"
-"$python" -P -m kvasir.cluster.cli bench engine "$site/model" --device "$device" --sequences $sequences --enforce-eager
-exit "${failed:-0}"
+echo "## $SECONDS s in all$([ $failed = 0 ] || echo ", and something failed")"
+exit $failed

@@ -6,6 +6,12 @@ import torch
 from torch import Tensor
 
 
+def room_for(rows: int, width: int, device: torch.device) -> Tensor:
+    """[rows, width] uint8 of host memory from which copies to this device make nobody wait. Pinning takes long, and waits for the
+    device: this is for threads that no step waits for. torch keeps what was pinned for the next who asks for as much."""
+    return torch.empty(rows, width, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
 class Aside:
     """Copies on a stream of their own, where there are streams."""
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Union
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from kvasir.engine.batch import send
 from kvasir.engine.layout import LayerGroup, Layout
 from kvasir.engine.spec import Spec
 from kvasir.kernels import huge_pages
@@ -86,7 +88,7 @@ class KVCache:
     def read(self, blocks: Sequence[int], layers: tuple[int, int] | None = None) -> Tensor:
         """[n, bytes] uint8: what these blocks hold, each in one piece, on the cache's device: in all layers, or at those places
         (first and behind the last)."""
-        index = torch.tensor(blocks, dtype=torch.long, device=self.arena.device)
+        index = send(np.array(blocks, np.int64), self.arena.device)
         return gather_blocks(self._of(layers), index).flatten(1)
 
     @torch.inference_mode()
@@ -98,23 +100,23 @@ class KVCache:
     @torch.inference_mode()
     def write(self, blocks: Sequence[int], held: Tensor) -> None:
         """Put into these blocks what `read` gave, on the cache's device."""
-        index, chunks = torch.tensor(blocks, device=self.arena.device), self._chunks
+        index, chunks = send(np.array(blocks, np.int64), self.arena.device), self._chunks
         scatter_blocks(chunks, index, held.view(len(blocks), chunks.shape[0], chunks.shape[2]))
 
     def put(self, blocks: Sequence[int], staged: Tensor, numbers: Sequence[int]) -> None:
-        """Put into these blocks what lies in the rows `numbers` of staged[n, bytes_per_block], in host memory."""
-        first, count = numbers[0], len(numbers)
-        together = numbers[-1] == first + count - 1 and all(b - a == 1 for a, b in pairwise(numbers))
-        rows = staged[first : first + count] if together else staged.index_select(0, torch.tensor(numbers))
-        if self.arena.is_cuda and not rows.is_cuda:
-            rows = rows.pin_memory().to(self.arena.device, non_blocking=True)
+        """Put into these blocks what lies in the rows `numbers` of staged[n, bytes_per_block], in host memory. The host
+        doesn't wait where `room_for` made that."""
+        first, stop = min(numbers), max(numbers) + 1
+        rows = staged[first:stop].to(self.arena.device, non_blocking=True)
+        if any(b - a != 1 for a, b in pairwise(numbers)):
+            rows = rows.index_select(0, send(np.array(numbers, np.int64) - first, self.arena.device))
         self.write(blocks, rows)
 
     @torch.inference_mode()
     def put_layer(self, layer: int, blocks: Sequence[int], staged: Tensor, numbers: Sequence[int]) -> None:
         """The same of one layer that these blocks have."""
         place = self._places[layer]
-        chunks, index = self._of((place, place + 1)), torch.tensor(blocks, device=self.arena.device)
+        chunks, index = self._of((place, place + 1)), send(np.array(blocks, np.int64), self.arena.device)
         width = self.kinds * chunks.shape[2]
         rows = staged[:, place * width : (place + 1) * width].index_select(0, torch.tensor(numbers))
         if self.arena.is_cuda:
@@ -130,7 +132,7 @@ class KVCache:
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Each (source, target) block is copied as a whole; all sources are read before any target is written."""
         if pairs:
-            sources, targets = torch.tensor(pairs, device=self.arena.device).unbind(1)
+            sources, targets = send(np.array(pairs, np.int64), self.arena.device).unbind(1)
             copy_blocks(self._chunks, sources, targets)
 
 

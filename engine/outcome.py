@@ -47,8 +47,10 @@ class Part:
     """As many, or none when nobody asked."""
     ended: Future[dict[int, str | None]] | None = None
     """row -> see `Result.ended`, once the grammars have taken the tokens in."""
-    stuck: dict[int, str] = field(default_factory=dict)
-    offers: dict[int, list[Candidate]] = field(default_factory=dict)
+    stuck: Callable[[], dict[int, str]] = dict
+    """row -> why its rules leave no token"""
+    offers: dict[int, Callable[[], list[Candidate]]] = field(default_factory=dict)
+    """row -> what its beam offers"""
 
     @property
     def token_ids(self) -> list[int]:
@@ -80,8 +82,8 @@ class Outcome:
         count = 0
         for part in self.parts:
             over: dict[int, str | None] = {} if part.ended is None else part.ended.result()
-            ended |= {count + row: why for row, why in (over | part.stuck).items()}
-            offers |= {count + row: found for row, found in part.offers.items()}
+            ended |= {count + row: why for row, why in (over | part.stuck()).items()}
+            offers |= {count + row: found() for row, found in part.offers.items()}
             count += len(part.token_ids)
             scores += part.scores() or [None] * len(part.token_ids)
         for seat, some in self.prompt_scores:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kvasir.engine.batch import send
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.pooling import Pooling
 from kvasir.engine.request import PoolingParams
@@ -77,7 +78,7 @@ class Pooler:
     def rows(self, slices: Sequence[Slice]) -> Tensor | None:
         """Which rows of these slices count [R] int64; None: all."""
         single = self._single(slices)
-        return None if single is None else torch.tensor(list(single.values()), dtype=torch.int64, device=self.device)
+        return None if single is None else send(np.array(list(single.values()), np.int64), self.device)
 
     def token_types(self, slices: Sequence[Slice]) -> Tensor | None:
         """Segments [T] of these slices' rows; None: all 0."""
@@ -88,7 +89,7 @@ class Pooler:
             np.zeros(part.count, np.int64) if types is None else types[part.start : part.start + part.count]
             for part, types in zip(slices, segments, strict=True)
         ]
-        return torch.from_numpy(np.concatenate(parts)).to(self.device)
+        return send(np.concatenate(parts), self.device)
 
     def take(
         self, slices: Sequence[Slice], x: Tensor, logits: Callable[[Tensor], Tensor]
@@ -128,14 +129,14 @@ class Pooler:
         single = self._single(slices)
         if single is not None:
             pooled = x.new_zeros(len(slices), 1, x.shape[1])
-            pooled[list(single), 0] = x
+            pooled[:, 0].index_copy_(0, send(np.array(list(single), np.int64), self.device), x)
             return pooled
         counts = np.array([part.count for part in slices])
         owner = np.repeat(np.arange(len(slices)), counts)
         first = np.array([part.start for part in slices]) - (np.cumsum(counts) - counts)
         positions = np.arange(counts.sum()) + first[owner]
         lengths = np.array([self._prompts[part.seat].length for part in slices])[owner]
-        segments = torch.from_numpy(counts).to(self.device)
+        segments = send(counts, self.device)
         found = [self._reduced(way, x, positions, lengths, segments) for way in self.pooling.ways]
         return torch.stack(found, 1)
 

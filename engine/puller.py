@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kvasir.engine.aside import room_for
 from kvasir.engine.channels import BadPieceError, Wanted, channel_of, node, unix_name
 from kvasir.engine.layout import LayerGroup
 from kvasir.engine.parts import Form, Part, items, sources
@@ -258,7 +259,7 @@ class Puller:
         with self._changed:
             if not self._changed.wait_for(fits, max(0.0, running.until - time.monotonic())):
                 raise RefusedError("there was no room for them in time")
-            return torch.empty(count, self._form.block_bytes, dtype=torch.uint8)
+            return room_for(count, self._form.block_bytes, self.device)
 
     @contextlib.contextmanager
     def connected(self, running: Running, address: str, *, local: bool = False) -> Iterator[socket.socket]:

@@ -77,7 +77,8 @@ class Rank:
         """Apply the step's differences, compute its rows, sample. Ranks that don't sample have an empty result.
 
         The host waits for no device here: the tokens of the step before lie there alone until the next one begins. Only
-        rules that look at tokens on the host (windows, barred texts, grammars, processors) wait for theirs.
+        rules that look at tokens on the host (windows, barred texts, grammars, processors) wait for theirs, and vectors
+        are waited for.
         """
         while self._unread and self._unread[0].step < step.id - 1:
             oldest = self._unread.popleft()

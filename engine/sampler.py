@@ -59,10 +59,10 @@ class Sampler:
         self.shaping = Shaping(max_num_seqs, device)
         self.beams: dict[int, int] = {}
         """seat of a beam -> how many next tokens it offers"""
-        self.offers: dict[int, list[Candidate]] = {}
-        """Row of the last `sample` -> what its beam offers, the likeliest first."""
-        self.stuck: dict[int, str] = {}
-        """Row of the last `sample` whose rules left no token, or whose processor failed -> why."""
+        self.offers: dict[int, Callable[[], list[Candidate]]] = {}
+        """Row of the last `sample` -> what its beam offers, the likeliest first: asked for when the device has it."""
+        self.stuck: Callable[[], dict[int, str]] = dict
+        """Row of the last `sample` whose rules left no token, or whose processor failed -> why; asked for likewise."""
         self.in_prompt: Tensor | None = None
         self.counts: Tensor | None = None
 
@@ -162,28 +162,20 @@ class Sampler:
 
     def _ruled(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
         """Everything but the draw: what moves logits, then what bars tokens."""
-        logits, self.stuck = self.processing.apply(self._adjust(logits, seats, positions), seats)
+        logits, failed = self.processing.apply(self._adjust(logits, seats, positions), seats)
         logits, barred = self.trails.bar(logits, seats)
         logits = self._constrain(logits, seats)
-        if barred:
-            self.stuck |= dict.fromkeys(_empty(logits, barred), STUCK)
+        best = Copy(logits[self._tensor(np.array(barred))].amax(-1)) if barred else None
+        self.stuck = lambda: failed | ({} if best is None else _stuck(barred, best.values))
         return logits
 
-    def _offer(self, raw: Tensor, logits: Tensor, seats: Ints) -> dict[int, list[Candidate]]:
+    def _offer(self, raw: Tensor, logits: Tensor, seats: Ints) -> dict[int, Callable[[], list[Candidate]]]:
         """What the rows of beams offer: log probabilities under the `raw` distribution, moved as the logits were."""
-        offers: dict[int, list[Candidate]] = {}
-        for row, seat in enumerate(seats.tolist()):
-            if seat not in self.beams:
-                continue
-            values, ids = logits[row].topk(self.beams[seat])
-            scores = (values - raw[row].logsumexp(-1)).tolist()
-            likeliest = int(self.logprobs[seat])
-            reported: Sequence[TokenLogprob | None] = [None] * len(ids)
-            if likeliest >= 0:
-                reported = scoring(raw[row].expand(len(ids), -1), ids, [likeliest] * len(ids))()
-            found = zip(ids.tolist(), scores, reported, strict=True)
-            offers[row] = [candidate for candidate in found if candidate[1] > -np.inf]
-        return offers
+        return {
+            row: offering(raw[row], logits[row], self.beams[seat], int(self.logprobs[seat]))
+            for row, seat in enumerate(seats.tolist())
+            if seat in self.beams
+        }
 
     def _draw(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
         """Rows that use top_k all do; those that don't use another filter get its neutral value (2 for top_p)."""
@@ -259,11 +251,13 @@ class Sampler:
             shape = (self.max_num_seqs, self.vocab)
             self.in_prompt = torch.zeros(shape, dtype=torch.bool, device=self.device)
             self.counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
-        tokens = torch.tensor(new.token_ids, device=self.device)
+        tokens = self._tensor(np.array(new.token_ids, np.int64))
         self.counted.add(new.seat)
         self.in_prompt[new.seat] = False
-        self.in_prompt[new.seat, tokens[: new.prompt_len]] = True
-        self.counts[new.seat] = torch.bincount(tokens[new.prompt_len :], minlength=self.vocab)
+        self.in_prompt[new.seat].index_fill_(0, tokens[: new.prompt_len], 1)
+        said = tokens[new.prompt_len :]
+        self.counts[new.seat] = 0
+        self.counts[new.seat].scatter_add_(0, said, torch.ones_like(said, dtype=torch.int32))
 
     def _row(self, values: npt.NDArray[np.float64]) -> Tensor:
         return self._tensor(values.astype(np.float32))
@@ -287,7 +281,23 @@ def scoring(logits: Tensor, token_ids: Tensor, top: Sequence[int]) -> Callable[[
     return scores
 
 
-def _empty(logits: Tensor, rows: Sequence[int]) -> list[int]:
-    """Those of `rows` in which every logit is -inf."""
-    best = logits[list(rows)].amax(-1).tolist()
-    return [row for row, value in zip(rows, best, strict=True) if value == -np.inf]
+def offering(raw: Tensor, logits: Tensor, most: int, likeliest: int) -> Callable[[], list[Candidate]]:
+    """The likeliest tokens of a beam's row logits[V], `most` of them, with scores under raw[V] and `likeliest` others beside each
+    (-1: none): asked for when the device has them."""
+    values, ids = logits.topk(most)
+    numbers, scores = Copy(ids), Copy(values - raw.logsumexp(-1))
+    reported = None
+    if likeliest >= 0:
+        reported = scoring(raw.expand(most, -1), ids, [likeliest] * most)
+
+    def offers() -> list[Candidate]:
+        beside: Sequence[TokenLogprob | None] = [None] * most if reported is None else reported()
+        found = zip(numbers.values, scores.values, beside, strict=True)
+        return [candidate for candidate in found if candidate[1] > -np.inf]
+
+    return offers
+
+
+def _stuck(rows: Sequence[int], best: Sequence[float]) -> dict[int, str]:
+    """Those of `rows` whose best logit is -inf."""
+    return {row: STUCK for row, value in zip(rows, best, strict=True) if value == -np.inf}

@@ -57,7 +57,8 @@ class Shaping:
     ) -> None:
         """As `draw`, when it is known what was drawn."""
         _, ids, bits = self._truncated(logits, seats, temperature, min_p, top_k)
-        self._learn(seats, bits[ids == token_ids[:, None]])
+        place = (ids == token_ids[:, None]).int().argmax(-1, keepdim=True)
+        self._learn(seats, bits.gather(-1, place)[:, 0])
 
     def _truncated(
         self, logits: Tensor, seats: Ints, temperature: Tensor, min_p: Tensor, top_k: Ints

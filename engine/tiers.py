@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvasir.engine.aside import Aside
+from kvasir.engine.aside import Aside, room_for
 from kvasir.engine.blocks import Changes, ContentId, Tier
 from kvasir.engine.cache import KVCache
 from kvasir.engine.disk import Disk
@@ -175,7 +175,7 @@ class Tiers:
     def _read(self) -> None:
         while (found := self._next()) is not None:
             ticket, contents = found
-            staged = torch.empty(len(contents), self._bytes, dtype=torch.uint8)
+            staged = room_for(len(contents), self._bytes, self._cache.arena.device)
             count = 0
             while count < len(contents) and ticket in self._asked and self._fetch(contents[count], staged[count]):
                 count += 1

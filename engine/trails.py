@@ -63,7 +63,7 @@ class Trails:
         if barred:
             rows = np.repeat([row for row, _ in barred], [len(tokens) for _, tokens in barred])
             ids = np.concatenate([tokens for _, tokens in barred]).astype(np.int64)
-            logits = logits.index_put((self._tensor(rows), self._tensor(ids)), logits.new_tensor(-torch.inf))
+            logits = logits.index_put((self._tensor(rows), self._tensor(ids)), logits.new_full((), -torch.inf))
         if masks:
             rows = np.array([row for row, _ in masks])
             logits = allow(logits, self._tensor(rows), self._tensor(np.stack([words for _, words in masks])))

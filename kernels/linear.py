@@ -101,7 +101,9 @@ def _own(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     if x.dtype != kind or x.dim() != 2 or x.shape[1] != weight.inputs:  # the kernel reads what it is told is there
         raise ValueError(f"x{list(x.shape)} in {x.dtype} by a matrix in {kind} with {weight.inputs} inputs")
     if bias is not None and (bias.dtype != kind or bias.numel() != weight.outputs):
-        raise ValueError(f"bias{list(bias.shape)} in {bias.dtype} behind a matrix in {kind} with {weight.outputs} outputs")
+        raise ValueError(
+            f"bias{list(bias.shape)} in {bias.dtype} behind a matrix in {kind} with {weight.outputs} outputs"
+        )
     if x.stride(1) != 1 or x.stride(0) % 2:
         x = x.contiguous()
     out = x.new_empty(len(x), weight.outputs)

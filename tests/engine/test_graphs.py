@@ -133,6 +133,43 @@ def test_a_padded_batch_gives_the_same_tokens(decoder: Decoder) -> None:
     assert record.replayed == 19 - 3
 
 
+def reuse(decoder: Decoder, record: Recorder | None) -> tuple[list[list[int]], Tensor]:
+    """(tokens, what the cache holds then) of three sequences, the shortest of which ends, and whose block another one gets."""
+    cache = KVCache(SPEC, 8, 8, torch.float32, CPU)
+    cache.arena.zero_()
+    rank = Rank(decoder, cache, max_num_seqs=4, max_model_len=16)
+    if record is not None:
+        rank.forward = Graphs(eager(decoder), cache, [4], 16, record, lambda: 1 << 40)
+    prompts, found = [[4, 8], [16, 23, 42, 1, 2], [7, 9, 9, 9]], []
+
+    def enter(seat: int, ids: list[int], block: int) -> dict[str, Any]:
+        new = NewSequence(seat, ids, len(ids), GREEDY, seed=seat, stop_token_ids=frozenset())
+        return {"new": [new], "blocks": [(seat, 0, [block])], "slices": [Slice(seat, 0, len(ids), sample=True)]}
+
+    for seat, ids in enumerate(prompts):
+        found.append(rank.run(Step(seat, **enter(seat, ids, seat))).token_ids)
+    lengths = [len(ids) for ids in prompts]
+    for step in range(3, 8):
+        if step == 5:  # seat 0 is another sequence's, in the same block
+            found.append(rank.run(Step(step, freed=(0,), **enter(0, [30, 31, 32, 33, 34, 35], 0))).token_ids)
+            lengths[0] = 6
+            continue
+        slices = [Slice(seat, lengths[seat], 1, sample=True) for seat in range(3)]
+        found.append(rank.run(Step(step, slices=slices)).token_ids)
+        lengths = [length + 1 for length in lengths]
+    return [list(ids) for ids in found], cache.arena.view(torch.float32)
+
+
+def test_padding_writes_where_something_is_written_anyway(decoder: Decoder) -> None:
+    """What filled a recording up in an earlier step may be where another sequence's keys are now."""
+    record = Recorder()
+    tokens, held = reuse(decoder, record)
+    expected, kept = reuse(decoder, None)
+    assert record.replayed == 3
+    assert tokens == expected
+    torch.testing.assert_close(held, kept, atol=1e-5, rtol=1e-5)
+
+
 def test_what_is_too_long_or_has_no_room_runs_eagerly(decoder: Decoder, caplog: pytest.LogCaptureFixture) -> None:
     expected = decode(decoder, None)
     short, none = Recorder(), Recorder()

@@ -218,10 +218,10 @@ def test_rules_that_leave_nothing_are_noticed() -> None:
         enter(sampler, seat, PROMPT, sampling, 0, barred=False)
     logits = torch.stack([logits_at(5)] * 3)
     tokens = sampler.sample(logits, np.arange(3), np.array([5, 5, 5]))
-    assert list(sampler.stuck) == [1]
+    assert list(sampler.stuck()) == [1]
     assert int(tokens[2]) == 9
     sampler.sample(logits[:1], np.arange(1), np.array([5]))
-    assert not sampler.stuck
+    assert not sampler.stuck()
 
 
 def test_trails_are_kept_for_nobody_else() -> None:

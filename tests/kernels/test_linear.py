@@ -31,5 +31,5 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"x\[2, 32\] in torch.bfloat16 by a matrix in torch.float32"):
         linear(torch.ones(2, 32, dtype=torch.bfloat16), weight)
     for bias in (torch.ones(47), torch.ones(48, dtype=torch.float16)):
-        with pytest.raises(ValueError, match="behind a matrix in torch.float32 with 48 outputs"):
+        with pytest.raises(ValueError, match=r"behind a matrix in torch.float32 with 48 outputs"):
             linear(torch.ones(2, 32), weight, bias)
