@@ -93,13 +93,14 @@ def _kernels() -> Iterator[Finding]:
     yield Finding("ok" if there else "note", "kernels", text)
     from kvasir.engine.memory import kernel_backends
 
-    for device, ops in kernel_backends().items():
-        taken: dict[str, list[str]] = {}
-        for name, choices in ops.items():
-            taken.setdefault(choices[0], []).append(name)
-        for backend, names in taken.items():
-            yield Finding("ok", "backend", f"{device}: {backend} for {', '.join(names)}")
-        yield Finding("ok", "backend", f"{device}: --attention-backend auto, {', '.join(ops['attention'])}")
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for taken in kernel_backends():
+        alike.setdefault((taken.device, taken.backend, taken.why), []).append(taken.op)
+        if taken.op == "attention":
+            text = f"auto (which is {taken.backend}), {', '.join((taken.backend, *taken.others))}"
+            yield Finding("ok", "backend", f"{taken.device}: --attention-backend {text}")
+    for (device, backend, why), names in alike.items():
+        yield Finding("ok", "backend", f"{device}: {backend} for {', '.join(names)} ({why})")
 
 
 def _huge_pages() -> Iterator[Finding]:

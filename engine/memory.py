@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from kvasir.engine.layout import Layout, Room, layout
 from kvasir.engine.share import Share, stages
 from kvasir.engine.spec import Spec
 from kvasir.kernels.attention import MOST_WORK_BYTES
+from kvasir.kernels.linear import multiplied_by
 from kvasir.kernels.native import native
 from kvasir.kernels.op import every_op
 
@@ -163,10 +164,25 @@ def activation_bytes(config: EngineConfig, spec: Spec, dtype: torch.dtype, devic
     return rows * row * dtype.itemsize + min(rows, config.max_num_seqs) * logits + aside
 
 
-def kernel_backends() -> dict[str, dict[str, list[str]]]:
-    """Type of device -> op -> the backends that can be had here, the one that is taken first; `plain` is the definition."""
-    devices = ["cpu", *["cuda"] * torch.cuda.is_available()]
-    return {device: {name: found.choices(device) for name, found in every_op().items()} for device in devices}
+@dataclass(frozen=True)
+class Taken:
+    """Which backend an op has on a type of device, why, and which others can be had; `plain` is the definition."""
+
+    device: str
+    op: str
+    backend: str
+    why: str
+    others: tuple[str, ...]
+
+
+def kernel_backends() -> Iterator[Taken]:
+    """Of every op, and of products with weights of every type, on every type of device that is here."""
+    for device in ("cpu", *["cuda"] * torch.cuda.is_available()):
+        for name, found in every_op().items():
+            first, *others = found.choices(device)
+            yield Taken(device, name, first, found.why(device), tuple(others))
+        for kind, dtype in DTYPES.items():
+            yield Taken(device, f"linear of {kind}", *multiplied_by(dtype, torch.device(device)), ())
 
 
 def huge_pages() -> str:

@@ -63,6 +63,17 @@ def reorders(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype in (torch.bfloat16, torch.float32) and torch._C._has_mkldnn
 
 
+def multiplied_by(dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+    """(whose products weights of this type have on this device, why)"""
+    if device.type != "cpu":
+        return "torch", "cuBLAS, or what torch has in its place"
+    if _owns(torch.empty(WIDE, WIDE, dtype=dtype), invariant=False):
+        return "native", "measured faster than oneDNN on CPUs like this one"
+    if reorders(dtype, device):
+        return "oneDNN", "weights reordered once; our own are for --deterministic"
+    return "torch", "oneDNN has no order of its own for this type"
+
+
 def is_packed(weight: Weight) -> bool:
     """Whether `packed` made this."""
     return isinstance(weight, Packed) or weight.is_mkldnn

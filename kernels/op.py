@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
-from kvasir.kernels.native import library
+from kvasir.kernels.native import library, native
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,6 +46,19 @@ class Op(Generic[P, R]):
         """Names of the backends that can be had on a type of device, the one that is taken by itself first."""
         names = {"cpu": "torch"}
         return [*(names.get(b, b) for b in BACKENDS.get(device, ()) if self._usable(b)), "plain"]
+
+    def why(self, device: str) -> str:
+        """Why the first of `choices` is taken on this type of device."""
+        written = [b for b in BACKENDS.get(device, ()) if b in self._backends]
+        found = next((b for b in written if self._usable(b)), None)
+        if FORCED:
+            return f"KVASIR_KERNELS={FORCED}"
+        if not written:
+            return "nothing else is written"
+        if found == written[0]:
+            return "the fastest that is written"
+        missing = native().text if written[0] == "native" else "Triton isn't installed"
+        return f"no {written[0]} kernels: {missing}"
 
     def implementation(self, device: str) -> Callable[P, R]:
         """What runs on this type of device. The sibling module (`attention_cpu`...) is imported on first use."""

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -328,6 +329,10 @@ def test_doctor(tmp_path: Path) -> None:
     findings = json.loads(run.stdout)
     assert {"python", "cpu", "models", "memory"} <= {finding["about"] for finding in findings}
     assert run.returncode == (1 if any(finding["state"] == "wrong" for finding in findings) else 0)
+    lines = [re.fullmatch(r"cpu: (\w+) for (.+) \((.+)\)", f["text"]) for f in findings if f["about"] == "backend"]
+    ops = [name for line in lines if line for name in line[2].split(", ")]
+    assert {"attention", "turn_and_write", "draw", "stacked_experts", "linear of bfloat16"} <= set(ops)
+    assert len(ops) == len(set(ops))
 
 
 def test_doctor_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kvasir.kernels import op as module
+from kvasir.kernels.native import Native
 from kvasir.kernels.op import op
 
 
@@ -51,3 +52,15 @@ def test_a_backend_can_be_chosen(sibling: ModuleType) -> None:
     assert both.backend("auto", "cpu") is both
     with pytest.raises(ValueError, match="no triton backend on cpu here, only torch, plain"):
         both.backend("triton", "cpu")
+
+
+def test_why_a_backend_is_taken(sibling: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert op("cpu")(double).why("cpu") == "the fastest that is written"
+    assert op("triton")(double).why("cpu") == "nothing else is written"
+    monkeypatch.setattr(module, "library", lambda: None)
+    monkeypatch.setattr(module, "native", lambda: Native(None, "there is no C++ compiler"))
+    assert op("native", "cpu")(double).why("cpu") == "no native kernels: there is no C++ compiler"
+    monkeypatch.setattr(module, "has_triton", lambda: False)
+    assert op("native", "triton")(double).why("cuda") == "no triton kernels: Triton isn't installed"
+    monkeypatch.setattr(module, "FORCED", "torch")
+    assert op("native", "cpu")(double).why("cpu") == "KVASIR_KERNELS=torch"
