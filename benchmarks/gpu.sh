@@ -17,7 +17,7 @@ ln -s "$PWD" "$site/kvasir"
 out=${OUT:-$site/out}
 mkdir -p "$out"
 export PYTHONPATH=$site PYTHONDONTWRITEBYTECODE=1 TRITON_INTERPRET=0
-tests=${TESTS:-$(echo tests/kernels/test_triton_*.py)} shape=1B sequences="1 8 32 128" models=() tokens=()
+tests=${TESTS:-$(echo tests/kernels/test_triton_{attention,experts,rows,sample,strides}.py)} shape=1B sequences="1 8 32 128" models=() tokens=()
 if [ "$device" != cuda ]; then
   export TRITON_INTERPRET=1 # Triton's kernels on a CPU
   tests=${TESTS:-tests/kernels/test_triton_experts.py} shape=125M sequences="1 4" models=(--model tiny --repeat 2)
