@@ -86,6 +86,7 @@ def test_a_step_never_waits(rules: str, monkeypatch: pytest.MonkeyPatch) -> None
     decoder = random_decoder(SPEC, torch.float32, CPU)
     decoder.attend_by("plain")
     rank = Rank(decoder, cache, max_num_seqs=4, max_model_len=64)
+    rank.lags = True  # as on a device
     sampling = SamplingParams(**{"max_tokens": None, **RULES[rules]})
     wants = sampling.prompt_logprobs is not None
     prompts, outcomes = ([1, 2, 3, 4, 5], [7, 8]), []
