@@ -124,6 +124,7 @@ def _arguments(answer: AnswerReader, name: str) -> Steps[bool]:
     first = yield from scanner.peek()
     scanner.rewind(place)
     if first not in ('"', "}", ""):
+        scanner.keep()  # whoever reads the call may have to give all of it back
         return False
     answer.call(name)
     yield from scanner.value(answer.arguments)
