@@ -1,8 +1,8 @@
 """Peer fetch: time to the first token with a peer's blocks against computing the prompt; how fast blocks come; where it pays.
 
-python benchmarks/checkpoint.py 125M /tmp/llama-125m
-python benchmarks/peer_fetch.py /tmp/llama-125m
-python benchmarks/peer_fetch.py /tmp/llama-125m --tokens 1000 --tail 256   # 256 tokens that the peer doesn't have behind them
+python benchmarks/checkpoint.py 125M FOLDER
+python benchmarks/peer_fetch.py FOLDER
+python benchmarks/peer_fetch.py FOLDER --tokens 1000 --tail 256   # 256 tokens that the peer doesn't have behind them
 
 Two groups, each in a process of its own, on one machine: one computes a prompt, then the other is asked for the same, with a
 tail of its own: once in one piece, once layer by layer, so that the tail is computed on the first layers already.

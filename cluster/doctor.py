@@ -108,7 +108,7 @@ def _huge_pages() -> Iterator[Finding]:
 
     setting = huge_pages()
     if setting in ("always", "madvise"):
-        yield Finding("ok", "huge pages", f"{setting}: weights and the KV cache lie in them")
+        yield Finding("ok", "huge pages", f"{setting}: packed weights and the KV cache lie in them")
     elif setting:
         advice = "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled makes reading weights faster"
         yield Finding("note", "huge pages", f"{setting}; as root, {advice}")

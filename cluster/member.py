@@ -143,6 +143,8 @@ class Member:
         """The group is no more."""
         self._directory.leave(self.group)
         self.standings.leave(self.group)
+        self.standings = Standings()  # its number is the next group's, and whatever still ends is none of that one's
+        self.standings.join(self.group)
 
     # -- what it is given
 

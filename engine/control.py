@@ -312,6 +312,8 @@ class Spoke:
         self._lock = threading.Lock()
         self._rank = rank
         self._reader: Reader | None = None
+        self._follows = False
+        """The board has announced a step that comes by the connection; no later one is read before it."""
         self._gone = gone
         self._closing = threading.Event()
         self.send("hello", json.dumps({"token": token, "rank": rank, "pid": pid}).encode())
@@ -331,13 +333,20 @@ class Spoke:
 
     def receive(self) -> tuple[Kind, bytes]:
         """The next frame. EOFError when rank 0 is gone."""
-        while self._reader is not None:
-            found, step = self._reader.take(NAP_S)
+        while self._reader is not None and not self._follows:
+            self._follows, step = self._reader.take(NAP_S)
+            readable = select.select([self._connection], [], [], 0)[0]
+            if readable and not self._follows:  # a long step is announced before it is sent: perhaps since
+                self._follows, step = self._reader.take(0)
             if step is not None:
+                self._follows = False
                 return "step", step
-            if found or select.select([self._connection], [], [], 0)[0]:
+            if readable:
                 break
-        return receive(self._connection)
+        kind, content = receive(self._connection)
+        if kind == "step":
+            self._follows = False
+        return kind, content
 
     def close(self) -> None:
         """End: rank 0 sees it."""

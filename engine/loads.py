@@ -122,7 +122,7 @@ class Loads:
             self._overdue.discard(ticket)
             return None
         fetch.come.append(count)
-        fetch.coming = ticket < 0
+        fetch.coming |= ticket < 0
         ticket = abs(ticket)
         if len(fetch.come) < self._ranks:
             return None

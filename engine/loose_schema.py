@@ -11,6 +11,8 @@ from kvasir.engine.schema import JSON_RULES, narrowed
 
 KEPT = 1024
 """Schemas and patterns that are remembered: agents send the same tools with each turn."""
+KEPT_CHARS = 16384
+"""Longer ones aren't."""
 MAX_PATTERNS = 200
 """That are tried one by one."""
 _MAPS = frozenset({"properties", "$defs", "definitions", "dependentSchemas", "patternProperties"})
@@ -19,13 +21,18 @@ _VALUES = frozenset({"enum", "const", "default", "examples", "example", "require
 
 def loosened(schema: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """(the schema, what of it isn't enforced). What is no schema at all stays as it is: its compiler says why."""
-    text, told = _loosened(json.dumps(schema))
+    given = json.dumps(schema)
+    text, told = (_loosened if len(given) <= KEPT_CHARS else _loosened.__wrapped__)(given)
     return (schema if text is None else json.loads(text)), told
 
 
-@lru_cache(KEPT)
 def enforceable(pattern: str) -> bool:
     """Whether the grammar library knows all of a regular expression."""
+    return (_enforceable if len(pattern) <= KEPT_CHARS else _enforceable.__wrapped__)(pattern)
+
+
+@lru_cache(KEPT)
+def _enforceable(pattern: str) -> bool:
     return _problems({"type": "string", "pattern": pattern})[0]
 
 

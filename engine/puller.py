@@ -181,6 +181,8 @@ class Puller:
         offer = self._ask(running)
         if not pull.first < offer.end <= pull.end or offer.end % size or offer.way not in self._ways:
             raise ValueError("the peer offers what wasn't asked for")
+        if len(offer.slabs) > (MOST_SLABS if pull.ahead_s else 1):
+            raise ValueError("the peer offers more portions than were asked for")
         if not all(form.is_like(self._form) for form in offer.forms):
             raise ValueError("the peer's slots are other ones")
         first, stop = pull.first // size, offer.end // size

@@ -39,12 +39,13 @@ def meeting_bytes(size: int, capacity: int) -> int:
 
 class Meeting:
     """Rank `own` of `size`, each of which makes one over the same `memory`, whose first 64 bytes are left alone. Exchanges
-    are called in the same order on all of them, one at a time. RuntimeError when another rank is late by `timeout_s`, or any
-    rank aborted."""
+    are called in the same order on all of them, one at a time. OSError without compiled kernels; RuntimeError when another
+    rank is late by `timeout_s`, or any rank aborted."""
 
     def __init__(self, memory: Any, own: int, size: int, capacity: int, *, spin_s: float, timeout_s: float) -> None:
         compiled = library()
-        assert compiled is not None, "only compiled code can do this"
+        if compiled is None:
+            raise OSError("this needs compiled kernels")
         self._compiled, self.size = compiled, size
         self._memory = (ctypes.c_char * meeting_bytes(size, capacity)).from_buffer(memory)
         begin = ctypes.addressof(self._memory)

@@ -240,6 +240,23 @@ def test_delivered_tokens_are_part_of_the_prompt():
     assert (fleet.number(route), route.prompt_tokens, route.cached_tokens) == (1, 1000, 992)
 
 
+def test_a_group_that_left_touches_not_the_next_one_of_its_number():
+    """Its last requests end when another has joined."""
+    router = Router("cost")
+    old = router.join("old")
+    reservation = old.reserve(1000, 10)
+    router.leave(old)
+    new = router.join("new")
+    assert new.group == old.group
+    new.serves = True
+    kept = new.reserve(70, 1)
+    expected = new.prefill_tokens
+    old.settle(reservation)
+    old.lost()
+    assert (new.serves, new.prefill_tokens) == (True, expected)
+    new.settle(kept)
+
+
 def test_groups_of_two_versions_are_compared():
     fleet = Fleet(2)
     other = Fleet(1, info=ModelInfo(name="m", max_model_len=9, vocab_size=9, salt=salted("new"), block_size=32))

@@ -102,6 +102,29 @@ def test_steps_come_in_order_by_either_way(refused: int, monkeypatch: pytest.Mon
         spoke.close()
 
 
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_long_step_that_begins_while_one_looks_elsewhere(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Announced and sent behind a look at the board, and before the look at the connection; perhaps behind another frame."""
+    hub = Hub(HOST, 2)
+    (spoke,) = greeted(hub, 2)
+    select, long = control.select.select, bytes(SLOT_BYTES + 1)
+
+    def late(*given: Any) -> Any:
+        monkeypatch.setattr(control.select, "select", select)
+        for _ in range(before):
+            control._send(next(iter(hub._peers.values())).connection, "serve", b"")
+        hub.step(long)
+        hub.step(b"after")
+        return select(*given)
+
+    monkeypatch.setattr(control.select, "select", late)
+    with ThreadPoolExecutor(1) as pool:
+        found = [pool.submit(spoke.receive).result(timeout=60) for _ in range(before + 2)]
+    assert found == [("serve", b"")] * before + [("step", long), ("step", b"after")]
+    hub.close()
+    spoke.close()
+
+
 def ends(act: Callable[[Hub], object]) -> type[BaseException] | str:
     """What a rank that waits for a step gets when this happens."""
     hub = Hub(HOST, 2)

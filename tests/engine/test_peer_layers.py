@@ -42,6 +42,8 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(Prices, "step_s", lambda self, tokens: 1000.0)
     monkeypatch.setattr("kvasir.engine.lends.LEAST_SLAB", 1)
     monkeypatch.setattr("kvasir.engine.arrivals.LATE_S", 60.0)
+    monkeypatch.setattr("kvasir.engine.prices.LIMIT_S", (60.0, 60.0))
+    monkeypatch.setattr("kvasir.engine.lender.BEGIN_S", 60.0)
     return found
 
 
