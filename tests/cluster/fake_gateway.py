@@ -211,6 +211,8 @@ class LiveGateway:
 
         engine = EngineConfig(model=str(folder), served_model_name=("bytes", "alias/bytes"))
         self.config = config or GatewayConfig(failover_timeout_s=0)
+        if self.config.state_path is None:  # what one stores, no other finds
+            self.config = dataclasses.replace(self.config, state_path=":memory:")
         keys = load_keys(self.config, {})
         self.group = FakeGroup(max_stream_buffer=self.config.max_stream_buffer)
         self.directory = FakeDirectory(self.group)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from dataclasses import replace
 
 import httpx
 import openai
@@ -514,7 +515,9 @@ def test_state_that_cannot_be_used(live_gateway, tmp_path, monkeypatch, caplog):
     with pytest.raises(ConfigError, match="--state-path"):
         Store.open(str(tmp_path / "file"), 2**20, {})
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    with live_gateway() as gateway:
+    gateway = live_gateway()
+    gateway.config = replace(gateway.config, state_path=None)
+    with gateway:
         found = post(gateway).json()
         assert httpx.get(f"{gateway.url}/v1/responses/{found['id']}").status_code == 200
     assert "in memory" in caplog.text
