@@ -323,8 +323,7 @@ def test_slow_client_is_cut_off(live_gateway, connect):
         gateway.group.script = lambda request, index: [65] * 4000
         body = {"text": "a", "sampling": {"n": 20, "max_tokens": 4000, "ignore_eos": True, "logprobs": 20}}
         call = connect(gateway).call("Generate", body, timeout=60)
-        next(call)
-        wait_until(lambda: not gateway.group.running, seconds=20)
+        wait_until(lambda: gateway.group.aborted and not gateway.group.running, seconds=60)
         error = refused(lambda: call)
         assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "reads too slowly" in error.details()
