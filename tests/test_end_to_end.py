@@ -28,16 +28,9 @@ import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from waiting import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
-
-
-def until(condition: Callable[[], Any]) -> None:
-    """Limits are generous: the machine may be busy."""
-    limit = time.monotonic() + 90
-    while not condition():
-        assert time.monotonic() < limit, "it doesn't happen"
-        time.sleep(0.02)
 
 
 @dataclass

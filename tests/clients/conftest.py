@@ -9,13 +9,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 KEY = "a-key"
 
@@ -62,13 +62,6 @@ class Server:
                     self.grpc = self.grpc or found[1]
 
 
-def until(condition: Callable[[], bool]) -> None:
-    limit = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < limit, "it doesn't happen"
-        time.sleep(0.05)
-
-
 @pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("clients")
@@ -85,7 +78,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     reader = threading.Thread(target=server.read, daemon=True)
     reader.start()
     try:
-        until(lambda: bool(server.url and server.grpc) or process.poll() is not None)
+        until(lambda: bool(server.url and server.grpc) or process.poll() is not None, limit_s=300)
         assert process.poll() is None, "".join(server.log)
         yield server
     finally:

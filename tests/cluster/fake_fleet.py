@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import time
 from functools import partial
+
+from waiting import until_async
 
 from kvasir.cluster.failover import Failover
 from kvasir.cluster.group_directory import GroupDirectory
@@ -26,13 +27,6 @@ def draw(seed, position):
 def request(prompt=(1, 2, 3), **sampling):
     fields = {"seed": 7, "max_tokens": 40, **sampling}
     return Request(request_id="r", prompt_token_ids=prompt, sampling=SamplingParams(**fields))
-
-
-async def until(condition, timeout=60.0):
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < timeout, "it didn't happen in time"
-        await asyncio.sleep(0.002)
 
 
 class Fleet:
@@ -59,7 +53,7 @@ class Fleet:
         group.engine.token = draw
         self.groups.append(group)
         self._tell()
-        await until(lambda: len([c for c in self.directory.clients("m") if c.alive]) == len(self.groups))
+        await until_async(lambda: len([c for c in self.directory.clients("m") if c.alive]) == len(self.groups))
 
     async def kill(self, group, how="crash"):
         """crash: its process ends; fail: its engine does, and the process a little later."""

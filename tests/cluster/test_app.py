@@ -9,12 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
 import pytest
 import ray
+from waiting import until
 
 from kvasir.cluster import app, telemetry
 from kvasir.cluster.config import ClusterConfig, GatewayConfig
@@ -56,14 +56,6 @@ def start(model, served="fake", timeout=20, **environ):
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def until(condition, timeout=60.0):
-    began = time.monotonic()
-    while not (found := condition()):
-        assert time.monotonic() - began < timeout, "it didn't happen in time"
-        time.sleep(0.02)
-    return found
 
 
 def descendants(pid):

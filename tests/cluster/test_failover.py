@@ -10,9 +10,10 @@ import time
 
 import httpx
 import pytest
-from fake_fleet import Fleet, draw, outcome, read, request, run, until
+from fake_fleet import Fleet, draw, outcome, read, request, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from waiting import until_async
 
 from kvasir.cluster import failover
 from kvasir.cluster.config import GatewayConfig
@@ -161,7 +162,7 @@ def test_what_is_done_about_the_answer_counts(group_of_fakes):
             await asyncio.sleep(0.02)
             await fleet.kill(fleet.groups[0])
             await fleet.add()
-            await until(lambda: fleet.groups[0].engine.submitted)
+            await until_async(lambda: fleet.groups[0].engine.submitted)
             stream.abort(2, "stop")
             found = outcome(events + await reader, 3)
             assert found[0][3] == [("length", 40)]
@@ -298,7 +299,7 @@ def test_over_http(live_gateway, stream):
         gateway.group.dies_after = 4
         found = _shown(ask(gateway))
         metrics = gateway.desk.metrics.render().decode()
-        run(until(lambda: gateway.desk.running == gateway.group.running == 0))
+        run(until_async(lambda: gateway.desk.running == gateway.group.running == 0))
     assert found == undisturbed
     assert found["texts"] == ["Hello, wö"] * 2
     assert 'kvasir:failovers_total{model_name="bytes"}' in metrics

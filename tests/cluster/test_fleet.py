@@ -13,6 +13,7 @@ import httpx
 import pytest
 from ray import serve
 from ray.serve import RunTarget
+from waiting import until
 
 from kvasir.cluster import app, application
 from kvasir.cluster.config import ClusterConfig, GatewayConfig
@@ -59,13 +60,6 @@ def fleet(serve_on_ray):
 
 def groups(url):
     return httpx.get(f"{url}/v1/groups").json()["data"]
-
-
-def until(condition, timeout=60.0):
-    limit = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < limit, "it didn't happen in time"
-        time.sleep(0.05)
 
 
 def metric(url, name):

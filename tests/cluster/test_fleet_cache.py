@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import time
 
 import pytest
+from waiting import until_async
 
 from kvasir.cluster.failover import Failover, LastingStream
 from kvasir.cluster.group_directory import GroupDirectory
@@ -18,13 +18,6 @@ from kvasir.engine.event import Finished, Token
 from kvasir.engine.prices import Prices
 from kvasir.engine.request import Request, SamplingParams
 from tests.engine.test_peers import Proxy
-
-
-async def until(condition):
-    limit = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < limit
-        await asyncio.sleep(0.01)
 
 
 class Pair:
@@ -52,7 +45,7 @@ class Pair:
             endpoints.append(dataclasses.replace(endpoint, kv_address=address, kv_secret=secret))
         self.directory.update("m", endpoints)
         self.clients = self.directory.clients("m")
-        await until(lambda: all(client.alive for client in self.clients))
+        await until_async(lambda: all(client.alive for client in self.clients))
         return self
 
     async def __aexit__(self, *_):
@@ -200,7 +193,7 @@ def test_eight_streams_move_and_every_token_is_what_it_was(data, how, sampling):
                     await stream.start()
                 tasks = [asyncio.ensure_future(told(stream, sampled.n)) for stream in streams]
                 if disturb:
-                    await until(lambda: all(stream._first_token for stream in streams))
+                    await until_async(lambda: all(stream._first_token for stream in streams))
                     await disturb()
                 return await asyncio.gather(*tasks)
 

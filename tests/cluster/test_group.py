@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 
 import pytest
 import ray
 from ray.serve import RunTarget
+from waiting import until
 
 from kvasir.cluster import app, application
 from kvasir.cluster.group import block
@@ -40,14 +40,6 @@ def deployed(serve_on_ray, make_engine):
 
 def endpoint(handle):
     return handle.broadcast("endpoint").results(timeout_s=30)[0]
-
-
-def until(condition, timeout=60.0):
-    began = time.monotonic()
-    while not (found := condition()):
-        assert time.monotonic() - began < timeout, "it didn't happen in time"
-        time.sleep(0.02)
-    return found
 
 
 async def generate(where, max_tokens):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import time
 
 import grpc
 import pytest
+from waiting import until_async
 
 from kvasir.cluster import group_client, wire
 from kvasir.cluster.directory import key_list
@@ -23,19 +23,10 @@ def request(name="r", prompt=(1, 2, 3), **sampling):
     return Request(request_id=name, prompt_token_ids=prompt, sampling=SamplingParams(**sampling))
 
 
-async def until(condition, timeout=60.0):
-    """Wait until condition() holds; returns the seconds it took."""
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < timeout, "it didn't happen in time"
-        await asyncio.sleep(0.005)
-    return time.monotonic() - began
-
-
 async def connect(group, **options):
     client = GroupClient(group.endpoint, **options)
     client.start()
-    await until(lambda: client.alive)
+    await until_async(lambda: client.alive)
     return client
 
 
@@ -55,7 +46,7 @@ def test_tokens_come_in_order_and_end(group_of_fakes):
                 assert [t for event in mine[:-1] for t in event.token_ids] == [65, 66, 67, 68, 69]
                 assert isinstance(mine[-1], Finished)
             assert {event.request_id for event in events} == {"r"}
-            await until(lambda: client.load == 0)  # as reported, which lags
+            await until_async(lambda: client.load == 0)  # as reported, which lags
             await client.close()
 
     run(main())
@@ -87,7 +78,7 @@ def test_prompt_of_a_million_ids(group_of_fakes):
             assert group.engine.submitted[0].prompt_token_ids == prompt
             with pytest.raises(ContextLengthError, match="more than"):
                 await client.submit(request(prompt=prompt * 2 + [1], max_tokens=1))
-            await until(lambda: client.load == 0)
+            await until_async(lambda: client.load == 0)
             await client.close()
 
     run(main())
@@ -108,7 +99,7 @@ def test_what_is_too_big_fails_alone(group_of_fakes, monkeypatch):
             group.engine.deliver([Token(name, 0, (65,), prompt_logprobs=[None] + [score] * 100)])
             failed = await _last(stream)
             assert "prompt_logprobs takes" in failed.message
-            await until(lambda: len(group.engine.requests) == 1)
+            await until_async(lambda: len(group.engine.requests) == 1)
             assert isinstance(await anext(other), Token)
             await client.close()
 
@@ -161,9 +152,9 @@ def test_a_reader_that_goes_away_frees_the_request(group_of_fakes):
             stream = await client.submit(request(max_tokens=10**6))
             stream.close()
             stream.close()
-            assert await until(lambda: not group.engine.requests) < 10.0
+            await until_async(lambda: not group.engine.requests, 10.0)
             assert [event async for event in stream] == []
-            await until(lambda: client.load == 0)
+            await until_async(lambda: client.load == 0)
             await client.close()
 
     run(main())
@@ -174,7 +165,7 @@ def test_a_slow_reader_is_told(group_of_fakes):
         async with group_of_fakes() as group:
             client = await connect(group, max_stream_buffer=50)
             stream = await client.submit(request(max_tokens=10**6))
-            await until(lambda: group.engine.aborted)
+            await until_async(lambda: group.engine.aborted)
             events = [event async for event in stream]
             assert len(events) == 51
             assert isinstance(events[-1], Failed)
@@ -191,7 +182,7 @@ def test_a_gateway_that_dies_frees_its_requests(group_of_fakes):
             client = await connect(group)
             streams = [await client.submit(request(f"r{i}", max_tokens=10**6)) for i in range(5)]
             await client.close()
-            assert await until(lambda: not group.engine.requests) < 10.0
+            await until_async(lambda: not group.engine.requests, 10.0)
             for stream in streams:
                 assert [event async for event in stream][-1].code == "unavailable"
 
@@ -240,7 +231,7 @@ def test_a_stalled_step_loop_is_not_alive(group_of_fakes, monkeypatch):
             client = await connect(group)
             group.engine.shutdown()
             group.engine.heartbeat -= wire.STALL_S
-            await until(lambda: not client.alive)
+            await until_async(lambda: not client.alive)
             await client.close()
 
     run(main())
@@ -251,7 +242,7 @@ def test_wrong_token_is_refused(group_of_fakes):
         async with group_of_fakes() as group:
             client = GroupClient(dataclasses.replace(group.endpoint, token="guess"))
             client.start()
-            await until(lambda: client.last_error)
+            await until_async(lambda: client.last_error)
             assert "kvasir-token" in client.last_error
             assert not client.alive
             await client.close()
@@ -264,7 +255,7 @@ def test_another_life_behind_the_same_address_is_not_ours(group_of_fakes):
         async with group_of_fakes() as group:
             client = GroupClient(dataclasses.replace(group.endpoint, incarnation="life-0"))
             client.start()
-            await until(lambda: client.last_error)
+            await until_async(lambda: client.last_error)
             assert "replaced" in client.last_error
             assert not client.alive
             await client.close()
@@ -283,8 +274,8 @@ def test_a_gateway_that_does_not_read_is_cut_off(group_of_fakes, monkeypatch, se
             call = group_client.GroupStub(channel).Connect(metadata=((wire.TOKEN_METADATA, group.endpoint.token),))
             message = request(n=128, max_tokens=10**7)
             await call.write(group_client.pb.GatewayMessage(submit=wire.encode_request(message, 1)))
-            await until(lambda: group.engine.requests)
-            await until(lambda: not group.engine.requests)
+            await until_async(lambda: group.engine.requests)
+            await until_async(lambda: not group.engine.requests)
             with pytest.raises(grpc.aio.AioRpcError, match="cut off"):
                 await _read_all(call)
             await channel.close()
@@ -306,7 +297,7 @@ def test_directory_finds_the_least_loaded(group_of_fakes):
             with pytest.raises(UnavailableError, match="starting"):
                 directory.find("m")
             directory.update("m", [one.endpoint, two.endpoint])
-            await until(lambda: all(client.alive for client in directory.clients("m")))
+            await until_async(lambda: all(client.alive for client in directory.clients("m")))
             for number in range(4):
                 await directory.place("alias", request(f"r{number}", max_tokens=10**6)).submit()
             assert [len(one.engine.requests), len(two.engine.requests)] == [2, 2]
@@ -322,14 +313,14 @@ def test_directory_lets_a_leaving_group_finish(group_of_fakes):
         async with group_of_fakes() as old, group_of_fakes() as new:
             directory = GroupDirectory({"m": "m"})
             directory.update("m", [old.endpoint])
-            await until(lambda: directory.models())
+            await until_async(lambda: directory.models())
             stream = await directory.find("m").submit(request(max_tokens=300))
             directory.update("m", [new.endpoint])
-            await until(lambda: directory.models())
+            await until_async(lambda: directory.models())
             assert directory.find("m").endpoint.address == new.endpoint.address
             assert isinstance(await _last(stream), Finished)
-            await until(lambda: not old.service._links)
-            await until(lambda: len(directory._models["m"].router.directory._held) == 1)
+            await until_async(lambda: not old.service._links)
+            await until_async(lambda: len(directory._models["m"].router.directory._held) == 1)
             await directory.close()
 
     run(main())
@@ -341,14 +332,14 @@ def test_a_directory_closes_what_is_leaving_too(group_of_fakes, begun):
         async with group_of_fakes() as group:
             directory = GroupDirectory({"m": "m"})
             directory.update("m", [group.endpoint])
-            await until(lambda: directory.models())
+            await until_async(lambda: directory.models())
             await directory.find("m").submit(request(max_tokens=10**6))
             directory.update("m", [])
             if begun:
                 await asyncio.sleep(0)
             await directory.close()
             assert [task for task in asyncio.all_tasks() if task.get_name().startswith("group ")] == []
-            await until(lambda: not group.service._links)
+            await until_async(lambda: not group.service._links)
 
     run(main())
 
@@ -369,9 +360,9 @@ def test_directory_follows(group_of_fakes):
             with pytest.raises(UnavailableError, match="loading"):
                 directory.find("m")
             found.append(group.endpoint)
-            await until(lambda: directory.models())
+            await until_async(lambda: directory.models())
             await group.service.stop()
-            await until(lambda: directory.missing())
+            await until_async(lambda: directory.missing())
             await directory.close()
 
     run(main())
@@ -387,13 +378,13 @@ def test_blocks_and_load_reach_the_router(group_of_fakes):
         async with group_of_fakes() as group:
             client = await connect(group)
             group.engine.on_blocks("device", dict.fromkeys(ids[:3], True))
-            await until(lambda: held(client) == 3)
+            await until_async(lambda: held(client) == 3)
             late = await connect(group)
-            await until(lambda: held(late) == 3)
+            await until_async(lambda: held(late) == 3)
             group.engine.on_blocks("device", {ids[2]: False, ids[3]: True})
-            await until(lambda: held(client) == held(late) == 2)
+            await until_async(lambda: held(client) == held(late) == 2)
             stream = await client.submit(request(max_tokens=10**6))
-            await until(lambda: late.stats.running == 1)
+            await until_async(lambda: late.stats.running == 1)
             stream.close()
             await client.close()
             await late.close()
@@ -407,14 +398,14 @@ def test_a_missed_change_is_made_good(group_of_fakes):
     async def main():
         async with group_of_fakes() as group:
             client = await connect(group)
-            await until(lambda: client.member._feed.in_step)
+            await until_async(lambda: client.member._feed.in_step)
             take, missed = client.member.blocks, []
             client.member.blocks = lambda message: bool(missed.append(message)) if not missed else take(message)
             for number in range(3):
                 group.engine.on_blocks("device", {ids[number]: True})
                 await asyncio.sleep(2 * wire.PUBLISH_PERIOD_S)
             directory = client.member._directory
-            await until(lambda: directory.prefixes([one] for one in key_list(ids))[client.member.group] == 3)
+            await until_async(lambda: directory.prefixes([one] for one in key_list(ids))[client.member.group] == 3)
             await client.close()
 
     run(main())
@@ -425,17 +416,17 @@ def test_a_placement_is_a_reservation_until_the_group_counts_it(group_of_fakes):
         async with group_of_fakes() as group:
             directory = GroupDirectory({"m": "m"})
             directory.update("m", [group.endpoint])
-            await until(lambda: directory.models())
+            await until_async(lambda: directory.models())
             (client,) = directory.clients("m")
             placement = directory.place("m", request(prompt=[1] * 1000, max_tokens=10**6))
             assert (client.member.prefill_tokens, client.member.requests) == (1000, 1)
             stream = await placement.submit()
             await anext(stream)
             assert client.member.prefill_tokens == 0
-            await until(lambda: not client.member._open)
+            await until_async(lambda: not client.member._open)
             assert client.member.requests == 1
             stream.close()
-            await until(lambda: client.member.requests == 0)
+            await until_async(lambda: client.member.requests == 0)
             group.engine.submit = _refuse
             with pytest.raises(ContextLengthError):
                 await directory.place("m", request()).submit()

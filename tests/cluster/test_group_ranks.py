@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 from ray.serve import RunTarget
+from waiting import until
 
 from kvasir.cluster import app, application
 from kvasir.cluster.group_client import GroupClient
@@ -51,14 +52,6 @@ def endpoints(handle):
 
 def pids(handle):
     return handle.broadcast("rank_pids").results(timeout_s=30)[0]
-
-
-def until(condition, timeout=60.0):
-    began = time.monotonic()
-    while not (found := condition()):
-        assert time.monotonic() - began < timeout, "it didn't happen in time"
-        time.sleep(0.02)
-    return found
 
 
 async def connected(where):
@@ -174,7 +167,7 @@ def test_what_steers_nccl_reaches_every_rank(monkeypatch):
 
 def test_sizes_that_dont_work_are_told_plainly(deployed, serve_on_ray):
     deployed(wait=False, pipeline_parallel_size=6)
-    until(lambda: serve_on_ray.status().applications["test"].status == "DEPLOY_FAILED", timeout=90)
+    until(lambda: serve_on_ray.status().applications["test"].status == "DEPLOY_FAILED", limit_s=90)
     text = app.failure_text(serve_on_ray.status().applications["test"])
     assert "this model has 5 layers, so 1 to 5 work (see --pipeline-parallel-size)" in text
 
@@ -212,7 +205,7 @@ def test_chaos(deployed, orders, segments):
         ends = asyncio.run(main())
         assert all(isinstance(end, (KvasirError, Failed)) for end in ends)
         until(lambda ranks=ranks: not any(os.path.exists(f"/proc/{pid}") for pid in ranks))
-        until(lambda where=where: (now := endpoints(handle)) and now[0] != where, timeout=90)
+        until(lambda where=where: (now := endpoints(handle)) and now[0] != where, limit_s=90)
     assert len([g for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]) == 1
     until(lambda: segments() <= before)
 

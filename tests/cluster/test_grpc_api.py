@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import time
 
 import grpc
 import pytest
@@ -13,6 +12,7 @@ from google.protobuf.json_format import ParseDict
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from waiting import until
 
 from kvasir.cluster.config import GatewayConfig
 from kvasir.engine.errors import OverloadedError
@@ -293,28 +293,21 @@ def test_overload_unavailable_and_failure(live_gateway, connect):
         assert refused(client.call, "Generate", {"text": "a"}).code() == grpc.StatusCode.UNAVAILABLE
 
 
-def wait_until(condition, seconds=1.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it didn't happen in time"
-        time.sleep(0.005)
-
-
 def test_cancellation_and_deadline_free_the_blocks(live_gateway, connect):
     with live_gateway() as gateway:
         client = connect(gateway)
-        gateway.group.step_s = 0.01
+        gateway.group.step_s = 0.05  # longer than anybody waits for an end
         gateway.group.script = lambda request, index: [65] * 2000
         body = {"text": "a", "sampling": {"n": 2, "max_tokens": 2000}}
         call = client.call("Generate", body)
         next(call)
         assert gateway.group.running == 1
         call.cancel()
-        wait_until(lambda: not gateway.group.running)
+        until(lambda: not gateway.group.running)
         error = refused(client.call, "Generate", body, timeout=0.2)
         assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-        wait_until(lambda: not gateway.group.running)
-        wait_until(lambda: not gateway.desk.running)
+        until(lambda: not gateway.group.running)
+        until(lambda: not gateway.desk.running)
         assert gateway.group.requests[-1].deadline_s < 0.3
 
 
@@ -323,7 +316,7 @@ def test_slow_client_is_cut_off(live_gateway, connect):
         gateway.group.script = lambda request, index: [65] * 4000
         body = {"text": "a", "sampling": {"n": 20, "max_tokens": 4000, "ignore_eos": True, "logprobs": 20}}
         call = connect(gateway).call("Generate", body, timeout=60)
-        wait_until(lambda: gateway.group.aborted and not gateway.group.running, seconds=60)
+        until(lambda: gateway.group.aborted and not gateway.group.running, limit_s=60)
         error = refused(lambda: call)
         assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "reads too slowly" in error.details()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
-import time
 
 import httpx
 import openai
 import pytest
+from waiting import until
 
 from kvasir.cluster.config import GatewayConfig
 
@@ -86,24 +86,17 @@ def test_body_that_never_ends_is_not_read(live_gateway):
         connection.close()
 
 
-def wait_until(condition, seconds=1.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it didn't happen in time"
-        time.sleep(0.005)
-
-
 def test_client_that_leaves_a_stream_frees_its_blocks(live_gateway):
     with live_gateway() as gateway:
-        gateway.group.step_s = 0.01
+        gateway.group.step_s = 0.05  # longer than anybody waits for an end
         gateway.group.script = lambda request, index: [65] * 2000
         body = {"model": "bytes", "prompt": "a", "stream": True, "n": 3, "max_tokens": 2000}
         with httpx.stream("POST", gateway.url + "/v1/completions", json=body) as reply:
             lines = reply.iter_lines()  # held: it closes the connection when it is collected
             next(lines)
             assert gateway.group.running == 1
-        wait_until(lambda: not gateway.group.running)
-        wait_until(lambda: not gateway.desk.running)
+        until(lambda: not gateway.group.running)
+        until(lambda: not gateway.desk.running)
 
 
 @pytest.mark.parametrize("prompt", ["a", ["a", "b"]])
@@ -114,8 +107,8 @@ def test_client_that_leaves_while_it_waits_frees_its_blocks(live_gateway, prompt
         body = {"model": "bytes", "prompt": prompt, "max_tokens": 2000}
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(gateway.url + "/v1/completions", json=body, timeout=0.2)
-        wait_until(lambda: not gateway.group.running)
-        wait_until(lambda: not gateway.desk.running)
+        until(lambda: not gateway.group.running)
+        until(lambda: not gateway.desk.running)
 
 
 def test_failure_before_the_first_token_has_a_status(live_gateway):
@@ -150,6 +143,6 @@ def test_slow_client_is_cut_off(live_gateway):
         with httpx.stream("POST", gateway.url + "/v1/completions", json=body, timeout=60) as reply:
             chunks = reply.iter_raw(1024)
             next(chunks)
-            wait_until(lambda: not gateway.group.running, seconds=20)
+            until(lambda: not gateway.group.running, limit_s=20)
             rest = b"".join(chunks)
         assert b"reads too slowly" in rest

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import socket
-import time
 
 import pytest
+from waiting import until
 
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.http_protocol import MAX_AHEAD, MAX_HEAD_BYTES
@@ -43,13 +43,6 @@ def answer(sock):
             break
         data += more
     return (int(data.split()[1]), data.decode()) if data else (0, "")
-
-
-def until(condition):
-    limit = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < limit
-        time.sleep(0.01)
 
 
 def test_a_head_that_is_too_large(gateway):

@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_tools import protoc
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import until
 
 from kvasir.cluster import open_inference_api
 from kvasir.cluster.config import GatewayConfig
@@ -483,18 +484,11 @@ def test_statistics_of_several_gateways():
     assert other == pb.ModelStatistics(name="other", version="1", inference_stats=other.inference_stats)
 
 
-def wait_until(condition, seconds=5.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it didn't happen in time"
-        time.sleep(0.005)
-
-
 def test_cancellation_deadlines_and_limits(live_gateway, connect, monkeypatch):
     monkeypatch.setattr(open_inference_api, "MAX_AT_ONCE", 2)
     with live_gateway() as gateway:
         stub, group = connect(gateway), gateway.group
-        group.step_s = 0.01
+        group.step_s = 0.05  # longer than anybody waits for an end
         group.script = lambda request, index: [65] * 2000
         whole = asking(sampling={"max_tokens": 2000})
         requests = queue.Queue()
@@ -502,15 +496,15 @@ def test_cancellation_deadlines_and_limits(live_gateway, connect, monkeypatch):
             requests.put(request)
         call = stub.ModelStreamInfer(iter(requests.get, None), timeout=60)
         next(call)
-        wait_until(lambda: group.running == 2)
+        until(lambda: group.running == 2)
         call.cancel()
         requests.put(None)
-        wait_until(lambda: not group.running and not gateway.desk.running)
+        until(lambda: not group.running and not gateway.desk.running)
         assert len(group.requests) == 2  # the third one wasn't read
         with pytest.raises(grpc.RpcError) as caught:
             stub.ModelInfer(whole, timeout=0.2)
         assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-        wait_until(lambda: not group.running and not gateway.desk.running)
+        until(lambda: not group.running and not gateway.desk.running)
 
 
 def test_overload_drain_and_bugs(live_gateway, connect, caplog):

@@ -8,9 +8,10 @@ import itertools
 import random
 
 import pytest
-from fake_fleet import Fleet, draw, outcome, read, request, run, until
+from fake_fleet import Fleet, draw, outcome, read, request, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from waiting import until_async
 
 from kvasir.cluster import failover
 from kvasir.cluster.failover import LastingStream
@@ -59,7 +60,7 @@ def test_moves_and_deaths_at_any_moment_change_nothing(
         async with Fleet(group_of_fakes, 2, 0.001) as fleet:
             if prefill:
                 fleet.groups[0].service.set_role("prefill")
-                await until(lambda: "prefill" in [client.member.role for client in fleet.directory.clients("m")])
+                await until_async(lambda: "prefill" in [client.member.role for client in fleet.directory.clients("m")])
             stream = LastingStream(request(**sampling), fleet.failover())
             await stream.start()
             reader = asyncio.ensure_future(read(stream))
@@ -69,7 +70,7 @@ def test_moves_and_deaths_at_any_moment_change_nothing(
                     break
                 await change(fleet, what, rng)
             found = outcome(await reader, n)
-            await until(lambda: not fleet.serving())
+            await until_async(lambda: not fleet.serving())
             return found
 
     expected = []
@@ -134,23 +135,23 @@ def test_what_ends_before_all_is_handed_over_stays_ended(group_of_fakes, by, ste
             let_go = {group: held(group) for group in fleet.groups}
             stream = LastingStream(request(n=3, max_tokens=60), fleet.failover())
             await stream.start()
-            await until(fleet.serving)
+            await until_async(fleet.serving)
             (old,) = fleet.serving()
             (new,) = [group for group in fleet.groups if group is not old]
             reader = asyncio.ensure_future(read(stream))
             draining = asyncio.ensure_future(old.service.drain(30.0))
-            await until(lambda: new.engine.requests)
+            await until_async(lambda: new.engine.requests)
             let_go[old](steps)
-            await until(lambda: len(stream._live[1]) == steps)
+            await until_async(lambda: len(stream._live[1]) == steps)
             if by == "reader":
                 stream.abort(1, "stop")
             else:
                 old.engine.abort(old.engine.submitted[0].request_id, 1, "stop")
-            await until(lambda: 1 not in stream._live)
+            await until_async(lambda: 1 not in stream._live)
             let_go[new]()
             found = outcome(await reader, 3)
             await draining
-            await until(lambda: not fleet.serving())
+            await until_async(lambda: not fleet.serving())
             assert fleet.moves == ["drain"]
             assert found[1][0] == [draw(8, position) for position in range(steps)]
             assert found[1][3] == [("stop", steps)]
@@ -170,15 +171,15 @@ def test_a_group_that_drains_before_it_takes_over_is_left_too(group_of_fakes):
             let_go = {group.endpoint: held(group) for group in fleet.groups}
             reader = asyncio.ensure_future(read(stream))
             ((_, made, _),) = old.engine.requests.values()
-            await until(lambda: len(stream._live[0]) == made[0])
+            await until_async(lambda: len(stream._live[0]) == made[0])
             draining = asyncio.ensure_future(old.service.drain(30.0))
-            await until(lambda: len(fleet.serving()) == 2)
+            await until_async(lambda: len(fleet.serving()) == 2)
             (heir,) = [group.endpoint for group in fleet.serving() if group is not old]
             next(one for one in fleet.directory.clients("m") if one.endpoint == heir)._change(True, "both")
             for endpoint, go in let_go.items():
                 if endpoint != old.endpoint:
                     go(3 if endpoint == heir else 60)
-            await until(lambda: fleet.moves == ["drain", "drain"])
+            await until_async(lambda: fleet.moves == ["drain", "drain"])
             found = outcome(events + await reader, 1)
             await draining
             assert found[0][0] == [draw(7, position) for position in range(60)]
@@ -198,12 +199,12 @@ def test_a_death_during_a_try_that_fails_waits_for_no_second_one(group_of_fakes,
             let_go, reader = held(new), asyncio.ensure_future(read(stream))
             client = next(one for one in fleet.directory.clients("m") if one.endpoint == old.endpoint)
             client._change(True, "both")
-            await until(lambda: new.engine.requests)
+            await until_async(lambda: new.engine.requests)
             await fleet.kill(old)
-            await until(lambda: stream._failed)
+            await until_async(lambda: stream._failed)
             new.engine.fail()
             let_go()
-            await until(reader.done)
+            await until_async(reader.done)
             assert outcome(events + await reader, 1)[0][0] == [draw(7, position) for position in range(60)]
 
     run(main())
@@ -221,12 +222,12 @@ def test_a_mover_that_slept_when_its_group_died_moves_the_stream_from_the_next_o
             new.engine.submit = lambda request: asked.append(request) or submit(request)
             new.engine.refusal = OverloadedError("full")
             next(one for one in fleet.directory.clients("m") if one.endpoint == old.endpoint)._change(True, "both")
-            await until(lambda: asked and not stream._trying)
+            await until_async(lambda: asked and not stream._trying)
             await fleet.kill(old)
             reader = asyncio.ensure_future(read(stream))
-            await until(lambda: len(asked) > 1)
+            await until_async(lambda: len(asked) > 1)
             new.engine.refusal = None
-            await until(lambda: new.engine.requests)
+            await until_async(lambda: new.engine.requests)
             await fleet.add()
             await asyncio.wait_for(fleet.drain(new), 20.0)
             assert fleet.moves == ["drain"]
@@ -258,12 +259,14 @@ def test_who_only_computes_prompts_hands_over_after_the_first_token(group_of_fak
             prefill, *others = fleet.groups
             fleet.groups[0].service.set_role("prefill")
             others[0].service.set_role("decode")
-            await until(lambda: {c.member.role for c in fleet.directory.clients("m")} == {"prefill", "decode", "both"})
+            await until_async(
+                lambda: {c.member.role for c in fleet.directory.clients("m")} == {"prefill", "decode", "both"}
+            )
             client = next(c for c in fleet.directory.clients("m") if c.member.role == "prefill")
             stream = LastingStream(request(max_tokens=200), fleet.failover())
             stream._attach(placement := only(fleet, client, stream._request), await placement.submit())
             reader = asyncio.ensure_future(read(stream))
-            await until(lambda: not prefill.engine.requests)
+            await until_async(lambda: not prefill.engine.requests)
             assert not reader.done()
             assert stream.placement.client is not client
             assert [e.token_ids[0] for e in await reader if isinstance(e, Token)] == [draw(7, p) for p in range(200)]
@@ -372,10 +375,10 @@ def test_a_reader_that_goes_away_during_a_move_leaves_nothing(group_of_fakes):
             stream, _ = await begun(fleet, n=2, max_tokens=500)
             (old,) = fleet.serving()
             draining = asyncio.ensure_future(old.service.drain(30.0))
-            await until(lambda: stream._mover is not None)
+            await until_async(lambda: stream._mover is not None)
             stream.close()
             await draining
-            await until(lambda: not fleet.serving())
+            await until_async(lambda: not fleet.serving())
             assert await read(stream) == []
 
     run(main())

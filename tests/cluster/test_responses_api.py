@@ -14,6 +14,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator as Validator
 from openai.types.responses import Response, ResponseStreamEvent
+from waiting import until
 
 from kvasir.cluster import responses_schema
 from kvasir.cluster.carried import carry
@@ -51,13 +52,6 @@ def events(text):
 
 def prompt_of(gateway):
     return bytes(t for t in gateway.group.requests[-1].prompt_token_ids if t < 256)
-
-
-def until(condition, seconds=60):
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit
-        time.sleep(0.02)
 
 
 def test_whole(gateway, client):
@@ -417,7 +411,7 @@ def test_background_is_ended(gateway, client, end):
         with pytest.raises(openai.BadRequestError, match="wait"):
             client.responses.create(model="bytes", input="x", previous_response_id=found.id)
         getattr(client.responses, end)(found.id)
-        until(lambda: not gateway.group.running, 2)
+        until(lambda: not gateway.group.running)
     finally:
         gateway.group.step_s = 0.0
     if end == "cancel":
@@ -528,7 +522,7 @@ def test_time_to_live(live_gateway):
         found = post(gateway).json()
         place = f"{gateway.url}/v1/responses/{found['id']}"
         assert httpx.get(place).status_code == 200
-        until(lambda: httpx.get(place).status_code == 404, 3)
+        until(lambda: httpx.get(place).status_code == 404)
 
 
 # -- compaction

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import pytest
+from waiting import until_async
 
 from kvasir.cluster.group_directory import GroupDirectory
 from kvasir.cluster.group_service import GroupService
@@ -13,13 +13,6 @@ from kvasir.cluster.telemetry import Tracing
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.event import Finished, Token
 from kvasir.engine.request import Request, SamplingParams
-
-
-async def until(condition):
-    limit = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < limit
-        await asyncio.sleep(0.01)
 
 
 async def ask(directory, name, prompt, **fields):
@@ -48,7 +41,7 @@ def test_expected_hits_are_hits(data, policy):
             engine.start()
         directory = GroupDirectory({"m": "m"}, policy=policy)
         directory.update("m", [await s.start(e, "127.0.0.1") for s, e in zip(services, engines, strict=True)])
-        await until(lambda: all(client.alive for client in directory.clients("m")))
+        await until_async(lambda: all(client.alive for client in directory.clients("m")))
         homes = []
         for talk in range(2):
             prompt, groups = [5 + talk] * 100, set()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import pytest
+from waiting import until_async
 
 from kvasir.cluster.group_directory import GroupDirectory
 from kvasir.cluster.group_service import GroupService
@@ -23,13 +23,6 @@ def request(name, prompt, **sampling):
     return Request(request_id=name, prompt_token_ids=prompt, sampling=SamplingParams(**sampling))
 
 
-async def until(condition):
-    limit = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < limit
-        await asyncio.sleep(0.005)
-
-
 async def fleet(count):
     groups = []
     for _ in range(count):
@@ -39,7 +32,7 @@ async def fleet(count):
         groups.append((service, engine, await service.start(engine, "127.0.0.1")))
     directory = GroupDirectory({"m": "m"})
     directory.update("m", [endpoint for _, _, endpoint in groups])
-    await until(lambda: all(client.alive for client in directory.clients("m")))
+    await until_async(lambda: all(client.alive for client in directory.clients("m")))
     return groups, directory
 
 
@@ -89,7 +82,7 @@ def test_many_requests_continuations_aborts_and_refusals():
         assert [event async for event in stream][-1].reason == "abort"
         with pytest.raises(ContextLengthError, match="8000"):
             await directory.place("m", request("big", [1] * 8000, max_tokens=50)).submit()
-        await until(lambda: all(client.member.requests == 0 for client in directory.clients("m")))
+        await until_async(lambda: all(client.member.requests == 0 for client in directory.clients("m")))
         await end(groups, directory)
 
     asyncio.run(asyncio.wait_for(main(), 20))

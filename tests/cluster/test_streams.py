@@ -12,6 +12,7 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import until
 
 from kvasir.cluster.auth import ApiKeys
 from kvasir.cluster.config import GatewayConfig
@@ -32,13 +33,6 @@ DIALECTS = {
     "/api/generate": {"model": "bytes", "prompt": "Hi"},
     "/api/chat": {"model": "bytes", "messages": [{"role": "user", "content": "Hi"}]},
 }  # fmt: skip
-
-
-def until(condition, timeout=60.0):
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < timeout, "it didn't happen in time"
-        time.sleep(0.005)
 
 
 def begin(gateway, path="/v1/completions", events=3, headers=RESUMABLE, **fields):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.control import Hub, RankError, Spoke
@@ -55,14 +56,6 @@ def pids(llm: LLM) -> dict[int, int]:
     executor = llm.engine._executor
     assert isinstance(executor, GroupExecutor)
     return {rank: peer.pid for rank, peer in executor._hub._peers.items()}
-
-
-def until(condition: Callable[[], bool]) -> bool:
-    """Whether it happens; the machine may be busy."""
-    limit = time.monotonic() + 60.0
-    while not (found := condition()) and time.monotonic() < limit:
-        time.sleep(0.02)
-    return found
 
 
 def gone(pid: int) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 from kvasir.engine.blocks import chain_start, token_bytes
 from kvasir.engine.config import EngineConfig
@@ -243,19 +244,12 @@ def idle(found: Group) -> bool:
     return not any(busy) and not found.engine.pool.num_used
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    limit = time.monotonic() + 60
-    while not condition() and time.monotonic() < limit:
-        time.sleep(0.01)
-    assert condition()
-
-
 def timer(over: Callable[[], bool]) -> type[threading.Timer]:
     """Timers whose time is over when that is true."""
 
     class Timer(threading.Timer):
         def run(self) -> None:
-            wait_for(lambda: self.finished.is_set() or over())
+            until(lambda: self.finished.is_set() or over())
             if not self.finished.is_set():
                 self.function(*self.args, **self.kwargs)
 
@@ -295,12 +289,12 @@ def test_a_link_that_breaks(
     assert proxy.reached.is_set()
     assert cached < 144
     assert how == "slow" or (cached > 0) == (after > 0)
-    wait_for(lambda: idle(two))
+    until(lambda: idle(two))
     asked = proxy.connections
     assert two.ask([*PROMPT[:20], 3, 4], one.peer(address=proxy.address))[0]
     assert proxy.connections == asked
     proxy.close()
-    wait_for(lambda: idle_later(one))
+    until(lambda: idle_later(one))
     assert after == 0 or two.stats().peer_failed
 
 
@@ -323,8 +317,8 @@ def test_a_fetch_ends_with_its_request(llama: Path, group: Callable[..., Group])
     two.engine.submit(request)
     assert proxy.reached.wait(60)
     two.engine.abort("x")
-    wait_for(lambda: idle(two))
-    wait_for(lambda: idle(one))
+    until(lambda: idle(two))
+    until(lambda: idle(one))
     proxy.close()
 
 
@@ -352,7 +346,7 @@ def test_a_peer_that_is_killed_while_it_sends(llama: Path, group: Callable[..., 
         killer.join()
         assert (tokens, cached < 144) == (cold, True)
         proxy.close()
-    wait_for(lambda: idle(two))
+    until(lambda: idle(two))
 
 
 def test_a_way_that_is_not_there_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,7 +407,7 @@ def test_the_server_takes_any_bytes(llama: Path, group: Callable[..., Group], mo
             else:
                 connection.sendall(draw.randbytes(draw.choice([1, 8, 40, 500])))
     assert two.ask(PROMPT, one.peer()) == (cold, 144)
-    wait_for(lambda: idle(one))
+    until(lambda: idle(one))
     assert one.engine.failure is None
 
 
@@ -442,12 +436,12 @@ def test_a_peers_disk_and_ours(llama: Path, group: Callable[..., Group], tmp_pat
     """What the peer has on its disk alone comes as well, and what came is on ours."""
     one = group(llama, kv_disk_path=str(tmp_path / "one"))
     cold, _ = one.ask()
-    wait_for(lambda: one.stats().disk_stored >= 20)
+    until(lambda: one.stats().disk_stored >= 20)
     one.engine.pool.reset()
     two = group(llama, kv_disk_path=str(tmp_path / "two"))
     assert two.ask(PROMPT, one.peer()) == (cold, 144)
-    wait_for(lambda: one.stats().disk_loaded >= 18)
-    wait_for(lambda: two.stats().disk_stored >= 19)
+    until(lambda: one.stats().disk_loaded >= 18)
+    until(lambda: two.stats().disk_stored >= 19)
     two.engine.pool.reset()
     assert two.ask() == (cold, 144)
     assert two.stats().peer_loaded == 18
@@ -463,8 +457,8 @@ def test_lending_gives_way(llama: Path, group: Callable[..., Group]) -> None:
         running = Request(request_id=str(random.random()), prompt_token_ids=prompts[0], sampling=GREEDY)
         one.engine.submit(running)
         assert two.ask(prompt, one.peer())[0] == wanted
-        wait_for(lambda: not one.engine.stats().running)
-    wait_for(lambda: idle(one) and idle(two))
+        until(lambda: not one.engine.stats().running)
+    until(lambda: idle(one) and idle(two))
     assert one.engine.pool.check() == two.engine.pool.check() == []
 
 
