@@ -7,21 +7,20 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from kvasir.cluster.background import Background
 from kvasir.cluster.batch_line import CHAT, COMPLETION, RESPONSE
-from kvasir.cluster.files import find_file
-from kvasir.cluster.files_api import expires_after
+from kvasir.cluster.caller import Answer, Lookup
+from kvasir.cluster.files import expires_after, find_file
 from kvasir.cluster.http_front import read_json, send_json, warning_header
 from kvasir.cluster.openai_fields import CHAT_HONOURED, Check, later, string
 from kvasir.cluster.openai_schema import sort_fields
-from kvasir.cluster.pages import Page, json_response, principal_of
+from kvasir.cluster.pages import Page
 from kvasir.cluster.service_fields import check_metadata
 from kvasir.cluster.store import Store, Stored
+from kvasir.cluster.stored_routes import found_route
 from kvasir.engine.errors import ClientError
 
 Json = dict[str, Any]
@@ -41,24 +40,34 @@ _TIMES = ("in_progress", "finalizing", "completed", "failed", "expired", "cancel
 class CreateBatch:
     """POST /v1/batches."""
 
-    def __init__(self, store: Store, background: Background, *, ttl_s: float, max_body_bytes: int) -> None:
-        self._store = store
-        self._background = background
-        self._ttl_s = ttl_s
+    def __init__(self, batches: Batches, max_body_bytes: int) -> None:
+        self._batches = batches
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await read_json(scope, receive, self._max_body_bytes)
+        answer = await self._batches.create(body, scope["state"]["principal"])
+        await send_json(send, 200, answer.body, warning_header(answer.warnings))
+
+
+class Batches:
+    """What is stored of batches."""
+
+    def __init__(self, store: Store, background: Background, ttl_s: float) -> None:
+        self._store = store
+        self._background = background
+        self._ttl_s = ttl_s
+
+    async def create(self, body: Mapping[str, Any], principal: str) -> Answer:
         fields, warnings = sort_fields(body, _HONOURED, {}, {})
         _check(fields)
-        principal = scope["state"]["principal"]
         file = await find_file(self._store, fields["input_file_id"], principal)
         if file.body["purpose"] != "batch":
             raise ClientError(f"the file's purpose is {file.body['purpose']}, not batch", param="input_file_id")
         stored = self._batch(fields, principal)
         await self._store.keep([file.id], stored.body["expires_at"])
         await self._background.run_batch(stored)
-        await send_json(send, 200, stored.body, warning_header(warnings))
+        return Answer(body=stored.body, warnings=warnings)
 
     def _batch(self, fields: Mapping[str, Any], principal: str) -> Stored:
         now = int(time.time())
@@ -87,25 +96,18 @@ class CreateBatch:
             private={"models": [], "output_seconds": seconds},
         )  # fmt: skip
 
-
-class Batches:
-    """What is stored of batches."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    async def list(self, request: Request) -> Response:
-        page = Page.of(request.query_params)
-        found = await page.of_store(self._store, "batch", principal_of(request), {})
+    async def list(self, lookup: Lookup) -> Json:
+        page = Page.of(lookup.query)
+        found = await page.of_store(self._store, "batch", lookup.principal, {})
         return page.json([await self._counted(body) for body in found])
 
-    async def get(self, request: Request) -> Response:
-        stored = await self._store.get(request.path_params["id"], "batch", principal_of(request))
-        return json_response(await self._counted(stored.body))
+    async def get(self, lookup: Lookup) -> Json:
+        stored = await self._store.get(lookup.id, "batch", lookup.principal)
+        return await self._counted(stored.body)
 
-    async def cancel(self, request: Request) -> Response:
-        """POST: whoever works on it notices within a second; what is answered by then can be fetched."""
-        stored = await self._store.get(request.path_params["id"], "batch", principal_of(request))
+    async def cancel(self, lookup: Lookup) -> Json:
+        """Whoever works on it notices within a second; what is answered by then can be fetched."""
+        stored = await self._store.get(lookup.id, "batch", lookup.principal)
         facts = {"status": "cancelling", "cancelling_at": int(time.time())}
         body = await self._store.change(
             stored.id, lambda body: {**body, **facts} if body["status"] in ("validating", "in_progress") else None
@@ -113,7 +115,7 @@ class Batches:
         body = body or stored.body
         if body["status"] not in ("cancelling", "cancelled"):
             raise ClientError(f"the batch is {body['status']}; it can't be cancelled any more", param="batch_id")
-        return json_response(await self._counted(body))
+        return await self._counted(body)
 
     async def _counted(self, body: Json) -> Json:
         """With the lines that are answered so far."""
@@ -123,15 +125,14 @@ class Batches:
         return {**body, "request_counts": {**body["request_counts"], "completed": completed, "failed": failed}}
 
 
-def batches_routes(store: Store, background: Background, *, ttl_s: float, max_body_bytes: int) -> list[Route]:
+def batches_routes(batches: Batches, max_body_bytes: int) -> list[Route]:
     """All routes of batches."""
-    create = CreateBatch(store, background, ttl_s=ttl_s, max_body_bytes=max_body_bytes)
-    batches, one = Batches(store), "/v1/batches/{id}"
+    one = "/v1/batches/{id}"
     return [
-        Route("/v1/batches", create, methods=["POST"]),
-        Route("/v1/batches", batches.list, methods=["GET"]),
-        Route(one, batches.get, methods=["GET"]),
-        Route(f"{one}/cancel", batches.cancel, methods=["POST"]),
+        Route("/v1/batches", CreateBatch(batches, max_body_bytes), methods=["POST"]),
+        found_route("GET", "/v1/batches", batches.list),
+        found_route("GET", one, batches.get),
+        found_route("POST", f"{one}/cancel", batches.cancel),
     ]
 
 

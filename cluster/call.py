@@ -15,6 +15,8 @@ ROUTE_HEADER = "kvasir-route"
 """A request that sends it, with any value, gets one with the router's reasons."""
 SESSION_HEADERS = ("kvasir-session", "x-session-id")
 """Requests with the same value go to the same group while it isn't overloaded."""
+EFFORT_IGNORED = "(but by chat templates that know it, or enable_thinking)"
+"""What becomes of an effort."""
 _TEMPLATE_ARGUMENTS = ("messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 

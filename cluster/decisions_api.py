@@ -15,6 +15,7 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from kvasir.cluster.call import Call, Conversation, Text, check_variables, thinking_variables
+from kvasir.cluster.caller import Answer, Caller
 from kvasir.cluster.decisions_schema import DecisionAsk, Question, parse_decisions
 from kvasir.cluster.decisions_turn import Turn
 from kvasir.cluster.desk import Desk
@@ -77,15 +78,23 @@ class Decisions:
         ask = parse_decisions(await read_json(scope, receive, self._max_body_bytes))
         headers = header_map(scope)
         request_id = request_id_of(scope, headers, ask.fields.get("request_id"))
-        await until_gone(receive, self._answer(ask, request_id, headers, send))
+        caller = Caller(principal=scope["state"]["principal"], request_id=request_id, headers=headers)
+        await until_gone(receive, self._answer(ask, caller, send))
 
-    async def _answer(self, ask: DecisionAsk, request_id: str, headers: Mapping[str, str], send: Send) -> None:
-        headers = in_session(headers, ask.fields.get("prompt_cache_key", ""))
-        began, timings = time.monotonic(), list[CallTiming]()
-        with self._desk.work():
-            body = await decide(self._desk, ask, request_id, headers, timings)
-        timing = CallTiming.together(timings, total_s=time.monotonic() - began)
-        await send_json(send, 200, body, [timing.header(), *warning_header(ask.warnings)])
+    async def _answer(self, ask: DecisionAsk, caller: Caller, send: Send) -> None:
+        answer = await decided(self._desk, ask, caller)
+        timing = [answer.timing.header()] if answer.timing else []
+        await send_json(send, 200, answer.body, [*timing, *warning_header(answer.warnings)])
+
+
+async def decided(desk: Desk, ask: DecisionAsk, caller: Caller) -> Answer:
+    """The whole answer, timed. Raises a KvasirError."""
+    headers = in_session(caller.headers, ask.fields.get("prompt_cache_key", ""))
+    began, timings = time.monotonic(), list[CallTiming]()
+    with desk.work():
+        body = await decide(desk, ask, caller.request_id, headers, timings, caller.deadline_s)
+    timing = CallTiming.together(timings, total_s=time.monotonic() - began)
+    return Answer(body=body, warnings=ask.warnings, timing=timing)
 
 
 async def decide(
@@ -94,12 +103,14 @@ async def decide(
     request_id: str,
     headers: Mapping[str, str],
     timings: list[CallTiming] | None = None,
+    deadline_s: float | None = None,
 ) -> Json:
     """The whole answer. Raises a KvasirError. Where the time went is added to `timings`."""
+    ends = None if deadline_s is None else time.monotonic() + deadline_s
     model = desk.model(ask.model)
     room, seats = asyncio.Semaphore(AT_ONCE), _Seats(ANSWERS_AT_ONCE)
     turn = await Turn.of(model, _asked(ask, ask.questions[0]), desk.info(model).eos_token_ids)
-    scoring = _Scoring(desk, model, ask, headers, seats, turn, timings)
+    scoring = _Scoring(desk, model, ask, headers, seats, turn, timings, ends)
 
     async def one(number: int) -> Scored:
         async with room:
@@ -133,6 +144,8 @@ class _Scoring:
     seats: _Seats
     turn: Turn
     timings: list[CallTiming] | None
+    ends: float | None
+    """When it has to be done, by the monotonic clock."""
 
     async def score(self, question: Question, request_id: str, *, begun: bool) -> Scored:
         """The answers, each as a prompt's end. begun: others were asked before."""
@@ -167,6 +180,7 @@ class _Scoring:
             },
             priority=priority(self.ask.fields),
             cache_salt=self.ask.fields.get("cache_salt", ""),
+            deadline_s=None if self.ends is None else max(0.0, self.ends - time.monotonic()),
         )
         begin = self.desk.begin_next if begun else self.desk.begin
         generation = await begin(call, request_id, self.headers)

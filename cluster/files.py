@@ -9,10 +9,25 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from kvasir.cluster.batch_line import MAX_LINE_BYTES
+from kvasir.cluster.caller import Lookup
+from kvasir.cluster.pages import Page
 from kvasir.cluster.store import NotFoundError, Part, Store, Stored
+from kvasir.engine.errors import ClientError, UnsupportedError
 
 Json = dict[str, Any]
 PIECE = 2**20
+MAX_FILE_BYTES = 200 * 2**20
+"""OpenAI's limit for the file of a batch."""
+MAX_FILENAME = 255
+SHORTEST_S, LONGEST_S = 3600, 30 * 86400
+"""Of a lifetime that a sender chooses."""
+
+
+class FileTooLargeError(ClientError):
+    """More than MAX_FILE_BYTES."""
+
+    code = "request_too_large"
+    status = 413
 
 
 class FileWriter:
@@ -71,6 +86,69 @@ class FileWriter:
         )  # fmt: skip
         await self._store.put(stored)
         self._begun = True
+
+
+class NewFile:
+    """A file on its way in: `done`, or `drop`."""
+
+    def __init__(self, store: Store, principal: str, filename: str) -> None:
+        self._writer = FileWriter(store, principal, "batch", (filename or "upload.jsonl")[:MAX_FILENAME])
+
+    async def write(self, data: bytes) -> None:
+        if self._writer.size + len(data) > MAX_FILE_BYTES:
+            raise FileTooLargeError(f"the file is larger than {MAX_FILE_BYTES} bytes")
+        await self._writer.write(data)
+
+    async def done(self, purpose: str | None, seconds: int | None, ttl_s: float) -> Json:
+        """The file's object. seconds: how long its sender wants it to live."""
+        check_purpose(purpose)
+        return await self._writer.done(seconds or ttl_s)
+
+    async def drop(self) -> None:
+        await self._writer.drop()
+
+
+def check_purpose(purpose: str | None) -> None:
+    """Files are for batches here."""
+    if not purpose:
+        raise ClientError("purpose is missing", param="purpose")
+    if purpose != "batch":
+        raise UnsupportedError(f"purpose must be batch, got {purpose!r:.60}", param="purpose")
+
+
+def expires_after(anchor: object, seconds: object) -> int | None:
+    """Seconds that a file shall live, as expires_after says; None: it says nothing."""
+    if anchor is None and seconds is None:
+        return None
+    if anchor != "created_at":
+        raise ClientError(f"expires_after.anchor must be created_at, got {anchor!r:.60}", param="expires_after")
+    if isinstance(seconds, str) and seconds.isascii() and seconds.isdigit() and len(seconds) < 10:
+        seconds = int(seconds)
+    if type(seconds) is not int or not SHORTEST_S <= seconds <= LONGEST_S:
+        text = f"expires_after.seconds must be an integer from {SHORTEST_S} to {LONGEST_S}, got {seconds!r:.60}"
+        raise ClientError(text, param="expires_after")
+    return seconds
+
+
+class Files:
+    """What is stored of files."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    async def list(self, lookup: Lookup) -> Json:
+        page = Page.of(lookup.query, limit=10_000, most=10_000)
+        purpose = lookup.query.get("purpose")
+        found = await page.of_store(self.store, "file", lookup.principal, {"purpose": purpose} if purpose else {})
+        return page.json(found)
+
+    async def get(self, lookup: Lookup) -> Json:
+        return (await find_file(self.store, lookup.id, lookup.principal)).body
+
+    async def delete(self, lookup: Lookup) -> Json:
+        stored = await find_file(self.store, lookup.id, lookup.principal)
+        await self.store.delete(stored.id, "file", stored.principal)
+        return {"id": stored.id, "object": "file", "deleted": True}
 
 
 async def find_file(store: Store, file_id: str, principal: str) -> Stored:

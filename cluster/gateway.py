@@ -18,7 +18,6 @@ from kvasir.cluster import metrics
 from kvasir.cluster.all_metrics import OtherMetrics, merged, no_others
 from kvasir.cluster.anthropic_api import anthropic_routes
 from kvasir.cluster.auth import check_exposure, load_keys
-from kvasir.cluster.background import Background
 from kvasir.cluster.batches_api import batches_routes
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.conversations_api import conversation_routes
@@ -36,7 +35,7 @@ from kvasir.cluster.openai_api import Completions, Detokenize, Models, Tokenize
 from kvasir.cluster.pooling_api import PoolingEndpoint
 from kvasir.cluster.recordings import STREAM_ID
 from kvasir.cluster.responses_api import responses_routes
-from kvasir.cluster.store import Store
+from kvasir.cluster.shelf import Shelf
 from kvasir.cluster.stored_chats import Chats, stored_chat_routes
 from kvasir.cluster.stream_api import FindGateway, Streams, nowhere
 from kvasir.engine.errors import UnavailableError
@@ -57,19 +56,19 @@ def create_app(
     app = FastAPI(title="Kvasir", openapi_url=None, docs_url=None, redoc_url=None)
     limit = config.max_body_bytes
     streams = Route("/v1/streams/{id}", Streams(desk.recordings, find_gateway), methods=["GET", "DELETE"])
-    store = Store.open(config.state_path, config.max_state_bytes, os.environ)
-    app.state.store, app.state.background = store, (background := Background(desk, store))
-    chats = Chats(store, config.response_ttl_s)
+    app.state.shelf = shelf = Shelf(desk, config, os.environ)
     others = [
-        *stored_chat_routes(chats),
+        *stored_chat_routes(shelf.chats),
         *ollama_routes(desk, limit),
         *anthropic_routes(desk, limit),
         streams,
         *Groups(desk, set_role, limit).routes(),
-        *_stored_routes(desk, background, store, config),
+        *_stored_routes(shelf, limit),
         *(docs_routes() if config.enable_docs else []),
     ]
-    app.router.routes.extend([*_openai_routes(desk, chats, config), *others, *_operator_routes(desk, other_metrics)])
+    app.router.routes.extend(
+        [*_openai_routes(desk, shelf.chats, config), *others, *_operator_routes(desk, other_metrics)]
+    )
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
     app.add_middleware(Front, keys=load_keys(config, os.environ))
@@ -107,20 +106,18 @@ def _openai_routes(desk: Desk, chats: Chats, config: GatewayConfig) -> list[Rout
     ]
 
 
-def _stored_routes(desk: Desk, background: Background, store: Store, config: GatewayConfig) -> list[Route]:
-    limit, ttl_s = config.max_body_bytes, config.response_ttl_s
+def _stored_routes(shelf: Shelf, max_body_bytes: int) -> list[Route]:
     return [
-        *responses_routes(desk, store, background, config),
-        *conversation_routes(store, ttl_s, limit),
-        *files_routes(store, background, ttl_s),
-        *batches_routes(store, background, ttl_s=ttl_s, max_body_bytes=limit),
+        *responses_routes(shelf.responses, max_body_bytes),
+        *conversation_routes(shelf.conversations, max_body_bytes),
+        *files_routes(shelf.files, shelf.background, shelf.ttl_s),
+        *batches_routes(shelf.batches, max_body_bytes),
     ]
 
 
 async def close_app(app: FastAPI) -> None:
     """End what runs behind the routes; what is stored stays."""
-    await app.state.background.close()
-    app.state.store.close()
+    await app.state.shelf.close()
 
 
 def _operator_routes(desk: Desk, other_metrics: OtherMetrics) -> list[Route]:

@@ -144,7 +144,7 @@ class Gateway:
 
         config = self._config
         self._app = create_app(self._desk, config, self._find_gateway, self._other_metrics, self._set_role)
-        self._app.state.background.start()
+        self._app.state.shelf.background.start()
         ports = [config.port, *([config.ollama_port] if config.ollama_port >= 0 else [])]
         socks = [bound_socket(config.host, port, shared=True) for port in ports]
         scheme = "https" if config.ssl_certfile else "http"
@@ -193,7 +193,7 @@ class Gateway:
         self._grpc: Any = None
         if config.grpc_port < 0:
             return None
-        self._grpc = create_grpc_server(self._desk, config, self._other_metrics)
+        self._grpc = create_grpc_server(self._desk, config, self._app.state.shelf, self._other_metrics)
         address = authority(config.host, config.grpc_port)
         if config.ssl_certfile and config.ssl_keyfile:
             pair = (Path(config.ssl_keyfile).read_bytes(), Path(config.ssl_certfile).read_bytes())

@@ -1,13 +1,13 @@
-"""kvasir.v1.Inference, grpc.health.v1, reflection and, beside them, the Open Inference Protocol: the gRPC server around a
-`Desk`, without its sockets."""
+"""The gRPC server around a `Desk` and a `Shelf`, without its sockets: kvasir.v1, of which Inference is here, grpc.health.v1,
+reflection and, beside them, the Open Inference Protocol."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -17,11 +17,12 @@ from grpc_reflection.v1alpha import reflection
 
 from kvasir.cluster.all_metrics import OtherMetrics, no_others
 from kvasir.cluster.auth import GRPC_KEY, ApiKeys, UnauthenticatedError, load_keys
-from kvasir.cluster.call import ROUTE_HEADER, Call, request_id_from
+from kvasir.cluster.call import EFFORT_IGNORED, ROUTE_HEADER, Call, request_id_from
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
-from kvasir.cluster.grpc_call import Context, abort, as_status, metadata, warning_metadata
+from kvasir.cluster.grpc_call import Context, abort, as_status, calling, metadata, set_trailers
+from kvasir.cluster.grpc_files import Batches, Files
 from kvasir.cluster.grpc_pooling import (
     ask_of_pairs,
     call_of_classify,
@@ -30,6 +31,7 @@ from kvasir.cluster.grpc_pooling import (
     rerank,
     score,
 )
+from kvasir.cluster.grpc_responses import Conversations, Decisions, Responses
 from kvasir.cluster.grpc_schema import (
     call_of_chat,
     call_of_embed,
@@ -44,12 +46,21 @@ from kvasir.cluster.health import Health
 from kvasir.cluster.open_inference_api import OPEN_INFERENCE, OpenInference
 from kvasir.cluster.reading import AnswerStream
 from kvasir.cluster.recordings import STREAM_ID, Recording, StreamNotFoundError
+from kvasir.cluster.shelf import Shelf
 from kvasir.engine.errors import KvasirError
 from kvasir.proto import inference_pb2 as pb
+from kvasir.proto.files_pb2_grpc import add_BatchesServicer_to_server, add_FilesServicer_to_server
 from kvasir.proto.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
 from kvasir.proto.open_inference_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
+from kvasir.proto.responses_pb2_grpc import (
+    add_ConversationsServicer_to_server,
+    add_DecisionsServicer_to_server,
+    add_ResponsesServicer_to_server,
+)
 
-SERVICE = "kvasir.v1.Inference"
+SERVICES = tuple(
+    f"kvasir.v1.{name}" for name in ("Inference", "Responses", "Conversations", "Decisions", "Files", "Batches")
+)
 KIND = b"gRPC"
 """Of streams that Resume goes on with."""
 WATCH_S = 0.25
@@ -58,28 +69,38 @@ _OPEN = (f"/{HEALTH}/", *(f"/{OPEN_INFERENCE}/{name}" for name in ("ServerLive",
 """What probes ask needs no key."""
 
 
-def create_grpc_server(desk: Desk, config: GatewayConfig, other_metrics: OtherMetrics = no_others) -> grpc.aio.Server:
-    """Add ports and start it. Needs a running loop."""
+def create_grpc_server(
+    desk: Desk, config: GatewayConfig, shelf: Shelf, other_metrics: OtherMetrics = no_others
+) -> grpc.aio.Server:
+    """Add ports and start it. Needs a running loop. `shelf`: the HTTP application's."""
     options = [("grpc.max_receive_message_length", config.max_body_bytes), ("grpc.so_reuseport", 1)]
-    server = grpc.aio.server(interceptors=[_KeyCheck(load_keys(config, os.environ))], options=options)
-    add_InferenceServicer_to_server(Inference(desk), server)
+    keys = load_keys(config, os.environ)
+    server = grpc.aio.server(interceptors=[_KeyCheck(keys)], options=options)
+    add_InferenceServicer_to_server(Inference(desk, keys), server)
+    add_ResponsesServicer_to_server(Responses(shelf, keys), server)
+    add_ConversationsServicer_to_server(Conversations(shelf, keys), server)
+    add_DecisionsServicer_to_server(Decisions(desk, keys), server)
+    add_FilesServicer_to_server(Files(shelf, keys), server)
+    add_BatchesServicer_to_server(Batches(shelf, keys), server)
     add_GRPCInferenceServiceServicer_to_server(OpenInference(desk, other_metrics), server)
     health_pb2_grpc.add_HealthServicer_to_server(HealthService(desk), server)
-    reflection.enable_server_reflection((SERVICE, OPEN_INFERENCE, HEALTH, reflection.SERVICE_NAME), server)
+    reflection.enable_server_reflection((*SERVICES, OPEN_INFERENCE, HEALTH, reflection.SERVICE_NAME), server)
     return server
 
 
 class Inference(InferenceServicer):
     """The service of inference.proto. A call that is cancelled is cancelled here too, and ends its requests."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, keys: ApiKeys) -> None:
         self._desk = desk
+        self._keys = keys
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
         await self._answer(lambda: call_of_generate(request), request, context)
 
     async def Chat(self, request: pb.ChatRequest, context: Context) -> None:  # noqa: N802
-        await self._answer(lambda: call_of_chat(request), request, context)
+        effort = (f"reasoning_effort {EFFORT_IGNORED}",) if request.HasField("reasoning_effort") else ()
+        await self._answer(lambda: call_of_chat(request), request, context, effort)
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> None:  # noqa: N802
         async with as_status(context):
@@ -96,45 +117,51 @@ class Inference(InferenceServicer):
             return pb.CancelReply()
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedReply:  # noqa: N802
-        async with self._whole(context) as (request_id, headers):
-            call = dataclasses.replace(call_of_embed(request), deadline_s=context.time_remaining())
-            vectors, events = await self._desk.pool(call, request_id, headers)
-            context.set_trailing_metadata((("server-timing", vectors.timing.text()),))
-            return embed_reply(vectors, events, request_id)
+        async with calling(context, self._keys) as caller:
+            call = dataclasses.replace(call_of_embed(request), deadline_s=caller.deadline_s)
+            vectors, events = await self._desk.pool(call, caller.request_id, caller.headers)
+            set_trailers(context, request, vectors.timing)
+            return embed_reply(vectors, events, caller.request_id)
 
     async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyReply:  # noqa: N802
-        async with self._whole(context) as (request_id, headers):
+        async with calling(context, self._keys) as caller:
             special = {"add_special_tokens": request.add_special_tokens}
             given = special if request.HasField("add_special_tokens") else {}
             call = call_of_classify(request, inputs_of(request.inputs, given))
-            call = dataclasses.replace(call, deadline_s=context.time_remaining())
-            vectors, events = await self._desk.pool(call, request_id, headers)
-            context.set_trailing_metadata((("server-timing", vectors.timing.text()),))
-            return classify_reply(vectors, events, request_id)
+            call = dataclasses.replace(call, deadline_s=caller.deadline_s)
+            vectors, events = await self._desk.pool(call, caller.request_id, caller.headers)
+            set_trailers(context, request, vectors.timing)
+            return classify_reply(vectors, events, caller.request_id)
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreReply:  # noqa: N802
-        async with self._whole(context) as (request_id, headers):
-            ask = ask_of_pairs(request, context.time_remaining())
-            reply, vectors = await score(self._desk, ask, request_id, headers)
-            context.set_trailing_metadata((("server-timing", vectors.timing.text()),))
+        async with calling(context, self._keys) as caller:
+            ask = ask_of_pairs(request, caller.deadline_s)
+            reply, vectors = await score(self._desk, ask, caller.request_id, caller.headers)
+            set_trailers(context, request, vectors.timing)
             return reply
 
     async def Rerank(self, request: pb.RerankRequest, context: Context) -> pb.RerankReply:  # noqa: N802
-        async with self._whole(context) as (request_id, headers):
-            ask = ask_of_pairs(request, context.time_remaining())
-            reply, vectors = await rerank(self._desk, ask, request_id, headers)
-            context.set_trailing_metadata((("server-timing", vectors.timing.text()),))
+        async with calling(context, self._keys) as caller:
+            ask = ask_of_pairs(request, caller.deadline_s)
+            reply, vectors = await rerank(self._desk, ask, caller.request_id, caller.headers)
+            set_trailers(context, request, vectors.timing)
             return reply
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeReply:  # noqa: N802
         async with as_status(context):
             model = self._desk.model(request.model)
             ids = await model.encode(prompt_of_tokenize(request))
-            return pb.TokenizeReply(token_ids=ids, max_model_len=self._desk.info(model).max_model_len)
+            set_trailers(context, request)
+            reply = pb.TokenizeReply(token_ids=ids, max_model_len=self._desk.info(model).max_model_len)
+            if request.return_token_texts:
+                tokenizer = model.need_tokenizer("return_token_texts")
+                reply.token_texts.extend(tokenizer.token_text(token) for token in ids)
+            return reply
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeReply:  # noqa: N802
         async with as_status(context):
             model, ids, skip = self._desk.model(request.model), list(request.token_ids), request.skip_special_tokens
+            set_trailers(context, request)
             return pb.DetokenizeReply(text=await self._desk.detokenize(model, ids, skip_special_tokens=skip))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsReply:  # noqa: N802
@@ -148,15 +175,6 @@ class Inference(InferenceServicer):
                     card.ready = not self._desk.draining
         return reply
 
-    @asynccontextmanager
-    async def _whole(self, context: Context) -> AsyncIterator[tuple[str, Mapping[str, str]]]:
-        """(the request's id, which its client is told, its metadata) of a call that has one reply."""
-        headers = metadata(context)
-        async with as_status(context):
-            request_id = request_id_from(headers.get("x-request-id"), "x-request-id")
-            await context.send_initial_metadata((("x-request-id", request_id),))
-            yield request_id, headers
-
     def _check_here(self, stream_id: str) -> None:
         """Several gateways share a port. A channel stays with one of them; after a new connection it may be another."""
         if self._desk.recordings.is_elsewhere(stream_id):
@@ -164,7 +182,11 @@ class Inference(InferenceServicer):
             raise StreamNotFoundError(text)
 
     async def _answer(
-        self, parse: Callable[[], Call], request: pb.GenerateRequest | pb.ChatRequest, context: Context
+        self,
+        parse: Callable[[], Call],
+        request: pb.GenerateRequest | pb.ChatRequest,
+        context: Context,
+        warned: Sequence[str] = (),
     ) -> None:
         headers = metadata(context)
         async with as_status(context):
@@ -189,8 +211,8 @@ class Inference(InferenceServicer):
                     async for reply in replies:
                         await context.write(reply)
                 route = [] if generation.route is None else [(ROUTE_HEADER, generation.route)]
-                warned = warning_metadata(generation.reading.warnings, generation.truncated_tokens)
-                context.set_trailing_metadata((("server-timing", generation.timing.text()), *route, *warned))
+                warnings, cut = (*warned, *generation.reading.warnings), generation.truncated_tokens
+                set_trailers(context, request, generation.timing, warnings, cut, route)
             finally:
                 self._desk.end(generation)
 
@@ -251,7 +273,7 @@ class HealthService(health_pb2_grpc.HealthServicer):
     def _status(self, service: str) -> Any:
         names = {name: model.name for model in self._desk.models for name in model.names}
         dead = self._health.dead()
-        if service in ("", SERVICE, OPEN_INFERENCE):
+        if service in ("", *SERVICES, OPEN_INFERENCE):
             bad = bool(dead)
         elif service in names:
             bad = names[service] in dead

@@ -1,4 +1,4 @@
-"""What every gRPC method of ours has in common: metadata, and errors as status codes."""
+"""What every gRPC method of ours has in common: who calls, metadata, and errors as status codes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
 import grpc
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
 
+from kvasir.cluster.auth import GRPC_KEY, ApiKeys
+from kvasir.cluster.call import request_id_from
+from kvasir.cluster.caller import Caller
 from kvasir.cluster.http_front import warning_header
+from kvasir.cluster.timing import CallTiming
 from kvasir.engine.errors import KvasirError, ServerError
 
 log = logging.getLogger(__name__)
@@ -19,6 +25,7 @@ STATUS = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     404: grpc.StatusCode.NOT_FOUND,
     410: grpc.StatusCode.OUT_OF_RANGE,
+    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     499: grpc.StatusCode.CANCELLED,
     503: grpc.StatusCode.UNAVAILABLE,
@@ -36,6 +43,18 @@ async def as_status(context: Context) -> AsyncIterator[None]:
         yield
     except Exception as error:
         await abort(context, told(error))
+
+
+@asynccontextmanager
+async def calling(context: Context, keys: ApiKeys) -> AsyncIterator[Caller]:
+    """Who calls; it is told its request's id. An error ends the call with its status."""
+    headers = metadata(context)
+    async with as_status(context):
+        principal = keys.check(headers.get("authorization"), hint=GRPC_KEY)
+        request_id = request_id_from(headers.get("x-request-id"), "x-request-id")
+        await context.send_initial_metadata((("x-request-id", request_id),))
+        deadline_s = context.time_remaining()
+        yield Caller(principal=principal, request_id=request_id, headers=headers, deadline_s=deadline_s)
 
 
 def told(error: Exception) -> KvasirError:
@@ -62,6 +81,29 @@ def metadata(context: Context) -> dict[str, str]:
     return {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
 
 
-def warning_metadata(names: Iterable[str], truncated_tokens: int) -> list[tuple[str, str]]:
-    """As `warning_header`."""
-    return [(name.decode(), text.decode()) for name, text in warning_header(names, truncated_tokens)]
+def set_trailers(
+    context: Context,
+    request: Message,
+    timing: CallTiming | None = None,
+    warnings: Iterable[str] = (),
+    truncated_tokens: int = 0,
+    more: Iterable[tuple[str, str]] = (),
+) -> None:
+    """What a caller is told beside its answer: where the time went, and what was ignored."""
+    names = (*unknown_fields(request), *warnings)
+    warned = [(name.decode(), text.decode()) for name, text in warning_header(names, truncated_tokens)]
+    timed = [("server-timing", timing.text())] if timing is not None else []
+    context.set_trailing_metadata((*timed, *more, *warned))
+
+
+def unknown_fields(message: Message, at: str = "") -> list[str]:
+    """Numbers of the fields that only a newer client's messages have."""
+    unknown = UnknownFieldSet(message)
+    found = [f"{at}field {unknown[place].field_number}" for place in range(len(unknown))]
+    for field, value in message.ListFields():
+        kind = field.message_type
+        if kind is None or kind.GetOptions().map_entry or kind.file.package.startswith("google."):
+            continue
+        for one in value if field.is_repeated else (value,):
+            found += unknown_fields(one, f"{at}{field.name}.")
+    return found

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from google.protobuf.json_format import MessageToDict
-
 from kvasir.cluster.answer_parts import Part
-from kvasir.cluster.call import Call, Conversation, Prompt, Text, check_variables
+from kvasir.cluster.call import Call, Conversation, Prompt, Text, check_variables, thinking_variables
 from kvasir.cluster.generation import Generation
+from kvasir.cluster.grpc_json import as_json, plain, tool_choice
 from kvasir.cluster.grpc_pooling import inputs_of
+from kvasir.cluster.openai_fields import CHAT_HONOURED
 from kvasir.cluster.openai_logprobs import token_text
 from kvasir.cluster.reading import AnswerStream
 from kvasir.cluster.tool_use import tool_use
@@ -52,11 +52,15 @@ def call_of_chat(request: pb.ChatRequest) -> Call:
     """Raises ClientError."""
     tools = [_tool(tool) for tool in request.tools]
     parallel = request.parallel_tool_calls if request.HasField("parallel_tool_calls") else True
-    use = tool_use(tools, _choice(request), parallel)
-    variables = MessageToDict(request.template_variables)
-    check_variables(variables, "template_variables")
+    use = tool_use(tools, tool_choice(request), parallel)
+    effort = request.reasoning_effort if request.HasField("reasoning_effort") else None
+    if effort is not None:
+        CHAT_HONOURED["reasoning_effort"]("reasoning_effort", effort)
     prompt = Conversation(
-        messages=_messages(request.messages), tools=tools or None, variables=variables, **_set(request, _CONVERSATION)
+        messages=_messages(request.messages),
+        tools=tools or None,
+        variables={**thinking_variables(effort), **_variables(request)},
+        **_set(request, _CONVERSATION),
     )
     return Call(
         model=request.model,
@@ -69,11 +73,10 @@ def call_of_chat(request: pb.ChatRequest) -> Call:
     )
 
 
-def _choice(request: pb.ChatRequest) -> Any:
-    """In OpenAI's shape: a word, or a tool by its name."""
-    choice = request.tool_choice if request.HasField("tool_choice") else None
-    named = choice in {tool.name for tool in request.tools} and choice not in ("auto", "none", "required")
-    return {"type": "function", "function": {"name": choice}} if named else choice
+def _variables(request: Any) -> dict[str, Any]:
+    variables: dict[str, Any] = plain(request.template_variables)
+    check_variables(variables, "template_variables")
+    return variables
 
 
 def call_of_embed(request: pb.EmbedRequest) -> PoolingCall:
@@ -107,8 +110,17 @@ def prompt_of_tokenize(request: pb.TokenizeRequest) -> Text | Conversation:
     if request.messages:
         if request.text:
             raise ClientError("send text or messages, not both", param="text")
-        given = _set(request, ("add_generation_prompt", "add_special_tokens"))
-        return Conversation(messages=_messages(request.messages), **given)
+        tools = [_tool(tool) for tool in request.tools]
+        tool_use(tools, None)
+        return Conversation(
+            messages=_messages(request.messages),
+            tools=tools or None,
+            variables=_variables(request),
+            **_set(request, _CONVERSATION),
+        )
+    for name in ("tools", "template_variables", "add_generation_prompt", "continue_final_message"):
+        if getattr(request, name) if name == "tools" else request.HasField(name):
+            raise ClientError(f"{name} needs messages", param=name)
     return Text(text=request.text, **_set(request, ("add_special_tokens",)))
 
 
@@ -204,6 +216,8 @@ def _messages(messages: Sequence[pb.Message]) -> list[dict[str, Any]]:
 
 def _message(message: pb.Message) -> dict[str, Any]:
     plain = {"role": message.role, "content": message.content, **_set(message, ("name", "tool_call_id"))}
+    if message.reasoning:
+        plain["reasoning_content"] = message.reasoning
     if message.tool_calls:
         plain["tool_calls"] = [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
@@ -213,10 +227,7 @@ def _message(message: pb.Message) -> dict[str, Any]:
 
 
 def _tool(tool: pb.Tool) -> dict[str, Any]:
-    parameters = MessageToDict(tool.parameters)
-    function: dict[str, Any] = {"name": tool.name, "description": tool.description, "parameters": parameters}
-    if tool.strict:
-        function["strict"] = True
+    function: dict[str, Any] = {"description": "", "parameters": {}, **as_json(tool), "name": tool.name}
     return {"type": "function", "function": function}
 
 

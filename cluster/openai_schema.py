@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvasir.cluster.call import Call, Conversation, Prompt, Text, check_variables, thinking_variables
+from kvasir.cluster.call import EFFORT_IGNORED, Call, Conversation, Prompt, Text, check_variables, thinking_variables
 from kvasir.cluster.openai_fields import (
     CHAT_HONOURED,
     CHAT_IGNORED,
@@ -88,7 +88,7 @@ def parse_chat(body: Mapping[str, Any]) -> Ask:
         prompts=(_conversation(fields),), sampling=sampling, tools=use, thinking_budget=budget, **_common(fields)
     )
     if "reasoning_effort" in fields:
-        warnings += ("reasoning_effort (but by chat templates that know it, or enable_thinking)",)
+        warnings += (f"reasoning_effort {EFFORT_IGNORED}",)
     return Ask(
         call=call,
         logprobs=logprobs,

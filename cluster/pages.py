@@ -1,14 +1,10 @@
-"""Lists of OpenAI's API that come page by page, and answers that are one JSON object."""
+"""Lists of OpenAI's API that come page by page."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import orjson
-from starlette.requests import Request
-from starlette.responses import Response
 
 from kvasir.cluster.store import Kind, Store
 from kvasir.engine.errors import ClientError
@@ -58,11 +54,11 @@ class Page:
             some, after = len(stored), stored[-1].id if stored else None
         return found[: self.limit + 1]
 
-    def json(self, data: Sequence[Json]) -> Response:
+    def json(self, data: Sequence[Json]) -> Json:
         """One page of `data`, which holds one more when there is a next one."""
         shown = data[: self.limit]
         ends = {"first_id": shown[0]["id"] if shown else "", "last_id": shown[-1]["id"] if shown else ""}
-        return json_response({"object": "list", "data": shown, **ends, "has_more": len(data) > self.limit})
+        return {"object": "list", "data": shown, **ends, "has_more": len(data) > self.limit}
 
 
 def _fits(body: Json, match: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
@@ -70,13 +66,3 @@ def _fits(body: Json, match: Mapping[str, Any], labels: Mapping[str, str]) -> bo
         all(body.get(name) == value for name, value in match.items())
         and labels.items() <= (body.get("metadata") or {}).items()
     )
-
-
-def json_response(value: Any) -> Response:
-    return Response(orjson.dumps(value), media_type="application/json")
-
-
-def principal_of(request: Request) -> str:
-    """Whose key it was sent with."""
-    principal: str = request.scope["state"]["principal"]
-    return principal

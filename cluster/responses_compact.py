@@ -1,25 +1,23 @@
-"""POST /v1/responses/compact: a conversation as a summary that the model writes, to go on from with more room."""
+"""Compaction: a conversation as a summary that the model writes, to go on from with more room."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from starlette.types import Receive, Scope, Send
-
 from kvasir.cluster.call import thinking_variables
+from kvasir.cluster.caller import Answer, Caller
 from kvasir.cluster.carried import carry
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
-from kvasir.cluster.http_front import header_map, read_json, request_id_of, send_json, until_gone, warning_header
 from kvasir.cluster.reading import read_whole
 from kvasir.cluster.responses_fit import fitted
 from kvasir.cluster.responses_history import said_before
 from kvasir.cluster.responses_reply import usage_json
-from kvasir.cluster.responses_schema import ResponseAsk, parse_compaction
+from kvasir.cluster.responses_schema import ResponseAsk
 from kvasir.cluster.service_fields import in_session
 from kvasir.cluster.store import Store
 from kvasir.engine.errors import ServerError
@@ -33,46 +31,32 @@ _WISH = (
 )
 
 
-class Compact:
-    """The route, an ASGI application by itself."""
-
-    def __init__(self, desk: Desk, store: Store, max_body_bytes: int) -> None:
-        self._desk = desk
-        self._store = store
-        self._max_body_bytes = max_body_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        ask = parse_compaction(await read_json(scope, receive, self._max_body_bytes))
-        headers = header_map(scope)
-        request_id, principal = request_id_of(scope, headers, ask.request_id), scope["state"]["principal"]
-        await until_gone(receive, self._answer(ask, principal, request_id, in_session(headers, ask.session), send))
-
-    async def _answer(
-        self, ask: ResponseAsk, principal: str, request_id: str, headers: Mapping[str, str], send: Send
-    ) -> None:
-        earlier = [*await said_before(self._store, ask, principal, 0.0), *ask.items]
-        limit = self._desk.info(self._desk.model(ask.call.model)).max_model_len
-        most = min(MAX_SUMMARY, max(1, limit // 4))
-        call = dataclasses.replace(ask.call, sampling={"max_tokens": most, "temperature": 0.0})
-        wish = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": _WISH}]}
-        variables = {**thinking_variables("none"), **ask.variables}
-        asked = dataclasses.replace(ask, call=call, items=[wish], variables=variables, truncates=True)
-        asked = await fitted(self._desk, asked, earlier)
-        generation = await self._desk.begin(asked.call, request_id, headers)
-        try:
-            async for _ in generation:
-                pass
-            summary = _summary(generation, most)
-            body = {
-                "id": f"resp_{uuid.uuid4().hex}",
-                "object": "response.compaction",
-                "created_at": int(time.time()),
-                "output": _compacted(earlier, summary),
-                "usage": usage_json(generation.usage, 0),
-            }
-            await send_json(send, 200, body, [*warning_header(asked.warnings), generation.timing.header()])
-        finally:
-            self._desk.end(generation)
+async def compact(desk: Desk, store: Store, ask: ResponseAsk, caller: Caller) -> Answer:
+    """The items that stand for what `ask` follows and holds."""
+    earlier = [*await said_before(store, ask, caller.principal, 0.0), *ask.items]
+    limit = desk.info(desk.model(ask.call.model)).max_model_len
+    most = min(MAX_SUMMARY, max(1, limit // 4))
+    sampling = {"max_tokens": most, "temperature": 0.0}
+    call = dataclasses.replace(ask.call, sampling=sampling, deadline_s=caller.deadline_s)
+    wish = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": _WISH}]}
+    variables = {**thinking_variables("none"), **ask.variables}
+    asked = dataclasses.replace(ask, call=call, items=[wish], variables=variables, truncates=True)
+    asked = await fitted(desk, asked, earlier)
+    generation = await desk.begin(asked.call, caller.request_id, in_session(caller.headers, ask.session))
+    try:
+        async for _ in generation:
+            pass
+        summary = _summary(generation, most)
+        body = {
+            "id": f"resp_{uuid.uuid4().hex}",
+            "object": "response.compaction",
+            "created_at": int(time.time()),
+            "output": _compacted(earlier, summary),
+            "usage": usage_json(generation.usage, 0),
+        }
+        return Answer(body=body, warnings=asked.warnings, timing=generation.timing)
+    finally:
+        desk.end(generation)
 
 
 def _summary(generation: Generation, most: int) -> str:

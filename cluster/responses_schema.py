@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvasir.cluster.call import Call, Conversation, check_variables, thinking_variables
+from kvasir.cluster.call import EFFORT_IGNORED, Call, Conversation, check_variables, thinking_variables
 from kvasir.cluster.foreign_fields import foreign_constraints
 from kvasir.cluster.openai_fields import (
     CHAT_HONOURED,
@@ -256,7 +256,7 @@ def _effort(reasoning: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
     effort = reasoning.get("effort")
     if effort is not None:
         CHAT_HONOURED["reasoning_effort"]("reasoning.effort", effort)
-    ignored = ["reasoning.effort (but by chat templates that know it, or enable_thinking)"] if effort else []
+    ignored = [f"reasoning.effort {EFFORT_IGNORED}"] if effort else []
     return effort, (*ignored, *(["reasoning.summary (thoughts are shown whole)"] if _summary(reasoning) else []))
 
 

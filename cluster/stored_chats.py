@@ -7,14 +7,13 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import Route
 
-from kvasir.cluster.http_front import read_json
-from kvasir.cluster.pages import Page, json_response, principal_of
+from kvasir.cluster.caller import Lookup
+from kvasir.cluster.pages import Page
 from kvasir.cluster.service_fields import check_metadata
 from kvasir.cluster.store import Kind, Store, Stored
+from kvasir.cluster.stored_routes import changed_route, found_route
 
 Json = dict[str, Any]
 _KIND: Kind = "chat.completion"
@@ -43,51 +42,50 @@ class Chats:
 
         return keep
 
-    async def list(self, request: Request) -> Response:
-        query = request.query_params
+    async def list(self, lookup: Lookup) -> Json:
+        query = lookup.query
         page = Page.of(query, newest_first=False)
         match = {"model": query["model"]} if "model" in query else {}
         labels = {found[1]: value for name, value in query.items() if (found := _LABEL.fullmatch(name))}
-        bodies = await page.of_store(self._store, _KIND, principal_of(request), match, labels)
+        bodies = await page.of_store(self._store, _KIND, lookup.principal, match, labels)
         return page.json(bodies)
 
-    async def get(self, request: Request) -> Response:
-        return json_response((await self._stored(request)).body)
+    async def get(self, lookup: Lookup) -> Json:
+        return (await self._stored(lookup)).body
 
-    async def update(self, request: Request) -> Response:
-        """POST: other metadata."""
-        stored = await self._stored(request)
-        body = await read_json(request.scope, request.receive, MAX_UPDATE_BYTES)
+    async def update(self, lookup: Lookup, body: Json) -> Json:
+        """Other metadata."""
+        stored = await self._stored(lookup)
         check_metadata("metadata", metadata := body.get("metadata"))
         changed = await self._store.change(stored.id, lambda body: {**body, "metadata": metadata})
-        return json_response(changed or stored.body)
+        return changed or stored.body
 
-    async def delete(self, request: Request) -> Response:
-        stored = await self._stored(request)
+    async def delete(self, lookup: Lookup) -> Json:
+        stored = await self._stored(lookup)
         await self._store.delete(stored.id, _KIND, stored.principal)
-        return json_response({"id": stored.id, "object": "chat.completion.deleted", "deleted": True})
+        return {"id": stored.id, "object": "chat.completion.deleted", "deleted": True}
 
-    async def messages(self, request: Request) -> Response:
-        """GET: the messages that were sent."""
-        stored = await self._stored(request)
-        page = Page.of(request.query_params, newest_first=False)
+    async def messages(self, lookup: Lookup) -> Json:
+        """The messages that were sent."""
+        stored = await self._stored(lookup)
+        page = Page.of(lookup.query, newest_first=False)
         given = [
             {"content_parts": None, "name": None, "refusal": None, **message, "id": f"{stored.id}-{number}"}
             for number, message in enumerate(stored.private["messages"])
         ]
         return page.json(page.of_items(given))
 
-    async def _stored(self, request: Request) -> Stored:
-        return await self._store.get(request.path_params["id"], _KIND, principal_of(request))
+    async def _stored(self, lookup: Lookup) -> Stored:
+        return await self._store.get(lookup.id, _KIND, lookup.principal)
 
 
 def stored_chat_routes(chats: Chats) -> list[Route]:
     """All routes but the one that makes chats."""
     one = "/v1/chat/completions/{id}"
     return [
-        Route("/v1/chat/completions", chats.list, methods=["GET"]),
-        Route(one, chats.get, methods=["GET"]),
-        Route(one, chats.update, methods=["POST"]),
-        Route(one, chats.delete, methods=["DELETE"]),
-        Route(f"{one}/messages", chats.messages, methods=["GET"]),
+        found_route("GET", "/v1/chat/completions", chats.list),
+        found_route("GET", one, chats.get),
+        changed_route(one, chats.update, MAX_UPDATE_BYTES),
+        found_route("DELETE", one, chats.delete),
+        found_route("GET", f"{one}/messages", chats.messages),
     ]

@@ -30,7 +30,8 @@ class InferenceStub:
     message names the field and its range), NOT_FOUND (no such model), UNAUTHENTICATED, RESOURCE_EXHAUSTED (the queue is
     full; trailing metadata `retry-after` holds seconds), UNAVAILABLE (starting, draining, or the group died),
     DEADLINE_EXCEEDED, INTERNAL. Trailing metadata `kvasir-code` holds a stable word for programs, `kvasir-param` the
-    field that is to blame.
+    field that is to blame; `x-kvasir-warning` names what was ignored, such as the numbers of fields that this server
+    doesn't know.
     """
 
     def __init__(self, channel):
@@ -101,7 +102,8 @@ class InferenceServicer:
     message names the field and its range), NOT_FOUND (no such model), UNAUTHENTICATED, RESOURCE_EXHAUSTED (the queue is
     full; trailing metadata `retry-after` holds seconds), UNAVAILABLE (starting, draining, or the group died),
     DEADLINE_EXCEEDED, INTERNAL. Trailing metadata `kvasir-code` holds a stable word for programs, `kvasir-param` the
-    field that is to blame.
+    field that is to blame; `x-kvasir-warning` names what was ignored, such as the numbers of fields that this server
+    doesn't know.
     """
 
     def Generate(self, request, context):
@@ -252,7 +254,8 @@ class Inference:
     message names the field and its range), NOT_FOUND (no such model), UNAUTHENTICATED, RESOURCE_EXHAUSTED (the queue is
     full; trailing metadata `retry-after` holds seconds), UNAVAILABLE (starting, draining, or the group died),
     DEADLINE_EXCEEDED, INTERNAL. Trailing metadata `kvasir-code` holds a stable word for programs, `kvasir-param` the
-    field that is to blame.
+    field that is to blame; `x-kvasir-warning` names what was ignored, such as the numbers of fields that this server
+    doesn't know.
     """
 
     @staticmethod

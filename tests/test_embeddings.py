@@ -137,10 +137,11 @@ def test_http_and_grpc(minilm, expected):
 async def _through_a_gateway(minilm, expected):
     config = EngineConfig(model=str(minilm), served_model_name=("minilm",), max_num_seqs=32)
     async with local_desk(config, {}) as desk:
-        server = create_grpc_server(desk, GatewayConfig())
+        app = create_app(desk, GatewayConfig(state_path=":memory:"))
+        server = create_grpc_server(desk, GatewayConfig(), app.state.shelf)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
-        transport = httpx.ASGITransport(create_app(desk, GatewayConfig()))
+        transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://kvasir", timeout=60) as client:
             await _http(client, expected)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:

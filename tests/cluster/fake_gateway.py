@@ -265,7 +265,7 @@ class LiveGateway:
 
         self.app = create_app(self.desk, config, find)
         options = server_config(self.app, config)
-        server, self.server = uvicorn.Server(options), create_grpc_server(self.desk, config)
+        server, self.server = uvicorn.Server(options), create_grpc_server(self.desk, config, self.app.state.shelf)
         self.connections = server.server_state.connections
         sock = bound_socket("127.0.0.1", 0, shared=False)
         self.url = f"{'https' if config.ssl_certfile else 'http'}://localhost:{sock.getsockname()[1]}"

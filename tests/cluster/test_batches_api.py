@@ -275,7 +275,7 @@ def test_resumed_after_a_restart(live_gateway, tmp_path):
                 time.sleep(0.01)
     first = len(gateway.group.requests)
     with live_gateway(config) as gateway:
-        gateway.call(gateway.app.state.background.start)
+        gateway.call(gateway.app.state.shelf.background.start)
         with openai.OpenAI(base_url=gateway.url + "/v1", api_key="any") as client:
             done = ended(client, batch)
             assert (done.status, done.request_counts.completed) == ("completed", 12)

@@ -27,7 +27,7 @@ from kvasir.cluster import (
     wire,
 )
 from kvasir.cluster.call import request_id_from
-from kvasir.cluster.files_api import expires_after
+from kvasir.cluster.files import expires_after
 from kvasir.cluster.multipart import Multipart
 from kvasir.cluster.pages import Page
 from kvasir.cluster.recordings import Recordings

@@ -1,0 +1,222 @@
+"""kvasir.v1.Responses, Conversations and Decisions: gRPC's door to what /v1/responses and its siblings do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from kvasir.cluster.auth import ApiKeys
+from kvasir.cluster.caller import Caller, Lookup
+from kvasir.cluster.decisions_api import decided
+from kvasir.cluster.decisions_schema import parse_decisions
+from kvasir.cluster.desk import Desk
+from kvasir.cluster.generation import Generation
+from kvasir.cluster.grpc_call import Context, calling, set_trailers
+from kvasir.cluster.grpc_json import as_json, as_message, request_body, tool_choice
+from kvasir.cluster.recordings import RESUMABLE
+from kvasir.cluster.responses import Begun
+from kvasir.cluster.responses import Responses as Made
+from kvasir.cluster.responses_schema import parse_compaction, parse_input_tokens, parse_response
+from kvasir.cluster.shelf import Shelf
+from kvasir.engine.errors import ClientError, KvasirError
+from kvasir.proto import files_pb2 as objects
+from kvasir.proto import responses_pb2 as pb
+from kvasir.proto.responses_pb2_grpc import ConversationsServicer, DecisionsServicer, ResponsesServicer
+
+Json = dict[str, Any]
+
+
+class Responses(ResponsesServicer):
+    """The service of responses.proto."""
+
+    def __init__(self, shelf: Shelf, keys: ApiKeys) -> None:
+        self._made: Made = shelf.responses
+        self._keys = keys
+
+    async def Create(self, request: pb.CreateResponseRequest, context: Context) -> pb.Response:  # noqa: N802
+        async with calling(context, self._keys) as caller:
+            ask = parse_response({**_response_body(request), "stream": False})
+            async with self._made.begun(ask, caller) as begun:
+                answer = await begun.whole()
+                warnings = (*answer.warnings, *_not_resumable(begun.generation))
+            set_trailers(context, request, answer.timing, warnings)
+            return as_message(pb.Response, answer.body)
+
+    async def CreateStream(self, request: pb.CreateResponseRequest, context: Context) -> None:  # noqa: N802
+        async with calling(context, self._keys) as caller:
+            ask = parse_response({**_response_body(request), "stream": True})
+            async with self._made.begun(ask, caller) as begun:
+                generation = begun.generation
+                if generation is None:
+                    await self._play(begun.stored.id, -1, context)
+                else:
+                    await _stream(begun, generation, context)
+                timing = generation.timing if generation is not None else None
+                set_trailers(context, request, timing, (*begun.warnings, *_not_resumable(generation)))
+
+    async def Get(self, request: objects.IdRequest, context: Context) -> pb.Response:  # noqa: N802
+        async with calling(context, self._keys) as caller:
+            set_trailers(context, request)
+            return as_message(pb.Response, (await self._made.get(lookup_of(request, caller))).body)
+
+    async def Follow(self, request: pb.FollowResponseRequest, context: Context) -> None:  # noqa: N802
+        async with calling(context, self._keys) as caller:
+            stored = await self._made.streamed(Lookup(principal=caller.principal, id=request.id))
+            set_trailers(context, request)
+            after = request.starting_after if request.HasField("starting_after") else -1
+            await self._play(stored.id, after, context)
+
+    async def Delete(self, request: objects.IdRequest, context: Context) -> objects.Deleted:  # noqa: N802
+        async with calling(context, self._keys) as caller:
+            set_trailers(context, request)
+            return as_message(objects.Deleted, await self._made.delete(lookup_of(request, caller)))
+
+    async def Cancel(self, request: objects.IdRequest, context: Context) -> pb.Response:  # noqa: N802
+        async with calling(context, self._keys) as caller:
+            set_trailers(context, request)
+            return as_message(pb.Response, await self._made.cancel(lookup_of(request, caller)))
+
+    async def ListInputItems(self, request: pb.ListItemsRequest, context: Context) -> pb.ItemList:  # noqa: N802
+        async with calling(context, self._keys) as caller:
+            set_trailers(context, request)
+            return as_message(pb.ItemList, await self._made.input_items(lookup_of(request, caller)))
+
+    async def CountInput(self, request: pb.CreateResponseRequest, context: Context) -> pb.CountInputReply:  # noqa: N802
+        async with calling(context, self._keys) as caller:
+            answer = await self._made.count_input(parse_input_tokens(_response_body(request)), caller.principal)
+            set_trailers(context, request, None, answer.warnings)
+            return as_message(pb.CountInputReply, answer.body)
+
+    async def Compact(self, request: pb.CompactRequest, context: Context) -> pb.Compaction:  # noqa: N802
+        async with calling(context, self._keys) as caller:
+            answer = await self._made.compact(parse_compaction(request_body(request)), caller)
+            set_trailers(context, request, answer.timing, answer.warnings)
+            return as_message(pb.Compaction, answer.body)
+
+    async def _play(self, response_id: str, after: int, context: Context) -> None:
+        """The events behind number `after`, those that are there and those to come."""
+        async for parts in self._made.background.follow(response_id, after):
+            for part in parts:
+                await context.write(_event(part.data))
+
+
+class Conversations(ConversationsServicer):
+    """The service of responses.proto."""
+
+    def __init__(self, shelf: Shelf, keys: ApiKeys) -> None:
+        self._them = shelf.conversations
+        self._keys = keys
+
+    async def Create(self, request: pb.CreateConversationRequest, context: Context) -> pb.Conversation:  # noqa: N802
+        async with calling(context, self._keys) as caller:
+            set_trailers(context, request)
+            made = await self._them.create(Lookup(principal=caller.principal), request_body(request))
+            return as_message(pb.Conversation, made)
+
+    async def Get(self, request: objects.IdRequest, context: Context) -> pb.Conversation:  # noqa: N802
+        async with calling(context, self._keys) as caller:
+            set_trailers(context, request)
+            return as_message(pb.Conversation, await self._them.get(lookup_of(request, caller)))
+
+    async def Update(self, request: pb.UpdateConversationRequest, context: Context) -> pb.Conversation:  # noqa: N802
+        async with calling(context, self._keys) as caller:
+            set_trailers(context, request)
+            lookup = Lookup(principal=caller.principal, id=request.id)
+            return as_message(pb.Conversation, await self._them.update(lookup, {"metadata": dict(request.metadata)}))
+
+    async def Delete(self, request: objects.IdRequest, context: Context) -> objects.Deleted:  # noqa: N802
+        async with calling(context, self._keys) as caller:
+            set_trailers(context, request)
+            return as_message(objects.Deleted, await self._them.delete(lookup_of(request, caller)))
+
+    async def AddItems(self, request: pb.AddItemsRequest, context: Context) -> pb.ItemList:  # noqa: N802
+        async with calling(context, self._keys) as caller:
+            set_trailers(context, request)
+            body = request_body(request)
+            lookup = Lookup(principal=caller.principal, id=body.pop("id", ""))
+            return as_message(pb.ItemList, await self._them.add(lookup, body))
+
+    async def ListItems(self, request: pb.ListItemsRequest, context: Context) -> pb.ItemList:  # noqa: N802
+        async with calling(context, self._keys) as caller:
+            set_trailers(context, request)
+            return as_message(pb.ItemList, await self._them.items(lookup_of(request, caller)))
+
+    async def GetItem(self, request: pb.ItemRequest, context: Context) -> pb.Item:  # noqa: N802
+        async with calling(context, self._keys) as caller:
+            set_trailers(context, request)
+            lookup = Lookup(principal=caller.principal, id=request.id, item=request.item_id)
+            return as_message(pb.Item, await self._them.item(lookup))
+
+    async def DeleteItem(self, request: pb.ItemRequest, context: Context) -> pb.Conversation:  # noqa: N802
+        async with calling(context, self._keys) as caller:
+            set_trailers(context, request)
+            lookup = Lookup(principal=caller.principal, id=request.id, item=request.item_id)
+            return as_message(pb.Conversation, await self._them.delete_item(lookup))
+
+
+class Decisions(DecisionsServicer):
+    """The service of responses.proto."""
+
+    def __init__(self, desk: Desk, keys: ApiKeys) -> None:
+        self._desk = desk
+        self._keys = keys
+
+    async def Decide(self, request: pb.DecideRequest, context: Context) -> pb.DecideReply:  # noqa: N802
+        async with calling(context, self._keys) as caller:
+            answer = await decided(self._desk, parse_decisions(request_body(request)), caller)
+            set_trailers(context, request, answer.timing, answer.warnings)
+            return as_message(pb.DecideReply, answer.body)
+
+
+def lookup_of(request: Any, caller: Caller) -> Lookup:
+    """What a request for something stored asks for: its id, and which part of a list."""
+    given = as_json(request)
+    return Lookup(
+        principal=caller.principal, id=given.pop("id", ""), query={name: str(value) for name, value in given.items()}
+    )
+
+
+async def _stream(begun: Begun, generation: Generation, context: Context) -> None:
+    """The events as they come. What fails behind the first one is told by an event too."""
+    reply = begun.reply
+    try:
+        async for deltas in generation:
+            for event in reply.events(deltas):
+                await context.write(_event(event))
+        last = reply.ending()
+        await begun.keep()
+    except KvasirError as error:
+        if reply.count:
+            await context.write(_event(reply.failure(error)))
+        raise
+    for event in last:
+        await context.write(_event(event))
+
+
+def _event(frame: bytes) -> pb.ResponseEvent:
+    """From a server-sent event."""
+    return as_message(pb.ResponseEvent, orjson.loads(frame[frame.index(b"\ndata: ") + 7 :]))
+
+
+def _response_body(request: pb.CreateResponseRequest) -> Json:
+    body = request_body(request)
+    body.pop("allowed_tools", None)
+    if (choice := tool_choice(request)) is not None:
+        body["tool_choice"] = choice
+    if (form := body.get("text", {}).get("format")) and "schema" in form:
+        form["schema"] = _schema(form["schema"])
+    return body
+
+
+def _schema(text: str) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise ClientError(f"text.format.schema must be a JSON Schema, as JSON text: {error}", param="text") from error
+
+
+def _not_resumable(generation: Generation | None) -> tuple[str, ...]:
+    """A warning for who asked to resume."""
+    asked = generation is not None and generation.recording.resumable
+    return (f"{RESUMABLE} (responses are followed, when they are made in the background)",) if asked else ()
