@@ -65,7 +65,12 @@ KIND = b"gRPC"
 """Of streams that Resume goes on with."""
 WATCH_S = 0.25
 """How often those who watch grpc.health.v1 are told of changes."""
-_OPEN = (f"/{HEALTH}/", *(f"/{OPEN_INFERENCE}/{name}" for name in ("ServerLive", "ServerReady", "ModelReady")))
+_OPEN = frozenset(
+    {
+        *(f"/{HEALTH}/{name}" for name in ("Check", "Watch")),
+        *(f"/{OPEN_INFERENCE}/{name}" for name in ("ServerLive", "ServerReady", "ModelReady")),
+    }
+)
 """What probes ask needs no key."""
 
 
@@ -261,6 +266,12 @@ class HealthService(health_pb2_grpc.HealthServicer):
             await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {request.service!r}")
         return health_pb2.HealthCheckResponse(status=found)
 
+    async def List(self, request: Any, context: Context) -> Any:  # noqa: N802
+        """All of them; it names the models, so it needs a key."""
+        names = ("", *SERVICES, OPEN_INFERENCE, *(name for model in self._desk.models for name in model.names))
+        statuses = {name: health_pb2.HealthCheckResponse(status=self._status(name)) for name in names}
+        return health_pb2.HealthListResponse(statuses=statuses)  # type: ignore[attr-defined]  # its stubs are older
+
     async def Watch(self, request: Any, context: Context) -> None:  # noqa: N802
         last = None
         while True:
@@ -292,7 +303,7 @@ class _KeyCheck(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
     ) -> Any:
-        if details.method.startswith(_OPEN):
+        if details.method in _OPEN:
             return await continuation(details)
         given = dict(details.invocation_metadata or ()).get("authorization")
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import orjson
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
@@ -48,6 +49,24 @@ def tool_choice(message: Any) -> Any:
     return {"type": "function", "name": choice} if named else choice
 
 
+def function(tool: Json) -> Json:
+    """A tool's function, with its parameters as JSON has them."""
+    found = dict(tool)
+    if "parameters_json" in found:
+        if "parameters" in found:
+            raise ClientError("tools: send parameters or parameters_json, not both", param="tools")
+        found["parameters"] = parsed(found.pop("parameters_json"), "tools: parameters_json", "tools")
+    return found
+
+
+def parsed(text: str, what: str, param: str) -> Any:
+    """ClientError unless it is JSON."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise ClientError(f"{what} must be a JSON Schema, as JSON text: {error}", param=param) from error
+
+
 def _field(field: FieldDescriptor, value: Any) -> Any:
     if field.message_type is None:
         return list(value) if field.is_repeated else value
@@ -61,10 +80,11 @@ def _message(message: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """What a Struct, a Value or a ListValue holds; whole numbers are integers: JSON Schemas want that."""
+    """What a Struct, a Value or a ListValue holds. Whole numbers are integers: JSON Schemas want that. Names are
+    sorted: they come in any order, and a prompt that is made of them must be the same each time to be found in the cache."""
     name = value.DESCRIPTOR.name
     if name == "Struct":
-        return {key: plain(one) for key, one in value.fields.items()}
+        return {key: plain(one) for key, one in sorted(value.fields.items())}
     if name == "ListValue":
         return [plain(one) for one in value.values]
     kind = value.WhichOneof("kind")
@@ -84,7 +104,7 @@ def _as_body(given: Json) -> Json:
         if isinstance(body.get(name), list):
             body[name] = [_item(item, f"{name}[{number}]") for number, item in enumerate(body[name])]
     if "tools" in body:
-        body["tools"] = [{"type": "function", **tool} for tool in body["tools"]]
+        body["tools"] = [{"type": "function", **function(tool)} for tool in body["tools"]]
     return body
 
 

@@ -13,13 +13,13 @@ from kvasir.cluster.decisions_schema import parse_decisions
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.grpc_call import Context, calling, set_trailers
-from kvasir.cluster.grpc_json import as_json, as_message, request_body, tool_choice
+from kvasir.cluster.grpc_json import as_json, as_message, parsed, request_body, tool_choice
 from kvasir.cluster.recordings import RESUMABLE
 from kvasir.cluster.responses import Begun
 from kvasir.cluster.responses import Responses as Made
 from kvasir.cluster.responses_schema import parse_compaction, parse_input_tokens, parse_response
 from kvasir.cluster.shelf import Shelf
-from kvasir.engine.errors import ClientError, KvasirError
+from kvasir.engine.errors import KvasirError
 from kvasir.proto import files_pb2 as objects
 from kvasir.proto import responses_pb2 as pb
 from kvasir.proto.responses_pb2_grpc import ConversationsServicer, DecisionsServicer, ResponsesServicer
@@ -205,15 +205,8 @@ def _response_body(request: pb.CreateResponseRequest) -> Json:
     if (choice := tool_choice(request)) is not None:
         body["tool_choice"] = choice
     if (form := body.get("text", {}).get("format")) and "schema" in form:
-        form["schema"] = _schema(form["schema"])
+        form["schema"] = parsed(form["schema"], "text.format.schema", "text")
     return body
-
-
-def _schema(text: str) -> Any:
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise ClientError(f"text.format.schema must be a JSON Schema, as JSON text: {error}", param="text") from error
 
 
 def _not_resumable(generation: Generation | None) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 from kvasir.cluster.answer_parts import Part
 from kvasir.cluster.call import Call, Conversation, Prompt, Text, check_variables, thinking_variables
 from kvasir.cluster.generation import Generation
-from kvasir.cluster.grpc_json import as_json, plain, tool_choice
+from kvasir.cluster.grpc_json import as_json, function, plain, tool_choice
 from kvasir.cluster.grpc_pooling import inputs_of
 from kvasir.cluster.openai_fields import CHAT_HONOURED
 from kvasir.cluster.openai_logprobs import token_text
@@ -227,8 +227,10 @@ def _message(message: pb.Message) -> dict[str, Any]:
 
 
 def _tool(tool: pb.Tool) -> dict[str, Any]:
-    function: dict[str, Any] = {"description": "", "parameters": {}, **as_json(tool), "name": tool.name}
-    return {"type": "function", "function": function}
+    return {
+        "type": "function",
+        "function": {"description": "", "parameters": {}, **function(as_json(tool)), "name": tool.name},
+    }
 
 
 def _logprobs(

@@ -17,6 +17,8 @@ from waiting import until
 from kvasir.cluster.config import GatewayConfig
 from kvasir.engine.errors import OverloadedError
 from kvasir.engine.request import NESTED, SamplingParams
+from kvasir.proto import inference_pb2
+from kvasir.proto.inference_pb2_grpc import InferenceStub
 
 TEXT = "Hello, wörld!"
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -184,6 +186,33 @@ def test_chat_with_tools_and_calls(gateway, client):
     assert dict(error.trailing_metadata())["kvasir-param"] == "tool_choice"
 
 
+def test_what_says_how_to_think_and_call(thinker, connect):
+    thinker.group.script = lambda request, index: [*b"Yes.", 256]
+    client = connect(thinker)
+    tools = [{"name": name, "parameters": {"type": "object"}} for name in ("weather", "time")]
+    said = [*MESSAGES, {"role": "assistant", "content": "Yes.", "reasoning": "Hm."}, *MESSAGES]
+    body = {
+        "messages": said,
+        "tools": tools,
+        "allowed_tools": ["time"],
+        "tool_choice": "required",
+        "reasoning_effort": "low",
+    }
+    call = client.call("Chat", body)
+    list(call)
+    tag = thinker.group.requests[-1].sampling.structured_outputs.structural_tag
+    assert ("time" in tag, "weather" in tag) == (True, False)
+    assert "reasoning_effort" in dict(call.trailing_metadata())["x-kvasir-warning"]
+    for wrong, param in (
+        ({"allowed_tools": ["other"]}, "tool_choice"),
+        ({"allowed_tools": ["time"], "tool_choice": "none"}, "tool_choice"),
+        ({"reasoning_effort": "most"}, "reasoning_effort"),
+    ):
+        error = refused(client.call, "Chat", {"messages": MESSAGES, "tools": tools, **wrong})
+        assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert dict(error.trailing_metadata())["kvasir-param"] == param
+
+
 def test_continuations_stop_strings_and_logprobs(client):
     sampling = {"n": 2, "stop": ["wör"], "logprobs": 2, "prompt_logprobs": 1}
     replies = list(client.call("Generate", {"text": "Hi", "sampling": sampling}))
@@ -246,6 +275,30 @@ def test_tokenize_and_detokenize(client):
     assert (
         refused(client.call, "Tokenize", {"text": "a", "messages": MESSAGES}).code() == grpc.StatusCode.INVALID_ARGUMENT
     )
+
+
+def test_tokenize_what_chats_hold(client):
+    reply = client.call("Tokenize", {"messages": MESSAGES, "tools": [{"name": "f"}], "return_token_texts": True})
+    assert list(reply.token_texts[:3]) == ["<|user|>", "H", "i"]
+    assert '"name": "f"' in "".join(reply.token_texts)
+    opened = {"messages": [*MESSAGES, {"role": "assistant", "content": "Yes"}], "add_generation_prompt": False}
+    reply = client.call("Tokenize", {**opened, "continue_final_message": True, "return_token_texts": True})
+    assert "".join(reply.token_texts).endswith("Yes")
+    for field, value in (
+        ("tools", [{"name": "f"}]),
+        ("template_variables", {"a": 1}),
+        ("continue_final_message", True),
+    ):
+        error = refused(client.call, "Tokenize", {"text": "a", field: value})
+        assert dict(error.trailing_metadata())["kvasir-param"] == field
+
+
+def test_fields_of_a_newer_client_are_told(gateway, client):
+    request = inference_pb2.GenerateRequest(text="Hi")
+    request.sampling.MergeFromString(b"\xf8\x7f\x01")  # field 2047
+    call = InferenceStub(client.channel).Generate(request, timeout=60)
+    list(call)
+    assert dict(call.trailing_metadata())["x-kvasir-warning"] == "ignored: sampling.field 2047"
 
 
 def test_models(client):
@@ -345,6 +398,9 @@ def test_health(live_gateway, connect):
         stub = health_pb2_grpc.HealthStub(connect(gateway).channel)
         for service in ("", "kvasir.v1.Inference", "bytes", "alias/bytes"):
             assert stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=60).status == SERVING
+        listed = stub.List(health_pb2.HealthListRequest(), timeout=60).statuses
+        assert {"", "kvasir.v1.Responses", "alias/bytes"} < set(listed)
+        assert {one.status for one in listed.values()} == {SERVING}
         unknown = health_pb2.HealthCheckRequest(service="other")
         assert refused(stub.Check, unknown, timeout=60).code() == grpc.StatusCode.NOT_FOUND
         watch = stub.Watch(health_pb2.HealthCheckRequest(service="bytes"), timeout=60)
@@ -369,11 +425,12 @@ def test_every_field_is_commented():
 
     import kvasir.proto
 
-    source = Path(kvasir.proto.__file__).parent / "kvasir" / "v1" / "inference.proto"
-    lines = source.read_text().splitlines()
+    sources = [path for path in Path(kvasir.proto.__path__[0], "kvasir", "v1").glob("*.proto") if path.stem != "group"]
+    assert len(sources) == 3
     bare = [
         line
-        for before, line in itertools.pairwise(lines)
+        for source in sources
+        for before, line in itertools.pairwise(source.read_text().splitlines())
         if line.startswith("  ") and line.rstrip().endswith((";", "{")) and not before.strip().startswith("//")
     ]
     assert bare == []
