@@ -14,6 +14,7 @@ from replay_report import percentile
 from kvasir.cluster.block_journal import BlockJournal
 from kvasir.cluster.router import Router
 from kvasir.cluster.simulated_group import Shape, StepTime
+from kvasir.engine.block_ids import loading
 from kvasir.engine.blocks import chain_start, content_ids, token_bytes
 from kvasir.engine.event import Event, Finished
 from kvasir.engine.request import Request, SamplingParams
@@ -83,6 +84,7 @@ def route_times(groups: int, tokens: int) -> str:
             member.blocks(message)
         load_ = draw.randrange(4000)
         member.report(Stats(running=20, queued_prefill_tokens=load_, prefills=2, free_blocks=9999), 0, 0.0)
+    loading().result()
     lines = []
     for label in ("prompts that are new here", "prompts whose tokens were seen before"):
         took = []

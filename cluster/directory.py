@@ -152,7 +152,9 @@ def _first_loss(look: Callable[[Key, int], int], portion: Sequence[Key], gone: i
 
 
 def _note(found: list[int], mask: int, count: int) -> None:
-    if count:
+    if mask & (mask - 1) == 0:
+        found[mask.bit_length() - 1] = count
+    elif count:
         for start, byte in enumerate(mask.to_bytes(-(-mask.bit_length() // 8), "little")):
             for bit in _BITS[byte]:
                 found[8 * start + bit] = count

@@ -41,7 +41,7 @@ def fetches(standings: Floats, held: Ints, rest: Floats, most: int) -> Ints:
     """Tokens that are worth fetching for each candidate, that holds `held` tokens itself; `rest`, what each has to compute,
     becomes less by what that saves. standings: [field, candidate]."""
     lacking = np.maximum(most - held, 0)
-    gain = lacking - standings[FETCH_FLOOR] - standings[FETCH_TOKEN] * lacking
-    pays = gain > 0
-    rest -= np.where(pays, gain, 0.0)
-    return np.where(pays, lacking, 0)
+    gain = np.maximum(lacking - standings[FETCH_FLOOR] - standings[FETCH_TOKEN] * lacking, 0.0)
+    rest -= gain
+    worth: Ints = lacking * (gain > 0)
+    return worth

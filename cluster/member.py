@@ -90,7 +90,7 @@ class Member:
         self.name = name
         self.kv_address, self.kv_secret = kv
         """Where peers fetch its blocks, if it serves any."""
-        self.role: Role = "both"
+        self._role: Role = "both"
         self.hasher: Hasher | None = None
         self.stats = Stats()
         self.group = directory.join()
@@ -116,6 +116,7 @@ class Member:
     def welcome(self, info: ModelInfo, incarnation: str) -> None:
         """A connection; load and a snapshot of its blocks follow."""
         self.hasher, self.block_size, self._max_num_seqs = self._hashers.of(info), info.block_size, info.max_num_seqs
+        self.standings.changes += 1
         self._told_at, self.serves = None, bool(self.kv_address)
         self._token_bytes = info.block_bytes / info.block_size
         self._feed.begin(incarnation)
@@ -145,6 +146,16 @@ class Member:
         self.standings.leave(self.group)
         self.standings = Standings()  # its number is the next group's, and whatever still ends is none of that one's
         self.standings.join(self.group)
+
+    @property
+    def role(self) -> Role:
+        """What requests it takes."""
+        return self._role
+
+    @role.setter
+    def role(self, role: Role) -> None:
+        self._role = role
+        self.standings.changes += 1
 
     # -- what it is given
 

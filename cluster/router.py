@@ -27,7 +27,7 @@ from kvasir.cluster.choices import Choices
 from kvasir.cluster.directory import BlockDirectory
 from kvasir.cluster.fetch import Holdings, fetches
 from kvasir.cluster.member import Member, Pace, Reservation
-from kvasir.cluster.prompt_keys import Hashers, PromptKeys
+from kvasir.cluster.prompt_keys import Hasher, Hashers
 from kvasir.cluster.standings import REQUESTS, SERVES, Floats, Ints, Standings
 from kvasir.engine.blocks import Tier
 from kvasir.engine.errors import OverloadedError
@@ -101,6 +101,19 @@ class Route:
         return "; ".join(f"{name}={value}" for name, value in self.facts().items())
 
 
+class Asked:
+    """What is the same for all requests that may go to the same groups."""
+
+    def __init__(self, members: Sequence[Member], changes: int) -> None:
+        self.members, self.changes = members, changes
+        self.numbers: Ints = np.array([member.group for member in members], np.int64)
+        self.alike = [member for member in members if member.hasher is members[0].hasher]
+        """Of the first one's kind."""
+        self.others = [member for member in members if member.hasher is not members[0].hasher]
+        self.roles = any(member.role == "prefill" for member in members)
+        """Some only compute prompts."""
+
+
 class Router:
     """Routes one model's requests. Not thread-safe: one loop calls it. `now` is that loop's clock.
 
@@ -114,8 +127,8 @@ class Router:
         self._hashers, self._pace, self._standings = Hashers(), Pace(), Standings()
         self._lenders: dict[int, Member] = {}
         """Groups that serve blocks to others, by number."""
-        self._asked: tuple[Sequence[Member], Ints] = ([], np.zeros(0, np.int64))
-        """The candidates of the last request, mostly those of the next one, and their numbers."""
+        self._asked = Asked([], 0)
+        """The candidates of the last request, mostly those of the next one."""
         self._sessions: OrderedDict[str, Member] = OrderedDict()
         self._turn = 0
 
@@ -137,7 +150,9 @@ class Router:
         """Choose one of `members`, at least one, and reserve. `source`: where the request runs already, and whose blocks
         are fetched. Raises OverloadedError when none can serve it in time."""
         length = len(request.prompt_token_ids) + len(request.resume_token_ids)
-        choices = self._choices(request, members, length, source)
+        if members != self._asked.members or self._asked.changes != self._standings.changes:
+            self._asked = Asked([*members], self._standings.changes)
+        choices = self._choices(request, self._asked, length, source)
         why, choices, place = self._by_role(choices, request, length, self._sessions.get(session) if session else None)
         limit = min(SLACK * self.max_ttft_s or math.inf, request.deadline_s or math.inf)
         if limit < math.inf and choices.late(place, limit, now):
@@ -175,37 +190,24 @@ class Router:
     def _looks(self) -> bool:
         return self.policy in ("prefix", "cost")
 
-    def _choices(self, request: Request, members: Sequence[Member], length: int, source: Member | None) -> Choices:
-        numbers = self._numbers(members)
-        standings = self._standings.table[:, numbers]
+    def _choices(self, request: Request, asked: Asked, length: int, source: Member | None) -> Choices:
+        standings, hasher = self._standings.table.take(asked.numbers, axis=1), asked.members[0].hasher
         if not self._looks:
-            return Choices.blank(members, standings, length)
-        hasher = members[0].hasher
-        same = [place for place, member in enumerate(members) if member.hasher is hasher]
-        if len(same) < len(members):
-            others = [member for member in members if member.hasher is not hasher]
-            mine = self._choices(request, [members[place] for place in same], length, source)
-            return mine.beside(self._choices(request, others, length, source))
+            return Choices.blank(asked.members, standings, length)
+        if asked.others:
+            mine, others = (
+                self._choices(request, Asked(part, 0), length, source) for part in (asked.alike, asked.others)
+            )
+            return mine.beside(others)
         if hasher is None:
-            return Choices.blank(members, standings, length)
-        return self._held(members, numbers, standings, hasher.prompt(request), hasher.block_size, length, source)
-
-    def _numbers(self, members: Sequence[Member]) -> Ints:
-        if members != self._asked[0]:
-            self._asked = [*members], np.array([member.group for member in members])
-        return self._asked[1]
+            return Choices.blank(asked.members, standings, length)
+        return self._held(asked, standings, hasher, request, length, source)
 
     def _held(
-        self,
-        members: Sequence[Member],
-        numbers: Ints,
-        standings: Floats,
-        keys: PromptKeys,
-        size: int,
-        length: int,
-        source: Member | None,
+        self, asked: Asked, standings: Floats, hasher: Hasher, request: Request, length: int, source: Member | None
     ) -> Choices:
         """What each has cached, and what it costs to have the rest."""
+        keys, size, numbers = hasher.prompt(request), hasher.block_size, asked.numbers
         found = np.array(self.directory.prefixes(keys)) * size
         cached = held = found[numbers]
         rest = length - cached.astype(np.float64)
@@ -217,7 +219,7 @@ class Router:
         holdings = self._holdings(found, size, length, source)
         most = holdings.most
         fetched = fetches(standings, held, rest, most) if most else np.zeros_like(held)
-        return Choices(members, standings, cached, held, rest, fetched, [holdings] * len(members))
+        return Choices(asked.members, standings, cached, held, rest, fetched, [holdings] * len(asked.members))
 
     def _holdings(self, found: Ints, size: int, length: int, source: Member | None) -> Holdings:
         if not self._lenders:
@@ -234,11 +236,15 @@ class Router:
         self, choices: Choices, request: Request, length: int, at_home: Member | None
     ) -> tuple[str, Choices, int]:
         """(why, those that come into question, number of the choice among them)"""
-        whole = [place for place, member in enumerate(choices.members) if member.role != "prefill"]
-        if len(whole) == len(choices.members) or not whole:
+        places = (
+            [place for place, member in enumerate(choices.members) if member.role == "prefill"]
+            if self._asked.roles
+            else []
+        )
+        whole = [place for place, member in enumerate(choices.members) if member.role != "prefill"] if places else []
+        if not whole:
             why, place = self._choose(choices, at_home)
             return why, choices, place
-        places = [place for place, member in enumerate(choices.members) if member.role == "prefill"]
         decoders, prefillers = choices.only(whole), choices.only(places)
         why, place = self._choose(decoders, at_home)
         if not request.resume_token_ids and request.pooling is None:
@@ -259,7 +265,7 @@ class Router:
         """(why, number of the choice)"""
         if len(choices.members) == 1:
             return "only", 0
-        if at_home in choices.members:
+        if at_home is not None and at_home in choices.members:
             home = choices.members.index(at_home)
             if choices.queue(home) <= STAY_S:
                 return "session", home

@@ -24,6 +24,8 @@ class Standings:
 
     def __init__(self) -> None:
         self.table: Floats = np.zeros((len(FIELDS), 16))
+        self.changes = 0
+        """How often a group's role or kind changed."""
 
     def join(self, group: int) -> None:
         """Make room for a group of this number."""

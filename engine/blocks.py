@@ -15,6 +15,7 @@ from typing import Literal
 
 ContentId = bytes
 """128 bits: equal ids mean equal tokens at equal positions under the same salt."""
+ID_BYTES = 16
 
 
 Tier = Literal["device", "host", "disk"]

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from kvasir.engine.blocks import ContentId
-from kvasir.engine.tables import ID_BYTES
+from kvasir.engine.blocks import ID_BYTES, ContentId
 
 if TYPE_CHECKING:
     from torch import Tensor

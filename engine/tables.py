@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
-from kvasir.engine.blocks import BlockPool, Changes, ContentId, chain_start, content_id
+from kvasir.engine.blocks import ID_BYTES, BlockPool, Changes, ContentId, chain_start, content_id
 from kvasir.engine.layout import Layout, Room
 from kvasir.engine.request import Request
 from kvasir.engine.sequence import GONE, Sequence
 
-ID_BYTES = 16
 Grown = list[tuple[int, list[int]]]
 """(layer group, blocks appended to its table)"""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvasir.kernels import native
+from kvasir.kernels import compiled, native
 
 PROGRAM = Path(__file__).with_name("same_everywhere.cpp")
 FLAGS = ("-O1", "-std=c++17", "-fno-math-errno", "-w")
@@ -43,7 +43,7 @@ def numbers(call: list[str]) -> Found:
 
 @pytest.fixture(scope="module")
 def here(build: Build) -> Found:
-    compiler = native.compiler()
+    compiler = compiled.compiler()
     if compiler is None:
         pytest.skip("there is no C++ compiler")
     return numbers(build(compiler, "-march=native" if platform.machine() == "x86_64" else "-mcpu=native"))
@@ -61,7 +61,7 @@ def test_older_x86(level: str, here: Found, build: Build) -> None:
     """v3: AVX2 with FMA and F16C; the other is what every 64-bit CPU has."""
     if level == "x86-64-v3" and not {"avx2", "fma", "f16c"} <= flags():
         pytest.skip("this CPU has no AVX2")
-    compiler = native.compiler()
+    compiler = compiled.compiler()
     assert compiler is not None
     check(numbers(build(compiler, f"-march={level}")), here)
 

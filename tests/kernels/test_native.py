@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvasir.kernels import activation_native, attention_native, cache_native, native, norm_native
+from kvasir.kernels import activation_native, attention_native, cache_native, compiled, native, norm_native
 from kvasir.kernels.activation import gated
 from kvasir.kernels.attention import attention
 from kvasir.kernels.cache import turn_and_write
@@ -203,7 +203,7 @@ def test_turned_and_written(
 
 
 def test_without_a_compiler_torch_does_the_work(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    monkeypatch.setattr(native, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(compiled, "COMPILERS", ("no-such-compiler",))
     found = native.native.__wrapped__()
     assert found.library is None
     assert "no C++ compiler" in found.text
@@ -212,7 +212,7 @@ def test_without_a_compiler_torch_does_the_work(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_failing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: Any) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "FLAGS", ("--no-such-flag",))
+    monkeypatch.setattr(compiled, "FLAGS", ("--no-such-flag",))
     found = native.native.__wrapped__()
     assert found.library is None
     assert "no-such-flag" in found.text
@@ -224,7 +224,7 @@ def test_the_library_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Path(native.library()._name)  # type: ignore[union-attr]
     monkeypatch.setenv("XDG_CACHE_HOME", str(found.parents[1]))
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("compiled again"))
-    monkeypatch.setattr(native, "_key", lambda compiler: found.stem.removeprefix("kernels-"))
+    monkeypatch.setattr(compiled, "_key", lambda program, sources: found.stem.removeprefix("kernels-"))
     assert "compiled before" in native.native.__wrapped__().text
 
 
@@ -279,11 +279,13 @@ CHOSEN = "(equal or same or keys or turned) and not sanitizers"
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """(library under AddressSanitizer and UBSan, what must be loaded before it)."""
-    compiler = native.compiler()
+    compiler = compiled.compiler()
     if compiler is None:
         pytest.skip("there is no C++ compiler")
     target = tmp_path_factory.mktemp("sanitized") / "kernels.so"
-    made = subprocess.run(native.command(compiler, target, *SANITIZERS), capture_output=True, text=True)
+    made = subprocess.run(
+        compiled.command(compiler, native.sources(), target, *SANITIZERS), capture_output=True, text=True
+    )
     if made.returncode:
         pytest.skip(f"{compiler} has no sanitizers: {made.stderr[:200]}")
     found = [

@@ -1,0 +1,111 @@
+"""Compiles C++ of this folder into a shared library, by the system's compiler and for this CPU. No torch.
+
+Libraries are kept in the user's cache folder under a hash of all that shaped them: sources, flags, compiler and CPU.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+HERE = Path(__file__).parent
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-math-errno", "-w")
+TIMEOUT_S = 300
+"""Half a minute on an idle core; a machine that is busy loading models takes its time."""
+
+
+class NativeError(Exception):
+    """Why the library can't be had."""
+
+
+def compiler() -> str | None:
+    """The system's."""
+    return next((found for name in COMPILERS if (found := shutil.which(name))), None)
+
+
+def command(program: str, sources: Iterable[Path], target: Path, *flags: str) -> list[str]:
+    """The call that compiles them into `target`."""
+    # Apple's clang for ARM knows -mcpu alone
+    tune = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    return [program, *FLAGS, tune, *flags, *map(str, sources), "-o", str(target)]
+
+
+def compiled(name: str, sources: Sequence[Path]) -> tuple[Path, str]:
+    """The library's path, and how it came there; `name` begins the file's name. NativeError, OSError or SubprocessError when
+    it can't be had."""
+    program = compiler()
+    if program is None:
+        raise NativeError("there is no C++ compiler (c++, g++ or clang++; on Debian: apt-get install g++)")
+    folder = _folder()
+    target = folder / f"{name}-{_key(program, sources)}.so"
+    if target.exists():
+        return target, f"{target}, compiled before"
+    with _alone(folder):
+        if target.exists():
+            return target, f"{target}, compiled by another process"
+        begin = time.perf_counter()
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch) / target.name
+            run = subprocess.run(command(program, sources, made), capture_output=True, text=True, timeout=TIMEOUT_S)
+            if run.returncode:
+                raise NativeError(f"{program} failed: {run.stderr.strip()[:500]}")
+            made.replace(target)
+    seconds = time.perf_counter() - begin
+    logger.info("compiled in %.1f s: %s", seconds, target)
+    return target, f"{target}, compiled in {seconds:.1f} s"
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Of ranks that start at once one compiles; on file systems without locks all do, and each ends with a whole file."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _folder() -> Path:
+    """Where compiled code is kept: the user's own folder, closed to others."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvasir"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+def _key(program: str, sources: Sequence[Path]) -> str:
+    """A hash of everything that the compiled code depends on."""
+    digest = hashlib.blake2b(digest_size=12)
+    version = subprocess.run([program, "--version"], capture_output=True, timeout=TIMEOUT_S).stdout
+    for part in (*_texts(sources), " ".join(command(program, sources, Path("-"))).encode(), version, _cpu()):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def _texts(sources: Sequence[Path]) -> Iterator[bytes]:
+    for path in (*sources, *sorted(HERE.glob("*.h"))):
+        yield path.read_bytes()
+
+
+def _cpu() -> bytes:
+    """What -march=native goes by: the model and the instructions that the system lets us use."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_bytes().split(b"\n\n")[0].splitlines() if info.exists() else []
+    kept = (b"model name", b"flags", b"Features", b"CPU implementer", b"CPU part", b"model\t", b"stepping")
+    return b"\n".join(
+        [platform.machine().encode(), platform.processor().encode(), *(x for x in lines if x.startswith(kept))]
+    )
