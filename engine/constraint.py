@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from kvasir.engine.thoughts import Thinking
 
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.int32]
+ALONE_S = 3e-4
+"""Masks that take one thread no longer are made by it alone."""
 
 
 class Constraint:
@@ -108,6 +111,16 @@ class Constraint:
             count += 1
         return count
 
+    def fits(self, token: int) -> bool:
+        """Whether the mask surely has it, without making one. An end that nothing but the mask allows isn't sure."""
+        if (forced := self.forced) is not None:
+            return token == forced
+        if self.thinking is not None and self.thinking.opening and token == self.thinking.first:
+            return True
+        if token == self._end or token in self._stops:
+            return token in self._stops and self.may_end
+        return self.matcher is None or self.matcher.validate_tokens([token]) == 1
+
     def close(self, words: Words) -> None:
         """Of the library's mask words[W], or one of zeros: what else holds, ends where they may be, and at least one token."""
         if (forced := self.forced) is not None:
@@ -169,9 +182,10 @@ class Ends:
 
 
 class Constraints:
-    """Those of all seats, and their masks. As soon as a token is known it is taken in, and the next mask is made; apart: by a
-    thread of their own, while the next step's forward runs, and `masks` waits for it. Where the forward runs on the same
-    cores that delays it by more than it hides: half of its threads wait for the one that lost its core."""
+    """Those of all seats, and their masks. apart: as soon as a token is known it is taken in and the next mask is made, by a
+    thread of their own, while the next step's forward runs. Where the forward runs on the same cores that delays it by more
+    than it hides (half of its threads wait for the one that lost its core), and the host has the logits at once: there
+    masks are made when they are asked for, and only for rows that need one."""
 
     def __init__(self, max_num_seqs: int, vocab: int, *, apart: bool) -> None:
         self._apart = apart
@@ -184,6 +198,11 @@ class Constraints:
         self._thread: ThreadPoolExecutor | None = None
         self._newest: Future[dict[int, str | None]] | None = None
 
+    @property
+    def looks(self) -> bool:
+        """`masks` has use for the rows' likeliest tokens."""
+        return bool(self._seats) and not self._apart
+
     def enter(self, seat: int, constraint: Constraint | None) -> None:
         """A sequence takes a seat, with a grammar or without."""
         if constraint is None and seat not in self._seats:
@@ -193,7 +212,8 @@ class Constraints:
         self._seats.pop(seat, None)
         if constraint is not None:
             self._seats[seat] = constraint
-            self._entered.append(seat)
+            if self._apart:
+                self._entered.append(seat)
 
     def prepare(self) -> None:
         """Begin the first masks of those that entered."""
@@ -201,12 +221,16 @@ class Constraints:
             entered, self._entered = self._entered, []
             self._begin(lambda: self._fill(entered))
 
-    def masks(self, seats: Ints) -> tuple[Ints, Words]:
-        """(rows that a grammar holds, their masks[N, W])."""
+    def masks(self, seats: Ints, likeliest: Sequence[int] | None = None) -> tuple[Ints, Words]:
+        """(rows that a grammar holds, their masks[N, W]). likeliest: of each row the token that is taken if it fits, or -1; rows
+        where it does are left out, if it `looks`."""
         if not self._seats:
             return seats[:0], self._masks
-        self.prepare()
-        self._wait()
+        if self._apart:
+            self.prepare()
+            self._wait()
+        else:
+            self._fill(self._unfit(seats.tolist(), likeliest))
         rows = np.flatnonzero(self._held[seats])
         return rows, self._masks[seats[rows]] if len(rows) else self._masks
 
@@ -214,6 +238,14 @@ class Constraints:
         """row -> None when its grammar is over, or else why it can't go on. None: nothing holds any of the seats."""
         rows = [(row, seat) for row, seat in enumerate(seats.tolist()) if seat in self._seats] if self._seats else []
         return self._begin(lambda: self._advance(rows, token_ids())) if rows else None
+
+    def _unfit(self, seats: Sequence[int], likeliest: Sequence[int] | None) -> list[int]:
+        """Those of `seats` that need a mask."""
+        self._held[seats] = False
+        found = [(row, seat, self._seats[seat]) for row, seat in enumerate(seats) if seat in self._seats]
+        if likeliest is not None:
+            found = [one for one in found if likeliest[one[0]] < 0 or not one[2].fits(likeliest[one[0]])]
+        return [seat for _, seat, _ in found]
 
     # -- in the thread, if there is one
 
@@ -224,19 +256,18 @@ class Constraints:
             constraint.advance(token_ids[row])
             if constraint.over or constraint.why is not None:
                 ended[row] = constraint.why
-        self._fill([seat for _, seat in rows])
+        if self._apart:
+            self._fill([seat for _, seat in rows])
         return ended
 
     def _fill(self, seats: Sequence[int]) -> dict[int, str | None]:
         """Their masks, by all cores of the machine and without Python's lock."""
         if not len(self._masks):
-            self._masks, self._executor = np.zeros(self._shape, np.int32), LLExecutor()
-        assert self._executor is not None
+            self._masks = np.zeros(self._shape, np.int32)
         found = [(seat, self._seats[seat]) for seat in seats]
         self._held[seats] = [constraint.holds for _, constraint in found]
         held = [(seat, constraint) for seat, constraint in found if self._held[seat]]
-        if lines := [(matcher, seat) for seat, constraint in held if (matcher := constraint.lexing) is not None]:
-            self._executor.unsafe_compute_mask_ptr(lines, self._masks.ctypes.data, 4 * self._shape[1], self._shape[0])
+        self._compute([(matcher, seat) for seat, constraint in held if (matcher := constraint.lexing) is not None])
         alike: dict[tuple[int, tuple[int, ...]], list[tuple[int, Constraint]]] = {}
         for seat, constraint in held:
             if constraint.plain:
@@ -251,6 +282,16 @@ class Constraints:
             group[0][1].ends.close(masks, [constraint for _, constraint in group])
             self._masks[places] = masks
         return {}
+
+    def _compute(self, lines: list[tuple[LLMatcher, int]]) -> None:
+        """(matcher, the mask's row): one after the other as long as that takes less than to wake other threads."""
+        at, size, begun = self._masks.ctypes.data, 4 * self._shape[1], time.perf_counter()
+        while lines and time.perf_counter() - begun < ALONE_S:
+            matcher, row = lines.pop()
+            matcher.unsafe_compute_mask_ptr(at + row * size, size)
+        if lines:
+            self._executor = self._executor or LLExecutor()
+            self._executor.unsafe_compute_mask_ptr(lines, at, size, self._shape[0])
 
     def _begin(self, work: Callable[[], dict[int, str | None]]) -> Future[dict[int, str | None]]:
         if not self._apart:

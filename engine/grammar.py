@@ -25,8 +25,6 @@ CACHED = 256
 """Compiled grammars that are kept beside those in use; the least recently used goes first."""
 THREADS = 2
 """Grammars that are compiled at once: a heavy one leaves a thread to the others."""
-COMPILE_LIMIT_S = 10.0
-"""A grammar that takes longer is given up."""
 MARK = "\x02"
 """A character that joins with no other."""
 LONGEST = 64

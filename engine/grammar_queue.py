@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from kvasir.engine.errors import KvasirError
 from kvasir.engine.event import Event, Failed
-from kvasir.engine.grammar import COMPILE_LIMIT_S, Grammar, Grammars
+from kvasir.engine.grammar import Grammar, Grammars
 from kvasir.engine.request import Request, StructuredOutput
+from kvasir.engine.schema import COMPILE_LIMIT_S
 
 WAIT_LIMIT_S = 60.0
 """A request whose grammar's turn hasn't come after this fails."""

@@ -19,9 +19,10 @@ from kvasir.engine.shaping import Shaping
 from kvasir.engine.step import Candidate, NewSequence
 from kvasir.engine.trails import PENALTIES, Trails, looks_back, penalized
 from kvasir.engine.words import Spellings
-from kvasir.kernels.bitmask import allow
+from kvasir.kernels.bitmask import allow, best_allowed
 from kvasir.kernels.sample import draw, greedy, penalise, score, uniform
 
+Bools = npt.NDArray[np.bool_]
 NEUTRAL = {
     "temperature": 1.0,
     "top_p": 1.0,
@@ -106,11 +107,11 @@ class Sampler:
 
     def sample(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
         """logits[R, V] of the sequences in seats[R] -> token ids[R] for positions[R]. `logits` stay as they are."""
-        raw, logits = logits, self._ruled(logits, seats, positions)
-        self.offers = self._offer(raw, logits, seats) if self.beams else {}
         cold = self.values["temperature"][seats] == 0
+        raw, (logits, best) = logits, self._ruled(logits, seats, positions, cold)
+        self.offers = self._offer(raw, logits, seats) if self.beams else {}
         if cold.all():
-            return greedy(logits)
+            return greedy(logits) if best is None else best
         shaped = ~cold & self.shaping.seats[seats]
         rest = ~(cold | shaped)
         by_k = rest & (self.values["top_k"][seats] > 0)
@@ -123,7 +124,10 @@ class Sampler:
                 index = self._tensor(rows)
                 part = logits if len(rows) == len(seats) else logits[index]
                 draw_part = self._draw_shaped if kind is shaped else self._draw
-                tokens[index] = greedy(part) if kind is cold else draw_part(part, seats[rows], positions[rows])
+                if kind is cold:
+                    tokens[index] = greedy(part) if best is None else best[index]
+                else:
+                    tokens[index] = draw_part(part, seats[rows], positions[rows])
         return tokens
 
     def replay(self, seat: int, logits: Tensor, token_ids: Ints, start: int) -> None:
@@ -131,7 +135,7 @@ class Sampler:
         seats = np.array([seat])
         for row, token in enumerate(token_ids.tolist()):
             position = np.array([start + row])
-            adjusted = self._ruled(logits[row : row + 1], seats, position)
+            adjusted, _ = self._ruled(logits[row : row + 1], seats, position)
             chosen = self._tensor(np.array([token]))
             self.shaping.replay(adjusted, seats, chosen, *self._plain_filters(seats))
             self.remember(seats, chosen)
@@ -160,14 +164,19 @@ class Sampler:
 
         return scores
 
-    def _ruled(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
-        """Everything but the draw: what moves logits, then what bars tokens."""
+    def _ruled(
+        self, logits: Tensor, seats: Ints, positions: Ints, cold: Bools | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Everything but the draw: what moves logits, then what bars tokens. See `_constrain` for the second. cold: greedy rows."""
         logits, failed = self.processing.apply(self._adjust(logits, seats, positions), seats)
         logits, barred = self.trails.bar(logits, seats)
-        logits = self._constrain(logits, seats)
-        best = Copy(logits[self._tensor(np.array(barred))].amax(-1)) if barred else None
-        self.stuck = lambda: failed | ({} if best is None else _stuck(barred, best.values))
-        return logits
+        if cold is not None and self.constraints.looks:
+            cold = cold & ~np.isin(seats, list(self.beams))
+            cold[barred] = False
+        logits, best = self._constrain(logits, seats, cold)
+        most = Copy(logits[self._tensor(np.array(barred))].amax(-1)) if barred else None
+        self.stuck = lambda: failed | ({} if most is None else _stuck(barred, most.values))
+        return logits, best
 
     def _offer(self, raw: Tensor, logits: Tensor, seats: Ints) -> dict[int, Callable[[], list[Candidate]]]:
         """What the rows of beams offer: log probabilities under the `raw` distribution, moved as the logits were."""
@@ -215,10 +224,21 @@ class Sampler:
         """Rows of the seats of which something is kept."""
         return [row for row, seat in enumerate(seats.tolist()) if seat in kept] if kept else []
 
-    def _constrain(self, logits: Tensor, seats: Ints) -> Tensor:
-        """Only what the grammars allow."""
-        rows, masks = self.constraints.masks(seats)
-        return allow(logits, self._tensor(rows), self._tensor(masks)) if len(rows) else logits
+    def _constrain(self, logits: Tensor, seats: Ints, easy: Bools | None) -> tuple[Tensor, Tensor | None]:
+        """(logits[R, V] of what the grammars allow; the best token of each row, if somebody had to know). Of `easy` rows nothing
+        but the best token is wanted: where the likeliest one fits that is it. Their logits stay as they are."""
+        if easy is None or not (self.constraints.looks and easy.any()):
+            rows, masks = self.constraints.masks(seats)
+            return (allow(logits, self._tensor(rows), self._tensor(masks)) if len(rows) else logits), None
+        best = greedy(logits)
+        rows, masks = self.constraints.masks(seats, np.where(easy, best.numpy(), -1).tolist())
+        if (late := easy[rows]).any():
+            best[self._tensor(rows[late])] = best_allowed(logits, self._tensor(rows[late]), self._tensor(masks[late]))
+        if not late.all():
+            index = self._tensor(rows[~late])
+            logits = allow(logits, index, self._tensor(masks[~late]))
+            best[index] = greedy(logits[index])
+        return logits, best
 
     def _penalise(self, logits: Tensor, seats: Ints) -> Tensor:
         """Only rows with a penalty cost anything."""

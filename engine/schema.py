@@ -10,6 +10,8 @@ if TYPE_CHECKING:  # only its stubs know it
     from llguidance._lib import JsonCompileOptions
 
 PARAM = "structured_outputs"
+COMPILE_LIMIT_S = 10.0
+"""A grammar that takes longer is given up."""
 JSON_RULES: JsonCompileOptions = {
     "lenient": False,
     "coerce_one_of": False,

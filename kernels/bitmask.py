@@ -14,3 +14,9 @@ def allow(logits: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
     bit = torch.ones(32, dtype=torch.int32, device=mask.device) << torch.arange(32, device=mask.device).int()
     barred = ((mask[:, :, None] & bit) == 0).flatten(1)[:, : logits.shape[1]]
     return logits.index_copy(0, rows, logits[rows].masked_fill_(barred, -torch.inf))
+
+
+@op("native")
+def best_allowed(logits: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
+    """The first of the largest of logits[R, V] in rows[N], of those that mask[N, W] leaves -> [N] int64."""
+    return allow.reference(logits[rows], torch.arange(len(rows), device=rows.device), mask).argmax(-1)

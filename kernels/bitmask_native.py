@@ -15,7 +15,7 @@ ALONE = 1 << 18
 def allow(logits: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
     """As the definition says; float32 alone is compiled."""
     compiled = library()
-    if compiled is None or logits.dtype != torch.float32 or logits.stride(-1) != 1 or not mask.is_contiguous():
+    if compiled is None or not _readable(logits, rows, mask):
         return plain.allow.reference(logits, rows, mask)
     count, vocab = logits.shape
     which = torch.full((count,), -1, dtype=torch.int64)
@@ -33,3 +33,27 @@ def allow(logits: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
         torch.get_num_threads() if logits.numel() > ALONE else 1,
     )
     return out
+
+
+def best_allowed(logits: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
+    """As the definition says."""
+    compiled = library()
+    if compiled is None or not _readable(logits, rows, mask):
+        return plain.best_allowed.reference(logits, rows, mask)
+    found = torch.empty(len(rows), dtype=torch.int64)
+    compiled.best_allowed(
+        logits.data_ptr(),
+        logits.stride(0),
+        rows.data_ptr(),
+        mask.data_ptr(),
+        mask.shape[1],
+        found.data_ptr(),
+        len(rows),
+        logits.shape[1],
+        torch.get_num_threads() if len(rows) * logits.shape[1] > ALONE else 1,
+    )
+    return found
+
+
+def _readable(logits: Tensor, rows: Tensor, mask: Tensor) -> bool:
+    return logits.dtype == torch.float32 and logits.stride(-1) == 1 and rows.is_contiguous() and mask.is_contiguous()

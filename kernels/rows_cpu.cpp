@@ -170,6 +170,27 @@ void allow_row(const float *x, const uint32_t *words, float *out, int64_t width)
   }
 }
 
+// The first of the largest of one row whose bits are set; 0 when none is more than -infinity.
+int64_t best_of_row(const float *x, const uint32_t *words, int64_t width) {
+  const I16 place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  F16 best = splat(-INFINITY);
+  I16 at = {};
+  for (int64_t v = 0; v < width; v += 16) {
+    uint32_t bits = words[v / 32] >> v % 32 & 0xffff;
+    if (width - v < 16) bits &= (1u << (width - v)) - 1;
+    if (!bits) continue;
+    F16 y = width - v < 16 ? widen(x + v, width - v) : widen(x + v);
+    I16 more = ((splat_bits(bits) >> place) & 1) != 0 & y > best;
+    best = where(more, y, best);
+    at = more ? place + (int32_t)v : at;
+  }
+  int64_t found = 0;
+  float most = -INFINITY;
+  for (int i = 0; i < 16; i++)
+    if (best[i] > most || (best[i] == most && best[i] > -INFINITY && at[i] < found)) most = best[i], found = at[i];
+  return found;
+}
+
 } // namespace
 
 // logits[R, V], a row every `x_row` numbers -> out[R, V]; which[R]: the row of mask[N, W] that holds there, or -1.
@@ -178,6 +199,12 @@ EXPORT void allow(const float *x, int64_t x_row, const int64_t *which, const uin
   by_rows(threads, rows, width, [&](int64_t r) {
     allow_row(x + r * x_row, which[r] < 0 ? nullptr : mask + which[r] * words, out + r * width, width);
   });
+}
+
+// Of which[N] rows of logits[R, V] the best number that mask[N, W] leaves -> out[N].
+EXPORT void best_allowed(const float *x, int64_t x_row, const int64_t *which, const uint32_t *mask, int64_t words, int64_t *out,
+                         int64_t rows, int64_t width, int64_t threads) {
+  by_rows(threads, rows, width, [&](int64_t r) { out[r] = best_of_row(x + which[r] * x_row, mask + r * words, width); });
 }
 
 // Types: 0 float32, 1 bfloat16, 2 float16.

@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 
 from kvasir.engine import LLM, SamplingParams
-from kvasir.engine.constraint import Constraint
+from kvasir.engine.constraint import Constraint, Constraints
 from kvasir.engine.errors import ClientError, UnsupportedError
-from kvasir.engine.grammar import CACHED, COMPILE_LIMIT_S, Grammar, Grammars, Vocabulary
+from kvasir.engine.grammar import CACHED, Grammar, Grammars, Vocabulary
 from kvasir.engine.grammar_queue import WAIT_LIMIT_S, Compiling
 from kvasir.engine.grammar_text import grammar_text
 from kvasir.engine.request import Request, StructuredOutput
+from kvasir.engine.schema import COMPILE_LIMIT_S
 from kvasir.engine.step import NewSequence
 from kvasir.engine.thoughts import Thinking, Thoughts
 from kvasir.engine.tokenizer import Tokenizer
@@ -253,6 +254,8 @@ def test_what_is_drafted_fits_as_far_as_the_masks_say(drafted, data):
             trial.close(words)
         else:
             words[:] = -1
+        has = bool(words[token // 32] >> (token % 32) & 1)
+        assert trial.fits(token) == has or trial.over or trial.why is not None or (has and token == tokenizer.eos_token)
         if trial.over or trial.why is not None or not words[token // 32] >> (token % 32) & 1:
             break
         trial.advance(token)
@@ -261,6 +264,46 @@ def test_what_is_drafted_fits_as_far_as_the_masks_say(drafted, data):
     if thoughts is None:
         assert constraint.fitting(drafted) == fits
     assert constraint.fitting([*drafted, tokenizer.eos_token]) == constraint.fitting(drafted)
+
+
+MIXED = [
+    {"structured_outputs": StructuredOutput(json=json.dumps(PERSON))},
+    {"structured_outputs": StructuredOutput(json=json.dumps(PERSON)), "repetition_penalty": 1.4},
+    {"structured_outputs": StructuredOutput(regex="[a-z ]*"), "min_tokens": 20},
+    {"structured_outputs": StructuredOutput(regex="[a-z ]*"), "logprobs": 2, "stop_token_ids": [300]},
+    {"structured_outputs": StructuredOutput(regex="([a-z]+ )*"), "bad_words": ["the"]},
+    {"structured_outputs": StructuredOutput(regex="([a-z]+ )*"), "use_beam_search": True, "n": 2, "best_of": 2},
+    {"structured_outputs": StructuredOutput(choice=["yes", "no"]), "thoughts": Thoughts(end=[265], budget=5)},
+    {"structured_outputs": StructuredOutput(json=json.dumps(PERSON)), "temperature": 0.7, "seed": 3},
+    {"structured_outputs": StructuredOutput(regex="[a-z ]*"), "mirostat": 2, "temperature": 0.8, "seed": 3},
+    {},
+]
+
+
+@pytest.mark.parametrize("hot", [False, True])
+def test_a_likeliest_token_that_fits_is_what_a_mask_would_leave(llm, monkeypatch, hot):
+    """Greedy sequences whose token fits need no mask: token for token as with one, alone and among others."""
+    sampling = [SamplingParams(**({"temperature": 0, "max_tokens": 40} | more)) for more in MIXED]
+    sampling = sampling if hot else [one for one in sampling if one.temperature == 0]
+    filled, fill = [], Constraints._fill
+
+    def counted(self, seats):
+        filled.append(len(seats))
+        return fill(self, seats)
+
+    monkeypatch.setattr(Constraints, "_fill", counted)
+    prompts = [f"{number} times" for number in range(len(sampling))]
+
+    def outputs():
+        filled.clear()
+        found = llm.generate(prompts, sampling, use_tqdm=False)
+        return [[(one.token_ids, one.finish_reason) for one in each.outputs] for each in found], sum(filled)
+
+    lazy, few = outputs()
+    monkeypatch.setattr(Constraints, "looks", False)
+    masked, many = outputs()
+    assert lazy == masked
+    assert few < many * 0.7
 
 
 @functools.cache

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvasir.kernels.bitmask import allow
+from kvasir.kernels.bitmask import allow, best_allowed
 
 
 @pytest.mark.parametrize("vocab", [1, 31, 32, 33, 100, 3072, 5001])
@@ -30,3 +30,19 @@ def test_rows_that_lie_apart_and_other_types() -> None:
     for logits in (wide[::2, :100], wide[:3, :100].T.contiguous().T, wide[:3, :100].double()):
         rows = torch.tensor([2, 0])
         assert allow(logits, rows, mask).equal(allow.reference(logits, rows, mask))
+
+
+@pytest.mark.parametrize("vocab", [1, 15, 16, 33, 100, 3072])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_best_of_what_is_allowed(vocab: int, dtype: torch.dtype) -> None:
+    """The first of several, wherever they lie; rows of which all is -inf too."""
+    draw = np.random.default_rng(vocab)
+    logits = torch.from_numpy(draw.integers(-3, 4, (6, vocab)).astype(np.float32)).to(dtype)
+    logits[1], logits[2, vocab // 2 :], logits[3] = -torch.inf, -torch.inf, -0.0
+    allowed = draw.random((5, vocab)) < np.array([[0.9], [0.5], [0.5], [0.1], [0.02]])
+    packed = np.packbits(np.pad(allowed, ((0, 0), (0, -vocab % 32))), axis=1, bitorder="little")
+    masks, rows = torch.from_numpy(packed.view(np.int32)), torch.tensor([5, 1, 2, 3, 0])
+    expected = allow.reference(logits, rows, masks)[rows].argmax(-1)
+    for implementation in (best_allowed, best_allowed.reference):
+        assert implementation(logits, rows, masks).equal(expected)
+        assert implementation(logits.T.contiguous().T, rows, masks).equal(expected)
