@@ -14,6 +14,7 @@ from kvasir.cluster.call import Conversation, Text
 from kvasir.cluster.derived_format import shows_tools
 from kvasir.cluster.model_card import ModelCard
 from kvasir.cluster.tool_formats import model_formats
+from kvasir.cluster.tool_threads import ToolThreads
 from kvasir.cluster.tool_use import HeldCalls, ToolUse
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ClientError
@@ -27,7 +28,7 @@ INLINE_CHARS = 2000
 """Texts up to this length are tokenised on the event loop (about 0.5 ms); longer ones in a thread."""
 
 _threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenise")
-_builders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tools")
+_tool_threads = ToolThreads()
 """Apart: one tool's schema may take seconds."""
 
 
@@ -97,7 +98,7 @@ class ServedModel:
 
     async def hold(self, use: ToolUse, instead: StructuredOutput | None) -> HeldCalls:
         """`ToolUse.held` in this model's format, off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(_builders, use.held, self.tools, instead)
+        return await _tool_threads.held(use, self.tools, instead)
 
     async def encode_passages(
         self, inputs: Sequence[Passage | Sequence[int]], places: Sequence[str], limit: int, truncate: int | None

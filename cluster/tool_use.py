@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +21,6 @@ from kvasir.engine.request import StructuredOutput
 from kvasir.engine.schema import MAX_DEPTH, check_depth
 
 MAX_TOOLS = 512
-LIMIT_S = 10.0
-"""For the schemas of one request."""
 _NAME = re.compile(r"""[^\x00-\x1f"'\\<>{}\[\]]{1,128}""")
 _MODES = ("auto", "none", "required")
 
@@ -57,11 +55,13 @@ class ToolUse:
         """Tool -> its parameters' schema."""
         return {tool["function"]["name"]: tool["function"].get("parameters") for tool in self.tools}
 
-    def held(self, taught: ToolFormat | None, instead: StructuredOutput | None = None) -> HeldCalls:
+    def held(
+        self, taught: ToolFormat | None, instead: StructuredOutput | None = None, limit_s: float = math.inf
+    ) -> HeldCalls:
         """What holds the model to it, in the format that it was `taught`; where that can't be enforced and has to be, as JSON.
         instead: what an answer that is no call has to look like. UnsupportedError names what can't be enforced of a strict
-        tool, or a forced one. Takes milliseconds."""
-        form, unheld = self._format(taught)
+        tool, or a forced one. Takes milliseconds as a rule; SlowSchemaError where the schemas take over `limit_s`."""
+        form, unheld = self._format(taught, Steps(limit_s))
         if self.required:
             content = self._required(form)
         elif instead is not None:
@@ -71,29 +71,27 @@ class ToolUse:
         tag = json.dumps({"type": "structural_tag", "format": content})
         return HeldCalls(form, StructuredOutput(structural_tag=tag), unheld)
 
-    def _format(self, taught: ToolFormat | None) -> tuple[ToolFormat, tuple[str, ...]]:
+    def _format(self, taught: ToolFormat | None, steps: Steps) -> tuple[ToolFormat, tuple[str, ...]]:
         """(how calls are written, what of their schemas isn't enforced)."""
         if taught is not None:
             try:
-                return taught, self._unheld(taught)
+                return taught, self._unheld(taught, steps)
             except UnsupportedError:
                 if not self.required:
                     raise
-        return TOOL_FORMATS["json"], self._unheld(TOOL_FORMATS["json"])
+        return TOOL_FORMATS["json"], self._unheld(TOOL_FORMATS["json"], steps.again())
 
-    def _unheld(self, form: ToolFormat) -> tuple[str, ...]:
+    def _unheld(self, form: ToolFormat, steps: Steps) -> tuple[str, ...]:
         """What of the schemas isn't enforced; UnsupportedError where it has to be."""
-        steps, found, limit = Steps(), [], time.monotonic() + LIMIT_S
+        found: list[str] = []
         for name in self.names:
+            steps.check_time()
             strict = bool(self._function(name).get("strict"))
             try:
                 skipped = self._skipped(name, form, strict or self.required, steps)
             except UnsupportedError as error:
                 raise UnsupportedError(self._refusal(name, form, strict, error.message), param="tools") from error
             found += [f"{what} in tool {name} (can't be enforced)" for what in skipped]
-            if time.monotonic() > limit:
-                text = f"the tools' schemas take more than {LIMIT_S:.0f} s: make them smaller, or send fewer tools"
-                raise ClientError(text, param="tools")
         return tuple(found)
 
     def _refusal(self, name: str, form: ToolFormat, strict: bool, why: str) -> str:
@@ -109,7 +107,7 @@ class ToolUse:
     def _skipped(self, name: str, form: ToolFormat, exact: bool, steps: Steps) -> tuple[str, ...]:
         if form.arguments is not None:
             return check_arguments(self._parameters(name), form.arguments, exact=exact, steps=steps)
-        found = loosened(self._parameters(name))[1]
+        found = loosened(self._parameters(name), steps)[1]
         if found and exact:
             raise UnsupportedError(f"{', '.join(found)} can't be enforced", param="tools")
         return found

@@ -246,7 +246,7 @@ class ArgumentRules:
     def _plain_json(self, schema: Json) -> str:
         shared = {name: self._root[name] for name in ("$defs", "definitions") if name in self._root}
         whole = {**shared, **schema}
-        whole, skipped = loosened(whole)
+        whole, skipped = loosened(whole, self._out.steps)
         for what in skipped:
             self._skip(what)
         return str(self._out.json(whole, lenient=not self._exact))

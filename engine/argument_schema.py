@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,14 +25,32 @@ NUMBER = frozenset({"type", "minimum", "maximum", "exclusiveMinimum", "exclusive
 ARRAY = frozenset({"type", "items", "minItems", "maxItems"})
 
 
-class Steps:
-    """Counts what a grammar of arguments takes."""
+class SlowSchemaError(ClientError):
+    """Tools' schemas take too long to be looked at."""
 
-    def __init__(self) -> None:
-        self._count = 0
+
+class Steps:
+    """Counts what a grammar of arguments takes, and the time since it was made."""
+
+    def __init__(self, limit_s: float = math.inf) -> None:
+        self._count, self._limit_s = 0, limit_s
+        self._until = time.monotonic() + limit_s
+
+    def again(self) -> Steps:
+        """From the first step, with the time that is left."""
+        other = Steps(self._limit_s)
+        other._until = self._until
+        return other
+
+    def check_time(self) -> None:
+        """SlowSchemaError beyond the limit: to be asked before what takes milliseconds."""
+        if time.monotonic() > self._until:
+            text = f"the tools' schemas take more than {self._limit_s:g} s: make them smaller, or send fewer tools"
+            raise SlowSchemaError(text, param="tools")
 
     def add(self, count: int = 1) -> None:
-        """ClientError beyond MAX_STEPS."""
+        """ClientError beyond MAX_STEPS, or beyond the time."""
+        self.check_time()
         self._count += count
         if self._count > MAX_STEPS:
             text = f"the tools' schemas take more than {MAX_STEPS} rules, with all that their $refs stand for"

@@ -6,6 +6,7 @@ import json
 from functools import lru_cache
 from typing import Any
 
+from kvasir.engine.argument_schema import Steps
 from kvasir.engine.errors import ClientError
 from kvasir.engine.schema import JSON_RULES, narrowed
 
@@ -19,43 +20,37 @@ _MAPS = frozenset({"properties", "$defs", "definitions", "dependentSchemas", "pa
 _VALUES = frozenset({"enum", "const", "default", "examples", "example", "required"})
 
 
-def loosened(schema: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """(the schema, what of it isn't enforced). What is no schema at all stays as it is: its compiler says why."""
-    given = json.dumps(schema)
-    text, told = (_loosened if len(given) <= KEPT_CHARS else _loosened.__wrapped__)(given)
-    return (schema if text is None else json.loads(text)), told
+def loosened(schema: dict[str, Any], steps: Steps | None = None) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(the schema, what of it isn't enforced). What is no schema at all stays as it is: its compiler says why. `steps` limit how
+    long it is looked at."""
+    fits, told = _problems(schema)
+    if fits:
+        return schema, told
+    search = _Search(steps or Steps())
+    loose = search.without(schema)
+    return loose, (*search.dropped, *(_problems(loose)[1] if search.dropped else ()))
 
 
 def enforceable(pattern: str) -> bool:
     """Whether the grammar library knows all of a regular expression."""
-    return (_enforceable if len(pattern) <= KEPT_CHARS else _enforceable.__wrapped__)(pattern)
-
-
-@lru_cache(KEPT)
-def _enforceable(pattern: str) -> bool:
     return _problems({"type": "string", "pattern": pattern})[0]
-
-
-@lru_cache(KEPT)
-def _loosened(text: str) -> tuple[str | None, tuple[str, ...]]:
-    """As `loosened`; None: it stays as it is."""
-    schema = json.loads(text)
-    fits, told = _problems(schema)
-    if fits:
-        return None, told
-    search = _Search()
-    loose = search.without(schema)
-    return json.dumps(loose), (*search.dropped, *(_problems(loose)[1] if search.dropped else ()))
 
 
 def _problems(schema: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
     """(it compiles, the keywords that are skipped over)."""
+    text = json.dumps(schema)
+    return (_found if len(text) <= KEPT_CHARS else _found.__wrapped__)(text)
+
+
+@lru_cache(KEPT)
+def _found(text: str) -> tuple[bool, tuple[str, ...]]:
     from llguidance import LLMatcher  # a gateway that sees no tools starts sooner without it
 
     from kvasir.engine.grammar import LIMITS
 
-    text = f"start: %json {json.dumps({**narrowed(schema), 'x-guidance': JSON_RULES | {'lenient': True}})}\n"
-    failed, said = LLMatcher.validate_grammar_with_warnings(LLMatcher.grammar_from_lark(text), limits=LIMITS)
+    rules = json.dumps({**narrowed(json.loads(text)), "x-guidance": JSON_RULES | {"lenient": True}})
+    grammar = LLMatcher.grammar_from_lark(f"start: %json {rules}\n")
+    failed, said = LLMatcher.validate_grammar_with_warnings(grammar, limits=LIMITS)
     return not failed, () if failed else tuple(_told(one) for one in said)
 
 
@@ -70,9 +65,9 @@ def _told(warning: str) -> str:
 class _Search:
     """For patterns that don't compile."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: Steps) -> None:
         self.dropped: list[str] = []
-        self._tried = 0
+        self._tried, self._steps = 0, steps
 
     def without(self, schema: Any) -> Any:
         """`schema` without them."""
@@ -94,6 +89,7 @@ class _Search:
         if key not in ("pattern", "patternProperties"):
             return False
         self._tried += 1
+        self._steps.check_time()
         if self._tried > MAX_PATTERNS:
             text = f"a schema holds more than {MAX_PATTERNS} patterns, and one that can't be enforced"
             raise ClientError(f"{text}: leave it out", param="tools")

@@ -11,7 +11,7 @@ from kvasir.engine.argument_schema import Steps
 from kvasir.engine.argument_style import style_of
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.loose_schema import loosened
-from kvasir.engine.schema import JSON_RULES, narrowed
+from kvasir.engine.schema import COMPILE_LIMIT_S, JSON_RULES, narrowed
 
 PARAM = "structured_outputs"
 
@@ -45,7 +45,7 @@ class _Writer:
         self._special = special
         self._rules: list[str] = []
         self._count = 0
-        self.steps = Steps()
+        self.steps = Steps(COMPILE_LIMIT_S)
 
     def write(self, form: Any) -> str:
         start = self._of(form)
@@ -75,7 +75,7 @@ class _Writer:
             raise ClientError(f"structural tag: json_schema must be a JSON Schema, got {schema!r:.60}", param=PARAM)
         lenient = form.get("lenient") is True
         if lenient and isinstance(schema, dict):
-            schema, _ = loosened(schema)
+            schema, _ = loosened(schema, self.steps)
         return self.json(schema, lenient=lenient)
 
     def _arguments(self, form: Any) -> str:
