@@ -31,6 +31,8 @@ KINDS = {
     "chat": ("/v1/chat/completions", COMMON | {"messages": MESSAGES}),
     "chat with a tool": ("/v1/chat/completions", COMMON | {"messages": MESSAGES, "tools": [TOOL]}),
     "chat with stop strings": ("/v1/chat/completions", COMMON | {"messages": MESSAGES, "stop": ["Ragnarok", "\n\n\n"]}),
+    "chat, token ids": ("/v1/chat/completions", COMMON | {"messages": MESSAGES, "return_token_ids": True}),
+    "responses": ("/v1/responses", COMMON | {"input": "Tell me of Kvasir.", "store": False}),
     "Ollama": ("/api/chat", {"model": MODEL, "messages": MESSAGES, "options": {"ignore_eos": True}}),
     "Anthropic": ("/v1/messages", {"model": MODEL, "messages": MESSAGES, "stream": True}),
 }
@@ -170,11 +172,13 @@ def cpu_s(pid: int) -> tuple[float, float]:
 async def measure(port: int, pid: int, kind: str, options: argparse.Namespace) -> dict[str, float]:
     """Of one kind of request: microseconds of the gateway's CPU per token, chunks and wall time per token of a stream."""
     path, body = KINDS[kind]
+    limit = "max_tokens"
     if path.startswith("/api"):
         body = body | {"options": {"num_predict": options.tokens, "ignore_eos": True}}
     else:
-        body = body | {"max_tokens": options.tokens}
-    await stream(port, path, body | ({"max_tokens": 4} if "max_tokens" in body else {}))
+        limit = "max_output_tokens" if path.endswith("responses") else limit
+        body = body | {limit: options.tokens}
+    await stream(port, path, body | ({limit: 4} if limit in body else {}))
     costs: list[tuple[float, float]] = []
     chunks, seconds = 0, 0.0
     for _ in range(options.repeat):

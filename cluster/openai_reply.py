@@ -56,7 +56,7 @@ class ChatReply:
         self._frames = _Frames({**self._envelope, "object": "chat.completion.chunk"}, ask)
         self._logprobs = ChatLogprobs(generation.model.tokenizer, ask.logprobs or 0)
         self._begun = False
-        self._plain = ask.logprobs is None and not ask.return_token_ids
+        self._scored, self._ids = ask.logprobs is not None, ask.return_token_ids
         self._answers: dict[int, AnswerStream] = {}
         self._reads = not generation.reading.plain
 
@@ -65,10 +65,10 @@ class ChatReply:
         for _, delta in deltas:
             if self._reads:
                 out += self._parts(delta)
-            elif delta.text and self._plain:
-                out += self._frames.content(delta.index, delta.text)
-            elif delta.text or (delta.token_ids and not self._plain):
+            elif self._scored and (delta.text or delta.token_ids):
                 out += self._frames.chunk(self._choice(delta, {"content": delta.text}))
+            elif delta.text or (delta.token_ids and self._ids):
+                out += self._frames.content(delta.index, delta.text, delta.token_ids if self._ids else None)
             if delta.finish_reason:
                 end: Json = {"index": delta.index, "delta": {}, "logprobs": None}
                 calls = delta.index in self._answers and bool(self._answers[delta.index].ids)
@@ -133,7 +133,7 @@ class ChatReply:
         parts = answer.parts(delta.text, last=delta.finish_reason is not None)
         if not self._ask.include_reasoning:
             parts = [part for part in parts if part.kind != "reasoning"]
-        if not self._plain and delta.token_ids:
+        if (self._scored or self._ids) and delta.token_ids:
             said: list[Json] = [_part(part, answer) for part in parts] or [{}]
             return b"".join(
                 self._frames.chunk(self._choice(delta if number == 0 else Delta(delta.index), part))
@@ -177,7 +177,7 @@ class CompletionReply:
         choices = len(generation.requests) * self._n
         self._logprobs = [CompletionLogprobs(generation.model.tokenizer, ask.logprobs) for _ in range(choices)]
         self._begun = [False] * choices
-        self._plain = ask.logprobs is None and not ask.return_token_ids
+        self._scored, self._ids = ask.logprobs is not None, ask.return_token_ids
         self._shows_prompt = ask.echo or ask.return_token_ids or ask.prompt_logprobs
 
     def frames(self, deltas: Deltas) -> bytes:
@@ -186,10 +186,11 @@ class CompletionReply:
             index = number * self._n + delta.index
             if self._shows_prompt and not self._begun[index]:
                 out += self._frames.chunk(self._opening(number, index))
-            if delta.text and self._plain and not delta.finish_reason and not self._ask.no_output:
-                out += self._frames.text(index, delta.text)
-            elif delta.text or delta.finish_reason or not self._plain:
-                out += self._frames.chunk(self._choice(index, delta))
+            if self._scored or delta.finish_reason or self._ask.no_output:
+                if delta.text or delta.finish_reason or self._scored or self._ids:
+                    out += self._frames.chunk(self._choice(index, delta))
+            elif delta.text or self._ids:
+                out += self._frames.text(index, delta.text, delta.token_ids if self._ids else None)
         return out
 
     def closing(self) -> bytes:
@@ -249,23 +250,29 @@ class _Frames:
         self._ask = ask
         self._contents: dict[int, bytes] = {}
         self._texts: dict[int, bytes] = {}
-        self._end = b',"logprobs":null,"finish_reason":null}' + self._tail
+        self._more = b',"logprobs":null,"finish_reason":null'
+        self._end = self._more + b"}" + self._tail
 
-    def content(self, index: int, text: str) -> bytes:
-        """A chat chunk with nothing but text."""
+    def content(self, index: int, text: str, token_ids: Sequence[int] | None = None) -> bytes:
+        """A chat chunk with nothing but text, and the tokens it is made of."""
         if index not in self._contents:
             self._contents[index] = self._head + b'{"index":%d,"delta":{"content":' % index
-        return self._contents[index] + orjson.dumps(text) + b"}" + self._end
+        return self._contents[index] + orjson.dumps(text) + b"}" + self._closed(token_ids)
 
     def said(self, index: int, delta: Json) -> bytes:
         """A chat chunk with anything else."""
         return self._head + b'{"index":%d,"delta":' % index + orjson.dumps(delta) + self._end
 
-    def text(self, index: int, text: str) -> bytes:
-        """A completion chunk with nothing but text."""
+    def text(self, index: int, text: str, token_ids: Sequence[int] | None = None) -> bytes:
+        """A completion chunk with nothing but text, and the tokens it is made of."""
         if index not in self._texts:
             self._texts[index] = self._head + b'{"index":%d,"text":' % index
-        return self._texts[index] + orjson.dumps(text) + self._end
+        return self._texts[index] + orjson.dumps(text) + self._closed(token_ids)
+
+    def _closed(self, token_ids: Sequence[int] | None) -> bytes:
+        if token_ids is None:
+            return self._end
+        return self._more + b',"token_ids":' + orjson.dumps(token_ids) + b"}" + self._tail
 
     def chunk(self, choice: Mapping[str, Any], extra: Mapping[str, Any] = {}) -> bytes:
         """A chunk with one choice; `extra` goes beside it."""

@@ -43,6 +43,8 @@ class ResponseReply:
         self._number = 0
         self._item: _Message | _Thoughts | _Call | None = None
         self._answer: AnswerStream | None = None
+        self._plain = False
+        """The text is the answer."""
         self._generation: Generation | None = None
         self.response: Json = {
             "id": response_id or f"resp_{uuid.uuid4().hex}",
@@ -63,6 +65,7 @@ class ResponseReply:
     def begin(self, generation: Generation) -> None:
         """From now on `generation` writes the answer."""
         self._generation, self._answer = generation, AnswerStream(generation.reading)
+        self._plain = generation.reading.plain
         self.response["status"] = "in_progress"
 
     def opening(self) -> list[bytes]:
@@ -123,7 +126,10 @@ class ResponseReply:
         assert self._answer is not None, "begin comes first"
         out: list[bytes] = []
         scores = self._logprobs(delta.token_ids, delta.logprobs)
-        parts = self._answer.parts(delta.text, last=False)
+        if self._plain:
+            parts = [Part("content", delta.text)] if delta.text else []
+        else:
+            parts = self._answer.parts(delta.text, last=False)
         if not parts and scores and isinstance(self._item, _Message):
             parts = [Part("content", "")]
         for part in parts:
@@ -142,7 +148,10 @@ class ResponseReply:
             else:
                 self._item = _Message(index) if part.kind == "content" else _Thoughts(index, self._ask)
             out += self._events(self._item.opening())
-        return out if part.kind == "call" else [*out, *self._events(self._item.grow(part.text, scores))]
+        if part.kind == "call" or not (grown := self._item.grow(self._number, part.text, scores)):
+            return out
+        self._number += 1
+        return [*out, grown]
 
     def _close(self, status: str) -> list[bytes]:
         """The open item is complete."""
@@ -209,6 +218,7 @@ class _Message:
     def __init__(self, index: int) -> None:
         self._id = f"msg_{uuid.uuid4().hex}"
         self._index, self._place = index, {"item_id": self._id, "output_index": index, "content_index": 0}
+        self._head = _delta_head("response.output_text.delta", self._place)
         self._text, self._logprobs = "", []  # type: str, list[Json]
 
     def opening(self) -> Events:
@@ -216,12 +226,14 @@ class _Message:
         item = {"output_index": self._index, "item": self._item([], "in_progress")}
         return [("response.output_item.added", item), ("response.content_part.added", {**self._place, "part": empty})]
 
-    def grow(self, text: str, logprobs: list[Json]) -> Events:
+    def grow(self, number: int, text: str, logprobs: list[Json]) -> bytes:
+        """The event, if there is one."""
         if not text and not logprobs:
-            return []
+            return b""
         self._text += text
         self._logprobs += logprobs
-        return [("response.output_text.delta", {**self._place, "delta": text, "logprobs": logprobs})]
+        scores = orjson.dumps(logprobs) if logprobs else b"[]"
+        return _delta(self._head, number, text) + b',"logprobs":' + scores + b"}\n\n"
 
     def closing(self, status: str) -> tuple[Json, Events]:
         """(the whole item, its last events)."""
@@ -248,15 +260,16 @@ class _Thoughts:
         self._index, self._summarised, self._carried = index, ask.summarised, ask.carried
         place = "summary_index" if ask.summarised else "content_index"
         self._place = {"item_id": self._id, "output_index": index, place: 0}
+        self._head = _delta_head(f"response.{self._kind}.delta", self._place)
         self._text = ""
 
     def opening(self) -> Events:
         item = {"output_index": self._index, "item": self._item(None, "in_progress")}
         return [("response.output_item.added", item), self._part("added", "")]
 
-    def grow(self, text: str, logprobs: list[Json]) -> Events:
+    def grow(self, number: int, text: str, logprobs: list[Json]) -> bytes:
         self._text += text
-        return [(f"response.{self._kind}.delta", {**self._place, "delta": text})]
+        return _delta(self._head, number, text) + b"}\n\n"
 
     def closing(self, status: str) -> tuple[Json, Events]:
         item = self._item(self._text, status)
@@ -292,14 +305,15 @@ class _Call:
     def __init__(self, index: int, name: str, call_id: str) -> None:
         self._id = f"fc_{uuid.uuid4().hex}"
         self._index, self._place = index, {"item_id": self._id, "output_index": index}
+        self._head = _delta_head("response.function_call_arguments.delta", self._place)
         self._name, self._call_id, self._arguments = name, call_id, ""
 
     def opening(self) -> Events:
         return [("response.output_item.added", {"output_index": self._index, "item": self._item("in_progress")})]
 
-    def grow(self, text: str, logprobs: list[Json]) -> Events:
+    def grow(self, number: int, text: str, logprobs: list[Json]) -> bytes:
         self._arguments += text
-        return [("response.function_call_arguments.delta", {**self._place, "delta": text})]
+        return _delta(self._head, number, text) + b"}\n\n"
 
     def closing(self, status: str) -> tuple[Json, Events]:
         item = self._item(status)
@@ -318,6 +332,18 @@ def event(kind: str, number: int, **fields: Any) -> bytes:
     """One server-sent event."""
     data = orjson.dumps({"type": kind, "sequence_number": number, **fields})
     return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"
+
+
+def _delta_head(kind: str, place: Json) -> tuple[bytes, bytes]:
+    """What the deltas of an item have in common: before their number, and from there to their text."""
+    name = kind.encode()
+    before = b"event: " + name + b'\ndata: {"type":"' + name + b'","sequence_number":'
+    return before, b"," + orjson.dumps(place)[1:-1] + b',"delta":'
+
+
+def _delta(head: tuple[bytes, bytes], number: int, text: str) -> bytes:
+    """An event up to its text: as `event`, in a quarter of its time."""
+    return b"%s%d%s" % (head[0], number, head[1]) + orjson.dumps(text)
 
 
 def failed(response: Json, error: KvasirError) -> Json:
