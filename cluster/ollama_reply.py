@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import time
 from collections.abc import Sequence
 from functools import lru_cache
@@ -134,7 +135,9 @@ def envelope(model: str) -> Json:
 
 def timestamp(seconds: float) -> str:
     """RFC 3339, in UTC."""
-    whole, part = divmod(round(seconds * 1e6), 1_000_000)
+    part, whole = math.modf(seconds)
+    more, part = divmod(round(part * 1e6), 1_000_000)  # rounded as datetime does
+    whole = int(whole) + more
     return f"{_second(whole)}.{part:06d}Z" if part else f"{_second(whole)}Z"
 
 

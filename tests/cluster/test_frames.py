@@ -1,0 +1,57 @@
+"""Frames whose constant parts are encoded once are byte for byte those that are encoded whole."""
+
+from __future__ import annotations
+
+import datetime
+from types import SimpleNamespace
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvasir.cluster.ollama_reply import timestamp
+from kvasir.cluster.openai_reply import _Frames
+from kvasir.cluster.responses_reply import _Call, _Message, _Thoughts, event
+
+TEXTS = ["", " a", 'ä"\\\n\x00', "\u2028\U0001f600"]
+
+
+@pytest.mark.parametrize("usage", [False, True])
+def test_chunks_of_text_and_tokens(usage):
+    frames = _Frames({"id": "one", "object": "chunk"}, SimpleNamespace(include_usage=usage))
+    for index, text in enumerate(TEXTS):
+        for ids in (None, (), (3, 70000)):
+            shown = {} if ids is None else {"token_ids": ids}
+            rest = {"logprobs": None, "finish_reason": None, **shown}
+            chat = {"index": index, "delta": {"content": text}, **rest}
+            assert frames.content(index, text, ids) == frames.chunk(chat)
+            assert frames.text(index, text, ids) == frames.chunk({"index": index, "text": text, **rest})
+            assert orjson.loads(frames.chunk(chat).removeprefix(b"data: "))["choices"] == [
+                orjson.loads(orjson.dumps(chat))
+            ]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_deltas_of_responses(text):
+    plain, summed = (SimpleNamespace(summarised=summarised, carried=False) for summarised in (False, True))
+    score = {"token": "a", "logprob": -1.0, "bytes": [97], "top_logprobs": []}
+    items = [
+        (_Message(1), "output_text", [], {"logprobs": []}),
+        (_Message(0), "output_text", [score], {"logprobs": [score]}),
+        (_Thoughts(2, plain), "reasoning_text", [], {}),
+        (_Thoughts(2, summed), "reasoning_summary_text", [], {}),
+        (_Call(3, "f", "call_1"), "function_call_arguments", [], {}),
+    ]
+    for item, name, scores, more in items:
+        found = item.grow(7, text, scores)
+        if not text and name == "output_text" and not scores:
+            assert not found
+        else:
+            assert found == event(f"response.{name}.delta", 7, **item._place, delta=text, **more)
+
+
+@given(st.floats(0, 4e9) | st.integers(0, 4_000_000_000))
+def test_times_of_ollama(seconds):
+    at = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    assert timestamp(seconds) == at.isoformat().replace("+00:00", "Z")
