@@ -8,6 +8,7 @@ result in `codec`'s form. Nothing that arrives can run, and nothing is believed 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hmac
 import json
 import queue
@@ -15,28 +16,22 @@ import secrets
 import select
 import selectors
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from kvasir.engine.board import Poster, Reader
 from kvasir.engine.errors import ConfigError, ServerError
+from kvasir.engine.frames import FETCHED, HEAD, KINDS, SILENCE_S, Kind, receive, send, tune
 
-Kind = Literal["hello", "welcome", "ready", "step", "result", "failed", "beat", "fetched", "serve", "serving"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-HEAD = struct.Struct("<IB")
-FETCHED = struct.Struct("<qi")
-"""Ticket and count: a rank has read so many of the blocks that a step's fetch asked for."""
-MAX_FRAME = 1 << 30
 MAX_HELLO = 4096
 BEAT_S = 0.25
 """How often a rank says that it lives, and how often rank 0 looks."""
-SILENCE_S = 10.0
-"""A rank that says nothing for this long is lost: its node or its network is gone."""
+UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
+"""What a connection says whose messages nobody acknowledged for SILENCE_S: it may be sooner than the look at the clock."""
 NAP_S = 0.1
 """How often a rank that reads steps from the board looks whether something else has come."""
 BOARD = b"board"
@@ -120,7 +115,7 @@ class Hub:
             with contextlib.suppress(OSError):
                 self._board = Poster(self.size)
         board = self._board.where if self._board is not None and peer.host == self.host else None
-        _send(peer.connection, "welcome", json.dumps({**said, "board": board}).encode())
+        send(peer.connection, "welcome", json.dumps({**said, "board": board}).encode())
 
     def all_ready(self) -> None:
         """Wait until every rank has loaded its share; from then on silence is death."""
@@ -132,7 +127,7 @@ class Hub:
         step."""
         for peer in self._peers.values():
             said = {"host": host if peer.host == self.host else None, "secret": secret}
-            _send(peer.connection, "serve", json.dumps(said).encode())
+            send(peer.connection, "serve", json.dumps(said).encode())
         self._until(lambda: all(peer.serves is not None for peer in self._peers.values()), None)
         return [self._peers[rank].serves or "" for rank in range(1, self.size)]
 
@@ -145,8 +140,10 @@ class Hub:
             if posted and peer.reads:
                 continue
             try:
-                _send(peer.connection, "step", frame)
+                send(peer.connection, "step", frame)
             except OSError as error:
+                if error.errno in UNREACHABLE:
+                    self._silent(peer)
                 raise self.verdict(f"{peer} can't be reached: {error}") from error
 
     def result(self) -> bytes:
@@ -206,7 +203,7 @@ class Hub:
         except (OSError, ValueError, EOFError):
             connection.close()
             return
-        _tune(connection)
+        tune(connection)
         peer = Peer(rank, address[0], int(said["pid"]), connection)
         self._selector.register(connection, selectors.EVENT_READ, peer)
         with self._changed:
@@ -219,8 +216,10 @@ class Hub:
         except BlockingIOError:
             return
         except OSError as error:
-            data = b""
-            self._lost(peer, str(error))
+            if error.errno in UNREACHABLE:
+                self._silent(peer)
+            else:
+                self._lost(peer, str(error))
             return
         if not data:
             self._lost(peer, "its connection was closed")
@@ -268,12 +267,15 @@ class Hub:
             time.sleep(0.01)
         self._fail(RankError(f"{peer} died: {ended or how}"))
 
+    def _silent(self, peer: Peer) -> None:
+        self._fail(RankError(f"{peer} has said nothing for {SILENCE_S:.0f} s: it hangs, or its node is gone"))
+
     def _look(self) -> None:
         """Whether a rank stands still."""
         now = time.monotonic()
         for peer in self._peers.values():
             if now - peer.heard > SILENCE_S:
-                self._fail(RankError(f"{peer} has said nothing for {SILENCE_S:.0f} s: it hangs, or its node is gone"))
+                self._silent(peer)
             if peer.host == self.host and stopped(peer.pid):
                 peer.stopped_since = peer.stopped_since or now
                 if now - peer.stopped_since >= BEAT_S:
@@ -308,7 +310,7 @@ class Spoke:
         self.host = self._connection.getsockname()[0]
         """This node's address, as rank 0's node sees it."""
         self._connection.settimeout(None)
-        _tune(self._connection)
+        tune(self._connection)
         self._lock = threading.Lock()
         self._rank = rank
         self._reader: Reader | None = None
@@ -322,7 +324,7 @@ class Spoke:
     def send(self, kind: Kind, content: bytes = b"") -> None:
         """Any thread."""
         with self._lock:
-            _send(self._connection, kind, content)
+            send(self._connection, kind, content)
 
     def ready(self, where: str | None = None, size: int = 0) -> None:
         """This rank has loaded its share. From now on it reads steps of `size` ranks from the board at `where`, if it can."""
@@ -335,8 +337,8 @@ class Spoke:
         """The next frame. EOFError when rank 0 is gone."""
         while self._reader is not None and not self._follows:
             self._follows, step = self._reader.take(NAP_S)
-            readable = select.select([self._connection], [], [], 0)[0]
-            if readable and not self._follows:  # a long step is announced before it is sent: perhaps since
+            readable = not self._follows and select.select([self._connection], [], [], 0)[0]
+            if readable:  # a long step is announced before it is sent: perhaps since
                 self._follows, step = self._reader.take(0)
             if step is not None:
                 self._follows = False
@@ -361,43 +363,6 @@ class Spoke:
                 if not self._closing.is_set():
                     self._gone()
                 return
-
-
-def receive(connection: socket.socket, limit: int = MAX_FRAME) -> tuple[Kind, bytes]:
-    """One frame. EOFError at the connection's end, ValueError when it is no frame of ours."""
-    size, kind = HEAD.unpack(_exactly(connection, HEAD.size))
-    if size > limit or kind >= len(KINDS):
-        raise ValueError(f"a frame of kind {kind} and {size} bytes isn't ours")
-    return KINDS[kind], _exactly(connection, size)
-
-
-def _exactly(connection: socket.socket, count: int) -> bytes:
-    data = bytearray(count)
-    view = memoryview(data)
-    while view:
-        try:
-            got = connection.recv_into(view)
-        except (ConnectionError, TimeoutError) as error:
-            raise EOFError(str(error)) from error
-        if not got:
-            raise EOFError("the connection was closed")
-        view = view[got:]
-    return bytes(data)
-
-
-def _send(connection: socket.socket, kind: Kind, content: bytes) -> None:
-    connection.sendall(HEAD.pack(len(content), KINDS.index(kind)) + content)
-
-
-def _tune(connection: socket.socket) -> None:
-    """Small frames go out at once, and a node that vanished is noticed."""
-    connection.settimeout(None)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    silence = int(SILENCE_S * 1000)  # what was sent has to arrive by then: a kernel tries for 15 minutes
-    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", silence)):
-        if hasattr(socket, name):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def stopped(pid: int) -> bool:

@@ -44,8 +44,8 @@ def run(config: EngineConfig, address: str, token: str, rank: int, *, gone: Call
 
 def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
     from kvasir.engine.codec import decode_step, encode_result
-    from kvasir.engine.control import FETCHED
     from kvasir.engine.executor import grammars_of, rank_of
+    from kvasir.engine.frames import FETCHED
     from kvasir.engine.load import load
     from kvasir.engine.memory import resolve_device
     from kvasir.engine.mesh import Place, join, reach_store
@@ -86,7 +86,7 @@ def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
 
 def _lend(loaded: Loaded, spoke: Spoke, host: str | None, secret: str) -> Exchange | None:
     """Take part in the exchange of blocks with other groups, from now on."""
-    from kvasir.engine.control import FETCHED
+    from kvasir.engine.frames import FETCHED
 
     exchange = loaded.exchange()
     if exchange is not None:

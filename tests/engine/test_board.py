@@ -14,6 +14,7 @@ import pytest
 from kvasir.engine import control
 from kvasir.engine.board import SLOT_BYTES, Poster, Reader
 from kvasir.engine.control import Hub, Spoke
+from kvasir.engine.frames import send
 from kvasir.kernels import native
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no compiled kernels: {native.native().text}")
@@ -112,7 +113,7 @@ def test_a_long_step_that_begins_while_one_looks_elsewhere(before: int, monkeypa
     def late(*given: Any) -> Any:
         monkeypatch.setattr(control.select, "select", select)
         for _ in range(before):
-            control._send(next(iter(hub._peers.values())).connection, "serve", b"")
+            send(next(iter(hub._peers.values())).connection, "serve", b"")
         hub.step(long)
         hub.step(b"after")
         return select(*given)
@@ -147,5 +148,5 @@ def ends(act: Callable[[Hub], object]) -> type[BaseException] | str:
 
 
 def test_other_messages_come_beside_it() -> None:
-    assert ends(lambda hub: control._send(hub._peers[1].connection, "serve", b"{}")) == "serve"
+    assert ends(lambda hub: send(hub._peers[1].connection, "serve", b"{}")) == "serve"
     assert ends(Hub.close) is EOFError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -355,3 +356,40 @@ def test_ranks_that_fail_together_say_why(order: tuple[int, int]) -> None:
         assert "failed: ValueError: 1" in str(hub.failure)
     finally:
         hub.close()
+
+
+class Unacknowledged:
+    """A connection of which the system says that nobody has acknowledged anything for long."""
+
+    def __init__(self, connection: socket.socket, number: int) -> None:
+        self._connection, self._number = connection, number
+
+    def recv(self, *_: int) -> bytes:
+        raise OSError(self._number, os.strerror(self._number))
+
+    sendall = recv
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+
+@pytest.mark.parametrize("number", [errno.ETIMEDOUT, errno.EHOSTUNREACH])
+@pytest.mark.parametrize("sending", [False, True])
+def test_a_node_that_is_gone_is_told_in_the_same_words_by_whoever_sees_it_first(number: int, sending: bool) -> None:
+    """The system's limit of time and the look at the clock are both at 10 s."""
+    hub = Hub("127.0.0.1", 2)
+    spoke = Spoke(hub.address, hub.token, 1, os.getpid(), gone=lambda: None)
+    try:
+        hub.meet(20)
+        peer = hub._peers[1]
+        peer.connection = Unacknowledged(peer.connection, number)  # type: ignore[assignment]
+        if sending:
+            with pytest.raises(RankError, match="has said nothing for 10 s: it hangs, or its node is gone"):
+                hub.step(b"")
+        else:
+            spoke.send("beat")
+        assert until(lambda: hub.failure is not None)
+        assert "its node is gone" in str(hub.failure)
+    finally:
+        hub.close()
+        spoke.close()
