@@ -4,8 +4,9 @@
     python benchmarks/parallel.py /models/Llama --layouts 2x2
 
 Every layout runs with one thread per rank, so that two ranks on two cores compare with one rank on one core: `x work` is the
-time over that of one rank alone on one core, per unit of work. `busy` is the CPU time of each rank over the time; ranks
-of a stage wait for each other awake. `plan` is predicted from speeds that are measured right after the layout ran.
+time over that of one rank alone on one core, per unit of work. `busy` is the CPU time of each rank's busiest thread over the
+time, without what other work on the machine made it wait for a core; ranks of a stage wait for each other awake. `plan` is
+predicted from speeds that are measured right after the layout ran.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import random
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from kvasir.engine.cpu_device import cpu_device
 from kvasir.engine.llm import LLM
 from kvasir.engine.mesh import Place
 from kvasir.engine.model_files import ModelFiles
-from kvasir.engine.parallel_plan import plan
+from kvasir.engine.parallel_plan import Plan, plan
 from kvasir.engine.request import SamplingParams
 
 
@@ -43,21 +45,22 @@ class Row:
     seconds: float
     """Per step of a decode, or of the whole prompt."""
     busy: list[float]
-    """CPU time of each rank over the time."""
+    """CPU time of each rank's busiest thread over the time in which it had a core or wanted none."""
     calls: float
     """Exchanges of rank 0 per step."""
     sent: float
     """Bytes that rank 0 put into them per step."""
     planned: float
-    """Seconds of a step that the plan predicts; NaN for prompts."""
+    """Seconds that the plan predicts."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="+", help=f"folder, GGUF file, or one of {', '.join(SHAPES)}")
     parser.add_argument("--layouts", default="1x1,2x1,1x2", help="TPxPP, separated by commas (default: 1x1,2x1,1x2)")
-    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8], help="streams that decode")
     parser.add_argument("--tokens", type=int, default=24, help="decode steps per run")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt that is computed alone")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
@@ -70,7 +73,7 @@ def main() -> None:
             found = [
                 row
                 for layout in args.layouts.split(",")
-                for row in measure(options, *map(int, layout.split("x")), args.sequences, args.tokens, args.repeat)
+                for row in measure(options, *map(int, layout.split("x")), args)
             ]
         alone = {row.load: row.seconds for row in found if row.tp * row.pp == 1}
         for row in found:
@@ -95,8 +98,8 @@ def shaped(model: str, folder: Path) -> dict[str, Any]:
     return {"model": str(folder), "load_format": "dummy"}
 
 
-def measure(model: dict[str, Any], tp: int, pp: int, sequences: int, tokens: int, repeat: int) -> list[Row]:
-    """Decode of `sequences`, and one prompt of 256 tokens."""
+def measure(model: dict[str, Any], tp: int, pp: int, args: argparse.Namespace) -> list[Row]:
+    """Every load on one layout: the medians of several runs, and what is predicted for each."""
     options = {**model, "num_threads": 1, "max_model_len": 1024, "enable_prefix_caching": False, "dtype": "bfloat16"}
     llm = LLM(tensor_parallel_size=tp, pipeline_parallel_size=pp, skip_tokenizer_init=True, **options)
     found: list[Row] = []
@@ -111,35 +114,54 @@ def measure(model: dict[str, Any], tp: int, pp: int, sequences: int, tokens: int
             prompts = [[rng.randrange(3, 3000) for _ in range(length)] for _ in range(count)]
             traffic.calls, traffic.bytes = 0, 0.0
             sampling = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
-            used, start = [cpu_seconds(pid) for pid in pids], time.perf_counter()
+            used, start = [threads(pid) for pid in pids], time.perf_counter()
             llm.generate(prompts, sampling, use_tqdm=False)
             took = time.perf_counter() - start
-            busy = [(cpu_seconds(pid) - before) / took for pid, before in zip(pids, used, strict=True)]
+            busy = [busiest(before, threads(pid), took) for pid, before in zip(pids, used, strict=True)]
             return took, busy, traffic.calls, traffic.bytes
 
         timed(1, 16, 2)
-        loads = ((f"decode {sequences}", (sequences, 4, tokens)), ("prefill 256", (1, 256, 1)))
-        for load, (count, length, new) in loads:
-            runs = sorted(timed(count, length, new) for _ in range(repeat))
+        loads = [(f"decode {count}", (count, 1, args.tokens)) for count in args.sequences]
+        for load, (count, length, new) in [*loads, (f"prefill {args.prompt}", (1, args.prompt, 1))]:
+            runs = sorted(timed(count, length, new) for _ in range(args.repeat))
             seconds, busy, calls, sent = runs[len(runs) // 2]
             found.append(Row(tp, pp, load, seconds / new, busy, calls / new, sent / new, float("nan")))
     finally:
         llm.shutdown()
-    return [replace(found[0], planned=planned(options, tp, pp, sequences, tokens)), *found[1:]]
+    said = planned(options, tp, pp, args)
+    return [replace(row, planned=seconds) for row, seconds in zip(found, said, strict=True)]
 
 
-def planned(options: dict[str, Any], tp: int, pp: int, sequences: int, tokens: int) -> float:
-    """Seconds of a step of that layout."""
+def planned(options: dict[str, Any], tp: int, pp: int, args: argparse.Namespace) -> list[float]:
+    """Seconds of each load on that layout."""
     config = EngineConfig(**options)
-    device = cpu_device(tp * pp, sequences, torch.bfloat16, 1)
+    device = cpu_device(tp * pp, max(args.sequences), torch.bfloat16, 1)
     spec = load_spec(ModelFiles(config).config)
-    return plan(config, spec, torch.bfloat16, device, Place(tp, pp), 1, streams=sequences, length=tokens).step_s
+
+    def said(streams: int, length: int) -> Plan:
+        return plan(config, spec, torch.bfloat16, device, Place(tp, pp), 1, streams=streams, length=length)
+
+    steps = [said(streams, args.tokens).step_s for streams in args.sequences]
+    return [*steps, said(1, args.prompt).prompt_s]
 
 
-def cpu_seconds(pid: int) -> float:
-    """Of all its threads."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def threads(pid: int) -> dict[str, tuple[int, int]]:
+    """Of each thread, nanoseconds on a core and nanoseconds in which it waited for one."""
+    found = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(OSError):  # it has ended
+            ran, waited, _ = (task / "schedstat").read_text().split()
+            found[task.name] = int(ran), int(waited)
+    return found
+
+
+def busiest(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]], took: float) -> float:
+    spent = [
+        (ran - before.get(task, (0, 0))[0], waited - before.get(task, (0, 0))[1])
+        for task, (ran, waited) in after.items()
+    ]
+    ran, waited = max(spent)
+    return ran / (took * 1e9 - waited)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ def plan(engine: EngineConfig, gpu: str, gpus: int, *, streams: int, as_json: bo
         "context",
         "sequences",
         "step",
+        "prompt",
         "tok/s",
         "sent/token",
     )
@@ -99,8 +100,9 @@ def plan(engine: EngineConfig, gpu: str, gpus: int, *, streams: int, as_json: bo
 def _layout(one: Plan, *, best: bool) -> tuple[str, ...]:
     sizes = f"{one.weights / 1e9:.1f} GB", f"{one.kv_per_token / 1e3:.1f} kB"
     if not one.fits:
-        return "", str(one.tp), str(one.pp), str(one.dp), *sizes, str(one.context), "don't fit", "", "", ""
-    speed = f"{one.step_s * 1e3:.1f} ms", f"{one.tokens_s:.0f}", f"{one.traffic / 1e3:.0f} kB"
+        return "", str(one.tp), str(one.pp), str(one.dp), *sizes, str(one.context), "don't fit", "", "", "", ""
+    times = f"{one.step_s * 1e3:.1f} ms", f"{one.prompt_s * 1e3:.0f} ms"
+    speed = *times, f"{one.tokens_s:.0f}", f"{one.traffic / 1e3:.0f} kB"
     mark = "*" if best else ""
     return mark, str(one.tp), str(one.pp), str(one.dp), *sizes, str(one.context), str(one.sequences), *speed
 

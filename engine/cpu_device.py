@@ -44,15 +44,14 @@ SUMS = ((8, 64), (64, 4096))
 """Shapes of a small sum and of a large one."""
 
 
-def cpu_device(ranks: int, most_rows: int, dtype: torch.dtype, threads: int | None = None) -> Device:
-    """Of one of so many ranks, in steps of up to `most_rows` rows. Takes seconds."""
+def cpu_device(ranks: int, streams: int, dtype: torch.dtype, threads: int | None = None) -> Device:
+    """Of one of so many ranks, in steps of so many streams. Takes seconds."""
     threads = threads or max(1, usable_cores() // ranks)
-    rows = [count for count in ROWS if count < 2 * most_rows]
     store, port = host_store(HOST, ranks, TIMEOUT_S)
     spawn = multiprocessing.get_context("spawn")
     pipes = [spawn.Pipe() for _ in range(ranks)]
     running = [
-        spawn.Process(target=_rank, args=(rank, ranks, port, threads, rows, dtype, pipe), daemon=True)
+        spawn.Process(target=_rank, args=(rank, ranks, port, threads, streams, dtype, pipe), daemon=True)
         for rank, (_, pipe) in enumerate(pipes)
     ]
     for process, (_, pipe) in zip(running, pipes, strict=True):
@@ -65,31 +64,29 @@ def cpu_device(ranks: int, most_rows: int, dtype: torch.dtype, threads: int | No
             process.kill()
             process.join()
         del store
-    return _device([max(values) for values in zip(*found, strict=True)], rows, available_ram() // ranks, dtype)
+    return _device([max(values) for values in zip(*found, strict=True)], available_ram() // ranks, dtype)
 
 
-def _device(slowest: Sequence[float], rows: Sequence[int], memory: int, dtype: torch.dtype) -> Device:
+def _device(slowest: Sequence[float], memory: int, dtype: torch.dtype) -> Device:
     """From the seconds of the slowest rank: a pass over the weights per count of rows, a layer, two sums, a hand-over."""
     size = MATRICES * WIDTH * WIDTH * dtype.itemsize
-    passes, (layer, small, large, message) = slowest[: len(rows)], slowest[len(rows) :]
+    passes, (layer, small, large, message) = slowest[: len(ROWS)], slowest[len(ROWS) :]
     small_bytes, large_bytes = (height * width * dtype.itemsize for height, width in SUMS)
     link = (large_bytes - small_bytes) / max(large - small, 1e-9)
     return Device(
         memory,
         bandwidth=size / passes[0],
-        rate=max(2 * count * size / dtype.itemsize / each for count, each in zip(rows, passes, strict=True)),
+        rate=max(2 * count * size / dtype.itemsize / each for count, each in zip(ROWS, passes, strict=True)),
         link=link,
         latency=small,
         message=message,
         layer=layer,
-        products=tuple((count, size / each) for count, each in zip(rows, passes, strict=True)),
+        products=tuple((count, size / each) for count, each in zip(ROWS, passes, strict=True)),
         kind="cpu",
     )
 
 
-def _rank(
-    rank: int, size: int, port: int, threads: int, rows: Sequence[int], dtype: torch.dtype, answer: Connection
-) -> None:
+def _rank(rank: int, size: int, port: int, threads: int, streams: int, dtype: torch.dtype, answer: Connection) -> None:
     """A process: tells the seconds of each thing."""
     torch.set_num_threads(threads)
     keep_freed_memory()
@@ -97,8 +94,8 @@ def _rank(
     side = _joined(store, "tp", Place(size, 1, rank, size))
     row = _joined(store, "pp", Place(1, size, rank, size))
     weights = [packed(torch.ones(WIDTH, WIDTH, dtype=dtype)) for _ in range(MATRICES)]
-    found = [_timed(side, partial(_multiplied, torch.ones(count, WIDTH, dtype=dtype), weights), 5) for count in rows]
-    found.append(_layer(side, rows[-1], dtype))
+    found = [_timed(side, partial(_multiplied, torch.ones(count, WIDTH, dtype=dtype), weights), 5) for count in ROWS]
+    found.append(_layer(side, streams, dtype))
     found += [_timed(side, partial(side.reduce, torch.ones(shape, dtype=dtype)), 50) for shape in SUMS]
     found.append(_timed(row, lambda: _there_and_back(row, dtype), 50) / 2)
     answer.send(found)

@@ -18,6 +18,7 @@ from kvasir.engine.errors import ConfigError
 from kvasir.engine.layout import Room, layout
 from kvasir.engine.memory import activation_bytes, resolve_cache_dtype, token_budget
 from kvasir.engine.mesh import Mesh, Place
+from kvasir.engine.planning import piece
 from kvasir.engine.share import Share, share_of, stages
 from kvasir.engine.spec import Spec
 from kvasir.engine.weights import weight_bytes
@@ -91,6 +92,8 @@ class Plan:
     """Of the asked length, at once, in one copy of the model."""
     step_s: float
     """Until a stream of a full batch gets its next token."""
+    prompt_s: float
+    """Until a prompt of the asked length, alone in its copy of the model, has its first token."""
     tokens_s: float
     """Of all copies together, as many streams as asked for or as fit."""
     traffic: float
@@ -141,6 +144,7 @@ def plan(
     batch = max(1, min(sequences or 1, -(-streams // dp)))
     kv = block * room.blocks(length) / length
     step, rate = _times(held, sizes, device, batch, kv * length)
+    prompt = _prompt(held, sizes, device, length, kv, room.budget)
     return Plan(
         place.tp,
         place.pp,
@@ -150,6 +154,7 @@ def plan(
         room.longest(blocks, spec.max_len) if blocks else 0,
         sequences,
         step,
+        prompt,
         rate * dp if sequences else 0.0,
         _traffic(held, dtype.itemsize),
     )
@@ -186,28 +191,55 @@ def _times(
     shares = list(held)
     place = shares[0].mesh.place
     part = -(-batch // place.pp)
-    seconds = [_stage(share, size, device, part, cached) for share, size in zip(shares, sizes, strict=True)]
-    message = device.latency if device.message is None else device.message
-    hand_over = (place.pp - 1) * (message + part * shares[0].full.hidden * 2 / device.link)
+    seconds = [
+        _stage(share, size, device, part, part * cached, part) for share, size in zip(shares, sizes, strict=True)
+    ]
+    hand_over = (place.pp - 1) * _hand_over(shares[0], device, part)
     return max(sum(seconds), place.pp * max(seconds)) + hand_over, part / max(seconds)
 
 
-def _stage(share: Share, size: int, device: Device, rows: int, cached: float) -> float:
-    """Of a step of so many rows, each behind `cached` bytes."""
+def _prompt(held: Sequence[Share], sizes: Sequence[int], device: Device, length: int, kv: float, budget: int) -> float:
+    """Seconds of a prompt of so many tokens, `kv` bytes each: its pieces follow each other through the stages."""
+    place = held[0].mesh.place
+    count = -(-length // min(budget, length, piece(length, budget, place.pp)))
+    rows = length / count
+    seconds = []
+    for share, size in zip(held, sizes, strict=True):
+        pairs = rows * length / 2 * share.spec.heads * share.spec.head_dim * len(share.layers)
+        each = _stage(share, size, device, rows, kv * length / 2, 1) + 4 * pairs / device.rate
+        seconds.append(each + (place.pp > 1) * _hand_over(share, device, rows))
+    return sum(seconds) + (count - 1) * max(seconds)
+
+
+def _hand_over(share: Share, device: Device, rows: float) -> float:
+    message = device.latency if device.message is None else device.message
+    return message + rows * share.full.hidden * 2 / device.link
+
+
+def _stage(share: Share, size: int, device: Device, rows: float, cached: float, wanted: float) -> float:
+    """Of a step of so many rows, which read `cached` bytes of the cache and of which so many are `wanted` as logits."""
     spec, facts, tp = share.full, share.full.experts, share.mesh.place.tp
-    dense = float(size - _looked_up(share))
-    seconds = rows * cached / device.bandwidth + len(share.layers) * device.layer
+    head = _head(share)
+    dense = float(size - _looked_up(share) - head)
+    seconds = cached / device.bandwidth + len(share.layers) * device.layer
     if facts:
         mixtures = sum(spec.layers[number].experts for number in share.layers)
         expert = mixtures * 3 * spec.hidden * facts.ffn * 2 / tp
         idle = (1 - facts.per_token / facts.count) ** rows
         dense -= facts.count * expert
         seconds += device.product(facts.count * (1 - idle) * expert, facts.per_token * expert, rows)
-    seconds += device.product(dense, dense, rows)
+    seconds += device.product(dense, dense, rows) + device.product(head, head, wanted)
     if tp > 1:
-        each = device.latency + 2 * (tp - 1) / tp * rows * spec.hidden * 2 / device.link
-        seconds += (_sums(share) + share.last) * each
+        row, logits = 2 * (tp - 1) / tp * spec.hidden * 2, share.last * spec.vocab / tp * torch.float32.itemsize
+        seconds += (_sums(share) + share.last) * device.latency
+        seconds += (_sums(share) * rows * row + wanted * logits) / device.link
     return seconds
+
+
+def _head(share: Share) -> int:
+    """Bytes of the output head that are here."""
+    spec = share.full
+    return len(share.vocab) * (spec.embed_dim or spec.hidden) * 2 if share.last and spec.lm_head else 0
 
 
 def _looked_up(share: Share) -> int:

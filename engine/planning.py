@@ -16,6 +16,12 @@ LEAST_PIECE = 64
 """Tokens of prompts that a stage is given at least, if there are so many."""
 
 
+def piece(left: int, budget: int, depth: int) -> int:
+    """Tokens of prompts for one step, when so many are left: with several stages pieces so small that all have work, but worth
+    reading the weights for. c pieces keep d stages busy for c / (c + d - 1) of the time."""
+    return budget if depth == 1 else max(LEAST_PIECE, budget // 8, -(-left // (4 * depth)))
+
+
 class Planning:
     """The parameters are the scheduler's. park(head): somebody gave up its place for `head`."""
 
@@ -62,12 +68,10 @@ class Planning:
         return slices + self._plan_prompts(behind, min(left, self._dealt(behind)))
 
     def _dealt(self, prompts: list[Sequence]) -> int:
-        """Tokens of prompts for one step: with several stages pieces so small that all have work, but worth reading the
-        weights for. c pieces keep d stages busy for c / (c + d - 1) of the time."""
-        if self._depth == 1 or self._whole_prompts:
+        """Tokens of prompts for one step."""
+        if self._whole_prompts:
             return self.budget
-        left = sum(sequence.behind + sequence.flying for sequence in prompts)
-        return max(LEAST_PIECE, self.budget // 8, -(-left // (4 * self._depth)))
+        return piece(sum(sequence.behind + sequence.flying for sequence in prompts), self.budget, self._depth)
 
     def _plan_streams(self, streams: list[Sequence], prompts: bool) -> list[Slice]:
         """One token for each of these, that lack one; when there are more than fit, they take turns."""

@@ -161,12 +161,33 @@ def test_a_step_is_the_sum_of_its_parts() -> None:
     kept, norms = 8 * 64 * 6 * 2 * 4 * 8 * 2 / 1e10, 2 * 64 * 13
     assert step(1, 1) == pytest.approx((layers + table + norms) / 5e9 + kept + 6 * 1e-5, rel=1e-3)
     half = layers / 2 + table / 2 + norms
-    sums = (2 * 6 + 1 + 1) * (1e-4 + 8 * 64 * 2 / 1e8)
-    assert step(2, 1) == pytest.approx(half / 5e9 + kept / 2 + 6 * 1e-5 + sums, rel=1e-2)
+    sums = (2 * 6 + 1 + 1) * 1e-4 + ((2 * 6 + 1) * 8 * 64 * 2 + 8 * 500 * 4) / 1e8
+    assert step(2, 1) == pytest.approx(half / 5e9 + kept / 2 + 6 * 1e-5 + sums, rel=1e-3)
     stages_ = [layers * count / 6 + table * last for count, last in ((4, 0), (2, 1))]
     part = max(size / 8e9 for size in stages_)  # four rows each; the first stage looks the embedding up
     found = step(1, 2)
     assert found == pytest.approx(2 * part + kept / 2 * 4 / 3 + 2 * 4e-5 + 3e-4, rel=0.1)
+
+
+def test_a_prompt_is_the_sum_of_its_pieces() -> None:
+    """Products of as many rows as a step takes, one row of logits each, attention over what came before; stages overlap."""
+    tied, length = dataclasses.replace(SPEC, tied=True), 1024
+
+    def prompt(tp: int, pp: int, budget: int = 256) -> float:
+        config = dataclasses.replace(CONFIG, max_num_batched_tokens=budget)
+        return plan(config, tied, torch.bfloat16, MEASURED, Place(tp, pp), 1, streams=8, length=length).prompt_s
+
+    layers, head = 6 * (64 * (8 + 2 * 4 + 8) * 8 + 3 * 64 * 256) * 2, 1000 * 64 * 2
+    attention = 4 * 256 * length / 2 * 8 * 8 * 6 / 1e12
+    kept = length / 2 * 6 * 2 * 4 * 8 * 2 / 1e10
+    whole = layers / 5e9 * 256 / 8 + head / 1e10 + 6 * 1e-5 + attention + kept
+    assert prompt(1, 1) == pytest.approx(4 * whole, rel=1e-2)
+    assert prompt(1, 1, 1024) < prompt(1, 1) * 1.01
+    half = layers / 2 / 5e9 * 128 / 8 + 3e-4 + 128 * 64 * 2 / 1e8  # pieces of 1024 / (4 x 2) rows
+    assert prompt(1, 2) == pytest.approx((8 + 1) * (4 / 3 * half), rel=0.3)
+    sums = 14 * 1e-4 + (13 * 256 * 64 * 2 + 500 * 4) / 1e8
+    split = layers / 2 / 5e9 * 256 / 8 + head / 2 / 1e10 + 6 * 1e-5 + attention / 2 + kept / 2 + sums
+    assert prompt(2, 1) == pytest.approx(4 * split, rel=1e-2)
 
 
 def test_this_machine() -> None:
