@@ -135,8 +135,8 @@ def measure(model: dict[str, Any], tp: int, pp: int, args: argparse.Namespace) -
 def planned(options: dict[str, Any], tp: int, pp: int, args: argparse.Namespace) -> list[float]:
     """Seconds of each load on that layout."""
     config = EngineConfig(**options)
-    device = cpu_device(tp * pp, max(args.sequences), torch.bfloat16, 1)
     spec = load_spec(ModelFiles(config).config)
+    device = cpu_device(tp * pp, spec, max(args.sequences), torch.bfloat16, 1)
 
     def said(streams: int, length: int) -> Plan:
         return plan(config, spec, torch.bfloat16, device, Place(tp, pp), 1, streams=streams, length=length)

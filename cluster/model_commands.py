@@ -61,7 +61,7 @@ def plan(engine: EngineConfig, gpu: str, gpus: int, *, streams: int, as_json: bo
     length = engine.max_model_len or min(spec.max_len, LENGTH)
     dtype = DTYPES.get(engine.dtype, torch.bfloat16)
     here = gpu.lower() == "cpu"
-    device = cpu_device(gpus, streams, dtype, engine.num_threads) if here else find_device(gpu)
+    device = cpu_device(gpus, spec, streams, dtype, engine.num_threads) if here else find_device(gpu)
     found = plans(engine, spec, dtype, device, gpus, streams=streams, length=length)
     if as_json:
         print(json.dumps([asdict(one) for one in found], indent=1))

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -22,36 +23,37 @@ from torch import Tensor
 
 from kvasir.engine.cache import KVCache
 from kvasir.engine.cores import usable_cores
+from kvasir.engine.decoder import Decoder
+from kvasir.engine.layers import Linear
 from kvasir.engine.memory import available_ram, keep_freed_memory
 from kvasir.engine.mesh import Mesh, Place, c10d, host_store, join, reach_store
 from kvasir.engine.parallel_plan import Device
-from kvasir.engine.spec import Layer, Rope, Spec
+from kvasir.engine.share import layer_cost
+from kvasir.engine.spec import Spec
 from kvasir.engine.weights import random_decoder
-from kvasir.kernels.linear import Weight, linear, packed
 from kvasir.kernels.ragged import Ragged
 
 HOST, TIMEOUT_S = "127.0.0.1", 60.0
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-WIDTH, MATRICES = 2048, 24
-"""Of the weights that are read: 200 MB in bfloat16, more than caches hold."""
-LAYERS = 8
-SMALL = Spec(
-    vocab=64, hidden=64, heads=2, kv_heads=1, head_dim=32, ffn=64, eps=1e-5, max_len=64,
-    layers=(Layer(Rope(1e4, 32)),) * LAYERS,
-)  # fmt: skip
-"""Layers so narrow that they take what any layer does, whatever its width."""
+CHUNK, BEFORE = 256, 768
+"""Tokens of a piece of a prompt, and of what lies before it."""
+BLOCK = 16
+SAMPLE_BYTES, MOST_LAYERS = 200_000_000, 32
+"""Of the weights that are read: more than caches hold."""
 SUMS = ((8, 64), (64, 4096))
 """Shapes of a small sum and of a large one."""
 
 
-def cpu_device(ranks: int, streams: int, dtype: torch.dtype, threads: int | None = None) -> Device:
-    """Of one of so many ranks, in steps of so many streams. Takes seconds."""
+def cpu_device(ranks: int, spec: Spec, streams: int, dtype: torch.dtype, threads: int | None = None) -> Device:
+    """Of one of so many ranks, in steps of so many streams: some of the model's own layers, with random weights. Takes
+    seconds."""
     threads = threads or max(1, usable_cores() // ranks)
+    sample = sample_of(spec, dtype)
     store, port = host_store(HOST, ranks, TIMEOUT_S)
     spawn = multiprocessing.get_context("spawn")
     pipes = [spawn.Pipe() for _ in range(ranks)]
     running = [
-        spawn.Process(target=_rank, args=(rank, ranks, port, threads, streams, dtype, pipe), daemon=True)
+        spawn.Process(target=_rank, args=(rank, ranks, port, threads, sample, few(streams), dtype, pipe), daemon=True)
         for rank, (_, pipe) in enumerate(pipes)
     ]
     for process, (_, pipe) in zip(running, pipes, strict=True):
@@ -64,38 +66,76 @@ def cpu_device(ranks: int, streams: int, dtype: torch.dtype, threads: int | None
             process.kill()
             process.join()
         del store
-    return _device([max(values) for values in zip(*found, strict=True)], available_ram() // ranks, dtype)
+    slowest = [max(values) for values in zip(*found, strict=True)]
+    return device_of(slowest, sample, few(streams), available_ram() // ranks, dtype)
 
 
-def _device(slowest: Sequence[float], memory: int, dtype: torch.dtype) -> Device:
-    """From the seconds of the slowest rank: a pass over the weights per count of rows, a layer, two sums, a hand-over."""
-    size = MATRICES * WIDTH * WIDTH * dtype.itemsize
-    passes, (layer, small, large, message) = slowest[: len(ROWS)], slowest[len(ROWS) :]
+def few(streams: int) -> int:
+    """So many are measured."""
+    return min(streams, CHUNK // 4)
+
+
+def sample_of(spec: Spec, dtype: torch.dtype) -> Spec:
+    """Some of its layers, mixtures of experts as plain ones, and next to no vocabulary."""
+    plain = replace(
+        spec, vocab=64, embed_dim=None, tied=True, lm_head=True, head_bias=False, causal=True, experts=None,
+        positions=spec.positions and 2 * (BEFORE + CHUNK), layers=(replace(spec.layers[0], experts=False),),
+        names={}, split=None,
+    )  # fmt: skip
+    depth = -(-SAMPLE_BYTES // int(layer_cost(plain, 0) * dtype.itemsize))
+    layers = (
+        replace(spec.layers[number % len(spec.layers)], experts=False) for number in range(min(depth, MOST_LAYERS))
+    )
+    return replace(plain, layers=tuple(layers))
+
+
+def device_of(slowest: Sequence[float], sample: Spec, streams: int, memory: int, dtype: torch.dtype) -> Device:
+    """From the seconds of the slowest rank: the products of all layers per count of rows, steps of streams and of pieces of
+    a prompt, two sums, a hand-over."""
+    passes, (stepped, first, later, small, large, message) = slowest[: len(ROWS)], slowest[len(ROWS) :]
+    depth = len(sample.layers)
+    size = sum(layer_cost(sample, number) for number in range(depth)) * dtype.itemsize
     small_bytes, large_bytes = (height * width * dtype.itemsize for height, width in SUMS)
-    link = (large_bytes - small_bytes) / max(large - small, 1e-9)
-    return Device(
+    rate = max(2 * count * size / dtype.itemsize / each for count, each in zip(ROWS, passes, strict=True))
+    scores = 4 * sample.heads * sample.head_dim * depth * CHUNK
+    attention = min(rate, scores * BEFORE / max(later - first, 1e-9))
+    found = Device(
         memory,
         bandwidth=size / passes[0],
-        rate=max(2 * count * size / dtype.itemsize / each for count, each in zip(ROWS, passes, strict=True)),
-        link=link,
+        rate=rate,
+        link=(large_bytes - small_bytes) / max(large - small, 1e-9),
         latency=small,
         message=message,
-        layer=layer,
+        attention=attention,
         products=tuple((count, size / each) for count, each in zip(ROWS, passes, strict=True)),
         kind="cpu",
     )
+    few_rows = (stepped - found.product(size, size, streams)) / depth
+    many_rows = (first - passes[-1] - scores * CHUNK / 2 / attention) / depth
+    row = max(0.0, (many_rows - few_rows) / (CHUNK - streams))
+    return replace(found, layer=max(0.0, few_rows - row * streams), row=row)
 
 
-def _rank(rank: int, size: int, port: int, threads: int, streams: int, dtype: torch.dtype, answer: Connection) -> None:
+def _rank(
+    rank: int, size: int, port: int, threads: int, sample: Spec, streams: int, dtype: torch.dtype, answer: Connection
+) -> None:
     """A process: tells the seconds of each thing."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     store = reach_store(HOST, port, size, TIMEOUT_S)
     side = _joined(store, "tp", Place(size, 1, rank, size))
     row = _joined(store, "pp", Place(1, size, rank, size))
-    weights = [packed(torch.ones(WIDTH, WIDTH, dtype=dtype)) for _ in range(MATRICES)]
-    found = [_timed(side, partial(_multiplied, torch.ones(count, WIDTH, dtype=dtype), weights), 5) for count in ROWS]
-    found.append(_layer(side, streams, dtype))
+    decoder = random_decoder(sample, dtype, side.device, pack=False)
+    products = [
+        (part, part.weight.shape[1])
+        for part in decoder.modules()
+        if isinstance(part, Linear) and isinstance(part.weight, Tensor)
+    ]
+    decoder.pack()
+    cache = KVCache(sample, max(streams, (BEFORE + CHUNK) // BLOCK), BLOCK, dtype, side.device)
+    found = [_timed(side, partial(_multiplied, count, dtype, products), 3) for count in ROWS]
+    steps = ((streams, 1, BLOCK - 1), (1, CHUNK, 0), (1, CHUNK, BEFORE))
+    found += [_timed(side, partial(stepped, decoder, cache, *step), 5) for step in steps]
     found += [_timed(side, partial(side.reduce, torch.ones(shape, dtype=dtype)), 50) for shape in SUMS]
     found.append(_timed(row, lambda: _there_and_back(row, dtype), 50) / 2)
     answer.send(found)
@@ -103,9 +143,9 @@ def _rank(rank: int, size: int, port: int, threads: int, streams: int, dtype: to
         answer.recv()  # until it is ended: none leaves before the others are done
 
 
-def _multiplied(x: Tensor, weights: Sequence[Weight]) -> None:
-    for weight in weights:
-        linear(x, weight)
+def _multiplied(rows: int, dtype: torch.dtype, products: Sequence[tuple[Linear, int]]) -> None:
+    for part, inputs in products:
+        part(torch.ones(rows, inputs, dtype=dtype))
 
 
 def _joined(store: Any, name: str, place: Place) -> Mesh:
@@ -137,15 +177,13 @@ def _there_and_back(mesh: Mesh, dtype: torch.dtype) -> None:
         mesh.world.send([x], 0, 1).wait()
 
 
-def _layer(mesh: Mesh, rows: int, dtype: torch.dtype) -> float:
-    """Of a step of so many sequences behind 15 tokens."""
-    decoder = random_decoder(SMALL, dtype, mesh.device)
-    cache = KVCache(SMALL, rows, 16, dtype, mesh.device)
-    starts, lengths = np.arange(rows + 1, dtype=np.int32), np.full(rows, 16, np.int32)
-    tensors = torch.from_numpy(starts), torch.from_numpy(lengths)
-    table = torch.arange(rows, dtype=torch.int32)[:, None]
-    positions, slots = torch.full((rows,), 15), torch.arange(rows) * 16 + 15
-    ragged = Ragged(positions, slots, *tensors, table, starts, lengths)
-    tokens, wanted = torch.zeros(rows, dtype=torch.int64), torch.arange(rows)
-
-    return _timed(mesh, lambda: decoder(tokens, ragged, cache, wanted), 20) / LAYERS
+def stepped(decoder: Decoder, cache: KVCache, sequences: int, count: int, before: int) -> None:
+    """Of so many sequences, `count` rows each behind so many tokens."""
+    blocks = -(-(before + count) // BLOCK)
+    starts = np.arange(sequences + 1, dtype=np.int32) * count
+    lengths = np.full(sequences, before + count, np.int32)
+    table = torch.arange(sequences * blocks, dtype=torch.int32).view(sequences, blocks)
+    positions = (before + torch.arange(count)).repeat(sequences)
+    slots = positions + torch.arange(sequences).repeat_interleave(count) * blocks * BLOCK
+    ragged = Ragged(positions, slots, torch.from_numpy(starts), torch.from_numpy(lengths), table, starts, lengths)
+    decoder(torch.zeros(sequences * count, dtype=torch.int64), ragged, cache, torch.arange(sequences))

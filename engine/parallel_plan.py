@@ -43,7 +43,11 @@ class Device:
     message: float | None = None
     """The same of what one stage hands to the next; None: the same."""
     layer: float = 0.0
-    """Seconds that a layer takes whatever its size."""
+    """Seconds that a layer takes besides its products and attention, whatever its size."""
+    row: float = 0.0
+    """The same for each row."""
+    attention: float | None = None
+    """Operations per second of attention over prompts; None: as of products."""
     products: Sequence[tuple[int, float]] = ()
     """(rows, bytes per second of weights by which so many are multiplied), measured; none: by bandwidth and rate."""
     kind: str = "cuda"
@@ -206,7 +210,7 @@ def _prompt(held: Sequence[Share], sizes: Sequence[int], device: Device, length:
     seconds = []
     for share, size in zip(held, sizes, strict=True):
         pairs = rows * length / 2 * share.spec.heads * share.spec.head_dim * len(share.layers)
-        each = _stage(share, size, device, rows, kv * length / 2, 1) + 4 * pairs / device.rate
+        each = _stage(share, size, device, rows, kv * length / 2, 1) + 4 * pairs / (device.attention or device.rate)
         seconds.append(each + (place.pp > 1) * _hand_over(share, device, rows))
     return sum(seconds) + (count - 1) * max(seconds)
 
@@ -221,7 +225,7 @@ def _stage(share: Share, size: int, device: Device, rows: float, cached: float, 
     spec, facts, tp = share.full, share.full.experts, share.mesh.place.tp
     head = _head(share)
     dense = float(size - _looked_up(share) - head)
-    seconds = cached / device.bandwidth + len(share.layers) * device.layer
+    seconds = cached / device.bandwidth + len(share.layers) * (device.layer + rows * device.row / tp)
     if facts:
         mixtures = sum(spec.layers[number].experts for number in share.layers)
         expert = mixtures * 3 * spec.hidden * facts.ffn * 2 / tp

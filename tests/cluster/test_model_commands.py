@@ -172,5 +172,6 @@ def test_layouts_of_this_machine(
     monkeypatch.setattr("kvasir.engine.cpu_device.cpu_device", measured)
     words = ["plan", folder(tmp_path, MIXTRAL), "--gpus", "2", "--gpu", "CPU", "--streams", "8", "--num-threads", "1"]
     text = shown(capsys, *words)
-    assert asked == [(2, 8, torch.bfloat16, 1)]
+    ((ranks, spec, *rest),) = asked
+    assert (ranks, spec.heads, rest) == (2, 32, [8, torch.bfloat16, 1])
     assert "by what 2 of them were just measured to do" in text

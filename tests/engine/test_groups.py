@@ -43,7 +43,8 @@ def stories(data: Callable[[str], Path]) -> dict[str, Any]:
 @pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: f"tp{layout[0]}pp{layout[1]}")
 def group(request: pytest.FixtureRequest, stories: dict[str, Any]) -> Iterator[LLM]:
     tp, pp = request.param
-    llm = LLM(**stories, tensor_parallel_size=tp, pipeline_parallel_size=pp, max_num_batched_tokens=48)
+    options = stories | {"kv_cache_memory_bytes": 1 << 20, "max_num_batched_tokens": 48}
+    llm = LLM(**options, tensor_parallel_size=tp, pipeline_parallel_size=pp)
     yield llm
     llm.shutdown()
 
@@ -111,22 +112,18 @@ def close(ours: Any, wanted: Any) -> bool:
     return all(abs(a - b) < 1e-4 for a, b in pairs) and len(pairs) > 0
 
 
-def test_preempted_and_cancelled(stories: dict[str, Any], alone: LLM) -> None:
-    """A cache for a few sequences: others wait, give up their blocks and come back; some are cancelled in between."""
-    options = {**stories, "kv_cache_memory_bytes": 120_000, "tensor_parallel_size": 2}
-    llm = LLM(**options, pipeline_parallel_size=2, max_model_len=160, enable_prefix_caching=False)
-    try:
-        sampling = SamplingParams(temperature=1.0, seed=5, max_tokens=100, ignore_eos=True)
-        prompts = [f"Number {i}: once there" for i in range(12)]
-        ours = llm.generate(prompts, sampling, use_tqdm=False)
-        wanted = alone.generate(prompts, sampling, use_tqdm=False)
-        assert [o.outputs[0].token_ids for o in ours] == [o.outputs[0].token_ids for o in wanted]
-        assert llm.engine.stats().preemptions > 0
-        _cancelled(llm)
-        assert list(llm.engine.pool.check()) == []
-        assert llm.engine.pool.num_used == 0
-    finally:
-        llm.shutdown()
+def test_preempted_and_cancelled(group: LLM, alone: LLM) -> None:
+    """More than the cache holds: some wait, give up their blocks and come back; some are cancelled in between."""
+    sampling = SamplingParams(temperature=1.0, seed=5, max_tokens=100, ignore_eos=True)
+    prompts = [f"Number {i}: once there" for i in range(24)]
+    before = group.engine.stats().preemptions
+    ours = group.generate(prompts, sampling, use_tqdm=False)
+    wanted = alone.generate(prompts, sampling, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in ours] == [o.outputs[0].token_ids for o in wanted]
+    assert group.engine.stats().preemptions > before
+    _cancelled(group)
+    assert list(group.engine.pool.check()) == []
+    assert group.engine.pool.num_used == 0
 
 
 def _cancelled(llm: LLM) -> None:
@@ -152,23 +149,47 @@ def _cancelled(llm: LLM) -> None:
     assert sorted(event.reason for event in ended) == ["abort"] * 3 + ["length"] * 3  # type: ignore[union-attr]
 
 
-def test_experts_dealt_out_whole(checkpoint: Any) -> None:
-    """--enable-expert-parallel: each of two processes has half of the experts, and the tokens are those of one."""
-    experts = {"num_local_experts": 5, "num_experts_per_tok": 2}
-    folder, _ = checkpoint("Mixtral", vocab_size=97, **experts)
+LATENT = {
+    "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
+    "num_key_value_heads": 4, "n_routed_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
+    "n_shared_experts": 2, "first_k_dense_replace": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "facts", "pp"),
+    [("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}, 1), ("DeepseekV2", LATENT, 2)],
+)
+def test_experts_dealt_out_whole(checkpoint: Any, family: str, facts: dict[str, Any], pp: int) -> None:
+    """--enable-expert-parallel: each of the two ranks of a stage has two or three of five experts, and the tokens are those of
+    one rank: of chunked prompts with a common beginning, branches, mixed sampling, preempted and cancelled ones."""
+    folder, _ = checkpoint(family, vocab_size=97, **facts)
     options: dict[str, Any] = {
-        "dtype": "float32",
-        "skip_tokenizer_init": True,
-        "num_threads": 1,
-        "kv_cache_memory_bytes": 1 << 21,
-    }
-    prompts = [[5, 6, 7], list(range(3, 60)), [9]]
-    sampling = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
-    with LLM(str(folder), **options) as alone:
-        wanted = alone.generate(prompts, sampling, use_tqdm=False)
-    with LLM(str(folder), **options, tensor_parallel_size=2, enable_expert_parallel=True) as llm:
-        found = llm.generate(prompts, sampling, use_tqdm=False)
-    assert [each.outputs[0].token_ids for each in found] == [each.outputs[0].token_ids for each in wanted]
+        "dtype": "float32", "skip_tokenizer_init": True, "num_threads": 1, "max_model_len": 112, "block_size": 8,
+        "max_num_batched_tokens": 24,
+    }  # fmt: skip
+    prompts = [[5, 6, 7], list(range(3, 60)), [9], *([3 + i] * 30 for i in range(5))]
+    params = [
+        SamplingParams(temperature=0, max_tokens=40, ignore_eos=True),
+        SamplingParams(temperature=1.0, seed=1, n=4, max_tokens=30, ignore_eos=True),
+        SamplingParams(
+            temperature=0.8, seed=2, top_k=5, top_p=0.9, repetition_penalty=1.3, max_tokens=40, ignore_eos=True
+        ),
+    ]
+    mixed = [params[i % 3] for i in range(len(prompts))]
+    with LLM(str(folder), **options, kv_cache_memory_bytes=1 << 22) as alone:
+        wanted = alone.generate(prompts, mixed, use_tqdm=False)
+    ranks = {"tensor_parallel_size": 2, "pipeline_parallel_size": pp, "enable_expert_parallel": True}
+    with LLM(str(folder), **options, **ranks, kv_cache_memory_bytes=60_000) as llm:
+        found = llm.generate(prompts, mixed, use_tqdm=False)
+        assert llm.engine.stats().preemptions > 0
+        again = [llm.generate(prompts[1:2], params[1], use_tqdm=False)[0] for _ in range(2)][1]
+        assert (again.num_cached_tokens or 0) >= 40
+        found[1] = again
+        _cancelled(llm)
+        assert list(llm.engine.pool.check()) == []
+    for got, want in zip(found, wanted, strict=True):
+        assert [each.token_ids for each in got.outputs] == [each.token_ids for each in want.outputs]
 
 
 def test_vectors(checkpoint: Any) -> None:

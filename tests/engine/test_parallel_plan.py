@@ -13,7 +13,7 @@ from torch import Tensor
 from kvasir.engine.arch import load_spec
 from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
-from kvasir.engine.cpu_device import cpu_device
+from kvasir.engine.cpu_device import BEFORE, CHUNK, ROWS, cpu_device, device_of, few, sample_of, stepped
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.layout import layout
 from kvasir.engine.mesh import Mesh, Place
@@ -192,13 +192,44 @@ def test_a_prompt_is_the_sum_of_its_pieces() -> None:
 
 def test_this_machine() -> None:
     """Every figure of two ranks is a real one."""
-    found = cpu_device(2, 2, torch.float32, 1)
+    found = cpu_device(2, SPEC, 2, torch.float32, 1)
     assert found.kind == "cpu"
-    assert [rows for rows, _ in found.products] == [1, 2]
-    figures = [found.memory, found.bandwidth, found.rate, found.link, found.latency, found.message, found.layer]
+    assert [rows for rows, _ in found.products] == list(ROWS)
+    figures = [found.memory, found.bandwidth, found.rate, found.link, found.latency, found.message, found.attention]
     assert all(figure and 0 < figure < float("inf") for figure in figures)
+    assert 0 <= min(found.layer, found.row) <= max(found.layer, found.row) < 1
     assert 1e8 < found.bandwidth < 1e12
     assert 1e-7 < found.latency < 1
+
+
+def test_what_layers_take_besides_products() -> None:
+    """Told apart from steps of streams, and of two pieces of a prompt of which one has more before it."""
+    sample, size = sample_of(SPEC, torch.float32), 4 * 32 * (64 * (8 + 2 * 4 + 8) * 8 + 3 * 64 * 256)
+    assert len(sample.layers) == 32
+    passes = [max(1e-3, rows * 1e-4) for rows in ROWS]
+    scores = 4 * 64 * 32 * CHUNK * 1e-10
+    layer, row = 2e-6, 3e-7
+    steps = [
+        1e-3 + 32 * (layer + 8 * row),
+        256e-4 + 32 * (layer + CHUNK * row) + scores * CHUNK / 2,
+        256e-4 + 32 * (layer + CHUNK * row) + scores * (BEFORE + CHUNK / 2),
+    ]
+    found = device_of([*passes, *steps, 1e-5, 2e-5, 1e-4], sample, 8, GB, torch.float32)
+    assert found.bandwidth == pytest.approx(size / 1e-3)
+    assert found.attention == pytest.approx(1e10)
+    assert (found.layer, found.row) == (pytest.approx(layer), pytest.approx(row))
+    assert [few(streams) for streams in (1, 64, 500)] == [1, 64, 64]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_some_layers_of_any_model_run(family: str, checkpoint: Any) -> None:
+    folder, _ = checkpoint(family, vocab_size=1003, **FAMILIES[family])
+    spec = sample_of(load_spec(json.loads((folder / "config.json").read_text())), torch.bfloat16)
+    spec = dataclasses.replace(spec, layers=spec.layers[:2])
+    cache = KVCache(spec, 64, 16, torch.bfloat16, CPU)
+    decoder = random_decoder(spec, torch.bfloat16, CPU)
+    for step in ((4, 1, 15), (1, CHUNK, BEFORE)):
+        stepped(decoder, cache, *step)
 
 
 def test_an_unknown_device_is_named() -> None:
