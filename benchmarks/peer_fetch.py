@@ -3,6 +3,7 @@
 python benchmarks/checkpoint.py 125M FOLDER
 python benchmarks/peer_fetch.py FOLDER
 python benchmarks/peer_fetch.py FOLDER --tokens 1000 --tail 256   # 256 tokens that the peer doesn't have behind them
+python benchmarks/peer_fetch.py FOLDER --tokens 1000 --tail 256 --ways tcp --link 100   # by a network of 100 MB/s
 
 Two groups, each in a process of its own, on one machine: one computes a prompt, then the other is asked for the same, with a
 tail of its own: once in one piece, once layer by layer, so that the tail is computed on the first layers already.
@@ -14,13 +15,16 @@ import argparse
 import json
 import queue
 import random
+import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from kvasir.engine import channels
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.engine import Engine
 from kvasir.engine.event import Event, Failed, Finished, Token
@@ -37,9 +41,12 @@ def main() -> None:
     parser.add_argument("--tail", type=int, default=0, help="tokens behind those that the peer has")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--link", type=float, help="MB/s that the peer sends by tcp, as a slower network would")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
+        if args.link:
+            slow_down(args.link * 1e6)
         serve(json.loads(args.serve))
         return
     for way in args.ways:
@@ -52,6 +59,7 @@ def measure(args: argparse.Namespace, way: str) -> None:
     options = {"model": args.model, "dtype": args.dtype, "kv_transfer": way, "max_model_len": longest}
     options |= {"skip_tokenizer_init": True, "max_num_seqs": 4, "hf_overrides": {"max_position_embeddings": longest}}
     command = [sys.executable, __file__, args.model, "--serve", json.dumps(options)]
+    command += ["--link", str(args.link)] if args.link else []
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -128,6 +136,23 @@ class Group:
                     raise SystemExit(event.message)
                 elif isinstance(event, Finished):
                     return {"first": first, "tokens": tokens, "cached": event.cached_tokens}
+
+
+def slow_down(bytes_per_s: float) -> None:
+    """This process sends pieces of blocks no faster."""
+    send, lock = channels.send_all, threading.Lock()
+    free_at = 0.0
+
+    def paced(connection: socket.socket, pieces: list[memoryview]) -> None:
+        nonlocal free_at
+        size = sum(map(len, pieces))
+        send(connection, pieces)
+        with lock:
+            free_at = max(free_at, time.monotonic()) + size / bytes_per_s
+            left = free_at - time.monotonic()
+        time.sleep(max(0.0, left))
+
+    channels.send_all = paced
 
 
 def serve(options: dict[str, Any]) -> None:

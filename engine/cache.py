@@ -106,10 +106,14 @@ class KVCache:
     def put(self, blocks: Sequence[int], staged: Tensor, numbers: Sequence[int]) -> None:
         """Put into these blocks what lies in the rows `numbers` of staged[n, bytes_per_block], in host memory. The host
         doesn't wait where `room_for` made that."""
-        first, stop = min(numbers), max(numbers) + 1
-        rows = staged[first:stop].to(self.arena.device, non_blocking=True)
-        if any(b - a != 1 for a, b in pairwise(numbers)):
-            rows = rows.index_select(0, send(np.array(numbers, np.int64) - first, self.arena.device))
+        breaks = [0, *(n for n in range(1, len(numbers)) if numbers[n] != numbers[n - 1] + 1), len(numbers)]
+        runs = [staged[numbers[a] : numbers[b - 1] + 1] for a, b in pairwise(breaks)]
+        if len(runs) == 1:
+            rows = runs[0].to(self.arena.device, non_blocking=True)
+        else:
+            rows = torch.empty(len(numbers), staged.shape[1], dtype=torch.uint8, device=self.arena.device)
+            for run, first in zip(runs, breaks, strict=False):
+                rows[first : first + len(run)].copy_(run, non_blocking=True)
         self.write(blocks, rows)
 
     @torch.inference_mode()

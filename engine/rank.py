@@ -84,11 +84,7 @@ class Rank:
             oldest = self._unread.popleft()
             self.batch.learn(self._awaited.pop(oldest.step), oldest.token_ids)
         outcome = Outcome(step.id)
-        if step.moves is not None and self.tiers is not None:
-            self.tiers.apply(step.moves)
-        if step.moves is not None and self.exchange is not None:
-            self.exchange.apply(step.moves)
-        self.cache.copy(step.copies)
+        self._move(step)
         self.batch.apply(step)
         for new in step.new:
             for seats in self._awaited.values():
@@ -99,6 +95,19 @@ class Rank:
         if self.exchange is not None:
             outcome.spoiled = self.exchange.arrivals.settle()
         return outcome
+
+    def _move(self, step: Step) -> None:
+        """Blocks change hands while a step is planned, so all that is read of them is read before it is overwritten: what is
+        saved before the copies, whose targets may have held it, and these before the loads, which may go where a copy's
+        source was. What is lent may have been loaded in the same step."""
+        moves = step.moves
+        if moves is not None and self.tiers is not None:
+            self.tiers.save(moves.saves)
+        self.cache.copy(step.copies)
+        if moves is not None and self.tiers is not None:
+            self.tiers.apply(moves)
+        if moves is not None and self.exchange is not None:
+            self.exchange.apply(moves)
 
     def _compute(self, step: Step, outcome: Outcome) -> None:
         """The forward, or several, and what is sampled."""

@@ -122,10 +122,9 @@ class Step:
     blocks: Sequence[tuple[int, int, Sequence[int]]] = ()
     """(seat, layer group, block ids to append to the seat's table for these layers); negative ones are never read."""
     copies: Sequence[tuple[int, int]] = ()
-    """(source block, target block): copy-on-write, done before the forward."""
+    """(source block, target block): copy-on-write, done before the forward, and between the moves' saves and loads."""
     slices: Sequence[Slice] = ()
     moves: Moves | None = None
-    """Done before the copies."""
 
 
 @dataclass(frozen=True, slots=True)

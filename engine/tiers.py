@@ -97,9 +97,7 @@ class Tiers:
         return found | ({"disk_failed": self._disk.failed} if self._disk is not None else {})
 
     def apply(self, moves: Moves) -> None:
-        """A step's part. Only copies within memory are done at once."""
-        if moves.saves:
-            self._save(moves.saves)
+        """A step's part, behind what it saves. Only copies within memory are done at once."""
         for ticket in dict.fromkeys(ticket for ticket, _, _ in moves.loads):
             mine = [(number, block) for found, number, block in moves.loads if found == ticket]
             if ticket in self._staged:
@@ -126,8 +124,10 @@ class Tiers:
         if self._disk is not None and not any(thread.is_alive() for thread in self._threads):
             self._disk.close()
 
-    def _save(self, saves: Sequence[tuple[int, ContentId]]) -> None:
+    def save(self, saves: Sequence[tuple[int, ContentId]]) -> None:
         """Copy blocks aside; when those before them aren't written yet, some are left out."""
+        if not saves:
+            return
         with self._changed:
             room = max(0, STAGED_BYTES - self._saving) // self._bytes
             saves = saves[:room]

@@ -53,7 +53,7 @@ def compiled(name: str, sources: Sequence[Path]) -> tuple[Path, str]:
     target = folder / f"{name}-{_key(program, sources)}.so"
     if target.exists():
         return target, f"{target}, compiled before"
-    with _alone(folder):
+    with _alone(folder / f"{name}.lock"):
         if target.exists():
             return target, f"{target}, compiled by another process"
         begin = time.perf_counter()
@@ -69,9 +69,9 @@ def compiled(name: str, sources: Sequence[Path]) -> tuple[Path, str]:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(lock: Path) -> Iterator[None]:
     """Of ranks that start at once one compiles; on file systems without locks all do, and each ends with a whole file."""
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from kvasir.engine.cache import KVCache
@@ -31,6 +32,21 @@ def test_copy_copies_whole_blocks_of_all_layers() -> None:
     cache.copy([(1, 4), (1, 0), (3, 5)])
     for old, new in zip(before, [tensor for i in range(3) for tensor in cache.layer(i)], strict=True):
         assert torch.equal(new, old[[1, 1, 2, 3, 1, 3]])
+
+
+@pytest.mark.parametrize("numbers", [[2], [1, 2, 3], [5, 0, 3], [0, 1, 4, 3, 5], [3, 3]])
+def test_rows_are_put_into_blocks(numbers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no others are sent to the cache's device."""
+    cache, sent = KVCache(SPEC, 8, 4, torch.float32, CPU), []
+    staged = torch.randint(0, 255, (6, cache.bytes_per_block), dtype=torch.uint8)
+    blocks = [7, 2, 4, 0, 5][: len(numbers)]
+    copy, to = torch.Tensor.copy_, torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda x, rows, **how: sent.append(len(rows)) or copy(x, rows, **how))
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **how: sent.append(len(x)) or to(x, *a, **how))
+    cache.put(blocks, staged, numbers)
+    monkeypatch.undo()
+    assert torch.equal(cache.read(blocks), staged[numbers])
+    assert sum(sent) == len(numbers)
 
 
 def test_copying_nothing_is_fine() -> None:

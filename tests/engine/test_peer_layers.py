@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 from kvasir.engine.arrivals import Arrivals
 from kvasir.engine.prices import Prices
 from kvasir.engine.puller import is_in_time
 from kvasir.engine.request import Peer, Request
-from tests.engine.test_peers import GREEDY, PEER, PROMPT, Group, Proxy, group, idle, wait_for
+from tests.engine.test_peers import GREEDY, PEER, PROMPT, Group, Proxy, group, idle
 
 __all__ = ["group"]
 LAYERS = 8
@@ -64,7 +65,7 @@ def test_layer_by_layer(deep: Path, group: Callable[..., Group], begun: list[int
     assert two.ask(PROMPT, one.peer()) == (cold, 144)
     assert begun
     assert two.ask(PROMPT) == (cold, 144)
-    wait_for(lambda: idle(one) and idle(two))
+    until(lambda: idle(one) and idle(two))
 
 
 @pytest.mark.parametrize("layout", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], ids=["tp2", "pp2"])
@@ -99,10 +100,10 @@ def test_layers_that_do_not_come(
     tokens = two.collect("x", "other")
     assert tokens == {"x": cold, "other": streamed}
     assert begun
-    wait_for(lambda: two.stats().peer_failed == 18 and not two.stats().peer_loaded)
+    until(lambda: two.stats().peer_failed == 18 and not two.stats().peer_loaded)
     assert two.ask(PROMPT)[0] == cold
     proxy.close()
-    wait_for(lambda: idle(one) and idle(two))
+    until(lambda: idle(one) and idle(two))
 
 
 SLABS = "import kvasir.engine.lends as lends\nlends.LEAST_SLAB = 1\n"
@@ -123,7 +124,7 @@ def test_a_peer_that_is_killed_between_two_layers(deep: Path, group: Callable[..
         killer.join()
         proxy.close()
     assert begun
-    wait_for(lambda: idle(two))
+    until(lambda: idle(two))
 
 
 def test_an_abort_while_layers_come(deep: Path, group: Callable[..., Group], begun: list[int]) -> None:
@@ -135,10 +136,10 @@ def test_an_abort_while_layers_come(deep: Path, group: Callable[..., Group], beg
     two.engine.submit(asked)
     threading.Thread(target=lambda: proxy.reached.wait(60) and two.engine.abort("x")).start()
     two.collect("x")
-    wait_for(lambda: idle(two))
+    until(lambda: idle(two))
     assert two.ask(PROMPT)[0] == cold
     proxy.close()
-    wait_for(lambda: idle(one))
+    until(lambda: idle(one))
 
 
 def test_when_a_step_may_begin() -> None:

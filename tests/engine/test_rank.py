@@ -13,7 +13,7 @@ from kvasir.engine.decoder import Decoder
 from kvasir.engine.rank import Rank, portions
 from kvasir.engine.request import SamplingParams
 from kvasir.engine.spec import Layer, Rope, Spec
-from kvasir.engine.step import NewSequence, Slice, Step
+from kvasir.engine.step import Moves, NewSequence, Slice, Step
 from kvasir.engine.weights import random_decoder
 
 CPU = torch.device("cpu")
@@ -115,6 +115,29 @@ def test_copied_blocks_branch_a_sequence(rank: Rank, logprobs: Callable[[Sequenc
         slices=(Slice(0, 10, 1, True), Slice(1, 9, 1, True)),
     )
     assert list(rank.run(branch).token_ids) == [greedy(logprobs, PROMPT, 2)[1], greedy(logprobs, PROMPT, 1)[0]]
+
+
+def test_blocks_are_read_before_they_are_overwritten(rank: Rank) -> None:
+    """A block that is saved may be a copy's target by now, and a copy's source may have been given to what is loaded."""
+    cache = rank.cache
+    cache.arena.random_(0, 100)
+    saved, source, loaded = cache.read([0, 1, 2]).clone().split(1)
+    seen: list[torch.Tensor] = []
+
+    class Both:
+        """Tiers as a rank uses them."""
+
+        def save(self, saves: Sequence[tuple[int, bytes]]) -> None:
+            seen.append(cache.read([block for block, _ in saves]).clone())
+
+        def apply(self, moves: Moves) -> None:
+            cache.write([block for _, _, block in moves.loads], loaded)
+
+    rank.tiers = Both()  # type: ignore[assignment]
+    rank.run(Step(1, copies=((1, 0),), moves=Moves(saves=[(0, b"a")], loads=[(7, 0, 1)])))
+    assert torch.equal(seen[0], saved)
+    assert torch.equal(cache.read([0]), source)
+    assert torch.equal(cache.read([1]), loaded)
 
 
 @pytest.mark.parametrize("limit", [1, 3, 256])

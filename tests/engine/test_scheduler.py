@@ -103,12 +103,14 @@ class FakeTiers:
         for content in contents:
             self.held.pop(content, None)
 
-    def apply(self, moves: Moves, slots: dict[int, object], size: int) -> None:
-        for block, content in moves.saves:
+    def save(self, saves: Iterable[tuple[int, bytes]], slots: dict[int, object], size: int) -> None:
+        for block, content in saves:
             self.saved.append(content)
             self.held[content] = [slots[block * size + i] for i in range(size)]
             if not self.reliable and self.draw.random() < 0.2:
                 self.held.pop(self.draw.choice(list(self.held)))
+
+    def apply(self, moves: Moves, slots: dict[int, object], size: int) -> None:
         for ticket, number, block in moves.loads:
             slots |= {block * size + i: stamp for i, stamp in enumerate(self.staged[ticket][number])}
             self.loaded += 1
@@ -159,9 +161,9 @@ class FakeRank:
             self.seats[new.seat] = Seat(known, new.prompt_len, new.seed, pools, beams, new.stretched, tables)
         for seat, group, blocks in step.blocks:
             self.seats[seat].tables[group] += blocks
-        if step.moves is not None:
-            assert self.tiers is not None
-            self.tiers.apply(step.moves, self.slots, self.size)
+        moves = step.moves or Moves()
+        if self.tiers is not None:
+            self.tiers.save(moves.saves, self.slots, self.size)
         copied = [
             (target * self.size + i, self.slots.get(source * self.size + i))
             for source, target in step.copies
@@ -171,6 +173,8 @@ class FakeRank:
             self.slots.pop(slot, None)
             if content is not None:
                 self.slots[slot] = content
+        if self.tiers is not None:
+            self.tiers.apply(moves, self.slots, self.size)
         sampled, scores, pooled, offered = [], {}, {}, {}
         for part in step.slices:
             seat_ = self.seats[part.seat]

@@ -402,7 +402,7 @@ def tiers() -> Iterator[tuple[KVCache, Tiers, list[tuple[int, int]]]]:
 def test_what_a_block_holds_comes_back_into_another(tiers: tuple[KVCache, Tiers, list[tuple[int, int]]]) -> None:
     cache, found, answers = tiers
     before = cache.read([1, 3]).clone()
-    found.apply(Moves(saves=[(1, b"a"), (3, b"b")]))
+    found.save([(1, b"a"), (3, b"b")])
     cache.arena.zero_()  # the step's own work
     _wait_for(lambda: found.knows(b"b"))
     found.apply(Moves(fetches=[(7, [b"b", b"a", b"missing", b"a"])]))
@@ -424,10 +424,10 @@ def test_a_writer_that_is_behind_gets_no_more_than_it_can_hold(
     write, go = found._host.write, threading.Event()
     monkeypatch.setattr(found._host, "write", lambda *a: go.wait() and write(*a))
     for number in range(6):
-        found.apply(Moves(saves=[(number, bytes([number]))]))
+        found.save([(number, bytes([number]))])
     go.set()
     _wait_for(lambda: found.counts()["host_stored"] == 3)
-    found.apply(Moves(saves=[(5, b"later")]))
+    found.save([(5, b"later")])
     _wait_for(lambda: found.knows(b"later"))
 
 
@@ -435,7 +435,7 @@ def test_fetches_wait_for_room_and_for_nothing_that_ended(
     tiers: tuple[KVCache, Tiers, list[tuple[int, int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, found, answers = tiers
-    found.apply(Moves(saves=[(number, bytes([number])) for number in range(6)]))
+    found.save([(number, bytes([number])) for number in range(6)])
     _wait_for(lambda: found.knows(b"\5"))
     monkeypatch.setattr("kvasir.engine.tiers.STAGED_BYTES", 3 * cache.bytes_per_block)
     found.apply(Moves(fetches=[(1, [b"\0", b"\1"]), (2, [b"\2", b"\3"]), (3, [b"\4"]), (4, [b"\5"])]))
