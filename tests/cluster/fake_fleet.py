@@ -108,5 +108,27 @@ def outcome(events, n):
     return found
 
 
+def check(found, n, max_tokens, seed, scores):
+    """The outcome is what one group that lives would have given."""
+    expected = []
+    for index in range(n):
+        ids = [draw(seed + index, position) for position in range(max_tokens)]
+        expected.append((ids, [("length", max_tokens)]))
+    assert [(ids, ends) for ids, _, _, ends in found] == expected
+    if scores:
+        assert [[score.logprob for score in scored] for _, scored, _, _ in found] == [
+            [-0.25 * position for position in range(max_tokens)]
+        ] * n
+        assert [len(prompt) for _, _, prompt, _ in found] == [1] + [0] * (n - 1)
+
+
+async def some(stream, count=5):
+    """Read until so many tokens came."""
+    events = []
+    while sum(isinstance(event, Token) for event in events) < count:
+        events += await stream.batch()
+    return events
+
+
 def run(coroutine):
     return asyncio.run(asyncio.wait_for(coroutine, 120))

@@ -10,7 +10,7 @@ import time
 
 import httpx
 import pytest
-from fake_fleet import Fleet, draw, outcome, read, request, run
+from fake_fleet import Fleet, check, draw, outcome, read, request, run, some
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from waiting import until_async
@@ -19,7 +19,7 @@ from kvasir.cluster import failover
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.failover import LastingStream
 from kvasir.engine.errors import ClientError, OverloadedError, UnavailableError
-from kvasir.engine.event import Failed, Finished, Pooled, Token
+from kvasir.engine.event import Failed, Finished, Pooled
 from kvasir.engine.request import PoolingParams
 
 
@@ -56,25 +56,7 @@ def test_deaths_at_any_moment_change_nothing(group_of_fakes, n, max_tokens, seed
                 await fleet.add()
             return outcome(await reader, n)
 
-    expected = []
-    for index in range(n):
-        ids = [draw(seed + index, position) for position in range(max_tokens)]
-        expected.append((ids, [("length", max_tokens)]))
-    found = run(main())
-    assert [(ids, ends) for ids, _, _, ends in found] == expected
-    if scores:
-        assert [[score.logprob for score in scored] for _, scored, _, _ in found] == [
-            [-0.25 * position for position in range(max_tokens)]
-        ] * n
-        assert [len(prompt) for _, _, prompt, _ in found] == [1] + [0] * (n - 1)
-
-
-async def _some(stream, count=5):
-    """Read until so many tokens came."""
-    events = []
-    while sum(isinstance(event, Token) for event in events) < count:
-        events += await stream.batch()
-    return events
+    check(run(main()), n, max_tokens, seed, scores)
 
 
 def test_the_only_group_comes_back(group_of_fakes):
@@ -82,7 +64,7 @@ def test_the_only_group_comes_back(group_of_fakes):
         async with Fleet(group_of_fakes, 1, 0.002) as fleet:
             stream = LastingStream(request(), fleet.failover())
             await stream.start()
-            events = await _some(stream)
+            events = await some(stream)
             first = stream.placement.client.name
             await fleet.kill(fleet.groups[0])
             reader = asyncio.ensure_future(read(stream))
@@ -106,7 +88,7 @@ def test_no_group_in_time(group_of_fakes):
         async with Fleet(group_of_fakes, 1, 0.002) as fleet:
             stream = LastingStream(request(), fleet.failover(timeout_s=0.2))
             await stream.start()
-            await _some(stream)
+            await some(stream)
             await fleet.kill(fleet.groups[0])
             began = time.monotonic()
             (failed,) = [event for event in await read(stream) if isinstance(event, Failed)]
@@ -123,7 +105,7 @@ def test_turned_off(group_of_fakes):
         async with Fleet(group_of_fakes, 2, 0.002) as fleet:
             stream = LastingStream(request(), fleet.failover(timeout_s=0))
             await stream.start()
-            await _some(stream)
+            await some(stream)
             await fleet.kill(fleet.serving()[0])
             assert isinstance((await read(stream))[-1], Failed)
 
@@ -155,7 +137,7 @@ def test_what_is_done_about_the_answer_counts(group_of_fakes):
         async with Fleet(group_of_fakes, 1, 0.005) as fleet:
             stream = LastingStream(request(n=3), fleet.failover())
             await stream.start()
-            events = await _some(stream)
+            events = await some(stream)
             fleet.groups[0].engine.abort = lambda *_: None  # the group dies before it hears of it
             stream.abort(1, "stop")
             reader = asyncio.ensure_future(read(stream))
@@ -178,7 +160,7 @@ def test_what_was_ended_while_it_waited_ends(group_of_fakes):
         async with Fleet(group_of_fakes, 1, 0.005) as fleet:
             stream = LastingStream(request(n=2, max_tokens=200), fleet.failover())
             await stream.start()
-            events = await _some(stream)
+            events = await some(stream)
             await fleet.kill(fleet.groups[0])
             reader = asyncio.ensure_future(read(stream))
             await asyncio.sleep(0.1)
@@ -197,7 +179,7 @@ def test_a_full_group_is_waited_for(group_of_fakes):
         async with Fleet(group_of_fakes, 2, 0.002) as fleet:
             stream = LastingStream(request(), fleet.failover())
             await stream.start()
-            await _some(stream)
+            await some(stream)
             dying = fleet.serving()[0]
             (other,) = [group for group in fleet.groups if group is not dying]
             other.engine.refusal = OverloadedError("the queue is full", retry_after_s=1.0)
@@ -215,7 +197,7 @@ def test_a_refusal_is_told(group_of_fakes):
         async with Fleet(group_of_fakes, 2, 0.002) as fleet:
             stream = LastingStream(request(), fleet.failover())
             await stream.start()
-            await _some(stream)
+            await some(stream)
             dying = fleet.serving()[0]
             for group in fleet.groups:
                 group.engine.refusal = ClientError("no such adapter")
@@ -232,7 +214,7 @@ def test_deadlines_go_on(group_of_fakes):
             wanted = dataclasses.replace(request(), deadline_s=0.4)
             stream = LastingStream(wanted, fleet.failover())
             await stream.start()
-            await _some(stream)
+            await some(stream)
             await fleet.kill(fleet.groups[0])
             assert (await read(stream))[-1].code == "deadline_exceeded"
 
@@ -244,7 +226,7 @@ def test_a_stream_that_is_closed_waits_for_nobody(group_of_fakes):
         async with Fleet(group_of_fakes, 1, 0.002) as fleet:
             stream = LastingStream(request(n=2), fleet.failover())
             await stream.start()
-            await _some(stream)
+            await some(stream)
             await fleet.kill(fleet.groups[0])
             reader = asyncio.ensure_future(read(stream))
             await asyncio.sleep(0.05)

@@ -8,7 +8,7 @@ import itertools
 import random
 
 import pytest
-from fake_fleet import Fleet, draw, outcome, read, request, run
+from fake_fleet import Fleet, check, draw, outcome, read, request, run, some
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from waiting import until_async
@@ -73,26 +73,14 @@ def test_moves_and_deaths_at_any_moment_change_nothing(
             await until_async(lambda: not fleet.serving())
             return found
 
-    expected = []
-    for index in range(n):
-        ids = [draw(seed + index, position) for position in range(max_tokens)]
-        expected.append((ids, [("length", max_tokens)]))
-    found = run(main())
-    assert [(ids, ends) for ids, _, _, ends in found] == expected
-    if scores:
-        assert [[score.logprob for score in scored] for _, scored, _, _ in found] == [
-            [-0.25 * position for position in range(max_tokens)]
-        ] * n
-        assert [len(prompt) for _, _, prompt, _ in found] == [1] + [0] * (n - 1)
+    check(run(main()), n, max_tokens, seed, scores)
 
 
 async def begun(fleet, **sampling):
     """A stream that has delivered five tokens, and these."""
-    stream, events = LastingStream(request(**sampling), fleet.failover()), []
+    stream = LastingStream(request(**sampling), fleet.failover())
     await stream.start()
-    while sum(isinstance(event, Token) for event in events) < 5:
-        events += await stream.batch()
-    return stream, events
+    return stream, await some(stream)
 
 
 @pytest.mark.parametrize("n", [1, 3])

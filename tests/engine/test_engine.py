@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import SPEC
 
 from kvasir.engine.blocks import chain_start, content_ids, token_bytes
 from kvasir.engine.cache import KVCache
@@ -19,21 +20,9 @@ from kvasir.engine.errors import ClientError, ContextLengthError, OverloadedErro
 from kvasir.engine.event import Event, Failed, Finished, Token
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.request import Request, SamplingParams
-from kvasir.engine.spec import Layer, Rope, Spec
 from kvasir.engine.weights import random_decoder
 
 CPU = torch.device("cpu")
-SPEC = Spec(
-    vocab=50,
-    hidden=32,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    ffn=48,
-    eps=1e-5,
-    max_len=256,
-    layers=(Layer(Rope(10000.0, 8)),) * 2,
-)
 BLOCKS, BLOCK = 40, 4
 
 

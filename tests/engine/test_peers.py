@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_models import FAMILIES
 from waiting import until
 
 from kvasir.engine.blocks import chain_start, token_bytes
@@ -145,17 +146,6 @@ def test_skald_says_the_same(group: Callable[..., Group]) -> None:
         prompt = Tokenizer.load(locate("skald")).encode(file.read())[:500]
     cold, _ = one.ask(prompt)
     assert two.ask(prompt, one.peer()) == (cold, 480)
-
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "Mistral": {"sliding_window": 24},
-    "Gemma2": {"sliding_window": 16, "head_dim": 16, "query_pre_attn_scalar": 16},
-    "DeepseekV3": {
-        "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
-        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1,
-        "first_k_dense_replace": 1, "num_key_value_heads": 4,
-    },
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)

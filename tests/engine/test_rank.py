@@ -6,28 +6,17 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from small_models import SPEC
 
 from kvasir.engine.cache import KVCache
 from kvasir.engine.cores import usable_cores
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.rank import Rank, portions
 from kvasir.engine.request import SamplingParams
-from kvasir.engine.spec import Layer, Rope, Spec
 from kvasir.engine.step import Moves, NewSequence, Slice, Step
 from kvasir.engine.weights import random_decoder
 
 CPU = torch.device("cpu")
-SPEC = Spec(
-    vocab=50,
-    hidden=32,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    ffn=48,
-    eps=1e-5,
-    max_len=64,
-    layers=(Layer(Rope(10000.0, 8)),) * 2,
-)
 GREEDY = SamplingParams(temperature=0, max_tokens=None)
 SCORED = SamplingParams(temperature=0, logprobs=2, prompt_logprobs=3)
 PROMPT = [4, 8, 15, 16, 23, 42, 1, 2, 3, 5]

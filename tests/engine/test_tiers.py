@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import FAMILIES
 
 from kvasir.engine.cache import KVCache
 from kvasir.engine.errors import ConfigError
@@ -116,17 +117,6 @@ def test_what_the_tiers_hold_is_told(llama: Path, tmp_path: Path) -> None:
                 time.sleep(0.01)
             assert found["device"] <= found["disk"] == {*tiers._disk.shelf}  # type: ignore[union-attr]
             assert found["host"] == {*tiers._host.shelf}  # type: ignore[union-attr]
-
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "Mistral": {"sliding_window": 24},
-    "Gemma2": {"sliding_window": 16, "head_dim": 16, "query_pre_attn_scalar": 16},
-    "DeepseekV3": {
-        "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
-        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1,
-        "first_k_dense_replace": 1, "num_key_value_heads": 4,
-    },
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,29 +13,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_models import SPEC
 
 from kvasir.engine.arch import load_spec
 from kvasir.engine.checkpoint import canonical
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.errors import ConfigError
-from kvasir.engine.spec import Layer, Rope, Spec
+from kvasir.engine.spec import Spec
 from kvasir.engine.tensor_files import files_of
 from kvasir.engine.weights import load_decoder, random_decoder, weight_bytes
 from kvasir.kernels.linear import Packed, Weight
 
 CPU = torch.device("cpu")
 Checkpoint = Callable[..., tuple[Path, Any]]
-SPEC = Spec(
-    vocab=50,
-    hidden=32,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    ffn=48,
-    eps=1e-5,
-    max_len=64,
-    layers=(Layer(Rope(1e4, 8)),) * 2,
-)
 
 
 def spec_of(folder: Path) -> Spec:
