@@ -44,6 +44,8 @@ class Tiers:
         self._aside = Aside(cache.arena.device)
         self.on_fetched: Callable[[int, int], None] = lambda ticket, count: None
         self._behind: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._forgotten: set[ContentId] = set()
+        """Of no use, but not dropped yet; each change is one that no other thread can see half of."""
         self._saving = 0
         """Bytes that are still to be written; changed under _changed, like all that follows."""
         self._changed = threading.Condition()
@@ -69,10 +71,12 @@ class Tiers:
 
     def knows(self, content: ContentId) -> bool:
         """A tier holds the block, or did so a moment ago."""
-        return any(content in shelf for shelf in self._shelves)
+        return content not in self._forgotten and any(content in shelf for shelf in self._shelves)
 
     def forget(self, contents: Iterable[ContentId]) -> None:
-        """These blocks are of no use."""
+        """These blocks are of no use: unknown from now on, so that whoever computes them saves them again."""
+        contents = tuple(contents)
+        self._forgotten.update(contents)
         self._behind.put(partial(self._drop, contents))
 
     def listen(self) -> None:
@@ -163,6 +167,7 @@ class Tiers:
         for content in contents:
             for tier in self._tiers:
                 tier.forget(content)
+        self._forgotten.difference_update(contents)
 
     # -- any thread
 

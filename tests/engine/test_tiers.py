@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from small_models import FAMILIES
+from waiting import until
 
 from kvasir.engine.cache import KVCache
 from kvasir.engine.errors import ConfigError
@@ -196,6 +197,21 @@ def test_a_bad_block_is_computed(
         assert ask(llm)[0] == filled[1]
     with LLM(str(llama), **options(disk)) as llm:
         assert ask(llm) == (filled[1], 0 if spoil is spoil_folder else 144)  # what was bad has been written again
+
+
+def test_what_is_forgotten_is_unknown_at_once(llama: Path, filled: tuple[Path, list[int]], disk: Path) -> None:
+    """Blocks that are computed meanwhile would not be saved, and then be dropped."""
+    with LLM(str(llama), **options(disk)) as llm:
+        tiers, written = llm.engine._tiers, threading.Event()
+        assert tiers is not None
+        (content, *_) = tiers._disk.shelf  # type: ignore[union-attr]
+        tiers._behind.put(lambda: written.wait(60) and None)
+        tiers.forget([content])
+        assert not tiers.knows(content)
+        written.set()
+        until(lambda: content not in tiers._disk.shelf)  # type: ignore[union-attr]
+        assert ask(llm)[0] == filled[1]
+        until(lambda: tiers.knows(content) and not tiers._forgotten)
 
 
 def test_an_unplugged_disk(llama: Path, filled: tuple[Path, list[int]], disk: Path) -> None:
