@@ -9,11 +9,13 @@ from typing import Any, Literal
 
 from kvasir.cluster.text_scanner import Scanner, Steps
 from kvasir.engine.argument_style import ArgumentStyle
-from kvasir.engine.raw_values import resolved
+from kvasir.engine.raw_values import opened, resolved
 
 Kind = Literal["content", "reasoning", "call", "arguments"]
 _SHORT = 2
 """Marks up to this length may stand anywhere in thoughts."""
+MAX_RETURNED = 500_000
+"""Characters of one answer that are read in vain as calls: about half a second."""
 KINDS: tuple[Literal["reasoning"], Literal["content"]] = ("reasoning", "content")
 
 
@@ -52,27 +54,36 @@ class ToolFormat:
     signs: tuple[str, ...] = ()
     """A chat template that holds all of these teaches this format; default: `begins`."""
     call: tuple[str, str]
-    """What stands before the arguments, with NAME for the name, and behind: for grammars."""
+    """What stands before the arguments, with NAME for the name, {number} for a number and {id} for an id, and behind: for
+    grammars."""
     arguments: ArgumentStyle | None = None
     """How they are written; None: as a JSON object."""
     unwrapped: tuple[str, str] | None = None
     """As `call`, in a second way that the models have."""
     wrap: tuple[str, str, str] = ("", "\n", "")
     """What stands before, between and behind several calls."""
+    befores: tuple[str, ...] = ()
+    """And may stand before them instead."""
     whole: Callable[[AnswerReader], Steps[None]] | None = None
     """Reads the answer from its beginning, thoughts included."""
     thoughts: ThoughtFormat | None = None
     """With `whole`: what stands before and behind the thoughts, up to the answer itself."""
     blocks: tuple[tuple[str, str], ...] = ()
     """With `whole`: what stands before and behind thoughts and remarks, any number of which precede calls or the answer. The
-    first are the thoughts."""
+    first are the thoughts, if it has some."""
     answer: tuple[str, str] = ("", "")
     """With `whole`: what stands before an answer that is no call, and may stand behind it."""
+
+    def opening(self, prompt: str) -> str:
+        """With `whole`: the mark by which a prompt that ends so has begun the answer; empty: it hasn't."""
+        marks = [*(begin for begin, _ in self.blocks), self.answer[0]]
+        return next((mark for mark in marks if mark and prompt.endswith(mark)), "")
 
     @property
     def thoughts_before_calls(self) -> ThoughtFormat | None:
         """With `whole`: the thoughts, up to a call or the answer."""
-        return ThoughtFormat(self.name, (self.blocks[0][0],), self.blocks[0][1]) if self.blocks else self.thoughts
+        thinks = self.thoughts is not None and self.blocks
+        return ThoughtFormat(self.name, (self.blocks[0][0],), self.blocks[0][1]) if thinks else self.thoughts
 
 
 @dataclass(slots=True)
@@ -167,7 +178,7 @@ class AnswerReader:
         schema = self.schemas.get(name)
         found = resolved(schema, schema)
         known = found.get("properties") if isinstance(found, Mapping) else None
-        return {key: resolved(one, schema) for key, one in known.items()} if isinstance(known, Mapping) else {}
+        return {key: opened(one, schema) for key, one in known.items()} if isinstance(known, Mapping) else {}
 
     # --
 
@@ -196,13 +207,18 @@ class AnswerReader:
             return
         if self._thoughts is not None:
             yield from self._think(self._thoughts)
-        while (mark := (yield from self.scanner.until(tools.begins if tools else (), self.content))) is not None:
+        while (mark := (yield from self.scanner.until(self._begins(), self.content))) is not None:
             assert tools is not None
             place, calls = self.scanner.keep(), self.calls
             if not (yield from tools.read(self, mark)) and self.calls == calls:
                 self.scanner.rewind(place)
                 self.content(mark)
             self.scanner.drop()
+
+    def _begins(self) -> Sequence[str]:
+        """What calls begin with. None, once too much looked like one and wasn't: brackets in brackets, each of which may be one,
+        would be read over and over."""
+        return self._tools.begins if self._tools and self.scanner.returned < MAX_RETURNED else ()
 
     def _think(self, form: ThoughtFormat) -> Steps[None]:
         place = self.scanner.keep()

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from kvasir.cluster.answer_parts import ToolFormat
+from kvasir.cluster.answer_parts import ThoughtFormat, ToolFormat
 from kvasir.cluster.derived_tags import NAMES, Call, tag_format, understood
 from kvasir.cluster.tool_readers import named, objects
 from kvasir.engine.chat_template import ChatTemplates
@@ -21,6 +21,9 @@ _SPELLINGS = (json.dumps(_ARGUMENTS), json.dumps(_ARGUMENTS, separators=(",", ":
 _PARAMETERS = {"type": "object", "properties": {"p": {"type": "string", "description": "d"}}, "required": ["p"]}
 _TOOL = {"type": "function", "function": {"name": "probe_tool", "description": "d", "parameters": _PARAMETERS}}
 _ID = "probe0000"
+_THOUGHT = "probe_thought"
+_BEGIN_MARK = re.compile(r"(<[^<>/\s][^<>\s]{0,40}>|\[[A-Za-z_]{2,40}\])\s*$")
+_END_MARK = re.compile(r"\s*(<[^<>\s]{1,41}>|\[/?[A-Za-z_]{2,40}\])\s*")
 _KEY = re.compile(r'"(name|tool_name|function|function_name)"\s*:\s*"$')
 _USER = {"role": "user", "content": "Hello"}
 
@@ -38,16 +41,36 @@ def derived_format(templates: ChatTemplates) -> ToolFormat | None:
         return tag_format(lambda calls: shown_calls(templates, calls))
     before, _, rest = shown.partition(_NAME)
     between, _, after = rest.partition(given)
-    return _format(before, between, after) if rest and _ID not in before + between + after else None
+    return _format(before, between, after) if rest and _ID not in between + after else None
 
 
 def taught_differs(templates: ChatTemplates, taught: ToolFormat) -> bool:
     """What the template shows of a call isn't read as one in this format, though it is in the one that is derived."""
+    if taught.whole is not None:  # what is shown of a call begins in the midst of it
+        return False
     calls = [(_NAME, _ARGUMENTS)]
     shown = shown_calls(templates, calls)
     if not shown or understood(taught, shown, calls):
         return False
     return (derived := derived_format(templates)) is not None and understood(derived, shown, calls)
+
+
+def derived_thoughts(templates: ChatTemplates) -> ThoughtFormat | None:
+    """The marks in which the template shows thoughts. None: it shows none, or between marks that can't be told from others."""
+    message = {"role": "assistant", "content": _TEXT} | dict.fromkeys(
+        ("reasoning_content", "reasoning", "thinking"), _THOUGHT
+    )
+    before, _, rest = _rendered(templates, [_USER, message]).partition(_THOUGHT)
+    between, text, _ = rest.partition(_TEXT)
+    begin, end = _BEGIN_MARK.search(before), _END_MARK.fullmatch(between)
+    if not text or begin is None or end is None or _words(begin[1]) != _words(end[1]) or begin[1] == end[1]:
+        return None
+    return ThoughtFormat("derived", (begin[1],), end[1])
+
+
+def _words(mark: str) -> set[str]:
+    """What a beginning and its end have in common: all but that they are such."""
+    return {*re.findall(r"[a-z]+", mark.lower())} - {"begin", "end", "start", "stop", "prefix", "suffix", "of"}
 
 
 def shown_calls(templates: ChatTemplates, calls: Sequence[Call]) -> str:
@@ -92,6 +115,10 @@ def _header(templates: ChatTemplates) -> str:
 
 def _format(before: str, between: str, after: str) -> ToolFormat | None:
     """`before` NAME `between` JSON `after`."""
+    item, numbered, named_by = before.strip().partition(_ID)
+    if numbered:
+        given = (item.strip(), named_by.strip(), between.strip(), after.strip())
+        return _with_ids(*given) if all(given) else None
     mark, brace, _ = before.partition("{")
     mark, end = mark.strip().rstrip("["), after.strip().lstrip("}] \t\n")
     call = (before.lstrip() + "NAME" + between, after.rstrip())
@@ -107,6 +134,18 @@ def _format(before: str, between: str, after: str) -> ToolFormat | None:
             name="derived", begins=(item,), read=named(item, between.strip(), end), inner=(end,), call=call
         )
     return None
+
+
+def _with_ids(item: str, behind: str, separator: str, end: str) -> ToolFormat:
+    """`item` ID `behind` NAME `separator` JSON `end`."""
+    return ToolFormat(
+        name="derived",
+        begins=(item,),
+        read=named(item, separator, end, before=behind),
+        inner=(behind, separator, end),
+        call=(f"{item}{{id}}{behind}NAME{separator}", end),
+        wrap=("", "", ""),
+    )
 
 
 def _rendered(templates: ChatTemplates, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:

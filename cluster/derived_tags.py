@@ -10,18 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 from kvasir.cluster.answer_parts import AnswerReader, ToolFormat
-from kvasir.cluster.tagged_readers import argument, unwrapped
-from kvasir.cluster.text_scanner import Steps
-from kvasir.cluster.tool_readers import Read
-from kvasir.cluster.tool_values import dumps, unescaped
+from kvasir.cluster.styled_readers import CDATA, CDATA_END, styled
 from kvasir.engine.argument_style import ArgumentStyle
-from kvasir.engine.raw_values import typed
 
 NAMES = ("probe_function", "probe_other")
 _KEYS, _TEXTS = ("probe_alpha", "probe_beta"), ("probe one", "probe two")
-_CDATA, _CDATA_END = "<![CDATA[", "]]>"
 _NUMBER, _MARKUP = 7101, "one<two&three"
-_ANY_BUT_TEXT = {"type": ["object", "array", "number", "boolean", "null"]}
 _TAGS = re.compile(r"<[^<>]*>")
 _MESSAGE_END = re.compile(r"(?<=>)\s*<[|｜][^<>]*>\s*$")
 """A special token behind a call's own marks."""
@@ -82,7 +76,7 @@ def _style(show: Show, opening: str, between: str, closing: str) -> ArgumentStyl
         key_json=number.rstrip() if number != between else None,
         end=closing.strip(),
         texts="json" if quoted else "raw",
-        marks=(_CDATA,) if f"{_CDATA}{_MARKUP}{_CDATA_END}" in markup else (),
+        marks=(CDATA,) if f"{CDATA}{_MARKUP}{CDATA_END}" in markup else (),
         edge=edge,
         gap="\n",
         escapes=_MARKUP not in markup and "one&lt;two&amp;three" in markup,
@@ -118,110 +112,12 @@ class _Around:
         return ToolFormat(
             name="derived",
             begins=(begin,),
-            read=_reader((head, behind, end), style, last if last != end else None),
+            read=styled((head, behind, end), style, last if last != end else None),
             inner=tuple({mark for mark in (*_TAGS.findall(whole), *self.closers, *style.key, style.end) if mark}),
             call=(self.head + "NAME" + behind, self.tail),
             wrap=self.wrap,
             arguments=style,
         )
-
-
-def _reader(call: tuple[str, str, str], style: ArgumentStyle, last: str | None) -> Read:
-    """call: what stands before a function's name, behind it, and at the call's end. last: at the end of all, if another."""
-
-    def read(answer: AnswerReader, mark: str) -> Steps[bool]:
-        scanner, begun, before = answer.scanner, mark == call[0], answer.calls
-        while True:
-            if not begun:
-                found = yield from scanner.until([call[0], *([last] if last else [])])
-                if found != call[0]:
-                    return answer.calls > before or found is not None
-            begun = False
-            name, found = yield from scanner.collect([call[1]] if call[1] else [style.key[0], call[2]])
-            if found is None:
-                return answer.calls > before
-            answer.call(name.strip())
-            inside = found if not call[1] else (yield from scanner.until([style.key[0], call[2]]))
-            yield from _arguments(answer, name.strip(), inside, call[2], style)
-            if last is None:
-                return True
-
-    return read
-
-
-def _arguments(answer: AnswerReader, name: str, mark: str | None, end: str, style: ArgumentStyle) -> Steps[None]:
-    """`mark`: what was found behind the function's name, the first argument's beginning or the call's end."""
-    scanner, schemas, written = answer.scanner, answer.properties(name), "{"
-    while mark == style.key[0]:
-        key, behind = yield from _key(answer, style)
-        schema = schemas.get(key)
-        if style.key_json is not None:
-            schema = {"type": "string"} if behind == style.key[1] else _ANY_BUT_TEXT
-        if style.texts == "json":
-            value, mark = yield from _json(answer, style.end, end)
-        elif _CDATA in style.marks and (yield from _begins(answer, _CDATA)):
-            value, _ = yield from scanner.collect([_CDATA_END])
-            mark = yield from scanner.until([style.end, end])
-        else:
-            text, mark, whole = yield from argument(answer, schema, style.end, end)
-            value = typed(text, None) if whole else _plain(text, schema, style)
-        answer.arguments(f"{written}{dumps(key)}: {dumps(value)}")
-        written = ", "
-        if mark == style.end:
-            mark = yield from scanner.until([style.key[0], end])
-    answer.arguments("{}" if written == "{" else "}")
-
-
-def _begins(answer: AnswerReader, mark: str) -> Steps[bool]:
-    """It comes next, perhaps behind white space."""
-    scanner = answer.scanner
-    place = scanner.keep()
-    yield from scanner.space()
-    found = yield from scanner.literal(mark)
-    scanner.drop() if found else scanner.rewind(place)
-    return bool(found)
-
-
-def _key(answer: AnswerReader, style: ArgumentStyle) -> Steps[tuple[str, str | None]]:
-    """(an argument's name, what stands behind it). Line breaks in there may be missing."""
-    scanner, (first, *rest) = answer.scanner, style.key[1].split("\n")
-    if style.key_json is not None:
-        key, behind = yield from scanner.collect([style.key[1], style.key_json])
-        return key.strip(), behind
-    key, behind = yield from scanner.collect([first])
-    for part in rest:
-        yield from scanner.space()
-        yield from scanner.literal(part)
-    return key.strip(), behind
-
-
-def _json(answer: AnswerReader, *marks: str) -> Steps[tuple[Any, str | None]]:
-    """(a value of JSON, the mark behind it); where it is none, its text."""
-    scanner, parts = answer.scanner, list[str]()
-    place = scanner.keep()
-    yield from scanner.space()
-    if (yield from scanner.peek()) in ("{", "[", '"') and (yield from scanner.value(parts.append)):
-        yield from scanner.space()
-        if (mark := (yield from scanner.literal(*marks))) and (value := _parsed("".join(parts))) is not None:
-            scanner.drop()
-            return value, mark
-    scanner.rewind(place)
-    text, found = yield from scanner.collect(marks)
-    value = _parsed(text)
-    return (typed(text, None) if value is None else value), found
-
-
-def _parsed(text: str) -> Any:
-    """None: it isn't JSON, or is null."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _plain(text: str, schema: Any, style: ArgumentStyle) -> Any:
-    text = unescaped(text) if style.escapes else text
-    return typed(unwrapped(text) if style.edge else text, schema)
 
 
 def _reads(form: ToolFormat, show: Show, texts: Mapping[str, Any]) -> bool:

@@ -30,6 +30,8 @@ class Reading:
     thoughts: ThoughtFormat | None = None
     begun: bool = False
     """The prompt has begun the thoughts."""
+    opening: str = ""
+    """What of the answer the prompt has begun, in formats of the whole answer."""
     use: ToolUse | None = None
     shown: frozenset[int] = frozenset()
     """Special tokens that are marks: they stay in the text that is read."""
@@ -44,7 +46,9 @@ class Reading:
     def reader(self) -> AnswerReader:
         """For one continuation."""
         schemas = self.use.schemas if self.use else None
-        return AnswerReader(self.tools, self.thoughts, begun=self.begun, schemas=schemas)
+        found = AnswerReader(self.tools, self.thoughts, begun=self.begun, schemas=schemas)
+        found.feed(self.opening)
+        return found
 
     def call_id(self, name: str, number: int) -> str:
         """A new id for a call: in the form that the model's template wants to see again, where it wants one."""
@@ -71,18 +75,21 @@ def reading(
         tools = held.form
     elif tools is None or tools.whole is None:
         tools = None
-    begun = False
+    begun, opening = False, ""
+    tail = tokenizer.decode(list(prompt_ids[-_TAIL:]), skip_special_tokens=False)
     if tools is not None and tools.whole is not None:
-        thoughts = None
+        thoughts, opening = None, tools.opening(tail)
+        begun = tools.thoughts is not None and opening in tools.thoughts.begins
     elif thoughts is not None:
-        tail = tokenizer.decode(list(prompt_ids[-_TAIL:]), skip_special_tokens=False)
         begun, open_ = thoughts_begun(tail, thoughts)
         thoughts = thoughts if open_ else None
     marks = marks_of(tools, thoughts)
     added = tokenizer.added_tokens
     shown = frozenset(token for token, text in added.items() if any(text in mark for mark in marks))
     warnings = held.unheld if held else ()
-    return Reading(tools=tools, thoughts=thoughts, begun=begun, use=call.tools, shown=shown, warnings=warnings)
+    return Reading(
+        tools=tools, thoughts=thoughts, begun=begun, opening=opening, use=call.tools, shown=shown, warnings=warnings
+    )
 
 
 def constraints(call: Call, found: Reading, tokenizer: Tokenizer, held: HeldCalls | None) -> dict[str, Any]:
@@ -92,7 +99,7 @@ def constraints(call: Call, found: Reading, tokenizer: Tokenizer, held: HeldCall
     if held is not None:
         given["structured_outputs"] = wanted = held.grammar
     thoughts = found.thoughts
-    if thoughts is None and found.tools is not None:
+    if thoughts is None and found.tools is not None and (found.begun or not found.opening):
         thoughts = found.tools.thoughts if found.use is None else found.tools.thoughts_before_calls
     if (call.thinks or call.thinking_budget is not None) and thoughts is None:
         text = "this model has no thoughts that are told from its answer (its chat template knows none, or this request"

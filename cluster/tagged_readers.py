@@ -9,7 +9,7 @@ from typing import Any
 from kvasir.cluster.answer_parts import AnswerReader
 from kvasir.cluster.text_scanner import Steps
 from kvasir.cluster.tool_readers import Read
-from kvasir.cluster.tool_values import dumps
+from kvasir.cluster.tool_values import dumps, valued
 from kvasir.engine.raw_values import kinds_of, typed
 
 
@@ -49,7 +49,7 @@ def _parameters(
         key, _, rest = head.partition('"') if form[0].endswith('"') else (head, "", "")
         schema = {"type": "string"} if 'string="true"' in rest else schemas.get(key.strip())
         text, mark, whole = yield from argument(answer, schema, form[2], end)
-        value = typed(text, _untold(rest)) if whole else typed(unwrapped(decode(text)), _untold(rest, schema))
+        value = typed(text, _untold(rest)) if whole else valued(unwrapped(decode(text)), _untold(rest, schema))
         answer.arguments(f"{written}{dumps(key.strip())}: {dumps(value)}")
         written = ", "
         if mark != form[2]:
@@ -111,7 +111,7 @@ def glm(answer: AnswerReader, mark: str) -> Steps[bool]:
             answer, schema, "</arg_value>", "<arg_key>", "</tool_call>"
         )  # if not closed
         text = value if opened else value.strip()
-        answer.arguments(f"{written}{dumps(key.strip())}: {dumps(typed(text, schema))}")
+        answer.arguments(f"{written}{dumps(key.strip())}: {dumps(valued(text, schema))}")
         written = ", "
         if found == "</arg_value>":
             found = yield from scanner.until(["<arg_key>", "</tool_call>"])

@@ -32,6 +32,8 @@ class Scanner:
         self._at = 0
         self._ended = False
         self._kept = False
+        self.returned = 0
+        """Characters that were read and given back, so far."""
 
     def feed(self, text: str) -> None:
         """More text is here."""
@@ -50,6 +52,7 @@ class Scanner:
 
     def rewind(self, place: int) -> None:
         """Read again from `place`."""
+        self.returned += self._at - place
         self._at, self._kept = place, False
 
     def drop(self) -> None:
@@ -118,7 +121,7 @@ class Scanner:
             found = json.loads("".join(parts), strict=False)
         except ValueError:
             return None
-        return found if isinstance(found, str) else None
+        return found.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(found, str) else None
 
     def value(self, take: Take) -> Steps[bool]:
         """A JSON value, as it is written, to `take`. True when it was closed."""

@@ -5,10 +5,12 @@ Each is what the family's chat template teaches; names are those that vLLM's fla
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 from kvasir.cluster.answer_parts import ThoughtFormat, ToolFormat
-from kvasir.cluster.derived_format import derived_format, taught_differs
+from kvasir.cluster.derived_format import derived_format, derived_thoughts, taught_differs
+from kvasir.cluster.recent_formats import FAMILIES, RECENT_FORMATS, TOOL_ALIASES
 from kvasir.cluster.tagged_readers import glm, tagged
 from kvasir.cluster.thought_formats import THOUGHT_ALIASES, THOUGHT_FORMATS
 from kvasir.cluster.tool_readers import (
@@ -42,6 +44,7 @@ _KEYWORDS = ArgumentStyle(key=("", "="), between=", ", texts="json")
 TOOL_FORMATS: Mapping[str, ToolFormat] = {
     form.name: form
     for form in (
+        *RECENT_FORMATS,
         ToolFormat(
             name="openai",
             begins=(),
@@ -182,7 +185,7 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
                 "<|tool_call_end|>",
                 "<|tool_calls_section_end|>",
             ),
-            call=("<|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>", "<|tool_call_end|>"),
+            call=("<|tool_call_begin|>functions.NAME:{number}<|tool_call_argument_begin|>", "<|tool_call_end|>"),
             wrap=("<|tool_calls_section_begin|>", "", "<|tool_calls_section_end|>"),
         ),
         ToolFormat(
@@ -310,7 +313,7 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
             name="pythonic",
             begins=("[",),
             read=pythonic(),
-            signs=("func_name1(params_name1=",),
+            signs=("func_name1(param",),
             call=("NAME(", ")"),
             wrap=("[", ", ", "]"),
             arguments=_KEYWORDS,
@@ -328,19 +331,6 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
 }
 """The first whose signs a chat template holds is what it teaches; `json` is what a model is told that was taught none."""
 
-_TOOL_ALIASES = {
-    "qwen3_xml": "qwen3_coder",
-    "qwen": "hermes",
-    "llama4_json": "llama3_json",
-    "llama4_pythonic": "pythonic",
-    "glm47": "glm45",
-    "granite-20b-fc": "granite",
-    "hunyuan_a13b": "jamba",
-    "xlam": "json",
-    "command_r": "cohere",
-    "gpt_oss": "openai",
-}
-
 
 def model_formats(
     tools: str, thoughts: str, tokenizer: Tokenizer | None
@@ -351,16 +341,18 @@ def model_formats(
         found = taught_tools(templates)
         if tokenizer is not None and (found is None or taught_differs(tokenizer.templates, found)):
             found = derived_format(tokenizer.templates)
-    elif (found := TOOL_FORMATS.get(_TOOL_ALIASES.get(tools, tools))) is None:
-        known = ", ".join(sorted({*TOOL_FORMATS, *_TOOL_ALIASES}))
+    elif (found := TOOL_FORMATS.get(TOOL_ALIASES.get(tools, tools))) is None:
+        known = ", ".join(sorted({*TOOL_FORMATS, *TOOL_ALIASES}))
         raise ConfigError(
             f"--tool-call-parser must be auto or one of {known}; got {tools!r:.60}", param="tool_call_parser"
         )
     if thoughts == "auto":
-        return found, taught_thoughts(templates)
+        taught = taught_thoughts(templates)
+        return found, taught or (derived_thoughts(tokenizer.templates) if tokenizer is not None else None)
     name = THOUGHT_ALIASES.get(thoughts, thoughts)
-    if name not in (*THOUGHT_FORMATS, "none", "openai"):
-        known = ", ".join(sorted({*THOUGHT_FORMATS, *THOUGHT_ALIASES}))
+    whole = {form.name for form in TOOL_FORMATS.values() if form.whole is not None} - {*THOUGHT_FORMATS}
+    if name not in (*THOUGHT_FORMATS, "none", *whole):
+        known = ", ".join(sorted({*THOUGHT_FORMATS, *THOUGHT_ALIASES, *whole}))
         text = f"--reasoning-parser must be auto, none or one of {known}; got {thoughts!r:.60}"
         raise ConfigError(text, param="reasoning_parser")
     return found, THOUGHT_FORMATS.get(name)
@@ -369,9 +361,9 @@ def model_formats(
 def taught_tools(templates: Sequence[str]) -> ToolFormat | None:
     """The format that a model's chat templates teach."""
     text = "\n".join(templates)
-    return next(
-        (form for form in TOOL_FORMATS.values() if all(sign in text for sign in form.signs or form.begins)), None
-    )
+    found = (form for form in TOOL_FORMATS.values() if all(sign in text for sign in form.signs or form.begins))
+    families = (TOOL_FORMATS[name] for sign, name in FAMILIES.items() if sign in text)
+    return next(itertools.chain(found, families), None)
 
 
 def taught_thoughts(templates: Sequence[str]) -> ThoughtFormat | None:

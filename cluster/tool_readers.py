@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from kvasir.cluster.answer_parts import AnswerReader
 from kvasir.cluster.text_scanner import Steps, Take
@@ -135,25 +135,64 @@ def _nowhere(_: str) -> None:
     """Nobody wants it."""
 
 
+def keyed(end: str) -> Read:
+    """`[{"NAME": {...}}, ...] end`."""
+
+    def read(answer: AnswerReader, mark: str) -> Steps[bool]:
+        scanner, before = answer.scanner, answer.calls
+        while True:
+            yield from scanner.space()
+            if (yield from scanner.literal(end)):
+                return True
+            char = yield from scanner.peek()
+            if char and char in "[,]}":
+                scanner.skip()
+                continue
+            name = None
+            if char == "{":
+                scanner.skip()
+                yield from scanner.space()
+                name = (yield from scanner.string()) if (yield from scanner.peek()) == '"' else None
+                yield from scanner.space()
+            if name is None or not (yield from scanner.literal(":")):
+                return answer.calls > before
+            yield from scanner.space()
+            if not (yield from _arguments(answer, name)):
+                return answer.calls > before
+
+    return read
+
+
+def either(readers: Mapping[str, Read]) -> Read:
+    """By the mark that was found; the others say nothing."""
+
+    def read(answer: AnswerReader, mark: str) -> Steps[bool]:
+        return (yield from readers[mark](answer, mark)) if mark in readers else True
+
+    return read
+
+
 # -- a name, then the arguments' JSON
 
 
-def named(item: str, separator: str, end: str, *ends: str) -> Read:
+def named(item: str, separator: str, end: str, *ends: str, before: str = "") -> Read:
     """`item NAME separator JSON end`, several of them, up to one of `ends`. A type in place of the name ("function") has the
-    name behind the separator, and the JSON in a code fence: DeepSeek V3 and R1."""
+    name behind the separator, and the JSON in a code fence: DeepSeek V3 and R1. before: what stands between the call's id and
+    the name."""
 
     def read(answer: AnswerReader, mark: str) -> Steps[bool]:
-        scanner, begun, before = answer.scanner, mark == item, answer.calls
+        scanner, begun, calls = answer.scanner, mark == item, answer.calls
         while True:
             yield from scanner.space()
             if not begun:
                 found = yield from scanner.literal(item, *ends)
                 if found != item:
-                    return bool(found) or answer.calls > before
+                    return bool(found) or answer.calls > calls
             begun = False
             name, mark_ = yield from scanner.collect([separator])
             if mark_ is None:
-                return answer.calls > before
+                return answer.calls > calls
+            name = name.rpartition(before)[2] if before else name
             if name.strip() == "function":
                 name, _ = yield from scanner.collect(["\n"])
             yield from scanner.space()

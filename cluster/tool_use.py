@@ -23,6 +23,8 @@ from kvasir.engine.schema import MAX_DEPTH, check_depth
 MAX_TOOLS = 512
 _NAME = re.compile(r"""[^\x00-\x1f"'\\<>{}\[\]]{1,128}""")
 _MODES = ("auto", "none", "required")
+_ANY_ID = re.compile(r"\{number\}|\{id\}")
+_ID_PATTERNS = {"{number}": "[0-9]{1,4}", "{id}": "[a-zA-Z0-9_-]{1,64}"}
 
 Json = dict[str, Any]
 Tool = Mapping[str, Any]
@@ -115,7 +117,10 @@ class ToolUse:
     def _required(self, form: ToolFormat) -> Json:
         before, between, behind = form.wrap
         calls = self._calls(form, between)
-        return {"type": "tag", "begin": before, "content": calls, "end": behind} if before or behind else calls
+        if not before and not behind:
+            return calls
+        ways = [{"type": "tag", "begin": one, "content": calls, "end": behind} for one in (before, *form.befores)]
+        return ways[0] if len(ways) == 1 else {"type": "or", "elements": ways}
 
     def _answers(self, form: ToolFormat, answer: Json) -> list[Json]:
         """An answer that is no call, with what the format puts around it."""
@@ -130,14 +135,17 @@ class ToolUse:
         blocks = [{"begin": begin, "content": {"type": "any_text"}, "end": end} for begin, end in form.blocks]
         before: Json = {"type": "tags_with_separator", "tags": blocks, "separator": ""}
         then = {"type": "or", "elements": [*self._answers(form, {"type": "any_text"}), self._required(form)]}
-        begun = [
-            {"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": end} for _, end in form.blocks[:1]
-        ]
+        begun = [{"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": end} for _, end in form.blocks]
         later = {"type": "sequence", "elements": [before, then]}
         return {
             "type": "or",
             "elements": [
                 {"type": "any_text"},
+                *(
+                    [{"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": form.answer[1]}]
+                    if form.answer[1]
+                    else []
+                ),
                 later,
                 *({"type": "sequence", "elements": [one, before, then]} for one in begun),
             ],
@@ -174,10 +182,7 @@ class ToolUse:
 
     def _tags(self, form: ToolFormat, around: tuple[str, str]) -> list[Json]:
         begin, end = around
-        return [
-            {"begin": begin.replace("NAME", name), "content": self._arguments(form, name), "end": end}
-            for name in self.names
-        ]
+        return [_tag(begin.replace("NAME", name), self._arguments(form, name), end) for name in self.names]
 
     def _arguments(self, form: ToolFormat, name: str) -> Json:
         exact = self.required or bool(self._function(name).get("strict"))
@@ -192,6 +197,15 @@ class ToolUse:
     def _function(self, name: str) -> Mapping[str, Any]:
         found: Mapping[str, Any] = next(t["function"] for t in self.tools if t["function"]["name"] == name)
         return found
+
+
+def _tag(begin: str, content: Json, end: str) -> Json:
+    """{number} and {id} in `begin` stand for any."""
+    if (found := _ANY_ID.search(begin)) is None:
+        return {"begin": begin, "content": content, "end": end}
+    pattern, rest = _ID_PATTERNS[found[0]], begin[found.end() :]
+    parts = [{"type": "regex", "pattern": pattern}, {"type": "const_string", "value": rest}, content]
+    return {"begin": begin[: found.start()], "content": {"type": "sequence", "elements": parts}, "end": end}
 
 
 def _schema(wanted: StructuredOutput) -> Json:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from kvasir.engine.raw_values import WORDS
+from kvasir.engine.raw_values import WORDS, kinds_of, typed
 
+MAX_DEPTH = 64
+"""Of lists and objects in each other."""
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _BARE = re.compile(r"[^,:=\[\]{}()\s]+")
 _NAME = re.compile(r"[^\s(]+")
@@ -19,13 +22,31 @@ _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 
 
 def dumps(value: Any) -> str:
-    """JSON as models write it."""
-    return json.dumps(value, ensure_ascii=False)
+    """JSON as models write it; halves of a character that have lost the other stay escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if _whole(text) else json.dumps(value)
+
+
+def _whole(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def unescaped(text: str) -> str:
     """Without XML's entities."""
     return html.unescape(text)
+
+
+def valued(text: str, schema: Any) -> Any:
+    """`typed`; where a list or an object is wanted, Python's spelling of it counts too: some templates show no other."""
+    value = typed(text, schema)
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") and kinds_of(schema) & {"array", "object"}:
+        with contextlib.suppress(ValueError):
+            return Literals(value).value()
+    return value
 
 
 class Literals:
@@ -35,7 +56,14 @@ class Literals:
     """
 
     def __init__(self, text: str, quotes: Sequence[str] = ('"', "'")) -> None:
-        self._text, self._at, self._quotes = text, 0, quotes
+        self._text, self._at, self._quotes, self._depth = text, 0, quotes, 0
+
+    def value(self) -> Any:
+        """A value and nothing behind it."""
+        found = self._value()
+        if self._more():
+            raise ValueError(f"unexpected {self._text[self._at :]!r:.40}")
+        return found
 
     def calls(self) -> list[tuple[str, dict[str, Any]]]:
         """`name(key=value, ...)`, several of them separated by commas or white space, in brackets or not."""
@@ -73,14 +101,19 @@ class Literals:
         return found
 
     def _value(self) -> Any:
-        if self._quoted():
-            return self._string()
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise ValueError(f"more than {MAX_DEPTH} levels")
+        found = self._string() if self._quoted() else self._bare()
+        self._depth -= 1
+        return found
+
+    def _bare(self) -> Any:
         if self._next("{"):
             return self._members("}", ":")
         for opening, closing in ("[]", "()"):
             if self._next(opening):
                 return self._items(closing)
-        self._more()
         if number := _NUMBER.match(self._text, self._at):
             after = self._text[number.end() : number.end() + 1]
             if not after or after in ",]}) \t\r\n":

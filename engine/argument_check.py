@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from kvasir.engine.argument_grammar import ArgumentRules
 from kvasir.engine.argument_schema import Json, Steps
 from kvasir.engine.argument_style import ArgumentStyle
+from kvasir.engine.deep_grammar import argument_rules
 
 
 def check_arguments(schema: Json, style: ArgumentStyle, *, exact: bool, steps: Steps | None = None) -> tuple[str, ...]:
     """What of a schema isn't enforced in this style; exact: UnsupportedError when there is such a thing, as far as that is
     known without compiling it. Another ClientError when it is none, or stands for too much. steps: shared by all tools of a
     call."""
-    rules = ArgumentRules(style, schema, _Names(steps or Steps()), exact=exact)
+    rules = argument_rules(style, schema, _Names(steps or Steps()), exact=exact)
     rules.write()
     return tuple(dict.fromkeys(rules.skipped))
 

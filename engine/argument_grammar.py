@@ -17,8 +17,6 @@ from kvasir.engine.argument_schema import (
     OBJECT,
     TEXT,
     Json,
-    apart,
-    bounds_of,
     branches_of,
     kinds_of_value,
     members_of,
@@ -31,11 +29,8 @@ from kvasir.engine.errors import ClientError
 from kvasir.engine.loose_schema import loosened
 from kvasir.engine.raw_values import kinds_of, resolved, typed
 
-MAX_DEPTH = 32
-"""Of schemas in schemas, where texts stand between quotes."""
-LEVELS = 3
-"""Of lists and objects in a value that may be anything, there."""
 _ANYTHING: Json = {}
+_KINDS = ("array", "boolean", "null", "number", "object")
 
 
 class ArgumentRules:
@@ -46,12 +41,9 @@ class ArgumentRules:
         self._style, self._root, self._out, self._exact = style, schema, out, exact
         self._known: dict[str, str] = {}
         self._schemas: dict[int, tuple[Any, Json]] = {}
-        self._values: dict[int, str | None] = {}
-        """Rules of values by their schemas' identity; None: it is being made."""
         self.skipped: list[str] = []
         self._told = style.key_json is not None
         """Whether a value is a text is written beside it."""
-        self._depth = 0
 
     def write(self) -> str:
         """The name of the rule of all arguments."""
@@ -86,30 +78,50 @@ class ArgumentRules:
         """Any arguments at all."""
         style, gap = self._style, self._gap()
         name = self._out.token(r"/[a-zA-Z_][a-zA-Z0-9_]{0,63}/")
-        value = self._value({} if schema is True else schema)
-        before, behind = (self._loose(one) for one in style.key)
-        one = self._out.rule(f"{before} {name} {behind} {value} {gap}")
+        before = self._loose(style.key[0])
+        one = self._choices(lambda behind: f"{before} {name} {behind}", {} if schema is True else schema)
+        if style.again is not None:
+            one = self._out.rule(
+                f"{one} {self._out.literal(style.again[0])} {name} {self._out.literal(style.again[1])}"
+            )
+        one = self._out.rule(f"{one} {gap}")
         between = self._out.literal(style.between) if style.between else ""
         return str(self._out.rule(f"{gap} ({one} ({between} {one})*)?"))
 
     def _argument(self, name: str, schema: Any) -> str:
         """One, with its name."""
-        style = self._style
-        head = style.key[0] + name
-        schema = self._schema(schema)
+        before, again = self._loose(self._style.key[0] + name), self._style.again
+        one = self._choices(lambda behind: f"{before} {behind}", schema)
+        return one if again is None else str(self._out.rule(f"{one} {self._out.literal(name.join(again))}"))
+
+    def _choices(self, head: Callable[[str], str], schema: Any) -> str:
+        """A value behind what stands before it, which may tell what it is. head: of what stands behind the name."""
+        style, schema = self._style, self._schema(schema)
+        plainly = head(self._loose(style.key[1]))
         if style.key_json is None or style.texts != "raw":
-            return str(self._out.rule(f"{self._loose(head + style.key[1])} {self._value(schema)}"))
+            return str(self._out.rule(f"{plainly} {self._value(schema)}"))
         texts, others = self._raw(schema)
-        choices = [f"{self._loose(head + style.key[1])} {one}" for one in texts]
-        choices += [f"{self._loose(head + style.key_json)} {one}" for one in others]
-        return str(self._out.rule(" | ".join(choices)))
+        told = head(self._kind(style.key_json, kinds_of(schema) - {"string"}))
+        return str(
+            self._out.rule(" | ".join([f"{plainly} {one}" for one in texts] + [f"{told} {one}" for one in others]))
+        )
+
+    def _kind(self, text: str, kinds: set[str]) -> str:
+        """Where KIND stands one of the types; all of JSON's, if none is said."""
+        before, kind, behind = text.partition("KIND")
+        if not kind:
+            return self._loose(text)
+        words = sorted({"number" if one == "integer" else one for one in kinds} or _KINDS)
+        return f"{self._loose(before)} ({' | '.join(map(json.dumps, words))}) {self._loose(behind)}"
 
     def _writable(self, name: str) -> bool:
         """Whether an argument of that name is read as one."""
         style = self._style
         if name != name.strip() or not name or any(mark and mark in name for mark in (style.key[1], *style.marks, '"')):
             return False
-        return style.texts == "raw" or re.fullmatch(r"[A-Za-z0-9_.$/-]+", name) is not None
+        if style.texts in ("raw", "nested"):
+            return style.texts == "raw" or not name.startswith("/")
+        return re.fullmatch(r"[A-Za-z0-9_.$/-]+", name) is not None
 
     def _value(self, schema: Any) -> str:
         """A value and what ends it."""
@@ -117,7 +129,7 @@ class ArgumentRules:
         if self._style.texts == "raw":
             texts, others = self._raw(schema)
             return str(self._out.rule(" | ".join([*texts, *others])))
-        return self._quoted(schema) if self._style.texts == "quoted" else self._programs(schema)
+        return self._programs(schema)
 
     def _edge(self) -> str:
         return self._maybe(self._style.edge)
@@ -260,105 +272,6 @@ class ArgumentRules:
         if schema.get("type") == "boolean" and not {"enum", "const"} & set(schema):
             return str(self._out.rule('"True" | "False"'))
         return self._plain_json(schema)
-
-    # -- objects in a spelling of their own
-
-    def _quoted(self, schema: Json) -> str:
-        """A value whose texts stand between quotes that JSON doesn't have, wherever they are. One rule for each schema, however
-        often it is referred to."""
-        key = id(schema)  # `_schemas` keeps it
-        if key not in self._values:
-            if self._depth == MAX_DEPTH:
-                self._skip(f"a schema of more than {MAX_DEPTH} levels")
-                return self._anything()
-            self._depth += 1
-            self._values[key] = None
-            self._values[key] = self._made(schema)
-            self._depth -= 1
-        if (rule := self._values[key]) is None:
-            self._skip("a schema that holds itself")
-            return self._anything()
-        return rule
-
-    def _made(self, schema: Json) -> str:
-        if not schema:
-            return self._anything()
-        if (values := values_of(schema)) is not None:
-            spelled = [self._spelled(value) for value in values]
-            return self._anything() if None in spelled else str(self._out.rule(" | ".join(map(str, spelled))))
-        if (several := branches_of(schema)) is not None:
-            name, given = several
-            self._only(schema, frozenset({name, "type"}), name)
-            branches = [self._schema(one) for one in given]
-            if name == "oneOf" and not apart(branches):
-                self._skip("oneOf whose branches aren't told apart by their types")
-            return str(self._out.rule(" | ".join(self._quoted(one) for one in branches)))
-        kinds = sorted(kinds_of(schema))
-        if not kinds:
-            self._only(schema, frozenset(), "a parameter without a type")
-            return self._anything()
-        return str(self._out.rule(" | ".join(self._of_kind(kind, schema) for kind in kinds)))
-
-    def _of_kind(self, kind: str, schema: Json) -> str:
-        if kind == "string":
-            return self._between_quotes(self._held(schema))
-        if kind == "array":
-            self._only(schema, ARRAY | TEXT | NUMBER | OBJECT, "an array")
-            return self._array(schema)
-        if kind == "object":
-            self._only(schema, OBJECT | TEXT | NUMBER | ARRAY, "an object")
-            return str(self._out.rule(f'"{{" {self._members(schema, self._argument)} "}}"'))
-        return self._plain_json({name: schema[name] for name in schema if name in NUMBER} | {"type": kind})
-
-    def _array(self, schema: Json) -> str:
-        least, most = bounds_of(schema, "minItems", "maxItems")
-        if most == 0:
-            return str(self._out.rule('"[]"'))
-        item = self._quoted(self._schema(schema.get("items", {})))
-        many = f'{item} ("," {item}){{{max(0, least - 1)},{"" if most is None else most - 1}}}'
-        return str(self._out.rule(f'"[" {many} "]"' + (' | "[]"' if not least else "")))
-
-    def _between_quotes(self, fits: Sequence[str]) -> str:
-        quote = self._style.quote
-        head, rest = self._out.split(quote)
-        bar = f"~/{ANY}*({'|'.join(slashed(plain(mark)) for mark in (quote, *self._style.marks))}){ANY}*/"
-        body = " & ".join([*(f"/{slashed(one)}/" for one in fits or [f"{ANY}*"]), bar])
-        text = self._out.token(body)
-        if rest:
-            begun = self._out.token(f"{text} {json.dumps(head)}") if head else text
-            return str(self._out.rule(f"{self._out.literal(quote)} {begun} {rest}"))
-        return str(self._out.rule(f"{self._out.literal(quote)} {self._out.lazy(f'{text} {json.dumps(quote)}')}"))
-
-    def _spelled(self, value: Any) -> str | None:
-        """One value; None: it can't be."""
-        self._out.steps.add()
-        literal, quote = self._out.literal, self._style.quote
-        if isinstance(value, str):
-            return " ".join([literal(quote), *([literal(value)] if value else []), literal(quote)])
-        if isinstance(value, list):
-            items = [self._spelled(one) for one in value]
-            joined = ' "," '.join(map(str, items))
-            return None if None in items else f'"[" {joined} "]"'
-        if isinstance(value, dict):
-            self._skip("an enum of objects")
-            return None
-        return str(literal(json.dumps(value)))
-
-    def _anything(self) -> str:
-        """Any value, with a few levels of lists and objects."""
-        return self._named("any", self._any)
-
-    def _any(self) -> str:
-        rule, style = self._out.rule, self._style
-        scalar = self._plain_json({"type": ["number", "boolean", "null"]})
-        found = str(rule(f"{self._between_quotes([])} | {scalar}"))
-        name = self._out.token(r"/[a-zA-Z_][a-zA-Z0-9_]{0,63}/")
-        before, behind = (self._loose(one) for one in style.key)
-        for _ in range(LEVELS):
-            member = rule(f"{before} {name} {behind} {found}")
-            listed, held_ = (f'({one} ("," {one})*)?' for one in (found, member))
-            found = str(rule(f'{found} | "[" {listed} "]" | "{{" {held_} "}}"'))
-        return found
 
     # --
 

@@ -18,13 +18,16 @@ class ArgumentStyle:
     key: tuple[str, str]
     """What stands before an argument's name, and behind it."""
     key_json: str | None = None
-    """Behind the name of an argument that is JSON; None: the same."""
+    """Behind the name of an argument that is JSON, with KIND for its type; None: the same."""
     end: str = ""
     """What stands behind a value."""
+    again: tuple[str, str] | None = None
+    """And behind that the argument's name once more: what stands before and behind it."""
     between: str = ""
     """And between two arguments."""
-    texts: Literal["raw", "json", "quoted"] = "raw"
-    """How texts are written: as they are, up to `end`; as JSON; between `quote`s, and what holds them likewise."""
+    texts: Literal["raw", "json", "quoted", "nested"] = "raw"
+    """How texts are written: as they are, up to `end`; as JSON; between `quote`s, and what holds them likewise; as they are, and
+    each member and item of what holds them as an argument."""
     quote: str = ""
     marks: tuple[str, ...] = ()
     """What a raw text can't hold, as it would end it."""
@@ -45,15 +48,15 @@ def style_json(style: ArgumentStyle) -> dict[str, Any]:
 def style_of(form: Mapping[str, Any]) -> ArgumentStyle:
     """The same from a structural tag. ClientError when it isn't one."""
     given: dict[str, Any] = {name: form[name] for name in ArgumentStyle.__dataclass_fields__ if name in form}
-    lists = [given.get("key"), given.get("marks", [])]
+    lists = [given.get("key"), given.get("marks", []), given.get("again") or ["", ""]]
     texts = [given.get(name) or "" for name in ("key_json", "end", "between", "quote", "edge", "gap")]
     if not all(isinstance(one, list) and all(isinstance(text, str) for text in one) for one in lists) or not (
         all(isinstance(one, str) for one in texts)
-        and len(given["key"]) == 2
+        and len(lists[0]) == len(lists[2]) == 2
         and isinstance(given.get("escapes", True), bool)
     ):
         raise ClientError("structural tag: arguments has key (two texts), end, between, marks, ...", param=PARAM)
-    if given.get("texts", "raw") not in ("raw", "json", "quoted"):
-        raise ClientError('structural tag: texts must be "raw", "json" or "quoted"', param=PARAM)
+    if given.get("texts", "raw") not in ("raw", "json", "quoted", "nested"):
+        raise ClientError('structural tag: texts must be "raw", "json", "quoted" or "nested"', param=PARAM)
     fields: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in given.items()}
     return ArgumentStyle(**fields)

@@ -10,6 +10,7 @@ WORDS = {"true": True, "True": True, "false": False, "False": False, "null": Non
 """JSON's and Python's."""
 _KIND_OF_WORD = {True: "boolean", False: "boolean", None: "null"}
 _MAX_REFERENCES = 32
+MAX_BRANCHES = 256
 
 
 def resolved(schema: Any, root: Any) -> Any:
@@ -22,6 +23,23 @@ def resolved(schema: Any, root: Any) -> Any:
             found = found.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
         schema = found
     return schema
+
+
+def opened(schema: Any, root: Any) -> Any:
+    """The same, the branches of anyOf and oneOf too, however deep they are in such: up to MAX_BRANCHES."""
+    return _opened(schema, root, [MAX_BRANCHES])
+
+
+def _opened(schema: Any, root: Any, left: list[int]) -> Any:
+    found = resolved(schema, root)
+    if not isinstance(found, Mapping):
+        return found
+    lists = {}
+    for name in ("anyOf", "oneOf"):
+        if isinstance(branches := found.get(name), list) and left[0] >= len(branches):
+            left[0] -= len(branches)
+            lists[name] = [_opened(one, root, left) for one in branches]
+    return {**found, **lists} if lists else found
 
 
 def kinds_of(schema: Any) -> set[str]:

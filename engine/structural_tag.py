@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvasir.engine.argument_grammar import ArgumentRules
 from kvasir.engine.argument_schema import Steps
 from kvasir.engine.argument_style import style_of
+from kvasir.engine.deep_grammar import argument_rules
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.loose_schema import loosened
 from kvasir.engine.schema import COMPILE_LIMIT_S, JSON_RULES, narrowed
@@ -82,7 +82,7 @@ class _Writer:
         schema = form.get("json_schema", {})
         if not isinstance(schema, dict):
             raise ClientError("structural tag: json_schema of arguments must be an object", param=PARAM)
-        return ArgumentRules(style_of(form), schema, self, exact=form.get("lenient") is not True).write()
+        return argument_rules(style_of(form), schema, self, exact=form.get("lenient") is not True).write()
 
     def _tag(self, tag: Any) -> str:
         return self.rule(f"{self.literal(_text(tag, 'begin'))} {self._rest(tag)}")
@@ -124,7 +124,7 @@ class _Writer:
         many = self.rule(f"{one} ({self.literal(_text(form, 'separator'))} {one})*")
         return many if form.get("at_least_one") else self.rule(f"{many}?")
 
-    # -- for `ArgumentRules` too
+    # -- for `argument_rules` too
 
     def json(self, schema: Any, *, lenient: bool) -> str:
         """A value of a JSON Schema."""

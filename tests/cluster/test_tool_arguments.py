@@ -6,12 +6,9 @@ import json
 import random
 
 import jsonschema
-import numpy as np
 import pytest
-from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
-from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+from grammar_walk import PLAIN, Bytes, accepts, matcher_of, read, walk
 
-from kvasir.cluster.answer_parts import AnswerReader, ReadAnswer
 from kvasir.cluster.tool_formats import TOOL_FORMATS
 from kvasir.cluster.tool_use import tool_use
 from kvasir.engine.argument_check import check_arguments
@@ -20,7 +17,6 @@ from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.raw_values import kinds_of, typed
 from kvasir.engine.structural_tag import tag_grammar
 
-END = 256
 TAGGED = [name for name, form in TOOL_FORMATS.items() if form.arguments is not None]
 PARAMETERS = {
     "type": "object",
@@ -45,80 +41,6 @@ TOOLS = [
     {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}},
     {"type": "function", "function": {"name": "ping"}},
 ]
-
-
-class Bytes:
-    """A vocabulary of bytes and of `special` tokens."""
-
-    bos_token_id = None
-    eos_token_id = END
-
-    def __init__(self, special=()):
-        self.names = {name: END + 1 + number for number, name in enumerate(special)}
-        self.tokens = [bytes([one]) for one in range(256)] + [b"\xff<end>"]
-        self.tokens += [b"\xff<" + name.encode() + b">" for name in special]
-        self.special_token_ids = [END, *self.names.values()]
-        self.compiled = LLTokenizer(TokenizerWrapper(self), n_vocab=len(self.tokens), eos_token=END)
-
-    def __call__(self, text):
-        return list(text.encode())
-
-    def ids(self, text):
-        """Special tokens as such."""
-        found = []
-        while text:
-            name = next((one for one in self.names if text.startswith(one)), None)
-            found += [self.names[name]] if name else list(text[0].encode())
-            text = text[len(name or text[0]) :]
-        return found
-
-    def text(self, ids):
-        back = {number: name.encode() for name, number in self.names.items()}
-        return b"".join(back.get(one) or bytes([one]) for one in ids).decode(errors="replace")
-
-
-PLAIN = Bytes()
-
-
-def matcher_of(use, form, vocabulary=PLAIN):
-    grammar = tag_grammar(json.loads(use.held(form).grammar.structural_tag), vocabulary.names)
-    found = LLMatcher(vocabulary.compiled, LLMatcher.grammar_from_lark(grammar), log_level=0)
-    assert not found.is_error(), (form.name, found.get_error())
-    return found
-
-
-def accepts(matcher, text, vocabulary=PLAIN):
-    ids, matcher = vocabulary.ids(text), matcher.deep_copy()
-    return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
-
-
-def read(form, text, schemas):
-    reader, answer = AnswerReader(form, None, schemas=schemas), ReadAnswer()
-    answer.add([*reader.feed(text), *reader.finish()])
-    return answer
-
-
-def walk(matcher, form, seed, vocabulary=PLAIN):
-    """What a model of random weights might write, fond of marks; None when it doesn't come to an end."""
-    draw, out, style = random.Random(seed), [], form.arguments
-    mask = allocate_token_bitmask(1, vocabulary.compiled.vocab_size)
-    fond = ['"', "}", "]", "\n", "null", "true", '"a', "{", "[", "a", " ", "<", "&amp;", "1", *form.inner]
-    fond += [*style.marks, style.end, style.end, style.end, style.quote] if style else []
-    fond = [ids for text in fond if (ids := vocabulary.ids(text))]
-    matcher = matcher.deep_copy()
-    for _ in range(900):
-        if matcher.is_stopped() or (matcher.is_accepting() and draw.random() < 0.5):
-            break
-        ids = draw.choice(fond)
-        if draw.random() > 0.7 or matcher.validate_tokens(ids) < len(ids):
-            fill_next_token_bitmask(matcher, mask)
-            open_ = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
-            ids = [draw.choice([token for token in open_ if 32 <= token < 127] or open_)]
-        if ids == [END]:
-            break
-        matcher.consume_tokens(ids)
-        out += ids
-    return vocabulary.text(out) if matcher.is_accepting() else None
 
 
 def check(answer, tools, form, text):

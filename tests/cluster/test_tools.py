@@ -354,6 +354,7 @@ def test_what_a_grammar_lets_through_is_read_as_a_call(form):
     use = tool_use([TOOL, OTHER], "required")
     begin, end = known.call
     before, between, behind = known.wrap
+    begin = begin.replace("{number}", "3").replace("{id}", "x-1")
     one = begin.replace("NAME", "get_weather") + '{"city": "Oslo", "days": 3}' + end
     two = begin.replace("NAME", "ping") + "{}" + end
     wrong = begin.replace("NAME", "get_weather") + '{"city": 5}' + end
@@ -378,7 +379,7 @@ def test_a_free_choice_holds_calls_alone(form):
     known = TOOL_FORMATS[form]
     wanted = tool_use([TOOL], "auto").held(known).grammar
     begin, end = known.call
-    before, _, behind = known.wrap
+    begin, (before, _, behind) = begin.replace("{number}", "3"), known.wrap
     good = before + begin.replace("NAME", "get_weather") + '{"city": "Oslo"}' + end + behind
     bad = before + begin.replace("NAME", "get_weather") + '{"days": "x"}' + end + behind
     assert accepts(wanted, "It rains.")
