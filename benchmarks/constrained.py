@@ -57,10 +57,12 @@ class Gaps:
         executor.rank.launch = launched  # type: ignore[method-assign]
 
 
-def run(bench: Bench, name: str, kind: str, streams: int, outputs: int) -> float:
+def run(bench: Bench, name: str, kind: str, streams: int, outputs: int, temperature: float = 0.0) -> float:
     """Seconds per token of each stream, from the moment at which all stream."""
     for number, prompt in enumerate(prompts_of(streams, 16, bench.engine.info.vocab_size)):
-        sampling = SamplingParams(temperature=0, max_tokens=outputs, ignore_eos=True, structured_outputs=KINDS[kind])
+        sampling = SamplingParams(
+            temperature=temperature, seed=number, max_tokens=outputs, ignore_eos=True, structured_outputs=KINDS[kind]
+        )
         bench.engine.submit(Request(request_id=f"{name}/{number}", prompt_token_ids=prompt, sampling=sampling))
     times: list[float] = []
     begun: set[str] = set()
@@ -84,6 +86,7 @@ def main() -> None:
     parser.add_argument("--model", default="skald")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--outputs", type=int, default=100, help="tokens of each stream")
+    parser.add_argument("--temperature", type=float, default=0.0, help="above 0 every token needs its mask")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -97,12 +100,13 @@ def main() -> None:
     for turn in range(args.repeat + 1):  # the first compiles, and is left out
         for kind in KINDS:
             gaps.seconds.clear()
-            seconds = run(bench, f"{turn}/{kind}", kind, args.streams, args.outputs)
+            seconds = run(bench, f"{turn}/{kind}", kind, args.streams, args.outputs, args.temperature)
             if turn:
                 found.setdefault(kind, []).append(seconds)
                 between.setdefault(kind, []).append(statistics.median(gaps.seconds))
     free = statistics.median(found["free"])
-    print(f"{args.model}, {args.streams} streams, {args.threads} threads, medians of {args.repeat} runs")
+    named = f"{args.model}, {args.streams} streams, temperature {args.temperature:g}, {args.threads} threads"
+    print(f"{named}, medians of {args.repeat} runs")
     print(f"{'':8}{'ms/token':>10}{'gap, us':>10}{'of free':>9}")
     for kind in KINDS:
         seconds, gap = statistics.median(found[kind]), statistics.median(between[kind])

@@ -170,9 +170,9 @@ class Sampler:
         """Everything but the draw: what moves logits, then what bars tokens. See `_constrain` for the second. cold: greedy rows."""
         logits, failed = self.processing.apply(self._adjust(logits, seats, positions), seats)
         logits, barred = self.trails.bar(logits, seats)
-        if cold is not None and self.constraints.looks:
-            cold = cold & ~np.isin(seats, list(self.beams))
-            cold[barred] = False
+        if cold is not None and self.constraints.looks and (self.beams or barred):
+            cold = cold.copy()
+            cold[self._rows(seats, self.beams) + list(barred)] = False
         logits, best = self._constrain(logits, seats, cold)
         most = Copy(logits[self._tensor(np.array(barred))].amax(-1)) if barred else None
         self.stuck = lambda: failed | ({} if most is None else _stuck(barred, most.values))
@@ -231,13 +231,16 @@ class Sampler:
             rows, masks = self.constraints.masks(seats)
             return (allow(logits, self._tensor(rows), self._tensor(masks)) if len(rows) else logits), None
         best = greedy(logits)
-        rows, masks = self.constraints.masks(seats, np.where(easy, best.numpy(), -1).tolist())
-        if (late := easy[rows]).any():
-            best[self._tensor(rows[late])] = best_allowed(logits, self._tensor(rows[late]), self._tensor(masks[late]))
-        if not late.all():
-            index = self._tensor(rows[~late])
-            logits = allow(logits, index, self._tensor(masks[~late]))
+        tokens = best.numpy()
+        plain = bool(easy.all())
+        rows, masks = self.constraints.masks(seats, (tokens if plain else np.where(easy, tokens, -1)).tolist())
+        if not plain and (others := ~easy[rows]).any():
+            index = self._tensor(rows[others])
+            logits = allow(logits, index, self._tensor(masks[others]))
             best[index] = greedy(logits[index])
+            rows, masks = rows[~others], masks[~others]
+        if len(rows):
+            tokens[rows] = best_allowed(logits, self._tensor(rows), self._tensor(masks)).numpy()
         return logits, best
 
     def _penalise(self, logits: Tensor, seats: Ints) -> Tensor:
