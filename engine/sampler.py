@@ -155,8 +155,11 @@ class Sampler:
         rows = np.nonzero(top >= 0)[0]
         if not len(rows):
             return list
-        index = self._tensor(rows)
-        found = scoring(logits[index], token_ids[index], top[rows].tolist())
+        if len(rows) == len(seats):
+            found = scoring(logits, token_ids, top.tolist())
+        else:
+            index = self._tensor(rows)
+            found = scoring(logits[index], token_ids[index], top[rows].tolist())
 
         def scores() -> list[TokenLogprob | None]:
             asked = dict(zip(rows.tolist(), found(), strict=True))
@@ -244,23 +247,25 @@ class Sampler:
         return logits, best
 
     def _penalise(self, logits: Tensor, seats: Ints) -> Tensor:
-        """Only rows with a penalty cost anything."""
-        rows = np.array(self._rows(seats, self.counted), np.int64)
-        if not len(rows):
+        """Penalties that look at everything; without any a step costs one look."""
+        counted = self._rows(seats, self.counted)
+        if not counted:
             return logits
         assert self.in_prompt is not None
         assert self.counts is not None
-        index, own = self._tensor(rows), self._tensor(seats[rows])
-        repetition, presence, frequency = (self._row(self.values[name][seats[rows]]) for name in PENALTIES)
-        changed = penalise(
-            logits[index],
-            self.counts[own],
-            self.in_prompt[own],
-            repetition=repetition,
+        values = {name: np.full(len(seats), NEUTRAL[name]) for name in PENALTIES}
+        for name in PENALTIES:
+            values[name][counted] = self.values[name][seats[counted]]
+        repetition, presence, frequency = (self._row(values[name]) for name in PENALTIES)
+        return penalise(
+            logits,
+            self.counts,
+            self.in_prompt,
+            repetition=repetition if (values["repetition_penalty"] != 1).any() else None,
             presence=presence,
             frequency=frequency,
-        )
-        return logits.index_copy(0, index, changed)
+            seats=self._tensor(seats),
+        ).to(logits.dtype)
 
     def _add(self, logits: Tensor, additions: Sequence[tuple[int, list[int], list[float]]]) -> Tensor:
         rows = np.repeat([row for row, _, _ in additions], [len(ids) for _, ids, _ in additions])

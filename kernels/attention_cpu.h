@@ -252,29 +252,6 @@ struct Worker {
     }
   }
 
-#ifdef __AVX512F__
-  static inline __attribute__((always_inline)) void transpose(__m512 *r) {
-    __m512 t[16];
-    for (int i = 0; i < 16; i += 2) {
-      t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-      t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-      for (int j = 0; j < 2; j++) {
-        r[i + 2 * j] = (__m512)_mm512_unpacklo_pd((__m512d)t[i + j], (__m512d)t[i + j + 2]);
-        r[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd((__m512d)t[i + j], (__m512d)t[i + j + 2]);
-      }
-    for (int j = 0; j < 4; j++) {
-      t[j] = _mm512_shuffle_f32x4(r[j], r[j + 4], 0x88), t[j + 4] = _mm512_shuffle_f32x4(r[j], r[j + 4], 0xdd);
-      t[j + 8] = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0x88), t[j + 12] = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0xdd);
-    }
-    for (int j = 0; j < 8; j++) {
-      r[j] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0x88);
-      r[j + 8] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0xdd);
-    }
-  }
-#endif
-
   // vt[TILE][wide], or vt[TILE / 2][wide] of pairs of neighbouring keys; zero beyond the sequence: 0 * NaN is NaN.
   void pack_values(const Places &places, int64_t h, const Places &next, int64_t next_h) {
     const void *numbers = cache.v ? cache.v : cache.k;

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvasir.kernels import huge_pages, native
 
-WIDE = 64
+WIDE = 32
 """Outputs that lie side by side in our own order."""
 
 
@@ -20,7 +20,7 @@ class Packed:
     """weight[O, I] in our own order (linear_cpu.cpp): no row's product depends on how many rows there are."""
 
     blocks: Tensor
-    """[ceil(O / 64), I, 64], or [ceil(O / 64), I / 2, 64, 2] where pairs of bfloat16 are multiplied; filled up with zeros."""
+    """[ceil(O / 32), I, 32], or [ceil(O / 32), I / 2, 32, 2] where pairs of bfloat16 are multiplied; filled up with zeros."""
     outputs: int
     inputs: int
 

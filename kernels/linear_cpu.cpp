@@ -1,46 +1,57 @@
-// Products with weights that stay, packed so that 64 outputs take an input at once: [O / 64][I][64], or where the CPU
-// multiplies pairs of bfloat16 [O / 64][I / 2][64][2]; the last block is filled up with zeros. Every output adds its products
+// Products with weights that stay, packed so that 32 outputs take an input at once: [O / 32][I][32], or where the CPU
+// multiplies pairs of bfloat16 [O / 32][I / 2][32][2]; the last block is filled up with zeros. Every output adds its products
 // in the order of the inputs, in float32: how many rows there are changes no bit of it.
 #include "native.h"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace {
 
-constexpr int64_t WIDE = 64;   // outputs in a block
+constexpr int64_t WIDE = 32;   // outputs in a block,
+constexpr int VECTORS = 2;     // so many of 16
 constexpr int64_t CHUNK = 384; // rows for which a panel is read once
+constexpr int64_t DEEP = 256;  // inputs of a panel at most: 32 KiB of weights, which stay in the first cache
 #ifdef __AVX512F__
-constexpr int64_t ROWS = 6; // rows whose sums are in registers at once,
-constexpr int COLUMNS = 4;  // each with so many vectors of 16
+constexpr int64_t ROWS = 14; // rows whose sums are in registers at once
+constexpr int64_t CALLED = 6;
 #else
 constexpr int64_t ROWS = 3;
-constexpr int COLUMNS = 2;
+constexpr int64_t CALLED = 1;
 #endif
+// From CALLED rows on in registers the CPU doesn't look far enough ahead by itself, and weights are called for, with few rows
+// AHEAD bytes before they are needed. One Zen 4 core read weights for 1 / 4 / 8 / 10 rows at 32 / 29 / 17 / 12 GB/s without
+// and at 22 / 21 / 28 / 22 with, which is all it multiplies by 10 rows.
+constexpr int64_t AHEAD = 16384;
+static_assert(CALLED <= (ROWS + 1) / 2, "rows that aren't called for go in one turn");
+constexpr int64_t ALONE = 32768; // numbers that one thread lays down sooner than two would have met
 
-thread_local Scratch scratch, inputs_wide;
+thread_local Scratch scratch, laid;
 
 #if KVASIR_PAIRS
 // Weights and rows as pairs, one pair of each in 32 bits.
 struct Pairs {
-  typedef uint32_t Weight;
-  typedef uint32_t Input;
+  typedef uint32_t Weight, Input, Given;
   typedef bf16 Number;
-  static constexpr int64_t DEEP = 128; // in a panel: 32 KiB of weights, which stay in the first cache
   static F16 product(F16 sum, F16 w, uint32_t x) {
     return (F16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)x));
   }
   static F16 weights(const uint32_t *p) { return load<F16>(p); }
+  static uint32_t input(uint32_t x) { return x; }
+  static __m512 inputs(const uint32_t *p, int64_t n) { return (__m512)_mm512_maskz_loadu_epi32((__mmask16)((1 << n) - 1), p); }
 };
 #endif
 
 template <class T>
 struct Singles {
-  typedef T Weight;
+  typedef T Weight, Given, Number;
   typedef float Input;
-  typedef T Number;
-  static constexpr int64_t DEEP = 128;
   static F16 product(F16 sum, F16 w, float x) { return sum + w * x; }
   static F16 weights(const T *p) { return widen(p); }
+  static float input(T x) { return scalar(x); }
+#ifdef __AVX512F__
+  static __m512 inputs(const T *p, int64_t n) { return (__m512)widen(p, n); }
+#endif
 };
 
 template <class Kind>
@@ -51,57 +62,58 @@ struct Panel {
   int64_t step, lines;
 };
 
-// sums[R][64] of x[R] with a panel.
+// sums[R][32] of x[deep][R], or of x[R][x_row] if nothing is called for, with a panel.
 template <class Kind, int R>
 void multiply(const typename Kind::Input *x, int64_t x_row, const Panel<Kind> &p, float *sums, bool add) {
-  for (int c = 0; c < 4; c += COLUMNS) {
-    F16 s[R][COLUMNS];
+  F16 s[R][VECTORS];
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < VECTORS; i++) s[r][i] = add ? load<F16>(sums + r * WIDE + 16 * i) : splat(0.0f);
+  auto one = [&](int64_t k) __attribute__((always_inline)) {
+    F16 w[VECTORS];
+    for (int i = 0; i < VECTORS; i++) w[i] = Kind::weights(p.weights + k * WIDE + 16 * i);
+    if constexpr (R >= CALLED)
+      for (int64_t line = k * p.step; line < std::min((k + 1) * p.step, p.lines); line++)
+        __builtin_prefetch(p.ahead + 64 * line, 0, 2);
     for (int r = 0; r < R; r++)
-      for (int i = 0; i < COLUMNS; i++) s[r][i] = add ? load<F16>(sums + r * WIDE + 16 * (c + i)) : splat(0.0f);
-    for (int64_t k = 0; k < p.deep; k++) {
-      F16 w[COLUMNS];
-      for (int i = 0; i < COLUMNS; i++) w[i] = Kind::weights(p.weights + k * WIDE + 16 * (c + i));
-      if (!c)
-        for (int64_t line = k * p.step; line < std::min((k + 1) * p.step, p.lines); line++)
-          __builtin_prefetch(p.ahead + 64 * line, 0, 2);
-      for (int r = 0; r < R; r++)
-        for (int i = 0; i < COLUMNS; i++) s[r][i] = Kind::product(s[r][i], w[i], x[r * x_row + k]);
-    }
-    for (int r = 0; r < R; r++)
-      for (int i = 0; i < COLUMNS; i++) store(sums + r * WIDE + 16 * (c + i), s[r][i]);
-  }
+      for (int i = 0; i < VECTORS; i++) s[r][i] = Kind::product(s[r][i], w[i], R < CALLED ? x[r * x_row + k] : x[k * R + r]);
+  };
+  int64_t k = 0;
+  if constexpr (R < CALLED) // how far the CPU looks ahead is counted in instructions
+    for (; k + 4 <= p.deep; k += 4) one(k), one(k + 1), one(k + 2), one(k + 3);
+  for (; k < p.deep; k++) one(k);
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < VECTORS; i++) store(sums + r * WIDE + 16 * i, s[r][i]);
 }
 
-template <class Kind>
+template <class Kind, int R = ROWS>
 void multiply(int64_t rows, const typename Kind::Input *x, int64_t x_row, const Panel<Kind> &p, float *sums, bool add) {
-  switch (rows) {
-  case 1: return multiply<Kind, 1>(x, x_row, p, sums, add);
-  case 2: return multiply<Kind, 2>(x, x_row, p, sums, add);
-#ifdef __AVX512F__
-  case 3: return multiply<Kind, 3>(x, x_row, p, sums, add);
-  case 4: return multiply<Kind, 4>(x, x_row, p, sums, add);
-  case 5: return multiply<Kind, 5>(x, x_row, p, sums, add);
-#endif
-  default: return multiply<Kind, ROWS>(x, x_row, p, sums, add);
-  }
+  if constexpr (R > 1)
+    if (rows < R) return multiply<Kind, R - 1>(rows, x, x_row, p, sums, add);
+  multiply<Kind, R>(x, x_row, p, sums, add);
 }
 
-// Up to 64 outputs of up to CHUNK rows.
+// How many times a chunk's rows fill the registers, and which are the first of the i-th time: as many in each as can be, since
+// few sums wait for one another.
+int64_t turns_of(int64_t rows) { return (rows + ROWS - 1) / ROWS; }
+int64_t first_of(int64_t i, int64_t rows) { return i * rows / turns_of(rows); }
+
+// Up to 32 outputs of up to CHUNK rows, which `lay_down` laid down.
 template <class Kind>
 void block(const typename Kind::Input *x, int64_t x_row, const typename Kind::Weight *weights, int64_t inputs,
            const typename Kind::Number *bias, typename Kind::Number *out, int64_t out_row, int64_t rows, int64_t outputs) {
   float *sums = (float *)scratch.get(CHUNK * WIDE * 4);
   constexpr int64_t LINES = WIDE * sizeof(typename Kind::Weight) / 64; // of one input
-  int64_t deep = rows <= ROWS ? inputs : Kind::DEEP, turns = (rows + ROWS - 1) / ROWS;
-  for (int64_t k = 0; k < inputs; k += deep) {
-    Panel<Kind> p{weights + k * WIDE, std::min(deep, inputs - k), nullptr, 0, 0};
-    p.step = (LINES + turns - 1) / turns;
-    int64_t lines = std::max<int64_t>(0, std::min(deep, inputs - k - deep)) * LINES, done = 0;
-    for (int64_t i = 0; i < turns; i++, done += p.deep * p.step) { // as many rows in each as can be: few sums wait for one another
-      int64_t r = i * rows / turns, stop = (i + 1) * rows / turns;
-      p.ahead = (const char *)p.weights + (deep * LINES + done) * 64;
-      p.lines = std::max<int64_t>(0, std::min(p.deep * p.step, lines - done));
-      multiply<Kind>(stop - r, x + r * x_row + k, x_row, p, sums + r * WIDE, k > 0);
+  int64_t turns = turns_of(rows), panels = turns == 1 ? 1 : (inputs + DEEP - 1) / DEEP;
+  for (int64_t n = 0; n < panels; n++) {
+    int64_t k = n * inputs / panels, deep = (n + 1) * inputs / panels - k, lines = deep * LINES;
+    Panel<Kind> p{weights + k * WIDE, deep, nullptr, (LINES + turns - 1) / turns, 0};
+    // what follows in memory is called for meanwhile: the next panel, or with few rows what lies AHEAD; be it the next block's
+    const char *ahead = (const char *)p.weights + (turns == 1 ? AHEAD : lines * 64);
+    for (int64_t i = 0, done = 0; i < turns; i++, done += deep * p.step) {
+      int64_t r = first_of(i, rows), count = first_of(i + 1, rows) - r;
+      p.ahead = ahead + done * 64;
+      p.lines = std::max<int64_t>(0, std::min(deep * p.step, lines - done));
+      multiply<Kind>(count, x + r * inputs + k * count, x_row, p, sums + r * WIDE, n > 0);
     }
   }
   for (int64_t r = 0; r < rows; r++)
@@ -112,29 +124,56 @@ void block(const typename Kind::Input *x, int64_t x_row, const typename Kind::We
     }
 }
 
+// x[count][x_row] -> to[inputs][count].
 template <class Kind>
-void product(const typename Kind::Input *x, int64_t x_row, const typename Kind::Weight *packed,
-             const typename Kind::Number *bias, typename Kind::Number *out, int64_t rows, int64_t inputs, int64_t outputs,
-             int64_t threads) {
-  int64_t blocks = (outputs + WIDE - 1) / WIDE, chunks = (rows + CHUNK - 1) / CHUNK;
-  share_out(threads, blocks * chunks, [&](int64_t i) {
-    int64_t b = i % blocks, first = i / blocks * CHUNK, from = b * WIDE;
-    block<Kind>(x + first * x_row, x_row, packed + b * inputs * WIDE, inputs, bias ? bias + from : nullptr,
-                out + first * outputs + from, outputs, std::min(CHUNK, rows - first), std::min(WIDE, outputs - from));
-  });
+void interleave(const typename Kind::Given *x, int64_t x_row, int64_t count, int64_t inputs, typename Kind::Input *to) {
+  int64_t k = 0;
+#ifdef __AVX512F__
+  for (; k < inputs; k += 16) {
+    int64_t there = std::min<int64_t>(16, inputs - k);
+    __m512 r[16] = {};
+    for (int64_t j = 0; j < count; j++) r[j] = Kind::inputs(x + j * x_row + k, there);
+    transpose(r);
+    for (int64_t i = 0; i < there; i++) _mm512_mask_storeu_ps(to + (k + i) * count, (__mmask16)((1 << count) - 1), r[i]);
+  }
+#endif
+  for (; k < inputs; k++)
+    for (int64_t j = 0; j < count; j++) to[k * count + j] = Kind::input(x[j * x_row + k]);
 }
 
-// The same for numbers that are multiplied as floats, to which the rows are widened once.
-template <class T>
-void widened(const T *x, int64_t x_row, const T *packed, const T *bias, T *out, int64_t rows, int64_t inputs, int64_t outputs,
-             int64_t threads) {
-  if constexpr (sizeof(T) == 4) return product<Singles<T>>(x, x_row, packed, bias, out, rows, inputs, outputs, threads);
-  int64_t wide = (inputs + 15) / 16 * 16;
-  float *all = (float *)inputs_wide.get(4 * (size_t)std::max<int64_t>(1, rows * wide));
-  share_out(rows * inputs < 16384 ? 1 : threads, rows, [&](int64_t r) {
-    for (int64_t i = 0; i < inputs; i += 16) store(all + r * wide + i, widen(x + r * x_row + i, inputs - i));
+// x[T, I] as `multiply` takes it: of the rows that go together one input after the other; very few as they are.
+template <class Kind>
+const typename Kind::Input *lay_down(const typename Kind::Given *x, int64_t &x_row, int64_t rows, int64_t inputs, int64_t threads) {
+  typedef typename Kind::Input Input;
+  if constexpr (std::is_same_v<Input, typename Kind::Given>)
+    if (rows < CALLED) return x;
+  Input *out = (Input *)laid.get(sizeof(Input) * (size_t)std::max<int64_t>(1, rows * inputs));
+  int64_t chunks = (rows + CHUNK - 1) / CHUNK, most = turns_of(CHUNK);
+  share_out(rows * inputs < ALONE ? 1 : threads, chunks * most, [&](int64_t i) {
+    int64_t chunk = i / most, turn = i % most, all = std::min(CHUNK, rows - chunk * CHUNK);
+    if (turn >= turns_of(all)) return;
+    int64_t r = first_of(turn, all), count = first_of(turn + 1, all) - r;
+    const typename Kind::Given *from = x + (chunk * CHUNK + r) * x_row;
+    Input *to = out + (chunk * CHUNK + r) * inputs;
+    if (count >= CALLED) return interleave<Kind>(from, x_row, count, inputs, to);
+    for (int64_t j = 0; j < count; j++)
+      for (int64_t k = 0; k < inputs; k++) to[j * inputs + k] = Kind::input(from[j * x_row + k]);
   });
-  product<Singles<T>>(all, wide, packed, bias, out, rows, inputs, outputs, threads);
+  x_row = inputs;
+  return out;
+}
+
+template <class Kind>
+void product(const typename Kind::Given *given, int64_t x_row, const typename Kind::Weight *packed,
+             const typename Kind::Number *bias, typename Kind::Number *out, int64_t rows, int64_t inputs, int64_t outputs,
+             int64_t threads) {
+  const typename Kind::Input *x = lay_down<Kind>(given, x_row, rows, inputs, threads);
+  int64_t blocks = (outputs + WIDE - 1) / WIDE, chunks = (rows + CHUNK - 1) / CHUNK;
+  share_runs(threads, blocks * chunks, [&](int64_t i) {
+    int64_t b = i % blocks, first = i / blocks * CHUNK, from = b * WIDE;
+    block<Kind>(x + first * inputs, x_row, packed + b * inputs * WIDE, inputs, bias ? bias + from : nullptr,
+                out + first * outputs + from, outputs, std::min(CHUNK, rows - first), std::min(WIDE, outputs - from));
+  });
 }
 
 // weights[O, I] -> packed; a number is `Number` or a pair of them.
@@ -169,9 +208,9 @@ EXPORT void linear(int64_t type, const void *x, int64_t x_row, const void *packe
                           inputs / 2, outputs, threads);
 #endif
   if (type == FLOAT32)
-    widened((const float *)x, x_row, (const float *)packed, (const float *)bias, (float *)out, rows, inputs, outputs, threads);
+    product<Singles<float>>((const float *)x, x_row, (const float *)packed, (const float *)bias, (float *)out, rows, inputs, outputs, threads);
   else if (type == BFLOAT16)
-    widened((const bf16 *)x, x_row, (const bf16 *)packed, (const bf16 *)bias, (bf16 *)out, rows, inputs, outputs, threads);
+    product<Singles<bf16>>((const bf16 *)x, x_row, (const bf16 *)packed, (const bf16 *)bias, (bf16 *)out, rows, inputs, outputs, threads);
   else
-    widened((const fp16 *)x, x_row, (const fp16 *)packed, (const fp16 *)bias, (fp16 *)out, rows, inputs, outputs, threads);
+    product<Singles<fp16>>((const fp16 *)x, x_row, (const fp16 *)packed, (const fp16 *)bias, (fp16 *)out, rows, inputs, outputs, threads);
 }

@@ -278,6 +278,30 @@ static inline F16 tangent(F16 x) { // hyperbolic
   return 1.0f - 2.0f / (e + 1.0f);
 }
 
+#ifdef __AVX512F__
+// 16 rows of 16 numbers of 32 bits.
+static inline __attribute__((always_inline)) void transpose(__m512 *r) {
+  __m512 t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      r[i + 2 * j] = (__m512)_mm512_unpacklo_pd((__m512d)t[i + j], (__m512d)t[i + j + 2]);
+      r[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd((__m512d)t[i + j], (__m512d)t[i + j + 2]);
+    }
+  for (int j = 0; j < 4; j++) {
+    t[j] = _mm512_shuffle_f32x4(r[j], r[j + 4], 0x88), t[j + 4] = _mm512_shuffle_f32x4(r[j], r[j + 4], 0xdd);
+    t[j + 8] = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0x88), t[j + 12] = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0xdd);
+  }
+  for (int j = 0; j < 8; j++) {
+    r[j] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0x88);
+    r[j + 8] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0xdd);
+  }
+}
+#endif
+
 // -- threads: the pool of the OpenMP library that torch brought, so that two pools never spin against each other
 
 typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
@@ -298,6 +322,20 @@ static inline void share_out(int64_t threads, int64_t count, Run run) {
   std::atomic<int64_t> next{0};
   parallel(threads < count ? threads : count, [&](int, int) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) run(i);
+  });
+}
+
+// The same in runs of neighbours, long ones first: what is read one after the other lies together.
+template <class Run>
+static inline void share_runs(int64_t threads, int64_t count, Run run) {
+  std::atomic<int64_t> next{0};
+  parallel(threads < count ? threads : count, [&](int, int all) {
+    for (int64_t at = next.load(std::memory_order_relaxed); at < count;) {
+      int64_t few = (count - at) / (2 * all), stop = at + (few < 1 ? 1 : few);
+      if (!next.compare_exchange_weak(at, stop, std::memory_order_relaxed)) continue;
+      while (at < stop) run(at++);
+      at = next.load(std::memory_order_relaxed);
+    }
   });
 }
 

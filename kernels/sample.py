@@ -34,7 +34,7 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-@op("triton")
+@op("native", "triton")
 def penalise(
     logits: Tensor,
     outputs: Tensor,
@@ -43,12 +43,16 @@ def penalise(
     repetition: Tensor | None,
     presence: Tensor,
     frequency: Tensor,
+    seats: Tensor | None = None,
 ) -> Tensor:
-    """logits[R, V] after penalties[R]; outputs[R, V] counts a row's generated tokens, prompts[R, V] marks its prompt's.
+    """logits[R, V] after penalties[R]; outputs[R, V] counts a row's generated tokens, prompts[R, V] marks its prompt's. With
+    seats[R] they are outputs[N, V] and prompts[N, V], and a row's are those of its seat.
 
     repetition r: logits of tokens that were seen anywhere become x / r when positive, else x * r (Keskar et al. 2019,
     arXiv:1909.05858). Then presence is subtracted once and frequency times the count, for generated tokens alone.
     """
+    if seats is not None:
+        outputs, prompts = outputs[seats], None if prompts is None else prompts[seats]
     if repetition is not None:
         seen = outputs > 0 if prompts is None else (outputs > 0) | prompts
         r = repetition[:, None]
@@ -62,7 +66,7 @@ def greedy(logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
-@op("cpu", "triton")
+@op("native", "cpu", "triton")
 def draw(
     logits: Tensor,
     uniforms: Tensor,
@@ -119,7 +123,7 @@ def invert(x: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(sums, target, right=True)[:, 0].clamp_(max=x.shape[-1] - 1)
 
 
-@op("triton")
+@op("native", "triton")
 def score(logits: Tensor, tokens: Tensor, best: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of tokens[R] under logits[R, V]: log probability[R], rank[R] (1 = most likely), and the ids and log probabilities
     of the `best` most likely ones [R, best]."""

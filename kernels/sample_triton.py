@@ -220,19 +220,22 @@ def score(logits: Tensor, tokens: Tensor, best: int) -> tuple[Tensor, Tensor, Te
 
 @triton.jit
 def _penalise(
-    logits_ptr, outputs_ptr, prompts_ptr, repetition_ptr, presence_ptr, frequency_ptr, out_ptr, vocab,
-    REPETITION: tl.constexpr, PROMPTS: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, outputs_ptr, prompts_ptr, repetition_ptr, presence_ptr, frequency_ptr, seats_ptr, out_ptr, vocab,
+    REPETITION: tl.constexpr, PROMPTS: tl.constexpr, SEATS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = token < vocab
     at = row.to(tl.int64) * vocab + token
+    kept = at
+    if SEATS:
+        kept = tl.load(seats_ptr + row).to(tl.int64) * vocab + token
     x = tl.load(logits_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    count = tl.load(outputs_ptr + at, mask=inside, other=0)
+    count = tl.load(outputs_ptr + kept, mask=inside, other=0)
     if REPETITION:
         seen = count > 0
         if PROMPTS:
-            seen = seen | (tl.load(prompts_ptr + at, mask=inside, other=0) != 0)
+            seen = seen | (tl.load(prompts_ptr + kept, mask=inside, other=0) != 0)
         r = tl.load(repetition_ptr + row).to(tl.float32)
         x = tl.where(seen, tl.where(x > 0, x / r, x * r), x)
     x -= tl.load(frequency_ptr + row).to(tl.float32) * count.to(tl.float32)
@@ -248,13 +251,15 @@ def penalise(
     repetition: Tensor | None,
     presence: Tensor,
     frequency: Tensor,
+    seats: Tensor | None = None,
 ) -> Tensor:
     """As the definition says."""
     rows, vocab = logits.shape
     out = logits.new_empty(rows, vocab)
     if rows:
         _penalise[(rows, triton.cdiv(vocab, BLOCK))](
-            *dense(logits, outputs, prompts, repetition, presence, frequency), out, vocab,
-            REPETITION=repetition is not None, PROMPTS=prompts is not None, BLOCK=BLOCK, num_warps=8,
+            *dense(logits, outputs, prompts, repetition, presence, frequency, seats), out, vocab,
+            REPETITION=repetition is not None, PROMPTS=prompts is not None, SEATS=seats is not None,
+            BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
     return out
