@@ -13,6 +13,10 @@ from kvasir.engine.info import ModelInfo
 from kvasir.engine.request import SamplingParams
 
 
+BY_MODEL = "--max-model-len"
+"""What says how long a context is, unless the request does."""
+
+
 def sampling_of(call: Call, model: ServedModel) -> tuple[SamplingParams, bool]:
     """(client's values over the model's defaults over Kvasir's, whether the client chose max_tokens)."""
     chosen = call.sampling.get("max_tokens") is not None
@@ -34,19 +38,27 @@ def check_range(name: str, ids: Collection[int], info: ModelInfo) -> None:
         raise ClientError(f"{name} has token id {wrong}; ids are 0 to {info.vocab_size - 1}", param=name)
 
 
-def fitted(sampling: SamplingParams, prompt_tokens: int, info: ModelInfo, chosen: bool) -> SamplingParams:
-    """`sampling` with a max_tokens that the context has room for. ContextLengthError when a chosen one doesn't fit."""
-    limit = info.max_model_len
+def context_of(call: Call, info: ModelInfo) -> tuple[int, str]:
+    """(tokens that prompt and output share, what says so)."""
+    if call.context is not None and call.context < info.max_model_len:
+        return call.context, "options.num_ctx"
+    return info.max_model_len, BY_MODEL
+
+
+def fitted(sampling: SamplingParams, prompt_tokens: int, context: tuple[int, str], chosen: bool) -> SamplingParams:
+    """`sampling` with a max_tokens that the context has room for. ContextLengthError when a chosen one doesn't fit. None
+    stays where the engine's own limit is meant."""
+    limit, chosen_by = context
     room, wanted = limit - prompt_tokens, sampling.max_tokens
     if room < 1:
-        text = f"the prompt has {prompt_tokens} tokens; prompt and output share {limit} tokens (--max-model-len)"
+        text = f"the prompt has {prompt_tokens} tokens; prompt and output share {limit} tokens ({chosen_by})"
         raise ContextLengthError(f"{text}, so it may have {limit - 1} at most", param="prompt")
-    if wanted is None or wanted <= room:
+    if chosen_by == BY_MODEL if wanted is None else wanted <= room:
         return sampling
-    if not chosen:
+    if wanted is None or not chosen:
         return dataclasses.replace(sampling, max_tokens=room)
     text = f"the prompt has {prompt_tokens} tokens and max_tokens is {wanted}, {prompt_tokens + wanted} together"
-    raise ContextLengthError(f"{text}; the model's context is {limit} (--max-model-len)", param="max_tokens")
+    raise ContextLengthError(f"{text}; the context is {limit} ({chosen_by})", param="max_tokens")
 
 
 def seeded(sampling: SamplingParams) -> SamplingParams:

@@ -13,7 +13,7 @@ from functools import partial
 
 from kvasir.cluster import telemetry
 from kvasir.cluster.call import ROUTE_HEADER, SESSION_HEADERS, Call, Conversation, Prompt, Text
-from kvasir.cluster.call_sampling import check_ids, check_range, fitted, sampling_of, seeded
+from kvasir.cluster.call_sampling import check_ids, check_range, context_of, fitted, sampling_of, seeded
 from kvasir.cluster.failover import PAUSE_S, Failover, LastingStream
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.group_client import GroupClient, Placement
@@ -291,13 +291,14 @@ class Desk:
         call, found = await _read(call, model, prompts[0])
         sampling, chosen = sampling_of(call, model)
         check_ids(sampling, info)
-        cut = [cut_prompt(ids, sampling, info.max_model_len) for ids in prompts]
+        context = context_of(call, info)
+        cut = [cut_prompt(ids, sampling, *context) for ids in prompts]
         suffix = uuid.uuid4().hex[:8]  # clients may use an id twice, groups need them unique
         requests = [
             Request(
                 request_id=f"{request_id}-{number}-{suffix}",
                 prompt_token_ids=ids,
-                sampling=seeded(fitted(sampling, len(ids), info, chosen)),
+                sampling=seeded(fitted(sampling, len(ids), context, chosen)),
                 priority=call.priority,
                 cache_salt=call.cache_salt,
                 deadline_s=call.deadline_s,

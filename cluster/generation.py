@@ -41,6 +41,8 @@ class Generation:
         reading: Reading = PLAIN,
     ) -> None:
         self.model = model
+        self.info = info
+        """What the requests were checked against."""
         self.requests = requests
         self.reading = reading
         """How the answers of a conversation are to be read."""

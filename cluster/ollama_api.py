@@ -37,6 +37,7 @@ from kvasir.cluster.reply_stream import NDJSON, stream, whole
 from kvasir.cluster.served_model import ServedModel
 from kvasir.cluster.vectors import PoolingCall
 from kvasir.engine.errors import ClientError, KvasirError
+from kvasir.engine.info import ModelInfo
 from kvasir.engine.passage import Passage, as_float32
 from kvasir.engine.request import PoolingParams
 
@@ -86,10 +87,18 @@ class OllamaGeneration:
     ) -> None:
         sampling = {**defaults(ask.sampling), **model.sampling_defaults, **ask.sampling}
         prompt = await _prompt(ask, model)
-        call = Call(model=model.name, prompts=(prompt,), sampling=sampling, tools=ask.tools, thinks=ask.thinks)
+        call = Call(
+            model=model.name,
+            prompts=(prompt,),
+            sampling=sampling,
+            context=ask.num_ctx,
+            tools=ask.tools,
+            thinks=ask.thinks,
+        )
         generation = await self._desk.begin(call, request_id, headers)
+        warnings = (*ask.warnings, *_beyond(ask.num_ctx, generation.info), *generation.reading.warnings)
         extra = [
-            *warning_header((*ask.warnings, *generation.reading.warnings), generation.truncated_tokens),
+            *warning_header(warnings, generation.truncated_tokens),
             *route_header(generation.route),
         ]
         try:
@@ -129,6 +138,7 @@ class OllamaEmbedding:
     ) -> None:
         found, tokens = [], 0
         timing: tuple[tuple[bytes, bytes], ...] = ()
+        info = self._desk.info(model)
         if ask.texts:
             call = PoolingCall(
                 model=model.name,
@@ -136,7 +146,7 @@ class OllamaEmbedding:
                 params=PoolingParams(dimensions=ask.dimensions, normalize=None if self._legacy else True),
                 operation="embeddings",
                 param="prompt" if self._legacy else "input",
-                truncate=-1 if ask.truncate else None,
+                truncate=min(ask.num_ctx or info.max_model_len, info.max_model_len) if ask.truncate else None,
             )
             vectors, events = await self._desk.pool(call, request_id, headers)
             found, tokens = [as_float32(event.values) for event in events], vectors.prompt_tokens
@@ -146,7 +156,9 @@ class OllamaEmbedding:
             spent = {"total_duration": round((time.monotonic() - started) * 1e9), "load_duration": 0}
             body = {"model": ask.model or model.name, "embeddings": found, **spent, "prompt_eval_count": tokens}
         dumped = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-        await send_bytes(send, 200, dumped, (_JSON, *timing, *warning_header(ask.warnings)))
+        await send_bytes(
+            send, 200, dumped, (_JSON, *timing, *warning_header((*ask.warnings, *_beyond(ask.num_ctx, info))))
+        )
 
 
 def find_model(desk: Desk, name: str) -> ServedModel:
@@ -161,6 +173,13 @@ def filling_tokens(model: ServedModel) -> tuple[str, str, str] | None:
     tokenizer = model.tokenizer
     known = (words for words in _FILLING if tokenizer and all(tokenizer.token_id(word) is not None for word in words))
     return next(known, None)
+
+
+def _beyond(num_ctx: int | None, info: ModelInfo) -> tuple[str, ...]:
+    """Warns who wants a larger context than there is."""
+    if num_ctx is None or num_ctx <= info.max_model_len:
+        return ()
+    return (f"options.num_ctx {num_ctx} (the model has {info.max_model_len} tokens, see --max-model-len)",)
 
 
 async def _prompt(ask: OllamaAsk, model: ServedModel) -> Prompt:

@@ -28,9 +28,9 @@ OPTIONS: dict[str, Check] = {
     "repeat_penalty": SAMPLING["repetition_penalty"],
     "logit_bias": object_,
     "num_predict": integer_from(-2, 2**31 - 1),
+    "num_ctx": integer_from(1, 2**31 - 1),
 }
 OPTIONS_IGNORED: Neutral = {
-    "num_ctx": (),  # the context is chosen when the server starts, and what doesn't fit is an error
     **dict.fromkeys(("num_batch", "num_gpu", "main_gpu", "num_thread", "draft_num_predict", "numa"), ()),
     **dict.fromkeys(("use_mmap", "use_mlock", "low_vram", "f16_kv"), ()),
 }

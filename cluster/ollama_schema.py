@@ -53,6 +53,8 @@ class OllamaAsk:
     """Show log probabilities, with that many most likely tokens."""
     context: Sequence[int] = ()
     """Token ids before the prompt, from an earlier answer."""
+    num_ctx: int | None = None
+    """Tokens that prompt and output may have together."""
     suffix: str = ""
     """The answer goes between the prompt, a `Text`, and this."""
     gives_context: bool = False
@@ -73,6 +75,8 @@ class OllamaEmbedAsk:
     texts: Sequence[str]
     truncate: bool = True
     dimensions: int | None = None
+    num_ctx: int | None = None
+    """Tokens that are kept of each text, of those that the model would."""
     warnings: tuple[str, ...] = ()
 
 
@@ -124,6 +128,7 @@ def parse_embed(body: Body) -> OllamaEmbedAsk:
         texts=[] if texts == [""] else texts,
         truncate=fields.get("truncate", True),
         dimensions=fields.get("dimensions") or None,
+        num_ctx=_num_ctx(fields),
         warnings=(*warnings, *_unread(fields)),
     )
 
@@ -132,7 +137,8 @@ def parse_embeddings(body: Body) -> OllamaEmbedAsk:
     """Body of POST /api/embeddings."""
     fields, warnings = sort_fields(body, EMBEDDINGS, {}, EMBEDDINGS_REFUSED, EMBEDDINGS_INSTEAD)
     texts = [fields["prompt"]] if fields.get("prompt") else []
-    return OllamaEmbedAsk(model=fields.get("model", ""), texts=texts, warnings=(*warnings, *_unread(fields)))
+    warned = (*warnings, *_unread(fields))
+    return OllamaEmbedAsk(model=fields.get("model", ""), texts=texts, num_ctx=_num_ctx(fields), warnings=warned)
 
 
 def _loading(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> OllamaAsk:
@@ -161,6 +167,7 @@ def _shared(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> dict[str, A
     return {
         "model": fields.get("model", ""),
         "sampling": sampling,
+        "num_ctx": _num_ctx(fields),
         "stream": fields.get("stream", True),
         "logprobs": logprobs,
         "thinks": bool(fields.get("think")),
@@ -173,6 +180,7 @@ def _options(options: Body, beside: Sequence[str]) -> tuple[dict[str, Any], tupl
     """(by the names of SamplingParams, ignored options)."""
     fields, unknown = sort_fields(options, OPTIONS, OPTIONS_IGNORED, OPTIONS_REFUSED)
     limit = fields.pop("num_predict", -1)
+    fields.pop("num_ctx", None)
     if fields.get("seed") == -1:
         del fields["seed"]
     sampling = {SAMPLING_NAMES.get(name, name): value for name, value in fields.items()}
@@ -245,7 +253,17 @@ def _call(call: Mapping[str, Any], at: str) -> dict[str, Any]:
     return {"id": call.get("id"), "type": "function", "function": {"arguments": {}, **function}}
 
 
+def _num_ctx(fields: Mapping[str, Any]) -> int | None:
+    """None where it isn't given, or says nothing."""
+    given: int | None = fields.get("options", {}).get("num_ctx")
+    if given is not None:
+        OPTIONS["num_ctx"]("num_ctx", given)
+    return given
+
+
 def _unread(fields: Mapping[str, Any]) -> tuple[str, ...]:
     """What means nothing where a vector is wanted."""
-    options = tuple(f"options.{name}" for name in fields.get("options", {}))
+    options = tuple(f"options.{name}" for name in fields.get("options", {}) if name != "num_ctx")
+    if "num_ctx" in fields.get("options", {}) and not fields.get("truncate", True):
+        options += ("options.num_ctx (needs truncate)",)
     return (*options, *(("keep_alive (the model stays loaded)",) if "keep_alive" in fields else ()))

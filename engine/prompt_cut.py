@@ -13,9 +13,11 @@ UNLIMITED_SHARE = 4
 """An output without a limit gets this part of the context, one in so many tokens, at least."""
 
 
-def cut_prompt(token_ids: Sequence[int], sampling: SamplingParams, context: int) -> Sequence[int]:
+def cut_prompt(
+    token_ids: Sequence[int], sampling: SamplingParams, context: int, chosen_by: str = "--max-model-len"
+) -> Sequence[int]:
     """At most `truncate_prompt_tokens` of `token_ids`: the first `num_keep` and the newest, or with truncation_side
-    "right" the first ones. `context` is the model's, in tokens. ClientError when that can't be."""
+    "right" the first ones. `context`: what prompt and output share, in tokens. ClientError when that can't be."""
     wanted, keep = sampling.truncate_prompt_tokens, sampling.num_keep
     if wanted is None:
         return token_ids
@@ -23,7 +25,7 @@ def cut_prompt(token_ids: Sequence[int], sampling: SamplingParams, context: int)
         output = context // UNLIMITED_SHARE if sampling.max_tokens is None else sampling.max_tokens
         wanted = max(1, context - output)
     if wanted > context:
-        text = f"truncate_prompt_tokens must be -1 or 1 to {context} (--max-model-len), got {wanted}"
+        text = f"truncate_prompt_tokens must be -1 or 1 to {context} ({chosen_by}), got {wanted}"
         raise ClientError(text, param="truncate_prompt_tokens")
     if keep < 0 or len(token_ids) <= wanted:
         return token_ids

@@ -116,10 +116,10 @@ def test_options_of_the_sampler_arrive(gateway):
 
 
 def test_ignored_is_reported(gateway):
-    reply = generate(gateway, keep_alive="5m", options={"num_ctx": 2048, "num_gpu": 1, "use_mmap": True}, odd=1)
+    reply = generate(gateway, keep_alive="5m", options={"num_batch": 2048, "num_gpu": 1, "use_mmap": True}, odd=1)
     assert reply.status_code == 200
     warned = reply.headers["x-kvasir-warning"]
-    assert all(name in warned for name in ("keep_alive", "options.num_ctx", "options.num_gpu", "use_mmap", "odd"))
+    assert all(name in warned for name in ("keep_alive", "options.num_batch", "options.num_gpu", "use_mmap", "odd"))
 
 
 def test_prompts_are_cut_when_asked(gateway):
@@ -130,6 +130,35 @@ def test_prompts_are_cut_when_asked(gateway):
     assert bytes(gateway.group.requests[-1].prompt_token_ids) == b"ab" + b"x" * 3998
     assert "5002 tokens of the prompt were cut off" in reply.headers["x-kvasir-warning"]
     assert chat(gateway, messages=[{"role": "user", "content": long}], truncate=True).status_code == 200
+
+
+def test_num_ctx_limits_this_request(gateway):
+    def last():
+        request = gateway.group.requests[-1]
+        return len(request.prompt_token_ids), request.sampling.max_tokens
+
+    reply = generate(gateway, prompt="x" * 10, raw=True, stream=False, options={"num_ctx": 15})
+    assert (reply.json()["done_reason"], reply.json()["eval_count"]) == ("length", 5)
+    assert last() == (10, 5)
+    for options in ({"num_ctx": 10}, {"num_ctx": 15, "num_predict": 6}):
+        reply = generate(gateway, prompt="x" * 10, raw=True, options=options)
+        assert reply.status_code == 400
+        assert f"{options['num_ctx']}" in reply.json()["error"]
+        assert "(options.num_ctx)" in reply.json()["error"]
+    reply = generate(gateway, prompt="x" * 30, raw=True, truncate=True, options={"num_ctx": 20, "num_predict": 8})
+    assert last() == (12, 8)
+    assert reply.headers["x-kvasir-warning"] == "18 tokens of the prompt were cut off"
+    reply = chat(gateway, options={"num_ctx": 20, "num_predict": -2, "repeat_last_n": -1})
+    assert sum(last()) == 20
+    assert "x-kvasir-warning" not in reply.headers
+    reply = chat(gateway, options={"num_ctx": 32768})  # what many clients send whatever the model
+    assert last()[1] is None  # as many as the model has
+    assert reply.headers["x-kvasir-warning"] == (
+        "ignored: options.num_ctx 32768 (the model has 4096 tokens, see --max-model-len)"
+    )
+    for wrong in (0, -1, 0.5, "big", True):
+        reply = generate(gateway, options={"num_ctx": wrong})
+        assert (reply.status_code, "num_ctx must be" in reply.json()["error"]) == (400, True)
 
 
 def test_context_continues_a_conversation(gateway):

@@ -112,7 +112,7 @@ mm_processor_kwargs           {"a":1}                    R R R R R R
 repeat_penalty                1.5                        R R R R D R
 num_predict                   7                          R R R R D R
 repeat_last_n                 3                          D D R R D D
-num_ctx                       77                         R R R R W R
+num_ctx                       77                         R R R R D R
 num_gpu                       1                          W W W W W R
 num_thread                    1                          W W W W W R
 num_batch                     1                          W W W W W R
