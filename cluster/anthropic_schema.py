@@ -91,6 +91,7 @@ def parse_messages(body: Body) -> MessagesAsk:
         model=fields.get("model", ""),
         prompts=(found,),
         sampling=sampling,
+        known_as={"stop": "stop_sequences"},
         tools=_use(fields, found.tools),
         thinks=thinking.get("type") in ("enabled", "adaptive"),
         thinking_budget=_budget(thinking),

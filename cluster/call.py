@@ -58,6 +58,8 @@ class Call:
     """What the client set, by the names of `SamplingParams`; the model's defaults fill the rest."""
     max_tokens: int | None = None
     """Where neither client nor model say; None: what is left of the context."""
+    known_as: Mapping[str, str] = field(default_factory=dict)
+    """Fields of `SamplingParams` that the client knows by other names, in which errors are told."""
     context: int | None = None
     """Tokens that prompt and output may have together, where the client wants fewer than the model has (Ollama's num_ctx)."""
     priority: int = 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 
 from kvasir.cluster.call import Call
 from kvasir.cluster.served_model import ServedModel
@@ -12,9 +14,19 @@ from kvasir.engine.errors import ClientError, ContextLengthError
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.request import SamplingParams
 
-
 BY_MODEL = "--max-model-len"
 """What says how long a context is, unless the request does."""
+
+
+@contextmanager
+def named(names: Mapping[str, str]) -> Iterator[None]:
+    """An error about one of these fields speaks of it as the client does."""
+    try:
+        yield
+    except ClientError as error:
+        if error.param is not None and (name := names.get(error.param)):
+            error.message, error.param = re.sub(rf"\b{error.param}\b", name, error.message), name
+        raise
 
 
 def sampling_of(call: Call, model: ServedModel) -> tuple[SamplingParams, bool]:

@@ -22,7 +22,7 @@ from kvasir.cluster.http_front import (
     until_gone,
     warning_header,
 )
-from kvasir.cluster.ollama_fields import defaults
+from kvasir.cluster.ollama_fields import CLIENT_NAMES, defaults
 from kvasir.cluster.ollama_reply import Kind, OllamaReply, loaded
 from kvasir.cluster.ollama_schema import (
     Body,
@@ -91,6 +91,7 @@ class OllamaGeneration:
             model=model.name,
             prompts=(prompt,),
             sampling=sampling,
+            known_as=CLIENT_NAMES,
             context=ask.num_ctx,
             tools=ask.tools,
             thinks=ask.thinks,

@@ -84,8 +84,14 @@ def parse_chat(body: Mapping[str, Any]) -> Ask:
     if logprobs is not None:
         sampling["logprobs"] = logprobs
     budget = fields.get("thinking_token_budget")
+    known_as = {"max_tokens": "max_completion_tokens"} if "max_completion_tokens" in fields else {}
     call = Call(
-        prompts=(_conversation(fields),), sampling=sampling, tools=use, thinking_budget=budget, **_common(fields)
+        prompts=(_conversation(fields),),
+        sampling=sampling,
+        known_as=known_as,
+        tools=use,
+        thinking_budget=budget,
+        **_common(fields),
     )
     if "reasoning_effort" in fields:
         warnings += (f"reasoning_effort {EFFORT_IGNORED}",)

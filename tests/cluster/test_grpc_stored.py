@@ -344,7 +344,7 @@ def part(**fields):
     ({"model": "other"}, "model", "'other'"),
     ({"temperature": -1}, "temperature", "temperature"),
     ({"max_output_tokens": 0}, "max_output_tokens", "from 1"),
-    ({"max_output_tokens": 5000}, "max_tokens", "4096"),
+    ({"max_output_tokens": 5000}, "max_output_tokens", "max_output_tokens is 5000, 5005 together; the context is 4096"),
     ({"background": True, "store": False}, "background", "store"),
     ({"conversation": "a", "previous_response_id": "b"}, "conversation", "exclude"),
     ({"conversation": "a"}, "conversation", "'a'"),

@@ -110,7 +110,14 @@ def test_options_of_the_sampler_arrive(gateway):
     assert (sampling.top_k, sampling.top_p) == (0, 1.0)  # Mirostat stands in for Ollama's own defaults
     generate(gateway)
     assert gateway.group.requests[-1].sampling.repeat_last_n == 64
-    for name, value in (("typical_p", 0), ("mirostat", 3), ("repeat_last_n", -2), ("logit_bias", {"a": 1})):
+    for name, value in (
+        ("repeat_penalty", 0),
+        ("num_predict", 5000),
+        ("typical_p", 0),
+        ("mirostat", 3),
+        ("repeat_last_n", -2),
+        ("logit_bias", {"a": 1}),
+    ):
         reply = generate(gateway, options={name: value})
         assert (reply.status_code, name in reply.json()["error"]) == (400, True)
 

@@ -258,6 +258,7 @@ def test_request_id(gateway):
         ({"max_tokens": 0}, "max_tokens", "integer from 1"),
         ({"max_completion_tokens": "x"}, "max_completion_tokens", "integer from 1"),
         ({"max_tokens": 5000}, "max_tokens", "5 tokens and max_tokens is 5000, 5005 together"),
+        ({"max_completion_tokens": 5000}, "max_completion_tokens", "5 tokens and max_completion_tokens is 5000"),
         ({"messages": []}, "messages", "at least one message"),
         ({"messages": "hi"}, "messages", "list of objects"),
         ({"messages": [{"content": "x"}]}, "messages", "role"),
