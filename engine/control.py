@@ -75,6 +75,8 @@ class Hub:
         self.token = secrets.token_hex(32)
         self.on_failure: Callable[[], None] = lambda: None
         """Called once, in the hub's thread, when `failure` is set: it frees whoever waits for a rank that is gone."""
+        self.overdue: Callable[[], str | None] = lambda: None
+        """What hasn't come in its time, in words; asked every BEAT_S."""
         self.failure: RankError | ConfigError | None = None
         self._ended = ended
         self._listener = socket.create_server((host, 0), backlog=size)
@@ -271,8 +273,10 @@ class Hub:
         self._fail(RankError(f"{peer} has said nothing for {SILENCE_S:.0f} s: it hangs, or its node is gone"))
 
     def _look(self) -> None:
-        """Whether a rank stands still."""
+        """Whether a rank stands still, or lets the others wait."""
         now = time.monotonic()
+        if (late := self.overdue()) is not None:
+            self._fail(RankError(late))
         for peer in self._peers.values():
             if now - peer.heard > SILENCE_S:
                 self._silent(peer)

@@ -135,7 +135,7 @@ def _rank(
     cache = KVCache(sample, max(streams, (BEFORE + CHUNK) // BLOCK), BLOCK, dtype, side.device)
     found = [_timed(side, partial(_multiplied, count, dtype, products), 3) for count in ROWS]
     steps = ((streams, 1, BLOCK - 1), (1, CHUNK, 0), (1, CHUNK, BEFORE))
-    found += [_timed(side, partial(stepped, decoder, cache, *step), 5) for step in steps]
+    found += [_timed(side, partial(stepped, decoder, cache, *step), 3) for step in steps]
     found += [_timed(side, partial(side.reduce, torch.ones(shape, dtype=dtype)), 50) for shape in SUMS]
     found.append(_timed(row, lambda: _there_and_back(row, dtype), 50) / 2)
     answer.send(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -175,7 +176,11 @@ class GroupExecutor:
         self._unknown = 0
         """Steps that were begun and whose results this rank hasn't learnt."""
         self._arrived: queue.SimpleQueue[Outcome | Result | BaseException] = queue.SimpleQueue()
+        self._handed_on = self._answered = 0
+        self._moved = time.monotonic()
+        """When the last step was handed on, or answered: the next stage's exchanges with this rank don't wait for it."""
         if not self._samples:
+            hub.overdue = self._overdue
             threading.Thread(target=self._receive, name="kvasir-results", daemon=True).start()
 
     def serve_blocks(self, host: str, secret: str, on_ask: OnAsk) -> tuple[Exchange, list[str]] | None:
@@ -214,6 +219,7 @@ class GroupExecutor:
         except RuntimeError as error:
             raise self._hub.verdict(_symptom(error, self._config)) from error
         if not self._samples:
+            self._moved, self._handed_on = time.monotonic(), self._handed_on + 1
             return None
         self._arrived.put(outcome)
         return outcome
@@ -233,10 +239,16 @@ class GroupExecutor:
                 result: Result | BaseException = decode_result(self._hub.result())
             except BaseException as error:  # the thread's border: who waits for a result raises it
                 result = error
+            self._moved, self._answered = time.monotonic(), self._answered + 1
             self._arrived.put(result)
             self._lane.put(result)
             if isinstance(result, BaseException):
                 return
+
+    def _overdue(self) -> str | None:
+        """A step that this rank is done with has no result: a later stage hangs."""
+        late = time.monotonic() - self._moved > self._config.collective_timeout
+        return _hangs(self._config) if late and self._handed_on > self._answered else None
 
     def _free(self) -> None:
         """The group failed: whoever waits for the rank that is gone, this process included, gets an error."""
@@ -325,6 +337,10 @@ def _meet(config: EngineConfig, hub: Hub, own_gpus: bool) -> Mesh:
 
 def _symptom(error: RuntimeError, config: EngineConfig) -> str:
     if "timed out" in str(error).lower():
-        limit = config.collective_timeout
-        return f"an exchange between ranks took longer than {limit:g} s (--collective-timeout): a rank or a link hangs"
+        return _hangs(config)
     return f"rank 0 failed: {type(error).__name__}: {error}"
+
+
+def _hangs(config: EngineConfig) -> str:
+    limit = config.collective_timeout
+    return f"an exchange between ranks took longer than {limit:g} s (--collective-timeout): a rank or a link hangs"

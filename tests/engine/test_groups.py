@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,18 @@ def test_an_exchange_that_hangs(stories: dict[str, Any], monkeypatch: pytest.Mon
     others = pids(llm)
     monkeypatch.setattr(llm.engine._executor._hub, "step", lambda frame: None)  # type: ignore[attr-defined]
     with pytest.raises(UnavailableError, match=r"longer than 60 s .--collective-timeout.: a rank or a link hangs"):
+        llm.generate(["Once"], GREEDY, use_tqdm=False)
+    assert all(gone(pid) for pid in others.values())
+
+
+def test_a_later_stage_that_hangs(stories: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one waits for no exchange with it, only for its results."""
+    llm = LLM(**stories, pipeline_parallel_size=2, collective_timeout=60.0)
+    others, executor = pids(llm), llm.engine._executor
+    limited = replace(executor._config, collective_timeout=1.0)  # type: ignore[attr-defined]
+    monkeypatch.setattr(executor, "_config", limited)
+    monkeypatch.setattr(executor._hub, "step", lambda frame: None)  # type: ignore[attr-defined]
+    with pytest.raises(UnavailableError, match=r"longer than 1 s .--collective-timeout.: a rank or a link hangs"):
         llm.generate(["Once"], GREEDY, use_tqdm=False)
     assert all(gone(pid) for pid in others.values())
 
