@@ -67,10 +67,11 @@ class Peer:
 class Hub:
     """Rank 0's end. `results` come in the order of the steps; `failure` is set once, when the group can't go on.
 
-    ended(rank): how the process of a rank that is gone ended, in words, or None when that isn't known.
+    ended(rank): how the process of a rank that is gone ended, in words, or None when that isn't known yet. None: nobody here
+    ever knows.
     """
 
-    def __init__(self, host: str, size: int, *, ended: Callable[[int], str | None] = lambda rank: None) -> None:
+    def __init__(self, host: str, size: int, *, ended: Callable[[int], str | None] | None = None) -> None:
         self.host, self.size = host, size
         self.token = secrets.token_hex(32)
         self.on_failure: Callable[[], None] = lambda: None
@@ -264,8 +265,8 @@ class Hub:
         if self._suspect is not None and peer.failed:
             self._fail(RankError(self._suspect[1]))
             return
-        deadline = time.monotonic() + VERDICT_S  # its parent reaps it a little later
-        while (ended := self._ended(peer.rank)) is None and time.monotonic() < deadline:
+        ended, deadline = None, time.monotonic() + VERDICT_S  # its parent reaps it a little later
+        while self._ended is not None and (ended := self._ended(peer.rank)) is None and time.monotonic() < deadline:
             time.sleep(0.01)
         self._fail(RankError(f"{peer} died: {ended or how}"))
 
