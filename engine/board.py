@@ -37,6 +37,10 @@ class Poster:
             time.sleep(BUSY_S)
         return len(message) <= SLOT_BYTES
 
+    def nudge(self) -> None:
+        """Who waits for a message stops waiting: something came another way."""
+        self._compiled.nudge(self._address)
+
 
 class Reader:
     """What this rank reads of the board at `where`. OSError where that isn't to be had."""

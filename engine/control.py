@@ -51,6 +51,8 @@ class Peer:
     host: str
     pid: int
     connection: socket.socket
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Around each frame: steps and grammars come from different threads."""
     heard: float = field(default_factory=time.monotonic)
     ready: bool = False
     stopped_since: float | None = None
@@ -78,6 +80,8 @@ class Hub:
         """Called once, in the hub's thread, when `failure` is set: it frees whoever waits for a rank that is gone."""
         self.overdue: Callable[[], str | None] = lambda: None
         """What hasn't come in its time, in words; asked every BEAT_S."""
+        self.on_grammar: Callable[[bytes], None] = lambda frame: None
+        """Called in the hub's thread with what a rank says of its grammars."""
         self.failure: RankError | ConfigError | None = None
         self._ended = ended
         self._listener = socket.create_server((host, 0), backlog=size)
@@ -143,11 +147,20 @@ class Hub:
             if posted and peer.reads:
                 continue
             try:
-                send(peer.connection, "step", frame)
+                with peer.lock:
+                    send(peer.connection, "step", frame)
             except OSError as error:
                 if error.errno in UNREACHABLE:
                     self._silent(peer)
                 raise self.verdict(f"{peer} can't be reached: {error}") from error
+
+    def grammar(self, rank: int, frame: bytes) -> None:
+        """Say to one rank which grammar it needs, or needs no more. One that is gone isn't told."""
+        peer = self._peers[rank]
+        with peer.lock, contextlib.suppress(OSError):
+            send(peer.connection, "grammar", frame)
+        if peer.reads and self._board is not None:
+            self._board.nudge()
 
     def result(self) -> bytes:
         """The next step's result. RankError when the group failed."""
@@ -243,6 +256,8 @@ class Hub:
         elif kind == "fetched":
             ticket, count = FETCHED.unpack(content)
             self.fetched.put((ticket, count))
+        elif kind == "grammar":
+            self.on_grammar(content)
         elif kind == "serving":
             with self._changed:
                 peer.serves = content.decode()

@@ -14,7 +14,7 @@ from kvasir.engine.config import EngineConfig
 from kvasir.engine.control import Hub
 from kvasir.engine.errors import ConfigError, UnavailableError
 from kvasir.engine.exchange import Exchange
-from kvasir.engine.grammar import Grammars
+from kvasir.engine.grammar import Grammars, GrammarSource
 from kvasir.engine.graphs import graphs_of
 from kvasir.engine.lender import OnAsk
 from kvasir.engine.load import Loaded, check_ranks, load
@@ -24,6 +24,7 @@ from kvasir.engine.outcome import Outcome
 from kvasir.engine.processes import Processes
 from kvasir.engine.processors import Processors
 from kvasir.engine.rank import Rank
+from kvasir.engine.remote_grammars import RemoteGrammars
 from kvasir.engine.step import Result, Step
 from kvasir.engine.tiers import Tiers
 
@@ -39,7 +40,8 @@ class Executor(Protocol):
     ahead: bool
     """One step more is planned and launched before a result is awaited. On a CPU without stages that costs more than it hides:
     two threads share the cores, and who comes meanwhile waits for a step more."""
-    grammars: Grammars
+    grammars: GrammarSource
+    """Compiled where tokens are sampled."""
     fetched: queue.SimpleQueue[tuple[int, int]]
     """(ticket, count): what a rank has read of what a step's fetch asked for."""
 
@@ -115,8 +117,9 @@ class LocalExecutor:
     depth = 1
 
     def __init__(self, config: EngineConfig, loaded: Loaded) -> None:
-        self.loaded, self.grammars = loaded, grammars_of(loaded)
-        self.rank = rank_of(config, loaded, self.grammars)
+        self.loaded, grammars = loaded, grammars_of(loaded)
+        self.grammars: GrammarSource = grammars
+        self.rank = rank_of(config, loaded, grammars)
         self.fetched: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         if loaded.tiers is not None:
             loaded.tiers.on_fetched = lambda *said: self.fetched.put(said)
@@ -157,8 +160,9 @@ class GroupExecutor:
         try:
             self._mesh = _meet(config, hub, own_gpus)
             self.loaded = load(config, self._mesh)
-            self.grammars = grammars_of(self.loaded)
-            self.rank = rank_of(config, self.loaded, self.grammars)
+            grammars = grammars_of(self.loaded)
+            self.rank = rank_of(config, self.loaded, grammars)
+            self.grammars: GrammarSource = grammars
             self.fetched = hub.fetched
             self._tiers = self.loaded.tiers
             if self._tiers is not None:
@@ -181,6 +185,9 @@ class GroupExecutor:
         """When the last step was handed on, or answered: the next stage's exchanges with this rank don't wait for it."""
         if not self._samples:
             hub.overdue = self._overdue
+            sampling = (config.pipeline_parallel_size - 1) * config.tensor_parallel_size
+            remote = self.grammars = RemoteGrammars(self.grammars.words, lambda frame: hub.grammar(sampling, frame))
+            hub.on_grammar = remote.told
             threading.Thread(target=self._receive, name="kvasir-results", daemon=True).start()
 
     def serve_blocks(self, host: str, secret: str, on_ask: OnAsk) -> tuple[Exchange, list[str]] | None:

@@ -7,7 +7,9 @@ import socket
 import struct
 from typing import Literal, get_args
 
-Kind = Literal["hello", "welcome", "ready", "step", "result", "failed", "beat", "fetched", "serve", "serving"]
+Kind = Literal[
+    "hello", "welcome", "ready", "step", "result", "failed", "beat", "fetched", "serve", "serving", "grammar"
+]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 HEAD = struct.Struct("<IB")
 FETCHED = struct.Struct("<qi")

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
@@ -95,11 +96,21 @@ class Vocabulary:
 class Grammar:
     """One that was asked for."""
 
-    future: Future[LLMatcher] = field(default_factory=Future)
-    """The compiled one, not to be advanced itself. Raises ClientError or UnsupportedError."""
+    future: Future[LLMatcher | None] = field(default_factory=Future)
+    """The compiled one, not to be advanced itself; None: another rank has it. Raises ClientError or UnsupportedError."""
     begun: float | None = None
     """time.time() when a thread took it up."""
     uses: int = 0
+
+
+class GrammarSource(Protocol):
+    """What an engine needs of grammars."""
+
+    words: Words
+
+    def hold(self, wanted: StructuredOutput) -> Grammar: ...
+    def release(self, wanted: StructuredOutput) -> None: ...
+    def shutdown(self) -> None: ...
 
 
 class Grammars:
@@ -113,6 +124,8 @@ class Grammars:
         self._used: dict[StructuredOutput, Grammar] = {}
         self._kept: OrderedDict[StructuredOutput, Grammar] = OrderedDict()
         self._lock, self._loading = threading.Lock(), threading.Lock()
+        self.on_begun: Callable[[StructuredOutput], None] = lambda wanted: None
+        """Called by the thread that begins to compile one."""
 
     def hold(self, wanted: StructuredOutput) -> Grammar:
         """From now on it is compiled, or is being compiled, until `release`: as often as it was held."""
@@ -146,7 +159,9 @@ class Grammars:
             self._work(wanted, found)
             with self._lock:
                 self._keep(wanted, found)
-        return found.future.result().deep_copy()
+        compiled = found.future.result()
+        assert compiled is not None
+        return compiled.deep_copy()
 
     def _keep(self, wanted: StructuredOutput, found: Grammar) -> None:
         self._kept[wanted] = found
@@ -159,6 +174,7 @@ class Grammars:
         found.begun = time.time()
         if not found.future.set_running_or_notify_cancel():
             return
+        self.on_begun(wanted)
         try:
             found.future.set_result(self._compile(wanted))
         except Exception as error:  # whoever waits is told, whatever it is

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvasir.engine.errors import KvasirError
 from kvasir.engine.event import Event, Failed
-from kvasir.engine.grammar import Grammar, Grammars
+from kvasir.engine.grammar import Grammar, GrammarSource
 from kvasir.engine.request import Request, StructuredOutput
 from kvasir.engine.schema import COMPILE_LIMIT_S
 
@@ -15,7 +15,7 @@ WAIT_LIMIT_S = 60.0
 class Compiling:
     """Filled by the threads that submit and emptied by the engine's, under the engine's lock."""
 
-    def __init__(self, grammars: Grammars) -> None:
+    def __init__(self, grammars: GrammarSource) -> None:
         self._grammars = grammars
         self._held: dict[str, tuple[Request, Grammar, float]] = {}
         self._wanted: dict[str, StructuredOutput] = {}

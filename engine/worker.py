@@ -49,6 +49,7 @@ def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
     from kvasir.engine.load import load
     from kvasir.engine.memory import resolve_device
     from kvasir.engine.mesh import Place, join, reach_store
+    from kvasir.engine.remote_grammars import GrammarServer
 
     kind, content = spoke.receive()
     assert kind == "welcome"
@@ -60,7 +61,8 @@ def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
     one_shot = not config.disable_custom_all_reduce
     mesh = join(place, store, device, spoke.host, config.collective_timeout, token, one_shot=one_shot)
     loaded = load(config, mesh)
-    rank = rank_of(config, loaded, grammars_of(loaded))
+    rank = rank_of(config, loaded, grammars := grammars_of(loaded))
+    server = GrammarServer(grammars, lambda frame: spoke.send("grammar", frame))
     if (tiers := loaded.tiers) is not None:
         tiers.on_fetched = lambda ticket, count: spoke.send("fetched", FETCHED.pack(ticket, count))
     spoke.ready(said["board"], place.size)
@@ -69,6 +71,9 @@ def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
             kind, content = spoke.receive()
             if kind == "serve":
                 rank.exchange = _lend(loaded, spoke, **json.loads(content))
+                continue
+            if kind == "grammar":
+                server.take(content)
                 continue
             step, results = decode_step(content)
             for result in results:

@@ -35,6 +35,11 @@ EXPORT int64_t post(Board *b, const int64_t *readers, int64_t count, int64_t num
   return 0;
 }
 
+// Readers that sleep look up, though there is no message.
+EXPORT void nudge(Board *b) {
+  if (b->posted.sleepers.load()) wake(b->posted.turn);
+}
+
 // Bytes of this message, which is in `into` unless it is too long for that; -1: it isn't there within `nap_ns`.
 EXPORT int64_t take(Board *b, int64_t reader, int64_t number, char *into, int64_t nap_ns) {
   Counter &posted = b->posted;

@@ -43,6 +43,7 @@ SIGNATURES: dict[str, Types] = {
     "board_bytes": (N,),
     "post": (P, P, N, N, P, N),
     "take": (P, N, N, P, N),
+    "nudge": (P,),
     "pack_linear": (N, P, P, N, N, N),
     "linear": (N, P, N, P, P, P, N, N, N, N),
 }

@@ -52,6 +52,18 @@ def test_nothing_is_there() -> None:
     assert reader.take(0.001) == (True, None), "it comes another way"
 
 
+def test_who_waits_looks_up_when_something_comes_another_way() -> None:
+    poster = Poster(2)
+    reader = Reader(poster.where, 1, 2)
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(reader.take, 120.0)
+        while not job.done():
+            poster.nudge()
+        assert job.result() == (False, None)
+    assert poster.post(b"x", [1], lambda: True)
+    assert reader.take(1.0) == (True, b"x")
+
+
 def test_who_posts_gives_up_with_the_group() -> None:
     poster, looks = Poster(2), []
 

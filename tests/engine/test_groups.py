@@ -24,7 +24,7 @@ from waiting import until
 
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.control import Hub, RankError, Spoke
-from kvasir.engine.errors import ConfigError, UnavailableError
+from kvasir.engine.errors import ConfigError, UnavailableError, UnsupportedError
 from kvasir.engine.event import Event
 from kvasir.engine.executor import GroupExecutor, executor_of, places
 from kvasir.engine.llm import LLM
@@ -105,6 +105,10 @@ def test_grammars_where_tokens_are_sampled(group: LLM, alone: LLM) -> None:
         assert [each.token_ids for each in got.outputs] == [each.token_ids for each in want.outputs]
     assert all(re.fullmatch("[a-z]{3,9}[.]", each.text) for each in ours[0].outputs)
     assert {each.text for each in ours[1].outputs} <= {"once", "upon"}
+    for llm in (group, alone):  # which rank compiles says why it can't
+        with pytest.raises(UnsupportedError, match="oneOf constraints are not supported") as caught:
+            llm.generate(["The"], SamplingParams(structured_outputs=StructuredOutput(json='{"oneOf": [{}, {}]}')))
+        assert caught.value.param is None or caught.value.param == "structured_outputs"
 
 
 def close(ours: Any, wanted: Any) -> bool:
