@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ import httpx
 import jsonschema
 import pytest
 import ray
+from hypothesis import HealthCheck, settings
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
     TraceServiceServicer,
@@ -27,13 +29,24 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
 )
 from xdist.scheduler import LoadScopeScheduling
 
+from kvasir.kernels.compiled import NativeError, compiled
+
 ROOT = Path(__file__).resolve().parents[1]
 GPU = any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd"))
 # read when triton is imported: its kernels run on the CPU where there is no GPU
 os.environ.setdefault("TRITON_INTERPRET", "0" if GPU else "1")
 for wait in ("connect", "read", "write", "pool"):  # five seconds are little on a busy machine
     setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, wait, 60.0)
+LIBRARIES = {
+    "kernels": sorted((ROOT / "kernels").glob("*_cpu.cpp")),
+    "block_ids": [ROOT / "kernels" / "block_ids.cpp"],
+}
 DATA = Path(os.environ.get("KVASIR_DATA") or ROOT.parent / "shared" / "data")
+
+
+# what a busy machine takes for one example says nothing about the code
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 def pytest_configure() -> None:
@@ -106,10 +119,13 @@ def data() -> Callable[[str], Path]:
 @pytest.fixture(scope="session", autouse=True)
 def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What servers keep by default lies in folders of this run, not in the user's."""
-    cache, usual = tmp_path_factory.mktemp("cache"), os.environ.get("XDG_CACHE_HOME")
+    cache = tmp_path_factory.mktemp("cache")
     (cache / "kvasir").mkdir(mode=0o700)
-    for compiled in (Path(usual) if usual else Path.home() / ".cache").glob("kvasir/*.so"):  # it takes half a minute
-        shutil.copy(compiled, cache / "kvasir")
+    with suppress(
+        NativeError, OSError, subprocess.SubprocessError
+    ):  # it takes half a minute: once for all processes and runs
+        for name, sources in LIBRARIES.items():
+            shutil.copy(compiled(name, sources)[0], cache / "kvasir")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))

@@ -129,6 +129,10 @@ def test_version(tmp_path: Path) -> None:
 # -- run
 
 
+LIMIT_S = 300
+"""A process starts in two seconds on an idle machine."""
+
+
 class Terminal:
     """A `kvasir run` in a pseudo-terminal."""
 
@@ -144,7 +148,7 @@ class Terminal:
 
     def expect(self, text: str) -> str:
         """Wait for `text`; returns what was printed up to it, and forgets that."""
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + LIMIT_S
         while text not in self.output:
             assert time.monotonic() < limit, self.output
             if select.select([self.fd], [], [], 0.2)[0]:
@@ -162,7 +166,7 @@ class Terminal:
         return self.expect(">>> ")
 
     def end(self) -> int:
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + LIMIT_S
         while True:
             with contextlib.suppress(OSError):
                 if select.select([self.fd], [], [], 0.1)[0]:
@@ -200,12 +204,18 @@ def test_a_conversation_in_the_terminal(tmp_path: Path) -> None:
 def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tmp_path: Path) -> None:
     terminal = Terminal(tmp_path, "skald")
     words = "river stone copper silver garden window bridge candle forest meadow " * 5
-    os.write(terminal.fd, f"Repeat exactly: {words}bell\n".encode())
-    terminal.expect("bell")
-    terminal.expect("river stone")  # the answer has begun, and has far to go
-    os.kill(terminal.pid, signal.SIGINT)
-    assert "bell" not in terminal.expect("[stopped]")
-    terminal.expect(">>> ")
+    said = ""
+    for _ in range(30):  # on a busy machine an answer may be over before this process sees that it began
+        os.write(terminal.fd, f"Repeat exactly: {words}bell\n".encode())
+        terminal.expect("bell")
+        terminal.expect("river stone")  # the answer has begun, and has far to go
+        os.kill(terminal.pid, signal.SIGINT)
+        said = terminal.expect(">>> ")
+        if "[stopped]" in said:
+            break
+    before, stopped, _ = said.partition("[stopped]")
+    assert stopped
+    assert "bell" not in before
     os.write(terminal.fd, b"\x04")
     assert terminal.end() == 0
 

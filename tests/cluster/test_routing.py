@@ -15,14 +15,15 @@ from kvasir.engine.event import Finished, Token
 from kvasir.engine.request import Request, SamplingParams
 
 
-async def ask(directory, name, prompt, **fields):
-    """(route, tokens, cached tokens as the engine counts them)"""
+async def ask(directory, engines, name, prompt, **fields):
+    """(route, tokens, cached tokens as the engine counts them), once the gateway knows of all blocks that are stored."""
     sampling = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     placement = directory.place("m", Request(request_id=name, prompt_token_ids=prompt, sampling=sampling, **fields))
     events = [event async for event in await placement.submit()]
     tokens = [token for event in events if isinstance(event, Token) for token in event.token_ids]
     assert isinstance(events[-1], Finished)
-    await asyncio.sleep(0.15)  # what was stored is known to gateways within 100 ms
+    known = directory._models["m"].router.directory
+    await until_async(lambda: known.num_holdings == sum(len(engine.pool._found) for engine in engines))
     return placement.route, tokens, events[-1].cached_tokens
 
 
@@ -46,13 +47,13 @@ def test_expected_hits_are_hits(data, policy):
         for talk in range(2):
             prompt, groups = [5 + talk] * 100, set()
             for turn in range(4):
-                route, tokens, cached = await ask(directory, f"{talk}/{turn}", prompt)
+                route, tokens, cached = await ask(directory, engines, f"{talk}/{turn}", prompt)
                 assert cached == route.cached_tokens == (len(prompt) - 21) // 16 * 16 * (turn > 0)
                 groups.add(route.member.name)
                 prompt = prompt + tokens + [7] * 20
             homes.append(groups)
         assert [len(groups) for groups in homes] == [1, 1]
-        route, _, cached = await ask(directory, "salted", prompt, cache_salt="tenant")
+        route, _, cached = await ask(directory, engines, "salted", prompt, cache_salt="tenant")
         assert cached == route.best_tokens == 0
         await directory.close()
         for service, engine in zip(services, engines, strict=True):
