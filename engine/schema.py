@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from kvasir.engine.errors import ClientError
@@ -27,6 +28,26 @@ DAY = (
 """A date whose 29th of February is in a leap year; the library sees to everything else in it."""
 TIME = r"(\d\d:\d\d:[0-5].*|23:59:60(\.\d+)?([Zz]|[+-]00:00))"
 """Leap seconds end a day of UTC, and are written in UTC only: in other zones each offset has a minute of its own."""
+_BYTE = r"(25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
+IPV4 = rf"{_BYTE}(\.{_BYTE}){{3}}"
+_H16 = "[0-9a-fA-F]{1,4}"
+_LS32 = f"({_H16}:{_H16}|{IPV4})"
+IPV6 = "(" + "|".join([
+    f"({_H16}:){{6}}{_LS32}",
+    *(f"({_H16}(:{_H16}){{0,{before - 1}}})?::({_H16}:){{{5 - before}}}{_LS32}" for before in range(1, 6)),
+    f"::({_H16}:){{5}}{_LS32}",
+    f"({_H16}(:{_H16}){{0,5}})?::{_H16}",
+    f"({_H16}(:{_H16}){{0,6}})?::",
+]) + ")"  # fmt: skip
+"""RFC 3986, 3.2.2: the last 32 bits may be an IPv4 address, `::` stands for zeros."""
+_LABEL = "[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
+_ATOM = "[a-zA-Z0-9!#$%&'*+/=?^_`{|}~-]+"
+EMAIL = rf"({_ATOM}(\.{_ATOM})*|\"([ !#-\[\]-~]|\\[ -~])*\")@({_LABEL}(\.{_LABEL})*|\[({IPV4}|IPv6:{IPV6})\])"
+"""RFC 5321, 4.1.2: a local part may stand between quotes, and an address in place of a domain."""
+REWRITTEN = {"ipv6": f"^{IPV6}$", "email": f"^{EMAIL}$"}
+"""Formats of which the library doesn't know all."""
+OLD_DRAFTS = ("draft-04", "draft-06", "draft-07")
+"""In which `$ref` stands for itself, whatever is beside it."""
 NARROWED: dict[str, dict[str, Any]] = {
     "date": {"pattern": f"^{DAY}$"},
     "time": {"pattern": f"^{TIME}$"},
@@ -47,22 +68,53 @@ def check_depth(value: Any, limit: int = MAX_DEPTH, what: str = "a schema", para
 
 
 def narrowed(schema: Any) -> Any:
-    """The schema with NARROWED's rules beside its formats, and numbers one of which is to be chosen as anyOf.
+    """The schema with NARROWED's rules beside its formats, REWRITTEN's in place of them, and numbers one of which is to be chosen
+    as anyOf. Of old drafts' references the reference alone.
 
     Values to choose from are no schemas, and stay.
     """
+    draft = schema.get("$schema") if isinstance(schema, dict) else None
+    return _narrowed(schema, isinstance(draft, str) and any(old in draft for old in OLD_DRAFTS))
+
+
+def _narrowed(schema: Any, old: bool) -> Any:
     if isinstance(schema, list):
-        return [narrowed(one) for one in schema]
+        return [_narrowed(one, old) for one in schema]
     if not isinstance(schema, dict):
         return schema
-    found = {key: value if key in ("enum", "const") else narrowed(value) for key, value in schema.items()}
+    if old and isinstance(schema.get("$ref"), str):
+        schema = {
+            key: value
+            for key, value in schema.items()
+            if key in ("$ref", "$schema", "$id", "id", "definitions", "$defs")
+        }
+    found = {key: value if key in ("enum", "const") else _narrowed(value, old) for key, value in schema.items()}
+    if isinstance(pattern := schema.get("pattern"), str):
+        found["pattern"] = with_feff(pattern)
     form, others = schema.get("format"), found.get("allOf", [])
     if not isinstance(others, list):
         return found
     more = [NARROWED[form]] if isinstance(form, str) and form in NARROWED else []
+    if isinstance(form, str) and form in REWRITTEN:
+        del found["format"]
+        more.append({"pattern": REWRITTEN[form]})
     if _numbers_apart(schema.get("oneOf")):
         more.append({"anyOf": found.pop("oneOf")})
     return found | {"allOf": [*others, *more]} if more else found
+
+
+def with_feff(pattern: str) -> str:
+    """White space of ECMA 262 holds U+FEFF too, which the library's doesn't."""
+    if "\\s" not in pattern and "\\S" not in pattern:
+        return pattern
+    parts, inside = [], False
+    for part in re.findall(r"\\.|.", pattern, re.DOTALL):
+        inside = part == "[" or (inside and part != "]")
+        if part == "\\s":
+            parts.append(r"\s\uFEFF" if inside else r"[\s\uFEFF]")
+        else:
+            parts.append(r"[^\s\uFEFF]" if part == "\\S" and not inside else part)
+    return "".join(parts)
 
 
 def _numbers_apart(branches: Any) -> bool:
