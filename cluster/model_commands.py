@@ -77,7 +77,7 @@ def plan(engine: EngineConfig, gpu: str, gpus: int, *, streams: int, as_json: bo
         "context",
         "sequences",
         "step",
-        "prompt",
+        "first token",
         "tok/s",
         "sent/token",
     )
