@@ -331,6 +331,8 @@ class Spoke:
         """This node's address, as rank 0's node sees it."""
         self._connection.settimeout(None)
         tune(self._connection)
+        self._poll = select.poll()  # select itself knows no descriptors from 1024 on
+        self._poll.register(self._connection, select.POLLIN)
         self._lock = threading.Lock()
         self._rank = rank
         self._reader: Reader | None = None
@@ -357,7 +359,7 @@ class Spoke:
         """The next frame. EOFError when rank 0 is gone."""
         while self._reader is not None and not self._follows:
             self._follows, step = self._reader.take(NAP_S)
-            readable = not self._follows and select.select([self._connection], [], [], 0)[0]
+            readable = not self._follows and self._is_readable()
             if readable:  # a long step is announced before it is sent: perhaps since
                 self._follows, step = self._reader.take(0)
             if step is not None:
@@ -369,6 +371,9 @@ class Spoke:
         if kind == "step":
             self._follows = False
         return kind, content
+
+    def _is_readable(self) -> bool:
+        return bool(self._poll.poll(0))
 
     def close(self) -> None:
         """End: rank 0 sees it."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
+import resource
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -120,22 +123,45 @@ def test_a_long_step_that_begins_while_one_looks_elsewhere(before: int, monkeypa
     """Announced and sent behind a look at the board, and before the look at the connection; perhaps behind another frame."""
     hub = Hub(HOST, 2)
     (spoke,) = greeted(hub, 2)
-    select, long = control.select.select, bytes(SLOT_BYTES + 1)
+    look, long = Spoke._is_readable, bytes(SLOT_BYTES + 1)
 
-    def late(*given: Any) -> Any:
-        monkeypatch.setattr(control.select, "select", select)
+    def late(spoke: Spoke) -> bool:
+        monkeypatch.setattr(Spoke, "_is_readable", look)
         for _ in range(before):
             send(next(iter(hub._peers.values())).connection, "serve", b"")
         hub.step(long)
         hub.step(b"after")
-        return select(*given)
+        return look(spoke)
 
-    monkeypatch.setattr(control.select, "select", late)
+    monkeypatch.setattr(Spoke, "_is_readable", late)
     with ThreadPoolExecutor(1) as pool:
         found = [pool.submit(spoke.receive).result(timeout=60) for _ in range(before + 2)]
     assert found == [("serve", b"")] * before + [("step", long), ("step", b"after")]
     hub.close()
     spoke.close()
+
+
+def test_a_process_with_many_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that loads hundreds of files has connections with numbers from 1024 on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard <= 1200:
+        pytest.skip("no process here may have so many")
+    connect = socket.create_connection
+
+    def far(*where: Any) -> socket.socket:
+        with connect(*where) as near:
+            return socket.socket(fileno=fcntl.fcntl(near, fcntl.F_DUPFD_CLOEXEC, 1100))
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    monkeypatch.setattr(socket, "create_connection", far)
+    hub = Hub(HOST, 2)
+    (spoke,) = greeted(hub, 2)
+    assert spoke._connection.fileno() >= 1100
+    hub.step(b"short")
+    assert spoke.receive() == ("step", b"short")
+    hub.close()
+    spoke.close()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def ends(act: Callable[[Hub], object]) -> type[BaseException] | str:

@@ -77,6 +77,22 @@ def test_from_several_ranks(deep: Path, group: Callable[..., Group], begun: list
     assert one.ask([5, *PROMPT], two.peer())[0] == two.ask([5, *PROMPT])[0]  # several ranks wait for all of it
 
 
+@pytest.mark.parametrize("asked", [1, 4])
+def test_more_portions_than_were_asked_for(
+    deep: Path, group: Callable[..., Group], begun: list[int], monkeypatch: pytest.MonkeyPatch, asked: int
+) -> None:
+    """A peer that cuts as it likes isn't believed: what it offers is computed."""
+    monkeypatch.setattr("kvasir.engine.puller.MOST_SLABS", asked)
+    if asked == 1:
+        monkeypatch.setattr(Prices, "step_s", lambda self, tokens: 0.0)
+    one, two = group(deep, kv_transfer="tcp"), group(deep, kv_transfer="tcp")
+    cold, _ = one.ask()
+    monkeypatch.setattr("kvasir.engine.lends._slabs", lambda form, *more: tuple((n, n + 1) for n in range(form.height)))
+    assert two.ask(PROMPT, one.peer()) == (cold, 0)
+    assert not begun
+    until(lambda: two.stats().peer_failed == 18)
+
+
 @pytest.mark.parametrize("how", ["stop", "cut", "garble", "slow"])
 def test_layers_that_do_not_come(
     deep: Path, group: Callable[..., Group], begun: list[int], monkeypatch: pytest.MonkeyPatch, how: str
