@@ -32,6 +32,8 @@ FRAME = struct.Struct("<III")
 """Number of the item, bytes, CRC-32; 0 bytes: it isn't there any more, and nothing follows."""
 SLOW_S = 5.0
 """Who takes, or gives, nothing for so long is cut off."""
+TOGETHER = 256 << 10
+"""Bytes that go out in one call to the system."""
 IOVECS = 512
 """Pieces of memory in one call to the system, which takes 1024."""
 
@@ -118,16 +120,21 @@ class Tcp:
     def lend(self, connection: socket.socket, portions: Iterator[Portion], part: Part) -> int:
         count = 0
         for portion in portions:
+            together, held = list[memoryview](), 0
             for place, group in enumerate(portion.groups):
                 number, size = portion.first + place, math.prod(portion.form.piece_shape(group, part))
                 if not size:
                     continue
                 if place >= portion.good:
-                    connection.sendall(FRAME.pack(number, 0, 0))
+                    send_all(connection, [*together, memoryview(FRAME.pack(number, 0, 0))])
                     return count
                 pieces = portion.pieces(place, part)
-                send_all(connection, [memoryview(FRAME.pack(number, size, crc(pieces))), *pieces])
-                count += 1
+                together += [memoryview(FRAME.pack(number, size, crc(pieces))), *pieces]
+                held, count = held + size, count + 1
+                if held >= TOGETHER:
+                    send_all(connection, together)
+                    together, held = [], 0
+            send_all(connection, together)
         return count
 
     def borrow(self, connection: socket.socket, wanted: Wanted) -> int:

@@ -27,6 +27,8 @@ MOST_BYTES = 512 << 20
 """Of one lend, in each rank."""
 LEAST_SLAB = 1 << 20
 """Bytes of some layers of all blocks that are worth sending before the others."""
+LEAST_PIECE = 64 << 10
+"""Bytes of a block that are worth a message of their own."""
 LAYERED = ("tcp", "shm")
 """Ways by which blocks go in slabs of layers."""
 LENT_SHARE = 0.25
@@ -213,7 +215,7 @@ class Lends:
 
 def _slabs(form: Form, places: Sequence[tuple[int, ContentId]], most: int) -> tuple[tuple[int, int], ...]:
     """Even slabs, at most `most`. What a lower tier holds is read as a whole."""
-    count = min(most, form.height, len(places) * form.block_bytes // LEAST_SLAB)
+    count = min(most, form.height, len(places) * form.block_bytes // LEAST_SLAB, form.block_bytes // LEAST_PIECE)
     if count < 2 or any(block == GONE for block, _ in places):
         count = 1
     edges = [form.height * n // count for n in range(count + 1)]

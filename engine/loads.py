@@ -7,7 +7,8 @@ on their coming: what doesn't is computed.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+import time
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -47,6 +48,9 @@ class Fetch:
     """Set: they come from another group."""
     coming: bool = False
     """Its sequence begins before all is here."""
+    began: float = field(default_factory=time.monotonic)
+    expected_s: float = 0.0
+    """What a pull and the step behind it are expected to take; 0: that isn't known."""
 
 
 class Loads:
@@ -69,6 +73,8 @@ class Loads:
         self._pulls: list[Pull] = []
         self._pulled: list[tuple[int, ContentId]] = []
         self._late: list[tuple[int, ContentId]] = []
+        self._begun: dict[int, Fetch] = {}
+        """ticket -> fetch from a peer with which a step begins that isn't over."""
         self._landing: dict[int, tuple[Pull, list[int]]] = {}
         """ticket -> (fetch, blocks) of which a step that isn't over computes on the first layers."""
         self.peers: Pulls | None = None
@@ -89,7 +95,8 @@ class Loads:
         if pull is None:
             return False
         sequence.sought, sequence.ticket = max(sequence.sought, have), pull.ticket
-        self._fetches[pull.ticket] = Fetch(sequence, [], now + pull.limit_s + GRACE_S, pull=pull)
+        expected_s = self.peers.expected_s(pull, sequence)
+        self._fetches[pull.ticket] = Fetch(sequence, [], now + pull.limit_s + GRACE_S, pull=pull, expected_s=expected_s)
         self.loading[pull.ticket] = sequence
         self._pulls.append(pull)
         return True
@@ -164,8 +171,10 @@ class Loads:
                 if fetch.pull is not None:
                     self._pulled.append((held[-1], content))
         self._pool.free(held)
-        if fetch.coming and fetch.pull is not None and landed:
-            self._landing[ticket] = fetch.pull, landed
+        if fetch.pull is not None and landed:
+            self._begun[ticket] = fetch
+            if fetch.coming:
+                self._landing[ticket] = fetch.pull, landed
         return True
 
     @property
@@ -173,10 +182,12 @@ class Loads:
         """A step computes on blocks that may turn out not to be there: none that follows may be planned."""
         return bool(self._landing)
 
-    def landed(self, moves: Moves | None, spoiled: Iterable[int]) -> set[int]:
+    def landed(self, moves: Moves | None, spoiled: Collection[int]) -> set[int]:
         """A step is over: the blocks whose layers didn't all come. They are found no more, and lent to nobody."""
-        begun = {ticket for ticket, _, _ in moves.loads} if moves is not None and self._landing else set()
+        begun = {ticket for ticket, _, _ in moves.loads} if moves is not None and self._begun else set()
         landing = {ticket: self._landing.pop(ticket) for ticket in begun & self._landing.keys()}
+        for ticket in begun & self._begun.keys():
+            self._note_time(self._begun.pop(ticket), ticket in spoiled)
         wrong: set[int] = set()
         for ticket in spoiled:
             pull, blocks = landing[ticket]
@@ -184,6 +195,12 @@ class Loads:
             self._ended_badly(pull, len(blocks))
             wrong |= {*blocks}
         return wrong
+
+    def _note_time(self, fetch: Fetch, spoiled: bool) -> None:
+        pull, size = fetch.pull, self._pool.block_size
+        whole = pull is not None and fetch.come[0] * size >= pull.end and not spoiled
+        if pull is not None and self.peers is not None and whole and fetch.expected_s:
+            self.peers.stepped(pull, fetch.expected_s, time.monotonic() - fetch.began)
 
     def _ended_badly(self, pull: Pull, blocks: int) -> None:
         if self.peers is not None:

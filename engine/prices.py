@@ -38,6 +38,22 @@ class Price:
         return self.floor_s + bytes_ * self.seconds / self.bytes if self.bytes else 0.0
 
 
+@dataclass(slots=True)
+class Way:
+    """Fetches in one piece, or layer by layer, until the step behind them ends: what they took over what was expected."""
+
+    at: float = 0.0
+    ratio: float = 0.0
+
+    def note(self, ratio: float, now: float) -> None:
+        keep = KEEP if self.is_known(now) else 0.0
+        self.at, self.ratio = now, keep * self.ratio + (1 - keep) * ratio
+
+    def is_known(self, now: float) -> bool:
+        """It was measured lately."""
+        return bool(self.ratio) and now - self.at < STALE_S
+
+
 class Prices:
     """Any thread. token_bytes: what a token's keys and values take in all ranks."""
 
@@ -47,6 +63,8 @@ class Prices:
         self._peers: dict[str, Price] = {}
         self._all = Price(0.0)
         self._failed: dict[str, float] = {}
+        self._ways = {False: Way(), True: Way()}
+        """By whether layer by layer."""
         self._tokens = self._seconds = 0.0
         self.bytes = 0
 
@@ -85,6 +103,20 @@ class Prices:
             if price is None or now - price.at > STALE_S or compute is None:
                 return True
             return price.of(int(tokens * self._token_bytes)) < compute
+
+    def fetch_s(self, address: str, tokens: int) -> float:
+        """What a fetch is expected to take; 0: nothing was measured."""
+        with self._lock:
+            return self._peers.get(address, self._all).of(int(tokens * self._token_bytes))
+
+    def stepped(self, layered: bool, expected_s: float, took_s: float) -> None:
+        """A fetch and the step behind it."""
+        self._ways[layered].note(took_s / expected_s, time.monotonic())
+
+    def layers_pay(self) -> bool:
+        """What begins on the first layers ends sooner. Each way that wasn't tried lately is tried."""
+        now, whole, layered = time.monotonic(), self._ways[False], self._ways[True]
+        return not layered.is_known(now) or (whole.is_known(now) and layered.ratio <= whole.ratio)
 
     def limit_s(self, tokens: int) -> float:
         """How long a fetch may take."""

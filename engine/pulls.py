@@ -51,14 +51,23 @@ class Pulls:
                     have * size,
                     want * size,
                     self._prices.limit_s((want - have) * size),
-                    self._ahead_s(sequence, want * size),
+                    self._ahead_s(sequence, want * size) if self._prices.layers_pay() else 0.0,
                 )
         return None
 
     def _ahead_s(self, sequence: Sequence, end: int) -> float:
-        """Beams share blocks in ways that can't be taken back."""
+        """Of the step behind `end` tokens. Beams share blocks in ways that can't be taken back."""
         seconds = self._prices.step_s(min(self._step, len(sequence.tokens) - end))
         return 0.0 if seconds < LEAST_AHEAD_S or sequence.request.sampling.use_beam_search else seconds
+
+    def expected_s(self, pull: Pull, sequence: Sequence) -> float:
+        """What it and the step behind it take one after the other; 0: that isn't known, or there is no such step."""
+        fetch_s, step_s = self._prices.fetch_s(pull.address, pull.end - pull.first), self._ahead_s(sequence, pull.end)
+        return fetch_s + step_s if fetch_s and step_s else 0.0
+
+    def stepped(self, pull: Pull, expected_s: float, took_s: float) -> None:
+        """All of it came, and the step behind it is over."""
+        self._prices.stepped(pull.ahead_s > 0, expected_s, took_s)
 
     def came(self, pull: Pull, said: Seq[int]) -> int:
         """Up to which block of the prompt every rank has all; said: what each of them said."""

@@ -7,7 +7,7 @@ other ranks or other blocks can take.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -24,6 +24,8 @@ class Filling:
     first: int
     starts: tuple[int, ...]
     """The first block of each group that is wanted."""
+    spans: dict[tuple[tuple[int, ...], int, Part, int], slice | None] = field(default_factory=dict)
+    """Where pieces lie in a row, of those that were asked for."""
 
     def row(self, block: int, group: int) -> Tensor | None:
         """None: it isn't wanted."""
@@ -33,14 +35,22 @@ class Filling:
 
     def whole(self, theirs: Form, part: Part, block: int, group: int) -> Tensor | None:
         """What such a piece is of a row, byte by byte; None: it has to be cut."""
+        key = theirs.places[group], theirs.block_size, part, group
+        if key not in self.spans:
+            self.spans[key] = self._span(*key)
+        span = self.spans[key]
+        row = self.row(block, group) if span is not None else None
+        return None if row is None or span is None else row[span]
+
+    def _span(self, theirs: tuple[int, ...], block_size: int, part: Part, group: int) -> slice | None:
         mine = self.form
-        alike = theirs.block_size == mine.block_size and part.heads == mine.part.heads
-        layers = tuple(layer for layer in theirs.places[group] if layer in part.layers)
+        alike = block_size == mine.block_size and part.heads == mine.part.heads
+        layers = tuple(layer for layer in theirs if layer in part.layers)
         if not alike or group >= len(mine.groups) or not layers or layers[0] not in mine.places[group]:
             return None
-        first = mine.places[group].index(layers[0])
-        row = self.row(block, group) if mine.places[group][first : first + len(layers)] == layers else None
-        return None if row is None else mine.view(row)[first : first + len(layers)].view(-1)
+        first, size = mine.places[group].index(layers[0]), mine.block_bytes // mine.height
+        same = mine.places[group][first : first + len(layers)] == layers
+        return slice(first * size, (first + len(layers)) * size) if same else None
 
     def put(self, theirs: Form, part: Part, block: int, group: int, piece: Tensor) -> None:
         """piece[layers, kinds, heads, head bytes] of their block."""

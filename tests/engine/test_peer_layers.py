@@ -42,6 +42,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(Arrivals, "begin", noted)
     monkeypatch.setattr(Prices, "step_s", lambda self, tokens: 1000.0)
     monkeypatch.setattr("kvasir.engine.lends.LEAST_SLAB", 1)
+    monkeypatch.setattr("kvasir.engine.lends.LEAST_PIECE", 1)
     monkeypatch.setattr("kvasir.engine.arrivals.LATE_S", 60.0)
     monkeypatch.setattr("kvasir.engine.prices.LIMIT_S", (60.0, 60.0))
     monkeypatch.setattr("kvasir.engine.lender.BEGIN_S", 60.0)
@@ -122,7 +123,7 @@ def test_layers_that_do_not_come(
     until(lambda: idle(one) and idle(two))
 
 
-SLABS = "import kvasir.engine.lends as lends\nlends.LEAST_SLAB = 1\n"
+SLABS = "import kvasir.engine.lends as lends\nlends.LEAST_SLAB = lends.LEAST_PIECE = 1\n"
 
 
 def test_a_peer_that_is_killed_between_two_layers(deep: Path, group: Callable[..., Group], begun: list[int]) -> None:

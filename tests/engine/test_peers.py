@@ -85,7 +85,8 @@ class Group:
 
 
 @pytest.fixture
-def group() -> Iterator[Callable[..., Group]]:
+def group(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Group]]:
+    monkeypatch.setattr("kvasir.engine.prices.LIMIT_S", (60.0, 60.0))  # a busy machine is no slow peer
     with contextlib.ExitStack() as stack:
 
         def make(model: str | Path, **options: Any) -> Group:
@@ -120,13 +121,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_layout_to_every_layout(data: Callable[[str], Path], group: Callable[..., Group], dtype: str) -> None:
-    """Other ranks, stages and block sizes: what one group has computed the other takes, and says the same."""
+@pytest.mark.parametrize(("dtype", "kept"), [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "fp8")])
+def test_every_layout_to_every_layout(
+    data: Callable[[str], Path], group: Callable[..., Group], dtype: str, kept: str
+) -> None:
+    """Other ranks, stages and block sizes: what one group has computed the other takes, and says the same; and it goes on
+    with a stream that moves to it."""
     known = json.loads((data("model-stories260k") / "greedy_256.json").read_text())
     prompt = known["greedy_ids"][:200]
     model = data("model-stories260k") / "hf"
-    groups = {name: group(model, **{"dtype": dtype, "block_size": 16, **more}) for name, more in LAYOUTS.items()}
+    types = {"dtype": dtype, "kv_cache_dtype": kept, "block_size": 16}
+    groups = {name: group(model, **{**types, **more}) for name, more in LAYOUTS.items()}
     for one, lender in groups.items():
         for other, borrower in groups.items():
             salt = f"{one} to {other}"
@@ -134,6 +139,10 @@ def test_every_layout_to_every_layout(data: Callable[[str], Path], group: Callab
             assert dtype != "float32" or cold == known["greedy_ids"][200:212]
             tokens, cached = borrower.ask(prompt, lender.peer(), cache_salt=salt)
             assert (salt, tokens, cached) == (salt, cold, 192)
+            if borrower is not lender:
+                borrower.engine.pool.reset()
+            moved = borrower.ask(prompt, lender.peer(), cache_salt=salt, resume_token_ids=cold[:5])
+            assert (salt, *moved) == (salt, cold[5:], 192)
 
 
 def test_skald_says_the_same(group: Callable[..., Group]) -> None:
@@ -452,6 +461,22 @@ def test_lending_gives_way(llama: Path, group: Callable[..., Group]) -> None:
     assert one.engine.pool.check() == two.engine.pool.check() == []
 
 
+def test_layers_come_one_by_one_where_that_was_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what fetches and the steps behind them took; what wasn't tried lately is tried."""
+    prices, now = Prices(1000.0), 1000.0
+    monkeypatch.setattr("kvasir.engine.prices.time.monotonic", lambda: now)
+    assert prices.layers_pay()
+    prices.stepped(True, 1.0, 0.8)
+    assert not prices.layers_pay()  # the other way now
+    prices.stepped(False, 2.0, 2.0)
+    assert prices.layers_pay()
+    for _ in range(4):
+        prices.stepped(True, 1.0, 1.5)
+    assert not prices.layers_pay()
+    now += 61
+    assert prices.layers_pay()
+
+
 def test_it_is_fetched_when_that_pays() -> None:
     prices = Prices(1000.0)
     assert prices.pays("a", 100)  # never measured: tried
@@ -470,4 +495,6 @@ def test_it_is_fetched_when_that_pays() -> None:
     assert prices.may_ask("a")
     said = prices.counts()
     assert said["peer_bytes"] == 200_000
+    assert prices.fetch_s("b", 100) == pytest.approx(0.0011)
+    assert prices.fetch_s("c", 0) == said["fetch_floor_s"]
     assert 0 < said["fetch_floor_s"] < 0.5

@@ -339,6 +339,20 @@ def test_after_a_kill_a_prompt_starts_from_the_disk(
 # -- several ranks
 
 
+@pytest.mark.parametrize("kept", ["auto", "fp8"])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
+def test_the_types_of_caches(llama: Path, tmp_path: Path, tp: int, pp: int, kept: str) -> None:
+    """In 16 and in 8 bits, too, a prompt says from the disk what it said when it was computed."""
+    ranks = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp}
+    given = options(tmp_path, dtype="bfloat16", kv_cache_dtype=kept, **ranks)
+    with LLM(str(llama), **given) as llm:
+        cold, cached = ask(llm)
+        assert cached == 0
+        _wait_for(lambda: len(blocks(tmp_path)) == 20 * tp * pp)
+        llm.engine.pool.reset()
+        assert ask(llm) == (cold, 144)
+
+
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
 def test_every_rank_keeps_its_share(
     llama: Path, filled: tuple[Path, list[int]], tmp_path: Path, tp: int, pp: int
