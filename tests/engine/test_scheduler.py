@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -461,6 +461,18 @@ def test_prompts_make_progress_however_many_streams_there_are() -> None:
     assert world.output("prompt")
     lengths = [len(world.output(f"s{i}")) for i in range(20)]
     assert max(lengths) - min(lengths) <= 4  # streams that don't fit together take turns
+
+
+def test_streams_are_dealt_out_evenly_among_stages() -> None:
+    """Each of two stages always has half of them; when some end, those that are left are dealt out anew."""
+    world = World(blocks=400, size=4, budget=64, limit=200, depth=2, ahead=True)
+    for i in range(8):
+        world.add(f"s{i}", [i + 1], max_tokens=30 if i < 4 else 60, ignore_eos=True)
+    seats = [{part.seat for part in step.slices} for step in (world.step() for _ in range(100)) if step is not None]
+    steady = seats[1:50]
+    assert {len(each) for each in steady} == {4}
+    assert all(len(one | two) == 8 for one, two in pairwise(steady))
+    assert {len(each) for each in seats[64:100]} == {2}
 
 
 def test_lower_priority_numbers_go_first() -> None:
