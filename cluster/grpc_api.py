@@ -7,7 +7,6 @@ import asyncio
 import dataclasses
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -21,7 +20,7 @@ from kvasir.cluster.call import EFFORT_IGNORED, ROUTE_HEADER, Call, request_id_f
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
-from kvasir.cluster.grpc_call import Context, abort, as_status, calling, metadata, set_trailers
+from kvasir.cluster.grpc_call import Context, abort, as_status, calling, metadata, play, resume, set_trailers
 from kvasir.cluster.grpc_files import Batches, Files
 from kvasir.cluster.grpc_pooling import (
     ask_of_pairs,
@@ -45,7 +44,7 @@ from kvasir.cluster.grpc_schema import (
 from kvasir.cluster.health import Health
 from kvasir.cluster.open_inference_api import OPEN_INFERENCE, OpenInference
 from kvasir.cluster.reading import AnswerStream
-from kvasir.cluster.recordings import STREAM_ID, Recording, StreamNotFoundError
+from kvasir.cluster.recordings import STREAM_ID
 from kvasir.cluster.shelf import Shelf
 from kvasir.engine.errors import KvasirError
 from kvasir.proto import inference_pb2 as pb
@@ -82,7 +81,7 @@ def create_grpc_server(
     keys = load_keys(config, os.environ)
     server = grpc.aio.server(interceptors=[_KeyCheck(keys)], options=options)
     add_InferenceServicer_to_server(Inference(desk, keys), server)
-    add_ResponsesServicer_to_server(Responses(shelf, keys), server)
+    add_ResponsesServicer_to_server(Responses(desk, shelf, keys), server)
     add_ConversationsServicer_to_server(Conversations(shelf, keys), server)
     add_DecisionsServicer_to_server(Decisions(desk, keys), server)
     add_FilesServicer_to_server(Files(shelf, keys), server)
@@ -109,15 +108,11 @@ class Inference(InferenceServicer):
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> None:  # noqa: N802
         async with as_status(context):
-            self._check_here(request.stream_id)
-            recordings, headers = self._desk.recordings, metadata(context)
-            recording = recordings.resumed(request.stream_id, request.after, headers, (KIND,))
-            await context.send_initial_metadata(((STREAM_ID, recording.id),))
-            await _play(recording, request.after, context)
+            await resume(self._desk.recordings, request, context, KIND, pb.GenerateReply)
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelReply:  # noqa: N802
         async with as_status(context):
-            self._check_here(request.stream_id)
+            self._desk.recordings.need_here(request.stream_id)
             self._desk.recordings.cancel(request.stream_id, metadata(context))
             return pb.CancelReply()
 
@@ -180,12 +175,6 @@ class Inference(InferenceServicer):
                     card.ready = not self._desk.draining
         return reply
 
-    def _check_here(self, stream_id: str) -> None:
-        """Several gateways share a port. A channel stays with one of them; after a new connection it may be another."""
-        if self._desk.recordings.is_elsewhere(stream_id):
-            text = f"stream {stream_id!r:.80} wasn't begun by this gateway: connect again until it is, or begin anew"
-            raise StreamNotFoundError(text)
-
     async def _answer(
         self,
         parse: Callable[[], Call],
@@ -211,7 +200,7 @@ class Inference(InferenceServicer):
                 replies = _replies(generation, reply, request.return_timing)
                 if recording.resumable:
                     recording.record(_numbered(replies))
-                    await _play(recording, 0, context)
+                    await play(recording, 0, context, pb.GenerateReply)
                 else:
                     async for reply in replies:
                         await context.write(reply)
@@ -243,14 +232,6 @@ async def _numbered(replies: AsyncIterator[pb.GenerateReply]) -> AsyncIterator[S
         number += 1
         reply.number = number
         yield [reply.SerializeToString()]
-
-
-async def _play(recording: Recording, after: int, context: Context) -> None:
-    """The replies behind number `after`, those that are there and those to come."""
-    async with aclosing(recording.read(after)) as batches:
-        async for events in batches:
-            for event in events:
-                await context.write(pb.GenerateReply.FromString(event))
 
 
 class HealthService(health_pb2_grpc.HealthServicer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, TypeAlias
 
 import grpc
@@ -15,6 +15,7 @@ from kvasir.cluster.auth import GRPC_KEY, ApiKeys
 from kvasir.cluster.call import request_id_from
 from kvasir.cluster.caller import Caller
 from kvasir.cluster.http_front import warning_header
+from kvasir.cluster.recordings import STREAM_ID, Recording, Recordings
 from kvasir.cluster.timing import CallTiming
 from kvasir.engine.errors import KvasirError, ServerError
 
@@ -46,15 +47,46 @@ async def as_status(context: Context) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def calling(context: Context, keys: ApiKeys) -> AsyncIterator[Caller]:
-    """Who calls; it is told its request's id. An error ends the call with its status."""
+async def calling(context: Context, keys: ApiKeys, *, later: bool = False) -> AsyncIterator[Caller]:
+    """Who calls; it is told its request's id. An error ends the call with its status. later: the one who asks says the id by
+    `tell`, with that of a stream; an error before says it too."""
     headers = metadata(context)
     async with as_status(context):
         principal = keys.check(headers.get("authorization"), hint=GRPC_KEY)
         request_id = request_id_from(headers.get("x-request-id"), "x-request-id")
-        await context.send_initial_metadata((("x-request-id", request_id),))
         deadline_s = context.time_remaining()
-        yield Caller(principal=principal, request_id=request_id, headers=headers, deadline_s=deadline_s)
+        caller = Caller(principal=principal, request_id=request_id, headers=headers, deadline_s=deadline_s)
+        if not later:
+            await tell(context, caller)
+        try:
+            yield caller
+        except KvasirError:
+            if later:
+                with suppress(grpc.aio.UsageError):  # it is said already
+                    await tell(context, caller)
+            raise
+
+
+async def tell(context: Context, caller: Caller, stream_id: str = "") -> None:
+    """Initial metadata."""
+    more = ((STREAM_ID, stream_id),) if stream_id else ()
+    await context.send_initial_metadata((("x-request-id", caller.request_id), *more))
+
+
+async def resume(recordings: Recordings, request: Any, context: Context, kind: bytes, message: type[Message]) -> None:
+    """Go on with a stream that holds such messages."""
+    recordings.need_here(request.stream_id)
+    recording = recordings.resumed(request.stream_id, request.after, metadata(context), (kind,))
+    await context.send_initial_metadata(((STREAM_ID, recording.id),))
+    await play(recording, request.after, context, message)
+
+
+async def play(recording: Recording, after: int, context: Context, message: type[Message]) -> None:
+    """The messages behind number `after`, those that are there and those to come."""
+    async with aclosing(recording.read(after)) as batches:
+        async for events in batches:
+            for event in events:
+                await context.write(message.FromString(event))
 
 
 def told(error: Exception) -> KvasirError:

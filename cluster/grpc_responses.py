@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import orjson
@@ -12,7 +13,7 @@ from kvasir.cluster.decisions_api import decided
 from kvasir.cluster.decisions_schema import parse_decisions
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
-from kvasir.cluster.grpc_call import Context, calling, set_trailers
+from kvasir.cluster.grpc_call import Context, as_status, calling, play, resume, set_trailers, tell
 from kvasir.cluster.grpc_json import as_json, as_message, parsed, request_body, tool_choice
 from kvasir.cluster.recordings import RESUMABLE
 from kvasir.cluster.responses import Begun
@@ -21,16 +22,20 @@ from kvasir.cluster.responses_schema import parse_compaction, parse_input_tokens
 from kvasir.cluster.shelf import Shelf
 from kvasir.engine.errors import KvasirError
 from kvasir.proto import files_pb2 as objects
+from kvasir.proto import inference_pb2 as inference
 from kvasir.proto import responses_pb2 as pb
 from kvasir.proto.responses_pb2_grpc import ConversationsServicer, DecisionsServicer, ResponsesServicer
 
 Json = dict[str, Any]
+KIND = b"gRPC (responses)"
+"""Of streams that Resume goes on with."""
 
 
 class Responses(ResponsesServicer):
     """The service of responses.proto."""
 
-    def __init__(self, shelf: Shelf, keys: ApiKeys) -> None:
+    def __init__(self, desk: Desk, shelf: Shelf, keys: ApiKeys) -> None:
+        self._desk = desk
         self._made: Made = shelf.responses
         self._keys = keys
 
@@ -44,16 +49,23 @@ class Responses(ResponsesServicer):
             return as_message(pb.Response, answer.body)
 
     async def CreateStream(self, request: pb.CreateResponseRequest, context: Context) -> None:  # noqa: N802
-        async with calling(context, self._keys) as caller:
+        async with calling(context, self._keys, later=True) as caller:
             ask = parse_response({**_response_body(request), "stream": True})
             async with self._made.begun(ask, caller) as begun:
                 generation = begun.generation
                 if generation is None:
-                    await self._play(begun.stored.id, -1, context)
+                    await tell(context, caller)
+                    await self._follow(begun.stored.id, -1, context)
                 else:
+                    generation.recording.open(KIND)
+                    await tell(context, caller, generation.recording.id)
                     await _stream(begun, generation, context)
-                timing = generation.timing if generation is not None else None
-                set_trailers(context, request, timing, (*begun.warnings, *_not_resumable(generation)))
+                set_trailers(context, request, generation.timing if generation else None, begun.warnings)
+
+    async def Resume(self, request: inference.ResumeRequest, context: Context) -> None:  # noqa: N802
+        async with as_status(context):
+            set_trailers(context, request)
+            await resume(self._desk.recordings, request, context, KIND, pb.ResponseEvent)
 
     async def Get(self, request: objects.IdRequest, context: Context) -> pb.Response:  # noqa: N802
         async with calling(context, self._keys) as caller:
@@ -65,7 +77,7 @@ class Responses(ResponsesServicer):
             stored = await self._made.streamed(Lookup(principal=caller.principal, id=request.id))
             set_trailers(context, request)
             after = request.starting_after if request.HasField("starting_after") else -1
-            await self._play(stored.id, after, context)
+            await self._follow(stored.id, after, context)
 
     async def Delete(self, request: objects.IdRequest, context: Context) -> objects.Deleted:  # noqa: N802
         async with calling(context, self._keys) as caller:
@@ -94,7 +106,7 @@ class Responses(ResponsesServicer):
             set_trailers(context, request, answer.timing, answer.warnings)
             return as_message(pb.Compaction, answer.body)
 
-    async def _play(self, response_id: str, after: int, context: Context) -> None:
+    async def _follow(self, response_id: str, after: int, context: Context) -> None:
         """The events behind number `after`, those that are there and those to come."""
         async for parts in self._made.background.follow(response_id, after):
             for part in parts:
@@ -178,20 +190,35 @@ def lookup_of(request: Any, caller: Caller) -> Lookup:
 
 
 async def _stream(begun: Begun, generation: Generation, context: Context) -> None:
-    """The events as they come. What fails behind the first one is told by an event too."""
+    """The events as they come; recorded, where the client may come back."""
+    recording = generation.recording
+    if recording.resumable:
+        recording.record(_recorded(begun, generation))
+        await play(recording, 0, context, pb.ResponseEvent)
+        return
+    async for events in _events(begun, generation):
+        for event in events:
+            await context.write(event)
+
+
+async def _recorded(begun: Begun, generation: Generation) -> AsyncIterator[Sequence[bytes]]:
+    async for events in _events(begun, generation):
+        yield [event.SerializeToString() for event in events]
+
+
+async def _events(begun: Begun, generation: Generation) -> AsyncIterator[list[pb.ResponseEvent]]:
+    """Those of one step after the other. What fails behind the first one is told by an event too."""
     reply = begun.reply
     try:
         async for deltas in generation:
-            for event in reply.events(deltas):
-                await context.write(_event(event))
+            yield [_event(event) for event in reply.events(deltas)]
         last = reply.ending()
         await begun.keep()
     except KvasirError as error:
         if reply.count:
-            await context.write(_event(reply.failure(error)))
+            yield [_event(reply.failure(error))]
         raise
-    for event in last:
-        await context.write(_event(event))
+    yield [_event(event) for event in last]
 
 
 def _event(frame: bytes) -> pb.ResponseEvent:
@@ -212,4 +239,4 @@ def _response_body(request: pb.CreateResponseRequest) -> Json:
 def _not_resumable(generation: Generation | None) -> tuple[str, ...]:
     """A warning for who asked to resume."""
     asked = generation is not None and generation.recording.resumable
-    return (f"{RESUMABLE} (responses are followed, when they are made in the background)",) if asked else ()
+    return (f"{RESUMABLE} (only streams are)",) if asked else ()

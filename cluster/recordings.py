@@ -246,6 +246,13 @@ class Recordings:
         """Another gateway began it."""
         return not stream_id.startswith(f"{self.gateway}-")
 
+    def need_here(self, stream_id: str) -> None:
+        """StreamNotFoundError where another gateway began it. A gRPC channel stays with one of those that share a port; after a
+        new connection it may be another."""
+        if self.is_elsewhere(stream_id):
+            text = f"stream {stream_id!r:.80} wasn't begun by this gateway: connect again until it is, or begin anew"
+            raise StreamNotFoundError(text)
+
     def grown(self, recording: Recording, count: int) -> None:
         """It holds `count` bytes more: others may have to go."""
         if recording.id not in self._held:

@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from kvasir.proto import files_pb2 as kvasir_dot_proto_dot_files__pb2
+from kvasir.proto import inference_pb2 as kvasir_dot_proto_dot_inference__pb2
 from kvasir.proto import responses_pb2 as kvasir_dot_proto_dot_responses__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -44,6 +45,11 @@ class ResponsesStub:
         self.CreateStream = channel.unary_stream(
                 '/kvasir.v1.Responses/CreateStream',
                 request_serializer=kvasir_dot_proto_dot_responses__pb2.CreateResponseRequest.SerializeToString,
+                response_deserializer=kvasir_dot_proto_dot_responses__pb2.ResponseEvent.FromString,
+                _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/kvasir.v1.Responses/Resume',
+                request_serializer=kvasir_dot_proto_dot_inference__pb2.ResumeRequest.SerializeToString,
                 response_deserializer=kvasir_dot_proto_dot_responses__pb2.ResponseEvent.FromString,
                 _registered_method=True)
         self.Get = channel.unary_unary(
@@ -95,8 +101,17 @@ class ResponsesServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CreateStream(self, request, context):
-        """The same, event by event. With `background` the answer goes on when the call breaks: Follow reads the rest. An error
-        behind the first event is the event response.failed, and the call's status.
+        """The same, event by event. With `background` the answer goes on when the call breaks: Follow reads the rest; so it does
+        with metadata `kvasir-resumable: true`: Resume reads the rest. An error behind the first event is the event
+        response.failed, and the call's status.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Goes on with the events of a CreateStream call that was resumable and broke. `after`: how many were seen. Inference's
+        Cancel ends it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -162,6 +177,11 @@ def add_ResponsesServicer_to_server(servicer, server):
             'CreateStream': grpc.unary_stream_rpc_method_handler(
                     servicer.CreateStream,
                     request_deserializer=kvasir_dot_proto_dot_responses__pb2.CreateResponseRequest.FromString,
+                    response_serializer=kvasir_dot_proto_dot_responses__pb2.ResponseEvent.SerializeToString,
+            ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=kvasir_dot_proto_dot_inference__pb2.ResumeRequest.FromString,
                     response_serializer=kvasir_dot_proto_dot_responses__pb2.ResponseEvent.SerializeToString,
             ),
             'Get': grpc.unary_unary_rpc_method_handler(
@@ -254,6 +274,33 @@ class Responses:
             target,
             '/kvasir.v1.Responses/CreateStream',
             kvasir_dot_proto_dot_responses__pb2.CreateResponseRequest.SerializeToString,
+            kvasir_dot_proto_dot_responses__pb2.ResponseEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvasir.v1.Responses/Resume',
+            kvasir_dot_proto_dot_inference__pb2.ResumeRequest.SerializeToString,
             kvasir_dot_proto_dot_responses__pb2.ResponseEvent.FromString,
             options,
             channel_credentials,

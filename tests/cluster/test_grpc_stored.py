@@ -18,6 +18,7 @@ from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.grpc_json import as_message
 from kvasir.engine.errors import OverloadedError
 from kvasir.proto import files_pb2, files_pb2_grpc, inference_pb2, responses_pb2, responses_pb2_grpc
+from kvasir.proto.inference_pb2_grpc import InferenceStub
 
 TEXT = "Hello, wörld!"
 HI = responses_pb2.Item(role="user", text="Hi")
@@ -431,6 +432,38 @@ def test_a_stream_that_fails_says_so_in_its_last_event(live_gateway):
             all(map(keep(seen), call))
         assert seen[-1].type == "response.failed"
         assert seen[-1].response.error.code == "server_error"
+
+
+def test_a_stream_that_broke_goes_on(live_gateway):
+    resumable = (("kvasir-resumable", "true"),)
+    with live_gateway() as gateway, Stubs(gateway) as stubs:
+        gateway.group.step_s = 0.02
+        call = stubs.responses.CreateStream(ask(), timeout=60, metadata=resumable)
+        stream_id = dict(call.initial_metadata())["kvasir-stream-id"]
+        seen = list(itertools.islice(call, 6))
+        call.cancel()
+        rest = list(stubs.responses.Resume(inference_pb2.ResumeRequest(stream_id=stream_id, after=6), timeout=60))
+        assert [event.sequence_number for event in rest] == list(range(6, 6 + len(rest)))
+        assert "".join(event.delta for event in (*seen, *rest)) == TEXT
+        assert stubs.responses.Get(named(rest[-1].response.id), timeout=60) == rest[-1].response  # kept all the same
+        assert refused(InferenceStub(stubs.channel).Resume, inference_pb2.ResumeRequest(stream_id=stream_id))[0] == (
+            grpc.StatusCode.INVALID_ARGUMENT
+        )
+        gateway.group.step_s = 0.2
+        call = stubs.responses.CreateStream(ask(), timeout=60, metadata=resumable)
+        stream_id = dict(call.initial_metadata())["kvasir-stream-id"]
+        InferenceStub(stubs.channel).Cancel(inference_pb2.CancelRequest(stream_id=stream_id), timeout=60)
+        until(lambda: not gateway.group.running)
+        gateway.group.dies_after, gateway.group.step_s = 3, 0
+        call, seen = stubs.responses.CreateStream(ask(), timeout=60, metadata=resumable), []
+        with pytest.raises(grpc.RpcError):
+            all(map(keep(seen), call))
+        assert seen[-1].type == "response.failed"
+        wrong = stubs.responses.CreateStream(
+            ask(), timeout=60, metadata=(("kvasir-resumable", "x"), ("x-request-id", "mine"))
+        )
+        assert dict(wrong.initial_metadata())["x-request-id"] == "mine"
+        assert refused(lambda **_: wrong)[1] == "kvasir-resumable"
 
 
 # -- completeness
