@@ -94,6 +94,8 @@ async def decided(desk: Desk, ask: DecisionAsk, caller: Caller) -> Answer:
     with desk.work():
         body = await decide(desk, ask, caller.request_id, headers, timings, caller.deadline_s)
     timing = CallTiming.together(timings, total_s=time.monotonic() - began)
+    if ask.fields.get("return_timing"):
+        body["timing"] = timing.json()
     return Answer(body=body, warnings=ask.warnings, timing=timing)
 
 

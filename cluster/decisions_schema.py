@@ -27,6 +27,7 @@ HONOURED: dict[str, Check] = {
     "prompt_cache_key": string,
     **{name: CHAT_HONOURED[name] for name in ("cache_salt", "chat_template_kwargs", "priority", "request_id")},
     "service_tier": CHAT_HONOURED["service_tier"],
+    "return_timing": CHAT_HONOURED["return_timing"],
 }
 IGNORED: Neutral = {"safety_identifier": (), "prompt_cache_options": ({},), "prompt_cache_retention": (), "user": ()}
 REFUSED: Neutral = {**foreign_constraints({*HONOURED, *IGNORED}), "images": ([],), "stream": (False,)}

@@ -7,7 +7,7 @@ import asyncio
 import dataclasses
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -46,6 +46,7 @@ from kvasir.cluster.open_inference_api import OPEN_INFERENCE, OpenInference
 from kvasir.cluster.reading import AnswerStream
 from kvasir.cluster.recordings import STREAM_ID
 from kvasir.cluster.shelf import Shelf
+from kvasir.cluster.vectors import Vectors
 from kvasir.engine.errors import KvasirError
 from kvasir.proto import inference_pb2 as pb
 from kvasir.proto.files_pb2_grpc import add_BatchesServicer_to_server, add_FilesServicer_to_server
@@ -92,6 +93,9 @@ def create_grpc_server(
     return server
 
 
+Pooled = TypeVar("Pooled", pb.EmbedReply, pb.ClassifyReply, pb.ScoreReply, pb.RerankReply)
+
+
 class Inference(InferenceServicer):
     """The service of inference.proto. A call that is cancelled is cancelled here too, and ends its requests."""
 
@@ -120,8 +124,7 @@ class Inference(InferenceServicer):
         async with calling(context, self._keys) as caller:
             call = dataclasses.replace(call_of_embed(request), deadline_s=caller.deadline_s)
             vectors, events = await self._desk.pool(call, caller.request_id, caller.headers)
-            set_trailers(context, request, vectors.timing)
-            return embed_reply(vectors, events, caller.request_id)
+            return _timed(context, request, embed_reply(vectors, events, caller.request_id), vectors)
 
     async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyReply:  # noqa: N802
         async with calling(context, self._keys) as caller:
@@ -130,22 +133,19 @@ class Inference(InferenceServicer):
             call = call_of_classify(request, inputs_of(request.inputs, given))
             call = dataclasses.replace(call, deadline_s=caller.deadline_s)
             vectors, events = await self._desk.pool(call, caller.request_id, caller.headers)
-            set_trailers(context, request, vectors.timing)
-            return classify_reply(vectors, events, caller.request_id)
+            return _timed(context, request, classify_reply(vectors, events, caller.request_id), vectors)
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreReply:  # noqa: N802
         async with calling(context, self._keys) as caller:
             ask = ask_of_pairs(request, caller.deadline_s)
             reply, vectors = await score(self._desk, ask, caller.request_id, caller.headers)
-            set_trailers(context, request, vectors.timing)
-            return reply
+            return _timed(context, request, reply, vectors)
 
     async def Rerank(self, request: pb.RerankRequest, context: Context) -> pb.RerankReply:  # noqa: N802
         async with calling(context, self._keys) as caller:
             ask = ask_of_pairs(request, caller.deadline_s)
             reply, vectors = await rerank(self._desk, ask, caller.request_id, caller.headers)
-            set_trailers(context, request, vectors.timing)
-            return reply
+            return _timed(context, request, reply, vectors)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeReply:  # noqa: N802
         async with as_status(context):
@@ -209,6 +209,14 @@ class Inference(InferenceServicer):
                 set_trailers(context, request, generation.timing, warnings, cut, route)
             finally:
                 self._desk.end(generation)
+
+
+def _timed(context: Context, request: Any, reply: Pooled, vectors: Vectors) -> Pooled:
+    """`reply` with where the time went, if that was asked for; trailing metadata tells it in any case."""
+    set_trailers(context, request, vectors.timing)
+    if request.return_timing:
+        reply.timing.CopyFrom(pb.Timing(**vectors.timing.json()))
+    return reply
 
 
 async def _replies(generation: Generation, reply: pb.GenerateReply, timed: bool) -> AsyncIterator[pb.GenerateReply]:

@@ -129,9 +129,10 @@ EMBED: dict[str, Check] = {
     **_COMMON,
     "input": later,
     "truncate": boolean,
+    "return_timing": boolean,
     "dimensions": integer_from(0, 2**31 - 1),
 }
-EMBEDDINGS: dict[str, Check] = {**_COMMON, "prompt": string}
+EMBEDDINGS: dict[str, Check] = {**_COMMON, "prompt": string, "return_timing": boolean}
 SHOW: dict[str, Check] = {"model": string, "name": string, "verbose": boolean}
 
 IGNORED: Neutral = {

@@ -77,6 +77,8 @@ class OllamaEmbedAsk:
     dimensions: int | None = None
     num_ctx: int | None = None
     """Tokens that are kept of each text, of those that the model would."""
+    return_timing: bool = False
+    """Where the time went is told in the answer."""
     warnings: tuple[str, ...] = ()
 
 
@@ -129,6 +131,7 @@ def parse_embed(body: Body) -> OllamaEmbedAsk:
         truncate=fields.get("truncate", True),
         dimensions=fields.get("dimensions") or None,
         num_ctx=_num_ctx(fields),
+        return_timing=fields.get("return_timing", False),
         warnings=(*warnings, *_unread(fields)),
     )
 
@@ -137,8 +140,13 @@ def parse_embeddings(body: Body) -> OllamaEmbedAsk:
     """Body of POST /api/embeddings."""
     fields, warnings = sort_fields(body, EMBEDDINGS, {}, EMBEDDINGS_REFUSED, EMBEDDINGS_INSTEAD)
     texts = [fields["prompt"]] if fields.get("prompt") else []
-    warned = (*warnings, *_unread(fields))
-    return OllamaEmbedAsk(model=fields.get("model", ""), texts=texts, num_ctx=_num_ctx(fields), warnings=warned)
+    return OllamaEmbedAsk(
+        model=fields.get("model", ""),
+        texts=texts,
+        num_ctx=_num_ctx(fields),
+        return_timing=fields.get("return_timing", False),
+        warnings=(*warnings, *_unread(fields)),
+    )
 
 
 def _loading(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> OllamaAsk:

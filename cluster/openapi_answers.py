@@ -96,8 +96,11 @@ _VECTOR: Json = {"type": ["array", "string"]}
 _POOLED: Json = {"id": _TEXT, "object": _is("list"), "created": _INT, "model": _TEXT, "usage": ref("Usage")}
 
 
+_TIMED: Json = {"timing": ref("Timing")}
+
+
 def _pooled(of: Json) -> Json:
-    return _object({**_POOLED, "data": _list(of)})
+    return _object({**_POOLED, "data": _list(of)}, _TIMED)
 
 
 _OPENAI = {
@@ -169,7 +172,8 @@ _OPENAI = {
             "results": _list(
                 _object({"index": _INT, "relevance_score": _NUMBER}, {"document": _object({"text": _TEXT})})
             ),
-        }
+        },
+        _TIMED,
     ),
 }
 
@@ -244,7 +248,8 @@ _STORED = {
             "model": _TEXT,
             "answers": _list(_DECISION),
             "usage": ref("ResponseUsage"),
-        }
+        },
+        _TIMED,
     ),
     "InputTokens": _object({"object": _is("response.input_tokens"), "input_tokens": _INT}),
     "ItemList": _page(ref("Item")),
@@ -316,7 +321,7 @@ _OTHERS = {
         _DURATIONS,
     ),
     "OllamaEmbedded": _object({"model": _TEXT, "embeddings": _list(_list(_NUMBER))}, _DURATIONS),
-    "OllamaEmbedding": _object({"embedding": _list(_NUMBER)}),
+    "OllamaEmbedding": _object({"embedding": _list(_NUMBER)}, _TIMED),
     "OllamaModel": _object({**_CARD, "modified_at": _TEXT}),
     "OllamaTags": _object({"models": _list(ref("OllamaModel"))}),
     "OllamaRunning": _object(

@@ -144,10 +144,20 @@ def best_label(labels: Sequence[str], values: Sequence[float]) -> str | None:
     return labels[max(range(len(values)), key=values.__getitem__)]
 
 
+def _timed(answer: Answer) -> Answer:
+    """The same, with where the time went if that was asked for."""
+
+    async def answered(desk: Desk, ask: Ask, request_id: str, headers: Mapping[str, str]) -> Answered:
+        body, vectors = await answer(desk, ask, request_id, headers)
+        return ({**body, "timing": vectors.timing.json()} if ask.return_timing else body), vectors
+
+    return answered
+
+
 ROUTES: dict[str, tuple[Callable[[Body], Ask], Answer]] = {
-    "/v1/embeddings": (parse_embeddings, _embeddings),
-    **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), (parse_rerank, _rerank)),
-    **dict.fromkeys(("/score", "/v1/score"), (parse_score, _score)),
-    **dict.fromkeys(("/classify", "/v1/classify"), (parse_classify, _classify)),
+    "/v1/embeddings": (parse_embeddings, _timed(_embeddings)),
+    **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), (parse_rerank, _timed(_rerank))),
+    **dict.fromkeys(("/score", "/v1/score"), (parse_score, _timed(_score))),
+    **dict.fromkeys(("/classify", "/v1/classify"), (parse_classify, _timed(_classify))),
 }
 """Path -> how its body is read, and how it is answered."""

@@ -23,6 +23,7 @@ _COMMON: dict[str, Check] = {
     "cache_salt": string,
     "request_id": string,
     "use_activation": boolean,
+    "return_timing": boolean,
 }
 _IGNORED: Neutral = {"user": ()}
 _REFUSED: Neutral = {
@@ -70,6 +71,8 @@ class InputsAsk:
     call: PoolingCall
     base64: bool = False
     request_id: str | None = None
+    return_timing: bool = False
+    """Where the time went is told in the answer."""
     warnings: tuple[str, ...] = ()
 
 
@@ -89,6 +92,8 @@ class PairsAsk:
     """0: all."""
     return_documents: bool = True
     request_id: str | None = None
+    return_timing: bool = False
+    """Where the time went is told in the answer."""
     warnings: tuple[str, ...] = ()
 
     def order(self, scores: Sequence[float]) -> list[int]:
@@ -105,7 +110,7 @@ def parse_embeddings(body: Body) -> InputsAsk:
     normalize = fields.get("normalize", fields.get("use_activation"))
     params = PoolingParams(dimensions=fields.get("dimensions"), normalize=normalize)
     call = PoolingCall(inputs=_inputs(fields), params=params, operation="embeddings", **_shared(fields))
-    return InputsAsk(call=call, base64=encoding == "base64", request_id=fields.get("request_id"), warnings=warnings)
+    return InputsAsk(call=call, base64=encoding == "base64", **_told(fields, warnings))
 
 
 def parse_classify(body: Body) -> InputsAsk:
@@ -113,7 +118,7 @@ def parse_classify(body: Body) -> InputsAsk:
     fields, warnings = sort_fields(body, _CLASSIFY, _IGNORED, _REFUSED)
     params = PoolingParams(task="classify", normalize=fields.get("use_activation"))
     call = PoolingCall(inputs=_inputs(fields), params=params, operation="classify", **_shared(fields))
-    return InputsAsk(call=call, request_id=fields.get("request_id"), warnings=warnings)
+    return InputsAsk(call=call, **_told(fields, warnings))
 
 
 def parse_rerank(body: Body) -> PairsAsk:
@@ -164,9 +169,14 @@ def _pairs(
         "operation": operation,
         "param": param,
         "shared": shared,
-        "request_id": fields.get("request_id"),
-        "warnings": warnings,
+        **_told(fields, warnings),
     }
+
+
+def _told(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> dict[str, Any]:
+    """Fields of the asks that say what is told beside the answer."""
+    timed = fields.get("return_timing", False)
+    return {"request_id": fields.get("request_id"), "return_timing": timed, "warnings": warnings}
 
 
 def _inputs(fields: Mapping[str, Any]) -> list[Passage | Sequence[int]]:

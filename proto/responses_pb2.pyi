@@ -437,7 +437,7 @@ class Conversation(_message.Message):
     def __init__(self, id: _Optional[str] = ..., created_at: _Optional[int] = ..., metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class DecideRequest(_message.Message):
-    __slots__ = ("model", "input", "input_text", "instructions", "questions", "prompt_cache_key", "service_tier", "priority", "cache_salt", "chat_template_kwargs")
+    __slots__ = ("model", "input", "input_text", "instructions", "questions", "prompt_cache_key", "service_tier", "priority", "cache_salt", "chat_template_kwargs", "return_timing")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INPUT_FIELD_NUMBER: _ClassVar[int]
     INPUT_TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -448,6 +448,7 @@ class DecideRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     CHAT_TEMPLATE_KWARGS_FIELD_NUMBER: _ClassVar[int]
+    RETURN_TIMING_FIELD_NUMBER: _ClassVar[int]
     model: str
     input: _containers.RepeatedCompositeFieldContainer[Item]
     input_text: str
@@ -458,7 +459,8 @@ class DecideRequest(_message.Message):
     priority: int
     cache_salt: str
     chat_template_kwargs: _struct_pb2.Struct
-    def __init__(self, model: _Optional[str] = ..., input: _Optional[_Iterable[_Union[Item, _Mapping]]] = ..., input_text: _Optional[str] = ..., instructions: _Optional[str] = ..., questions: _Optional[_Iterable[_Union[Question, _Mapping]]] = ..., prompt_cache_key: _Optional[str] = ..., service_tier: _Optional[str] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., chat_template_kwargs: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
+    return_timing: bool
+    def __init__(self, model: _Optional[str] = ..., input: _Optional[_Iterable[_Union[Item, _Mapping]]] = ..., input_text: _Optional[str] = ..., instructions: _Optional[str] = ..., questions: _Optional[_Iterable[_Union[Question, _Mapping]]] = ..., prompt_cache_key: _Optional[str] = ..., service_tier: _Optional[str] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., chat_template_kwargs: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., return_timing: _Optional[bool] = ...) -> None: ...
 
 class Question(_message.Message):
     __slots__ = ("type", "name", "instructions", "choices", "levels")
@@ -489,18 +491,20 @@ class Level(_message.Message):
     def __init__(self, value: _Optional[float] = ..., label: _Optional[str] = ...) -> None: ...
 
 class DecideReply(_message.Message):
-    __slots__ = ("id", "created_at", "model", "answers", "usage")
+    __slots__ = ("id", "created_at", "model", "answers", "usage", "timing")
     ID_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ANSWERS_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
     id: str
     created_at: int
     model: str
     answers: _containers.RepeatedCompositeFieldContainer[Decision]
     usage: _files_pb2.ResponseUsage
-    def __init__(self, id: _Optional[str] = ..., created_at: _Optional[int] = ..., model: _Optional[str] = ..., answers: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., usage: _Optional[_Union[_files_pb2.ResponseUsage, _Mapping]] = ...) -> None: ...
+    timing: _inference_pb2.Timing
+    def __init__(self, id: _Optional[str] = ..., created_at: _Optional[int] = ..., model: _Optional[str] = ..., answers: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ..., usage: _Optional[_Union[_files_pb2.ResponseUsage, _Mapping]] = ..., timing: _Optional[_Union[_inference_pb2.Timing, _Mapping]] = ...) -> None: ...
 
 class Decision(_message.Message):
     __slots__ = ("type", "name", "probability", "choice", "score", "confidence", "probabilities")

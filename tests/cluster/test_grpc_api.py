@@ -131,11 +131,18 @@ def test_embed(embedder, client):
     gateway = embedder
     gateway.group.vector = lambda request: [float(len(request.prompt_token_ids)), 0.25]
     inputs = [{"text": "abc"}, {"token_ids": {"ids": [5, 6]}}]
-    body = {"model": "bytes", "inputs": inputs, "dimensions": 2, "normalize": False, "priority": 4}
+    body = {
+        "model": "bytes",
+        "inputs": inputs,
+        "dimensions": 2,
+        "normalize": False,
+        "priority": 4,
+        "return_timing": True,
+    }
     reply = client.call("Embed", body, metadata=(("x-request-id", "mine"),))
     assert [list(one.values) for one in reply.embeddings] == [[3.0, 0.25], [2.0, 0.25]]
     assert [one.prompt_tokens for one in reply.embeddings] == [3, 2]
-    assert (reply.request_id, reply.model) == ("mine", "bytes")
+    assert (reply.request_id, reply.model, reply.timing.group) == ("mine", "bytes", "group-1")
     assert (reply.usage.prompt_tokens, reply.usage.cached_tokens, reply.usage.completion_tokens) == (5, 2, 0)
     request = gateway.group.requests[-1]
     assert (request.pooling.dimensions, request.pooling.normalize, request.priority) == (2, False, 4)

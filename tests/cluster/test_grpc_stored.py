@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 
 import grpc
 import httpx
@@ -12,6 +11,7 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.struct_pb2 import Value
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from waiting import until
 
 from kvasir.cluster import decisions_schema, responses_schema
 from kvasir.cluster.config import GatewayConfig
@@ -71,14 +71,6 @@ def refused(call, *args, **options):
 
 def prompt_of(gateway):
     return bytes(token for token in gateway.group.requests[-1].prompt_token_ids if token < 256).decode()
-
-
-def until(found, seconds=60):
-    limit = time.monotonic() + seconds
-    while not (value := found()):
-        assert time.monotonic() < limit
-        time.sleep(0.02)
-    return value
 
 
 # -- responses
@@ -258,7 +250,7 @@ def test_decisions_are_those_of_http(gateway, stubs):
             levels=[responses_pb2.Level(value=1, label="low"), responses_pb2.Level(value=5)],
         ),
     ]
-    given = responses_pb2.DecideRequest(model="bytes", input_text="Ann", questions=questions)
+    given = responses_pb2.DecideRequest(model="bytes", input_text="Ann", questions=questions, return_timing=True)
     told, rpc = stubs.decisions.Decide.with_call(given, timeout=60)
     body = {"model": "bytes", "input": "Ann", "questions": [
         {"type": "predicate", "name": "angry", "instructions": "Is she angry?"},
@@ -271,6 +263,7 @@ def test_decisions_are_those_of_http(gateway, stubs):
     assert {one.value.WhichOneof("kind") for one in choice.probabilities} == {"string_value", "bool_value"}
     assert score.probabilities[0].label == "low"
     assert "server-timing" in dict(rpc.trailing_metadata())
+    assert told.timing.group
 
 
 # -- files and batches
@@ -295,7 +288,8 @@ def test_files_and_batches(gateway, stubs, monkeypatch):
         timeout=60,
     )
     assert (batch.status, batch.metadata["a"]) == ("validating", "b")
-    done = until(lambda: (found := stubs.batches.Get(named(batch.id), timeout=60)).status == "completed" and found)
+    until(lambda: stubs.batches.Get(named(batch.id), timeout=60).status == "completed")
+    done = stubs.batches.Get(named(batch.id), timeout=60)
     assert (done.request_counts.total, done.request_counts.completed, done.usage.output_tokens) == (3, 3, 45)
     answers = b"".join(part.data for part in stubs.files.Content(named(done.output_file_id), timeout=60))
     assert {json.loads(one)["custom_id"] for one in answers.splitlines()} == {"0", "1", "2"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import time
 
@@ -328,6 +329,31 @@ def test_return_timing_in_other_dialects(gateway, path, streamed):
     (timing,) = found[True]
     assert timing["group"] == "group-1"
     assert timing["total_ms"] > 0
+
+
+POOLING = {
+    "/v1/embeddings": {"input": "Hi"},
+    "/score": {"queries": "a", "documents": ["b"]},
+    "/rerank": {"query": "a", "documents": ["b"]},
+    "/api/embed": {"model": "bytes", "input": "Hi"},
+    "/api/embeddings": {"model": "bytes", "prompt": "Hi"},
+}
+
+
+@pytest.mark.parametrize("path", [*POOLING, "/v1/decisions"])
+def test_return_timing_where_nothing_is_streamed(gateway, monkeypatch, path):
+    if path in POOLING:
+        monkeypatch.setattr(gateway.group, "info", dataclasses.replace(gateway.group.info, tasks=("embed",)))
+        body = POOLING[path]
+    else:
+        body = {"input": "Hi", "questions": [{"type": "predicate", "instructions": "Is it?"}]}
+    for asked in (True, False):
+        found = httpx.post(gateway.url + path, json={**body, "return_timing": asked}, timeout=60)
+        assert "x-kvasir-warning" not in found.headers
+        assert found.headers["server-timing"].startswith("queue;dur=")
+        assert ("timing" in found.json()) == asked
+        if asked:
+            assert found.json()["timing"]["group"] == "group-1"
 
 
 def test_grpc_timing(gateway):
