@@ -28,6 +28,7 @@ from kvasir.engine import channels
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.engine import Engine
 from kvasir.engine.event import Event, Failed, Finished, Token
+from kvasir.engine.prices import Prices
 from kvasir.engine.request import Peer, Request, SamplingParams
 
 BURST_S = 0.005
@@ -91,6 +92,10 @@ def measure(args: argparse.Namespace, way: str) -> None:
         stats = group.engine.stats()
         speed = stats.fetch_bytes_per_s / 1e6
         print(f"{way:>4}: {stats.peer_failed} blocks were asked for and didn't come in time")
+        if args.tail:
+            ways = group.engine._prices._ways
+            chosen = "layer by layer" if Prices.layers_pay(group.engine._prices) else "in one piece"
+            print(f"{way:>4}: over what was expected {ways[False].ratio:.2f}, {ways[True].ratio:.2f}; now {chosen}")
         print(f"{way:>4}: {1000 * stats.fetch_floor_s:.1f} ms before the first byte, then {speed:.0f} MB/s", flush=True)
         group.engine.shutdown()
         process.stdin.close()
@@ -121,7 +126,7 @@ class Group:
         """{"first": seconds to the first token, "tokens": the answer, "cached": tokens that weren't computed}"""
         self._asked += 1
         assert self.engine._pulls is not None
-        self.engine._pulls._step = self.engine._scheduler.budget if layered else 0
+        self.engine._pulls._prices.layers_pay = lambda: layered  # type: ignore[method-assign]
         if forget:
             self.engine.pool.reset()
         sampling = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
