@@ -95,6 +95,7 @@ int64_t invert(const float *e, int64_t n, double u) {
 
 // The `count` largest of x[n], the largest first, as keys; NaN is none. found[2 * count + SLACK]
 int64_t largest_of(const float *x, int64_t n, int64_t count, int64_t *found) {
+  if (count < 1) return 0;
   int64_t there = 0;
   float border = 0;
   bool full = false; // then only what is above `border` matters: of equals the first are kept

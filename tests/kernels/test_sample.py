@@ -241,17 +241,18 @@ def test_penalties_equal_a_naive_reference(name: str, seated: bool) -> None:
 
 @pytest.mark.parametrize("name", ["reference", compiled])
 @pytest.mark.parametrize("vocab", [9, 100, 1040])
-def test_scores_equal_a_naive_reference(name: str, vocab: int) -> None:
+@pytest.mark.parametrize("best", [0, 1, 5, 9])
+def test_scores_equal_a_naive_reference(name: str, vocab: int, best: int) -> None:
     logits = logits_of(10, vocab)
     tokens = torch.randint(0, vocab, (10,), generator=torch.Generator().manual_seed(0))
-    logprob, rank, ids, top = {"reference": score.reference, "native": sample_native.score}[name](logits, tokens, 5)
+    logprob, rank, ids, top = {"reference": score.reference, "native": sample_native.score}[name](logits, tokens, best)
     for row in range(10):
         exact = logits[row].double().log_softmax(-1)
         order = exact.argsort(descending=True).tolist()
         assert float(logprob[row]) == pytest.approx(float(exact[tokens[row]]), abs=1e-5)
         assert int(rank[row]) == order.index(int(tokens[row])) + 1
-        assert ids[row].tolist() == order[:5]
-        assert top[row].tolist() == pytest.approx(exact[order[:5]].tolist(), abs=1e-5)
+        assert ids[row].tolist() == order[:best]
+        assert top[row].tolist() == pytest.approx(exact[order[:best]].tolist(), abs=1e-5)
 
 
 def test_wide_top_p_is_sorted_and_narrow_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
