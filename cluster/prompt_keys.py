@@ -22,8 +22,10 @@ BLOCKS = 64
 MEMORY = 4096
 """Portions remembered: with blocks of 16 tokens 4 M tokens, about 5 MB."""
 
-Memory = OrderedDict[tuple[ContentId, int], bytes]
-"""(id before, hash of the tokens) -> ids of the blocks"""
+Known = tuple[ContentId, Sequence[Key]]
+"""Of a portion: (id of the last block, keys of all)"""
+Memory = OrderedDict[tuple[ContentId, int], Known]
+"""(id before, hash of the tokens) -> portion"""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,11 +46,12 @@ class Hasher:
         start = chain_start(self.salt, request.cache_salt, request.adapter, stretched)
         return PromptKeys(self, ids, start, (len(ids) - 1) // self.block_size if self.salt else 0)
 
-    def remember(self, probe: tuple[ContentId, int], ids: bytes) -> None:
-        """What was seen least lately is forgotten for it."""
-        self.memory[probe] = ids
+    def remember(self, probe: tuple[ContentId, int], ids: bytes) -> Known:
+        """A portion. What was seen least lately is forgotten for it."""
+        known = self.memory[probe] = ids[-ID_BYTES:], memoryview(ids).cast("Q")[::2]
         if len(self.memory) > MEMORY:
             self.memory.popitem(last=False)
+        return known
 
 
 class Hashers:
@@ -77,13 +80,12 @@ class PromptKeys:
         number = 0
         while number * BLOCKS < self._blocks:
             if number == len(self._portions):
-                ids = self._ids(number * BLOCKS, min(self._blocks, (number + 1) * BLOCKS))
-                self._last = ids[-ID_BYTES:]
-                self._portions.append(memoryview(ids).cast("Q")[::2])
+                self._last, keys = self._portion(number * BLOCKS, min(self._blocks, (number + 1) * BLOCKS))
+                self._portions.append(keys)
             yield self._portions[number]
             number += 1
 
-    def _ids(self, first: int, last: int) -> bytes:
+    def _portion(self, first: int, last: int) -> Known:
         """Of the blocks from `first` on, before which all are known."""
         size, hasher = self._hasher.block_size, self._hasher
         self._tokens = self._tokens or words(self._token_ids)
@@ -97,6 +99,5 @@ class PromptKeys:
                 hashed(self._last, self._tokens[4 * size * first : 4 * size * end], size),
                 first,
             )
-        found = self._ahead[(first - self._ahead_from) * ID_BYTES : (last - self._ahead_from) * ID_BYTES]
-        hasher.remember(probe, found)
-        return found
+        start = self._ahead_from
+        return hasher.remember(probe, self._ahead[(first - start) * ID_BYTES : (last - start) * ID_BYTES])

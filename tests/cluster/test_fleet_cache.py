@@ -112,6 +112,7 @@ def test_a_link_that_breaks_between_two_layers_changes_no_answer(data, monkeypat
     monkeypatch.setattr(Arrivals, "begin", lambda self, *landing: (begun.append(landing), begin(self, *landing)))
     monkeypatch.setattr(Prices, "step_s", lambda self, tokens: 1000.0)
     monkeypatch.setattr("kvasir.engine.lends.LEAST_SLAB", 1)
+    monkeypatch.setattr("kvasir.engine.lends.LEAST_PIECE", 1)
     monkeypatch.setattr("kvasir.engine.prices.LIMIT_S", (2.0, 2.0))
     proxies = []
 
