@@ -27,6 +27,8 @@ class Text:
 
     text: str
     add_special_tokens: bool = True
+    suffix: str = ""
+    """The answer goes between the text and this."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -34,10 +34,12 @@ def call_of_generate(request: pb.GenerateRequest) -> Call:
     kind = request.WhichOneof("prompt")
     if kind is None:
         raise ClientError("send text or prompt_token_ids", param="prompt")
-    special = request.add_special_tokens if request.HasField("add_special_tokens") else True
+    special = request.add_special_tokens if request.HasField("add_special_tokens") else not request.suffix
     prompt: Prompt = list(request.prompt_token_ids.ids)
     if kind == "text":
-        prompt = Text(text=request.text, add_special_tokens=special)
+        prompt = Text(text=request.text, add_special_tokens=special, suffix=request.suffix)
+    elif request.suffix:
+        raise ClientError("suffix needs text", param="suffix")
     return Call(
         model=request.model,
         prompts=(prompt,),

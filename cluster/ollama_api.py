@@ -36,22 +36,13 @@ from kvasir.cluster.ollama_schema import (
 from kvasir.cluster.reply_stream import NDJSON, stream, whole
 from kvasir.cluster.served_model import ServedModel
 from kvasir.cluster.vectors import PoolingCall
-from kvasir.engine.errors import ClientError, KvasirError
+from kvasir.engine.errors import KvasirError
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.passage import Passage, as_float32
 from kvasir.engine.request import PoolingParams
 
 LATEST = ":latest"
 _JSON = (b"content-type", b"application/json")
-_FILLING = (
-    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
-    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
-    ("<PRE>", "<SUF>", "<MID>"),
-    ("▁<PRE>", "▁<SUF>", "▁<MID>"),
-    ("<|fim▁begin|>", "<|fim▁hole|>", "<|fim▁end|>"),
-)
-"""Tokens of models that fill gaps: before the prompt, before the suffix, before the answer. Qwen and CodeGemma,
-StarCoder, Code Llama (twice)."""
 _PLAIN_TEMPLATE = "{% for message in messages %}{{ message.content }}{% if not loop.last %}\n\n{% endif %}{% endfor %}"
 """For models without a template, as Ollama has it."""
 
@@ -171,13 +162,6 @@ def find_model(desk: Desk, name: str) -> ServedModel:
     return desk.model(other if name not in known and other in known else name)
 
 
-def filling_tokens(model: ServedModel) -> tuple[str, str, str] | None:
-    """The tokens with which the model fills gaps; None when it wasn't trained to."""
-    tokenizer = model.tokenizer
-    known = (words for words in _FILLING if tokenizer and all(tokenizer.token_id(word) is not None for word in words))
-    return next(known, None)
-
-
 def _beyond(num_ctx: int | None, info: ModelInfo) -> tuple[str, ...]:
     """Warns who wants a larger context than there is."""
     if num_ctx is None or num_ctx <= info.max_model_len:
@@ -191,8 +175,6 @@ async def _prompt(ask: OllamaAsk, model: ServedModel) -> Prompt:
     assert prompt is not None
     if isinstance(prompt, Conversation) and prompt.chat_template is None and not _has_template(model):
         prompt = dataclasses.replace(prompt, chat_template=_PLAIN_TEMPLATE, add_special_tokens=True)
-    if ask.suffix and isinstance(prompt, Text):
-        prompt = dataclasses.replace(prompt, text=_filled(prompt.text, ask.suffix, model))
     return await _behind(ask.context, prompt, model) if ask.context else prompt
 
 
@@ -201,14 +183,6 @@ async def _behind(context: Sequence[int], prompt: Text | Conversation, model: Se
     ids = await model.encode(prompt)
     bos = model.need_tokenizer("context").bos_token_id
     return [*context, *(ids[1:] if ids and ids[0] == bos else ids)]
-
-
-def _filled(prompt: str, suffix: str, model: ServedModel) -> str:
-    tokens = filling_tokens(model)
-    if tokens is None:
-        raise ClientError(f"model {model.name!r} does not support insert: it has no tokens for it", param="suffix")
-    before, behind, middle = tokens
-    return f"{before}{prompt}{behind}{suffix}{middle}"
 
 
 def _has_template(model: ServedModel) -> bool:

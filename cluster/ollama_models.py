@@ -13,8 +13,9 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from kvasir.cluster.desk import Desk
+from kvasir.cluster.filling import filling_tokens
 from kvasir.cluster.http_front import read_json, send_json, warning_header
-from kvasir.cluster.ollama_api import LATEST, OllamaEmbedding, OllamaGeneration, filling_tokens, find_model
+from kvasir.cluster.ollama_api import LATEST, OllamaEmbedding, OllamaGeneration, find_model
 from kvasir.cluster.ollama_fields import SHOW
 from kvasir.cluster.ollama_reply import timestamp
 from kvasir.cluster.openai_schema import sort_fields
@@ -173,7 +174,7 @@ def _model_info(model: ServedModel) -> dict[str, Any]:
 def _capabilities(model: ServedModel, info: ModelInfo) -> list[str]:
     found = [word for task, word in (("generate", "completion"), ("embed", "embedding")) if task in info.tasks]
     if "generate" in info.tasks:
-        found += ["insert"] if filling_tokens(model) else []
+        found += ["insert"] if filling_tokens(model.tokenizer) else []
         found += ["tools"] if model.shows_tools else []
         found += ["thinking"] if model.thoughts or (model.tools and model.tools.thoughts) else []
     return found

@@ -55,8 +55,6 @@ class OllamaAsk:
     """Token ids before the prompt, from an earlier answer."""
     num_ctx: int | None = None
     """Tokens that prompt and output may have together."""
-    suffix: str = ""
-    """The answer goes between the prompt, a `Text`, and this."""
     gives_context: bool = False
     unload: bool = False
     tools: ToolUse | None = None
@@ -93,14 +91,13 @@ def parse_generate(body: Body) -> OllamaAsk:
             text = f"{name} can't be combined with {'raw' if raw else 'suffix'}, which uses no template"
             raise ClientError(text, param=name)
     if raw or suffix:
-        prompt: Text | Conversation = Text(text=fields.get("prompt", ""), add_special_tokens=not suffix)
+        prompt: Text | Conversation = Text(text=fields.get("prompt", ""), add_special_tokens=not suffix, suffix=suffix)
     else:
         prompt = Conversation(
             messages=_turn(fields), variables=_variables(fields), chat_template=_template(fields.get("template"))
         )
     return OllamaAsk(
         prompt=prompt,
-        suffix=suffix,
         context=fields.get("context", ()),
         gives_context=not raw,
         **_shared(fields, warnings),

@@ -206,6 +206,7 @@ CHAT_HONOURED: dict[str, Check] = {
 COMPLETION_HONOURED: dict[str, Check] = {
     **_HONOURED,
     "prompt": later,
+    "suffix": string,
     "max_tokens": _NOT_NEGATIVE,
     "logprobs": later,
 }
@@ -304,7 +305,7 @@ OF_CHATS: Neutral = {
     "chat_template_kwargs": ({},),
 }
 """What says nothing to a plain text."""
-COMPLETION_REFUSED: Neutral = {**_REFUSED, **OF_CHATS, "suffix": ("",)}
+COMPLETION_REFUSED: Neutral = {**_REFUSED, **OF_CHATS}
 
 INSTEAD = {
     **dict.fromkeys(("num_predict", "n_predict", "max_new_tokens"), "max_tokens"),

@@ -116,7 +116,10 @@ def parse_completion(body: Mapping[str, Any]) -> Ask:
     no_output = echo and fields.get("max_tokens") == 0
     if "max_tokens" in fields:
         sampling["max_tokens"] = 1 if no_output else fields["max_tokens"]
-    prompts = _prompts(fields.get("prompt"), fields.get("add_special_tokens", True))
+    suffix = fields.get("suffix", "")
+    if suffix and echo:
+        raise ClientError("echo can't be combined with suffix: the prompt isn't all that is read", param="echo")
+    prompts = _prompts(fields.get("prompt"), fields.get("add_special_tokens", not suffix), suffix)
     call = Call(prompts=prompts, sampling=sampling, max_tokens=COMPLETION_MAX_TOKENS, **_common(fields))
     return Ask(call=call, logprobs=logprobs, echo=echo, no_output=no_output, **_shape(fields, warnings))
 
@@ -254,18 +257,20 @@ def _with_thoughts(message: Mapping[str, Any]) -> Mapping[str, Any]:
     return message
 
 
-def _prompts(prompt: Any, add_special_tokens: bool) -> list[Prompt]:
-    """A text, a list of texts, a list of token ids or a list of lists of token ids."""
+def _prompts(prompt: Any, add_special_tokens: bool, suffix: str) -> list[Prompt]:
+    """A text, a list of texts, a list of token ids or a list of lists of token ids; only texts have a suffix."""
     if isinstance(prompt, str):
-        return [Text(text=prompt, add_special_tokens=add_special_tokens)]
+        return [Text(text=prompt, add_special_tokens=add_special_tokens, suffix=suffix)]
     kinds = set(map(type, prompt)) if isinstance(prompt, list) else set()
+    if suffix and kinds != {str}:
+        raise ClientError("suffix needs prompt to be a text, or a list of texts", param="suffix")
     if kinds == {int}:
         return [prompt]
     if len(kinds) == 1 and len(prompt) > MAX_PROMPTS:
         text = f"prompt holds {len(prompt)} prompts; at most {MAX_PROMPTS} in one request, use kvasir batch for more"
         raise ClientError(text, param="prompt")
     if kinds == {str}:
-        return [Text(text=text, add_special_tokens=add_special_tokens) for text in prompt]
+        return [Text(text=text, add_special_tokens=add_special_tokens, suffix=suffix) for text in prompt]
     if kinds == {list} and all(set(map(type, ids)) == {int} for ids in prompt):
         return list(prompt)
     wanted = "a text, a list of texts, a list of token ids or a list of lists of token ids, none of them empty"

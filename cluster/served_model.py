@@ -12,6 +12,7 @@ from typing import Any
 from kvasir.cluster.answer_parts import ThoughtFormat, ToolFormat
 from kvasir.cluster.call import Conversation, Text
 from kvasir.cluster.derived_format import shows_tools
+from kvasir.cluster.filling import filled
 from kvasir.cluster.model_card import ModelCard
 from kvasir.cluster.tool_formats import model_formats
 from kvasir.cluster.tool_threads import ToolThreads
@@ -128,7 +129,8 @@ class ServedModel:
 
     def _encode(self, prompt: Text | Conversation) -> list[int]:
         if isinstance(prompt, Text):
-            return self.need_tokenizer("prompt").encode(prompt.text, prompt.add_special_tokens)
+            tokenizer = self.need_tokenizer("prompt")
+            return tokenizer.encode(filled(prompt, tokenizer, self.name), prompt.add_special_tokens)
         text = self._render(prompt)
         return self.need_tokenizer("messages").encode(text, prompt.add_special_tokens)
 
@@ -146,7 +148,7 @@ class ServedModel:
 def _length(prompt: Text | Conversation) -> int:
     """About how many characters; contents that aren't text count as long, so that a thread looks at them."""
     if isinstance(prompt, Text):
-        return len(prompt.text)
+        return len(prompt.text) + len(prompt.suffix)
     total = INLINE_CHARS if prompt.tools else 0
     for message in prompt.messages:
         content = message.get("content") if isinstance(message, Mapping) else None

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 
+import grpc
 import httpx
 import openai
 import pytest
+
+from kvasir.proto.inference_pb2 import GenerateRequest
+from kvasir.proto.inference_pb2_grpc import InferenceStub
 
 TEXT = "Hello, wörld!"
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -320,7 +324,9 @@ def test_refused_chats(gateway, fields, param, text):
         ({"n": 2, "best_of": 1}, "best_of", "from 2 to 128"),
         ({"length_penalty": "x"}, "length_penalty", "a number"),
         ({"early_stopping": "soon"}, "early_stopping", "never"),
-        ({"suffix": "x"}, "suffix", "isn't supported"),
+        ({"suffix": "x"}, "suffix", "does not support insert"),
+        ({"suffix": "x", "echo": True}, "echo", "suffix"),
+        ({"suffix": "x", "prompt": [5]}, "suffix", "a text"),
         ({"logprobs": 21}, "logprobs", "0 to 20"),
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
         ({"use_beam_search": 1}, "use_beam_search", "true or false"),
@@ -340,6 +346,24 @@ def test_refused_completions(gateway, fields, param, text):
     assert reply.status_code == 400
     assert error["param"] == param
     assert text in error["message"]
+
+
+def test_models_that_fill_gaps(gateway, monkeypatch):
+    monkeypatch.setattr("kvasir.cluster.filling._FILLING", (("<|user|>", "<|tool|>", "<|assistant|>"),))
+    assert complete(gateway, prompt=["a", "b"], suffix="z").status_code == 200
+    asked = [list(request.prompt_token_ids) for request in gateway.group.requests[-2:]]
+    assert asked == [[257, *one, 260, *b"z", 258] for one in (b"a", b"b")]
+    body = {"model": "bytes", "prompt": "a", "suffix": "z", "stream": False}
+    assert httpx.post(gateway.url + "/api/generate", json=body).status_code == 200
+    assert list(gateway.group.requests[-1].prompt_token_ids) == asked[0]
+    assert "insert" in httpx.post(gateway.url + "/api/show", json={"model": "bytes"}).json()["capabilities"]
+    with grpc.insecure_channel(gateway.grpc_address) as channel:
+        list(InferenceStub(channel).Generate(GenerateRequest(text="a", suffix="z"), timeout=60))
+        assert list(gateway.group.requests[-1].prompt_token_ids) == asked[0]
+        with pytest.raises(grpc.RpcError, match="suffix needs text"):
+            list(
+                InferenceStub(channel).Generate(GenerateRequest(prompt_token_ids={"ids": [5]}, suffix="z"), timeout=60)
+            )
 
 
 def test_context_length_code(gateway):

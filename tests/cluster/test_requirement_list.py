@@ -127,6 +127,7 @@ penalize_newline              false                      D D R R D D
 main_gpu                      1                          W W W W W R
 use_mmap                      true                       W W W W W R
 draft_num_predict             4                          W W W W W R
+suffix                        "x"                        W D W W W R
 """
 REQUEST_DIALECTS = ("generate", "ollama chat", "embed", "api embeddings", "embeddings")
 """Of the second: what stands beside a prompt, at its places in Ollama's dialect and at /v1/embeddings."""
