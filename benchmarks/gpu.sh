@@ -4,25 +4,41 @@
 # OpenTelemetry, no installation.
 #
 #   benchmarks/gpu.sh            # on cuda
-#   DEVICE=cpu benchmarks/gpu.sh # the same on a CPU, to try the script itself: fewer tests, smaller models
-#   OUT=folder                   # figures as JSON go there, too
+#   DEVICE=cpu benchmarks/gpu.sh # the same on a CPU, to try the script itself in 4 minutes: fewer tests, small models
+#   OUT=folder                   # figures as JSON go there, too; stages.jsonl says how every stage ended
 #   TESTS="tests/kernels"        # what is tested; default: Triton's kernels
 #   SECONDS_IN_ALL=530           # what is begun later is left out, and said so
+#
+# A table of all stages comes last, also when the script is stopped: figures are written as they are found.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-device=${DEVICE:-cuda} python=${PYTHON:-python3} in_all=${SECONDS_IN_ALL:-530} failed=0
+device=${DEVICE:-cuda} python=${PYTHON:-python3} failed=0
+[ "$device" = cuda ] && in_all=${SECONDS_IN_ALL:-530} || in_all=${SECONDS_IN_ALL:-235}
 site=$(mktemp -d)
-trap 'rm -rf "$site"' EXIT
+trap finish EXIT
+trap 'failed=1; exit 143' INT TERM
 ln -s "$PWD" "$site/kvasir"
-out=${OUT:-$site/out}
+out=${OUT:-$site/out} table=()
 mkdir -p "$out"
+: >"$out/stages.jsonl"
 export PYTHONPATH=$site PYTHONDONTWRITEBYTECODE=1 TRITON_INTERPRET=0
 tests=${TESTS:-$(echo tests/kernels/test_triton_{attention,experts,rows,sample,strides}.py)} shape=1B sequences="1 8 32 128" models=() tokens=()
 if [ "$device" != cuda ]; then
   export TRITON_INTERPRET=1 # Triton's kernels on a CPU
-  tests=${TESTS:-tests/kernels/test_triton_experts.py} shape=125M sequences="1 4" models=(--model tiny --repeat 2)
-  tokens=(--input-len 64 --output-len 16)
+  tests=${TESTS:-tests/kernels/test_triton_sample.py} shape=10M sequences="1 4" models=(--model tiny --repeat 1)
+  tokens=(--input-len 32 --output-len 8)
 fi
+
+finish() {
+  echo "## $SECONDS s in all$([ $failed = 0 ] || echo ", and something failed")"
+  printf '%s\n' "| stage | seconds | outcome |" "|---|---|---|" "${table[@]}"
+  rm -rf "$site"
+}
+# note NAME SECONDS OUTCOME: into the table and the file
+note() {
+  table+=("| $1 | $2 | $3 |")
+  printf '{"stage": "%s", "seconds": %d, "outcome": "%s"}\n' "$1" "$2" "$3" >>"$out/stages.jsonl"
+}
 
 # stage NAME LIMIT COMMAND: with at most LIMIT seconds of those that are left
 stage() {
@@ -31,13 +47,17 @@ stage() {
   echo "## $name"
   if ((SECONDS + 10 > in_all)); then
     echo "left out: there are no 10 s left of $in_all"
+    note "$name" 0 "left out"
     failed=1
     return
   fi
   ((SECONDS + limit > in_all)) && limit=$((in_all - SECONDS))
   timeout -k 5 "$limit" "$@" || code=$?
-  [ $code = 124 ] && echo "stopped after $limit s"
-  [ $code = 0 ] || { failed=1; echo "FAILED: exit status $code"; }
+  local outcome=ok
+  [ $code = 0 ] || { failed=1 outcome="exit status $code"; }
+  [ $code = 124 ] || [ $code = 137 ] && outcome="stopped after $limit s"
+  [ $code = 0 ] || echo "FAILED: $outcome"
+  note "$name" $((SECONDS - begun)) "$outcome"
   echo "($((SECONDS - begun)) s)"
 }
 # without the configuration and fixtures of the other tests, which want Ray, browsers' libraries and plugins
@@ -69,5 +89,4 @@ if [ "$device" = cuda ] && command -v compute-sanitizer >/dev/null; then
       --import-mode=importlib tests/kernels/test_triton_attention.py -k "head_dims or inside"
   done
 fi
-echo "## $SECONDS s in all$([ $failed = 0 ] || echo ", and something failed")"
 exit $failed

@@ -245,14 +245,14 @@ def main() -> None:
                     break
                 for line in measure(case, clock, limits, device, args.repeat):
                     found.append(asdict(line) | {"model": name})
+                    if args.json:  # whoever stops this keeps what was measured
+                        args.json.write_text(json.dumps({"ceilings": limits, "kernels": found}, indent=1))
                     shape = f"{name} {line.shape}"
                     print(
                         f"{line.op:16} {shape:40} {line.backend:9} {line.seconds * 1e6:10.1f} {line.gb_s:8.1f}"
                         f" {line.tflop_s:8.2f} {line.share:8.2f}",
                         flush=True,
                     )
-    if args.json:
-        args.json.write_text(json.dumps({"ceilings": limits, "kernels": found}, indent=1))
 
 
 if __name__ == "__main__":

@@ -36,13 +36,13 @@ def bench_engine(config: EngineConfig, args: argparse.Namespace) -> int:
         for count in args.sequences:
             row = measure(engine, events, count, args.input_len, args.output_len)
             rows.append(row)
+            if args.out:  # whoever stops this keeps what was measured
+                args.out.write_text(json.dumps({"model": config.model, "rows": rows}, indent=1))
             print(
                 f"{count:10}{row['prefill_tok_s']:15.0f}{row['decode_tok_s']:14.1f}{row['ttft_ms']:16.1f}", flush=True
             )
     finally:
         engine.shutdown()
-    if args.out:
-        args.out.write_text(json.dumps({"model": config.model, "rows": rows}, indent=1))
     return 0
 
 

@@ -77,6 +77,7 @@ def _cpu() -> Iterator[Finding]:
     yield Finding("ok" if fast else "note", "bfloat16", text)
     yield from _kernels()
     yield from _huge_pages()
+    yield from _threads()
     yield Finding("ok", "speed", _speed())
     ram = available_ram()
     low = ram < 2 * 2**30
@@ -112,6 +113,18 @@ def _huge_pages() -> Iterator[Finding]:
     elif setting:
         advice = "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled makes reading weights faster"
         yield Finding("note", "huge pages", f"{setting}; as root, {advice}")
+
+
+def _threads() -> Iterator[Finding]:
+    from kvasir.engine.cores import binding, usable_cores
+    from kvasir.engine.memory import allocator
+
+    cores = usable_cores()
+    text = f"ranks of one machine share its {cores} usable core(s) evenly, unless --num-threads says otherwise"
+    if bound := binding():  # OpenMP binds the first thread when it is loaded, and processes inherit that
+        text = f"{bound} leaves {cores} core(s) to this process and those it starts; unset it, or set --num-threads"
+    yield Finding("note" if bound else "ok", "threads", text)
+    yield Finding("ok", "allocator", allocator())
 
 
 def _speed() -> str:

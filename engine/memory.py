@@ -191,6 +191,14 @@ def huge_pages() -> str:
     return path.read_text().partition("[")[2].partition("]")[0] if path.exists() else ""
 
 
+def allocator() -> str:
+    """Whose malloc this process has."""
+    maps = Path("/proc/self/maps")
+    mapped = maps.read_text() if maps.exists() else ""
+    loaded = next((name for name in ("jemalloc", "tcmalloc", "mimalloc") if f"/lib{name}" in mapped), None)
+    return loaded or ("glibc's, told to keep what is freed" if "/libc.so.6" in mapped else "the system's")
+
+
 def keep_freed_memory() -> None:
     """Tell glibc's malloc not to hand freed memory back at every step: a process that steps calls it once.
 

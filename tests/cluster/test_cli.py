@@ -337,12 +337,25 @@ def test_latency_counts_from_when_a_request_was_due() -> None:
 def test_doctor(tmp_path: Path) -> None:
     run = kvasir("doctor", "--json", cwd=tmp_path)
     findings = json.loads(run.stdout)
-    assert {"python", "cpu", "models", "memory"} <= {finding["about"] for finding in findings}
+    assert {"python", "cpu", "models", "memory", "threads", "allocator"} <= {finding["about"] for finding in findings}
     assert run.returncode == (1 if any(finding["state"] == "wrong" for finding in findings) else 0)
     lines = [re.fullmatch(r"cpu: (\w+) for (.+) \((.+)\)", f["text"]) for f in findings if f["about"] == "backend"]
     ops = [name for line in lines if line for name in line[2].split(", ")]
     assert {"attention", "turn_and_write", "draw", "stacked_experts", "linear of bfloat16"} <= set(ops)
     assert len(ops) == len(set(ops))
+
+
+def test_doctor_says_how_threads_are_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PROC_BIND"):
+        monkeypatch.delenv(name, raising=False)
+    threads, malloc = doctor_module._threads()
+    assert threads.state == "ok"
+    assert "evenly" in threads.text
+    assert malloc.text.startswith(("glibc's", "jemalloc", "tcmalloc", "mimalloc", "the system's"))
+    monkeypatch.setenv("OMP_PROC_BIND", "true")
+    threads, _ = doctor_module._threads()
+    assert threads.state == "note"
+    assert threads.text.startswith("OMP_PROC_BIND=true leaves ")
 
 
 def test_doctor_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
