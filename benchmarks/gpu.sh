@@ -12,11 +12,11 @@
 # A table of all stages comes last, also when the script is stopped: figures are written as they are found.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-device=${DEVICE:-cuda} python=${PYTHON:-python3} failed=0
+device=${DEVICE:-cuda} python=${PYTHON:-python3} failed=0 running= current=
 [ "$device" = cuda ] && in_all=${SECONDS_IN_ALL:-530} || in_all=${SECONDS_IN_ALL:-235}
 site=$(mktemp -d)
 trap finish EXIT
-trap 'failed=1; exit 143' INT TERM
+trap 'failed=1; kill "$running" 2>/dev/null; exit 143' INT TERM
 ln -s "$PWD" "$site/kvasir"
 out=${OUT:-$site/out} table=()
 mkdir -p "$out"
@@ -30,6 +30,7 @@ if [ "$device" != cuda ]; then
 fi
 
 finish() {
+  [ -z "$current" ] || note "$current" 0 "stopped with the script"
   echo "## $SECONDS s in all$([ $failed = 0 ] || echo ", and something failed")"
   printf '%s\n' "| stage | seconds | outcome |" "|---|---|---|" "${table[@]}"
   rm -rf "$site"
@@ -45,19 +46,24 @@ stage() {
   local name=$1 limit=$2 begun=$SECONDS code=0
   shift 2
   echo "## $name"
+  current=$name
   if ((SECONDS + 10 > in_all)); then
     echo "left out: there are no 10 s left of $in_all"
     note "$name" 0 "left out"
+    current=
     failed=1
     return
   fi
   ((SECONDS + limit > in_all)) && limit=$((in_all - SECONDS))
-  timeout -k 5 "$limit" "$@" || code=$?
+  timeout -k 5 "$limit" "$@" & # waited for, so that a signal is heeded at once
+  running=$!
+  wait "$running" || code=$?
   local outcome=ok
   [ $code = 0 ] || { failed=1 outcome="exit status $code"; }
   [ $code = 124 ] || [ $code = 137 ] && outcome="stopped after $limit s"
   [ $code = 0 ] || echo "FAILED: $outcome"
   note "$name" $((SECONDS - begun)) "$outcome"
+  current=
   echo "($((SECONDS - begun)) s)"
 }
 # without the configuration and fixtures of the other tests, which want Ray, browsers' libraries and plugins

@@ -24,7 +24,6 @@ constexpr int64_t CALLED = 1;
 // and at 22 / 21 / 28 / 22 with, which is all it multiplies by 10 rows.
 constexpr int64_t AHEAD = 16384;
 static_assert(CALLED <= (ROWS + 1) / 2, "rows that aren't called for go in one turn");
-constexpr int64_t ALONE = 32768; // numbers that one thread lays down sooner than two would have met
 
 thread_local Scratch scratch, laid;
 
@@ -141,38 +140,43 @@ void interleave(const typename Kind::Given *x, int64_t x_row, int64_t count, int
     for (int64_t j = 0; j < count; j++) to[k * count + j] = Kind::input(x[j * x_row + k]);
 }
 
-// x[T, I] as `multiply` takes it: of the rows that go together one input after the other; very few as they are.
+// x[T, I] as `multiply` takes it: of the rows that go together one input after the other; very few as they are. In memory of
+// the thread's own: what another core has just written comes line by line, and slowly.
 template <class Kind>
-const typename Kind::Input *lay_down(const typename Kind::Given *x, int64_t &x_row, int64_t rows, int64_t inputs, int64_t threads) {
+const typename Kind::Input *lay_down(const typename Kind::Given *x, int64_t &x_row, int64_t rows, int64_t inputs) {
   typedef typename Kind::Input Input;
   if constexpr (std::is_same_v<Input, typename Kind::Given>)
     if (rows < CALLED) return x;
   Input *out = (Input *)laid.get(sizeof(Input) * (size_t)std::max<int64_t>(1, rows * inputs));
-  int64_t chunks = (rows + CHUNK - 1) / CHUNK, most = turns_of(CHUNK);
-  share_out(rows * inputs < ALONE ? 1 : threads, chunks * most, [&](int64_t i) {
-    int64_t chunk = i / most, turn = i % most, all = std::min(CHUNK, rows - chunk * CHUNK);
-    if (turn >= turns_of(all)) return;
-    int64_t r = first_of(turn, all), count = first_of(turn + 1, all) - r;
-    const typename Kind::Given *from = x + (chunk * CHUNK + r) * x_row;
-    Input *to = out + (chunk * CHUNK + r) * inputs;
-    if (count >= CALLED) return interleave<Kind>(from, x_row, count, inputs, to);
-    for (int64_t j = 0; j < count; j++)
-      for (int64_t k = 0; k < inputs; k++) to[j * inputs + k] = Kind::input(from[j * x_row + k]);
-  });
+  for (int64_t chunk = 0; chunk < rows; chunk += CHUNK)
+    for (int64_t all = std::min(CHUNK, rows - chunk), turn = 0; turn < turns_of(all); turn++) {
+      int64_t r = first_of(turn, all), count = first_of(turn + 1, all) - r;
+      const typename Kind::Given *from = x + (chunk + r) * x_row;
+      Input *to = out + (chunk + r) * inputs;
+      if (count >= CALLED) {
+        interleave<Kind>(from, x_row, count, inputs, to);
+        continue;
+      }
+      for (int64_t j = 0; j < count; j++)
+        for (int64_t k = 0; k < inputs; k++) to[j * inputs + k] = Kind::input(from[j * x_row + k]);
+    }
   x_row = inputs;
   return out;
 }
 
 template <class Kind>
-void product(const typename Kind::Given *given, int64_t x_row, const typename Kind::Weight *packed,
+void product(const typename Kind::Given *given, int64_t given_row, const typename Kind::Weight *packed,
              const typename Kind::Number *bias, typename Kind::Number *out, int64_t rows, int64_t inputs, int64_t outputs,
              int64_t threads) {
-  const typename Kind::Input *x = lay_down<Kind>(given, x_row, rows, inputs, threads);
   int64_t blocks = (outputs + WIDE - 1) / WIDE, chunks = (rows + CHUNK - 1) / CHUNK;
-  share_runs(threads, blocks * chunks, [&](int64_t i) {
-    int64_t b = i % blocks, first = i / blocks * CHUNK, from = b * WIDE;
-    block<Kind>(x + first * inputs, x_row, packed + b * inputs * WIDE, inputs, bias ? bias + from : nullptr,
-                out + first * outputs + from, outputs, std::min(CHUNK, rows - first), std::min(WIDE, outputs - from));
+  share_runs(threads, blocks * chunks, [&] {
+    int64_t x_row = given_row;
+    const typename Kind::Input *x = lay_down<Kind>(given, x_row, rows, inputs);
+    return [=](int64_t i) {
+      int64_t b = i % blocks, first = i / blocks * CHUNK, from = b * WIDE;
+      block<Kind>(x + first * inputs, x_row, packed + b * inputs * WIDE, inputs, bias ? bias + from : nullptr,
+                  out + first * outputs + from, outputs, std::min(CHUNK, rows - first), std::min(WIDE, outputs - from));
+    };
   });
 }
 

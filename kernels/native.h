@@ -325,11 +325,13 @@ static inline void share_out(int64_t threads, int64_t count, Run run) {
   });
 }
 
-// The same in runs of neighbours, long ones first: what is read one after the other lies together.
-template <class Run>
-static inline void share_runs(int64_t threads, int64_t count, Run run) {
+// The same in runs of neighbours, long ones first: what is read one after the other lies together. Each thread has its run of
+// `make`.
+template <class Make>
+static inline void share_runs(int64_t threads, int64_t count, Make make) {
   std::atomic<int64_t> next{0};
   parallel(threads < count ? threads : count, [&](int, int all) {
+    auto run = make();
     for (int64_t at = next.load(std::memory_order_relaxed); at < count;) {
       int64_t few = (count - at) / (2 * all), stop = at + (few < 1 ? 1 : few);
       if (!next.compare_exchange_weak(at, stop, std::memory_order_relaxed)) continue;
