@@ -12,11 +12,11 @@
 # A table of all stages comes last, also when the script is stopped: figures are written as they are found.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-device=${DEVICE:-cuda} python=${PYTHON:-python3} failed=0 running= current=
+device=${DEVICE:-cuda} python=${PYTHON:-python3} failed=0 current=
 [ "$device" = cuda ] && in_all=${SECONDS_IN_ALL:-530} || in_all=${SECONDS_IN_ALL:-235}
 site=$(mktemp -d)
 trap finish EXIT
-trap 'failed=1; kill "$running" 2>/dev/null; exit 143' INT TERM
+trap 'failed=1; kill $(jobs -p) 2>/dev/null; exit 143' INT TERM
 ln -s "$PWD" "$site/kvasir"
 out=${OUT:-$site/out} table=()
 mkdir -p "$out"
@@ -56,8 +56,7 @@ stage() {
   fi
   ((SECONDS + limit > in_all)) && limit=$((in_all - SECONDS))
   timeout -k 5 "$limit" "$@" & # waited for, so that a signal is heeded at once
-  running=$!
-  wait "$running" || code=$?
+  wait $! || code=$?
   local outcome=ok
   [ $code = 0 ] || { failed=1 outcome="exit status $code"; }
   [ $code = 124 ] || [ $code = 137 ] && outcome="stopped after $limit s"

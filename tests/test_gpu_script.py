@@ -45,9 +45,10 @@ def test_a_stage_that_fails_stops_no_other(tmp_path: Path) -> None:
 
 
 def test_a_script_that_is_stopped_has_its_table(tmp_path: Path) -> None:
-    run = started(tmp_path, "*gpu_kernels*) exec sleep 60;;")
+    begun = tmp_path / "begun"
+    run = started(tmp_path, f"*gpu_kernels*) touch {begun}; exec sleep 600;;")
     deadline = time.monotonic() + 60
-    while not stages(tmp_path) and time.monotonic() < deadline:
+    while not begun.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     run.send_signal(signal.SIGTERM)
     said, _ = run.communicate(timeout=60)
