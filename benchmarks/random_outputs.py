@@ -1,12 +1,13 @@
 """Does what a model without any sense writes fit the schemas that were asked for? Whole sets, with a judge of its own.
 
-    python benchmarks/random_outputs.py --set bfcl [--format qwen3_coder]
+    python benchmarks/random_outputs.py --set bfcl [--format qwen3_coder] [--marks]
     python benchmarks/random_outputs.py --set jsonschemabench
 
 The engine with random weights, at temperature 1: each function of the Berkeley leaderboard as a tool that must be called
 (written in one of the formats that models are taught), or each schema of JSONSchemaBench as `response_format`. A schema is
 refused by name, or every output that ends must be valid; `jsonschema` judges. Marks that end texts and objects are made
-likelier (`--fond`), since random letters would hardly ever end.
+likelier (`--fond`), since random letters would hardly ever end. `--marks`: a format's marks are tokens of their own, as in the
+vocabularies of most families, and made likelier too: letter by letter a closing tag hardly ever comes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -114,16 +117,43 @@ def jsonschemabench(counts: Counter[str]) -> Iterator[Case]:
         yield Case(file.stem, StructuredOutput(json=json.dumps(schema)), {"": schema})
 
 
-def fond_of(tokenizer: Tokenizer, strength: float) -> dict[int, float]:
+def fond_of(tokenizer: Tokenizer, marks: list[str], strength: float) -> dict[int, float]:
     """A bias to the tokens that end things."""
-    ids = (tokenizer.encode(mark, add_special_tokens=False) for mark in MARKS)
+    ids = (tokenizer.encode(mark, add_special_tokens=False) for mark in (*MARKS, *marks))
     return {one[0]: strength for one in ids if len(one) == 1}
 
 
-def run(bench: Bench, tokenizer: Tokenizer, cases: list[Case], options: argparse.Namespace) -> Counter[str]:
+def marks_in(form: ToolFormat) -> list[str]:
+    """A format's marks, as far as they can be tokens."""
+    style = form.arguments
+    found = {*form.begins, *form.inner, *form.call[1].split("\n")}
+    if style is not None:
+        found |= {style.end, style.quote, *style.marks}
+    return sorted(mark.strip() for mark in found if len(mark.strip()) > 2 and "NAME" not in mark)
+
+
+def with_marks(model: str, marks: list[str], folder: Path) -> str:
+    """The model's shape and vocabulary in `folder`, with more tokens."""
+    source = ModelFiles(EngineConfig(model=model)).path
+    for file in source.glob("*.json"):
+        shutil.copy(file, folder)
+    tokens = json.loads((folder / "tokenizer.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    for mark in marks:
+        tokens["added_tokens"].append({"id": config["vocab_size"], "content": mark, **plain})
+        config["vocab_size"] += 1
+    (folder / "tokenizer.json").write_text(json.dumps(tokens))
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def run(
+    bench: Bench, tokenizer: Tokenizer, cases: list[Case], marks: list[str], options: argparse.Namespace
+) -> Counter[str]:
     """All cases, `--seeds` outputs each."""
     counts: Counter[str] = Counter()
-    bias = fond_of(tokenizer, options.fond)
+    bias = fond_of(tokenizer, marks, options.fond)
     prompt = tokenizer.encode("Hello")
     texts: dict[str, list[int]] = {}
     for number, case in enumerate(cases):
@@ -173,10 +203,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="outputs of each request (default: 1)")
     parser.add_argument("--outputs", type=int, default=300, help="tokens of each at most (default: 300)")
     parser.add_argument("--fond", type=float, default=4.0, help="bias to the marks that end things (default: 4)")
+    parser.add_argument("--marks", action="store_true", help="with bfcl: the format's marks are tokens of their own")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        marks = marks_in(TOOL_FORMATS[options.format]) if options.marks else []
+        work(with_marks(options.model, marks, Path(folder)) if marks else options.model, marks, options)
+
+
+def work(model: str, marks: list[str], options: argparse.Namespace) -> None:
+    """Print the counts."""
     config = EngineConfig(
-        model=options.model, load_format="dummy", num_threads=options.threads, max_num_seqs=64, max_queue=4096
+        model=model, load_format="dummy", num_threads=options.threads, max_num_seqs=64, max_queue=4096
     )
     tokenizer = ModelFiles(config).tokenizer()
     assert tokenizer is not None
@@ -185,7 +223,7 @@ def main() -> None:
     cases = [*found]
     bench = Bench(config)
     began = time.perf_counter()
-    counts += run(bench, tokenizer, cases, options)
+    counts += run(bench, tokenizer, cases, marks, options)
     bench.engine.shutdown()
     print(f"{options.set}{f', {options.format}' if options.set == 'bfcl' else ''}: {time.perf_counter() - began:.0f} s")
     for name, count in sorted(counts.items(), key=lambda one: (one[0].startswith("refused:"), -one[1])):

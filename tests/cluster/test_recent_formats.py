@@ -9,6 +9,7 @@ import jsonschema
 import pytest
 from grammar_walk import PLAIN, Bytes, accepts, calls_of, matcher_of, read, walk
 
+from kvasir.cluster.answer_parts import MAX_RETURNED, AnswerReader, ReadAnswer
 from kvasir.cluster.derived_format import derived_thoughts, shown_calls, shows_tools
 from kvasir.cluster.reading import constraints, reading
 from kvasir.cluster.tool_formats import THOUGHT_FORMATS, TOOL_FORMATS, model_formats, taught_thoughts
@@ -182,8 +183,10 @@ def test_lists_and_objects_in_pythons_spelling():
 def test_brackets_in_brackets_arent_read_over_and_over(name, unit):
     """Each may be a call's beginning; what is none is text, and found out in bounded time."""
     text = unit * 5000
-    answer = read(TOOL_FORMATS[name], text, {"f": None}, cuts=[len(text) // 2])
+    reader, answer = AnswerReader(TOOL_FORMATS[name], None, schemas={"f": None}), ReadAnswer()
+    answer.add([*reader.feed(text), *reader.finish()])
     assert answer.content + "".join(call.arguments for call in answer.calls)
+    assert reader.scanner.returned <= MAX_RETURNED + len(text)
     closed = f"[f(o={'[' * 3000}{']' * 3000})]"
     assert read(TOOL_FORMATS["pythonic"], closed, {"f": None}).content == closed
 
