@@ -78,11 +78,14 @@ class Generation:
     @property
     def timing(self) -> CallTiming:
         """Complete when iteration has ended."""
+        outputs = [output for transcript in self.transcripts for output in transcript.outputs]
         return CallTiming.of(
-            (output.timing for transcript in self.transcripts for output in transcript.outputs),
+            (output.timing for output in outputs),
             total_s=time.monotonic() - self._started,
             cached_tokens=sum(transcript.cached_tokens for transcript in self.transcripts),
             group=self._streams[0].placement.client.name,
+            drafted=sum(output.drafted for output in outputs),
+            accepted=sum(output.accepted for output in outputs),
         )
 
     def summary(self) -> str:

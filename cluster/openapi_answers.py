@@ -105,7 +105,11 @@ def _pooled(of: Json) -> Json:
 
 _OPENAI = {
     "Usage": _USAGE,
-    "Timing": _object({f"{name}_ms": _NUMBER for name in ("queue", "prefill", "decode", "total")} | {"group": _TEXT}),
+    "Timing": _object(
+        {f"{name}_ms": _NUMBER for name in ("queue", "prefill", "decode", "total")}
+        | {"cached_tokens": _INT, "group": _TEXT},
+        {"acceptance": _NUMBER},
+    ),
     "ChatCompletion": _object(
         {
             **_ENVELOPE,

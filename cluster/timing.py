@@ -25,9 +25,20 @@ class CallTiming:
     """Prompt tokens that weren't computed again."""
     group: str
     """Which group answered, or was the last to: the name of one life of it."""
+    acceptance: float | None = None
+    """The share of tokens proposed by speculation that were taken, of all continuations; None: none was proposed."""
 
     @classmethod
-    def of(cls, timings: Iterable[Timing], *, total_s: float, cached_tokens: int, group: str) -> CallTiming:
+    def of(
+        cls,
+        timings: Iterable[Timing],
+        *,
+        total_s: float,
+        cached_tokens: int,
+        group: str,
+        drafted: int = 0,
+        accepted: int = 0,
+    ) -> CallTiming:
         """From the groups' clocks (the first three) and the gateway's."""
         begun = [timing for timing in timings if timing.scheduled]
         made = [timing for timing in begun if timing.first_token]
@@ -38,6 +49,7 @@ class CallTiming:
             total_ms=round(1000 * total_s, 3),
             cached_tokens=cached_tokens,
             group=group,
+            acceptance=round(accepted / drafted, 3) if drafted else None,
         )
 
     @classmethod
@@ -49,13 +61,14 @@ class CallTiming:
 
     def json(self) -> dict[str, Any]:
         """The `timing` field of answers."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return {name: value for name in self.__slots__ if (value := getattr(self, name)) is not None}
 
     def text(self) -> str:
         """The value of a Server-Timing header (W3C)."""
         spans = ("queue", self.queue_ms), ("prefill", self.prefill_ms), ("decode", self.decode_ms)
         parts = [f"{name};dur={ms:g}" for name, ms in (*spans, ("total", self.total_ms))]
-        return ", ".join([*parts, f'cached;desc="{self.cached_tokens}"', f'group;desc="{self.group}"'])
+        facts = {"cached": self.cached_tokens, "group": self.group, "acceptance": self.acceptance}
+        return ", ".join(parts + [f'{name};desc="{fact}"' for name, fact in facts.items() if fact is not None])
 
     def header(self) -> tuple[bytes, bytes]:
         return b"server-timing", self.text().encode()

@@ -243,6 +243,8 @@ def _encode_finished(event: Finished) -> pb.Finished:
         cached_tokens=event.cached_tokens,
         output_tokens=event.output_tokens,
         preemptions=event.preemptions,
+        drafted=event.drafted,
+        accepted=event.accepted,
         **{name: getattr(event.timing, name) for name in _TIMES},
     )
     return _set(message, stop_token_id=event.stop_token_id)
@@ -297,4 +299,6 @@ def _decode_finished(message: pb.Finished, request_id: str) -> Finished:
         output_tokens=message.output_tokens,
         preemptions=message.preemptions,
         timing=Timing(**{name: getattr(message, name) for name in _TIMES}),
+        drafted=message.drafted,
+        accepted=message.accepted,
     )

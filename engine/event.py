@@ -62,6 +62,10 @@ class Finished:
     output_tokens: int = 0
     preemptions: int = 0
     timing: Timing = field(default_factory=Timing)
+    drafted: int = 0
+    """Tokens that were proposed to the model instead of drawn from it (speculation) ..."""
+    accepted: int = 0
+    """... and those of them that it would have drawn."""
 
 
 @dataclass(frozen=True, slots=True)

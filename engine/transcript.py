@@ -51,6 +51,9 @@ class Output:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     timing: Timing = field(default_factory=Timing)
+    drafted: int = 0
+    accepted: int = 0
+    """Of `drafted` tokens, as in `Finished`."""
     preemptions: int = 0
     settled: bool = False
     """The engine's own `Finished` arrived: it works on this continuation no more."""
@@ -178,6 +181,7 @@ class Transcript:
     def _finish(self, event: Finished) -> Delta | None:
         output = self._made[event.index]
         output.settled, output.timing, output.preemptions = True, event.timing, event.preemptions
+        output.drafted, output.accepted = event.drafted, event.accepted
         self.cached_tokens = max(self.cached_tokens, event.cached_tokens)
         if output.finish_reason:
             return None

@@ -76,6 +76,8 @@ class FakeGroup:
         self.vector = lambda request: [float(len(request.prompt_token_ids)), 0.5]
         """What a request for a vector gets."""
         self.step_s = 0.0
+        self.drafts = (0, 0)
+        """Tokens that speculation proposed for each continuation, and those that were taken."""
         self.refusal = None
         """Raised by submit."""
         self.dies_after = None
@@ -139,6 +141,7 @@ class FakeGroup:
                         "prompt_tokens": len(request.prompt_token_ids),
                         "cached_tokens": 2,
                         "output_tokens": step + 1,
+                        **dict(zip(("drafted", "accepted"), self.drafts, strict=True)),
                     }
                     stream._push(Finished(name, index, reason, stop, **counts, timing=timing))
             if not live:

@@ -296,6 +296,18 @@ def test_server_timing(gateway):
     assert "timing" not in whole.json()
 
 
+def test_acceptance_is_told_where_something_was_proposed(gateway):
+    gateway.group.drafts = 8, 6
+    try:
+        answer = httpx.post(
+            gateway.url + "/v1/completions", json={"model": "bytes", "prompt": "a", "return_timing": True}
+        )
+    finally:
+        gateway.group.drafts = 0, 0
+    assert answer.headers["server-timing"].endswith('group;desc="group-1", acceptance;desc="0.75"')
+    assert answer.json()["timing"]["acceptance"] == 0.75
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize("usage", [True, False])
 def test_return_timing(gateway, path, usage):

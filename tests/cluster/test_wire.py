@@ -20,7 +20,7 @@ EVENTS = [
     Token("a", 1, (6, 7, 8)),
     Token("a", 1, (9,), logprobs=[BEST]),
     Token("a", 0, (10,), logprobs=[TokenLogprob(-3.0, 77)], prompt_logprobs=[None, BEST, BEST]),
-    Finished("a", 0, "stop", 2, 11, 4, 3, 1, Timing(1.5, 2.5, 3.5, 4.5)),
+    Finished("a", 0, "stop", 2, 11, 4, 3, 1, Timing(1.5, 2.5, 3.5, 4.5), 8, 6),
     Finished("a", 1, "length"),
     Pooled("a", (0.5, -2.0, 1.25), 7, 3, Timing(1.5, 2.5, 0.0, 4.5)),
     Failed("a", "deadline_exceeded", "too late"),
