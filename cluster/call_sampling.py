@@ -65,7 +65,9 @@ def fitted(sampling: SamplingParams, prompt_tokens: int, context: tuple[int, str
     if room < 1:
         text = f"the prompt has {prompt_tokens} tokens; prompt and output share {limit} tokens ({chosen_by})"
         raise ContextLengthError(f"{text}, so it may have {limit - 1} at most", param="prompt")
-    if chosen_by == BY_MODEL if wanted is None else wanted <= room:
+    if wanted is None and chosen_by == BY_MODEL:
+        return sampling
+    if wanted is not None and wanted <= room:
         return sampling
     if wanted is None or not chosen:
         return dataclasses.replace(sampling, max_tokens=room)

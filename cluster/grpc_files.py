@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 from kvasir.cluster.auth import ApiKeys
@@ -41,6 +42,8 @@ class Files(FilesServicer):
                         raise ClientError("every message but the first must hold data", param="data")
                     await file.write(part.data)
                 made = await file.done(first.info.purpose, seconds, self._shelf.ttl_s)
+                if context.cancelled():  # then the messages seem to end, too, and what came is a part of the file
+                    raise asyncio.CancelledError
             except BaseException:
                 await file.drop()
                 raise

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 import orjson
 from google.protobuf.descriptor import FieldDescriptor
-from google.protobuf.json_format import ParseDict
+from google.protobuf.json_format import ParseDict, ParseError
 from google.protobuf.message import Message
 
-from kvasir.engine.errors import ClientError
+from kvasir.engine.errors import ClientError, ServerError
 
 Json = dict[str, Any]
 M = TypeVar("M", bound=Message)
@@ -32,8 +32,11 @@ def request_body(message: Message) -> Json:
 
 
 def as_message(kind: type[M], body: Mapping[str, Any]) -> M:
-    """An answer's body; what the message has no field for is left out."""
-    found: M = ParseDict(_as_answer(body), kind(), ignore_unknown_fields=True)
+    """An answer's body; what the message has no field for is left out. ServerError when a field can't hold what it has."""
+    try:
+        found: M = ParseDict(_as_answer(body), kind(), ignore_unknown_fields=True)
+    except ParseError as error:
+        raise ServerError(f"gRPC can't say this answer, HTTP can: {error}") from error
     return found
 
 

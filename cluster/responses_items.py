@@ -47,6 +47,9 @@ def _item(given: Json, at: str) -> Json:
     if not isinstance(kind, str):
         raise ClientError(f"{at}.type must be a string, got {kind!r:.60}", param="input")
     item = {"type": kind, **{name: value for name, value in given.items() if value is not None}}
+    for name in ("id", "status", "phase"):
+        if not isinstance(item.get(name, ""), str):
+            raise ClientError(f"{at}.{name} must be a string, got {item[name]!r:.60}", param="input")
     item.setdefault("id", f"{_PREFIXES.get(kind, 'item')}_{uuid.uuid4().hex}")
     if kind == "message":
         part = {"type": "output_text" if item.get("role") == "assistant" else "input_text"}

@@ -43,7 +43,7 @@ IPV6 = "(" + "|".join([
 _LABEL = "[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
 _ATOM = "[a-zA-Z0-9!#$%&'*+/=?^_`{|}~-]+"
 EMAIL = rf"({_ATOM}(\.{_ATOM})*|\"([ !#-\[\]-~]|\\[ -~])*\")@({_LABEL}(\.{_LABEL})*|\[({IPV4}|IPv6:{IPV6})\])"
-"""RFC 5321, 4.1.2: a local part may stand between quotes, and an address in place of a domain."""
+"""RFC 5321, 4.1.2: a local part may stand between quotes, and an address in place of a domain. Lengths (4.5.3) aren't held."""
 REWRITTEN = {"ipv6": f"^{IPV6}$", "email": f"^{EMAIL}$"}
 """Formats of which the library doesn't know all."""
 OLD_DRAFTS = ("draft-04", "draft-06", "draft-07")
@@ -104,7 +104,7 @@ def _narrowed(schema: Any, old: bool) -> Any:
 
 
 def with_feff(pattern: str) -> str:
-    """White space of ECMA 262 holds U+FEFF too, which the library's doesn't."""
+    """White space of ECMA 262 holds U+FEFF too, which the library's doesn't. `\\S` among others in brackets still takes it."""
     if "\\s" not in pattern and "\\S" not in pattern:
         return pattern
     parts, inside = [], False

@@ -34,6 +34,7 @@ def penalise(
             logits, outputs, prompts, repetition=repetition, presence=presence, frequency=frequency, seats=seats
         )
     rows, vocab = logits.shape
+    _match(rows, repetition, presence, frequency, seats)
     out = torch.empty(rows, vocab)
     numbers = [_as(part, torch.float32) for part in (repetition, presence, frequency)]
     kept = [_as(outputs, torch.int32), _as(prompts, torch.bool), _as(seats, torch.int64)]
@@ -60,11 +61,13 @@ def draw(
     top_p: Tensor | None = None,
     most: int = 0,
 ) -> Tensor:
-    """As the definition says; of several that are equally likely, the first are kept. float32 alone is compiled."""
+    """As the definition says; of several that are equally likely, the first are kept. float32 alone is compiled. Of a row
+    without a likeliest token (NaN, all barred) it is token 0."""
     compiled = library()
     if compiled is None or not _suits(logits):
         return sample_cpu.draw(logits, uniforms, temperature, min_p=min_p, top_k=top_k, top_p=top_p, most=most)
     rows, vocab = logits.shape
+    _match(rows, uniforms, temperature, min_p, top_k, top_p)
     out = torch.empty(rows, dtype=torch.int64)
     numbers = [_as(part, torch.float32) for part in (temperature, min_p)]
     filters = [_as(top_k, torch.int64), _as(top_p, torch.float32)]
@@ -87,6 +90,7 @@ def score(logits: Tensor, tokens: Tensor, best: int) -> tuple[Tensor, Tensor, Te
     if compiled is None or not _suits(logits) or best > logits.shape[1]:
         return plain.score.reference(logits, tokens, best)
     rows, vocab = logits.shape
+    _match(rows, tokens)
     own, values = torch.empty(rows), torch.empty(rows, best)
     rank, ids = torch.empty(rows, dtype=torch.int64), torch.empty(rows, best, dtype=torch.int64)
     given = _as(tokens, torch.int64)
@@ -101,6 +105,13 @@ def score(logits: Tensor, tokens: Tensor, best: int) -> tuple[Tensor, Tensor, Te
         torch.get_num_threads(),
     )
     return own, rank, ids, values
+
+
+def _match(rows: int, *parts: Tensor | None) -> None:
+    """Compiled code reads as far as there are rows."""
+    for part in parts:
+        if part is not None and part.shape != (rows,):
+            raise ValueError(f"{rows} rows of logits need as many numbers each, got {tuple(part.shape)}")
 
 
 def _suits(logits: Tensor) -> bool:

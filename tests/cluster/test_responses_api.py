@@ -598,3 +598,10 @@ def test_a_compaction_has_its_id_and_takes_what_says_nothing(gateway):
 def test_a_compaction_refuses_what_it_doesnt_read(gateway, fields):
     reply = compacted(gateway, input="Tea", **fields)
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, *fields)
+
+
+@pytest.mark.parametrize("field", ["id", "status", "phase"])
+def test_facts_of_items_are_texts(gateway, field):
+    answer = post(gateway, input=[{"role": "user", "content": "Hi", field: 5}])
+    assert answer.status_code == 400
+    assert f"input[0].{field} must be a string" in answer.json()["error"]["message"]
