@@ -126,6 +126,8 @@ class AnswerReader:
         self.schemas = schemas or {}
         self.calls = 0
         """How many have begun."""
+        self.said = False
+        """The answer has text, or a call."""
         self._parts: list[Part] = []
         self._tools, self._thoughts, self._begun = tools, thoughts, begun
         self._texts = {"content": _Text(strip=False), "reasoning": _Text(strip=True)}
@@ -164,6 +166,7 @@ class AnswerReader:
         self._flush("content")
         self._parts.append(Part("call", name, self.calls))
         self.calls += 1
+        self.said = True
 
     def gap(self) -> None:
         """White space that comes next stands between marks."""
@@ -194,6 +197,7 @@ class AnswerReader:
     def _say(self, kind: Literal["content", "reasoning"], text: str) -> None:
         if shown := self._texts[kind].add(text):
             self._parts.append(Part(kind, shown))
+            self.said = self.said or kind == "content"
 
     def _flush(self, kind: Literal["content", "reasoning"]) -> None:
         """White space that was held back is a part of the answer after all, unless it stands alone."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from kvasir.cluster.answer_parts import AnswerReader
@@ -12,7 +12,10 @@ from kvasir.cluster.text_scanner import Steps
 from kvasir.cluster.tool_readers import Read
 
 Whole = Callable[[AnswerReader], Steps[None]]
-_TO = re.compile(r"to=([^\s<]+)")
+_NONE: Mapping[str, str] = MappingProxyType({})
+_START = "<|start|>"
+_BREAKS = tuple(" \t\r\n<")
+"""What no recipient's name holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,66 +26,94 @@ class Channel:
     ends: tuple[str, ...]
     calls: Read | None = None
     """Reads the calls in it; what isn't one is of `kind`."""
+    head: str = ""
+    """What stood before it and is text, too, when it holds no call after all."""
 
 
-def channels(opened: Mapping[str, Channel], *, heads: Sequence[str] = (), skipped: Sequence[str] = ()) -> Whole:
-    """opened: by the mark that opens each. heads: marks behind which what precedes the next channel is no text. skipped: marks
-    that say nothing."""
+def channels(opened: Mapping[str, Channel], *, heads: Mapping[str, str] = _NONE, skipped: Sequence[str] = ()) -> Whole:
+    """opened: by the mark that opens each. heads: marks that open messages -> the role behind them, which is no text. skipped:
+    marks that say nothing."""
 
     def read(answer: AnswerReader) -> Steps[None]:
         scanner, marks = answer.scanner, [*opened, *heads, *skipped]
         while (mark := (yield from scanner.until(marks, answer.content))) is not None:
-            if mark in heads and (mark := (yield from scanner.until(marks))) is None:
-                return
+            if role := heads.get(mark):
+                yield from _over(answer, role)
             if (channel := opened.get(mark)) is not None:
-                yield from _channel(answer, mark, channel)
+                yield from _channel(answer, channel)
                 answer.gap()
 
     return read
 
 
-def _channel(answer: AnswerReader, mark: str, channel: Channel) -> Steps[None]:
+def _over(answer: AnswerReader, role: str) -> Steps[None]:
+    """A word, unless it goes on."""
+    scanner = answer.scanner
+    if (yield from scanner.literal(role)) and (yield from scanner.peek()).isalnum():
+        answer.content(role)
+
+
+def _channel(answer: AnswerReader, channel: Channel) -> Steps[str | None]:
+    """What ended it: one of its `ends`, its calls (""), or the text's end."""
     scanner, take = answer.scanner, answer.reasoning if channel.kind == "reasoning" else answer.content
     if channel.calls is not None:
         place, calls = scanner.keep(), answer.calls
-        if (yield from channel.calls(answer, mark)) or answer.calls > calls:
+        if (yield from channel.calls(answer, "")) or answer.calls > calls:
             scanner.drop()
-            return
+            return ""
         scanner.rewind(place)
-    yield from scanner.until([*channel.ends], take)
+        take(channel.head)
+    return (yield from scanner.until([*channel.ends], take))
 
 
-def addressed(calls: Read, ends: Sequence[str]) -> Whole:
-    """Muse Glimmer: ` to=self<|message|>` thoughts, ` to=user<|message|>` text, ` to=NAME<|message|>` a call."""
+def addressed(calls: Read, *ends: str) -> Whole:
+    """Muse Glimmer: ` to=self<|message|>` thoughts, ` to=user<|message|>` text, ` to=NAME<|message|>` a call, up to one of
+    `ends`; `<|start|>assistant` before each but the first. What has no such head is text."""
 
     def read(answer: AnswerReader) -> Steps[None]:
         scanner = answer.scanner
-        while True:
-            head, mark = yield from scanner.collect(["<|message|>"])
-            if mark is None:
-                answer.content("" if _TO.search(head) or "<|start|>" in head else head)
-                return
-            to = _TO.search(head)
-            kind: Literal["reasoning", "content"] = "reasoning" if to and to[1] == "self" else "content"
-            called = calls if to and to[1] not in ("self", "user") else None
-            before = answer.calls
-            yield from _channel(answer, "", Channel(kind, (*ends,), called))
-            if answer.calls > before:
-                yield from scanner.until([*ends])
-            answer.gap()
+        end: str | None = ""
+        while end is not None:
+            if (to := (yield from _recipient(answer))) is None:
+                answer.content((yield from scanner.literal(_START)))
+                end = yield from scanner.until([*ends, _START], answer.content)
+            else:
+                called = Channel("content", (*ends, _START), calls, f" to={to}<|message|>")
+                said = Channel("reasoning" if to == "self" else "content", (*ends, _START))
+                end = yield from _channel(answer, said if to in ("self", "user") else called)
+                if end == "":
+                    end = yield from scanner.until([*ends, _START], answer.content)
+                answer.gap()
+            if end == _START:
+                scanner.skip(-len(_START))
 
     return read
 
 
+def _recipient(answer: AnswerReader) -> Steps[str | None]:
+    """Whom a message's head names, over that head; None, and nothing is read: there is none."""
+    scanner = answer.scanner
+    place = scanner.keep()
+    yield from scanner.literal(f"{_START}assistant")
+    if (yield from scanner.literal(" to=")):
+        name, mark = yield from scanner.collect(["<|message|>", *_BREAKS])
+        if name and mark == "<|message|>":
+            scanner.drop()
+            return name
+    scanner.rewind(place)
+    return None
+
+
 def recipients(answer: AnswerReader) -> Steps[None]:
-    """Functionary v3.2: `all` and a line break before text, a function's name before the JSON of a call; `>>>` between them."""
+    """Functionary v3.2: `all` and a line break before text, a tool's name before the JSON of a call; `>>>` between them. Where
+    there are no tools, all that follows is text."""
     scanner = answer.scanner
     mark = yield from scanner.literal(">>>")  # or the prompt ends with it
     while True:
         place = scanner.keep()
         name, found = yield from scanner.collect(["\n"])
         first = (yield from scanner.peek()) if found else ""
-        if first == "{" and name and (not answer.schemas or name in answer.schemas):
+        if first == "{" and name in answer.schemas:
             answer.call(name)
             yield from scanner.value(answer.arguments)
             yield from scanner.space()
@@ -91,6 +122,6 @@ def recipients(answer: AnswerReader) -> Steps[None]:
         else:
             scanner.rewind(place)
             answer.content(mark)
-        mark = (yield from scanner.until([">>>"], answer.content)) or ""
+        mark = (yield from scanner.until([">>>"] if answer.schemas else [], answer.content)) or ""
         if not mark:
             return

@@ -30,7 +30,7 @@ def nested(mark: str) -> Read:
             if found is None:
                 return answer.calls > before
             yield from arguments(answer, name.strip())
-        return answer.calls > before or found is not None
+        return answer.calls > before
 
     def arguments(answer: AnswerReader, name: str) -> Steps[None]:
         scanner, root, written = answer.scanner, answer.schemas.get(name), "{"
@@ -39,23 +39,31 @@ def nested(mark: str) -> Read:
             key, found = yield from scanner.collect([">"])
             if found is None:
                 break
-            given = yield from value(answer, _member(resolved(root, root), key, root), root, 1)
+            given, _ = yield from value(answer, _member(resolved(root, root), key, root), root, 1)
             answer.arguments(f"{written}{dumps(key)}: {dumps(given)}")
             written = ", "
         answer.arguments("{}" if written == "{" else "}")
         yield from scanner.until([">"])
 
-    def value(answer: AnswerReader, schema: Any, root: Any, depth: int) -> Steps[Any]:
-        """Up to its closing tag, and over it."""
+    def value(answer: AnswerReader, schema: Any, root: Any, depth: int) -> Steps[tuple[Any, str]]:
+        """Up to its closing tag, and over it; and as it is written, with that tag. Text beside tags makes a text of it all."""
         scanner = answer.scanner
         text, found = yield from scanner.collect([closing, opening] if depth < MAX_DEPTH else [closing])
         inner: list[tuple[str, Any]] = []
+        written, beside = text, text
         while found == opening:
-            key, _ = yield from scanner.collect([">"])
-            inner.append((key, (yield from value(answer, _member(schema, key, root), root, depth + 1))))
-            found = yield from scanner.until([closing, opening])
-        yield from scanner.until([">"])
-        return _whole(inner, schema) if inner else _scalar(text, schema)
+            key, end = yield from scanner.collect([">"])
+            given, raw = yield from value(answer, _member(schema, key, root), root, depth + 1)
+            inner.append((key, given))
+            text, found = yield from scanner.collect([closing, opening])
+            written += f"{opening}{key}{end or ''}{raw}{text}"
+            beside += text
+        name, end = yield from scanner.collect([">"])
+        if not inner:
+            given = _scalar(written, schema)
+        else:
+            given = written if beside.strip() else _whole(inner, schema)
+        return given, f"{written}{found or ''}{name}{end or ''}"
 
     return read
 

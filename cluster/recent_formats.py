@@ -6,7 +6,7 @@ from kvasir.cluster.answer_parts import ThoughtFormat, ToolFormat
 from kvasir.cluster.channel_readers import Channel, addressed, channels, recipients
 from kvasir.cluster.nested_readers import nested
 from kvasir.cluster.styled_readers import CDATA, styled
-from kvasir.cluster.tool_readers import either, keyed, named, never, objects
+from kvasir.cluster.tool_readers import enclosed, keyed, named, never, objects
 from kvasir.engine.argument_style import ArgumentStyle
 
 _MM = "]<]minimax[>["
@@ -125,7 +125,7 @@ RECENT_FORMATS: tuple[ToolFormat, ...] = (
                     named(_SOLAR_CALL[0], _SOLAR_CALL[2], _SOLAR_CALL[3], "<|calls|>", before=_SOLAR_CALL[1]),
                 ),
             },
-            heads=("<|begin|>",),
+            heads={"<|begin|>": "assistant"},
             skipped=("<|end|>", "<|calls|>"),
         ),
         inner=(*_SOLAR, *_SOLAR_CALL),
@@ -146,8 +146,7 @@ RECENT_FORMATS: tuple[ToolFormat, ...] = (
                 "<|content_text|>": Channel("content", _INKLING_ENDS),
                 "<|content_invoke_tool_json|>": Channel("content", _INKLING_ENDS, objects(*_INKLING_ENDS)),
             },
-            heads=("<|message_model|>",),
-            skipped=_INKLING_ENDS,
+            skipped=("<|message_model|>", *_INKLING_ENDS),
         ),
         inner=_INKLING,
         signs=("<|content_invoke_tool_json|>",),
@@ -165,7 +164,8 @@ RECENT_FORMATS: tuple[ToolFormat, ...] = (
         read=never,
         whole=addressed(
             styled(('<atem:invoke name="', '">', "</atem:invoke>"), _GLIMMER, "</atem:function_calls>"),
-            ("<|eom|>", "<|eot|>", "<|start|>"),
+            "<|eom|>",
+            "<|eot|>",
         ),
         inner=("<|start|>", "<|message|>", "<|eom|>", "<|eot|>"),
         signs=("<atem:invoke", "to=self"),
@@ -202,9 +202,9 @@ RECENT_FORMATS: tuple[ToolFormat, ...] = (
     ),
     ToolFormat(
         name="ernie45",
-        begins=("<tool_call>", "<response>", "</response>"),
-        read=either({"<tool_call>": objects("</tool_call>")}),
-        inner=("</tool_call>",),
+        begins=("<tool_call>", "<response>"),
+        read=enclosed("<response>", "</response>", "<tool_call>", objects("</tool_call>")),
+        inner=("</response>", "</tool_call>"),
         call=('<tool_call>\n{"name": "NAME", "arguments": ', "}\n</tool_call>"),
     ),
     ToolFormat(

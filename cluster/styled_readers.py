@@ -27,7 +27,7 @@ def styled(call: tuple[str, str, str], style: ArgumentStyle, last: str | None) -
             if not begun:
                 found = yield from scanner.until([call[0], *([last] if last else [])])
                 if found != call[0]:
-                    return answer.calls > before or found is not None
+                    return answer.calls > before
             begun = False
             name, found = yield from scanner.collect([call[1]] if call[1] else [style.key[0], call[2]])
             if found is None:

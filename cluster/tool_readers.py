@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from kvasir.cluster.answer_parts import AnswerReader
 from kvasir.cluster.text_scanner import Steps, Take
@@ -163,11 +163,27 @@ def keyed(end: str) -> Read:
     return read
 
 
-def either(readers: Mapping[str, Read]) -> Read:
-    """By the mark that was found; the others say nothing."""
+def enclosed(begin: str, end: str, call: str, calls: Read) -> Read:
+    """Calls behind `call`. `begin` and `end` say nothing around the text of the whole answer; elsewhere they are text."""
 
     def read(answer: AnswerReader, mark: str) -> Steps[bool]:
-        return (yield from readers[mark](answer, mark)) if mark in readers else True
+        scanner = answer.scanner
+        if mark == call:
+            return (yield from calls(answer, mark))
+        if answer.said:
+            return False
+        scanner.drop()
+        while (found := (yield from scanner.until([end, call], answer.content))) == end:
+            place = scanner.keep()
+            yield from scanner.space()
+            last = (yield from scanner.literal(call)) or not (yield from scanner.peek())
+            scanner.rewind(place)
+            if last:
+                return True
+            answer.content(end)
+        if found:
+            scanner.skip(-len(found))
+        return True
 
     return read
 
