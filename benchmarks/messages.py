@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from kvasir.engine.codec import encode_step
-from kvasir.engine.control import Hub, Spoke
+from kvasir.engine.control import Hub
+from kvasir.engine.spoke import Spoke
 from kvasir.engine.step import Result, Slice, Step
 
 STAMP = struct.Struct("<d")

@@ -1,8 +1,8 @@
 """Control: what rank 0 and the other ranks of a group tell each other, over one TCP connection each; steps for ranks of rank
 0's own node go through memory that they share (`board`), where that can be had.
 
-Rank 0 listens, the others connect. A frame is its length (4 bytes), its kind (1 byte) and its content: JSON, or a step or
-result in `codec`'s form. Nothing that arrives can run, and nothing is believed before the group's token was shown.
+Rank 0 listens (`Hub`), the others connect (`spoke`). A frame is its length (4 bytes), its kind (1 byte) and its content: JSON,
+or a step or result in `codec`'s form. Nothing that arrives can run, and nothing is believed before the group's token was shown.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import hmac
 import json
 import queue
 import secrets
-import select
 import selectors
 import socket
 import threading
@@ -23,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvasir.engine.board import Poster, Reader
+from kvasir.engine.board import Poster
 from kvasir.engine.errors import ConfigError, ServerError
 from kvasir.engine.frames import FETCHED, HEAD, KINDS, SILENCE_S, Kind, receive, send, tune
 
@@ -32,8 +31,6 @@ BEAT_S = 0.25
 """How often a rank says that it lives, and how often rank 0 looks."""
 UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
 """What a connection says whose messages nobody acknowledged for SILENCE_S: it may be sooner than the look at the clock."""
-NAP_S = 0.1
-"""How often a rank that reads steps from the board looks whether something else has come."""
 BOARD = b"board"
 VERDICT_S = 0.5
 """When one rank dies the others' exchanges with it fail at the same moment: so long is waited for who it was."""
@@ -319,75 +316,6 @@ class Hub:
         if self.failure is not None:
             raise self.failure
         return met
-
-
-class Spoke:
-    """Another rank's end: says hello, and every BEAT_S that it lives. When rank 0 is gone, `gone` is called."""
-
-    def __init__(self, address: str, token: str, rank: int, pid: int, *, gone: Callable[[], None]) -> None:
-        host, _, port = address.rpartition(":")
-        self._connection = socket.create_connection((host, int(port)), 10.0)
-        self.host = self._connection.getsockname()[0]
-        """This node's address, as rank 0's node sees it."""
-        self._connection.settimeout(None)
-        tune(self._connection)
-        self._poll = select.poll()  # select itself knows no descriptors from 1024 on
-        self._poll.register(self._connection, select.POLLIN)
-        self._lock = threading.Lock()
-        self._rank = rank
-        self._reader: Reader | None = None
-        self._follows = False
-        """The board has announced a step that comes by the connection; no later one is read before it."""
-        self._gone = gone
-        self._closing = threading.Event()
-        self.send("hello", json.dumps({"token": token, "rank": rank, "pid": pid}).encode())
-        threading.Thread(target=self._beat, name="kvasir-heartbeat", daemon=True).start()
-
-    def send(self, kind: Kind, content: bytes = b"") -> None:
-        """Any thread."""
-        with self._lock:
-            send(self._connection, kind, content)
-
-    def ready(self, where: str | None = None, size: int = 0) -> None:
-        """This rank has loaded its share. From now on it reads steps of `size` ranks from the board at `where`, if it can."""
-        if where is not None:
-            with contextlib.suppress(OSError):
-                self._reader = Reader(where, self._rank, size)
-        self.send("ready", b"" if self._reader is None else BOARD)
-
-    def receive(self) -> tuple[Kind, bytes]:
-        """The next frame. EOFError when rank 0 is gone."""
-        while self._reader is not None and not self._follows:
-            self._follows, step = self._reader.take(NAP_S)
-            readable = not self._follows and self._is_readable()
-            if readable:  # a long step is announced before it is sent: perhaps since
-                self._follows, step = self._reader.take(0)
-            if step is not None:
-                self._follows = False
-                return "step", step
-            if readable:
-                break
-        kind, content = receive(self._connection)
-        if kind == "step":
-            self._follows = False
-        return kind, content
-
-    def _is_readable(self) -> bool:
-        return bool(self._poll.poll(0))
-
-    def close(self) -> None:
-        """End: rank 0 sees it."""
-        self._closing.set()
-        self._connection.close()
-
-    def _beat(self) -> None:
-        while not self._closing.wait(BEAT_S):
-            try:
-                self.send("beat")
-            except OSError:
-                if not self._closing.is_set():
-                    self._gone()
-                return
 
 
 def stopped(pid: int) -> bool:

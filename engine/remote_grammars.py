@@ -6,6 +6,7 @@ Rank 0 says which ones are needed and which no longer; the other says when it be
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -55,7 +56,8 @@ class RemoteGrammars:
             if grammar.uses:
                 return
             del self._used[wanted], self._asked[number]
-            self._say(number, None)
+            with contextlib.suppress(RuntimeError):  # shut down: nobody is told
+                self._say(number, None)
         grammar.future.cancel()
 
     def told(self, frame: bytes) -> None:
@@ -99,12 +101,18 @@ class GrammarServer:
             self._grammars.release(self._held.pop(number))
             return
         wanted = self._held[number] = StructuredOutput(**said["wanted"])
-        self._grammars.hold(wanted).future.add_done_callback(partial(self._done, number))
+        found = self._grammars.hold(wanted)
+        if found.begun is not None and not found.future.done():  # for somebody who has let it go since
+            self._say_begun(number)
+        found.future.add_done_callback(partial(self._done, number))
 
     def _begun(self, wanted: StructuredOutput) -> None:
         for number, held in [*self._held.items()]:
             if held == wanted:
-                self._send(json.dumps({"number": number, "begun": True}).encode())
+                self._say_begun(number)
+
+    def _say_begun(self, number: int) -> None:
+        self._send(json.dumps({"number": number, "begun": True}).encode())
 
     def _done(self, number: int, future: Future[Any]) -> None:
         if future.cancelled():

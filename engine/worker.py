@@ -17,9 +17,9 @@ from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import KvasirError
 
 if TYPE_CHECKING:
-    from kvasir.engine.control import Spoke
     from kvasir.engine.exchange import Exchange
     from kvasir.engine.load import Loaded
+    from kvasir.engine.spoke import Spoke
 
 ECHOES = ("closed by peer", "reset by peer", "is gone", "imed out")
 """What an exchange says when another rank is to blame: no traceback is worth printing then."""
@@ -28,7 +28,7 @@ ECHOES = ("closed by peer", "reset by peer", "is gone", "imed out")
 def run(config: EngineConfig, address: str, token: str, rank: int, *, gone: Callable[[], None]) -> None:
     """Serve as this rank until rank 0 is done (returns) or gone (`gone` is called, in another thread). What fails here is
     told to rank 0 and raised."""
-    from kvasir.engine.control import Spoke
+    from kvasir.engine.spoke import Spoke
 
     spoke = Spoke(address, token, rank, os.getpid(), gone=gone)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import random
 import resource
@@ -13,11 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from waiting import until
 
-from kvasir.engine import control
+from kvasir.engine import spoke as spoke_module
 from kvasir.engine.board import SLOT_BYTES, Poster, Reader
-from kvasir.engine.control import Hub, Spoke
+from kvasir.engine.control import Hub
 from kvasir.engine.frames import send
+from kvasir.engine.spoke import Spoke
 from kvasir.kernels import native
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no compiled kernels: {native.native().text}")
@@ -86,7 +89,7 @@ def greeted(hub: Hub, ranks: int) -> list[Spoke]:
     for rank, spoke in enumerate(spokes, 1):
         hub.welcome(rank, {"place": rank})
         _, content = spoke.receive()
-        spoke.ready(control.json.loads(content)["board"], ranks)
+        spoke.ready(json.loads(content)["board"], ranks)
     hub.all_ready()
     return spokes
 
@@ -103,7 +106,7 @@ def test_steps_come_in_order_by_either_way(refused: int, monkeypatch: pytest.Mon
             raise OSError("no memory")
         return Reader(*given)
 
-    monkeypatch.setattr(control, "Reader", limited)
+    monkeypatch.setattr(spoke_module, "Reader", limited)
     hub = Hub(HOST, 3)
     spokes = greeted(hub, 3)
     assert [spoke._reader is None for spoke in spokes].count(True) == refused
@@ -138,6 +141,58 @@ def test_a_long_step_that_begins_while_one_looks_elsewhere(before: int, monkeypa
         found = [pool.submit(spoke.receive).result(timeout=60) for _ in range(before + 2)]
     assert found == [("serve", b"")] * before + [("step", long), ("step", b"after")]
     hub.close()
+    spoke.close()
+
+
+def test_other_messages_come_while_there_are_steps() -> None:
+    """The next step is posted before the last one ends: whoever looks elsewhere only when there is none never does."""
+    hub = Hub(HOST, 2)
+    (spoke,) = greeted(hub, 2)
+    long = bytes(SLOT_BYTES + 1)
+    for frame in (b"1", b"2"):
+        hub.step(frame)
+    hub.grammar(1, b"a")
+    assert until(spoke._is_readable)
+    assert [spoke.receive() for _ in range(2)] == [("grammar", b"a"), ("step", b"1")]
+    for frame in (b"3", long, b"5"):
+        hub.step(frame)
+    hub.grammar(1, b"b")
+    hub.step(b"6")
+    assert until(spoke._is_readable)
+    found = [spoke.receive() for _ in range(6)]
+    assert [content for kind, content in found if kind == "step"] == [b"2", b"3", long, b"5", b"6"]
+    assert found.index(("grammar", b"b")) < 5, "only what is in front of it in the connection is waited for"
+    hub.close()
+    spoke.close()
+
+
+def test_nothing_is_lost_of_many_of_every_kind() -> None:
+    """Each kind in its own order."""
+    hub, rng = Hub(HOST, 2), random.Random(1)
+    (spoke,) = greeted(hub, 2)
+    sizes = [0, 1, 30, 5000, SLOT_BYTES, SLOT_BYTES + 1, 200_000]
+    sent = [(rng.choice(["step", "step", "grammar"]), rng.randbytes(rng.choice(sizes))) for _ in range(300)]
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(lambda: [spoke.receive() for _ in sent])
+        for kind, frame in sent:
+            hub.step(frame) if kind == "step" else hub.grammar(1, frame)
+        found = job.result()
+    for kind in ("step", "grammar"):
+        assert [each for each in found if each[0] == kind] == [each for each in sent if each[0] == kind]
+    hub.close()
+    spoke.close()
+
+
+def test_what_was_said_before_the_end_is_done() -> None:
+    hub = Hub(HOST, 2)
+    (spoke,) = greeted(hub, 2)
+    for frame in (b"1", b"2"):
+        hub.step(frame)
+    hub.close()
+    assert until(spoke._is_readable)
+    assert [spoke.receive() for _ in range(2)] == [("step", b"1"), ("step", b"2")]
+    with pytest.raises(EOFError):
+        spoke.receive()
     spoke.close()
 
 

@@ -23,12 +23,13 @@ import pytest
 from waiting import until
 
 from kvasir.engine.config import EngineConfig
-from kvasir.engine.control import Hub, RankError, Spoke
+from kvasir.engine.control import Hub, RankError
 from kvasir.engine.errors import ConfigError, UnavailableError, UnsupportedError
 from kvasir.engine.event import Event
 from kvasir.engine.executor import GroupExecutor, executor_of, places
 from kvasir.engine.llm import LLM
 from kvasir.engine.request import Request, SamplingParams, StructuredOutput
+from kvasir.engine.spoke import Spoke
 from kvasir.kernels.native import library
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2)]

@@ -78,9 +78,17 @@ def test_what_is_let_go_while_it_compiles_is_nobodys(pair):
     pair.here.release(WANTED[0])
     again = pair.here.hold(WANTED[0])
     assert again is not held
+    assert until(lambda: again.begun), "its time is limited, too"
     pair.go_on.set()
     with pytest.raises(UnsupportedError):
         again.future.result(60)
+
+
+def test_let_go_after_the_end(pair):
+    held = pair.here.hold(WANTED[0])
+    pair.here.shutdown()
+    pair.here.release(WANTED[0])
+    assert held.future.cancelled()
 
 
 def test_a_sequence_finds_what_was_compiled():
