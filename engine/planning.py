@@ -50,7 +50,8 @@ class Planning:
         """That were planned."""
         self.slices: list[tuple[Sequence, bool]] = []
         """Of the step that is being planned, in their order: whose they are, and whether they follow an unknown token."""
-        self._blocked: tuple[Order, int] | None = None
+        self._blocked: tuple[Order, tuple[int, int]] | None = None
+        """Who lacked blocks, and how many blocks and seats were free when it was last asked."""
         self._turn = 0
 
     def plan(self, now: float) -> list[Slice]:
@@ -148,7 +149,7 @@ class Planning:
             if found is None and self._seats.lends.give_up():
                 continue
             if found is None:
-                self._blocked = (sequence.order, self.pool.num_free)
+                self._blocked = (sequence.order, self._free)
                 if self._park(sequence):
                     continue
                 break
@@ -181,12 +182,17 @@ class Planning:
         return None
 
     def _still_blocked(self, sequence: Sequence) -> bool:
-        """It lacked blocks, and none was given back since: its prompt needn't be looked up again at every step."""
-        order, free = self._blocked or (None, 0)
-        if order != sequence.order or self.pool.num_free > free:
+        """It lacked blocks, and none was given back since: its prompt needn't be looked up again at every step. Nor a seat,
+        with the blocks that were meant for whoever had it: of one that came and went within a step none was ever taken."""
+        order, (blocks, seats) = self._blocked or (None, (0, 0))
+        if order != sequence.order or self._free[0] > blocks or self._free[1] > seats:
             return False
-        self._blocked = (sequence.order, self.pool.num_free)
+        self._blocked = (sequence.order, self._free)
         return True
+
+    @property
+    def _free(self) -> tuple[int, int]:
+        return self.pool.num_free, len(self._seats.free)
 
     def _look_below(self, now: float) -> None:
         """Read what the next to be seated lack in the cache; who has waited too long for that gets its turn without."""

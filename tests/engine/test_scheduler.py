@@ -510,6 +510,15 @@ def test_a_blocked_prompt_is_not_looked_up_at_every_step(monkeypatch: pytest.Mon
     world.check("big")
 
 
+def test_who_was_blocked_by_some_that_came_and_went_in_a_step_is_seated() -> None:
+    """No block was taken while it looked for some, so none seems to be given back."""
+    world = World(layout=ALL_NEAR, blocks=137, size=1, seats=3, budget=64, limit=80, pool_last=True)
+    for number in range(3):
+        world.add(f"r{number}", [10 + number] * 38, pooling=PoolingParams())
+    world.run()
+    assert world.scheduler.stats().ended == 3
+
+
 def test_the_least_important_gives_up_its_blocks() -> None:
     world = World(blocks=8, size=4, limit=32, budget=64)
     world.add("important", [1] * 8, max_tokens=20, ignore_eos=True)

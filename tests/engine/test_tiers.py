@@ -103,21 +103,16 @@ def test_what_the_tiers_hold_is_told(llama: Path, tmp_path: Path) -> None:
 
     for left in (0, 20):
         with LLM(str(llama), **options(tmp_path, kv_offloading_size=0.001)) as llm:
-            found = {tier: set() for tier in found}
+            for contents in found.values():
+                contents.clear()
             llm.engine.listen(tell)
-            limit = time.monotonic() + 60
-            while len(found["disk"]) < left and time.monotonic() < limit:
-                time.sleep(0.01)
-            assert len(found["disk"]) == left
+            until(lambda left=left: len(found["disk"]) == left)  # type: ignore[misc]
             ask(llm, [*PROMPT, left])
             tiers = llm.engine._tiers
             assert tiers is not None
-            while found["disk"] != {*tiers._disk.shelf} and time.monotonic() < limit:  # type: ignore[union-attr]
-                time.sleep(0.01)
-            while found["host"] != {*tiers._host.shelf} and time.monotonic() < limit:  # type: ignore[union-attr]
-                time.sleep(0.01)
-            assert found["device"] <= found["disk"] == {*tiers._disk.shelf}  # type: ignore[union-attr]
-            assert found["host"] == {*tiers._host.shelf}  # type: ignore[union-attr]
+            disk, host = tiers._disk.shelf, tiers._host.shelf  # type: ignore[union-attr]
+            until(lambda disk=disk: found["device"] <= found["disk"] == {*disk})  # type: ignore[misc]
+            until(lambda host=host: found["host"] == {*host})  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvasir.kernels import native
+from kvasir.kernels import compiled, native
 
 PROGRAM = Path(__file__).with_name("shared_memory.cpp")
 SOURCES = [native.HERE / name for name in ("board_cpu.cpp", "node_sums_cpu.cpp")]
@@ -17,7 +17,7 @@ FLAGS = ("-O1", "-g1", "-std=c++17", "-w", "-fno-sanitize-recover=all", "-pthrea
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
-    compiler = native.compiler()
+    compiler = compiled.compiler()
     if compiler is None:
         pytest.skip("there is no C++ compiler")
     march = "-march=native" if platform.machine() == "x86_64" else "-mcpu=native"
