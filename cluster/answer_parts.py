@@ -128,6 +128,7 @@ class AnswerReader:
         """How many have begun."""
         self.said = False
         """The answer has text, or a call."""
+        self._beside = ""
         self._parts: list[Part] = []
         self._tools, self._thoughts, self._begun = tools, thoughts, begun
         self._texts = {"content": _Text(strip=False), "reasoning": _Text(strip=True)}
@@ -167,6 +168,20 @@ class AnswerReader:
         self._parts.append(Part("call", name, self.calls))
         self.calls += 1
         self.said = True
+
+    def remark(self, text: str) -> None:
+        """Text between calls, where white space says nothing."""
+        if text.strip():
+            self.content(text)
+
+    def beside(self, text: str) -> None:
+        """Text in a call that is none of its arguments: said behind it."""
+        self._beside += text
+
+    def over(self) -> None:
+        """The last call is over."""
+        text, self._beside = self._beside, ""
+        self.remark(text)
 
     def gap(self) -> None:
         """White space that comes next stands between marks."""

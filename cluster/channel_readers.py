@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from kvasir.cluster.answer_parts import AnswerReader
+from kvasir.cluster.answer_parts import MAX_RETURNED, AnswerReader
 from kvasir.cluster.text_scanner import Steps
-from kvasir.cluster.tool_readers import Read
+from kvasir.cluster.tool_readers import Read, objects
 
 Whole = Callable[[AnswerReader], Steps[None]]
 _NONE: Mapping[str, str] = MappingProxyType({})
 _START = "<|start|>"
+_CHANNEL = "<|channel|>"
+_ENDS = ("<|end|>", "<|call|>", "<|return|>", _START)
+_HEAD = re.compile(
+    r"(?:to=([^\s<]+)\s*)?(?:<\|channel\|>\s*(analysis|commentary|final))?(?:\s*to=([^\s<]+))?"
+    r"(?:\s*<\|constrain\|>\s*\w+|\s+(?:json|code))?\s*"
+)
 _BREAKS = tuple(" \t\r\n<")
 """What no recipient's name holds."""
 
@@ -56,7 +63,7 @@ def _over(answer: AnswerReader, role: str) -> Steps[None]:
 def _channel(answer: AnswerReader, channel: Channel) -> Steps[str | None]:
     """What ended it: one of its `ends`, its calls (""), or the text's end."""
     scanner, take = answer.scanner, answer.reasoning if channel.kind == "reasoning" else answer.content
-    if channel.calls is not None:
+    if channel.calls is not None and scanner.returned < MAX_RETURNED:
         place, calls = scanner.keep(), answer.calls
         if (yield from channel.calls(answer, "")) or answer.calls > calls:
             scanner.drop()
@@ -122,6 +129,59 @@ def recipients(answer: AnswerReader) -> Steps[None]:
         else:
             scanner.rewind(place)
             answer.content(mark)
-        mark = (yield from scanner.until([">>>"] if answer.schemas else [], answer.content)) or ""
+        marks = [">>>"] if answer.schemas and scanner.returned < MAX_RETURNED else []
+        mark = (yield from scanner.until(marks, answer.content)) or ""
         if not mark:
             return
+
+
+def harmony(answer: AnswerReader) -> Steps[None]:
+    """gpt-oss: messages in channels; `to=functions.NAME` is a call. What has no head of a message is text.
+    https://github.com/openai/harmony"""
+    scanner = answer.scanner
+    end: str | None = ""
+    while end is not None:
+        if (head := (yield from _head(answer))) is None:
+            answer.content((yield from scanner.literal(_START, _CHANNEL)))
+            end = yield from scanner.until([*_ENDS, _CHANNEL], answer.content)
+        else:
+            take = answer.reasoning if head[2] == "analysis" else answer.content
+            if recipient := head[1] or head[3]:
+                answer.call(recipient.removeprefix("functions."))
+                take = answer.arguments
+                if (yield from scanner.peek()) == "{":  # its texts may hold marks
+                    yield from scanner.value(take)
+            end = yield from scanner.until(_ENDS, take)
+        if end in (_START, _CHANNEL):
+            scanner.skip(-len(end))
+
+
+def _head(answer: AnswerReader) -> Steps[re.Match[str] | None]:
+    """A message's head, over it; None, and nothing is read: there is none."""
+    scanner = answer.scanner
+    place = scanner.keep()
+    yield from scanner.literal(f"{_START}assistant")
+    yield from scanner.space()
+    if found := (yield from scanner.literal(_CHANNEL, "to=")):
+        others = [_CHANNEL] if found == _CHANNEL else []
+        text, mark = yield from scanner.collect(["<|message|>", "\n", *others, *_ENDS])
+        if mark == "<|message|>" and (head := _HEAD.fullmatch(found + text)):
+            scanner.drop()
+            return head
+    scanner.rewind(place)
+    return None
+
+
+def cohere(answer: AnswerReader) -> Steps[None]:
+    """Command R7B and later: thoughts, actions and the response, each between marks of its own."""
+    scanner = answer.scanner
+    begins = ("<|START_THINKING|>", "<|START_ACTION|>", "<|START_RESPONSE|>", "<|START_TEXT|>")
+    while (mark := (yield from scanner.until(begins, answer.content))) is not None:
+        kind = mark.removeprefix("<|START_")
+        if kind == "ACTION|>":
+            if not (yield from objects("<|END_ACTION|>")(answer, mark)):
+                yield from scanner.until(["<|END_ACTION|>"], answer.content)
+        else:
+            take = answer.reasoning if kind == "THINKING|>" else answer.content
+            yield from scanner.until([f"<|END_{kind}"], take)
+            answer.gap()

@@ -108,11 +108,14 @@ class _Around:
         begin = whole[: whole.find(">") + 1] if ">" in whole else whole.rstrip()
         head = self.head[self.head.rfind("<") :]
         end, last = self.closers[0], self.closers[-1]
+        first = whole[len(begin) : len(whole) - len(head)].strip()
+        between = self.tail.partition(end)[2] + self.wrap[1] + self.head.removesuffix(head)
+        noise = "|".join(re.escape(text) for text in (between.strip(), first) if text)
         style = replace(style, marks=(style.end, end, *style.marks))
         return ToolFormat(
             name="derived",
             begins=(begin,),
-            read=styled((head, behind, end), style, last if last != end else None),
+            read=styled((head, behind, end), style, last if last != end else None, noise),
             inner=tuple({mark for mark in (*_TAGS.findall(whole), *self.closers, *style.key, style.end) if mark}),
             call=(self.head + "NAME" + behind, self.tail),
             wrap=self.wrap,

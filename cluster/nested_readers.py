@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvasir.cluster.answer_parts import AnswerReader
+from kvasir.cluster.tagged_readers import said
 from kvasir.cluster.text_scanner import Steps
 from kvasir.cluster.tool_readers import Read
 from kvasir.cluster.tool_values import dumps, valued
@@ -25,19 +26,24 @@ def nested(mark: str) -> Read:
 
     def read(answer: AnswerReader, _: str) -> Steps[bool]:
         scanner, before = answer.scanner, answer.calls
-        while (found := (yield from scanner.until([call, last]))) == call:
+        while True:
+            text, found = yield from scanner.collect([call, last])
+            if found != call:
+                return said(answer, before, text)
             name, found = yield from scanner.collect(['">'])
             if found is None:
-                return answer.calls > before
+                return said(answer, before, f"{text}{call}{name}")
+            answer.remark(text)
             yield from arguments(answer, name.strip())
-        return answer.calls > before
+            answer.over()
 
     def arguments(answer: AnswerReader, name: str) -> Steps[None]:
         scanner, root, written = answer.scanner, answer.schemas.get(name), "{"
         answer.call(name)
-        while (yield from scanner.until([opening, closing])) == opening:
+        while (yield from scanner.until([opening, closing], answer.beside)) == opening:
             key, found = yield from scanner.collect([">"])
             if found is None:
+                answer.beside(f"{opening}{key}")
                 break
             given, _ = yield from value(answer, _member(resolved(root, root), key, root), root, 1)
             answer.arguments(f"{written}{dumps(key)}: {dumps(given)}")

@@ -18,6 +18,8 @@ _K3 = ArgumentStyle(
     end="<|close|>argument<|sep|>",
     marks=("<|close|>argument<|sep|>", "<|close|>call<|sep|>"),
 )
+_ATTRIBUTES = r'(\s+\w+="[^"]*")*<\|sep\|>'
+"""What a call of Kimi K3 has behind its tool."""
 _SOLAR = ("<|think|>", "<|content|>", "<|end|>", "<|begin|>", "<|tool_calls|>", "<|calls|>")
 _SOLAR_CALL = tuple(f"<|tool_call:{part}|>" for part in ("begin", "name", "args", "end"))
 _INKLING = (
@@ -90,7 +92,9 @@ RECENT_FORMATS: tuple[ToolFormat, ...] = (
                 "<|open|>tools<|sep|>": Channel(
                     "content",
                     ("<|close|>tools<|sep|>",),
-                    styled(('<|open|>call tool="', '"', "<|close|>call<|sep|>"), _K3, "<|close|>tools<|sep|>"),
+                    styled(
+                        ('<|open|>call tool="', '"', "<|close|>call<|sep|>"), _K3, "<|close|>tools<|sep|>", _ATTRIBUTES
+                    ),
                 ),
             },
             skipped=tuple(f"<|close|>{name}<|sep|>" for name in ("message", "response", "think", "tools")),
@@ -163,7 +167,12 @@ RECENT_FORMATS: tuple[ToolFormat, ...] = (
         begins=(),
         read=never,
         whole=addressed(
-            styled(('<atem:invoke name="', '">', "</atem:invoke>"), _GLIMMER, "</atem:function_calls>"),
+            styled(
+                ('<atem:invoke name="', '">', "</atem:invoke>"),
+                _GLIMMER,
+                "</atem:function_calls>",
+                "<atem:function_calls>",
+            ),
             "<|eom|>",
             "<|eot|>",
         ),

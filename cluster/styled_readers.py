@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from kvasir.cluster.answer_parts import AnswerReader
-from kvasir.cluster.tagged_readers import argument, unwrapped
+from kvasir.cluster.tagged_readers import argument, said, unwrapped
 from kvasir.cluster.text_scanner import Steps
 from kvasir.cluster.tool_readers import Read
 from kvasir.cluster.tool_values import dumps, unescaped, valued
@@ -18,27 +19,38 @@ CDATA, CDATA_END = "<![CDATA[", "]]>"
 _ANY_BUT_TEXT = {"type": ["object", "array", "number", "boolean", "null"]}
 
 
-def styled(call: tuple[str, str, str], style: ArgumentStyle, last: str | None) -> Read:
-    """call: what stands before a function's name, behind it, and at the call's end. last: at the end of all, if another."""
+def styled(call: tuple[str, str, str], style: ArgumentStyle, last: str | None, noise: str = "") -> Read:
+    """call: what stands before a function's name, behind it, and at the call's end. last: at the end of all, if another. noise:
+    a pattern of what may stand between all these and says nothing."""
 
     def read(answer: AnswerReader, mark: str) -> Steps[bool]:
         scanner, begun, before = answer.scanner, mark == call[0], answer.calls
         while True:
+            text = ""
             if not begun:
-                found = yield from scanner.until([call[0], *([last] if last else [])])
+                text, found = yield from scanner.collect([call[0], *([last] if last else [])])
                 if found != call[0]:
-                    return answer.calls > before
+                    return said(answer, before, text, noise)
             begun = False
             name, found = yield from scanner.collect([call[1]] if call[1] else [style.key[0], call[2]])
             if found is None:
-                return answer.calls > before
+                return said(answer, before, f"{text}{call[0]}{name}", noise)
+            answer.remark(re.sub(noise, "", text))
             answer.call(name := _known(name.strip(), answer.schemas))
-            inside = found if not call[1] else (yield from scanner.until([style.key[0], call[2]]))
+            inside = found if not call[1] else (yield from _inside(answer, [style.key[0], call[2]], noise))
             yield from _arguments(answer, name, inside, call[2], style)
+            answer.over()
             if last is None:
                 return True
 
     return read
+
+
+def _inside(answer: AnswerReader, marks: Sequence[str], noise: str) -> Steps[str | None]:
+    """Over the first of `marks`, behind a function's name."""
+    text, mark = yield from answer.scanner.collect(marks)
+    answer.beside(re.sub(noise, "", text))
+    return mark
 
 
 def _arguments(answer: AnswerReader, name: str, mark: str | None, end: str, style: ArgumentStyle) -> Steps[None]:
@@ -53,14 +65,14 @@ def _arguments(answer: AnswerReader, name: str, mark: str | None, end: str, styl
             value, mark = yield from _json(answer, style.end, end)
         elif CDATA in style.marks and (yield from _begins(answer, CDATA)):
             value, _ = yield from scanner.collect([CDATA_END])
-            mark = yield from scanner.until([style.end, end])
+            mark = yield from scanner.until([style.end, end], answer.beside)
         else:
             text, mark, whole = yield from argument(answer, schema, style.end, end)
             value = typed(text, None) if whole else _plain(text, schema, style)
         answer.arguments(f"{written}{dumps(key)}: {dumps(value)}")
         written = ", "
         if mark == style.end:
-            mark = yield from scanner.until([style.key[0], end])
+            mark = yield from scanner.until([style.key[0], end], answer.beside)
     answer.arguments("{}" if written == "{" else "}")
 
 

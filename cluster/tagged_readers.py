@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,25 +19,37 @@ def tagged(
     parameter: tuple[str, str, str],
     *ends: str,
     decode: Callable[[str], str] = str,
+    noise: str = "",
 ) -> Read:
-    """call, parameter: what stands before the name, behind it, and at the end. Values are typed by the tool's schema."""
+    """call, parameter: what stands before the name, behind it, and at the end. Values are typed by the tool's schema. noise: a
+    pattern of what may stand between calls and says nothing."""
 
     def read(answer: AnswerReader, mark: str) -> Steps[bool]:
         scanner, begun, before = answer.scanner, mark == call[0], answer.calls
         while True:
+            text = ""
             if not begun:
-                found = yield from scanner.until([call[0], *ends])
+                text, found = yield from scanner.collect([call[0], *ends])
                 if found != call[0]:
-                    return answer.calls > before or found is not None
+                    return said(answer, before, text, noise)
             begun = False
             name, found = yield from scanner.collect([call[1]])
             if found is None:
-                return answer.calls > before
+                return said(answer, before, f"{text}{call[0]}{name}", noise)
+            answer.remark(re.sub(noise, "", text))
             yield from _parameters(answer, name.strip(), call[2], parameter, decode)
+            answer.over()
             if not ends:
                 return True
 
     return read
+
+
+def said(answer: AnswerReader, before: int, text: str, noise: str = "") -> bool:
+    """Whether there were calls: `text` stands behind the last, then."""
+    if answer.calls > before:
+        answer.remark(re.sub(noise, "", text))
+    return answer.calls > before
 
 
 def _parameters(
@@ -44,9 +57,11 @@ def _parameters(
 ) -> Steps[None]:
     scanner, schemas, written = answer.scanner, answer.properties(name), "{"
     answer.call(name)
-    while (yield from scanner.until([form[0], end])) == form[0]:
-        head, _ = yield from scanner.collect([form[1]])
+    while (yield from scanner.until([form[0], end], answer.beside)) == form[0]:
+        head, closed = yield from scanner.collect([form[1]])
         key, _, rest = head.partition('"') if form[0].endswith('"') else (head, "", "")
+        if closed is None:
+            answer.beside(rest)
         schema = {"type": "string"} if 'string="true"' in rest else schemas.get(key.strip())
         text, mark, whole = yield from argument(answer, schema, form[2], end)
         value = typed(text, _untold(rest)) if whole else valued(unwrapped(decode(text)), _untold(rest, schema))
@@ -114,6 +129,7 @@ def glm(answer: AnswerReader, mark: str) -> Steps[bool]:
         answer.arguments(f"{written}{dumps(key.strip())}: {dumps(valued(text, schema))}")
         written = ", "
         if found == "</arg_value>":
-            found = yield from scanner.until(["<arg_key>", "</tool_call>"])
+            found = yield from scanner.until(["<arg_key>", "</tool_call>"], answer.beside)
     answer.arguments("{}" if written == "{" else "}")
+    answer.over()
     return True

@@ -9,15 +9,14 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from kvasir.cluster.answer_parts import ThoughtFormat, ToolFormat
+from kvasir.cluster.channel_readers import cohere, harmony
 from kvasir.cluster.derived_format import derived_format, derived_thoughts, taught_differs
 from kvasir.cluster.recent_formats import FAMILIES, RECENT_FORMATS, TOOL_ALIASES
 from kvasir.cluster.tagged_readers import glm, tagged
 from kvasir.cluster.thought_formats import THOUGHT_ALIASES, THOUGHT_FORMATS
 from kvasir.cluster.tool_readers import (
-    cohere,
     function,
     gemma,
-    harmony,
     mistral,
     named,
     never,
@@ -105,6 +104,7 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
                 ('<steptml:invoke name="', '">', "</steptml:invoke>"),
                 ('<steptml:parameter name="', ">", "</steptml:parameter>"),
                 "<｜tool_calls_end｜>",
+                noise="<｜tool_call_begin｜>function<｜tool_sep｜>|<｜tool_call_end｜>",
             ),
             inner=("<｜tool_calls_end｜>", "<｜tool_call_begin｜>", "<｜tool_call_end｜>", "<｜tool_sep｜>"),
             call=(

@@ -55,6 +55,7 @@ def _object(answer: AnswerReader, known: bool) -> Steps[bool]:
     place = scanner.keep()
     if (yield from _members(answer, known)):
         scanner.drop()
+        answer.over()
         return True
     scanner.rewind(place)
     return False
@@ -91,7 +92,7 @@ def _members(answer: AnswerReader, known: bool) -> Steps[bool]:
             said = True
         else:
             parts: list[str] = []
-            yield from scanner.value(parts.append)
+            yield from scanner.value(answer.beside if said else parts.append)
             held = "".join(parts)
     if not said and name is not None:
         answer.call(name)
@@ -148,17 +149,17 @@ def keyed(end: str) -> Read:
             if char and char in "[,]}":
                 scanner.skip()
                 continue
-            name = None
+            name, place = None, scanner.keep()
             if char == "{":
                 scanner.skip()
                 yield from scanner.space()
                 name = (yield from scanner.string()) if (yield from scanner.peek()) == '"' else None
                 yield from scanner.space()
             if name is None or not (yield from scanner.literal(":")):
-                return answer.calls > before
+                return _given_back(answer, before, place)
             yield from scanner.space()
             if not (yield from _arguments(answer, name)):
-                return answer.calls > before
+                return _given_back(answer, before, place)
 
     return read
 
@@ -197,28 +198,52 @@ def named(item: str, separator: str, end: str, *ends: str, before: str = "") -> 
     the name."""
 
     def read(answer: AnswerReader, mark: str) -> Steps[bool]:
-        scanner, begun, calls = answer.scanner, mark == item, answer.calls
+        scanner, begun, calls, beside = answer.scanner, mark == item, answer.calls, ""
         while True:
             yield from scanner.space()
             if not begun:
                 found = yield from scanner.literal(item, *ends)
                 if found != item:
-                    return bool(found) or answer.calls > calls
+                    return answer.calls > calls
             begun = False
+            place = scanner.keep()
             name, mark_ = yield from scanner.collect([separator])
             if mark_ is None:
-                return answer.calls > calls
+                return _given_back(answer, calls, place, item)
+            unfinished, _, name = name.rpartition(item)
             name = name.rpartition(before)[2] if before else name
             if name.strip() == "function":
                 name, _ = yield from scanner.collect(["\n"])
             yield from scanner.space()
             yield from scanner.literal(_FENCE + "json", _FENCE)
             yield from scanner.space()
-            if not (yield from _arguments(answer, _bare_name(name))) and not ends:
+            called = yield from _arguments(answer, _bare_name(name))
+            if not called:
+                scanner.rewind(place)
+                scanner.keep()
+                beside += item
+            text, mark_ = yield from scanner.collect([end, item, *ends])
+            if called:
+                beside += unfinished + text.strip().removesuffix(_FENCE)
+            else:
+                beside += text + (end if mark_ == end else "")
+            if answer.calls > calls:
+                answer.remark(beside)
+                beside = ""
+            elif not ends:
                 return False
-            yield from scanner.until([end])
+            if mark_ not in (end, None):
+                scanner.skip(-len(mark_))
 
     return read
+
+
+def _given_back(answer: AnswerReader, calls: int, place: int, item: str = "") -> bool:
+    """A call that is none is text; whether there were others before it."""
+    if answer.calls > calls:
+        answer.scanner.rewind(place)
+        answer.content(item)
+    return answer.calls > calls
 
 
 def _bare_name(name: str) -> str:
@@ -251,7 +276,10 @@ def function(answer: AnswerReader, mark: str) -> Steps[bool]:
     yield from answer.scanner.space()
     if not (yield from _arguments(answer, name)):
         return False
-    yield from answer.scanner.until(["</function>"])
+    text, mark_ = yield from answer.scanner.collect(["</function>", "<function="])
+    answer.remark(text)
+    if mark_ == "<function=":
+        answer.scanner.skip(-len(mark_))
     return True
 
 
@@ -319,47 +347,9 @@ def gemma(end: str, quote: str) -> Read:
     return read
 
 
-# -- channels
-
-
-_TO = re.compile(r"to=(?:functions\.)?([^\s<]+)")
-_CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
-
-
-def harmony(answer: AnswerReader) -> Steps[None]:
-    """gpt-oss: messages in channels; `to=functions.NAME` is a call. https://github.com/openai/harmony"""
-    scanner = answer.scanner
-    while True:
-        head, mark = yield from scanner.collect(["<|message|>"])
-        if mark is None:
-            answer.content("" if "<|channel|>" in head or head.strip() == "<|start|>assistant" else head)
-            return
-        recipient, channel = _TO.search(head), _CHANNEL.search(head)
-        take = answer.reasoning if channel and channel[1] == "analysis" else answer.content
-        if recipient:
-            answer.call(recipient[1])
-            take = answer.arguments
-            if (yield from scanner.peek()) == "{":  # its texts may hold marks
-                yield from scanner.value(take)
-        if (yield from scanner.until(["<|end|>", "<|call|>", "<|return|>", "<|start|>"], take)) is None:
-            return
+# -- none outside of channels
 
 
 def never(_: AnswerReader, __: str) -> Steps[bool]:
     yield from ()
     return False
-
-
-def cohere(answer: AnswerReader) -> Steps[None]:
-    """Command R7B and later: thoughts, actions and the response, each between marks of its own."""
-    scanner = answer.scanner
-    begins = ("<|START_THINKING|>", "<|START_ACTION|>", "<|START_RESPONSE|>", "<|START_TEXT|>")
-    while (mark := (yield from scanner.until(begins, answer.content))) is not None:
-        kind = mark.removeprefix("<|START_")
-        if kind == "ACTION|>":
-            if not (yield from objects("<|END_ACTION|>")(answer, mark)):
-                yield from scanner.until(["<|END_ACTION|>"], answer.content)
-        else:
-            take = answer.reasoning if kind == "THINKING|>" else answer.content
-            yield from scanner.until([f"<|END_{kind}"], take)
-            answer.gap()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import re
+
 import pytest
 from grammar_walk import calls_of, read
 
@@ -69,3 +72,39 @@ def test_text_without_a_head_is_streamed():
     """Muse Glimmer's, word by word."""
     reader = AnswerReader(TOOL_FORMATS["muse_glimmer"], None)
     assert [part.text for word in ("Once", " upon", " a") for part in reader.feed(word)] == ["Once", " upon", " a"]
+
+
+def marks_of(form):
+    """What stands in its calls, thoughts and answers, whole calls too."""
+    found = {*form.begins, *form.inner, *form.call, *form.wrap, *form.befores, *form.answer}
+    found.update(*form.blocks)
+    arguments = '{"a": "b"}'
+    if (style := form.arguments) is not None and style.texts == "nested":
+        arguments = "".join((style.key[0], "a", style.key[1], "b", style.end, "a", style.again[1]))
+        found.add(arguments)
+    elif style is not None:
+        arguments = "".join((style.key[0], "a", style.key[1], style.quote, "b", style.quote, style.end))
+        found.update((arguments, style.key[0], style.key[1], style.end, *style.marks))
+    found.update((f"{form.call[0]}{arguments}{form.call[1]}", f"{form.wrap[0]}{form.call[0]}{arguments}"))
+    told = {mark.replace("NAME", "f").replace("{number}", "0").replace("{id}", "x") for mark in found}
+    return sorted(mark for mark in told - {"<|constrain|>"} if mark.strip())
+
+
+@pytest.mark.parametrize("name", TOOL_FORMATS)
+def test_no_word_is_lost(name):
+    """Words between marks of the format, in any order, with tools and without; in pieces the same."""
+    form = TOOL_FORMATS[name]
+    marks = marks_of(form)
+    for seed in range(60):
+        dice, words = random.Random(seed), iter(f"w{number}w" for number in range(9))
+        pieces = [
+            next(words) + dice.choice(["", " ", "\n"]) if dice.random() < 0.5 else dice.choice(marks)
+            for _ in range(dice.randint(2, 8))
+        ]
+        text = "".join(pieces)
+        for schemas in (None, SCHEMAS) if form.whole is not None else (SCHEMAS,):
+            answer = read(form, text, schemas)
+            assert read(form, text, schemas, cuts=range(1, len(text))) == answer, text
+            calls = "".join(call.name + call.arguments for call in answer.calls)
+            said = answer.content + answer.reasoning + calls
+            assert [word for word in re.findall(r"w\dw", text) if word not in said] == [], text
