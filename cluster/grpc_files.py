@@ -15,6 +15,10 @@ from kvasir.engine.errors import ClientError
 from kvasir.proto import files_pb2 as pb
 from kvasir.proto.files_pb2_grpc import BatchesServicer, FilesServicer
 
+CANCEL_S = 0.05
+"""When a client cancels, its messages end as if all had come, and the call is cancelled a moment later: what came is a part of
+the file, and isn't kept."""
+
 
 class Files(FilesServicer):
     """The service of files.proto."""
@@ -41,9 +45,8 @@ class Files(FilesServicer):
                     if part.WhichOneof("part") != "data":
                         raise ClientError("every message but the first must hold data", param="data")
                     await file.write(part.data)
+                await asyncio.sleep(CANCEL_S)
                 made = await file.done(first.info.purpose, seconds, self._shelf.ttl_s)
-                if context.cancelled():  # then the messages seem to end, too, and what came is a part of the file
-                    raise asyncio.CancelledError
             except BaseException:
                 await file.drop()
                 raise

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
+import time
 
 import grpc
 import httpx
@@ -13,6 +15,7 @@ from google.protobuf.struct_pb2 import Value
 from grpc_stubs import HI, TEXT, WEATHER, Stubs, ask, named, prompt_of, refused
 from waiting import until
 
+from kvasir.cluster import files
 from kvasir.cluster.grpc_json import as_message
 from kvasir.engine.errors import OverloadedError
 from kvasir.proto import files_pb2, inference_pb2, responses_pb2
@@ -344,3 +347,34 @@ def test_a_stream_that_broke_goes_on(live_gateway):
         )
         assert dict(wrong.initial_metadata())["x-request-id"] == "mine"
         assert refused(lambda **_: wrong)[1] == "kvasir-resumable"
+
+
+def test_an_upload_that_is_cancelled_is_not_kept(gateway, stubs, monkeypatch):
+    """Its messages end as those of a whole one do."""
+    done, dropped = [], []
+    real = files.NewFile.drop
+
+    async def drop(self):
+        await real(self)
+        dropped.append(self)
+
+    async def keep(self, *_):
+        done.append(self)
+        return {}
+
+    monkeypatch.setattr(files.NewFile, "done", keep)
+    monkeypatch.setattr(files.NewFile, "drop", drop)
+    sent = threading.Event()
+
+    def half():
+        yield files_pb2.UploadRequest(info=files_pb2.FileInfo(purpose="batch", filename="a.jsonl"))
+        yield files_pb2.UploadRequest(data=b"{")
+        sent.set()
+        threading.Event().wait(30)
+
+    call = stubs.files.Upload.future(half(), timeout=60)
+    assert sent.wait(30)
+    time.sleep(0.1)  # the server has read it
+    call.cancel()
+    until(lambda: dropped or done)
+    assert not done
