@@ -357,13 +357,23 @@ def test_what_waits_for_a_draining_group_moves_whole(group_of_fakes):
     run(main())
 
 
-def test_a_reader_that_goes_away_during_a_move_leaves_nothing(group_of_fakes):
+@pytest.mark.parametrize("when", ["it looks for another group", "it has found one"])
+def test_a_reader_that_goes_away_during_a_move_leaves_nothing(group_of_fakes, when):
     async def main():
         async with Fleet(group_of_fakes, 2, 0.005) as fleet:
             stream, _ = await begun(fleet, n=2, max_tokens=500)
             (old,) = fleet.serving()
+            looks, find = asyncio.Event(), stream._find_heirs
+
+            def finding():
+                looks.set()
+                return find()
+
+            stream._find_heirs = finding
             draining = asyncio.ensure_future(old.service.drain(30.0))
-            await until_async(lambda: stream._mover is not None)
+            await looks.wait()
+            if when == "it has found one":
+                await until_async(lambda: stream._heirs)
             stream.close()
             await draining
             await until_async(lambda: not fleet.serving())
