@@ -18,6 +18,7 @@ from kvasir.engine.share import Share, share_of
 from kvasir.engine.spec import Layer, QueryScale, Spec
 from kvasir.engine.stacking import stack_of
 from kvasir.kernels.embedding import embed
+from kvasir.kernels.huge_pages import Room
 from kvasir.kernels.linear import Weight, is_packed, linear, packed
 from kvasir.kernels.ragged import Ragged
 from kvasir.kernels.rope import Angles, Dial, rope_angles
@@ -239,9 +240,10 @@ class Decoder(nn.Module):
     def pack(self, *, invariant: bool = False) -> None:
         """Once filled: give every matrix the order this device reads fastest, or one whose products don't depend on the
         number of rows. A tied head becomes a copy if need be."""
+        room = Room()
         for module in self.modules():
             if isinstance(module, Linear):
-                module.pack(invariant=invariant)
+                module.pack(invariant=invariant, room=room)
         if isinstance(self.head, Tensor) and not is_packed(self.head):
             head = packed(self.head, invariant=invariant)
             del self.head

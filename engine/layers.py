@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kvasir.engine.spec import Spec
+from kvasir.kernels.huge_pages import Room
 from kvasir.kernels.linear import Weight, is_packed, linear, packed
 from kvasir.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
@@ -62,12 +63,12 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
-    def pack(self, *, invariant: bool = False) -> None:
+    def pack(self, *, invariant: bool = False, room: Room | None = None) -> None:
         """Give the filled weight the order this device reads fastest, or one whose products don't depend on the number of
-        rows; `places` ends here."""
+        rows; `places` ends here. `room`: see `packed`."""
         if not isinstance(self.weight, Tensor) or is_packed(self.weight):
             return
-        weight = packed(self.weight, invariant=invariant)
+        weight = packed(self.weight, invariant=invariant, room=room)
         del self.weight  # a parameter's name takes no plain tensor
         self.weight = weight
 

@@ -16,6 +16,7 @@ from kvasir.engine.filling import Placed, fill_all, fill_each
 from kvasir.engine.pooling import HEAD
 from kvasir.engine.share import Share
 from kvasir.engine.spec import Spec
+from kvasir.kernels.huge_pages import Room
 from kvasir.kernels.linear import reorders
 
 Fill = Callable[[Iterable[Placed]], Iterator[Filler]]
@@ -85,12 +86,13 @@ def _fill(decoder: Decoder, fillers: Iterable[Filler], where: str, fill: Fill) -
     waiting = {name: linear for linear, names in decoder.stacked() for name in names}
     left = {linear: len(names) for linear, names in decoder.stacked()}
     extra: list[str] = []
+    room = Room()
     for filler in fill(_placed(fillers, places, wholes, decoder.share, extra)):
         linear = waiting.get(filler.name)
         if linear is not None:
             left[linear] -= 1
             if not left[linear]:
-                linear.pack(invariant=decoder.mesh.invariant)
+                linear.pack(invariant=decoder.mesh.invariant, room=room)
     _complain(where, "lacks", list(places))
     return extra
 
