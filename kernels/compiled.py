@@ -91,9 +91,14 @@ def _key(program: str, sources: Sequence[Path]) -> str:
     """A hash of everything that the compiled code depends on."""
     digest = hashlib.blake2b(digest_size=12)
     version = subprocess.run([program, "--version"], capture_output=True, timeout=TIMEOUT_S).stdout
-    for part in (*_texts(sources), " ".join(command(program, sources, Path("-"))).encode(), version, _cpu()):
+    for part in (*_texts(sources), _spelt(program, sources), version, _cpu()):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
+
+
+def _spelt(program: str, sources: Sequence[Path]) -> bytes:
+    """The call, wherever the sources lie: another checkout of the same ones finds what was compiled."""
+    return " ".join(command(program, (Path(path.name) for path in sources), Path("-"))).encode()
 
 
 def _texts(sources: Sequence[Path]) -> Iterator[bytes]:

@@ -42,7 +42,7 @@ class Server:
 
     def __exit__(self, *_):
         self._stop.set()
-        self._thread.join(20)
+        self._thread.join(60)
 
     async def _serve(self, sock):
         async with local_desk(EngineConfig(served_model_name=("skald",), max_num_seqs=4), {}) as desk:

@@ -25,7 +25,7 @@ SHORT = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 @pytest.fixture(scope="module")
 def document(server: Any) -> Any:
-    return httpx.get(server.url + "/openapi.json", timeout=20).json()
+    return httpx.get(server.url + "/openapi.json", timeout=60).json()
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -78,7 +78,7 @@ class Fleet:
         assert not group.engine.requests
         await self.kill(group)
 
-    def failover(self, timeout_s=5.0):
+    def failover(self, timeout_s=60.0):
         def note(why, to, seconds):
             self.moves.append(why)
 

@@ -240,12 +240,12 @@ class LiveGateway:
         self._thread = threading.Thread(target=self.loop.run_until_complete, args=(self._serve(),), daemon=True)
         self._started = threading.Event()
         self._thread.start()
-        assert self._started.wait(10)
+        assert self._started.wait(60)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
+        self._thread.join(60)
         self.loop.close()
 
     def call(self, function: Callable[[], Any]) -> Any:
@@ -254,7 +254,7 @@ class LiveGateway:
         async def run() -> Any:
             return function()
 
-        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(10)
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(60)
 
     async def _serve(self) -> None:
         from kvasir.cluster.gateway import close_app, create_app, create_grpc_server

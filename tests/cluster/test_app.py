@@ -47,7 +47,7 @@ running.drain_and_stop()
 """
 
 
-def start(model, served="fake", timeout=20, **environ):
+def start(model, served="fake", timeout=60, **environ):
     conftest = Path(__file__).with_name("conftest.py")
     return subprocess.Popen(
         [sys.executable, "-c", SERVE, str(conftest), str(model), served, str(timeout)],

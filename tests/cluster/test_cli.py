@@ -299,7 +299,7 @@ def server() -> Iterator[str]:
 
     thread = threading.Thread(target=serve)
     thread.start()
-    ready.wait(10)
+    ready.wait(60)
     yield f"http://127.0.0.1:{ports[0]}"
     loop.call_soon_threadsafe(loop.stop)
     thread.join()

@@ -37,7 +37,7 @@ def fleet(serve_on_ray):
     engine = EngineConfig(
         model="skald", dtype="float32", num_threads=1, kv_cache_memory_bytes=2**25, kv_disk_size=0, max_model_len=1024
     )
-    setup = RankSetup(host="127.0.0.1", drain_timeout_s=30.0)
+    setup = RankSetup(host="127.0.0.1", drain_timeout_s=60.0)
     names = ("one", "two")
     for name in names:
         group = application.group_deployment(name, engine, 0, "error", drain_s=30.0).bind(engine, name, 0, setup)
@@ -116,18 +116,18 @@ def test_streams_outlive_changes_of_roles_deaths_and_drains(fleet):
     assert loaded > 0
 
     def kill():
-        os.kill(handles[0].broadcast("rank_pid").results(timeout_s=30)[0], signal.SIGKILL)
+        os.kill(handles[0].broadcast("rank_pid").results(timeout_s=60)[0], signal.SIGKILL)
 
     def swap_and_kill():
         """Who is to hand over dies while the other fetches."""
         give("decode", "prefill")
-        handles[0].broadcast("set_role", names[0], "prefill").results(timeout_s=30)
+        handles[0].broadcast("set_role", names[0], "prefill").results(timeout_s=60)
         kill()
 
     assert asyncio.run(eight(url, "killed", swap_and_kill)) == expected
     until(lambda: [group["state"] for group in groups(url)] == ["alive"] * 2)
-    handles[0].broadcast("reconfigure", {"role": "both"}).results(timeout_s=30)
-    handles[1].broadcast("reconfigure", {"role": "both"}).results(timeout_s=30)
+    handles[0].broadcast("reconfigure", {"role": "both"}).results(timeout_s=60)
+    handles[1].broadcast("reconfigure", {"role": "both"}).results(timeout_s=60)
     until(lambda: [group["role"] for group in groups(url)] == ["both"] * 2)
     before = metric(url, "kvasir:moves_total")
     assert asyncio.run(eight(url, "drained", lambda: serve.delete("one"))) == expected

@@ -39,7 +39,7 @@ def deployed(serve_on_ray, make_engine):
 
 
 def endpoint(handle):
-    return handle.broadcast("endpoint").results(timeout_s=30)[0]
+    return handle.broadcast("endpoint").results(timeout_s=60)[0]
 
 
 async def generate(where, max_tokens):

@@ -152,7 +152,7 @@ def test_a_reader_that_goes_away_frees_the_request(group_of_fakes):
             stream = await client.submit(request(max_tokens=10**6))
             stream.close()
             stream.close()
-            await until_async(lambda: not group.engine.requests, 10.0)
+            await until_async(lambda: not group.engine.requests)
             assert [event async for event in stream] == []
             await until_async(lambda: client.load == 0)
             await client.close()
@@ -182,7 +182,7 @@ def test_a_gateway_that_dies_frees_its_requests(group_of_fakes):
             client = await connect(group)
             streams = [await client.submit(request(f"r{i}", max_tokens=10**6)) for i in range(5)]
             await client.close()
-            await until_async(lambda: not group.engine.requests, 10.0)
+            await until_async(lambda: not group.engine.requests)
             for stream in streams:
                 assert [event async for event in stream][-1].code == "unavailable"
 
@@ -217,7 +217,7 @@ def test_silence_is_death(group_of_fakes, monkeypatch):
             client = await connect(group)
             stream = await client.submit(request(max_tokens=10**6))
             monkeypatch.setattr(group.service, "_post", lambda *_: None)
-            assert (await asyncio.wait_for(_last(stream), 20.0)).code == "unavailable"
+            assert (await asyncio.wait_for(_last(stream), 60)).code == "unavailable"
             assert "said nothing" in client.last_error or "connect" in client.last_error
             assert "127.0.0.1" not in client.last_error, "clients are told this"
             await client.close()

@@ -46,12 +46,12 @@ def deployed(serve_on_ray, data):
 
 
 def endpoints(handle):
-    answers = handle.broadcast("endpoint").results(timeout_s=30, return_exceptions=True)
+    answers = handle.broadcast("endpoint").results(timeout_s=60, return_exceptions=True)
     return [answer[0] for answer in answers if isinstance(answer, tuple) and answer[0] is not None]
 
 
 def pids(handle):
-    return handle.broadcast("rank_pids").results(timeout_s=30)[0]
+    return handle.broadcast("rank_pids").results(timeout_s=60)[0]
 
 
 async def connected(where):
@@ -101,7 +101,7 @@ def test_copies_of_a_model(deployed):
     handle = deployed(data_parallel_size=2, pipeline_parallel_size=2)
     found = until(lambda: len(both := endpoints(handle)) == 2 and both)
     assert found[0].incarnation != found[1].incarnation
-    everyone = {pid for ranks in handle.broadcast("rank_pids").results(timeout_s=30) for pid in ranks}
+    everyone = {pid for ranks in handle.broadcast("rank_pids").results(timeout_s=60) for pid in ranks}
     assert len(everyone) == 4
 
 
@@ -152,7 +152,7 @@ def test_a_rank_that_an_exchange_holds_is_replaced():
     actor = RankActor(EngineConfig(model="stories"), RankSetup())
     actor._hub = SimpleNamespace(failure=RankError("rank 1 was stopped"))
     actor._engine = SimpleNamespace(failure=None, heartbeat=time.monotonic())
-    assert "rank 1 was stopped" in asyncio.run(asyncio.wait_for(actor.run(), 10)).why
+    assert "rank 1 was stopped" in asyncio.run(asyncio.wait_for(actor.run(), 60)).why
 
 
 def test_what_steers_nccl_reaches_every_rank(monkeypatch):

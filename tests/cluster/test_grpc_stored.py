@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import threading
-import time
 
 import grpc
 import httpx
@@ -15,7 +15,7 @@ from google.protobuf.struct_pb2 import Value
 from grpc_stubs import HI, TEXT, WEATHER, Stubs, ask, named, prompt_of, refused
 from waiting import until
 
-from kvasir.cluster import files
+from kvasir.cluster import files, grpc_files
 from kvasir.cluster.grpc_json import as_message
 from kvasir.engine.errors import OverloadedError
 from kvasir.proto import files_pb2, inference_pb2, responses_pb2
@@ -302,17 +302,19 @@ def test_overload_failure_deadline_and_cancellation(live_gateway):
         assert refused(stubs.responses.Create, ask())[0] == grpc.StatusCode.UNAVAILABLE
 
 
-def keep(seen):
-    """Puts what it is called with there."""
-    return lambda event: seen.append(event) or True
+def until_it_fails(group, call):
+    """What a client gets of a stream whose group dies after a token. What comes while it doesn't wait for more, and before it
+    knows of the end, gRPC's client drops."""
+    group.dies_after, group.step_s, seen = 1, 0.5, []
+    with pytest.raises(grpc.RpcError):  # noqa: PT012
+        for event in call():
+            seen.append(event)  # noqa: PERF402
+    return seen
 
 
 def test_a_stream_that_fails_says_so_in_its_last_event(live_gateway):
     with live_gateway() as gateway, Stubs(gateway) as stubs:
-        gateway.group.dies_after = 3
-        call, seen = stubs.responses.CreateStream(ask(), timeout=60), []
-        with pytest.raises(grpc.RpcError):
-            all(map(keep(seen), call))
+        seen = until_it_fails(gateway.group, lambda: stubs.responses.CreateStream(ask(), timeout=60))
         assert seen[-1].type == "response.failed"
         assert seen[-1].response.error.code == "server_error"
 
@@ -337,10 +339,8 @@ def test_a_stream_that_broke_goes_on(live_gateway):
         stream_id = dict(call.initial_metadata())["kvasir-stream-id"]
         InferenceStub(stubs.channel).Cancel(inference_pb2.CancelRequest(stream_id=stream_id), timeout=60)
         until(lambda: not gateway.group.running)
-        gateway.group.dies_after, gateway.group.step_s = 3, 0
-        call, seen = stubs.responses.CreateStream(ask(), timeout=60, metadata=resumable), []
-        with pytest.raises(grpc.RpcError):
-            all(map(keep(seen), call))
+        ask_again = functools.partial(stubs.responses.CreateStream, ask(), timeout=60, metadata=resumable)
+        seen = until_it_fails(gateway.group, ask_again)
         assert seen[-1].type == "response.failed"
         wrong = stubs.responses.CreateStream(
             ask(), timeout=60, metadata=(("kvasir-resumable", "x"), ("x-request-id", "mine"))
@@ -364,17 +364,24 @@ def test_an_upload_that_is_cancelled_is_not_kept(gateway, stubs, monkeypatch):
 
     monkeypatch.setattr(files.NewFile, "done", keep)
     monkeypatch.setattr(files.NewFile, "drop", drop)
-    sent = threading.Event()
+    monkeypatch.setattr(grpc_files, "CANCEL_S", 60.0)  # the machine may be busy
+    came, over = threading.Event(), threading.Event()
+
+    async def write(self, data):
+        await real_write(self, data)
+        came.set()
+
+    real_write = files.NewFile.write
+    monkeypatch.setattr(files.NewFile, "write", write)
 
     def half():
         yield files_pb2.UploadRequest(info=files_pb2.FileInfo(purpose="batch", filename="a.jsonl"))
         yield files_pb2.UploadRequest(data=b"{")
-        sent.set()
-        threading.Event().wait(30)
+        over.wait(60)
 
     call = stubs.files.Upload.future(half(), timeout=60)
-    assert sent.wait(30)
-    time.sleep(0.1)  # the server has read it
+    assert came.wait(60)
     call.cancel()
     until(lambda: dropped or done)
+    over.set()
     assert not done

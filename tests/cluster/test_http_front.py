@@ -106,7 +106,7 @@ def test_client_that_leaves_while_it_waits_frees_its_blocks(live_gateway, prompt
         gateway.group.script = lambda request, index: [65] * 2000
         body = {"model": "bytes", "prompt": prompt, "max_tokens": 2000}
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(gateway.url + "/v1/completions", json=body, timeout=0.2)
+            httpx.post(gateway.url + "/v1/completions", json=body, timeout=httpx.Timeout(60, read=0.2))
         until(lambda: not gateway.group.running)
         until(lambda: not gateway.desk.running)
 

@@ -28,7 +28,7 @@ def hasty(live_gateway):
 
 
 def connect(gateway):
-    return socket.create_connection(("localhost", int(gateway.url.rsplit(":", 1)[1])), timeout=20)
+    return socket.create_connection(("localhost", int(gateway.url.rsplit(":", 1)[1])), timeout=60)
 
 
 def answer(sock):

@@ -227,7 +227,7 @@ def test_infer_with_values_inside_the_tensors(gateway, stub):
     request.outputs.add(name="num_output_tokens")
     request.outputs.add(name="text_output")
     reply, call = stub.ModelInfer.with_call(
-        request, timeout=10, metadata=(("x-request-id", "mine"), ("kvasir-route", "1"))
+        request, timeout=60, metadata=(("x-request-id", "mine"), ("kvasir-route", "1"))
     )
     assert [tensor.name for tensor in reply.outputs] == ["num_output_tokens", "text_output"]
     assert list(reply.outputs[1].contents.bytes_contents) == [b"Hello, "] * 2
@@ -245,7 +245,7 @@ def test_infer_with_values_inside_the_tensors(gateway, stub):
 
 def test_what_means_nothing_is_told(stub):
     request = asking(sampling={"use_beam_search": True, "best_of": 2, "seed": 3, "truncate_prompt_tokens": 1})
-    reply = stub.ModelInfer(request, timeout=10, metadata=(("kvasir-resumable", "true"),))
+    reply = stub.ModelInfer(request, timeout=60, metadata=(("kvasir-resumable", "true"),))
     warning = reply.parameters["warning"].string_param
     assert all(part in warning for part in ("seed", "kvasir-resumable", "1 tokens"))
 
@@ -295,7 +295,7 @@ def test_refusals(stub, request_, code, param):
     assert dict(caught.value.trailing_metadata())["kvasir-param"] == param
     if param == "stream" and request_.inputs[-1].name == "stream" and not request_.parameters:
         return  # which a stream may ask for
-    replies = list(stub.ModelStreamInfer(iter([request_, asking(parameters={"seed": 1})]), timeout=10))
+    replies = list(stub.ModelStreamInfer(iter([request_, asking(parameters={"seed": 1})]), timeout=60))
     (failed,) = [reply for reply in replies if reply.error_message]
     assert failed.infer_response.parameters["param"].string_param == param
     assert failed.infer_response.id == request_.id
@@ -346,7 +346,7 @@ def test_raw_values_that_are_none(stub, raw):
 
 def test_a_stream_of_several_continuations(stub):
     request = asking(stream=True, sampling={"n": 2}, return_num_output_tokens=True, return_finish_reason=True)
-    replies = [reply.infer_response for reply in stub.ModelStreamInfer(iter([request]), timeout=10)]
+    replies = [reply.infer_response for reply in stub.ModelStreamInfer(iter([request]), timeout=60)]
     texts, counts = [b"", b""], [0, 0]
     for reply in replies:
         values = {tensor.name: tensor.contents for tensor in reply.outputs}
@@ -379,7 +379,7 @@ def test_vectors_as_the_embeddings_route_has_them(embedder, connect, monkeypatch
     request = texts_to_embed(
         "a", "bc", shape=[2, 1], normalize=False, truncate_prompt_tokens=3, priority=2, timeout=5_000_000
     )
-    reply, call = stub.ModelInfer.with_call(request, timeout=10, metadata=(("x-request-id", "mine"),))
+    reply, call = stub.ModelInfer.with_call(request, timeout=60, metadata=(("x-request-id", "mine"),))
     (tensor,) = reply.outputs
     assert (tensor.name, tensor.datatype, list(tensor.shape)) == ("embedding", "FP32", [2, 2])
     body = {"model": "bytes", "input": ["a", "bc"], "normalize": False}
@@ -396,7 +396,7 @@ def test_vectors_as_the_embeddings_route_has_them(embedder, connect, monkeypatch
 
 def test_vectors_in_a_stream(embedder, connect):
     requests = [texts_to_embed("a"), texts_to_embed("b", temperature=0.5)]
-    replies = list(connect(embedder).ModelStreamInfer(iter(requests), timeout=10))
+    replies = list(connect(embedder).ModelStreamInfer(iter(requests), timeout=60))
     (good,) = [reply.infer_response for reply in replies if not reply.error_message]
     assert list(good.outputs[0].contents.fp32_contents) == [1.0, 0.5]
     assert good.parameters["triton_final_response"].bool_param
@@ -538,10 +538,10 @@ def test_probes_need_no_key(live_gateway, connect):
                 assert call(request, timeout=60) is not None
                 continue
             with pytest.raises(grpc.RpcError) as caught:
-                list(call(iter([request]), timeout=10)) if method.client_streaming else call(request, timeout=60)
+                list(call(iter([request]), timeout=60)) if method.client_streaming else call(request, timeout=60)
             assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED, name
         metadata = (("authorization", "Bearer secret"),)
-        assert stub.ModelInfer(asking(), timeout=10, metadata=metadata).outputs
+        assert stub.ModelInfer(asking(), timeout=60, metadata=metadata).outputs
         with grpc.insecure_channel(gateway.grpc_address) as channel:
             health = health_pb2_grpc.HealthStub(channel)
             request = health_pb2.HealthCheckRequest(service="inference.GRPCInferenceService")

@@ -90,7 +90,7 @@ def test_a_group_that_drains_is_left_before_it_ends(group_of_fakes, n):
             stream, events = await begun(fleet, n=n, max_tokens=200)
             (old,) = fleet.serving()
             reader = asyncio.ensure_future(read(stream))
-            await asyncio.wait_for(fleet.drain(old), 20.0)
+            await asyncio.wait_for(fleet.drain(old), 60)
             assert not reader.done()
             assert fleet.serving() == fleet.groups
             assert all(request.resume_token_ids for request in fleet.groups[0].engine.submitted)
@@ -217,7 +217,7 @@ def test_a_mover_that_slept_when_its_group_died_moves_the_stream_from_the_next_o
             new.engine.refusal = None
             await until_async(lambda: new.engine.requests)
             await fleet.add()
-            await asyncio.wait_for(fleet.drain(new), 20.0)
+            await asyncio.wait_for(fleet.drain(new), 60)
             assert fleet.moves == ["drain"]
             assert outcome(events + await reader, 1)[0][0] == [draw(7, position) for position in range(400)]
 

@@ -144,6 +144,6 @@ def test_answers_are_as_described(gateway, judge, call):
     method, path, body = call
     info = gateway.group.info
     gateway.group.info = dataclasses.replace(info, tasks=("generate", "embed", "classify", "score"), labels=("a", "b"))
-    answer = httpx.request(method, gateway.url + path, json=body, timeout=20)
+    answer = httpx.request(method, gateway.url + path, json=body, timeout=60)
     assert answer.status_code == 200, answer.text
     judge(path, method, answer)

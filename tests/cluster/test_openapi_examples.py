@@ -49,12 +49,12 @@ def there(gateway, monkeypatch):
     monkeypatch.setattr(route.endpoint.__self__, "_set_role", set_role)
 
     def post(path, **fields):
-        return httpx.post(gateway.url + path, json=fields, timeout=20).raise_for_status().json()["id"]
+        return httpx.post(gateway.url + path, json=fields, timeout=60).raise_for_status().json()["id"]
 
     def upload():
         line = json.dumps(LINE).replace("skald", "bytes").encode()
         form = {"files": {"file": ("in.jsonl", line + b"\n")}, "data": {"purpose": "batch"}}
-        return httpx.post(gateway.url + "/v1/files", timeout=20, **form).raise_for_status().json()["id"]
+        return httpx.post(gateway.url + "/v1/files", timeout=60, **form).raise_for_status().json()["id"]
 
     def batch():
         """One that doesn't end by itself."""
@@ -92,6 +92,6 @@ def test_examples_are_answered(there, judge, path):
         body = {**body, "model": "bytes"}
     if body and "input_file_id" in body:
         body = {**body, "input_file_id": there.upload()}
-    answer = httpx.post(url, json=body, timeout=20)
+    answer = httpx.post(url, json=body, timeout=60)
     assert answer.is_success, answer.text
     judge(path, "post", answer)

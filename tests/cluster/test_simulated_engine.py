@@ -47,7 +47,7 @@ async def end(groups, directory):
 def test_a_conversation_goes_to_the_group_that_holds_it():
     async def main():
         groups, directory = await fleet(3)
-        homes = set()
+        homes, known = set(), directory._models["m"].router.directory
         prompt = list(range(160))
         for turn in range(4):
             placement = directory.place("m", request(f"t{turn}", prompt, max_tokens=5))
@@ -57,12 +57,12 @@ def test_a_conversation_goes_to_the_group_that_holds_it():
             assert isinstance(events[-1], Finished)
             assert events[-1].cached_tokens == placement.route.cached_tokens
             prompt = prompt + list(range(1000 * turn, 1000 * turn + 160))
-            await asyncio.sleep(0.15)
+            await until_async(lambda turn=turn: known.num_holdings >= 10 * (turn + 1))
         assert len(homes) == 1
         assert (placement.route.prompt_tokens, placement.route.cached_tokens) == (640, 480)
         await end(groups, directory)
 
-    asyncio.run(asyncio.wait_for(main(), 20))
+    asyncio.run(asyncio.wait_for(main(), 60))
 
 
 def test_many_requests_continuations_aborts_and_refusals():
@@ -85,4 +85,4 @@ def test_many_requests_continuations_aborts_and_refusals():
         await until_async(lambda: all(client.member.requests == 0 for client in directory.clients("m")))
         await end(groups, directory)
 
-    asyncio.run(asyncio.wait_for(main(), 20))
+    asyncio.run(asyncio.wait_for(main(), 60))

@@ -260,7 +260,7 @@ def test_grpc_resume(live_gateway):
         stream_id = dict(call.initial_metadata())["kvasir-stream-id"]
         seen = [next(call), next(call)]
         call.cancel()
-        rest = list(stub(gateway).Resume(pb.ResumeRequest(stream_id=stream_id, after=2), timeout=10))
+        rest = list(stub(gateway).Resume(pb.ResumeRequest(stream_id=stream_id, after=2), timeout=60))
         assert [reply.number for reply in seen + rest] == list(range(1, len(seen + rest) + 1))
         assert "".join(reply.text for reply in seen + rest) == TEXT
         assert rest[-1].usage.completion_tokens == 15
@@ -280,7 +280,7 @@ def test_grpc_cancel(live_gateway):
             assert raised.value.code() == grpc.StatusCode.CANCELLED
             until(lambda: gateway.group.running == 0)
         with pytest.raises(grpc.RpcError) as raised:
-            list(stub(gateway).Resume(pb.ResumeRequest(stream_id=stream_id), timeout=10))
+            list(stub(gateway).Resume(pb.ResumeRequest(stream_id=stream_id), timeout=60))
         assert raised.value.code() == grpc.StatusCode.NOT_FOUND
 
 

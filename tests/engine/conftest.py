@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import forked_ranks
 import numpy as np
 import pytest
 import torch
 
+from kvasir.engine import processes
 from kvasir.engine.cache import KVCache
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.engine import Engine
@@ -20,6 +25,24 @@ from kvasir.engine.mesh import Mesh, Place, join
 from kvasir.engine.scheduler import Stats
 from kvasir.kernels.native import library
 from kvasir.kernels.ragged import Ragged
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_ranks() -> Iterator[None]:
+    """Ranks needn't import torch, each for itself."""
+    parent = forked_ranks.Parent()
+    stand_in = SimpleNamespace(**vars(subprocess) | {"Popen": partial(forked_ranks.Rank, parent)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "subprocess", stand_in)
+        yield
+    parent.close()
+
+
+@pytest.fixture
+def slow_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are begun as the engine does."""
+    monkeypatch.setattr(processes, "subprocess", subprocess)
+
 
 Part = tuple[Sequence[int], int, int]
 """(block table, start, count): `count` rows of a sequence from position `start`."""

@@ -40,9 +40,9 @@ def test_who_comes_during_a_step_is_in_the_next_one() -> None:
         sampling = SamplingParams(max_tokens=6, ignore_eos=True)
         engine.submit(Request(request_id="stream", prompt_token_ids=[5, 6], sampling=sampling))
         with begun:
-            assert begun.wait_for(lambda: len(steps) == 4, 30)  # by now it knows how long a step takes
+            assert begun.wait_for(lambda: len(steps) == 4, 60)  # by now it knows how long a step takes
         engine.submit(Request(request_id="late", prompt_token_ids=[7, 8], sampling=SamplingParams(max_tokens=1)))
-        assert ended.wait(30)
+        assert ended.wait(60)
     finally:
         engine.shutdown()
     first = next(number for number, step in enumerate(steps) if len(step.new) and number > 0)

@@ -234,7 +234,7 @@ def ends(act: Callable[[Hub], object]) -> type[BaseException] | str:
     thread = threading.Thread(target=wait)
     thread.start()
     act(hub)
-    thread.join(20)
+    thread.join(60)
     hub.close()
     spoke.close()
     return found[0]  # type: ignore[no-any-return]

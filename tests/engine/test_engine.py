@@ -293,7 +293,7 @@ def test_a_failing_step_fails_every_request(
     for name in ("running", "waiting"):
         assert isinstance(client.end(name), Failed)
         assert "RuntimeError: the device fell out" in client.end(name).message
-    engine._thread.join(5)
+    engine._thread.join(60)
     assert isinstance(engine.failure, RuntimeError)
     with pytest.raises(UnavailableError):
         engine.submit(request("late"))
@@ -325,7 +325,7 @@ def test_shutdown_from_the_engines_own_thread(loaded: Loaded) -> None:
     engine = Engine(EngineConfig(model="tiny", max_num_seqs=4, block_size=BLOCK), deliver, loaded)
     engine.start()
     engine.submit(Request(request_id="a", prompt_token_ids=[1], sampling=SamplingParams(max_tokens=2)))
-    engine._thread.join(10)
+    engine._thread.join(60)
     assert not engine._thread.is_alive()
     assert engine.failure is None
     assert ended

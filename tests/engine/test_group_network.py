@@ -136,7 +136,7 @@ def cable() -> Iterator[Cable]:
         pytest.skip(f"no TUN devices here: {str(error)[-200:]}")
     finally:
         relay.stdin.close()
-        relay.wait(10)
+        relay.wait(60)
         relay.stdout.close()
         relay.stderr.close()
         for name, _, _ in ENDS:

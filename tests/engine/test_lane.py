@@ -22,17 +22,17 @@ def test_who_waits_for_a_step_behind_the_end_is_told() -> None:
 
     def execute(step: Step) -> Any:
         begun.set()
-        go.wait(10)
+        go.wait(60)
         return Result(step.id, ())
 
     lane = Lane(execute, apart=True)
     lane.launch(Step(1))
     lane.launch(Step(2))
-    assert begun.wait(10)
+    assert begun.wait(60)
     closing = threading.Thread(target=lane.close)
     closing.start()
     go.set()
-    closing.join(10)
+    closing.join(60)
     assert lane.collect().step == 1
     for _ in range(2):
         with pytest.raises(UnavailableError, match="shut down"):
@@ -50,7 +50,7 @@ def test_a_fetch_whose_time_is_over_before_its_turn_is_no_fault_of_the_peer() ->
 
     puller.on_fetched = fetched
     puller.start(Pull(7, "127.0.0.1:1", "s", "f", b"", b"", 0, 16, 0.0))
-    assert came.wait(10)
+    assert came.wait(60)
     puller.close()
     assert said == [(7, 0)]
 
