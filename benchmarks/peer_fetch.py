@@ -4,6 +4,7 @@ python benchmarks/checkpoint.py 125M FOLDER
 python benchmarks/peer_fetch.py FOLDER
 python benchmarks/peer_fetch.py FOLDER --tokens 1000 --tail 256   # 256 tokens that the peer doesn't have behind them
 python benchmarks/peer_fetch.py FOLDER --tokens 1000 --tail 256 --ways tcp --link 100   # by a network of 100 MB/s
+python benchmarks/peer_fetch.py FOLDER --tokens 1000 --tail 384 --ways tcp --link 50 --tp 2 --threads 1   # into two ranks
 
 Two groups, each in a process of its own, on one machine: one computes a prompt, then the other is asked for the same, with a
 tail of its own: once in one piece, once layer by layer, so that the tail is computed on the first layers already.
@@ -44,6 +45,9 @@ def main() -> None:
     parser.add_argument("--tail", type=int, default=0, help="tokens behind those that the peer has")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of the group that fetches")
+    parser.add_argument("--pp", type=int, default=1, help="and its stages")
+    parser.add_argument("--threads", type=int, help="of each rank, as of --num-threads")
     parser.add_argument("--link", type=float, help="MB/s that the peer sends by tcp, as a slower network would")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -60,14 +64,15 @@ def measure(args: argparse.Namespace, way: str) -> None:
     """A line per length: medians of the seconds to the first token, and of their ratio; both groups say the same."""
     longest = max(args.tokens) + args.tail + 16
     options = {"model": args.model, "dtype": args.dtype, "kv_transfer": way, "max_model_len": longest}
-    options |= {"skip_tokenizer_init": True, "max_num_seqs": 4, "hf_overrides": {"max_position_embeddings": longest}}
+    options |= {"num_threads": args.threads, "skip_tokenizer_init": True, "max_num_seqs": 4, "hf_overrides": {"max_position_embeddings": longest}}
     command = [sys.executable, __file__, args.model, "--serve", json.dumps(options)]
     command += ["--link", str(args.link)] if args.link else []
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         address, secret = json.loads(process.stdout.readline())
-        group = Group(options)
+        ranks = {"tensor_parallel_size": args.tp, "pipeline_parallel_size": args.pp}
+        group = Group({**options, **ranks})
         for tokens in args.tokens:
             timed = []
             for seed in range(args.repeat):

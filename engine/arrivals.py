@@ -1,7 +1,8 @@
 """Arrivals: a step that computes on the first layers of blocks while the others still come from another group.
 
 Before a layer is read it is waited for, a bounded time for all layers of a step together. Of what didn't come in time, or came
-wrongly, the step's result means nothing: it says so, and the scheduler computes it again.
+wrongly, the step's result means nothing: it says so, and the scheduler computes it again. Each rank of several waits for its own
+layers and heads alone; what one of them lacked is computed again by all.
 """
 
 from __future__ import annotations
@@ -40,11 +41,15 @@ class Arrivals:
         self._landings: list[Landing] = []
         self._left_s = 0.0
 
-    def begin(self, ticket: int, rows: Tensor, places: Sequence[tuple[int, int]]) -> None:
-        """The step that is about to be computed begins with these blocks."""
-        self._landings.append(Landing(ticket, rows, places))
+    def expect(self) -> None:
+        """The step that is about to be computed may begin before all of its layers are here, or at another rank: every rank
+        computes it in the same way."""
         self._left_s = LATE_S
         self._cache.awaited = self.need
+
+    def begin(self, ticket: int, rows: Tensor, places: Sequence[tuple[int, int]]) -> None:
+        """It begins with these blocks, of which layers are still to come."""
+        self._landings.append(Landing(ticket, rows, places))
 
     @property
     def tickets(self) -> set[int]:
@@ -67,8 +72,8 @@ class Arrivals:
             landing.done.add(layer)
 
     def settle(self) -> list[int]:
-        """The step is computed: the tickets of what didn't come."""
-        if not self._landings:
+        """The step is computed: the tickets of what didn't come here."""
+        if self._cache.awaited is None:
             return []
         for layer in self._layers:
             self.need(layer)

@@ -154,6 +154,7 @@ def _write_exchanges(out: Writer, moves: Moves) -> None:
     out.json([asdict(pull) | {"chain": pull.chain.hex(), "tokens": None} for pull in moves.pulls])
     for pull in moves.pulls:
         out.array(np.frombuffer(pull.tokens, U8), U8)
+    out.array(moves.landing)
 
 
 def _read_exchanges(read: Reader) -> dict[str, Any]:
@@ -165,7 +166,7 @@ def _read_exchanges(read: Reader) -> dict[str, Any]:
         Pull(**{**said, "chain": bytes.fromhex(said["chain"]), "tokens": bytes(read.array(U8))})
         for said in read.json() or ()
     ]
-    return {"lends": lends or (), "pulls": pulls or ()}
+    return {"lends": lends or (), "pulls": pulls or (), "landing": read.array() or ()}
 
 
 def _read_lists(read: Reader) -> Sequence[tuple[int, Sequence[ContentId]]]:
@@ -185,7 +186,6 @@ def encode_result(result: Result) -> bytes:
     out.json(result.pooled)
     out.json(result.ended)
     out.json({number: [_candidate(c) for c in found] for number, found in result.offers.items()})
-    out.array(result.spoiled)
     return out.bytes()
 
 
@@ -199,7 +199,7 @@ def decode_result(data: bytes | memoryview) -> Result:
     pooled, ended = ({int(key): value for key, value in (read.json() or {}).items()} for _ in range(2))
     offers: dict[int, Sequence[Candidate]]
     offers = {int(key): [_offered(said) for said in found] for key, found in (read.json() or {}).items()}
-    return Result(number, tokens, scores, prompts, ended, pooled, offers, read.array() or ())
+    return Result(number, tokens, scores, prompts, ended, pooled, offers)
 
 
 def _flags(part: Slice) -> int:

@@ -17,14 +17,14 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kvasir.engine.board import Poster
 from kvasir.engine.errors import ConfigError, ServerError
-from kvasir.engine.frames import FETCHED, HEAD, KINDS, SILENCE_S, Kind, receive, send, tune
+from kvasir.engine.frames import FETCHED, HEAD, KINDS, SILENCE_S, Kind, decode_tickets, receive, send, tune
 
 MAX_HELLO = 4096
 BEAT_S = 0.25
@@ -87,6 +87,7 @@ class Hub:
         self._changed = threading.Condition()
         self.fetched: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._spoiled: queue.SimpleQueue[Sequence[int] | None] = queue.SimpleQueue()
         self._selector = selectors.DefaultSelector()
         self._closing = False
         self._watching = False
@@ -176,6 +177,22 @@ class Hub:
         assert self.failure is not None
         return self.failure
 
+    def spoil(self, tickets: Sequence[int]) -> None:
+        """What rank 0 itself lacked in a step: see `spoiled`."""
+        self._spoiled.put(tickets)
+
+    def spoiled(self) -> list[int]:
+        """Behind a step in which ranks may have waited for layers of a peer's blocks: the tickets of what didn't come in time, at
+        any of them. RankError when the group failed."""
+        found: list[int] = []
+        for _ in range(self.size):
+            said = self._spoiled.get()
+            if said is None or self.failure is not None:
+                self._spoiled.put(None)
+                raise self.failure or RankError("the group was shut down")
+            found += said
+        return found
+
     def close(self) -> None:
         """End: the other ranks see it and exit."""
         self._closing = True
@@ -201,7 +218,7 @@ class Hub:
             peer.connection.close()
         self._selector.close()
         self._listener.close()
-        self._results.put(None)
+        self._free()
 
     def _accept(self) -> None:
         connection, address = self._listener.accept()
@@ -253,6 +270,8 @@ class Hub:
         elif kind == "fetched":
             ticket, count = FETCHED.unpack(content)
             self.fetched.put((ticket, count))
+        elif kind == "spoiled":
+            self._spoiled.put(decode_tickets(content))
         elif kind == "grammar":
             self.on_grammar(content)
         elif kind == "serving":
@@ -306,8 +325,13 @@ class Hub:
         with self._changed:
             self.failure = error
             self._changed.notify_all()
-        self._results.put(None)
+        self._free()
         self.on_failure()
+
+    def _free(self) -> None:
+        """Nobody waits for what won't come."""
+        self._results.put(None)
+        self._spoiled.put(None)
 
     def _until(self, condition: Callable[[], bool], timeout_s: float | None) -> bool:
         """Wait for `condition`, whose change is notified. Raises the group's failure."""

@@ -128,8 +128,8 @@ class Engine:
             return "", ""
         self._exchange, addresses = served
         self._prices = self._exchange.puller.prices = Prices(self.info.block_bytes / self.info.block_size)
-        step = self._scheduler.budget if self.config.ranks == 1 else 0  # ranks wouldn't agree on what came in time
-        self._pulls = Pulls(self._scheduler.tables, addresses[0], self._prices, self._exchange.most_pulled, step)
+        step, most = self._scheduler.budget, self._exchange.most_pulled
+        self._pulls = Pulls(self._scheduler.tables, addresses[0], self._prices, most, step)
         self._scheduler.use_peers(self._pulls)
         self._scheduler.lends.begin(self._exchange.terms(addresses), self._exchange.lender)
         return addresses[0], secret

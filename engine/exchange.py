@@ -59,6 +59,8 @@ class Exchange:
     @torch.inference_mode()
     def apply(self, moves: Moves) -> None:
         """A step's part."""
+        if moves.landing:
+            self.arrivals.expect()
         for ticket in dict.fromkeys(ticket for ticket, _, _ in moves.loads):
             rows = self.puller.rows(ticket)
             if rows is None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from kvasir.engine.codec import decode_result, encode_step
@@ -180,6 +181,8 @@ class GroupExecutor:
         self._unknown = 0
         """Steps that were begun and whose results this rank hasn't learnt."""
         self._arrived: queue.SimpleQueue[Outcome | Result | BaseException] = queue.SimpleQueue()
+        self._landing: set[int] = set()
+        """Steps behind which each rank says what of a peer's blocks didn't come in time."""
         self._handed_on = self._answered = 0
         self._moved = time.monotonic()
         """When the last step was handed on, or answered: the next stage's exchanges with this rank don't wait for it."""
@@ -199,10 +202,16 @@ class GroupExecutor:
         return exchange, [exchange.listen(host, secret, on_ask), *others]
 
     def launch(self, step: Step) -> None:
+        if _lands(step):
+            self._landing.add(step.id)
         self._lane.launch(step)
 
     def collect(self) -> Result:
-        return self._lane.collect()
+        result = self._lane.collect()
+        if result.step in self._landing:
+            self._landing.discard(result.step)
+            result = replace(result, spoiled=self._hub.spoiled())
+        return result
 
     def close(self) -> None:
         self._lane.close()
@@ -225,6 +234,8 @@ class GroupExecutor:
             outcome = self.rank.launch(step)
         except RuntimeError as error:
             raise self._hub.verdict(_symptom(error, self._config)) from error
+        if _lands(step):
+            self._hub.spoil(outcome.spoiled)
         if not self._samples:
             self._moved, self._handed_on = time.monotonic(), self._handed_on + 1
             return None
@@ -340,6 +351,10 @@ def _meet(config: EngineConfig, hub: Hub, own_gpus: bool) -> Mesh:
         hub.welcome(place.rank, {"place": said, "store": [hub.host, port]})
     device, one_shot = resolve_device(config, found[0].device_index), not config.disable_custom_all_reduce
     return join(found[0], store, device, hub.host, timeout, hub.token, one_shot=one_shot)
+
+
+def _lands(step: Step) -> bool:
+    return step.moves is not None and bool(step.moves.landing)
 
 
 def _symptom(error: RuntimeError, config: EngineConfig) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 Kind = Literal[
-    "hello", "welcome", "ready", "step", "result", "failed", "beat", "fetched", "serve", "serving", "grammar"
+    "hello", "welcome", "ready", "step", "result", "failed", "beat", "fetched", "serve", "serving", "grammar", "spoiled"
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 HEAD = struct.Struct("<IB")
@@ -44,6 +45,16 @@ def _exactly(connection: socket.socket, count: int) -> bytes:
 def send(connection: socket.socket, kind: Kind, content: bytes) -> None:
     """One frame."""
     connection.sendall(HEAD.pack(len(content), KINDS.index(kind)) + content)
+
+
+def encode_tickets(tickets: Sequence[int]) -> bytes:
+    """Of fetches, for a frame of its own."""
+    return struct.pack(f"<{len(tickets)}q", *tickets)
+
+
+def decode_tickets(content: bytes) -> Sequence[int]:
+    """The same on rank 0."""
+    return struct.unpack(f"<{len(content) // 8}q", content)
 
 
 def tune(connection: socket.socket) -> None:

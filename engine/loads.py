@@ -237,7 +237,7 @@ class Loads:
 
     def moves(self, lends: list[Lent]) -> Moves | None:
         """What the next step does with the tiers and with other groups; `lends` is what these get."""
-        lists = self._saved(), self._loads, self._ended, self._asked, self._used, lends, self._pulls
+        lists = self._saved(), self._loads, self._ended, self._asked, self._used, lends, self._pulls, [*self._landing]
         self._loads, self._ended, self._asked, self._used, self._pulls = [], [], [], [], []
         return Moves(*lists) if any(lists) else None
 

@@ -84,6 +84,7 @@ class Puller:
     ) -> None:
         self._mark, self._form, self._groups, self._rank = mark, form, tuple(groups), rank
         self._everyone, self._ways, self.device = tuple(everyone), tuple(ways), device
+        self._depth = 1 + max(layer for group in groups for layer in group.layers)
         self.on_fetched: Callable[[int, int], None] = lambda ticket, blocks: None
         self.prices: Prices | None = None
         self._running: dict[int, Running] = {}
@@ -196,11 +197,12 @@ class Puller:
         def progress() -> None:
             with self._changed:
                 self._changed.notify_all()
-                done = min(get.slabs for get in gets)
-                if running.begun or running.ended or not 0 < done < slabs:
+                if running.begun or running.ended or min(get.slabs for get in gets) == slabs:
                     return
                 took = time.monotonic() - min(get.arrived or began for get in gets)
-                running.begun = begin = is_in_time(done, slabs, took, pull.ahead_s)
+                running.begun = begin = all(
+                    is_in_time(get.slabs, get.wanted, took, pull.ahead_s * get.last / self._depth) for get in gets
+                )
             if begin:
                 self.on_fetched(-pull.ticket, stop)
 
@@ -295,6 +297,9 @@ class _Get(threading.Thread):
         """Of layers, that came whole."""
         self.progress: Callable[[], None] = lambda: None
         self._forms = [offer.forms[rank].of_layers(*slab) for slab in offer.slabs]
+        own = [[layer for group in form.places for layer in group if layer in part.layers] for form in self._forms]
+        self.wanted, self.last = max((n, min(layers)) for n, layers in enumerate(own, 1) if layers)
+        """Slabs up to the last that holds any of its layers, and the first layer there."""
         self.arrived: float | None = None
         self.error: Exception | None = None
         self._at = 0
@@ -343,10 +348,10 @@ class _Get(threading.Thread):
             self.blocks = listed[max(0, count - whole + self._each)][0]
 
 
-def is_in_time(done: int, slabs: int, took_s: float, ahead_s: float) -> bool:
-    """Whether a step of `ahead_s`, whose forward goes through all layers evenly, will find every slab when it needs it. `done`
-    of them came in `took_s`, the others come at the same rate, or at worst MARGIN times slower."""
-    return MARGIN * (slabs - done) * took_s / done <= ahead_s * (slabs - 1) / slabs
+def is_in_time(done: int, wanted: int, took_s: float, ahead_s: float) -> bool:
+    """Whether a step that needs the last of the `wanted` slabs in `ahead_s` will find each of them, and those before it, when it
+    comes to them. `done` of them came in `took_s`, the others come at the same rate, or at worst MARGIN times slower."""
+    return done >= wanted or (done > 0 and MARGIN * (wanted - done) * took_s / done <= ahead_s)
 
 
 def reached(address: str, timeout_s: float, *, local: bool) -> socket.socket:

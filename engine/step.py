@@ -109,6 +109,9 @@ class Moves:
     """Copied aside for other groups, behind the loads."""
     pulls: Sequence[Pull] = ()
     """Fetch these, and say up to which block of the prompt they came."""
+    landing: Sequence[int] = ()
+    """Tickets among the loads' of which some rank may wait for layers while it computes the step. Of several ranks each says
+    behind it what didn't come in time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +147,8 @@ class Result:
     offers: dict[int, Sequence[Candidate]] = field(default_factory=dict)
     """Number in `token_ids`, where a beam stands (the token itself means nothing) -> its likeliest next tokens."""
     spoiled: Sequence[int] = ()
-    """Tickets of fetches whose layers didn't all come in time: what was computed on their blocks means nothing."""
+    """Tickets of fetches whose layers didn't all come in time: what was computed on their blocks means nothing. A rank of several
+    knows its own alone, and says it apart from this."""
 
 
 def replays(sampling: SamplingParams) -> bool:

@@ -45,7 +45,7 @@ def run(config: EngineConfig, address: str, token: str, rank: int, *, gone: Call
 def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
     from kvasir.engine.codec import decode_step, encode_result
     from kvasir.engine.executor import grammars_of, rank_of
-    from kvasir.engine.frames import FETCHED
+    from kvasir.engine.frames import FETCHED, encode_tickets
     from kvasir.engine.load import load
     from kvasir.engine.memory import resolve_device
     from kvasir.engine.mesh import Place, join, reach_store
@@ -79,6 +79,8 @@ def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
             for result in results:
                 rank.learn(result.step, result.token_ids)
             found = rank.run(step)
+            if step.moves is not None and step.moves.landing:
+                spoke.send("spoiled", encode_tickets(found.spoiled))
             if place.samples:
                 spoke.send("result", encode_result(found))
     except EOFError:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from kvasir.engine.arrivals import Arrivals
 from kvasir.engine.prices import Prices
 from kvasir.engine.puller import is_in_time
 from kvasir.engine.request import Peer, Request
-from tests.engine.test_peers import GREEDY, PEER, PROMPT, Group, Proxy, group, idle
+from tests.engine.test_peers import GREEDY, PEER, PROMPT, Group, Proxy, group, idle, idle_later
 
 __all__ = ["group"]
 LAYERS = 8
@@ -69,13 +71,49 @@ def test_layer_by_layer(deep: Path, group: Callable[..., Group], begun: list[int
     until(lambda: idle(one) and idle(two))
 
 
-@pytest.mark.parametrize("layout", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}], ids=["tp2", "pp2"])
-def test_from_several_ranks(deep: Path, group: Callable[..., Group], begun: list[int], layout: dict[str, Any]) -> None:
-    one, two = group(deep, kv_transfer="tcp", **layout), group(deep, kv_transfer="tcp")
-    cold, _ = one.ask()
-    assert two.ask(PROMPT, one.peer()) == (cold, 144)
-    assert begun
-    assert one.ask([5, *PROMPT], two.peer())[0] == two.ask([5, *PROMPT])[0]  # several ranks wait for all of it
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp1": {},
+    "tp2": {"tensor_parallel_size": 2},
+    "pp2": {"pipeline_parallel_size": 2},
+}
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+def test_between_several_ranks(
+    deep: Path,
+    group: Callable[..., Group],
+    begun: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    layout: str,
+) -> None:
+    """Whole, then with the link of one rank that breaks between two layers: the others had theirs, and all compute it again;
+    who streams in the same step gets its own tokens."""
+    monkeypatch.setattr("kvasir.engine.prices.WARY_S", 0.0)
+    monkeypatch.setattr("kvasir.engine.arrivals.LATE_S", 0.25)
+    one, two = (group(deep, kv_transfer="tcp", **LAYOUTS[layout]) for _ in range(2))
+    assert one.engine._exchange is not None
+    lends, size = one.engine._scheduler.lends, one.engine._exchange.form.block_bytes * 18
+    assert lends._terms is not None
+    terms, other = lends._terms, [9, *PROMPT[:40]]
+    streamed, _ = two.ask(other)
+    for rank, how in product((0, 1), ("stop", "cut", "garble")):
+        salt, failed = f"{how} at {rank}", two.stats().peer_failed
+        begun.clear()
+        cold, _ = one.ask(cache_salt=salt)
+        proxy = Proxy(terms.addresses[rank], size * 3 // 4, how)
+        addresses = [proxy.address if number == rank else each for number, each in enumerate(terms.addresses)]
+        monkeypatch.setattr(lends, "_terms", replace(terms, addresses=addresses))
+        peers = (one.peer(address=addresses[0]),)
+        asked = Request(request_id=salt, prompt_token_ids=PROMPT, sampling=GREEDY, peers=peers, cache_salt=salt)
+        two.engine.submit(asked)
+        assert proxy.reached.wait(60)
+        two.engine.submit(Request(request_id="other", prompt_token_ids=other, sampling=GREEDY))
+        assert two.collect(salt, "other") == {salt: cold, "other": streamed}
+        assert begun
+        until(lambda failed=failed: two.stats().peer_failed == failed + 18 and not two.stats().peer_loaded)
+        assert two.ask(PROMPT, cache_salt=salt) == (cold, 144)
+        proxy.close()
+    until(lambda: idle_later(one) and idle(two))
 
 
 @pytest.mark.parametrize("asked", [1, 4])
@@ -126,16 +164,20 @@ def test_layers_that_do_not_come(
 SLABS = "import kvasir.engine.lends as lends\nlends.LEAST_SLAB = lends.LEAST_PIECE = 1\n"
 
 
-def test_a_peer_that_is_killed_between_two_layers(deep: Path, group: Callable[..., Group], begun: list[int]) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_peer_that_is_killed_between_two_layers(
+    deep: Path, group: Callable[..., Group], begun: list[int], layout: str
+) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *(path for path in sys.path if path)])}
     command = [sys.executable, "-c", SLABS + PEER, str(deep)]
-    two = group(deep, kv_transfer="tcp")
+    two = group(deep, kv_transfer="tcp", **LAYOUTS[layout])
     assert two.engine._exchange is not None
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None
         address, secret, cold = json.loads(process.stdout.readline())
         proxy = Proxy(address, two.engine._exchange.form.block_bytes * 14, "stop")
-        killer = threading.Thread(target=lambda: proxy.reached.wait(60) and process.kill())
+        ranks = two.engine.config.ranks
+        killer = threading.Thread(target=lambda: until(lambda: proxy.stopped == ranks) and process.kill())
         killer.start()
         assert two.ask(PROMPT, Peer(proxy.address, secret, 10**6, ordered=True)) == (cold, 0)
         killer.join()

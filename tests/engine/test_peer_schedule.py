@@ -49,8 +49,8 @@ class FakeIndex:
 class FakeExchange(FakeTiers):
     """Tiers, and blocks of another world."""
 
-    def __init__(self, seed: int | None) -> None:
-        super().__init__(seed=seed)
+    def __init__(self, seed: int | None, ranks: int = 1) -> None:
+        super().__init__(ranks=ranks, seed=seed)
         self.index = FakeIndex(self.chance, self.draw)
         self.lent: dict[int, list[object]] = {}
         """lend -> what was copied aside of each item; None: it wasn't there"""
@@ -106,11 +106,21 @@ class FakeExchange(FakeTiers):
             aside = self.other.tiers.lent.get(offer.lend, [])
             done = len(aside) == len(items(offer.firsts, offer.stop))
             if pull.ahead_s and self.chance(0.3):
-                found.append(self._begun(pull, offer, aside, done))
+                found += self._said(*self._begun(pull, offer, aside, done))
             elif done or self.chance(0.1):
                 del self.pulls[ticket]
                 if not self.chance(0.1):
-                    found.append((ticket, self._stage(pull, offer, aside)))
+                    found += self._said(ticket, self._stage(pull, offer, aside))
+        return found
+
+    def _said(self, ticket: int, count: int) -> list[tuple[int, int]]:
+        """By all ranks: others than the first may have all of it already, or lack some."""
+        found = [(ticket, count)]
+        while len(found) < self.ranks:
+            end = count if count >= 0 else ~count
+            less = ~self.draw.randint(0, end) if self.chance(0.3) else count
+            found.append((abs(ticket) if self.chance(0.5) else ticket, less))
+        self.draw.shuffle(found)
         return found
 
     def _begun(self, pull: Pull, offer: Offer, aside: Sequence[object], done: bool) -> tuple[int, int]:
@@ -195,7 +205,8 @@ def world_of(draw: random.Random, layout: Layout) -> World:
     blocks = draw.choice((120, 200, 400)) // size + 1
     if layout is not ONE_GROUP:
         blocks = max(blocks, layout.peak(90, size, budget) + draw.choice((0, 1, 5, 100)))
-    tiers, seats, depth = FakeExchange(draw.randrange(10**6)), draw.choice((2, 5, 20)), draw.choice((1, 1, 2))
+    tiers = FakeExchange(draw.randrange(10**6), draw.choice((1, 1, 2)))
+    seats, depth = draw.choice((2, 5, 20)), draw.choice((1, 1, 2))
     ahead = draw.random() < 0.7
     return World(
         blocks=blocks,

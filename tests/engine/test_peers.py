@@ -97,6 +97,14 @@ def group(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Group]]:
         yield make
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ranks wait for layers as long as it takes, those in processes of their own, too."""
+    monkeypatch.setattr("kvasir.engine.arrivals.LATE_S", 60.0)
+    (tmp_path / "sitecustomize.py").write_text("from kvasir.engine import arrivals\n\narrivals.LATE_S = 60.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
 @pytest.fixture(scope="module")
 def llama(checkpoint: Callable[..., tuple[Path, Any]]) -> Path:
     return checkpoint("Llama")[0]
@@ -123,10 +131,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(("dtype", "kept"), [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "fp8")])
 def test_every_layout_to_every_layout(
-    data: Callable[[str], Path], group: Callable[..., Group], dtype: str, kept: str
+    data: Callable[[str], Path],
+    group: Callable[..., Group],
+    dtype: str,
+    kept: str,
+    patient: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Other ranks, stages and block sizes: what one group has computed the other takes, and says the same; and it goes on
-    with a stream that moves to it."""
+    """Other ranks, stages and block sizes: what one group has computed the other takes, in one piece or layer by layer, and says
+    the same; and it goes on with a stream that moves to it."""
+    monkeypatch.setattr(Prices, "step_s", lambda self, tokens: 1000.0)
+    for name in ("LEAST_SLAB", "LEAST_PIECE"):
+        monkeypatch.setattr(f"kvasir.engine.lends.{name}", 1)
     known = json.loads((data("model-stories260k") / "greedy_256.json").read_text())
     prompt = known["greedy_ids"][:200]
     model = data("model-stories260k") / "hf"
@@ -137,8 +153,12 @@ def test_every_layout_to_every_layout(
             salt = f"{one} to {other}"
             cold, _ = lender.ask(prompt, cache_salt=salt)
             assert dtype != "float32" or cold == known["greedy_ids"][200:212]
-            tokens, cached = borrower.ask(prompt, lender.peer(), cache_salt=salt)
-            assert (salt, tokens, cached) == (salt, cold, 192)
+            for layered in (True, False):
+                monkeypatch.setattr(Prices, "layers_pay", lambda self, layered=layered: layered)
+                if borrower is not lender:
+                    borrower.engine.pool.reset()
+                tokens, cached = borrower.ask(prompt, lender.peer(), cache_salt=salt)
+                assert (salt, tokens, cached) == (salt, cold, 192)
             if borrower is not lender:
                 borrower.engine.pool.reset()
             moved = borrower.ask(prompt, lender.peer(), cache_salt=salt, resume_token_ids=cold[:5])
@@ -191,7 +211,8 @@ class Proxy:
         self._target, self._after, self._how = target, after, how
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self.connections = 0
+        self.connections = self.stopped = 0
+        """How many came, and how many got so far."""
         self.reached = threading.Event()
         """The first to get so far."""
         self._sockets: list[socket.socket] = []
@@ -215,10 +236,13 @@ class Proxy:
                 threading.Thread(target=self._pump, args=(far, near, self._after), daemon=True).start()
 
     def _pump(self, source: socket.socket, sink: socket.socket, after: int) -> None:
+        stopped = False
         with contextlib.suppress(OSError):
             while data := source.recv(1000):
                 after -= len(data)
                 if after < 0:
+                    self.stopped += not stopped
+                    stopped = True
                     self.reached.set()
                     if self._how == "stop":
                         continue

@@ -208,7 +208,8 @@ class FakeRank:
         sampling = [self.seats[part.seat] for part in step.slices if part.sample]
         self.awaited.append((step.id, list(zip(sampling, sampled, strict=True))))
         loads = step.moves.loads if step.moves is not None else ()
-        spoiled = self.tiers.spoiled & {ticket for ticket, _, _ in loads} if self.tiers is not None else ()
+        spoiled = self.tiers.spoiled & {ticket for ticket, _, _ in loads} if self.tiers is not None else set()
+        assert step.moves is None or spoiled <= {*step.moves.landing} <= {ticket for ticket, _, _ in loads}
         return Result(step.id, sampled, prompt_logprobs=scores, pooled=pooled, offers=offered, spoiled=[*spoiled])
 
     def learn(self, last: int) -> None:
