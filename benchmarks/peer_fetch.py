@@ -64,7 +64,8 @@ def measure(args: argparse.Namespace, way: str) -> None:
     """A line per length: medians of the seconds to the first token, and of their ratio; both groups say the same."""
     longest = max(args.tokens) + args.tail + 16
     options = {"model": args.model, "dtype": args.dtype, "kv_transfer": way, "max_model_len": longest}
-    options |= {"num_threads": args.threads, "skip_tokenizer_init": True, "max_num_seqs": 4, "hf_overrides": {"max_position_embeddings": longest}}
+    options |= {"num_threads": args.threads}
+    options |= {"skip_tokenizer_init": True, "max_num_seqs": 4, "hf_overrides": {"max_position_embeddings": longest}}
     command = [sys.executable, __file__, args.model, "--serve", json.dumps(options)]
     command += ["--link", str(args.link)] if args.link else []
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
