@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from llguidance import LLExecutor, LLMatcher
 
+from kvasir.engine.cores import usable_cores
 from kvasir.engine.step import NewSequence
 from kvasir.engine.thoughts import Thinking
 
@@ -23,6 +25,8 @@ Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.int32]
 ALONE_S = 3e-4
 """Masks that take one thread no longer are made by it alone."""
+WORKERS = min(32, usable_cores() * 4 // 5)
+"""Threads that make the others; where it is one, that has to be woken first, the thread that asks is sooner done."""
 
 
 class Constraint:
@@ -32,6 +36,8 @@ class Constraint:
     sequence is over whatever min_tokens and ignore_eos say: `over` is set, and `end` (the model's own end) is what is
     sampled if that is so from the start.
     """
+
+    __slots__ = ("_begin", "_end", "_left", "_stops", "ends", "matcher", "over", "thinking", "why")
 
     def __init__(self, new: NewSequence, begin: Callable[[], LLMatcher] | None, end: int) -> None:
         self.matcher: LLMatcher | None = None
@@ -69,11 +75,6 @@ class Constraint:
     def lexing(self) -> LLMatcher | None:
         """What makes the mask. When the grammar is over from the start, the model's end is what it makes."""
         return self.matcher if self.forced is None else None
-
-    @property
-    def plain(self) -> bool:
-        """There is a grammar, and there are no thoughts to watch."""
-        return self.matcher is not None and (self.thinking is None or self.thinking.over)
 
     @property
     def may_end(self) -> bool:
@@ -114,6 +115,22 @@ class Constraint:
             count += 1
         return count
 
+    def take(self, token: int) -> bool:
+        """`advance` by this token if it `fits`: one call of the library instead of two. False: nothing was taken in."""
+        if self.over or self.why is not None:
+            return False
+        matcher = self.matcher
+        if matcher is None or token in self.ends.tokens or not (self.thinking is None or self.thinking.over):
+            if fits := self.fits(token):
+                self.advance(token)
+            return fits
+        if not matcher.try_consume_tokens([token]):
+            return False
+        self._left -= 1
+        if matcher.is_stopped():
+            self._stop(matcher)
+        return True
+
     def fits(self, token: int) -> bool:
         """Whether the mask surely has it, without making one. An end that nothing but the mask allows isn't sure."""
         if (thinking := self.thinking) is not None and not thinking.over:
@@ -132,11 +149,9 @@ class Constraint:
             _set(words, forced)
             return
         if self.matcher is None:  # in thoughts, which an answer must follow
-            words[:] = -1
-            for place, bits in self.ends.places:
-                words[place] &= ~bits
+            self.ends.bar(words)
             return
-        self.ends.close(words[None], [self])
+        self.ends.close(words, self)
         if self.thinking is not None and self.thinking.opening:
             _set(words, self.thinking.first)
 
@@ -146,9 +161,12 @@ class Constraint:
             return
         if not matcher.consume_token(token):
             self.why = f"structured output: {matcher.get_error() or f'token {token} does not fit the grammar'}"
-        elif not matcher.is_stopped():
-            return
-        elif matcher.is_error():
+        elif matcher.is_stopped():
+            self._stop(matcher)
+
+    def _stop(self, matcher: LLMatcher) -> None:
+        """It takes no more tokens: the grammar is over, or has left its limits."""
+        if matcher.is_error():
             self.why = f"structured output: {matcher.get_error()}"
         else:
             self.over = True
@@ -160,41 +178,51 @@ class Ends:
 
     end: int
     stops: tuple[int, ...]
+    tokens: frozenset[int] = field(init=False)
     places: tuple[tuple[int, int], ...] = field(init=False)
     """Words of a mask that hold one, each with those one's bits."""
     stop_places: tuple[tuple[int, int], ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        for prefix, tokens in (("", {self.end, *self.stops}), ("stop_", set(self.stops))):
+        object.__setattr__(self, "tokens", frozenset({self.end, *self.stops}))
+        for prefix, tokens in (("", self.tokens), ("stop_", set(self.stops))):
             found: dict[int, int] = {}
             for token in tokens:
                 found[token // 32] = found.get(token // 32, 0) | 1 << token % 32
             signed = tuple((place, bits - (bits >> 31 << 32)) for place, bits in found.items())
             object.__setattr__(self, f"{prefix}places", signed)
 
-    def close(self, masks: Words, constraints: Sequence[Constraint]) -> None:
-        """masks[N, W] of grammars: ends are allowed where they may be, and where nothing else is what was there before.
+    def bar(self, mask: Words) -> None:
+        """Everything else is allowed by mask[W]."""
+        mask[:] = -1
+        for place, bits in self.places:
+            mask[place] &= ~bits
 
-        A few words of a few rows: numbers of Python's are sooner done than arrays (20 rows: 20 us, 60 by arrays)."""
-        words = memoryview(masks)  # type: ignore[arg-type]
-        before: list[list[int]] = []
-        for row, constraint in enumerate(constraints):
-            before.append([words[row, place] for place, _ in self.places])
-            for place, bits in self.places:
-                words[row, place] &= ~bits
-            if self.stops and constraint.may_end:
-                for place, bits in self.stop_places:
-                    words[row, place] |= bits
-        left = masks.any(1)
-        if left.all():
+    def close(self, mask: Words, constraint: Constraint) -> None:
+        """Of a grammar's mask[W]: ends are allowed where they may be, and where nothing else is what was there before.
+
+        A few words: numbers of Python's are sooner done than arrays. Where a grammar may end the library allows the model's
+        end, so a mask without any end is as it should be."""
+        words = memoryview(mask)  # type: ignore[arg-type]
+        before = [words[place] for place, _ in self.places]
+        if not any(word & bits for word, (_, bits) in zip(before, self.places, strict=True)):
             return
-        for row in np.flatnonzero(~left).tolist():
-            for (place, _), word in zip(self.places, before[row], strict=True):
-                words[row, place] = word
-            matcher = constraints[row].matcher
-            assert matcher is not None
-            if matcher.is_accepting() or not any(before[row]):
-                _set(masks[row], self.end)
+        for place, bits in self.places:
+            words[place] &= ~bits
+        if self.stops and constraint.may_end:
+            for place, bits in self.stop_places:
+                words[place] |= bits
+        if np.count_nonzero(mask):
+            return
+        for (place, _), word in zip(self.places, before, strict=True):
+            words[place] = word
+        matcher = constraint.matcher
+        assert matcher is not None
+        if matcher.is_accepting():
+            _set(mask, self.end)
+        elif matcher.is_error():  # the library says so by the model's end, at which the sequence would seem to be whole
+            constraint.why = f"structured output: {matcher.get_error()}"
+            self.bar(mask)
 
 
 @lru_cache(256)
@@ -212,10 +240,12 @@ class Constraints:
     def __init__(self, max_num_seqs: int, vocab: int, *, apart: bool) -> None:
         self._apart = apart
         self._shape = max_num_seqs, -(-vocab // 32)
-        self._masks = np.zeros((0, 0), np.int32)
+        self._masks, self._address = np.zeros((0, 0), np.int32), 0
         self._held = np.zeros(max_num_seqs, np.bool_)
         self._seats: dict[int, Constraint] = {}
         self._entered: list[int] = []
+        self._taken: set[int] = set()
+        """Seats that have taken in what their rows of the last `masks` are about to say."""
         self._executor: LLExecutor | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._newest: Future[dict[int, str | None]] | None = None
@@ -230,6 +260,7 @@ class Constraints:
         if constraint is None and seat not in self._seats:
             return
         self._wait()
+        self._taken.discard(seat)
         self._held[seat] = False
         self._seats.pop(seat, None)
         if constraint is not None:
@@ -245,7 +276,7 @@ class Constraints:
 
     def masks(self, seats: Ints, likeliest: Sequence[int] | None = None) -> tuple[Ints, Words]:
         """(rows that a grammar holds, their masks[N, W], until the next call). likeliest: of each row the token that is taken if
-        it fits, or -1; rows where it does are left out, if it `looks`."""
+        it fits, or -1. Rows where it does are left out, if it `looks`, and have taken it in when `advance` is told of it."""
         if not self._seats:
             return seats[:0], self._masks
         if not self._apart:
@@ -256,22 +287,33 @@ class Constraints:
         return rows, self._masks[seats[rows]] if len(rows) else self._masks
 
     def advance(self, seats: Ints, token_ids: Callable[[], Sequence[int]]) -> Future[dict[int, str | None]] | None:
-        """row -> None when its grammar is over, or else why it can't go on. None: nothing holds any of the seats."""
+        """row -> None when its grammar is over, or else why it can't go on. None: it is known that there is no such row."""
         rows = [(row, seat) for row, seat in enumerate(seats.tolist()) if seat in self._seats] if self._seats else []
-        return self._begin(lambda: self._advance(rows, token_ids())) if rows else None
+        if self._apart and rows:
+            return self._begin(lambda: self._advance(rows, token_ids()))
+        ended = self._advance(rows, token_ids()) if rows else None
+        if not ended:
+            return None
+        done: Future[dict[int, str | None]] = Future()
+        done.set_result(ended)
+        return done
 
     def _asked(self, seats: Sequence[int], likeliest: Sequence[int] | None) -> tuple[Ints, Words]:
         """As `masks`, of those that need one."""
         rows: list[int] = []
         found: list[Constraint] = []
+        self._taken.clear()
         for row, seat in enumerate(seats):
             constraint = self._seats.get(seat)
-            if constraint is None or not constraint.holds:
+            if constraint is None:
                 continue
-            if likeliest is None or likeliest[row] < 0 or not constraint.fits(likeliest[row]):
+            if likeliest is not None and (token := likeliest[row]) >= 0 and constraint.take(token):
+                self._taken.add(seat)
+            elif constraint.holds:
                 rows.append(row)
                 found.append(constraint)
-        self._fill([*enumerate(found)])
+        if rows:
+            self._fill([*enumerate(found)])
         return np.array(rows, np.int64), self._masks[: len(rows)]
 
     # -- in the thread, if there is one
@@ -280,9 +322,11 @@ class Constraints:
         ended: dict[int, str | None] = {}
         for row, seat in rows:
             constraint = self._seats[seat]
-            constraint.advance(token_ids[row])
+            if seat not in self._taken:
+                constraint.advance(token_ids[row])
             if constraint.over or constraint.why is not None:
                 ended[row] = constraint.why
+        self._taken.clear()
         if self._apart:
             self._hold([seat for _, seat in rows])
         return ended
@@ -298,38 +342,28 @@ class Constraints:
         """(place, whose mask)"""
         if not len(self._masks):
             self._masks = np.zeros(self._shape, np.int32)
-        self._compute([(matcher, place) for place, one in found if (matcher := one.lexing) is not None])
-        alike: dict[Ends, list[tuple[int, Constraint]]] = {}
+            self._address = self._masks.ctypes.data
+        lines: list[tuple[LLMatcher, int]] = []
         for place, one in found:
-            if one.plain:
-                alike.setdefault(one.ends, []).append((place, one))
+            if (matcher := one.lexing) is None:
+                self._masks[place] = 0
             else:
-                if one.lexing is None:
-                    self._masks[place] = 0
-                one.close(self._masks[place])
-        for ends, group in alike.items():
-            places = [place for place, _ in group]
-            together = places == [*range(places[0], places[0] + len(places))]
-            masks = self._masks[places[0] : places[-1] + 1] if together else self._masks[places]
-            ends.close(masks, [one for _, one in group])
-            if not together:
-                self._masks[places] = masks
+                lines.append((matcher, place))
+        self._compute(lines)
+        for place, one in found:
+            one.close(self._masks[place])
 
     def _compute(self, lines: list[tuple[LLMatcher, int]]) -> None:
         """(matcher, the mask's row): one after the other as long as that takes less than to wake other threads."""
-        at, size, begun = self._masks.ctypes.data, 4 * self._shape[1], time.perf_counter()
-        while lines and time.perf_counter() - begun < ALONE_S:
+        size, until = 4 * self._shape[1], time.perf_counter() + (ALONE_S if WORKERS > 1 else math.inf)
+        while lines and time.perf_counter() < until:
             matcher, row = lines.pop()
-            matcher.unsafe_compute_mask_ptr(at + row * size, size)
+            matcher.unsafe_compute_mask_ptr(self._address + row * size, size)
         if lines:
-            self._executor = self._executor or LLExecutor()
-            self._executor.unsafe_compute_mask_ptr(lines, at, size, self._shape[0])
+            self._executor = self._executor or LLExecutor(WORKERS)
+            self._executor.unsafe_compute_mask_ptr(lines, self._address, size, self._shape[0])
 
     def _begin(self, work: Callable[[], dict[int, str | None]]) -> Future[dict[int, str | None]]:
-        if not self._apart:
-            done: Future[dict[int, str | None]] = Future()
-            done.set_result(work())
-            return done
         self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="kvasir-masks")
         self._newest = self._thread.submit(work)
         return self._newest

@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from kvasir.engine import LLM, SamplingParams
 from kvasir.engine.constraint import Constraint, Constraints
@@ -244,7 +244,7 @@ def test_what_is_drafted_fits_as_far_as_the_masks_say(drafted, data):
     sampling = SamplingParams(structured_outputs=wanted, thoughts=thoughts)
     new = NewSequence(0, (0, *said), 1, sampling, 0, ())
     tokenizer, grammar = _byte_grammar(wanted)
-    constraint, trial = (Constraint(new, grammar.deep_copy, tokenizer.eos_token) for _ in range(2))
+    constraint, trial, taking = (Constraint(new, grammar.deep_copy, tokenizer.eos_token) for _ in range(3))
     fits = 0
     for token in drafted:
         words = np.zeros(-(-tokenizer.vocab_size // 32), np.int32)
@@ -258,12 +258,29 @@ def test_what_is_drafted_fits_as_far_as_the_masks_say(drafted, data):
         assert trial.fits(token) == has or trial.over or trial.why is not None or (has and token == tokenizer.eos_token)
         if trial.over or trial.why is not None or not words[token // 32] >> (token % 32) & 1:
             break
+        if not taking.take(token):
+            assert not trial.fits(token)
+            taking.advance(token)
         trial.advance(token)
+        assert (taking.over, taking.why, taking.may_end) == (trial.over, trial.why, trial.may_end)
         fits += 1
+    if fits < len(drafted) and not trial.over:
+        assert not taking.take(drafted[fits])
     assert constraint.fitting(drafted) <= fits
     if thoughts is None:
         assert constraint.fitting(drafted) == fits
     assert constraint.fitting([*drafted, tokenizer.eos_token]) == constraint.fitting(drafted)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_an_output_whose_grammar_leaves_its_limits_doesn_t_seem_to_be_whole(llm, write, monkeypatch, temperature):
+    """A mask that can't be made any more has the model's end alone."""
+    limits = LLParserLimits(step_max_items=60, max_lexer_states=50_000, verbose_errors=False)
+    monkeypatch.setattr("kvasir.engine.grammar.LIMITS", limits)
+    ambiguous = StructuredOutput(grammar=f'start: s "b"\ns: s s | "a" | "a" s | /x{{{temperature}}}/')
+    going_on = {llm.get_tokenizer().encode("b", add_special_tokens=False)[0]: -100.0}
+    with pytest.raises(ClientError, match=r"can't go on: .*Too many items"):
+        write(ambiguous, temperature=temperature, logit_bias=going_on)
 
 
 MIXED = [
