@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -173,7 +174,13 @@ def bench_groups(data: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
 def keywords(library: Any, vocabulary: Vocabulary, groups: Iterable[tuple[str, str, dict[str, Any]]]) -> dict[str, Any]:
     """`{source: {keyword: row}}`; a row has COLUMNS, compile times and the reasons of refusals."""
     found: dict[str, Any] = {}
-    for source, keyword, group in groups:
+    begun = time.perf_counter()
+    for number, (source, keyword, group) in enumerate(groups):
+        if keyword not in found.get(source, {}):
+            print(
+                f"{time.perf_counter() - begun:6.1f} s {number:5} schemas done, next {source} {keyword}",
+                file=sys.stderr,
+            )
         blank = {**dict.fromkeys(COLUMNS, 0), "compile_ms": [], "reasons": {}}
         row = found.setdefault(source, {}).setdefault(keyword, blank)
         start = time.perf_counter()
@@ -241,19 +248,21 @@ def tokens_of(vocabulary: Vocabulary, value: Any, separators: tuple[str, str]) -
 
 def spellings(value: Any, *, numbers: bool) -> Iterator[Any]:
     """The same value: its objects' members in other orders, and its whole numbers without a fraction."""
-    for order in itertools.islice(orders(value), MAX_ORDERS if len(json.dumps(value)) < LONG else 1):
+    for order in orders(value, MAX_ORDERS if len(json.dumps(value)) < LONG else 1):
         yield order
         if numbers:
             yield whole(order)
 
 
-def orders(value: Any) -> Iterator[Any]:
+def orders(value: Any, most: int) -> Iterator[Any]:
+    """The first `most`: of an object of twelve members there are 479,001,600."""
     if isinstance(value, dict):
-        members = [[(key, one) for one in orders(inner)] for key, inner in value.items()]
-        for order in itertools.permutations(members):
-            yield from map(dict, itertools.product(*order))
+        members = [[(key, one) for one in orders(inner, most)] for key, inner in value.items()]
+        found = (dict(chosen) for order in itertools.permutations(members) for chosen in itertools.product(*order))
+        yield from itertools.islice(found, most)
     elif isinstance(value, list):
-        yield from map(list, itertools.product(*[[*orders(inner)] for inner in value]))
+        every = itertools.product(*[[*orders(inner, most)] for inner in value])
+        yield from itertools.islice(map(list, every), most)
     else:
         yield value
 

@@ -69,9 +69,9 @@ class Vocabulary:
         self.bos_token_id = None
         for token in self.special_token_ids:
             self.tokens[token] = b"\xff<" + tokenizer.added_tokens[token].encode() + b">"
-        self._encode = lambda text: tokenizer.encode(MARK + text, add_special_tokens=False)
+        self._tokenizer = tokenizer
         self._before = self._encode("")
-        self._short = lru_cache(FORCED)(self._tokens)
+        self._short = lru_cache(FORCED)(self._inside)
         self._ids: dict[bytes, int] = {}
         self.compiled = LLTokenizer(TokenizerWrapper(self), n_vocab=size, eos_token=self.eos_token_id)
 
@@ -83,9 +83,12 @@ class Vocabulary:
         """Inside of a text: SentencePiece begins every text with a space, which must not be taken for a part of it.
 
         What a grammar forces, an object's keys, is asked for by every mask before it: 33 of the 50 us that one took."""
-        return self._short(text) if len(text) <= LONGEST else self._tokens(text)
+        return self._short(text) if len(text) <= LONGEST else self._inside(text)
 
-    def _tokens(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(MARK + text, add_special_tokens=False)
+
+    def _inside(self, text: str) -> list[int]:
         ids, before = self._encode(text), self._before
         return ids[len(before) :] if ids[: len(before)] == before else self._longest(text.encode())
 
