@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import grpc
@@ -16,11 +16,13 @@ from grpc_reflection.v1alpha import reflection
 
 from kvasir.cluster.all_metrics import OtherMetrics, no_others
 from kvasir.cluster.auth import GRPC_KEY, ApiKeys, UnauthenticatedError, load_keys
-from kvasir.cluster.call import EFFORT_IGNORED, ROUTE_HEADER, Call, request_id_from
+from kvasir.cluster.call import ROUTE_HEADER
+from kvasir.cluster.caller import Caller
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
-from kvasir.cluster.grpc_call import Context, abort, as_status, calling, metadata, play, resume, set_trailers
+from kvasir.cluster.grpc_call import Context, abort, as_status, calling, metadata, play, resume, set_trailers, tell
+from kvasir.cluster.grpc_chats import Chats
 from kvasir.cluster.grpc_files import Batches, Files
 from kvasir.cluster.grpc_pooling import (
     ask_of_pairs,
@@ -30,25 +32,20 @@ from kvasir.cluster.grpc_pooling import (
     rerank,
     score,
 )
+from kvasir.cluster.grpc_reply import GenerateReplies, numbered
 from kvasir.cluster.grpc_responses import Conversations, Decisions, Responses
-from kvasir.cluster.grpc_schema import (
-    call_of_chat,
-    call_of_embed,
-    call_of_generate,
-    embed_reply,
-    opening_reply,
-    prompt_of_tokenize,
-    write_delta,
-    write_end,
-)
+from kvasir.cluster.grpc_schema import ask_of_chat, ask_of_generate, call_of_embed, embed_reply, prompt_of_tokenize
 from kvasir.cluster.health import Health
 from kvasir.cluster.open_inference_api import OPEN_INFERENCE, OpenInference
-from kvasir.cluster.reading import AnswerStream
-from kvasir.cluster.recordings import STREAM_ID
+from kvasir.cluster.openai_reply import ChatReply
+from kvasir.cluster.openai_schema import Ask
 from kvasir.cluster.shelf import Shelf
+from kvasir.cluster.stored_chats import Chats as StoredChats
+from kvasir.cluster.stored_chats import new_answer_id, nothing_kept
 from kvasir.cluster.vectors import Vectors
 from kvasir.engine.errors import KvasirError
 from kvasir.proto import inference_pb2 as pb
+from kvasir.proto.chats_pb2_grpc import add_ChatsServicer_to_server
 from kvasir.proto.files_pb2_grpc import add_BatchesServicer_to_server, add_FilesServicer_to_server
 from kvasir.proto.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
 from kvasir.proto.open_inference_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
@@ -59,7 +56,8 @@ from kvasir.proto.responses_pb2_grpc import (
 )
 
 SERVICES = tuple(
-    f"kvasir.v1.{name}" for name in ("Inference", "Responses", "Conversations", "Decisions", "Files", "Batches")
+    f"kvasir.v1.{name}"
+    for name in ("Inference", "Chats", "Responses", "Conversations", "Decisions", "Files", "Batches")
 )
 KIND = b"gRPC"
 """Of streams that Resume goes on with."""
@@ -81,7 +79,8 @@ def create_grpc_server(
     options = [("grpc.max_receive_message_length", config.max_body_bytes), ("grpc.so_reuseport", 1)]
     keys = load_keys(config, os.environ)
     server = grpc.aio.server(interceptors=[_KeyCheck(keys)], options=options)
-    add_InferenceServicer_to_server(Inference(desk, keys), server)
+    add_InferenceServicer_to_server(Inference(desk, keys, shelf.chats, config.response_role), server)
+    add_ChatsServicer_to_server(Chats(shelf.chats, keys), server)
     add_ResponsesServicer_to_server(Responses(desk, shelf, keys), server)
     add_ConversationsServicer_to_server(Conversations(shelf, keys), server)
     add_DecisionsServicer_to_server(Decisions(desk, keys), server)
@@ -99,16 +98,17 @@ Pooled = TypeVar("Pooled", pb.EmbedReply, pb.ClassifyReply, pb.ScoreReply, pb.Re
 class Inference(InferenceServicer):
     """The service of inference.proto. A call that is cancelled is cancelled here too, and ends its requests."""
 
-    def __init__(self, desk: Desk, keys: ApiKeys) -> None:
+    def __init__(self, desk: Desk, keys: ApiKeys, chats: StoredChats, role: str) -> None:
         self._desk = desk
         self._keys = keys
+        self._chats = chats
+        self._role = role
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
-        await self._answer(lambda: call_of_generate(request), request, context)
+        await self._answer(ask_of_generate, request, context)
 
     async def Chat(self, request: pb.ChatRequest, context: Context) -> None:  # noqa: N802
-        effort = (f"reasoning_effort {EFFORT_IGNORED}",) if request.HasField("reasoning_effort") else ()
-        await self._answer(lambda: call_of_chat(request), request, context, effort)
+        await self._answer(ask_of_chat, request, context)
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> None:  # noqa: N802
         async with as_status(context):
@@ -175,40 +175,42 @@ class Inference(InferenceServicer):
                     card.ready = not self._desk.draining
         return reply
 
-    async def _answer(
-        self,
-        parse: Callable[[], Call],
-        request: pb.GenerateRequest | pb.ChatRequest,
-        context: Context,
-        warned: Sequence[str] = (),
-    ) -> None:
-        headers = metadata(context)
-        async with as_status(context):
-            request_id = request_id_from(headers.get("x-request-id"), "x-request-id")
-            named = ("x-request-id", request_id)
-            try:
-                call = dataclasses.replace(parse(), deadline_s=context.time_remaining())
-                generation = await self._desk.begin(call, request_id, headers)
-            except KvasirError:
-                await context.send_initial_metadata((named,))
-                raise
+    async def _answer(self, parse: Callable[[Any], Ask], request: Any, context: Context) -> None:
+        async with calling(context, self._keys, later=True) as caller:
+            ask = parse(request)
+            call = dataclasses.replace(ask.call, deadline_s=caller.deadline_s)
+            generation = await self._desk.begin(call, caller.request_id, caller.headers)
             try:
                 recording = generation.recording
                 recording.open(KIND)
-                await context.send_initial_metadata((named, (STREAM_ID, recording.id)))
-                reply = opening_reply(generation, request_id, request.return_prompt_token_ids)
-                replies = _replies(generation, reply, request.return_timing)
-                if recording.resumable:
-                    recording.record(_numbered(replies))
-                    await play(recording, 0, context, pb.GenerateReply)
-                else:
-                    async for reply in replies:
-                        await context.write(reply)
+                await tell(context, caller, recording.id)
+                await self._send(ask, generation, caller, context)
                 route = [] if generation.route is None else [(ROUTE_HEADER, generation.route)]
-                warnings, cut = (*warned, *generation.reading.warnings), generation.truncated_tokens
+                warnings, cut = (*ask.warnings, *generation.reading.warnings), generation.truncated_tokens
                 set_trailers(context, request, generation.timing, warnings, cut, route)
             finally:
                 self._desk.end(generation)
+
+    async def _send(self, ask: Ask, generation: Generation, caller: Caller, context: Context) -> None:
+        """The answer; recorded, where the client may come back."""
+        answer = GenerateReplies(ask, generation, caller.request_id, self._role)
+        replies = answer.all(self._keeping(ask, generation, caller, answer))
+        if generation.recording.resumable:
+            generation.recording.record(numbered(replies))
+            await play(generation.recording, 0, context, pb.GenerateReply)
+            return
+        async for reply in replies:
+            await context.write(reply)
+
+    def _keeping(
+        self, ask: Ask, generation: Generation, caller: Caller, answer: GenerateReplies
+    ) -> Callable[[], Awaitable[str]]:
+        """What keeps the answer, as HTTP's door would have."""
+        if not ask.store:
+            return nothing_kept
+        answer_id = new_answer_id(ask, caller.request_id)
+        reply = ChatReply(ask, generation, answer_id, self._role, answer.answers)
+        return self._chats.keeping(ask, reply, caller.principal)
 
 
 def _timed(context: Context, request: Any, reply: Pooled, vectors: Vectors) -> Pooled:
@@ -217,29 +219,6 @@ def _timed(context: Context, request: Any, reply: Pooled, vectors: Vectors) -> P
     if request.return_timing:
         reply.timing.CopyFrom(pb.Timing(**vectors.timing.json()))
     return reply
-
-
-async def _replies(generation: Generation, reply: pb.GenerateReply, timed: bool) -> AsyncIterator[pb.GenerateReply]:
-    """One reply per delta; the last has the counts. `reply`: the first one's beginning."""
-    same = pb.GenerateReply(request_id=reply.request_id, model=reply.model)
-    answers: dict[int, AnswerStream] = {}
-    async for deltas in generation:
-        for _, delta in deltas:
-            write_delta(reply, delta, generation, answers)
-            yield reply
-            reply = pb.GenerateReply()
-            reply.CopyFrom(same)
-    write_end(reply, generation, timed)
-    yield reply
-
-
-async def _numbered(replies: AsyncIterator[pb.GenerateReply]) -> AsyncIterator[Sequence[bytes]]:
-    """As a recording holds them."""
-    number = 0
-    async for reply in replies:
-        number += 1
-        reply.number = number
-        yield [reply.SerializeToString()]
 
 
 class HealthService(health_pb2_grpc.HealthServicer):

@@ -28,6 +28,7 @@ def call_of_classify(request: pb.ClassifyRequest, inputs: list[Any]) -> PoolingC
         param="inputs",
         truncate=_optional(request, "truncate_prompt_tokens"),
         priority=request.priority,
+        cache_salt=request.cache_salt,
     )
 
 
@@ -43,7 +44,8 @@ def classify_reply(vectors: Vectors, events: Any, request_id: str) -> pb.Classif
 
 def ask_of_pairs(request: Pairs, deadline_s: float | None) -> PairsAsk:
     """Raises ClientError."""
-    body: dict[str, Any] = {"model": request.model, "documents": list(request.documents), "priority": request.priority}
+    body: dict[str, Any] = {name: getattr(request, name) for name in ("model", "priority", "cache_salt")}
+    body["documents"] = list(request.documents)
     for name, field in (("use_activation", "normalize"), ("truncate_prompt_tokens", "truncate_prompt_tokens")):
         body[name] = _optional(request, field)
     if isinstance(request, pb.ScoreRequest):

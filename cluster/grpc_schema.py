@@ -1,35 +1,30 @@
-"""Messages of inference.proto as a `Call`, and deltas as `GenerateReply`s."""
+"""Messages of inference.proto as what HTTP's bodies are read as."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from kvasir.cluster.answer_parts import Part
-from kvasir.cluster.call import Call, Conversation, Prompt, Text, check_variables, thinking_variables
-from kvasir.cluster.generation import Generation
+from kvasir.cluster.call import EFFORT_IGNORED, Call, Conversation, Prompt, Text, check_variables, thinking_variables
 from kvasir.cluster.grpc_json import as_json, function, plain, tool_choice
 from kvasir.cluster.grpc_pooling import inputs_of
 from kvasir.cluster.openai_fields import CHAT_HONOURED
-from kvasir.cluster.openai_logprobs import token_text
-from kvasir.cluster.reading import AnswerStream
+from kvasir.cluster.openai_schema import Ask
+from kvasir.cluster.service_fields import check_metadata, check_tier, priority
 from kvasir.cluster.tool_use import tool_use
 from kvasir.cluster.vectors import PoolingCall, Vectors
 from kvasir.engine.errors import ClientError
-from kvasir.engine.event import Pooled, TokenLogprob
+from kvasir.engine.event import Pooled
 from kvasir.engine.request import PoolingParams, StructuredOutput
 from kvasir.engine.thoughts import Thoughts
-from kvasir.engine.tokenizer import Tokenizer
-from kvasir.engine.transcript import Delta
 from kvasir.proto import inference_pb2 as pb
 
 GENERATE_MAX_TOKENS = 16
 _LISTS = ("stop", "stop_token_ids", "bad_words", "allowed_token_ids")
 _MAPS = ("logit_bias", "logits_processors")
-_FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 
 
-def call_of_generate(request: pb.GenerateRequest) -> Call:
+def ask_of_generate(request: pb.GenerateRequest) -> Ask:
     """Raises ClientError."""
     kind = request.WhichOneof("prompt")
     if kind is None:
@@ -40,17 +35,24 @@ def call_of_generate(request: pb.GenerateRequest) -> Call:
         prompt = Text(text=request.text, add_special_tokens=special, suffix=request.suffix)
     elif request.suffix:
         raise ClientError("suffix needs text", param="suffix")
-    return Call(
+    if request.suffix and request.echo:
+        raise ClientError("echo can't be combined with suffix: the prompt isn't all that is read", param="echo")
+    sampling = _sampling(request.sampling)
+    no_output = request.echo and sampling.get("max_tokens") == 0
+    if no_output:
+        sampling["max_tokens"] = 1
+    call = Call(
         model=request.model,
         prompts=(prompt,),
-        sampling=_sampling(request.sampling),
+        sampling=sampling,
         max_tokens=GENERATE_MAX_TOKENS,
-        priority=request.priority,
+        priority=_priority(request),
         cache_salt=request.cache_salt,
     )
+    return Ask(call=call, echo=request.echo, no_output=no_output, **_shape(request))
 
 
-def call_of_chat(request: pb.ChatRequest) -> Call:
+def ask_of_chat(request: pb.ChatRequest) -> Ask:
     """Raises ClientError."""
     tools = [_tool(tool) for tool in request.tools]
     parallel = request.parallel_tool_calls if request.HasField("parallel_tool_calls") else True
@@ -64,15 +66,43 @@ def call_of_chat(request: pb.ChatRequest) -> Call:
         variables={**thinking_variables(effort), **_variables(request)},
         **_set(request, _CONVERSATION),
     )
-    return Call(
+    call = Call(
         model=request.model,
         prompts=(prompt,),
         sampling=_sampling(request.sampling),
-        priority=request.priority,
+        priority=_priority(request),
         cache_salt=request.cache_salt,
         tools=use,
         thinking_budget=request.thinking_token_budget if request.HasField("thinking_token_budget") else None,
     )
+    check_metadata("metadata", labels := dict(request.metadata))
+    unheard = (f"reasoning_effort {EFFORT_IGNORED}",) if effort is not None else ()
+    return Ask(
+        call=call,
+        echo=request.echo,
+        store=request.store,
+        metadata=labels,
+        warnings=(*unheard, *(("metadata",) if labels and not request.store else ())),
+        **_shape(request),
+    )
+
+
+def _shape(request: pb.GenerateRequest | pb.ChatRequest) -> dict[str, Any]:
+    """Fields of `Ask` that both have."""
+    return {
+        "logprobs": request.sampling.logprobs if request.sampling.HasField("logprobs") else None,
+        "prompt_logprobs": request.sampling.HasField("prompt_logprobs"),
+        "return_token_ids": request.return_prompt_token_ids,
+        "return_timing": request.return_timing,
+        "service_tier": request.service_tier if request.HasField("service_tier") else None,
+    }
+
+
+def _priority(request: pb.GenerateRequest | pb.ChatRequest) -> int:
+    tier = _set(request, ("service_tier",))
+    for name, value in tier.items():
+        check_tier(name, value)
+    return priority({"priority": request.priority, **tier})
 
 
 def _variables(request: Any) -> dict[str, Any]:
@@ -92,6 +122,7 @@ def call_of_embed(request: pb.EmbedRequest) -> PoolingCall:
         param="inputs",
         truncate=request.truncate_prompt_tokens if request.HasField("truncate_prompt_tokens") else None,
         priority=request.priority,
+        cache_salt=request.cache_salt,
     )
 
 
@@ -124,65 +155,6 @@ def prompt_of_tokenize(request: pb.TokenizeRequest) -> Text | Conversation:
         if getattr(request, name) if name == "tools" else request.HasField(name):
             raise ClientError(f"{name} needs messages", param=name)
     return Text(text=request.text, **_set(request, ("add_special_tokens",)))
-
-
-def opening_reply(generation: Generation, request_id: str, with_prompt: bool) -> pb.GenerateReply:
-    """What every reply says; the first one also what comes once."""
-    reply = pb.GenerateReply(request_id=request_id, model=generation.model.name)
-    if with_prompt:
-        reply.prompt_token_ids.extend(generation.requests[0].prompt_token_ids)
-    return reply
-
-
-def write_delta(
-    reply: pb.GenerateReply, delta: Delta, generation: Generation, answers: dict[int, AnswerStream]
-) -> None:
-    """Put `delta` into `reply`. answers: what the deltas before brought, by their index."""
-    tokenizer = generation.model.tokenizer
-    reply.index = delta.index
-    if generation.reading.plain:
-        reply.text = delta.text
-    else:
-        answer = answers.setdefault(delta.index, AnswerStream(generation.reading))
-        _write_parts(reply, answer.parts(delta.text, last=delta.finish_reason is not None), answer)
-    reply.token_ids.extend(delta.token_ids)
-    if delta.logprobs:
-        reply.logprobs.extend(_logprobs(tokenizer, delta.token_ids, delta.logprobs))
-    if delta.prompt_logprobs:
-        ids = generation.requests[0].prompt_token_ids
-        reply.prompt_logprobs.extend(_logprobs(tokenizer, ids, delta.prompt_logprobs))
-    if delta.finish_reason:
-        called = delta.index in answers and bool(answers[delta.index].ids) and delta.finish_reason == "stop"
-        reply.finish_reason = pb.FINISH_REASON_TOOL_CALLS if called else _FINISH[delta.finish_reason]
-    if isinstance(delta.stop_reason, str):
-        reply.stop_string = delta.stop_reason
-    elif delta.stop_reason is not None:
-        reply.stop_token_id = delta.stop_reason
-
-
-def _write_parts(reply: pb.GenerateReply, parts: Sequence[Part], answer: AnswerStream) -> None:
-    for part in parts:
-        if part.kind == "content":
-            reply.text += part.text
-        elif part.kind == "reasoning":
-            reply.reasoning += part.text
-        elif part.kind == "call":
-            reply.tool_calls.add(index=part.call, id=answer.ids[part.call], name=part.text)
-        elif reply.tool_calls and reply.tool_calls[-1].index == part.call:
-            reply.tool_calls[-1].arguments += part.text
-        else:
-            reply.tool_calls.add(index=part.call, arguments=part.text)
-
-
-def write_end(reply: pb.GenerateReply, generation: Generation, timed: bool) -> None:
-    """Put the counts into `reply`, and where the time went if it was asked for."""
-    usage = generation.usage
-    reply.usage.prompt_tokens = usage.prompt_tokens
-    reply.usage.cached_tokens = usage.cached_tokens
-    reply.usage.completion_tokens = usage.completion_tokens
-    reply.usage.truncated_tokens = generation.truncated_tokens
-    if timed:
-        reply.timing.CopyFrom(pb.Timing(**generation.timing.json()))
 
 
 def _sampling(message: pb.Sampling) -> dict[str, Any]:
@@ -233,15 +205,3 @@ def _tool(tool: pb.Tool) -> dict[str, Any]:
         "type": "function",
         "function": {"description": "", "parameters": {}, **function(as_json(tool)), "name": tool.name},
     }
-
-
-def _logprobs(
-    tokenizer: Tokenizer | None, ids: Sequence[int], scores: Sequence[TokenLogprob | None]
-) -> Iterator[pb.TokenLogprob]:
-    for token, score in zip(ids, scores, strict=False):
-        message = pb.TokenLogprob(token_id=token, text=token_text(tokenizer, token))
-        if score is not None:
-            message.logprob, message.rank = score.logprob, score.rank
-            for other, value in score.top:
-                message.top.add(token_id=other, text=token_text(tokenizer, other), logprob=value)
-        yield message

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
@@ -12,7 +11,6 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from kvasir.cluster.anthropic_reply import model_card
-from kvasir.cluster.call import Conversation
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.error_shapes import openai_error
 from kvasir.cluster.generation import Generation
@@ -29,7 +27,7 @@ from kvasir.cluster.openai_reply import ChatReply, CompletionReply, Reply
 from kvasir.cluster.openai_schema import Ask, parse_chat, parse_completion, parse_detokenize, parse_tokenize
 from kvasir.cluster.reply_stream import SSE, stream, whole
 from kvasir.cluster.service_fields import in_session
-from kvasir.cluster.stored_chats import Chats
+from kvasir.cluster.stored_chats import Chats, new_answer_id
 from kvasir.engine.errors import KvasirError
 
 _ANTHROPIC = "anthropic-version"
@@ -76,11 +74,8 @@ class Completions:
     async def _answer(self, ask: Ask, state: Mapping[str, Any], headers: Mapping[str, str], send: Send) -> None:
         generation = await self._desk.begin(ask.call, state["request_id"], in_session(headers, ask.session))
         try:
-            answer_id = (
-                uuid.uuid4().hex if ask.store else state["request_id"]
-            )  # which clients may choose, and use twice
-            reply = self._make_reply(ask, generation, answer_id, self._role)
-            keep = self._keeping(ask, reply, state["principal"])
+            reply = self._make_reply(ask, generation, new_answer_id(ask, state["request_id"]), self._role)
+            keep = self._chats.keeping(ask, reply, state["principal"]) if self._chats else None
             extra = [
                 *warning_header((*ask.warnings, *generation.reading.warnings), generation.truncated_tokens),
                 *route_header(generation.route),
@@ -91,17 +86,6 @@ class Completions:
                 await whole(generation, reply.whole, send, extra, keep)
         finally:
             self._desk.end(generation)
-
-    def _keeping(self, ask: Ask, reply: Reply, principal: str) -> Callable[[], Awaitable[None]]:
-        """Keeps the answer, if that was asked for."""
-        prompt = ask.call.prompts[0]
-        if not ask.store or self._chats is None or not isinstance(prompt, Conversation):
-            return _nothing
-        return self._chats.keeping(reply.whole, principal, dict(ask.metadata), prompt.messages)
-
-
-async def _nothing() -> None:
-    """Nothing is kept."""
 
 
 class Tokenize:

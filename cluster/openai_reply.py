@@ -44,20 +44,27 @@ class Reply(Protocol):
 class ChatReply:
     """A chat has one prompt: the choice's index is the continuation's."""
 
-    def __init__(self, ask: Ask, generation: Generation, request_id: str, role: str) -> None:
+    def __init__(
+        self,
+        ask: Ask,
+        generation: Generation,
+        request_id: str,
+        role: str,
+        answers: dict[int, AnswerStream] | None = None,
+    ) -> None:
+        """answers: of the continuations that are streamed, perhaps by someone else."""
         conversation = ask.call.prompts[0]
         assert isinstance(conversation, Conversation)
         self._ask = ask
         self._generation = generation
-        last = conversation.messages[-1]
-        self._role = role if conversation.add_generation_prompt else last["role"]
-        self._opening = _text(last) if ask.echo and last["role"] == self._role else ""
+        self._role, opening = going_on(conversation, role)
+        self._opening = opening if ask.echo else ""
         self._envelope = _envelope(f"chatcmpl-{request_id}", ask, generation)
         self._frames = _Frames({**self._envelope, "object": "chat.completion.chunk"}, ask)
         self._logprobs = ChatLogprobs(generation.model.tokenizer, ask.logprobs or 0)
         self._begun = False
         self._scored, self._ids = ask.logprobs is not None, ask.return_token_ids
-        self._answers: dict[int, AnswerStream] = {}
+        self._answers: dict[int, AnswerStream] = {} if answers is None else answers
         self._reads = not generation.reading.plain
 
     def frames(self, deltas: Deltas) -> bytes:
@@ -83,7 +90,7 @@ class ChatReply:
         transcript = self._generation.transcripts[0]
         choices = []
         for output in transcript.outputs:
-            message = self._message(output.text)
+            message = self._message(output.index, output.text)
             choice: Json = {"index": output.index, "message": message}
             choice["logprobs"] = self._logprobs.json(output.token_ids, output.logprobs)
             reason = _finish_reason(output, "tool_calls" in message)
@@ -104,9 +111,9 @@ class ChatReply:
             out += self._frames.chunk(choice, self._extra() if index == 0 else {})
         return out
 
-    def _message(self, text: str) -> Json:
-        """A whole answer."""
-        reading = self._generation.reading
+    def _message(self, index: int, text: str) -> Json:
+        """A whole answer. Calls that were streamed keep their ids."""
+        reading, streamed = self._generation.reading, self._answers.get(index)
         if reading.plain:
             return {"role": self._role, "content": self._opening + text, "refusal": None}
         found = read_whole(reading, text)
@@ -117,7 +124,7 @@ class ChatReply:
         if found.calls:
             message["tool_calls"] = [
                 {
-                    "id": reading.call_id(call.name, number),
+                    "id": streamed.ids[number] if streamed else reading.call_id(call.name, number),
                     "type": "function",
                     "function": {"name": call.name, "arguments": call.arguments},
                 }
@@ -216,8 +223,8 @@ class CompletionReply:
         request, transcript = self._generation.requests[number], self._generation.transcripts[number]
         tokenizer, ids = self._generation.model.tokenizer, request.prompt_token_ids
         choice: Json = {"index": index, "text": "", "logprobs": None, "finish_reason": None}
-        if self._ask.echo and tokenizer:
-            choice["text"] = tokenizer.decode(ids, request.sampling.skip_special_tokens)
+        if self._ask.echo:
+            choice["text"] = prompt_text(self._generation, number)
             choice["logprobs"] = self._logprobs[index].json(ids, transcript.prompt_logprobs)
         if self._ask.prompt_logprobs:
             choice["prompt_logprobs"] = prompt_logprobs_json(tokenizer, ids, transcript.prompt_logprobs)
@@ -326,6 +333,20 @@ def _envelope(answer_id: str, ask: Ask, generation: Generation) -> Json:
     model = ask.call.model or generation.model.name
     tier = {"service_tier": tier_served(ask.service_tier)} if ask.service_tier else {}
     return {"id": answer_id, "created": int(time.time()), "model": model, "system_fingerprint": FINGERPRINT, **tier}
+
+
+def going_on(conversation: Conversation, role: str) -> tuple[str, str]:
+    """(who says the answer, what it begins with where the model goes on inside the last message). role: of answers."""
+    last = conversation.messages[-1]
+    role = role if conversation.add_generation_prompt else last["role"]
+    return role, _text(last) if last["role"] == role else ""
+
+
+def prompt_text(generation: Generation, number: int) -> str:
+    """What `echo` puts before an output. ClientError when the model has no text for its tokens."""
+    request = generation.requests[number]
+    tokenizer = generation.model.need_tokenizer("echo")
+    return tokenizer.decode(request.prompt_token_ids, request.sampling.skip_special_tokens)
 
 
 def _text(message: Mapping[str, Any]) -> str:

@@ -43,7 +43,7 @@ _REFUSED: Neutral = {
     "instruction": (),
     "input_type": (),
 }
-_EMBEDDINGS = _COMMON | {
+EMBEDDINGS = _COMMON | {
     "input": later,
     "encoding_format": later,
     "dimensions": integer_from(1, 2**31 - 1),
@@ -51,8 +51,8 @@ _EMBEDDINGS = _COMMON | {
     "add_special_tokens": boolean,
     "prompt_name": string,
 }
-_CLASSIFY = _COMMON | {"input": later, "add_special_tokens": boolean}
-_RERANK = _COMMON | {
+CLASSIFY = _COMMON | {"input": later, "add_special_tokens": boolean}
+RERANK = _COMMON | {
     "query": string,
     "documents": later,
     "top_n": integer_from(0, 2**31 - 1),
@@ -61,7 +61,7 @@ _RERANK = _COMMON | {
 _RERANK_REFUSED = _REFUSED | {"max_tokens_per_doc": (), "max_chunks_per_doc": (), "rank_fields": (["text"],)}
 SIDES = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
 """What /score calls its two lists."""
-_SCORE = _COMMON | {name: later for pair in SIDES for name in pair}
+SCORE = _COMMON | {name: later for pair in SIDES for name in pair}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +103,7 @@ class PairsAsk:
 
 def parse_embeddings(body: Body) -> InputsAsk:
     """Body of POST /v1/embeddings. Raises ClientError or UnsupportedError naming the field."""
-    fields, warnings = sort_fields(body, _EMBEDDINGS, _IGNORED, _REFUSED)
+    fields, warnings = sort_fields(body, EMBEDDINGS, _IGNORED, _REFUSED)
     encoding = fields.get("encoding_format", "float")
     if encoding not in ("float", "base64"):
         raise ClientError(f"encoding_format must be float or base64, got {encoding!r:.60}", param="encoding_format")
@@ -115,7 +115,7 @@ def parse_embeddings(body: Body) -> InputsAsk:
 
 def parse_classify(body: Body) -> InputsAsk:
     """Body of POST /classify."""
-    fields, warnings = sort_fields(body, _CLASSIFY, _IGNORED, _REFUSED)
+    fields, warnings = sort_fields(body, CLASSIFY, _IGNORED, _REFUSED)
     params = PoolingParams(task="classify", normalize=fields.get("use_activation"))
     call = PoolingCall(inputs=_inputs(fields), params=params, operation="classify", **_shared(fields))
     return InputsAsk(call=call, **_told(fields, warnings))
@@ -123,7 +123,7 @@ def parse_classify(body: Body) -> InputsAsk:
 
 def parse_rerank(body: Body) -> PairsAsk:
     """Body of POST /rerank, in Jina's and Cohere's shape."""
-    fields, warnings = sort_fields(body, _RERANK, _IGNORED, _RERANK_REFUSED)
+    fields, warnings = sort_fields(body, RERANK, _IGNORED, _RERANK_REFUSED)
     if "query" not in fields:
         raise ClientError("query must be a text", param="query")
     documents = [_document(item) for item in _list("documents", fields.get("documents"))]
@@ -138,7 +138,7 @@ def parse_rerank(body: Body) -> PairsAsk:
 
 def parse_score(body: Body) -> PairsAsk:
     """Body of POST /score: one text with many, or as many with as many."""
-    fields, warnings = sort_fields(body, _SCORE, _IGNORED, _REFUSED)
+    fields, warnings = sort_fields(body, SCORE, _IGNORED, _REFUSED)
     given = [pair for pair in SIDES if pair[0] in fields and pair[1] in fields]
     if len(given) != 1 or len([name for name in fields if any(name in pair for pair in SIDES)]) != 2:
         names = "; ".join(" and ".join(pair) for pair in SIDES)

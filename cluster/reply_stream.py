@@ -21,7 +21,7 @@ NDJSON = (b"content-type", b"application/x-ndjson")
 UNBUFFERED = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
 
 Headers = Iterable[tuple[bytes, bytes]]
-Keep = Callable[[], Awaitable[None]]
+Keep = Callable[[], Awaitable[object]]
 
 
 class Frames(Protocol):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
 
 from starlette.routing import Route
 
+from kvasir.cluster.call import Conversation
 from kvasir.cluster.caller import Lookup
+from kvasir.cluster.openai_schema import Ask
 from kvasir.cluster.pages import Page
 from kvasir.cluster.service_fields import check_metadata
 from kvasir.cluster.store import Kind, Store, Stored
@@ -21,6 +24,13 @@ MAX_UPDATE_BYTES = 65536
 _LABEL = re.compile(r"metadata\[(.+)\]")
 
 
+class Whole(Protocol):
+    """Writes an answer."""
+
+    def whole(self) -> Json:
+        """In one piece, with its id."""
+
+
 class Chats:
     """Keeps chats, and gives them out again."""
 
@@ -28,17 +38,20 @@ class Chats:
         self._store = store
         self._ttl_s = ttl_s
 
-    def keeping(
-        self, whole: Callable[[], Json], principal: str, metadata: Json, messages: Sequence[Mapping[str, Any]]
-    ) -> Callable[[], Awaitable[None]]:
-        """What keeps an answer, called when it is complete."""
+    def keeping(self, ask: Ask, reply: Whole, principal: str) -> Callable[[], Awaitable[str]]:
+        """What keeps an answer if that was asked for, to be called when it is complete: gives its id, or nothing."""
+        (prompt, *_) = ask.call.prompts
+        if not ask.store or not isinstance(prompt, Conversation):
+            return nothing_kept
+        messages = list(prompt.messages)
 
-        async def keep() -> None:
-            body = {**whole(), "metadata": metadata}
-            private = {"messages": list(messages)}
-            expires = time.time() + self._ttl_s
-            stored = Stored(id=body["id"], kind=_KIND, principal=principal, expires=expires, body=body, private=private)
-            await self._store.put(stored)
+        async def keep() -> str:
+            body = {**reply.whole(), "metadata": dict(ask.metadata)}
+            name, expires, private = body["id"], time.time() + self._ttl_s, {"messages": messages}
+            await self._store.put(
+                Stored(id=name, kind=_KIND, principal=principal, expires=expires, body=body, private=private)
+            )
+            return str(name)
 
         return keep
 
@@ -70,13 +83,32 @@ class Chats:
         stored = await self._stored(lookup)
         page = Page.of(lookup.query, newest_first=False)
         given = [
-            {"content_parts": None, "name": None, "refusal": None, **message, "id": f"{stored.id}-{number}"}
+            {"content_parts": None, "name": None, "refusal": None, **_in_one(message), "id": f"{stored.id}-{number}"}
             for number, message in enumerate(stored.private["messages"])
         ]
         return page.json(page.of_items(given))
 
     async def _stored(self, lookup: Lookup) -> Stored:
         return await self._store.get(lookup.id, _KIND, lookup.principal)
+
+
+def new_answer_id(ask: Ask, request_id: str) -> str:
+    """Clients may choose their request's id, and use it twice: what is stored has one of its own."""
+    return uuid.uuid4().hex if ask.store else request_id
+
+
+async def nothing_kept() -> str:
+    """Nothing is kept."""
+    return ""
+
+
+def _in_one(message: Json) -> Json:
+    """A message whose content was sent in parts: they stand beside the text."""
+    parts = message.get("content")
+    if not isinstance(parts, list):
+        return message
+    text = "".join(part.get("text") or "" for part in parts if isinstance(part, dict))
+    return {**message, "content": text, "content_parts": parts}
 
 
 def stored_chat_routes(chats: Chats) -> list[Route]:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import grpc
 import pytest
 
-from kvasir.proto import files_pb2, files_pb2_grpc, inference_pb2, responses_pb2, responses_pb2_grpc
+from kvasir.proto import (
+    chats_pb2_grpc,
+    files_pb2,
+    files_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    responses_pb2,
+    responses_pb2_grpc,
+)
 
 TEXT = "Hello, wörld!"
 HI = responses_pb2.Item(role="user", text="Hi")
@@ -16,6 +24,8 @@ WEATHER.parameters.update({"type": "object", "properties": {"days": {"type": "in
 class Stubs:
     def __init__(self, gateway, metadata=()):
         self.channel = grpc.insecure_channel(gateway.grpc_address)
+        self.inference = inference_pb2_grpc.InferenceStub(self.channel)
+        self.chats = chats_pb2_grpc.ChatsStub(self.channel)
         self.responses = responses_pb2_grpc.ResponsesStub(self.channel)
         self.conversations = responses_pb2_grpc.ConversationsStub(self.channel)
         self.decisions = responses_pb2_grpc.DecisionsStub(self.channel)
