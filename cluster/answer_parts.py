@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Literal
 
 from kvasir.cluster.text_scanner import Scanner, Steps
@@ -93,26 +94,30 @@ class _Text:
     strip: bool
     """Nor is white space shown that stands at its beginning."""
     begun: bool = False
-    held: str = ""
+    held: list[str] = field(default_factory=list)
 
     def add(self, text: str) -> str:
         if self.strip and not self.begun:
             text = text.lstrip()
-        whole = self.held + text
-        shown = whole.rstrip()
-        self.begun = self.begun or bool(shown)
-        self.held = whole[len(shown) :]
+        shown = text.rstrip()
+        if not shown:
+            self.held.append(text)
+            return ""
+        self.begun = True
+        shown, behind = "".join((*self.held, shown)), text[len(shown) :]
+        self.held = [behind]
         return shown
 
     def flush(self) -> str:
         """What is held belongs to the text, if there is any since the last time."""
-        held, self.held = self.held if self.begun else "", ""
+        held, self.held = "".join(self.held) if self.begun else "", []
         self.begun = False
         return held
 
 
 class AnswerReader:
-    """Reads one answer. `begun`: the prompt has opened the thoughts already. `schemas`: tool -> its parameters' schema."""
+    """Reads one answer. `begun`: the prompt has opened the thoughts already. `schemas`: tool -> its parameters' schema.
+    may_call: false where there are no tools: what looks like a call is text."""
 
     def __init__(
         self,
@@ -121,9 +126,11 @@ class AnswerReader:
         *,
         begun: bool = False,
         schemas: Mapping[str, Any] | None = None,
+        may_call: bool = True,
     ) -> None:
         self.scanner = Scanner()
         self.schemas = schemas or {}
+        self.may_call = may_call
         self.calls = 0
         """How many have begun."""
         self.said = False
@@ -198,6 +205,11 @@ class AnswerReader:
         known = found.get("properties") if isinstance(found, Mapping) else None
         return {key: opened(one, schema) for key, one in known.items()} if isinstance(known, Mapping) else {}
 
+    @property
+    def patient(self) -> bool:
+        """Not too much was read in vain: brackets in brackets, each of which may begin a call, would be read over and over."""
+        return self.scanner.returned < MAX_RETURNED
+
     # --
 
     def _go(self) -> list[Part]:
@@ -235,9 +247,8 @@ class AnswerReader:
             self.scanner.drop()
 
     def _begins(self) -> Sequence[str]:
-        """What calls begin with. None, once too much looked like one and wasn't: brackets in brackets, each of which may be one,
-        would be read over and over."""
-        return self._tools.begins if self._tools and self.scanner.returned < MAX_RETURNED else ()
+        """What calls begin with. None, once too much looked like one and wasn't."""
+        return self._tools.begins if self._tools and self.patient else ()
 
     def _think(self, form: ThoughtFormat) -> Steps[None]:
         place = self.scanner.keep()
@@ -250,7 +261,7 @@ class AnswerReader:
         mark = yield from self.scanner.until([form.end, *calls], self.reasoning)
         if mark in calls:  # some models call without ending their thoughts
             self.scanner.skip(-len(mark))
-        self._texts["reasoning"].held = ""
+        self._texts["reasoning"].held = []
         self._texts["content"].strip = True
 
 
@@ -296,10 +307,9 @@ class ReadAnswer:
 def _joined(parts: Sequence[Part]) -> list[Part]:
     """Neighbours of one kind as one."""
     found: list[Part] = []
-    for part in parts:
-        last = found[-1] if found else None
-        if last and part.kind != "call" and (last.kind, last.call) == (part.kind, part.call):
-            found[-1] = Part(part.kind, last.text + part.text, part.call)
+    for (kind, call), some in groupby(parts, lambda part: (part.kind, part.call)):
+        if kind == "call":
+            found += some
         else:
-            found.append(part)
+            found.append(Part(kind, "".join(part.text for part in some), call))
     return found

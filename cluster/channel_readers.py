@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from kvasir.cluster.answer_parts import MAX_RETURNED, AnswerReader
+from kvasir.cluster.answer_parts import AnswerReader
 from kvasir.cluster.text_scanner import Steps
 from kvasir.cluster.tool_readers import Read, objects
 
@@ -63,13 +63,13 @@ def _over(answer: AnswerReader, role: str) -> Steps[None]:
 def _channel(answer: AnswerReader, channel: Channel) -> Steps[str | None]:
     """What ended it: one of its `ends`, its calls (""), or the text's end."""
     scanner, take = answer.scanner, answer.reasoning if channel.kind == "reasoning" else answer.content
-    if channel.calls is not None and scanner.returned < MAX_RETURNED:
+    if channel.calls is not None and answer.may_call and answer.patient:
         place, calls = scanner.keep(), answer.calls
         if (yield from channel.calls(answer, "")) or answer.calls > calls:
             scanner.drop()
             return ""
         scanner.rewind(place)
-        take(channel.head)
+    take(channel.head)
     return (yield from scanner.until([*channel.ends], take))
 
 
@@ -129,14 +129,14 @@ def recipients(answer: AnswerReader) -> Steps[None]:
         else:
             scanner.rewind(place)
             answer.content(mark)
-        marks = [">>>"] if answer.schemas and scanner.returned < MAX_RETURNED else []
+        marks = [">>>"] if answer.schemas and answer.patient else []
         mark = (yield from scanner.until(marks, answer.content)) or ""
         if not mark:
             return
 
 
 def harmony(answer: AnswerReader) -> Steps[None]:
-    """gpt-oss: messages in channels; `to=functions.NAME` is a call. What has no head of a message is text.
+    """gpt-oss: messages in channels; `to=functions.NAME` is a call, where there are tools. What has no head of a message is text.
     https://github.com/openai/harmony"""
     scanner = answer.scanner
     end: str | None = ""
@@ -165,7 +165,8 @@ def _head(answer: AnswerReader) -> Steps[re.Match[str] | None]:
     if found := (yield from scanner.literal(_CHANNEL, "to=")):
         others = [_CHANNEL] if found == _CHANNEL else []
         text, mark = yield from scanner.collect(["<|message|>", "\n", *others, *_ENDS])
-        if mark == "<|message|>" and (head := _HEAD.fullmatch(found + text)):
+        head = _HEAD.fullmatch(found + text) if mark == "<|message|>" else None
+        if head and (answer.may_call or not (head[1] or head[3])):
             scanner.drop()
             return head
     scanner.rewind(place)
@@ -179,7 +180,7 @@ def cohere(answer: AnswerReader) -> Steps[None]:
     while (mark := (yield from scanner.until(begins, answer.content))) is not None:
         kind = mark.removeprefix("<|START_")
         if kind == "ACTION|>":
-            if not (yield from objects("<|END_ACTION|>")(answer, mark)):
+            if not answer.may_call or not (yield from objects("<|END_ACTION|>")(answer, mark)):
                 yield from scanner.until(["<|END_ACTION|>"], answer.content)
         else:
             take = answer.reasoning if kind == "THINKING|>" else answer.content

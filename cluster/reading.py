@@ -45,8 +45,8 @@ class Reading:
 
     def reader(self) -> AnswerReader:
         """For one continuation."""
-        schemas = self.use.schemas if self.use else None
-        found = AnswerReader(self.tools, self.thoughts, begun=self.begun, schemas=schemas)
+        schemas, may_call = (self.use.schemas, True) if self.use else ({}, False)
+        found = AnswerReader(self.tools, self.thoughts, begun=self.begun, schemas=schemas, may_call=may_call)
         found.feed(self.opening)
         return found
 

@@ -114,7 +114,8 @@ def _json(answer: AnswerReader, *marks: str) -> Steps[tuple[Any, str | None]]:
     scanner, parts = answer.scanner, list[str]()
     place = scanner.keep()
     yield from scanner.space()
-    if (yield from scanner.peek()) in ("{", "[", '"') and (yield from scanner.value(parts.append)):
+    begins = answer.patient and (yield from scanner.peek()) in ("{", "[", '"')
+    if begins and (yield from scanner.value(parts.append)):
         yield from scanner.space()
         if (mark := (yield from scanner.literal(*marks))) and (value := _parsed("".join(parts))) is not None:
             scanner.drop()

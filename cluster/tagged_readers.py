@@ -80,7 +80,7 @@ def _untold(rest: str, schema: Any = None) -> Any:
 def argument(answer: AnswerReader, schema: Any, *marks: str) -> Steps[tuple[str, str | None, bool]]:
     """(a value's text, the mark behind it, whether it is a JSON value): such a value may hold the marks."""
     scanner, kinds = answer.scanner, kinds_of(schema)
-    if kinds and ("string" not in kinds or kinds & {"object", "array"}):
+    if kinds and ("string" not in kinds or kinds & {"object", "array"}) and answer.patient:
         place, parts = scanner.keep(), list[str]()
         yield from scanner.space()
         if (yield from scanner.peek()) in ("{", "[", '"') and (yield from scanner.value(parts.append)):

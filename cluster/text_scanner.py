@@ -5,6 +5,7 @@ What a reader makes of a text doesn't depend on how the text was cut.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Collection, Generator, Sequence
@@ -13,11 +14,23 @@ from typing import TypeVar
 T = TypeVar("T")
 Steps = Generator[None, None, T]
 Take = Callable[[str], None]
+Find = Callable[[str, int], "re.Match[str] | None"]
 
 _SPACE = " \t\r\n"
 _OUTSIDE = re.compile(r'["{}\[\]]')
 _INSIDE = re.compile(r'["\\]')
 _SCALAR = re.compile(r"[\s,;}\]]")
+
+
+@functools.lru_cache(maxsize=4096)
+def _finders(marks: tuple[str, ...]) -> tuple[Find, Find]:
+    """(finds any character with which a mark begins, finds the first mark, the longest of those there). A search for all of
+    them at once ends where one is; for each alone it would read on to the text's end."""
+    if not marks:
+        return _never, _never
+    firsts = "".join(sorted({mark[:1] for mark in marks}))
+    longest_first = sorted(marks, key=len, reverse=True)
+    return re.compile(f"[{re.escape(firsts)}]").search, re.compile("|".join(map(re.escape, longest_first))).search
 
 
 def _never(text: str, at: int) -> None:
@@ -37,9 +50,11 @@ class Scanner:
 
     def feed(self, text: str) -> None:
         """More text is here."""
+        kept, self._text = self._text, ""
         if not self._kept:
-            self._text, self._at = self._text[self._at :], 0
-        self._text += text
+            kept, self._at = kept[self._at :], 0
+        kept += text  # nobody else has it: what is there isn't copied
+        self._text = kept
 
     def end(self) -> None:
         """No more will come."""
@@ -89,13 +104,14 @@ class Scanner:
         """Over the first of `marks`, that is returned; None when the text ends without. What stands before it goes to `take`
         as soon as it can't be a part of a mark."""
         longest, firsts = max(map(len, marks), default=0), {mark[:1] for mark in marks}
-        maybe = re.compile(f"[{re.escape(''.join(firsts))}]").search if firsts else _never
+        maybe, find = _finders(tuple(marks))
         while True:
             if maybe(self._text, self._at) is None and not self._ended:  # as with most tokens
                 self._give(len(self._text), take)
                 yield
                 continue
-            at, mark = self._first(marks)
+            found = find(self._text, self._at)
+            at, mark = (found.start(), found[0]) if found else (-1, "")
             held = self._held(marks, longest, firsts)
             if mark and (self._ended or held > at):
                 self._give(at, take)
@@ -153,7 +169,9 @@ class Scanner:
 
     def _scalar(self, take: Take) -> Steps[bool]:
         """A number, true, false, null, or whatever stands there instead."""
-        while (found := _SCALAR.search(self._text, self._at)) is None and not self._ended:
+        seen = 0
+        while (found := _SCALAR.search(self._text, self._at + seen)) is None and not self._ended:
+            seen = len(self._text) - self._at
             yield
         self._give(found.start() if found else len(self._text), take)
         return True
@@ -162,12 +180,6 @@ class Scanner:
         if end > self._at and take is not None:
             take(self._text[self._at : end])
         self._at = max(self._at, end)
-
-    def _first(self, marks: Sequence[str]) -> tuple[int, str]:
-        """(place of the first mark, the longest of those there)."""
-        found = [(at, -len(mark), mark) for mark in marks if (at := self._text.find(mark, self._at)) >= 0]
-        at, _, mark = min(found, default=(-1, 0, ""))
-        return at, mark
 
     def _held(self, marks: Sequence[str], longest: int, firsts: Collection[str]) -> int:
         """Where the text's end may be the beginning of a (longer) mark; `firsts`: what marks begin with."""

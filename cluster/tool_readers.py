@@ -207,7 +207,7 @@ def named(item: str, separator: str, end: str, *ends: str, before: str = "") -> 
                     return answer.calls > calls
             begun = False
             place = scanner.keep()
-            name, mark_ = yield from scanner.collect([separator])
+            name, mark_ = (yield from scanner.collect([separator])) if answer.patient else ("", None)
             if mark_ is None:
                 return _given_back(answer, calls, place, item)
             unfinished, _, name = name.rpartition(item)

@@ -88,7 +88,9 @@ def walk(matcher, form, seed, vocabulary=PLAIN):
 
 def read(form, text, schemas=None, *, cuts=(), opening="", thoughts=None, begun=False):
     """The answer, fed in the pieces that `cuts` make."""
-    reader, answer = AnswerReader(form, thoughts, begun=begun, schemas=schemas), ReadAnswer()
+    may_call = schemas is not None
+    reader = AnswerReader(form, thoughts, begun=begun, schemas=schemas, may_call=may_call)
+    answer = ReadAnswer()
     reader.feed(opening)
     for start, end in pairwise([0, *sorted(cuts), len(text)]):
         answer.add(reader.feed(text[start:end]))

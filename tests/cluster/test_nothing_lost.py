@@ -17,6 +17,8 @@ SHOWN = 'all\nTry this:\n>>> show(d)\n{"a": 1}\nDone.'
 DSML = "<｜DSML｜tool_calls>no call here</｜DSML｜tool_calls> tail"
 K3 = "<|open|>tools<|sep|>no call here<|close|>tools<|sep|> tail"
 ATEM = '<atem:function_calls><atem:invoke name="f"></atem:invoke></atem:function_calls>'
+COMMENTARY = "<|channel|>commentary<|message|>{}"
+CALL = '{"tool_name": "f", "parameters": {}}'
 TEXTS = [
     ("functionary_v32", None, SHOWN, SHOWN.removeprefix("all\n")),
     ("functionary_v32", None, 'f\n{"a": "1"}', 'f\n{"a": "1"}'),
@@ -38,6 +40,12 @@ TEXTS = [
     ("ernie45", SCHEMAS, "Use the <response> tag and </response>", "Use the <response> tag and </response>"),
     ("ernie45", SCHEMAS, "<response>Write </response> and <response> so.</response>\n", "Write </response> and <response> so.\n"),
     ("ernie45", SCHEMAS, "<response>no <tool_call>call", "no <tool_call>call"),
+    ("openai", None, "<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>",
+     "<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}"),
+    ("openai", None, f"So.<|end|><|start|>assistant to=functions.f{COMMENTARY}<|call|>", "So.<|start|>assistant to=functions.f{}"),
+    ("cohere", None, f"<|START_ACTION|>[{CALL}]<|END_ACTION|>", f"[{CALL}]"),
+    ("muse_glimmer", None, f" to=f<|message|>{ATEM}<|eot|>", f" to=f<|message|>{ATEM}"),
+    ("inkling", None, '<|content_invoke_tool_json|>{"name": "f", "args": {}}<|end_message|>', '{"name": "f", "args": {}}'),
 ]  # fmt: skip
 
 
@@ -105,6 +113,7 @@ def test_no_word_is_lost(name):
         for schemas in (None, SCHEMAS) if form.whole is not None else (SCHEMAS,):
             answer = read(form, text, schemas)
             assert read(form, text, schemas, cuts=range(1, len(text))) == answer, text
+            assert schemas or not answer.calls, text
             calls = "".join(call.name + call.arguments for call in answer.calls)
             said = answer.content + answer.reasoning + calls
             assert [word for word in re.findall(r"w\dw", text) if word not in said] == [], text
