@@ -38,6 +38,7 @@ from kvasir.cluster.responses_api import responses_routes
 from kvasir.cluster.shelf import Shelf
 from kvasir.cluster.stored_chats import Chats, stored_chat_routes
 from kvasir.cluster.stream_api import FindGateway, Streams, nowhere
+from kvasir.cluster.system_one import SystemOne
 from kvasir.engine.errors import UnavailableError
 
 __all__ = ["close_app", "create_app", "create_grpc_server"]
@@ -102,6 +103,7 @@ def _openai_routes(desk: Desk, chats: Chats, config: GatewayConfig) -> list[Rout
         *(Route(path, tokenize, methods=["POST"]) for path in ("/tokenize", "/v1/tokenize")),
         *(Route(path, detokenize, methods=["POST"]) for path in ("/detokenize", "/v1/detokenize")),
         Route("/v1/decisions", Decisions(desk, limit), methods=["POST"]),
+        Route("/v1/systemone", SystemOne(desk, limit), methods=["POST"]),
         *(Route(path, pool, methods=["POST"]) for path, pool in PoolingEndpoint.routes(desk, limit).items()),
     ]
 

@@ -90,6 +90,9 @@ _OPENAI: dict[tuple[str, str], Operation] = {
         (path, "post"): Operation(says="Token ids to text.", body="DetokenizeRequest", answer="Detokenized")
         for path in ("/detokenize", "/v1/detokenize")
     },
+    ("/v1/systemone", "post"): Operation(
+        says="The same, as System One models have it.", body="SystemOneRequest", answer="SystemOneAnswers"
+    ),
     ("/v1/decisions", "post"): Operation(
         says="How likely each of the given answers to a question is.", body="DecisionRequest", answer="Decisions"
     ),

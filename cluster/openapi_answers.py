@@ -193,6 +193,22 @@ _DECISION = _object(
         ),
     },
 )
+_SHARES: Json = {"type": "object", "additionalProperties": _NUMBER}
+_SYSTEM_ONE: Json = {
+    "oneOf": [
+        _object({"type": _is("noul"), "noul": _NUMBER}),
+        _object({"type": _is("choice"), "choice": _TEXT, "confidence": _NUMBER, "probabilities": _SHARES}),
+        _object(
+            {
+                "type": _is("score"),
+                "score": _NUMBER,
+                "confidence": _NUMBER,
+                "legend": {"type": "object", "additionalProperties": _TEXT},
+                "probabilities": _SHARES,
+            }
+        ),
+    ]
+}
 _STORED = {
     "Item": _object({"id": _TEXT, "type": _TEXT}),
     "Response": _object(
@@ -252,6 +268,14 @@ _STORED = {
             "model": _TEXT,
             "answers": _list(_DECISION),
             "usage": ref("ResponseUsage"),
+        },
+        _TIMED,
+    ),
+    "SystemOneAnswers": _object(
+        {
+            "model": _TEXT,
+            "answers": {"type": "object", "additionalProperties": _SYSTEM_ONE},
+            "usage": _object({"input_tokens": _INT, "output_tokens": _INT}),
         },
         _TIMED,
     ),

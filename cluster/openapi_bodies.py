@@ -17,6 +17,7 @@ from kvasir.cluster import (
     pooling_schema,
     responses_items,
     responses_schema,
+    system_one,
 )
 from kvasir.cluster.described import Check, schema_of
 from kvasir.cluster.openai_fields import Neutral
@@ -277,6 +278,16 @@ _QUESTION: Json = {
     },
     "required": ["type", "instructions"],
 }
+_NAMED_QUESTIONS: Json = {
+    "type": "object",
+    "minProperties": 1,
+    "maxProperties": decisions_schema.MAX_QUESTIONS,
+    "additionalProperties": {
+        "type": "object",
+        "properties": {"type": {"enum": [*system_one.TYPES]}},
+        "required": ["type", "instructions"],
+    },
+}
 _QUESTIONS: Json = {"type": "array", "items": _QUESTION, "minItems": 1, "maxItems": decisions_schema.MAX_QUESTIONS}
 
 BODIES: dict[str, Body] = {
@@ -323,6 +334,13 @@ BODIES: dict[str, Body] = {
         refused=decisions_schema.REFUSED,
         required=("input", "questions"),
         closer={"input": _ITEMS, "questions": _QUESTIONS},
+    ),
+    "SystemOneRequest": Body(
+        honoured=system_one.HONOURED,
+        ignored=decisions_schema.IGNORED,
+        refused=system_one.REFUSED,
+        required=("state", "questions"),
+        closer={"state": {"type": ["string", "object", "array"]}, "questions": _NAMED_QUESTIONS},
     ),
     "ConversationRequest": Body(honoured=conversations_api._CREATE, closed=True),
     "ConversationItems": Body(honoured={"items": conversations_api._ITEMS}, required=("items",), closed=True),

@@ -24,6 +24,11 @@ EXAMPLES: dict[str, Json] = {
     "ConversationItems": {"items": [{"type": "message", "role": "user", "content": "Tea, please."}]},
     "BatchRequest": {"input_file_id": "file-abc123", "endpoint": "/v1/chat/completions", "completion_window": "24h"},
     "DecisionRequest": {**_MODEL, "input": "Ann: I waited for two weeks.", "questions": [_QUESTION]},
+    "SystemOneRequest": {
+        **_MODEL,
+        "state": "Ann: I waited for two weeks.",
+        "questions": {"angry": {"type": "noul", "instructions": "She is angry."}},
+    },
     "RoleRequest": {"role": "decode"},
     "MessagesRequest": {**_ASKED, "max_tokens": 64},
     "CountTokensRequest": _ASKED,

@@ -63,6 +63,7 @@ NOT_OVER_GRPC = {
     "POST /v1/groups/{name}": "for operators",
     "POST /v1/messages": "Anthropic's words for what Chat does",
     "POST /v1/messages/count_tokens": "Anthropic's words for what Tokenize does",
+    "POST /v1/systemone": "System One's words for what Decide does",
     "GET /": "Ollama's, as all of /api",
 }
 FIELDS = {
