@@ -278,6 +278,7 @@ _QUESTION: Json = {
     },
     "required": ["type", "instructions"],
 }
+_SAID: Json = {"type": ["string", "object", "array"]}
 _NAMED_QUESTIONS: Json = {
     "type": "object",
     "minProperties": 1,
@@ -340,7 +341,7 @@ BODIES: dict[str, Body] = {
         ignored=decisions_schema.IGNORED,
         refused=system_one.REFUSED,
         required=("state", "questions"),
-        closer={"state": {"type": ["string", "object", "array"]}, "questions": _NAMED_QUESTIONS},
+        closer={"state": _SAID, "instructions": _SAID, "questions": _NAMED_QUESTIONS},
     ),
     "ConversationRequest": Body(honoured=conversations_api._CREATE, closed=True),
     "ConversationItems": Body(honoured={"items": conversations_api._ITEMS}, required=("items",), closed=True),
