@@ -45,7 +45,7 @@ test: venv  ## all tests
 test-fast: venv  ## the tests that need no Ray and take no ten seconds
 	$(PYTEST) -m 'not ray and not slow' $(FAST)
 
-fuzz: venv  ## fuzz all parsers and routes, SECONDS (60) each of about 50
+fuzz: venv  ## fuzz all parsers and routes, SECONDS (60) each of about 70
 	$(BIN)/python tests/fuzz/run.py --seconds $(or $(SECONDS),60)
 	KVASIR_FUZZ_EXAMPLES=100 $(PYTEST) -q tests/cluster/test_schemathesis.py
 
