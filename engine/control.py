@@ -181,16 +181,16 @@ class Hub:
         """What rank 0 itself lacked in a step: see `spoiled`."""
         self._spoiled.put(tickets)
 
-    def spoiled(self) -> list[int]:
+    def spoiled(self) -> set[int]:
         """Behind a step in which ranks may have waited for layers of a peer's blocks: the tickets of what didn't come in time, at
         any of them. RankError when the group failed."""
-        found: list[int] = []
+        found: set[int] = set()
         for _ in range(self.size):
             said = self._spoiled.get()
             if said is None or self.failure is not None:
                 self._spoiled.put(None)
                 raise self.failure or RankError("the group was shut down")
-            found += said
+            found.update(said)
         return found
 
     def close(self) -> None:

@@ -210,7 +210,7 @@ class GroupExecutor:
         result = self._lane.collect()
         if result.step in self._landing:
             self._landing.discard(result.step)
-            result = replace(result, spoiled=self._hub.spoiled())
+            result = replace(result, spoiled=sorted(self._hub.spoiled()))
         return result
 
     def close(self) -> None:

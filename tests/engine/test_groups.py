@@ -27,6 +27,7 @@ from kvasir.engine.control import Hub, RankError
 from kvasir.engine.errors import ConfigError, UnavailableError, UnsupportedError
 from kvasir.engine.event import Event
 from kvasir.engine.executor import GroupExecutor, executor_of, places
+from kvasir.engine.frames import encode_tickets
 from kvasir.engine.llm import LLM
 from kvasir.engine.request import Request, SamplingParams, StructuredOutput
 from kvasir.engine.spoke import Spoke
@@ -395,6 +396,19 @@ def test_ranks_that_fail_together_say_why(order: tuple[int, int]) -> None:
         assert "failed: ValueError: 1" in str(hub.failure)
     finally:
         hub.close()
+
+
+def test_a_fetch_that_two_ranks_lacked_is_told_once() -> None:
+    hub = Hub("127.0.0.1", 2)
+    spoke = Spoke(hub.address, hub.token, 1, os.getpid(), gone=lambda: None)
+    try:
+        hub.meet(20)
+        hub.spoil([7, 8])
+        spoke.send("spoiled", encode_tickets([8, 9]))
+        assert sorted(hub.spoiled()) == [7, 8, 9]
+    finally:
+        hub.close()
+        spoke.close()
 
 
 class Unacknowledged:
