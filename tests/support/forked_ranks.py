@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import json
 import os
 import selectors
@@ -137,7 +138,10 @@ def _become(files: list[int], environment: dict[str, str]) -> None:
         os.environ.clear()
         os.environ.update(environment)
         sys.stdin = os.fdopen(0)
-        first = Path(environment["PYTHONPATH"].split(os.pathsep)[0], "sitecustomize.py")
+        paths = environment["PYTHONPATH"].split(os.pathsep)
+        sys.path[:] = [*paths, *(path for path in sys.path if path not in paths)]
+        importlib.invalidate_caches()
+        first = Path(paths[0], "sitecustomize.py")
         if first.exists():
             exec(compile(first.read_text(), str(first), "exec"), {"__name__": "sitecustomize"})
         from kvasir.engine import worker
