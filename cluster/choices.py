@@ -9,7 +9,7 @@ import numpy as np
 
 from kvasir.cluster.fetch import Holdings
 from kvasir.cluster.member import Member
-from kvasir.cluster.standings import DECODING, PREFILL_TOKENS, PREFILLS, RATE, Floats, Ints
+from kvasir.cluster.standings import DECODING, PREFILL_TOKENS, PREFILLS, RATE, Amounts, Floats
 
 OTHERS = 2.0
 """A request waits for others' tokens, and they for as many of its own."""
@@ -22,16 +22,18 @@ class Choices:
     members: Sequence[Member]
     standings: Floats
     """[field, candidate]"""
-    cached: Ints
+    cached: Amounts
     """Tokens on the device."""
-    held: Ints
+    held: Amounts
     """Tokens in any tier of its own."""
     rest: Floats
     """What all others cost, in tokens computed."""
-    fetched: Ints
+    fetched: Amounts
     """Tokens that are worth fetching from a peer."""
     holdings: Sequence[Holdings]
     """Who has them; groups of one version share it."""
+    priced: Floats | None = None
+    """What `costs` says, if that is known already."""
 
     @classmethod
     def blank(cls, members: Sequence[Member], standings: Floats, length: int) -> Choices:
@@ -44,7 +46,8 @@ class Choices:
         at, members = np.array(places), [self.members[place] for place in places]
         cached, held, rest, fetched = self.cached[at], self.held[at], self.rest[at], self.fetched[at]
         holdings = [self.holdings[place] for place in places]
-        return Choices(members, self.standings[:, at], cached, held, rest, fetched, holdings)
+        priced = None if self.priced is None else self.priced[at]
+        return Choices(members, self.standings[:, at], cached, held, rest, fetched, holdings, priced)
 
     def beside(self, other: Choices) -> Choices:
         """And candidates of another version; what they hold is nothing to these."""
@@ -60,6 +63,8 @@ class Choices:
 
     def costs(self, mean: float) -> Floats:
         """Of each, in tokens that a group computes that is as fast as `mean`, the mean of all."""
+        if self.priced is not None:
+            return self.priced
         table, rest = self.standings, self.rest
         before = np.minimum(table[PREFILL_TOKENS], table[PREFILLS] * rest)  # as Member.before
         rates = np.where(table[RATE], table[RATE], mean)

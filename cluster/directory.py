@@ -6,9 +6,14 @@ A block is known by half of its content id, 64 bits: a false match costs one req
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
 
 from kvasir.cluster.block_journal import TIERS
+from kvasir.cluster.standings import Ints
+from kvasir.engine.block_ids import Holders, holders
 from kvasir.engine.blocks import ContentId, Tier
 from kvasir.proto import group_pb2 as pb
 
@@ -20,23 +25,41 @@ ASK_AGAIN = 64
 """Messages after which a snapshot that didn't come is asked for once more."""
 
 
-def keys_of(ids: bytes) -> list[Key]:
+def keys_of(ids: bytes) -> array[Key]:
     """Keys of concatenated content ids."""
-    return array("Q", ids).tolist()[::2]
+    return array("Q", ids)[::2]
 
 
 def key_list(ids: Iterable[ContentId]) -> list[Key]:
     """Keys of content ids."""
-    return keys_of(b"".join(ids))
+    return keys_of(b"".join(ids)).tolist()
+
+
+class Prompt(Protocol):
+    """A prompt's blocks: keys in portions as they are asked for, and what they are hashed from."""
+
+    start: ContentId
+    blocks: int
+    block_size: int
+
+    def __iter__(self) -> Iterator[Sequence[Key]]: ...
+    @property
+    def words(self) -> bytes: ...
 
 
 class BlockDirectory:
-    """Groups are numbered by `join`. Every lookup costs one dictionary access a block, however many groups there are."""
+    """Groups are numbered by `join`. Every lookup costs one access to a table a block, however many groups there are. The tables
+    are Python's dictionaries, or those of compiled code from the first question on for which that is there.
+    """
 
     def __init__(self, max_holdings: int = MAX_HOLDINGS) -> None:
         self._masks: dict[Tier, dict[Key, int]] = {tier: {} for tier in TIERS}
         """Bit g: group g holds the block in this tier."""
         self._held: dict[int, dict[Tier, set[Key]]] = {}
+        self._compiled: Holders | None = None
+        """What the two above hold, once it is there."""
+        self._sizes = dict.fromkeys(TIERS, 0)
+        """Blocks times groups that hold them, by tier."""
         self._places = 0
         """Numbers that groups had so far."""
         self._room = max_holdings
@@ -66,6 +89,14 @@ class BlockDirectory:
 
     def change(self, group: int, tier: Tier, stored: Iterable[Key], evicted: Iterable[Key]) -> None:
         """What the group stored in a tier, and what went from it."""
+        before = self._room
+        if self._compiled is not None:
+            self._room = self._compiled.change(TIERS.index(tier), group, stored, evicted, before)
+        else:
+            self._change(group, tier, stored, evicted)
+        self._sizes[tier] += before - self._room
+
+    def _change(self, group: int, tier: Tier, stored: Iterable[Key], evicted: Iterable[Key]) -> None:
         held, masks, bit, room = self._held[group][tier], self._masks[tier], 1 << group, self._room
         for key in evicted:
             if key in held:
@@ -82,11 +113,32 @@ class BlockDirectory:
     def replace(self, group: int, tier: Tier, keys: Collection[Key]) -> None:
         """The group holds exactly these in a tier."""
         held, wanted = self._held[group][tier], set(keys)
+        if self._compiled is not None:
+            held = {*self._compiled.held(TIERS.index(tier), group)}
         self.change(group, tier, wanted - held, held - wanted)
 
+    def found(self, prompt: Prompt) -> Ints:
+        """[tier, group]: how many of the prompt's first blocks the group holds without a gap, in this tier and those before."""
+        if self._compiled is None and (compiled := holders()) is not None:
+            self._adopt(compiled)
+        if self._compiled is not None:
+            ask = prompt.start, prompt.words, prompt.blocks, prompt.block_size
+            return self._compiled.prefixes(*ask, self._places)
+        rows = [self.prefixes(prompt)]
+        for tier in TIERS[1:]:
+            rows.append(self.prefixes(prompt, tier) if self.has_tier(tier) else rows[-1])
+        return np.array(rows, np.int64)
+
+    def _adopt(self, compiled: Holders) -> None:
+        for group, tiers in self._held.items():
+            for number, tier in enumerate(TIERS):
+                compiled.change(number, group, tiers[tier], (), len(tiers[tier]))
+        self._held = {group: {tier: set() for tier in TIERS} for group in self._held}
+        self._masks = {tier: {} for tier in TIERS}
+        self._compiled = compiled
+
     def prefixes(self, portions: Iterable[Sequence[Key]], worst: Tier = "device") -> list[int]:
-        """By group: how many of the first blocks it holds without a gap, in tiers up to `worst`. Asks for portions of the
-        keys only as long as somebody has all before.
+        """`found` in Python, by group in tiers up to `worst`. Asks for portions only as long as somebody has all before.
 
         Who holds a block of a portion is taken to hold those of it that come before: pools evict tails before heads, and to
         look at all of 500 blocks takes 130 us (the dictionaries don't fit into a processor's cache).
@@ -120,7 +172,7 @@ class BlockDirectory:
 
     def has_tier(self, tier: Tier) -> bool:
         """Some group holds something there."""
-        return bool(self._masks[tier])
+        return self._sizes[tier] > 0
 
 
 _BITS = [tuple(bit for bit in range(8) if byte >> bit & 1) for byte in range(256)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvasir.cluster.member import Member
-from kvasir.cluster.standings import FETCH_FLOOR, FETCH_TOKEN, Floats, Ints
+from kvasir.cluster.standings import FETCH_FLOOR, FETCH_TOKEN, Amounts, Floats, Ints
 
 MAX_PEERS = 3
 """So many are told to a group: the first may be busy or gone."""
@@ -18,7 +18,7 @@ MAX_PEERS = 3
 class Holdings:
     """Who could give the leading blocks of one prompt."""
 
-    tokens: Ints | None = None
+    tokens: Amounts | None = None
     """By group's number: tokens that it holds in any tier, if it serves blocks; None: nobody does."""
     lenders: Mapping[int, Member] = field(default_factory=dict)
     """By group's number."""

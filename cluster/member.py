@@ -190,7 +190,7 @@ class Member:
         """The same, and for its own tokens."""
         return self.queue(tokens, together) + (tokens / self.speed if self.speed else 0.0)
 
-    def fetch_price(self, tokens: int) -> float:
+    def fetch_price(self, tokens: float) -> float:
         """What it costs this group to fetch the blocks of so many tokens, in tokens computed."""
         return self.fetch_floor + self.fetch_token * tokens
 
@@ -214,10 +214,11 @@ class Member:
 
     def _add_up(self) -> None:
         stats, sent = self.stats, self._open
-        self.prefill_tokens = stats.queued_prefill_tokens + sum(one.tokens for one in sent)
+        tokens, prefills, blocks = stats.queued_prefill_tokens, stats.prefills, stats.decode_blocks
+        for one in sent:
+            tokens, prefills, blocks = tokens + one.tokens, prefills + (one.tokens > 0), blocks + one.blocks
+        self.prefill_tokens, self.prefills = tokens, prefills
         self.requests = stats.running + stats.waiting + len(sent)
-        blocks = stats.decode_blocks + sum(one.blocks for one in sent)
-        self.prefills = stats.prefills + sum(1 for one in sent if one.tokens)
         self.decoding = DECODE_WEIGHT * blocks * self.block_size
 
     def _price_fetches(self) -> None:

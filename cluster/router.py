@@ -23,20 +23,21 @@ from typing import Literal
 
 import numpy as np
 
-from kvasir.cluster.choices import Choices
+from kvasir.cluster.choices import OTHERS, Choices
 from kvasir.cluster.directory import BlockDirectory
 from kvasir.cluster.fetch import Holdings, fetches
 from kvasir.cluster.member import Member, Pace, Reservation
 from kvasir.cluster.prompt_keys import Hasher, Hashers
 from kvasir.cluster.standings import REQUESTS, SERVES, Floats, Ints, Standings
+from kvasir.engine.block_ids import NOBODY, GroupCosts, group_costs
 from kvasir.engine.blocks import Tier
 from kvasir.engine.errors import OverloadedError
 from kvasir.engine.request import Peer, Request
 
 Policy = Literal["round-robin", "least-load", "prefix", "cost"]
 
-TIER_PRICES: Sequence[tuple[Tier, float]] = (("host", 0.05), ("disk", 0.25))
-"""What a cached token costs that has to be brought back to the device, in tokens computed."""
+SAVED: Sequence[tuple[Tier, float]] = (("host", 0.95), ("disk", 0.75))
+"""What a cached token saves that has to be brought back to the device, in tokens computed."""
 AFFINITY = 0.8
 """Share of a prompt that makes a group its home."""
 SLACK = 0.75
@@ -106,7 +107,11 @@ class Asked:
 
     def __init__(self, members: Sequence[Member], changes: int) -> None:
         self.members, self.changes = members, changes
-        self.numbers: Ints = np.array([member.group for member in members], np.int64)
+        numbers = [member.group for member in members]
+        self.numbers: Ints = np.array(numbers, np.int64)
+        in_line = bool(numbers) and numbers == [*range(numbers[0], numbers[0] + len(numbers))]
+        self.at: slice | Ints = slice(numbers[0], numbers[0] + len(numbers)) if in_line else self.numbers
+        """The same: a view is had sooner than a copy."""
         self.alike = [member for member in members if member.hasher is members[0].hasher]
         """Of the first one's kind."""
         self.others = [member for member in members if member.hasher is not members[0].hasher]
@@ -125,6 +130,8 @@ class Router:
         self.directory = BlockDirectory()
         self._draw = draw or random.Random()
         self._hashers, self._pace, self._standings = Hashers(), Pace(), Standings()
+        self._costs: GroupCosts | None = None
+        """Once it is compiled."""
         self._lenders: dict[int, Member] = {}
         """Groups that serve blocks to others, by number."""
         self._asked = Asked([], 0)
@@ -191,7 +198,7 @@ class Router:
         return self.policy in ("prefix", "cost")
 
     def _choices(self, request: Request, asked: Asked, length: int, source: Member | None) -> Choices:
-        standings, hasher = self._standings.table.take(asked.numbers, axis=1), asked.members[0].hasher
+        standings, hasher = self._standings.table[:, asked.at], asked.members[0].hasher
         if not self._looks:
             return Choices.blank(asked.members, standings, length)
         if asked.others:
@@ -207,27 +214,49 @@ class Router:
         self, asked: Asked, standings: Floats, hasher: Hasher, request: Request, length: int, source: Member | None
     ) -> Choices:
         """What each has cached, and what it costs to have the rest."""
-        keys, size, numbers = hasher.prompt(request), hasher.block_size, asked.numbers
-        found = np.array(self.directory.prefixes(keys)) * size
-        cached = held = found[numbers]
+        size = hasher.block_size
+        found = self.directory.found(hasher.prompt(request))
+        found *= size
+        source_tokens = (length - 1) // size * size  # it has just computed them, and may not have told yet
+        if source is not None and self._lenders.get(source.group) is not source:
+            source = None
+        self._costs = self._costs or group_costs(np.array([1.0, *(saved for _, saved in SAVED)]), OTHERS)
+        if self._costs is not None:
+            return self._weighed(self._costs, asked, standings, found, length, source_tokens, source)
+        cached = held = found[0, asked.at]
         rest = length - cached.astype(np.float64)
-        for tier, price in TIER_PRICES:
+        for number, (tier, saved) in enumerate(SAVED, 1):
             if self.directory.has_tier(tier):
-                found = np.array(self.directory.prefixes(keys, tier)) * size
-                near, held = held, found[numbers]
-                rest -= (1 - price) * (held - near)
-        holdings = self._holdings(found, size, length, source)
+                near, held = held, found[number, asked.at]
+                rest -= saved * (held - near)
+        holdings = self._holdings(found[-1], source, source_tokens)
         most = holdings.most
         fetched = fetches(standings, held, rest, most) if most else np.zeros_like(held)
         return Choices(asked.members, standings, cached, held, rest, fetched, [holdings] * len(asked.members))
 
-    def _holdings(self, found: Ints, size: int, length: int, source: Member | None) -> Holdings:
+    def _weighed(
+        self,
+        costs: GroupCosts,
+        asked: Asked,
+        standings: Floats,
+        found: Ints,
+        length: int,
+        source_tokens: int,
+        source: Member | None,
+    ) -> Choices:
+        """The same by compiled code."""
+        mean, number = self._pace.rate or 1.0, NOBODY if source is None else source.group
+        weighed = costs.weigh(self._standings.table, asked.numbers, found, length, mean, number, source_tokens)
+        holdings = Holdings(weighed.lent, self._lenders) if self._lenders else Holdings()
+        parts = weighed.cached, weighed.held, weighed.rest, weighed.fetched
+        return Choices(asked.members, standings, *parts, [holdings] * len(asked.members), weighed.costs)
+
+    def _holdings(self, found: Ints, source: Member | None, source_tokens: int) -> Holdings:
         if not self._lenders:
             return Holdings()
         tokens = found * (self._standings.table[SERVES, : len(found)] > 0)
-        # a source has just computed them, and may not have told yet
-        if source is not None and self._lenders.get(source.group) is source and source.serves:
-            tokens[source.group] = (length - 1) // size * size
+        if source is not None and source.serves:
+            tokens[source.group] = source_tokens
         return Holdings(tokens, self._lenders)
 
     # -- choosing

@@ -4,7 +4,7 @@ over them does."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar, Union
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Amounts = Union[Ints, Floats]
+"""Of tokens."""
 Value = TypeVar("Value", bound=float)
 FIELDS = ("decoding", "prefill_tokens", "prefills", "requests", "rate", "fetch_floor", "fetch_token", "serves")
 DECODING, PREFILL_TOKENS, PREFILLS, REQUESTS, RATE, FETCH_FLOOR, FETCH_TOKEN, SERVES = range(len(FIELDS))

@@ -8,7 +8,11 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from kvasir.engine.blocks import ContentId, content_ids, token_bytes
+from kvasir.kernels.block_directory import Holders as Holders
 from kvasir.kernels.block_ids import BlockIds, load
+from kvasir.kernels.group_costs import NOBODY as NOBODY
+from kvasir.kernels.group_costs import Floats
+from kvasir.kernels.group_costs import GroupCosts as GroupCosts
 
 
 @functools.cache
@@ -29,6 +33,18 @@ def words(token_ids: Sequence[int]) -> bytes:
     """What `token_bytes` gives."""
     found = _compiled()
     return found.words(token_ids) if found and isinstance(token_ids, list) else token_bytes(token_ids)
+
+
+def holders() -> Holders | None:
+    """A directory's tables by compiled code, once that is there."""
+    found = _compiled()
+    return Holders(found.path) if found else None
+
+
+def group_costs(saved: Floats, others: float) -> GroupCosts | None:
+    """What a request costs at each group by compiled code, once that is there."""
+    found = _compiled()
+    return GroupCosts(found.path, saved, others) if found else None
 
 
 def _compiled() -> BlockIds | None:

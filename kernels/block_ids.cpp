@@ -7,21 +7,34 @@
 
 // Of Python's stable interface.
 struct _object;
+extern "C" _object PyLong_Type;
 extern "C" _object *PyList_GetItem(_object *, intptr_t);
+extern "C" _object *PyLong_FromLong(long);
 extern "C" unsigned long PyLong_AsUnsignedLong(_object *);
+extern "C" void Py_DecRef(_object *);
+// How CPython lays out lists and integers, which takes a quarter of the time of asking; looked at before it is believed.
+struct _object {
+  intptr_t references;
+  const void *type;
+  intptr_t size; // of an integer: its sign and how many digits of 30 bits it has, in one way or another
+  union {
+    _object **items;
+    uint32_t digit;
+  };
+};
 
 namespace {
 
 typedef uint64_t Lanes __attribute__((vector_size(32)));
 
-constexpr int64_t INPUT = 128, ID = 16;
+constexpr int64_t INPUT = 128, ID = 16, AHEAD = 48;
 constexpr uint64_t START[8] = {0x6a09e667f3bcc908, 0xbb67ae8584caa73b, 0x3c6ef372fe94f82b, 0xa54ff53a5f1d36f1,
                                0x510e527fade682d1, 0x9b05688c2b3e6c1f, 0x1f83d9abfb41bd6b, 0x5be0cd19137e2179};
 
 inline Lanes turned(Lanes x, int bits) { return x >> bits | x << (64 - bits); }
 
 inline void mix(Lanes &a, Lanes &b, Lanes &c, Lanes &d, Lanes words, int first, int second) {
-  a += b + words;
+  a += words, a += b; // b comes last
   d = turned(d ^ a, first);
   c += d;
   b = turned(b ^ c, second);
@@ -35,10 +48,10 @@ template <int... S> inline void round(Lanes &a, Lanes &b, Lanes &c, Lanes &d, co
   constexpr int s[] = {S...};
   mix(a, b, c, d, (Lanes){m[s[0]], m[s[2]], m[s[4]], m[s[6]]}, 32, 24);
   mix(a, b, c, d, (Lanes){m[s[1]], m[s[3]], m[s[5]], m[s[7]]}, 16, 63);
-  b = rotated1(b), c = rotated2(c), d = rotated3(d);
-  mix(a, b, c, d, (Lanes){m[s[8]], m[s[10]], m[s[12]], m[s[14]]}, 32, 24);
-  mix(a, b, c, d, (Lanes){m[s[9]], m[s[11]], m[s[13]], m[s[15]]}, 16, 63);
-  b = rotated3(b), c = rotated2(c), d = rotated1(d);
+  a = rotated3(a), c = rotated1(c), d = rotated2(d); // the diagonals; b, for which everything waits, stays where it is
+  mix(a, b, c, d, (Lanes){m[s[14]], m[s[8]], m[s[10]], m[s[12]]}, 32, 24);
+  mix(a, b, c, d, (Lanes){m[s[15]], m[s[9]], m[s[11]], m[s[13]]}, 16, 63);
+  a = rotated1(a), c = rotated3(c), d = rotated2(d);
 }
 
 // bytes: of the input so far
@@ -93,9 +106,25 @@ EXPORT void block_ids(const uint8_t *before, const uint8_t *tokens, int64_t coun
   }
 }
 
+// What `size` is in an integer of one digit above 0; -1: integers aren't laid out like that.
+static intptr_t one_digit() {
+  _object *known = PyLong_FromLong(0x2abcdef1);
+  const bool alike = known && known->type == &PyLong_Type && known->digit == 0x2abcdef1;
+  const intptr_t found = alike ? known->size : -1;
+  Py_DecRef(known);
+  return found;
+}
+
 // Four bytes a token of a list; how many could be written before one that doesn't fit. The interpreter's lock is held.
 EXPORT int64_t token_words(_object *list, int64_t count, uint32_t *words) {
+  static const intptr_t one = one_digit();
+  const bool alike = one >= 0 && count && list->size == count && list->items[0] == PyList_GetItem(list, 0);
   for (int64_t n = 0; n < count; n++) {
+    if (alike && n + AHEAD < count) __builtin_prefetch(list->items[n + AHEAD]);
+    if (alike && list->items[n]->type == &PyLong_Type && list->items[n]->size == one) {
+      words[n] = list->items[n]->digit;
+      continue;
+    }
     const unsigned long token = PyLong_AsUnsignedLong(PyList_GetItem(list, n));
     if (token > UINT32_MAX) return n;
     words[n] = (uint32_t)token;

@@ -13,12 +13,14 @@ from kvasir.kernels.compiled import HERE, NativeError, compiled
 logger = logging.getLogger(__name__)
 
 ID_BYTES = 16
+SOURCES = ("block_ids.cpp", "block_directory.cpp", "group_costs.cpp")
 
 
 class BlockIds:
     """The compiled functions."""
 
     def __init__(self, path: str) -> None:
+        self.path = path
         self._hash = ctypes.CDLL(path).block_ids
         self._hash.argtypes, self._hash.restype = (c_char_p, c_char_p, c_int64, c_int64, c_void_p), None
         self._words = ctypes.PyDLL(path).token_words
@@ -46,7 +48,7 @@ def load() -> BlockIds | None:
     if os.environ.get("KVASIR_KERNELS"):
         return None
     try:
-        return BlockIds(str(compiled("block_ids", [HERE / "block_ids.cpp"])[0]))
+        return BlockIds(str(compiled("block_ids", [HERE / name for name in SOURCES])[0]))
     except (NativeError, OSError, subprocess.SubprocessError, AttributeError) as error:
         logger.info("prompts are hashed in Python: %s", error)
         return None

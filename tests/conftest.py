@@ -29,6 +29,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
 )
 from xdist.scheduler import LoadScopeScheduling
 
+from kvasir.kernels.block_ids import SOURCES
 from kvasir.kernels.compiled import NativeError, compiled
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +40,7 @@ for wait in ("connect", "read", "write", "pool"):  # five seconds are little on 
     setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, wait, 60.0)
 LIBRARIES = {
     "kernels": sorted((ROOT / "kernels").glob("*_cpu.cpp")),
-    "block_ids": [ROOT / "kernels" / "block_ids.cpp"],
+    "block_ids": [ROOT / "kernels" / name for name in SOURCES],
 }
 DATA = Path(os.environ.get("KVASIR_DATA") or ROOT.parent / "shared" / "data")
 

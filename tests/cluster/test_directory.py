@@ -7,11 +7,13 @@ from collections import deque
 
 import pytest
 
-from kvasir.cluster.block_journal import BlockJournal
+from kvasir.cluster.block_journal import TIERS, BlockJournal
 from kvasir.cluster.directory import BlockDirectory, BlockFeed, key_list
-from kvasir.engine.blocks import salted
+from kvasir.engine import block_ids
+from kvasir.engine.blocks import content_ids, salted, token_bytes
 from kvasir.proto import group_pb2 as pb
 
+START = salted("start")
 IDS = [salted(bytes([number])) for number in range(60)]
 
 
@@ -112,6 +114,87 @@ def test_memory_is_bounded():
     directory.leave(two)
     assert directory.num_holdings == 0
     assert not any(directory.has_tier(tier) for tier in ("device", "host", "disk"))
+
+
+class Asked:
+    """A prompt of one token a block."""
+
+    block_size = 1
+
+    def __init__(self, tokens):
+        self.start, self.blocks, self.words = START, len(tokens), token_bytes(tokens)
+        self.keys = key_list(content_ids(START, self.words, 1))
+
+    def __iter__(self):
+        return (self.keys[first : first + 5] for first in range(0, self.blocks, 5))
+
+
+@pytest.fixture(params=[True, False], ids=["compiled", "python"])
+def compiled(request, monkeypatch):
+    if not request.param:
+        monkeypatch.setattr(block_ids, "_compiled", lambda: None)
+    elif block_ids.loading().result() is None:
+        pytest.skip("there is no C++ compiler")
+    return request.param
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_groups_hold_of_prompts_is_what_brute_force_finds(compiled, seed, monkeypatch):
+    """Of many groups in all tiers, which come, go and change, with tables that grow and shrink; portions are forgotten and found
+    again. Compiled code sees gaps, too."""
+    monkeypatch.setattr("kvasir.kernels.block_directory.MEMORY", 16)
+    draw, directory, held = random.Random(seed), BlockDirectory(), {}
+    trunk = [draw.randrange(3) for _ in range(300)]
+    prompts = [
+        Asked(trunk[: draw.randrange(300)] + [draw.randrange(9) for _ in range(draw.randrange(90))]) for _ in range(12)
+    ]
+    for turn in range(40):
+        action = draw.random()
+        if action < 0.4 or not held:
+            for _ in range(draw.choice((1, 40))):
+                held[directory.join()] = {tier: set() for tier in TIERS}
+        elif action < 0.5:
+            directory.leave(group := draw.choice([*held]))
+            del held[group]
+        for group in draw.sample([*held], min(len(held), 12)):
+            tier, keys = draw.choice(TIERS), draw.choice(prompts).keys
+            end = draw.randrange(len(keys) + 1)
+            known = held[group][tier]
+            if draw.random() < 0.1:
+                held[group][tier] = {*keys[:end]}
+                directory.replace(group, tier, held[group][tier])
+                continue
+            gone = {*keys[end:]} if not compiled or draw.random() < 0.8 else {*draw.sample(keys, len(keys) // 9)}
+            if not compiled:
+                gone = {key for key in known if any(key in one.keys[end:] for one in prompts)}
+            directory.change(group, tier, [key for key in keys[:end] if key not in gone], gone)
+            held[group][tier] = known - gone | ({*keys[:end]} - gone)
+        for prompt in draw.sample(prompts, 3) if turn % 3 else ():
+            found = directory.found(prompt)
+            for group, tiers in held.items():
+                below = set()
+                for number, tier in enumerate(TIERS):
+                    below |= tiers[tier]
+                    exact = next((n for n, key in enumerate(prompt.keys) if key not in below), prompt.blocks)
+                    assert found[number, group] == exact or (not compiled and found[number, group] > exact)
+        assert directory.num_holdings == sum(len(keys) for tiers in held.values() for keys in tiers.values())
+        assert [directory.has_tier(tier) for tier in TIERS] == [
+            any(tiers[tier] for tiers in held.values()) for tier in TIERS
+        ]
+    assert (directory._compiled is not None) == compiled
+    if compiled:
+        for group, tiers in held.items():
+            assert [{*directory._compiled.held(n, group)} for n in range(3)] == [tiers[tier] for tier in TIERS]
+
+
+def test_room_is_bounded_in_compiled_tables(compiled):
+    directory = BlockDirectory(max_holdings=100)
+    group, prompt = directory.join(), Asked([*range(150)])
+    directory.change(group, "device", prompt.keys[:10], ())
+    assert directory.found(prompt)[0, group] == 10
+    directory.change(group, "device", prompt.keys, ())
+    assert directory.num_holdings == 100
+    assert directory.found(prompt)[:, group].tolist() == [100, 100, 100]
 
 
 class Life:

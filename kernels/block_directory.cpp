@@ -1,0 +1,223 @@
+// Which groups hold how much of a prompt: see cluster/directory.py, whose rules these are, and cluster/prompt_keys.py. On its own,
+// without torch. Calls of one directory come from one thread.
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+extern "C" void block_ids(const uint8_t *before, const uint8_t *tokens, int64_t count, int64_t bytes, uint8_t *ids);
+
+namespace {
+
+constexpr int TIERS = 3, ID = 16, WAYS = 8;
+constexpr int64_t PORTION = 64;
+constexpr uint64_t SPREAD = 0x9e3779b97f4a7c15;
+
+// key -> bits of groups, in slots of 1 + width words. Open addressing; key 0 is taken for 1.
+struct Table {
+  int width = 1, log2 = 6;
+  int64_t used = 0;
+  std::vector<uint64_t> slots = std::vector<uint64_t>(2 << 6);
+
+  uint64_t *slot(int64_t place) { return slots.data() + place * (1 + width); }
+  int64_t mask() const { return (int64_t(1) << log2) - 1; }
+  int64_t home(uint64_t key) const { return int64_t(key * SPREAD >> (64 - log2)); }
+
+  // Where the key is, or would be.
+  uint64_t *find(uint64_t key) {
+    int64_t place = home(key);
+    while (*slot(place) && *slot(place) != key) place = (place + 1) & mask();
+    return slot(place);
+  }
+
+  void reshape(int to_log2, int to_width) {
+    Table next;
+    next.width = to_width, next.log2 = to_log2, next.used = used;
+    next.slots.assign((int64_t(1) << to_log2) * (1 + to_width), 0);
+    for (int64_t place = 0; place <= mask(); place++)
+      if (const uint64_t *from = slot(place); *from)
+        std::memcpy(next.find(*from), from, 8 * (1 + (width < to_width ? width : to_width)));
+    std::swap(*this, next);
+  }
+
+  bool add(uint64_t key, int group) {
+    if (used * 3 > mask() * 2) reshape(log2 + 1, width);
+    uint64_t *found = find(key);
+    uint64_t &bits = found[1 + group / 64], bit = uint64_t(1) << group % 64;
+    if (bits & bit) return false;
+    if (!*found) *found = key, used++;
+    bits |= bit;
+    return true;
+  }
+
+  bool drop(uint64_t key, int group) {
+    uint64_t *found = find(key);
+    uint64_t &bits = found[1 + group / 64], bit = uint64_t(1) << group % 64;
+    if (!*found || !(bits & bit)) return false;
+    bits &= ~bit;
+    for (int word = 1; word <= width; word++)
+      if (found[word]) return true;
+    close((found - slots.data()) / (1 + width));
+    used--;
+    return true;
+  }
+
+  // The slot becomes free: what follows it moves up as far as it may.
+  void close(int64_t free) {
+    for (int64_t place = (free + 1) & mask(); *slot(place); place = (place + 1) & mask()) {
+      const int64_t far = (place - home(*slot(place))) & mask();
+      if (far < ((place - free) & mask())) continue;
+      std::memcpy(slot(free), slot(place), 8 * (1 + width));
+      free = place;
+    }
+    std::memset(slot(free), 0, 8 * (1 + width));
+  }
+};
+
+// Portions of prompts that were seen, in sets of which each takes turns: what their ids depend on -> the ids.
+struct Memory {
+  struct Probe {
+    uint64_t one, two;
+  };
+  struct Ids {
+    uint8_t bytes[PORTION * ID];
+  };
+  std::vector<Probe> probes;
+  std::vector<Ids> ids;
+  std::vector<uint8_t> turns;
+
+  // Where they are, or (false) where they belong.
+  std::pair<Ids *, bool> find(Probe probe) {
+    const size_t set = (probe.one ^ probe.one >> 32) % turns.size(), first = set * WAYS;
+    for (size_t place = first; place < first + WAYS; place++)
+      if (probes[place].one == probe.one && probes[place].two == probe.two) return {&ids[place], true};
+    const size_t place = first + turns[set]++ % WAYS;
+    probes[place] = probe;
+    return {&ids[place], false};
+  }
+};
+
+struct Directory {
+  Table tiers[TIERS];
+  Memory memory;
+  std::vector<uint64_t> keys; // of the hash of tokens
+  uint8_t before[ID];
+  Memory::Ids last; // of a block too long to be remembered
+
+  int64_t most_words() const { return int64_t(keys.size()) - 3; }
+};
+
+uint64_t key_of(const uint8_t *id) {
+  uint64_t key;
+  std::memcpy(&key, id, 8);
+  return key ? key : 1;
+}
+
+// Sums of products with secret keys (Lemire and Kaser 2014, arXiv:1202.4961): nobody finds tokens that are taken for others.
+Memory::Probe probe_of(const std::vector<uint64_t> &keys, const uint8_t *before, const uint8_t *tokens, int64_t bytes) {
+  uint64_t id[2], one = keys[0] + bytes, two = keys[1];
+  std::memcpy(id, before, ID);
+  const uint64_t *key = keys.data() + 2;
+  for (int64_t at = 0; at < bytes; at += 4, key++) {
+    uint32_t word;
+    std::memcpy(&word, tokens + at, 4);
+    one += key[0] * (word + uint64_t(1)), two += key[1] * (word + uint64_t(1));
+  }
+  return {id[0] ^ one, id[1] ^ two};
+}
+
+// The ids of a portion behind self.before, which moves to its end; found again if they were seen.
+const uint8_t *ids_of(Directory &self, const uint8_t *tokens, int64_t count, int64_t bytes) {
+  std::pair<Memory::Ids *, bool> found = {&self.last, false};
+  if (count * bytes <= 4 * self.most_words()) found = self.memory.find(probe_of(self.keys, self.before, tokens, count * bytes));
+  uint8_t *ids = found.first->bytes;
+  for (int64_t n = 0; n < count; n++) { // what the tables say of a block is on its way while the next one is hashed
+    if (!found.second) block_ids(n ? ids + (n - 1) * ID : self.before, tokens + n * bytes, 1, bytes, ids + n * ID);
+    for (Table &table : self.tiers)
+      if (table.used) __builtin_prefetch(table.slot(table.home(key_of(ids + n * ID))));
+  }
+  std::memcpy(self.before, ids + (count - 1) * ID, ID);
+  return ids;
+}
+
+// alive[tier][width]: who holds all before. False: nobody any more.
+bool walk(Directory &self, const uint8_t *ids, int64_t count, int64_t first, uint64_t *alive, int64_t places, int64_t *found) {
+  const int width = self.tiers[0].width;
+  for (int64_t n = 0; n < count; n++) {
+    const uint64_t *holds[TIERS];
+    for (int tier = 0; tier < TIERS; tier++) holds[tier] = self.tiers[tier].find(key_of(ids + n * ID));
+    uint64_t any = 0;
+    for (int word = 0; word < width; word++) {
+      uint64_t bits = 0;
+      for (int tier = 0; tier < TIERS; tier++) {
+        uint64_t &left = alive[tier * width + word];
+        bits |= holds[tier][1 + word];
+        for (uint64_t gone = left & ~bits; gone; gone &= gone - 1)
+          found[tier * places + word * 64 + __builtin_ctzll(gone)] = first + n;
+        left &= bits, any |= left;
+      }
+    }
+    if (!any) return false;
+  }
+  return true;
+}
+
+} // namespace
+
+// secrets: three more than a portion may have tokens; memory: portions that are remembered, in eights
+EXPORT void *directory_new(const uint64_t *secrets, int64_t count, int64_t memory) {
+  Directory *self = new Directory;
+  self->keys.assign(secrets, secrets + count);
+  self->memory.probes.resize(memory), self->memory.ids.resize(memory), self->memory.turns.resize(memory / WAYS);
+  return self;
+}
+
+EXPORT void directory_free(Directory *self) { delete self; }
+
+// What a group stored and evicted, room: how many more may be held -> the room that is left
+EXPORT int64_t directory_change(Directory *self, int64_t tier, int64_t group, const uint64_t *stored, int64_t stored_count,
+                                const uint64_t *evicted, int64_t evicted_count, int64_t room) {
+  Table &table = self->tiers[tier];
+  if (group >= 64 * table.width)
+    for (Table &each : self->tiers) each.reshape(each.log2, int(group / 64 + 1));
+  for (int64_t n = 0; n < evicted_count; n++) room += table.drop(evicted[n] ? evicted[n] : 1, int(group));
+  for (int64_t n = 0; n < stored_count && room > 0; n++) room -= table.add(stored[n] ? stored[n] : 1, int(group));
+  return room;
+}
+
+// The keys that a group holds in a tier, as many as there is room for -> how many there are
+EXPORT int64_t directory_held(Directory *self, int64_t tier, int64_t group, uint64_t *keys, int64_t room) {
+  Table &table = self->tiers[tier];
+  int64_t count = 0;
+  for (int64_t place = 0; place <= table.mask() && group < 64 * table.width; place++)
+    if (table.slot(place)[1 + group / 64] >> group % 64 & 1) {
+      if (count < room) keys[count] = *table.slot(place);
+      count++;
+    }
+  return count;
+}
+
+EXPORT int64_t directory_size(Directory *self, int64_t tier) { return self->tiers[tier].used; }
+
+// found[tier][group]: how many of the first `count` blocks, of so many bytes of tokens each, the first one behind `start`, a group
+// holds without a gap in tiers up to this one. Hashes a portion only while somebody holds all before it.
+EXPORT void directory_prefixes(Directory *self, const uint8_t *start, const uint8_t *tokens, int64_t count, int64_t bytes,
+                               int64_t places, int64_t *found) {
+  const int width = self->tiers[0].width;
+  const int64_t fit = self->most_words() * 4 / bytes, most = fit < 1 ? 1 : fit < PORTION ? fit : PORTION;
+  std::vector<uint64_t> alive(TIERS * width);
+  for (int64_t group = 0; group < places && group < 64 * width; group++)
+    for (int tier = 0; tier < TIERS; tier++) alive[tier * width + group / 64] |= uint64_t(1) << group % 64;
+  std::memset(found, 0, 8 * TIERS * places);
+  std::memcpy(self->before, start, ID);
+  for (int64_t first = 0; first < count; first += most) {
+    const int64_t portion = count - first < most ? count - first : most;
+    const uint8_t *ids = ids_of(*self, tokens + first * bytes, portion, bytes);
+    if (!walk(*self, ids, portion, first, alive.data(), places, found)) return;
+  }
+  for (int64_t group = 0; group < places && group < 64 * width; group++)
+    for (int tier = 0; tier < TIERS; tier++)
+      if (alive[tier * width + group / 64] >> group % 64 & 1) found[tier * places + group] = count;
+}
