@@ -104,6 +104,12 @@ class FakeGroup:
     def sheds(self, streaming: bool) -> str:
         return ""
 
+    async def close(self) -> None:
+        """Whoever was aborted, or isn't read any more, is answered no longer."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
     @property
     def running(self) -> int:
         """Requests that hold anything."""
@@ -161,6 +167,12 @@ class FakeGroup:
             rest = request.prompt_token_ids[1:]
             prompt = [None, *(_score(one, sampling.prompt_logprobs) for one in rest)]
         return Token(request.request_id, index, (token,), scores, prompt)
+
+
+async def _left() -> list[str]:
+    """Tasks beside this one that don't end within a moment."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    return [repr(task) for task in (await asyncio.wait(tasks, timeout=5.0))[1]] if tasks else []
 
 
 def _score(token: int, top: int) -> TokenLogprob:
@@ -233,6 +245,8 @@ class LiveGateway:
         )
         self.others: dict[str, str] = {}
         """Name of another gateway -> its URL."""
+        self.left: list[str] = []
+        """Tasks that were there when all was closed; asyncio would only print that they were destroyed."""
         self.loop = asyncio.new_event_loop()
         self.url = self.grpc_address = ""
 
@@ -247,6 +261,7 @@ class LiveGateway:
         self.loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(60)
         self.loop.close()
+        assert not self.left, "tasks of the gateway outlive it"
 
     def call(self, function: Callable[[], Any]) -> Any:
         """Run it on the gateway's loop."""
@@ -288,3 +303,5 @@ class LiveGateway:
         server.force_exit = True
         await server.shutdown(sockets=[sock])
         await close_app(self.app)
+        await self.group.close()
+        self.left = await _left()
