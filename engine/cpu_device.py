@@ -33,7 +33,7 @@ from kvasir.engine.spec import Spec
 from kvasir.engine.weights import random_decoder
 from kvasir.kernels.ragged import Ragged
 
-HOST, TIMEOUT_S = "127.0.0.1", 60.0
+HOST, TIMEOUT_S = "127.0.0.1", 300.0
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CHUNK, BEFORE = 256, 768
 """Tokens of a piece of a prompt, and of what lies before it."""
@@ -66,8 +66,10 @@ def cpu_device(ranks: int, spec: Spec, streams: int, dtype: torch.dtype, threads
             process.kill()
             process.join()
         del store
-    slowest = [max(values) for values in zip(*found, strict=True)]
-    return device_of(slowest, sample, few(streams), available_ram() // ranks, dtype)
+    slowest = [max(values) for values in zip(*(together for together, _ in found), strict=True)]
+    facts = sample, few(streams), available_ram() // ranks, dtype
+    single = [*found[0][1], *slowest[len(found[0][1]) :]]
+    return replace(device_of(slowest, *facts), ranks=ranks, alone=device_of(single, *facts))
 
 
 def few(streams: int) -> int:
@@ -119,7 +121,7 @@ def device_of(slowest: Sequence[float], sample: Spec, streams: int, memory: int,
 def _rank(
     rank: int, size: int, port: int, threads: int, sample: Spec, streams: int, dtype: torch.dtype, answer: Connection
 ) -> None:
-    """A process: tells the seconds of each thing."""
+    """A process: tells the seconds of each thing, and of those that need no other rank how long the first one takes alone."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     store = reach_store(HOST, port, size, TIMEOUT_S)
@@ -133,12 +135,14 @@ def _rank(
     ]
     decoder.pack()
     cache = KVCache(sample, max(streams, (BEFORE + CHUNK) // BLOCK), BLOCK, dtype, side.device)
-    found = [_timed(side, partial(_multiplied, count, dtype, products), 3) for count in ROWS]
     steps = ((streams, 1, BLOCK - 1), (1, CHUNK, 0), (1, CHUNK, BEFORE))
-    found += [_timed(side, partial(stepped, decoder, cache, *step), 3) for step in steps]
+    runs = [partial(_multiplied, count, dtype, products) for count in ROWS]
+    runs += [partial(stepped, decoder, cache, *step) for step in steps]
+    found = [_timed(side, run, 3) for run in runs]
+    alone = [_timed(Mesh(), run, 3) for run in runs] if size > 1 and rank == 0 else [*found]
     found += [_timed(side, partial(side.reduce, torch.ones(shape, dtype=dtype)), 50) for shape in SUMS]
     found.append(_timed(row, lambda: _there_and_back(row, dtype), 50) / 2)
-    answer.send(found)
+    answer.send((found, alone))
     with suppress(EOFError):
         answer.recv()  # until it is ended: none leaves before the others are done
 

@@ -6,7 +6,7 @@ what is measured on real devices lies above. By what was measured of a CPU (`cpu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -52,6 +52,10 @@ class Device:
     """(rows, bytes per second of weights by which so many are multiplied), measured; none: by bandwidth and rate."""
     kind: str = "cuda"
     """torch's name of the type of device."""
+    ranks: int = 1
+    """So many were at work at once when it was measured."""
+    alone: Device | None = None
+    """What one of them does while the others wait: they share the memory's bandwidth. None: the same."""
 
     def product(self, read: float, active: float, rows: float) -> float:
         """Seconds for `rows` rows times `read` bytes of weights, of which each row meets `active`."""
@@ -147,8 +151,8 @@ def plan(
     sequences = min(blocks // room.blocks(length), config.max_num_seqs) if blocks else 0
     batch = max(1, min(sequences or 1, -(-streams // dp)))
     kv = block * room.blocks(length) / length
-    step, rate = _times(held, sizes, device, batch, kv * length)
-    prompt = _prompt(held, sizes, device, length, kv, room.budget)
+    step, rate = _times(held, sizes, device, batch, kv * length, dp)
+    prompt = _prompt(held, sizes, device, length, kv, room.budget, dp)
     return Plan(
         place.tp,
         place.pp,
@@ -189,30 +193,65 @@ def _weights(share: Share, dtype: torch.dtype) -> int:
 
 
 def _times(
-    held: Iterable[Share], sizes: Iterable[int], device: Device, batch: int, cached: float
+    held: Sequence[Share], sizes: Sequence[int], device: Device, batch: int, cached: float, dp: int
 ) -> tuple[float, float]:
-    """(seconds of a step of `batch` streams, tokens per second); stages work on parts of the batch at the same time."""
-    shares = list(held)
-    place = shares[0].mesh.place
-    part = -(-batch // place.pp)
-    seconds = [
-        _stage(share, size, device, part, part * cached, part) for share, size in zip(shares, sizes, strict=True)
-    ]
-    hand_over = (place.pp - 1) * _hand_over(shares[0], device, part)
-    return max(sum(seconds), place.pp * max(seconds)) + hand_over, part / max(seconds)
+    """(seconds of a step of `batch` streams, tokens per second); stages work on parts of the batch at the same time, as many
+    of them as there are parts."""
+    place = held[0].mesh.place
+    parts = min(batch, place.pp)
+    part = -(-batch // parts)
+    seconds = _stages(held, sizes, device, parts * dp, part, part * cached, part)
+    hand_over = (place.pp - 1) * _hand_over(held[0], device, part)
+    step = max(sum(seconds), parts * max(seconds)) + hand_over
+    return step, batch / step if parts < place.pp else part / max(seconds)
 
 
-def _prompt(held: Sequence[Share], sizes: Sequence[int], device: Device, length: int, kv: float, budget: int) -> float:
-    """Seconds of a prompt of so many tokens, `kv` bytes each: its pieces follow each other through the stages."""
+def _prompt(
+    held: Sequence[Share], sizes: Sequence[int], device: Device, length: int, kv: float, budget: int, dp: int
+) -> float:
+    """Seconds of a prompt of so many tokens, `kv` bytes each: its pieces follow each other through the stages. While the first
+    one goes through all of them, and the last one, one stage works; between, all do. One row's logits are wanted."""
     place = held[0].mesh.place
     count = -(-length // min(budget, length, piece(length, budget, place.pp)))
-    rows = length / count
-    seconds = []
-    for share, size in zip(held, sizes, strict=True):
-        pairs = rows * length / 2 * share.spec.heads * share.spec.head_dim * len(share.layers)
-        each = _stage(share, size, device, rows, kv * length / 2, 1) + 4 * pairs / (device.attention or device.rate)
-        seconds.append(each + (place.pp > 1) * _hand_over(share, device, rows))
-    return sum(seconds) + (count - 1) * max(seconds)
+    rows, handed = length / count, 0.0
+    if place.pp > 1:
+        handed = max(_hand_over(share, device, rows) for share in held)
+
+    def pieces(at_once: int) -> list[float]:
+        scores = [rows * length / 2 * share.spec.heads * share.spec.head_dim * len(share.layers) for share in held]
+        plain = _stages(held, sizes, device, at_once, rows, kv * length / 2, 0, [4 * pairs for pairs in scores])
+        return [seconds + handed for seconds in plain]
+
+    single, together = pieces(dp), pieces(place.pp * dp)
+    return sum(single) + (count - 1) * max(together) + _logits(held[-1], device, 1)
+
+
+def _stages(
+    held: Sequence[Share],
+    sizes: Sequence[int],
+    device: Device,
+    at_once: int,
+    rows: float,
+    cached: float,
+    wanted: float,
+    scores: Sequence[float] | None = None,
+) -> list[float]:
+    """`_stage` of each while so many stages, of all copies, work at once: between what ranks do alone and all together."""
+
+    def seconds(device: Device) -> list[float]:
+        speed = device.attention or device.rate
+        return [
+            _stage(share, size, device, rows, cached, wanted) + operations / speed
+            for share, size, operations in zip(held, sizes, scores or [0.0] * len(held), strict=True)
+        ]
+
+    together = seconds(device)
+    if device.alone is None or device.ranks == 1:
+        return together
+    crowd = (at_once * held[0].mesh.place.tp - 1) / (device.ranks - 1)
+    return [
+        least + min(1.0, crowd) * (most - least) for least, most in zip(seconds(device.alone), together, strict=True)
+    ]
 
 
 def _hand_over(share: Share, device: Device, rows: float) -> float:
@@ -232,12 +271,20 @@ def _stage(share: Share, size: int, device: Device, rows: float, cached: float, 
         idle = (1 - facts.per_token / facts.count) ** rows
         dense -= facts.count * expert
         seconds += device.product(facts.count * (1 - idle) * expert, facts.per_token * expert, rows)
-    seconds += device.product(dense, dense, rows) + device.product(head, head, wanted)
+    seconds += device.product(dense, dense, rows) + _logits(share, device, wanted)
     if tp > 1:
-        row, logits = 2 * (tp - 1) / tp * spec.hidden * 2, share.last * spec.vocab / tp * torch.float32.itemsize
-        seconds += (_sums(share) + share.last) * device.latency
-        seconds += (_sums(share) * rows * row + wanted * logits) / device.link
+        row = 2 * (tp - 1) / tp * spec.hidden * 2
+        seconds += _sums(share) * (device.latency + rows * row / device.link)
     return seconds
+
+
+def _logits(share: Share, device: Device, wanted: float) -> float:
+    """Of so many rows, until the rank that samples has them."""
+    if not (share.last and wanted):
+        return 0.0
+    tp, head = share.mesh.place.tp, _head(share)
+    part = share.full.vocab / tp * torch.float32.itemsize
+    return device.product(head, head, wanted) + (tp > 1) * (device.latency + wanted * part / device.link)
 
 
 def _head(share: Share) -> int:

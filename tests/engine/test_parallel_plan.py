@@ -180,14 +180,37 @@ def test_a_prompt_is_the_sum_of_its_pieces() -> None:
     layers, head = 6 * (64 * (8 + 2 * 4 + 8) * 8 + 3 * 64 * 256) * 2, 1000 * 64 * 2
     attention = 4 * 256 * length / 2 * 8 * 8 * 6 / 1e12
     kept = length / 2 * 6 * 2 * 4 * 8 * 2 / 1e10
-    whole = layers / 5e9 * 256 / 8 + head / 1e10 + 6 * 1e-5 + attention + kept
-    assert prompt(1, 1) == pytest.approx(4 * whole, rel=1e-2)
+    whole = layers / 5e9 * 256 / 8 + 6 * 1e-5 + attention + kept
+    assert prompt(1, 1) == pytest.approx(4 * whole + head / 1e10, rel=1e-2)
     assert prompt(1, 1, 1024) < prompt(1, 1) * 1.01
     half = layers / 2 / 5e9 * 128 / 8 + 3e-4 + 128 * 64 * 2 / 1e8  # pieces of 1024 / (4 x 2) rows
     assert prompt(1, 2) == pytest.approx((8 + 1) * (4 / 3 * half), rel=0.3)
-    sums = 14 * 1e-4 + (13 * 256 * 64 * 2 + 500 * 4) / 1e8
-    split = layers / 2 / 5e9 * 256 / 8 + head / 2 / 1e10 + 6 * 1e-5 + attention / 2 + kept / 2 + sums
-    assert prompt(2, 1) == pytest.approx(4 * split, rel=1e-2)
+    sums = 13 * (1e-4 + 256 * 64 * 2 / 1e8)
+    split = layers / 2 / 5e9 * 256 / 8 + 6 * 1e-5 + attention / 2 + kept / 2 + sums
+    logits = head / 2 / 1e10 + 1e-4 + 500 * 4 / 1e8
+    assert prompt(2, 1) == pytest.approx(4 * split + logits, rel=1e-2)
+
+
+def test_stages_that_wait_for_each_other_have_the_memory_for_themselves() -> None:
+    """One stream passes through two stages one after the other, as fast as a rank alone is, and so do a prompt's first piece and
+    its last; eight streams are in both at once. Two in four stages: a third of the way between."""
+    fast = dataclasses.replace(MEASURED, products=tuple((rows, 2 * speed) for rows, speed in MEASURED.products))
+    free = {"layer": 0.0, "message": 0.0, "link": 1e30, "bandwidth": 1e30}
+
+    def ratio(pp: int, streams: int, what: str) -> float:
+        """To what ranks would take that are never alone."""
+        crowded = dataclasses.replace(MEASURED, ranks=pp, **free)
+        shared = dataclasses.replace(crowded, alone=dataclasses.replace(fast, **free))
+        one, other = (
+            plan(CONFIG, SPEC, torch.bfloat16, device, Place(1, pp), 1, streams=streams, length=512)
+            for device in (shared, crowded)
+        )
+        return float(getattr(one, what) / getattr(other, what))
+
+    assert ratio(2, 1, "step_s") == pytest.approx(0.5)
+    assert ratio(2, 8, "step_s") == pytest.approx(1.0)
+    assert ratio(4, 2, "step_s") == pytest.approx(0.5 + 0.5 / 3)
+    assert ratio(2, 1, "prompt_s") == pytest.approx(1 - 0.5 * 2 / (2 + 7 * 4 / 3), rel=0.02)
 
 
 def test_this_machine() -> None:
