@@ -4,7 +4,10 @@
     python benchmarks/parallel.py /models/Llama --layouts 2x2
 
 Every layout runs with one thread per rank, so that two ranks on two cores compare with one rank on one core: `x work` is the
-time over that of one rank alone on one core, per unit of work. `busy` is the CPU time of each rank's busiest thread over the
+time over that of one rank alone on one core, per unit of work. Cores share the memory's bandwidth, so `machine` is what is
+lost before ranks have exchanged anything: the time of one rank alone while as many processes as the layout has ranks do the
+same, each for itself, over its time while they don't. `own` is the first over the second: what the layout itself costs.
+`busy` is the CPU time of each rank's busiest thread over the
 time, without what other work on the machine made it wait for a core; ranks of a stage wait for each other awake. `plan` is
 predicted from speeds that are measured right after the layout ran.
 """
@@ -13,12 +16,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import tempfile
 import time
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +39,9 @@ from kvasir.engine.mesh import Place
 from kvasir.engine.model_files import ModelFiles
 from kvasir.engine.parallel_plan import Plan, plan
 from kvasir.engine.request import SamplingParams
+
+KV_BYTES = 1 << 28
+"""Copies of a model side by side shall not ask for all of the memory each."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,8 @@ class Row:
     """Bytes that rank 0 put into them per step."""
     planned: float
     """Seconds that the plan predicts."""
+    crowded: dict[int, float] = field(default_factory=dict)
+    """Of one rank: `seconds` while so many do the same, each for itself."""
 
 
 def main() -> None:
@@ -65,29 +76,46 @@ def main() -> None:
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
     rows = []
-    heads = ("ms", 9), ("x work", 8), ("busy", 12), ("calls", 7), ("MB sent", 9), ("plan ms", 9), ("of it", 7)
+    heads = (
+        ("ms", 9),
+        ("x work", 8),
+        ("machine", 9),
+        ("own", 6),
+        ("busy", 12),
+        ("calls", 7),
+        ("MB sent", 9),
+        ("plan ms", 9),
+        ("of it", 7),
+    )
     print(f"{'model':<10}{'ranks':<7}{'load':<13}" + "".join(f"{name:>{width}}" for name, width in heads))
     for model in args.model:
         with tempfile.TemporaryDirectory() as folder:
             options = shaped(model, Path(folder))
-            found = [
-                row
-                for layout in args.layouts.split(",")
-                for row in measure(options, *map(int, layout.split("x")), args)
-            ]
-        alone = {row.load: row.seconds for row in found if row.tp * row.pp == 1}
-        for row in found:
-            work = alone.get(row.load, float("nan")) / (row.tp * row.pp)
-            busy = " ".join(f"{share:.0%}" for share in row.busy)
-            print(
-                f"{Path(model).name:<10}{row.tp}x{row.pp:<5}{row.load:<13}{row.seconds * 1e3:>9.1f}{row.seconds / work:>8.2f}"
-                f"{busy:>12}{row.calls:>7.0f}{row.sent / 1e6:>9.3f}{row.planned * 1e3:>9.1f}{row.planned / row.seconds:>7.2f}",
-                flush=True,
-            )
+            layouts = [tuple(map(int, layout.split("x"))) for layout in args.layouts.split(",")]
+            sizes = sorted({tp * pp for tp, pp in layouts} - {1})
+            found = [row for tp, pp in layouts for row in measure(options, tp, pp, sizes, args)]
+        show(Path(model).name, found)
         rows += found
     if args.json:
         with open(args.json, "w") as file:
             json.dump([vars(row) for row in rows], file, indent=1)
+
+
+def show(model: str, found: list[Row]) -> None:
+    """A line for each, beside one rank's."""
+    alone = {row.load: row for row in found if row.tp * row.pp == 1}
+    nan = float("nan")
+    for row in found:
+        size, one = row.tp * row.pp, alone.get(row.load)
+        work = row.seconds * size / one.seconds if one else nan
+        machine = 1.0 if size == 1 else one.crowded.get(size, nan) / one.seconds if one else nan
+        busy = " ".join(f"{share:.0%}" for share in row.busy)
+        print(
+            f"{model:<10}{row.tp}x{row.pp:<5}{row.load:<13}{row.seconds * 1e3:>9.1f}{work:>8.2f}{machine:>9.2f}"
+            f"{work / machine:>6.2f}{busy:>12}{row.calls:>7.0f}{row.sent / 1e6:>9.3f}{row.planned * 1e3:>9.1f}"
+            f"{row.planned / row.seconds:>7.2f}",
+            flush=True,
+        )
 
 
 def shaped(model: str, folder: Path) -> dict[str, Any]:
@@ -98,9 +126,15 @@ def shaped(model: str, folder: Path) -> dict[str, Any]:
     return {"model": str(folder), "load_format": "dummy"}
 
 
-def measure(model: dict[str, Any], tp: int, pp: int, args: argparse.Namespace) -> list[Row]:
-    """Every load on one layout: the medians of several runs, and what is predicted for each."""
-    options = {**model, "num_threads": 1, "max_model_len": 1024, "enable_prefix_caching": False, "dtype": "bfloat16"}
+def measure(model: dict[str, Any], tp: int, pp: int, sizes: list[int], args: argparse.Namespace) -> list[Row]:
+    """Every load on one layout: the medians of several runs, and what is predicted for each. Of one rank also beside others,
+    so that there are as many as in `sizes`."""
+    options = {
+        **model, "num_threads": 1, "max_model_len": 1024, "enable_prefix_caching": False, "dtype": "bfloat16",
+        "kv_cache_memory_bytes": KV_BYTES,
+    }  # fmt: skip
+    loads = {f"decode {count}": (count, 1, args.tokens) for count in args.sequences}
+    loads[f"prefill {args.prompt}"] = 1, args.prompt, 1
     llm = LLM(tensor_parallel_size=tp, pipeline_parallel_size=pp, skip_tokenizer_init=True, **options)
     found: list[Row] = []
     try:
@@ -108,28 +142,78 @@ def measure(model: dict[str, Any], tp: int, pp: int, args: argparse.Namespace) -
         hub = getattr(executor, "_hub", None)
         pids = [os.getpid(), *(hub._peers[rank].pid for rank in range(1, tp * pp))]
         traffic = executor.loaded.decoder.mesh.traffic
-        rng = random.Random(0)
 
         def timed(count: int, length: int, new: int) -> tuple[float, list[float], float, float]:
-            prompts = [[rng.randrange(3, 3000) for _ in range(length)] for _ in range(count)]
             traffic.calls, traffic.bytes = 0, 0.0
-            sampling = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
             used, start = [threads(pid) for pid in pids], time.perf_counter()
-            llm.generate(prompts, sampling, use_tqdm=False)
+            generate(llm, count, length, new)
             took = time.perf_counter() - start
             busy = [busiest(before, threads(pid), took) for pid, before in zip(pids, used, strict=True)]
             return took, busy, traffic.calls, traffic.bytes
 
+        def median(load: tuple[int, int, int]) -> tuple[float, list[float], float, float]:
+            return sorted(timed(*load) for _ in range(args.repeat))[args.repeat // 2]
+
         timed(1, 16, 2)
-        loads = [(f"decode {count}", (count, 1, args.tokens)) for count in args.sequences]
-        for load, (count, length, new) in [*loads, (f"prefill {args.prompt}", (1, args.prompt, 1))]:
-            runs = sorted(timed(count, length, new) for _ in range(args.repeat))
-            seconds, busy, calls, sent = runs[len(runs) // 2]
-            found.append(Row(tp, pp, load, seconds / new, busy, calls / new, sent / new, float("nan")))
+        for name, load in loads.items():
+            seconds, busy, calls, sent = median(load)
+            new = load[2]
+            found.append(Row(tp, pp, name, seconds / new, busy, calls / new, sent / new, float("nan")))
+        for size in sizes if tp * pp == 1 else ():
+            with others(options, size - 1) as begin:
+                for row, load in zip(found, loads.values(), strict=True):
+                    begin(load)
+                    row.crowded[size] = median(load)[0] / load[2]
     finally:
         llm.shutdown()
     said = planned(options, tp, pp, args)
     return [replace(row, planned=seconds) for row, seconds in zip(found, said, strict=True)]
+
+
+def generate(llm: LLM, count: int, length: int, new: int) -> None:
+    """So many streams behind prompts of so many tokens, which nobody has seen."""
+    prompts = [[random.randrange(3, 3000) for _ in range(length)] for _ in range(count)]
+    llm.generate(prompts, SamplingParams(temperature=0, max_tokens=new, ignore_eos=True), use_tqdm=False)
+
+
+@contextmanager
+def others(options: dict[str, Any], count: int) -> Iterator[Callable[[tuple[int, int, int]], None]]:
+    """So many processes with a model each; `begin(load)` has all of them do that, again and again."""
+    spawn = multiprocessing.get_context("spawn")
+    pipes = [spawn.Pipe() for _ in range(count)]
+    running = [spawn.Process(target=on_and_on, args=(options, pipe), daemon=True) for _, pipe in pipes]
+    for process, (_, end) in zip(running, pipes, strict=True):
+        process.start()
+        end.close()  # so that a process that died is an EOFError
+    try:
+        for pipe, _ in pipes:
+            pipe.recv()
+
+        def begin(load: tuple[int, int, int]) -> None:
+            for pipe, _ in pipes:
+                pipe.send(load)
+            for pipe, _ in pipes:
+                pipe.recv()
+
+        yield begin
+    finally:
+        for process in running:
+            process.kill()
+            process.join()
+
+
+def on_and_on(options: dict[str, Any], pipe: Connection) -> None:
+    """One of `others`."""
+    llm = LLM(skip_tokenizer_init=True, **options)
+    generate(llm, 1, 16, 2)
+    pipe.send("ready")
+    load = pipe.recv()
+    pipe.send("begun")
+    while True:
+        generate(llm, *load)
+        if pipe.poll():
+            load = pipe.recv()
+            pipe.send("begun")
 
 
 def planned(options: dict[str, Any], tp: int, pp: int, args: argparse.Namespace) -> list[float]:
