@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 
 from kvasir.engine.loads import Loads
 from kvasir.engine.seats import Seats
@@ -66,7 +66,13 @@ class Planning:
         if not prompts and not admitted:
             return slices
         behind = [s for _, s in self._seats.running if s.behind > 1 or id(s) in admitted]
-        return slices + self._plan_prompts(behind, min(left, self._dealt(behind)))
+        return slices + self._plan_prompts(behind, min(left, self._dealt(behind)), self._ends(len(slices)))
+
+    def _ends(self, streams: int) -> int:
+        """How many prompts may end in a step with so many streams. With several stages all that get a token in one step wait
+        for it together, so sequences are dealt out over as many steps as there are stages; else some stages would idle."""
+        live = len(self._seats.running)
+        return live if self._depth == 1 else max(1, -(-live // self._depth) - streams)
 
     def _dealt(self, prompts: list[Sequence]) -> int:
         """Tokens of prompts for one step."""
@@ -98,8 +104,8 @@ class Planning:
         same = sequence.stretched or length <= self._stretch_len
         return known and same and not sequence.waits and length < sequence.max_len
 
-    def _plan_prompts(self, prompts: list[Sequence], left: int) -> list[Slice]:
-        """Even shares of `left` tokens; what one sequence doesn't need, the others get."""
+    def _plan_prompts(self, prompts: list[Sequence], left: int, ends: int) -> list[Slice]:
+        """Even shares of `left` tokens; what one sequence doesn't need, the others get. Up to `ends` get their last one."""
         shares: list[tuple[Order, int, Sequence]] = []
         for number, sequence in enumerate(sorted(prompts, key=lambda s: (s.behind, s.order))):
             share = min(sequence.behind, -(-left // (len(prompts) - number)))
@@ -111,10 +117,20 @@ class Planning:
         shares.sort(key=lambda entry: entry[0])
         ready = [
             (share, sequence)
-            for _, share, sequence in shares
+            for share, sequence in self._held_back(shares, ends)
             if self._seats.grow(sequence, sequence.planned + share, self.steps + 1)
         ]
         return [self._slice(sequence, share) for share, sequence in ready]
+
+    def _held_back(self, shares: list[tuple[Order, int, Sequence]], ends: int) -> Iterator[tuple[int, Sequence]]:
+        """(tokens, whose) without the last token of those that would end beyond the first `ends`. What isn't sampled is done
+        with its prompt, and nobody waits."""
+        for _, share, sequence in shares:
+            if share == sequence.behind and sequence.request.pooling is None and not self._whole_prompts:
+                ends -= 1
+                share -= ends < 0
+            if share:
+                yield share, sequence
 
     def _slice(self, sequence: Sequence, count: int) -> Slice:
         assert sequence.seat is not None

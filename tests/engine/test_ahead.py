@@ -153,6 +153,21 @@ def test_a_prompt_that_fits_into_one_step_is_cut_for_the_stages() -> None:
     world.check("a")
 
 
+@pytest.mark.parametrize(("length", "depth"), [(1, 2), (6, 2), (1, 3), (20, 3)])
+def test_prompts_that_come_together_are_dealt_out_over_the_stages(length: int, depth: int) -> None:
+    """Each step from then on has its part of the streams; together they would be in one stage at a time."""
+    world = World(blocks=200, budget=256, seats=6, depth=depth, ahead=True, limit=100)
+    for number in range(6):
+        world.add(f"r{number}", [number] * length, max_tokens=8, ignore_eos=True)
+    sampled = []
+    while (step := world.step()) is not None:
+        sampled.append(sum(part.sample for part in step.slices))
+    assert [count for count in sampled if count] == [6 // depth] * (8 * depth)
+    world.run()
+    for number in range(6):
+        world.check(f"r{number}")
+
+
 def test_a_token_is_awaited_where_its_stage_is_far() -> None:
     """In three stages a sequence streams in every third step."""
     world = World(depth=3, ahead=True)
