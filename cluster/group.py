@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from kvasir.cluster import telemetry
 from kvasir.cluster.rank_actor import Failure, FollowerActor, RankActor, RankSetup
+from kvasir.cluster.rank_start import UnstartedError, started
 from kvasir.cluster.wire import Endpoint
 from kvasir.engine.config import EngineConfig, Role
 from kvasir.engine.control import stopped
@@ -133,12 +134,14 @@ class Group:
         actor: Any = ray.remote(RankActor)
         self._rank = actor.options(**self._options, **on_bundle(0)).remote(*self._arguments)
         try:
-            self._processes = [await self._rank.where.remote()]
+            self._processes = [await self._started(0, self._rank)]
             if spread(self._config):
                 await self._start_followers()
             result = await self._rank.start.remote()
         except RayActorError as error:
             result = Failure(_died(error))
+        except UnstartedError as error:
+            result = Failure(str(error))
         if isinstance(result, Failure):
             self._kill()
             return result
@@ -152,9 +155,15 @@ class Group:
         for rank, bundle in enumerate(by_node(self._config.ranks)):
             if rank:
                 follower = actor.options(**self._options | {"max_concurrency": 2}, **on_bundle(bundle))
-                self._followers[rank] = follower = follower.remote(*self._arguments)
-                self._processes.append(await follower.where.remote())
-                self._runs[rank] = asyncio.ensure_future(follower.run.remote(rank, address, token))
+                self._followers[rank] = follower.remote(*self._arguments)
+        starting = [self._started(rank, follower) for rank, follower in self._followers.items()]
+        self._processes += await asyncio.gather(*starting)
+        for rank, follower in self._followers.items():  # whose limit of time for connecting begins with rank 0's start
+            self._runs[rank] = asyncio.ensure_future(follower.run.remote(rank, address, token))
+
+    async def _started(self, rank: int, actor: Any) -> tuple[str, int]:
+        """(node id, process id)"""
+        return await started(actor.where.remote(), f"rank {rank} of {self._name!r}")
 
     def _kill(self) -> None:
         """All ranks, whatever they do: one that stands still wouldn't hear of Ray's kill."""

@@ -20,7 +20,7 @@ from kvasir.cluster.group_service import GroupService, ServedEngine
 from kvasir.cluster.telemetry import Tracing
 from kvasir.cluster.wire import Endpoint
 from kvasir.engine.config import EngineConfig, Role
-from kvasir.engine.errors import KvasirError
+from kvasir.engine.errors import KvasirError, ServerError
 from kvasir.engine.event import Event
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class RankActor:
             endpoint = await self._service.start(self._engine, self._host())
             return replace(endpoint, kv_address=address, kv_secret=secret)
         except KvasirError as error:
-            return Failure(_with_param(error), final=True)
+            return Failure(_with_param(error), final=not isinstance(error, ServerError))
         except Exception as error:  # the process's one broad handler: whatever it is, the coordinator must hear of it
             return Failure(explain(error))
 

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import hmac
 import json
+import logging
 import queue
 import secrets
 import selectors
@@ -24,16 +25,30 @@ from typing import Any
 
 from kvasir.engine.board import Poster
 from kvasir.engine.errors import ConfigError, ServerError
-from kvasir.engine.frames import FETCHED, HEAD, KINDS, SILENCE_S, Kind, decode_tickets, receive, send, tune
+from kvasir.engine.frames import (
+    BEAT_S,
+    BOARD,
+    FETCHED,
+    HEAD,
+    KINDS,
+    SILENCE_S,
+    Kind,
+    decode_tickets,
+    receive,
+    send,
+    tune,
+)
 
 MAX_HELLO = 4096
-BEAT_S = 0.25
-"""How often a rank says that it lives, and how often rank 0 looks."""
 UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
 """What a connection says whose messages nobody acknowledged for SILENCE_S: it may be sooner than the look at the clock."""
-BOARD = b"board"
 VERDICT_S = 0.5
 """When one rank dies the others' exchanges with it fail at the same moment: so long is waited for who it was."""
+LOOK_S = BEAT_S / 2
+"""How often rank 0 looks whether another is there."""
+WAKING_S = 600.0
+"""A rank that has connected has so long for loading its libraries: seconds, but from a slow disk on a busy machine minutes."""
+log = logging.getLogger(__name__)
 
 
 class RankError(ServerError):
@@ -51,6 +66,7 @@ class Peer:
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Around each frame: steps and grammars come from different threads."""
     heard: float = field(default_factory=time.monotonic)
+    awake: bool = False  # has loaded its libraries
     ready: bool = False
     stopped_since: float | None = None
     buffer: bytearray = field(default_factory=bytearray)
@@ -64,7 +80,7 @@ class Peer:
 
 
 class Hub:
-    """Rank 0's end. `results` come in the order of the steps; `failure` is set once, when the group can't go on.
+    """Rank 0's end. `failure` is set once, when the group can't go on.
 
     ended(rank): how the process of a rank that is gone ended, in words, or None when that isn't known yet. None: nobody here
     ever knows.
@@ -77,6 +93,8 @@ class Hub:
         """Called once, in the hub's thread, when `failure` is set: it frees whoever waits for a rank that is gone."""
         self.overdue: Callable[[], str | None] = lambda: None
         """What hasn't come in its time, in words; asked every BEAT_S."""
+        self.on_result: Callable[[bytes], None] = lambda frame: None
+        """Called in the hub's thread with each step's result, in their order."""
         self.on_grammar: Callable[[bytes], None] = lambda frame: None
         """Called in the hub's thread with what a rank says of its grammars."""
         self.failure: RankError | ConfigError | None = None
@@ -86,7 +104,6 @@ class Hub:
         self._peers: dict[int, Peer] = {}
         self._changed = threading.Condition()
         self.fetched: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._spoiled: queue.SimpleQueue[Sequence[int] | None] = queue.SimpleQueue()
         self._selector = selectors.DefaultSelector()
         self._closing = False
@@ -112,6 +129,21 @@ class Hub:
                 " (--collective-timeout): it didn't start, or its node can't reach this one"
             )
         return {0: self.host} | {rank: peer.host for rank, peer in self._peers.items()}
+
+    def all_awake(self, note_s: float) -> None:
+        """Wait until every rank has loaded its libraries; every `note_s` it is logged which haven't. Before that nobody may wait
+        for them in an exchange, whose limit counts."""
+        begin = time.monotonic()
+        while not self._until(lambda: not self._asleep(), note_s):
+            late, names = time.monotonic() - begin, ", ".join(self._asleep())
+            if late > WAKING_S:
+                raise RankError(
+                    f"{names} didn't load its libraries within {WAKING_S:.0f} s: its disk or its cores are busy"
+                )
+            log.warning("%s has been loading its libraries for %.0f s: its disk or its cores are busy", names, late)
+
+    def _asleep(self) -> list[str]:
+        return [str(peer) for _, peer in sorted(self._peers.items()) if not peer.awake]
 
     def welcome(self, rank: int, said: Mapping[str, Any]) -> None:
         """Tell one rank its place, and where the board is."""
@@ -160,14 +192,6 @@ class Hub:
         if peer.reads and self._board is not None:
             self._board.nudge()
 
-    def result(self) -> bytes:
-        """The next step's result. RankError when the group failed."""
-        found = self._results.get()
-        if found is None or self.failure is not None:
-            self._results.put(None)
-            raise self.failure or RankError("the group was shut down")
-        return found
-
     def verdict(self, symptom: str) -> RankError | ConfigError:
         """What to raise after `symptom`, which may be but the echo of another rank's death."""
         with contextlib.suppress(RankError, ConfigError):
@@ -204,13 +228,15 @@ class Hub:
     # -- the hub's thread
 
     def _watch(self) -> None:
+        looked = 0.0
         while not self._closing:
-            for key, _ in self._selector.select(BEAT_S):
+            for key, _ in self._selector.select(LOOK_S):
                 if key.fileobj is self._listener:
                     self._accept()
                 else:
                     self._read(key.data)
-            if self._watching:
+            if time.monotonic() - looked >= LOOK_S:  # not for each result: whoever waits for it wants to run now
+                looked = time.monotonic()
                 self._look()
             if self._suspect is not None and time.monotonic() - self._suspect[0] > VERDICT_S:
                 self._fail(RankError(self._suspect[1]))
@@ -218,7 +244,7 @@ class Hub:
             peer.connection.close()
         self._selector.close()
         self._listener.close()
-        self._free()
+        self._spoiled.put(None)
 
     def _accept(self) -> None:
         connection, address = self._listener.accept()
@@ -266,7 +292,7 @@ class Hub:
 
     def _take(self, peer: Peer, kind: Kind, content: bytes) -> None:
         if kind == "result":
-            self._results.put(content)
+            self.on_result(content)
         elif kind == "fetched":
             ticket, count = FETCHED.unpack(content)
             self.fetched.put((ticket, count))
@@ -277,6 +303,10 @@ class Hub:
         elif kind == "serving":
             with self._changed:
                 peer.serves = content.decode()
+                self._changed.notify_all()
+        elif kind == "awake":
+            with self._changed:
+                peer.awake = True
                 self._changed.notify_all()
         elif kind == "ready":
             with self._changed:
@@ -310,7 +340,7 @@ class Hub:
         if (late := self.overdue()) is not None:
             self._fail(RankError(late))
         for peer in self._peers.values():
-            if now - peer.heard > SILENCE_S:
+            if self._watching and now - peer.heard > SILENCE_S:
                 self._silent(peer)
             if peer.host == self.host and stopped(peer.pid):
                 peer.stopped_since = peer.stopped_since or now
@@ -325,13 +355,8 @@ class Hub:
         with self._changed:
             self.failure = error
             self._changed.notify_all()
-        self._free()
-        self.on_failure()
-
-    def _free(self) -> None:
-        """Nobody waits for what won't come."""
-        self._results.put(None)
         self._spoiled.put(None)
+        self.on_failure()
 
     def _until(self, condition: Callable[[], bool], timeout_s: float | None) -> bool:
         """Wait for `condition`, whose change is notified. Raises the group's failure."""

@@ -157,6 +157,7 @@ class GroupExecutor:
         self._tiers: Tiers | None = None
         self.ahead = config.pipeline_parallel_size > 1 or resolve_device(config, 0).type != "cpu"
         self._lane = Lane(self._execute, apart=self.ahead)
+        self._arrived: queue.SimpleQueue[Outcome | Result | BaseException] = queue.SimpleQueue()
         hub.on_failure = self._free
         try:
             self._mesh = _meet(config, hub, own_gpus)
@@ -180,7 +181,6 @@ class GroupExecutor:
         self._samples = self.rank.place.samples
         self._unknown = 0
         """Steps that were begun and whose results this rank hasn't learnt."""
-        self._arrived: queue.SimpleQueue[Outcome | Result | BaseException] = queue.SimpleQueue()
         self._landing: set[int] = set()
         """Steps behind which each rank says what of a peer's blocks didn't come in time."""
         self._handed_on = self._answered = 0
@@ -190,8 +190,7 @@ class GroupExecutor:
             hub.overdue = self._overdue
             sampling = (config.pipeline_parallel_size - 1) * config.tensor_parallel_size
             remote = self.grammars = RemoteGrammars(self.grammars.words, lambda frame: hub.grammar(sampling, frame))
-            hub.on_grammar = remote.told
-            threading.Thread(target=self._receive, name="kvasir-results", daemon=True).start()
+            hub.on_grammar, hub.on_result = remote.told, self._receive
 
     def serve_blocks(self, host: str, secret: str, on_ask: OnAsk) -> tuple[Exchange, list[str]] | None:
         others = self._hub.serve(host, secret)
@@ -250,18 +249,15 @@ class GroupExecutor:
         self.rank.learn(sampled.step, sampled.token_ids)
         return sampled
 
-    def _receive(self) -> None:
-        """Where another rank samples: its results, in a thread of their own."""
-        while True:
-            try:
-                result: Result | BaseException = decode_result(self._hub.result())
-            except BaseException as error:  # the thread's border: who waits for a result raises it
-                result = error
-            self._moved, self._answered = time.monotonic(), self._answered + 1
-            self._arrived.put(result)
-            self._lane.put(result)
-            if isinstance(result, BaseException):
-                return
+    def _receive(self, frame: bytes) -> None:
+        """Where another rank samples, in the hub's thread: a step's result."""
+        try:
+            result: Result | BaseException = decode_result(frame)
+        except BaseException as error:  # who waits for a result raises it
+            result = error
+        self._moved, self._answered = time.monotonic(), self._answered + 1
+        self._arrived.put(result)
+        self._lane.put(result)
 
     def _overdue(self) -> str | None:
         """A step that this rank is done with has no result: a later stage hangs."""
@@ -272,6 +268,9 @@ class GroupExecutor:
         """The group failed: whoever waits for the rank that is gone, this process included, gets an error."""
         self._kill()
         self._mesh.abort()
+        if not self._mesh.place.samples and self._hub.failure is not None:
+            self._arrived.put(self._hub.failure)
+            self._lane.put(self._hub.failure)
 
 
 def executor_of(config: EngineConfig) -> Executor:
@@ -345,6 +344,7 @@ def _meet(config: EngineConfig, hub: Hub, own_gpus: bool) -> Mesh:
     """Rank 0's place among those that have connected."""
     timeout = config.collective_timeout
     found = places(config, hub.meet(timeout), own_gpus=own_gpus)
+    hub.all_awake(timeout)
     store, port = host_store(hub.host, config.ranks, timeout)
     for place in found[1:]:
         said = {name: getattr(place, name) for name in ("tp", "pp", "local_ranks", "device_index")}

@@ -9,13 +9,29 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 Kind = Literal[
-    "hello", "welcome", "ready", "step", "result", "failed", "beat", "fetched", "serve", "serving", "grammar", "spoiled"
+    "hello",
+    "awake",
+    "welcome",
+    "ready",
+    "step",
+    "result",
+    "failed",
+    "beat",
+    "fetched",
+    "serve",
+    "serving",
+    "grammar",
+    "spoiled",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 HEAD = struct.Struct("<IB")
 FETCHED = struct.Struct("<qi")
 """Ticket and count: a rank has read so many of the blocks that a step's fetch asked for."""
 MAX_FRAME = 1 << 30
+BOARD = b"board"
+"""What a rank that is ready says when it reads steps from the board."""
+BEAT_S = 0.25
+"""How often a rank says that it lives."""
 SILENCE_S = 10.0
 """A rank that says nothing for this long is lost: its node or its network is gone."""
 

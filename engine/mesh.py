@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvasir.engine.agreement import agreed
+from kvasir.engine.hand_over import HandOver, hand_over
 from kvasir.engine.links import Links
 from kvasir.engine.node_links import NodeLinks
 from kvasir.engine.symmetric import shared_sum
@@ -107,8 +109,12 @@ class Mesh:
         links: Links | NodeLinks | None = None,
         device: torch.device = torch.device("cpu"),
         one_shot: OneShot | None = None,
+        inward: HandOver | None = None,
+        onward: HandOver | None = None,
     ) -> None:
         self.place, self.links, self.device, self.one_shot = place, links, device, one_shot
+        self.inward, self.onward = inward, onward
+        """From the stage before and to the next one, on this node."""
         self.world, self.tensor = world, tensor
         """torch's ProcessGroups of all ranks, and of those of this stage."""
         self.invariant = False
@@ -183,16 +189,22 @@ class Mesh:
 
     def send(self, x: Tensor) -> None:
         """x[T, M] to this rank's like in the next stage, which takes it while this one goes on."""
-        while len(self._sending) >= SENDING:
-            self._sending.popleft()[0].wait()
         x = x.contiguous()
         self.traffic.note(x)
+        if self.onward is not None and self.onward.takes(x):
+            self.onward.give(x)
+            return
+        while len(self._sending) >= SENDING:
+            self._sending.popleft()[0].wait()
         self._sending.append((self.world.send([x], self.place.rank + self.place.tp, 0), x))
 
     def receive(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """x[T, M] that the stage before sent."""
         x = torch.empty(rows, width, dtype=dtype, device=device)
-        self.world.recv([x], self.place.rank - self.place.tp, 0).wait()
+        if self.inward is not None and self.inward.takes(x):
+            self.inward.take(x)
+        else:
+            self.world.recv([x], self.place.rank - self.place.tp, 0).wait()
         return x
 
     def least(self, *values: int) -> list[int]:
@@ -207,7 +219,7 @@ class Mesh:
 
     def abort(self) -> None:
         """Any thread: whatever waits for another rank gets an error."""
-        for group in (self.links, self.tensor, self.world):
+        for group in (self.inward, self.onward, self.links, self.tensor, self.world):
             if group is not None:
                 group.abort()
 
@@ -245,7 +257,16 @@ def join(
         shared = c10d.PrefixStore(f"shared {place.stage}", store)
         direct = shared_sum(tensor, shared, place.tp_rank, place.tp, device, host, timeout_s)
     world = process_group(c10d.PrefixStore("world", store), place.rank, place.size, device, host, timeout_s)
-    return Mesh(place, world, tensor, links, device, direct if one_shot else None)
+    cpu, ends = device.type == "cpu", partial(neighbour, store, place, host, timeout_s)
+    inward = ends(gives=False) if cpu and not place.first else None
+    onward = ends(gives=True) if cpu and not place.last else None
+    return Mesh(place, world, tensor, links, device, direct if one_shot else None, inward, onward)
+
+
+def neighbour(store: Any, place: Place, host: str, timeout_s: float, *, gives: bool) -> HandOver | None:
+    """To this rank's like in the next stage, or from the one before."""
+    giver = place.rank if gives else place.rank - place.tp
+    return hand_over(c10d.PrefixStore(f"from {giver}", store), host, timeout_s, gives=gives)
 
 
 def cpu_links(store: Any, place: Place, host: str, timeout_s: float, secret: str) -> Links | NodeLinks:

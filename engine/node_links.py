@@ -24,7 +24,7 @@ class NodeLinks:
 
     def __init__(self, store: Any, own: int, size: int, timeout_s: float, local_ranks: int = 1) -> None:
         self.own, self.size = own, size
-        memory, self._kept = _shared(store, own, meeting_bytes(size, CAPACITY))
+        memory, self._kept = shared(store, own, meeting_bytes(size, CAPACITY))
         spin_s = SPIN_S if max(size, local_ranks) <= usable_cores() else 0.0
         self.meeting = Meeting(memory, own, size, CAPACITY, spin_s=spin_s, timeout_s=timeout_s)
 
@@ -53,7 +53,7 @@ class NodeLinks:
         """The memory is freed with the last one who holds it."""
 
 
-def _shared(store: Any, own: int, size: int) -> tuple[Any, NodeMemory | None]:
+def shared(store: Any, own: int, size: int) -> tuple[Any, NodeMemory | None]:
     """(the stage's memory, what keeps it open for the others)"""
     if own:
         return opened(store.get("memory").decode(), size), None

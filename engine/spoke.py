@@ -1,4 +1,7 @@
-"""Spoke: how a rank other than 0 hears from rank 0 (`control`), by its connection and, on rank 0's node, by the board."""
+"""Spoke: how a rank other than 0 hears from rank 0 (`control`), by its connection and, on rank 0's node, by the board.
+
+It says hello before torch is loaded, which takes seconds, and half a minute on a busy machine.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,12 @@ import select
 import socket
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from kvasir.engine.board import Reader
-from kvasir.engine.control import BEAT_S, BOARD
-from kvasir.engine.frames import Kind, receive, send, tune
+from kvasir.engine.frames import BEAT_S, BOARD, Kind, receive, send, tune
+
+if TYPE_CHECKING:
+    from kvasir.engine.board import Reader
 
 NAP_S = 0.1
 """How often a rank that waits for steps from the board looks whether something else has come."""
@@ -47,6 +52,8 @@ class Spoke:
 
     def ready(self, where: str | None = None, size: int = 0) -> None:
         """This rank has loaded its share. From now on it reads steps of `size` ranks from the board at `where`, if it can."""
+        from kvasir.engine.board import Reader
+
         if where is not None:
             with contextlib.suppress(OSError):
                 self._reader = Reader(where, self._rank, size)

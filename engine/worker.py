@@ -51,6 +51,7 @@ def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
     from kvasir.engine.mesh import Place, join, reach_store
     from kvasir.engine.remote_grammars import GrammarServer
 
+    spoke.send("awake")  # its libraries are here: from now on others may wait for it
     kind, content = spoke.receive()
     assert kind == "welcome"
     said = json.loads(content)

@@ -111,8 +111,10 @@ def test_the_border_needs_the_standard_library_alone(name: str) -> None:
     assert others <= {f"kvasir.engine.{plain}" for plain in PLAIN}
 
 
-@pytest.mark.parametrize("module", ["kvasir.engine", "kvasir.cluster.gateway", "kvasir.cluster.cli"])
-def test_a_gateway_starts_without_torch(module: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "module", ["kvasir.engine", "kvasir.engine.spoke", "kvasir.cluster.gateway", "kvasir.cluster.cli"]
+)
+def test_a_gateway_starts_and_a_rank_says_hello_without_torch(module: str, tmp_path: Path) -> None:
     code = f"import {module}, sys; print(*(m for m in ('torch', 'transformers', 'triton') if m in sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert run.stdout.strip() == ""

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from waiting import until
 
-from kvasir.engine import spoke as spoke_module
+from kvasir.engine import board
 from kvasir.engine.board import SLOT_BYTES, Poster, Reader
 from kvasir.engine.control import Hub
 from kvasir.engine.frames import send
@@ -106,7 +106,7 @@ def test_steps_come_in_order_by_either_way(refused: int, monkeypatch: pytest.Mon
             raise OSError("no memory")
         return Reader(*given)
 
-    monkeypatch.setattr(spoke_module, "Reader", limited)
+    monkeypatch.setattr(board, "Reader", limited)
     hub = Hub(HOST, 3)
     spokes = greeted(hub, 3)
     assert [spoke._reader is None for spoke in spokes].count(True) == refused

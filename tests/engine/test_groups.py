@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import pytest
 from waiting import until
 
+from kvasir.engine import control
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.control import Hub, RankError
 from kvasir.engine.errors import ConfigError, UnavailableError, UnsupportedError
@@ -316,6 +318,32 @@ def test_a_rank_that_doesnt_come_is_named() -> None:
     finally:
         hub.close()
     spoke.close()
+
+
+def test_a_rank_that_loads_its_libraries_for_long_is_named_and_waited_for(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No exchange begins before, whose limit would count meanwhile."""
+    hub = Hub("127.0.0.1", 3)
+    spokes = [Spoke(hub.address, hub.token, rank, os.getpid(), gone=lambda: None) for rank in (1, 2)]
+    try:
+        hub.meet(20)
+        spokes[0].send("awake")
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(hub.all_awake, 0.05)
+            named = re.compile(r"rank 2 \(pid \d+ on 127.0.0.1\) has been loading its libraries for")
+            assert until(lambda: any(named.match(record.getMessage()) for record in caplog.records))
+            assert not waiting.done()
+            spokes[1].send("awake")
+            waiting.result(20)
+        hub._peers[1].awake = False
+        monkeypatch.setattr(control, "WAKING_S", 0.0)
+        with pytest.raises(RankError, match=r"^rank 1 \(pid \d+ on 127.0.0.1\) didn't load its libraries within 0 s"):
+            hub.all_awake(0.01)
+    finally:
+        hub.close()
+        for spoke in spokes:
+            spoke.close()
 
 
 @pytest.mark.parametrize(
