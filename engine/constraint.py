@@ -8,7 +8,7 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -198,6 +198,10 @@ class Ends:
         for place, bits in self.places:
             mask[place] &= ~bits
 
+    def among(self, words: memoryview, row: int) -> bool:
+        """Whether words[R, W] allow any of them in this row."""
+        return any(words[row, place] & bits for place, bits in self.places)
+
     def close(self, mask: Words, constraint: Constraint) -> None:
         """Of a grammar's mask[W]: ends are allowed where they may be, and where nothing else is what was there before.
 
@@ -205,8 +209,6 @@ class Ends:
         end, so a mask without any end is as it should be."""
         words = memoryview(mask)  # type: ignore[arg-type]
         before = [words[place] for place, _ in self.places]
-        if not any(word & bits for word, (_, bits) in zip(before, self.places, strict=True)):
-            return
         for place, bits in self.places:
             words[place] &= ~bits
         if self.stops and constraint.may_end:
@@ -240,7 +242,7 @@ class Constraints:
     def __init__(self, max_num_seqs: int, vocab: int, *, apart: bool) -> None:
         self._apart = apart
         self._shape = max_num_seqs, -(-vocab // 32)
-        self._masks, self._address = np.zeros((0, 0), np.int32), 0
+        self._masks, self._address, self._words = np.zeros((0, 0), np.int32), 0, memoryview(b"")
         self._held = np.zeros(max_num_seqs, np.bool_)
         self._seats: dict[int, Constraint] = {}
         self._entered: list[int] = []
@@ -288,10 +290,12 @@ class Constraints:
 
     def advance(self, seats: Ints, token_ids: Callable[[], Sequence[int]]) -> Future[dict[int, str | None]] | None:
         """row -> None when its grammar is over, or else why it can't go on. None: it is known that there is no such row."""
-        rows = [(row, seat) for row, seat in enumerate(seats.tolist()) if seat in self._seats] if self._seats else []
-        if self._apart and rows:
-            return self._begin(lambda: self._advance(rows, token_ids()))
-        ended = self._advance(rows, token_ids()) if rows else None
+        if not self._seats:
+            return None
+        if self._apart:
+            rows = [(row, seat) for row, seat in enumerate(seats.tolist()) if seat in self._seats]
+            return self._begin(lambda: self._advance(rows, token_ids())) if rows else None
+        ended = self._advance(enumerate(seats.tolist()), token_ids())
         if not ended:
             return None
         done: Future[dict[int, str | None]] = Future()
@@ -318,10 +322,11 @@ class Constraints:
 
     # -- in the thread, if there is one
 
-    def _advance(self, rows: Sequence[tuple[int, int]], token_ids: Sequence[int]) -> dict[int, str | None]:
+    def _advance(self, rows: Iterable[tuple[int, int]], token_ids: Sequence[int]) -> dict[int, str | None]:
         ended: dict[int, str | None] = {}
         for row, seat in rows:
-            constraint = self._seats[seat]
+            if (constraint := self._seats.get(seat)) is None:
+                continue
             if seat not in self._taken:
                 constraint.advance(token_ids[row])
             if constraint.over or constraint.why is not None:
@@ -342,7 +347,7 @@ class Constraints:
         """(place, whose mask)"""
         if not len(self._masks):
             self._masks = np.zeros(self._shape, np.int32)
-            self._address = self._masks.ctypes.data
+            self._address, self._words = self._masks.ctypes.data, memoryview(self._masks)  # type: ignore[arg-type]
         lines: list[tuple[LLMatcher, int]] = []
         for place, one in found:
             if (matcher := one.lexing) is None:
@@ -351,7 +356,8 @@ class Constraints:
                 lines.append((matcher, place))
         self._compute(lines)
         for place, one in found:
-            one.close(self._masks[place])
+            if one.thinking is not None or one.ends.among(self._words, place):
+                one.close(self._masks[place])
 
     def _compute(self, lines: list[tuple[LLMatcher, int]]) -> None:
         """(matcher, the mask's row): one after the other as long as that takes less than to wake other threads."""

@@ -230,12 +230,13 @@ class Sampler:
     def _constrain(self, logits: Tensor, seats: Ints, easy: Bools | None) -> tuple[Tensor, Tensor | None]:
         """(logits[R, V] of what the grammars allow; the best token of each row, if somebody had to know). Of `easy` rows nothing
         but the best token is wanted: where the likeliest one fits that is it. Their logits stay as they are."""
-        if easy is None or not (self.constraints.looks and easy.any()):
+        count = np.count_nonzero(easy) if easy is not None and self.constraints.looks else 0
+        if easy is None or not count:
             rows, masks = self.constraints.masks(seats)
             return (allow(logits, self._tensor(rows), self._tensor(masks)) if len(rows) else logits), None
         best = greedy(logits)
         tokens = best.numpy()
-        plain = bool(easy.all())
+        plain = count == len(easy)
         rows, masks = self.constraints.masks(seats, (tokens if plain else np.where(easy, tokens, -1)).tolist())
         if not plain and (others := ~easy[rows]).any():
             index = self._tensor(rows[others])
