@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from grammar import Guidance, suite_groups, taken
+from grammar import MAX_ORDERS, Guidance, orders, spellings, suite_groups, taken
 
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import KvasirError
@@ -66,3 +66,11 @@ def test_invalid_values_are_never_accepted(found):
     for (keyword, _), count in found[1].items():
         counts[keyword] += count
     assert counts == ACCEPTED
+
+
+def test_of_a_value_with_many_members_a_few_orders_are_tried():
+    inside = {"inside": {f"{number}": number for number in range(12)}}
+    assert len([*orders(inside, MAX_ORDERS)]) == MAX_ORDERS
+    assert [*spellings([inside] * 9, numbers=False)] == [[inside] * 9]
+    assert [*orders({"a": {"b": 1, "c": 2}, "d": 3}, 3)] == [{"a": {"b": 1, "c": 2}, "d": 3}] * 3
+    assert [[*one] for one in orders({"a": 1, "b": 2}, 9)] == [["a", "b"], ["b", "a"]]
