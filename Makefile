@@ -48,6 +48,7 @@ test-fast: venv  ## the tests that need no Ray and take no ten seconds
 fuzz: venv  ## fuzz all parsers and routes, SECONDS (60) each of about 70
 	$(BIN)/python tests/fuzz/run.py --seconds $(or $(SECONDS),60)
 	KVASIR_FUZZ_EXAMPLES=100 $(PYTEST) -q tests/cluster/test_schemathesis.py
+	KVASIR_FUZZ_EXAMPLES=1000 $(PYTEST) -q $$(grep -rl 'import examples' tests --include 'test_*.py')
 
 lint: venv  ## ruff and mypy
 	$(BIN)/ruff check

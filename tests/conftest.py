@@ -46,7 +46,9 @@ DATA = Path(os.environ.get("KVASIR_DATA") or ROOT.parent / "shared" / "data")
 
 
 # what a busy machine takes for one example says nothing about the code
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
 settings.load_profile("untimed")
 
 

@@ -34,7 +34,7 @@ def test_answers_of_a_real_server(server, judge_of, document, path):
     schema = schemathesis.openapi.from_dict(document)
 
     @settings(
-        max_examples=EXAMPLES, deadline=None, database=None, derandomize=True,
+        max_examples=EXAMPLES, database=None, derandomize=True,
         suppress_health_check=[*HealthCheck], phases=[Phase.generate],
     )  # fmt: skip
     @given(case=schema[path]["POST"].as_strategy())

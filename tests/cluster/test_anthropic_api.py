@@ -7,7 +7,8 @@ import json
 import anthropic
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from fuzzing import examples
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 TEXT = "Hello, wörld!"
@@ -238,7 +239,7 @@ _NAMES = ["model", "max_tokens", "system", "tools", "tool_choice", "thinking", "
 _NAMES += ["temperature", "top_p", "top_k", "output_config", "output_format", "cache_control", "extra_body"]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(50))
 @given(
     path=st.sampled_from(["", "/count_tokens"]),
     fields=st.dictionaries(st.sampled_from(_NAMES), _VALUES, max_size=3),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from fuzzing import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -102,7 +103,7 @@ def understood(parse, body):
 def test_any_body_is_read_or_refused(dialect):
     parse, names = DIALECTS[dialect]
 
-    @settings(max_examples=120, deadline=None)
+    @settings(max_examples=examples(40))
     @given(bodies(names))
     @example({name: LIKELY[name] for name in names if name in LIKELY})
     @example({})
@@ -112,13 +113,13 @@ def test_any_body_is_read_or_refused(dialect):
     check()
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(40))
 @given(st.dictionaries(st.sampled_from(OPTIONS) | KEYS, VALUES, max_size=4))
 def test_any_options_of_ollama_are_read_or_refused(options):
     understood(ollama_schema.parse_generate, {"prompt": "Hi", "options": options})
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(40))
 @given(
     st.lists(st.dictionaries(KEYS, VALUES, max_size=4), min_size=1, max_size=3),
     st.sampled_from(["chat", "responses", "anthropic"]),
@@ -130,7 +131,7 @@ def test_any_messages_are_read_or_refused(messages, dialect):
     )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(40))
 @given(VALUES, VALUES)
 def test_any_tools_are_read_or_refused(parameters, choice):
     """With a schema and a choice of any form."""

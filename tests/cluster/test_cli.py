@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from aiohttp import web
 
 from kvasir.cluster import doctor as doctor_module
 from kvasir.cluster.bench_serve import Stream, summary
-from kvasir.cluster.cli import _cluster_config, _normal, _parser
+from kvasir.cluster.cli import _cluster_config, _normal, _parser, main
 
 KVASIR = [sys.executable, "-m", "kvasir.cluster.cli"]
 
@@ -81,10 +82,8 @@ def test_underscores_and_short_flags() -> None:
         (["serve", "a", "--model", "b"], 1, "differ"),
         (["serve", "--host", "0.0.0.0"], 1, "--insecure"),
         (["serve", "--config", "nothing.yaml"], 1, "nothing.yaml"),
-        (["serve", "nowhere/at/all"], 1, "nowhere/at/all"),
         (["swerve"], 2, "swerve"),
         ([], 2, "COMMAND"),
-        (["batch", "missing.jsonl", "out.jsonl"], 1, "missing.jsonl"),
         (["batch", "a", "b", "c"], 2, "one argument too many: 'c'"),
         (["batch", "a", "b", "--quantization", "awq"], 1, "--quantization: quantised weights"),
         (["run", "-pp", "x"], 1, "--pipeline-parallel-size must be a whole number"),
@@ -94,25 +93,59 @@ def test_underscores_and_short_flags() -> None:
         (["bench", "serve", "--concurrency", "0"], 2, "at least 1"),
         (["bench", "serve", "--rate", "nan"], 2, "above 0"),
         (["bench", "serve", "--url", "localhost:8000"], 1, "must begin with http://"),
+    ],
+)
+def test_errors_are_one_plain_block(
+    arguments: list[str],
+    status: int,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    said = capsys.readouterr().err
+    assert end.value.code == status
+    assert says in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["serve", "nowhere/at/all"], 1, "nowhere/at/all"),
+        (["batch", "missing.jsonl", "out.jsonl"], 1, "missing.jsonl"),
         (["bench", "serve", "--url", "http://127.0.0.1:9"], 1, "is the server running"),
     ],
 )
-def test_errors_are_one_plain_block(arguments: list[str], status: int, says: str, tmp_path: Path) -> None:
+def test_errors_of_a_process(arguments: list[str], status: int, says: str, tmp_path: Path) -> None:
     run = kvasir(*arguments, cwd=tmp_path)
     assert run.returncode == status
     assert says in run.stderr
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("command", ["", "serve", "run", "batch", "bench serve", "bench engine", "doctor"])
-def test_help_teaches_and_is_quick_to_load(command: str, tmp_path: Path) -> None:
-    code = "import sys; from kvasir.cluster.cli import main\ntry: main(sys.argv[1:])\n" \
-           "finally: assert not {'torch', 'ray', 'grpc', 'transformers'} & set(sys.modules)"  # fmt: skip
-    run = subprocess.run(
-        [sys.executable, "-c", code, *command.split(), "--help"], capture_output=True, text=True, cwd=tmp_path
-    )
+HELP = """
+import sys
+from kvasir.cluster.cli import main
+for command in sys.argv[1:]:
+    try:
+        main([*command.split(), "--help"])
+    except SystemExit as end:
+        assert not end.code, command
+    assert not {"torch", "ray", "grpc", "transformers"} & {*sys.modules}, command
+"""
+
+
+def test_help_teaches_and_is_quick_to_load(tmp_path: Path) -> None:
+    commands = ["", "serve", "run", "batch", "bench serve", "bench engine", "doctor"]
+    run = subprocess.run([sys.executable, "-c", HELP, *commands], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert "usage: " in run.stdout
+    for command in commands:
+        assert f"usage: kvasir {command}".rstrip() in run.stdout
 
 
 def test_help_shows_groups_and_defaults(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import time
 import httpx
 import pytest
 from fake_fleet import Fleet, check, draw, outcome, read, request, run, some
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from waiting import until_async
 
@@ -23,7 +23,7 @@ from kvasir.engine.event import Failed, Finished, Pooled
 from kvasir.engine.request import PoolingParams
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(
     n=st.sampled_from([1, 1, 2, 3]),
     max_tokens=st.integers(1, 40),

@@ -6,6 +6,7 @@ import dataclasses
 import random
 
 import pytest
+from fuzzing import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -154,7 +155,7 @@ def test_a_group_that_left_lends_nothing_and_its_number_belongs_to_the_next():
     assert [peer.address for peer in fleet.place(prompt(1), among=[1, 2], source=new).peers] == ["host:3"]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(100))
 @given(data=st.data())
 def test_prices_are_right_whatever_is_held(data):
     """Against a brute-force model: nobody pays more than for computing, and whoever is told of holds what is said."""

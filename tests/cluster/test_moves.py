@@ -9,7 +9,7 @@ import random
 
 import pytest
 from fake_fleet import Fleet, check, draw, outcome, read, request, run, some
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from waiting import until_async
 
@@ -37,7 +37,7 @@ async def change(fleet, what, rng):
         await fleet.kill(group, what)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(
     n=st.sampled_from([1, 1, 2, 3]),
     max_tokens=st.integers(1, 60),

@@ -8,7 +8,8 @@ import json
 import httpx
 import ollama
 import pytest
-from hypothesis import HealthCheck, given, settings
+from fuzzing import examples
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 TEXT = "Hello, wörld!"
@@ -390,7 +391,7 @@ _MESSAGE = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(50))
 @given(
     path=st.sampled_from(["generate", "chat", "embed", "embeddings", "show"]),
     body=st.dictionaries(_NAMES, _VALUES, max_size=5),

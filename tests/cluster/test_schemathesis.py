@@ -58,7 +58,7 @@ def fuzzed(operation: Any, mode: Any, check: Any) -> None:
         return  # nothing can be wrong about it
 
     @settings(
-        max_examples=EXAMPLES, deadline=None, database=None, derandomize=EXAMPLES < 10,
+        max_examples=EXAMPLES, database=None, derandomize=EXAMPLES < 10,
         suppress_health_check=[*HealthCheck], phases=[Phase.generate],
     )  # fmt: skip
     @given(case=operation.as_strategy(generation_mode=mode))

@@ -388,7 +388,7 @@ async def everything(recording, after=0):
     return [event async for events in recording.read(after) for event in events]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     steps=st.lists(st.lists(st.binary(min_size=1, max_size=3), max_size=3), max_size=12),
     cuts=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 36)), max_size=4),

@@ -13,6 +13,7 @@ import httpx
 import ollama
 import openai
 import pytest
+from fuzzing import examples
 from google.protobuf.struct_pb2 import Struct
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -175,7 +176,7 @@ def fragments():
 
 
 @given(fragments(), st.sampled_from(sorted(TOOL_FORMATS)), st.sampled_from([None, *THOUGHT_FORMATS]), st.data())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(150))
 def test_what_is_read_doesnt_depend_on_cuts(text, form, thoughts, drawn):
     cuts = drawn.draw(st.sets(st.integers(0, len(text)), max_size=8))
     options = {
@@ -188,7 +189,7 @@ def test_what_is_read_doesnt_depend_on_cuts(text, form, thoughts, drawn):
 
 
 @given(fragments(), st.sampled_from(sorted(TOOL_FORMATS)))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(100))
 def test_text_without_calls_stays_as_it_is(text, form):
     """Nothing is lost where nothing was understood."""
     answer = read(form, text, schemas={"get_weather": WEATHER})

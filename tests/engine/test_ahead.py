@@ -65,7 +65,7 @@ def served(wanted: list[Ask], **options: Any) -> World:
 
 @pytest.mark.parametrize("layout", [ONE_GROUP, WINDOWS, ALL_NEAR], ids=["one", "windows", "near"])
 @given(wanted=asks(), depth=st.integers(1, 3), seats=st.sampled_from((1, 3, 20)), data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_same_is_told(layout: Layout, wanted: list[Ask], depth: int, seats: int, data: st.DataObject) -> None:
     size, budget = data.draw(st.sampled_from((1, 4, 16))), data.draw(st.sampled_from((1, 7, 64)))
     blocks = max(-(-80 // size) + 1, layout.peak(80, size, budget)) + data.draw(st.sampled_from((0, 3, 200)))
@@ -92,7 +92,7 @@ def test_the_same_is_told(layout: Layout, wanted: list[Ask], depth: int, seats: 
     late=st.lists(st.tuples(st.integers(0, 7), st.integers(1, 12)), max_size=3),
     blocks=st.sampled_from((22, 60)),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_request_ends_once_whatever_is_cut(
     wanted: list[Ask],
     depth: int,

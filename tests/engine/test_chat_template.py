@@ -108,8 +108,13 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None
 }
 
 
+@lru_cache
+def _templates(source: str) -> ChatTemplates:
+    return ChatTemplates({"default": source}, SPECIAL)
+
+
 def _render(source: str, messages: object = TALK, tools: Any = None, **options: Any) -> str:
-    return ChatTemplates({"default": source}, SPECIAL).render(messages, tools, **options)  # type: ignore[arg-type]
+    return _templates(source).render(messages, tools, **options)  # type: ignore[arg-type]
 
 
 def _real_templates(data: Callable[[str], Path]) -> list[Path]:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from fuzzing import examples
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -272,7 +273,7 @@ def small(checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return folder, (source / "model.safetensors").read_bytes()
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(80))
 @given(cut=st.integers(0, 4000), flips=st.lists(st.tuples(st.integers(0, 1200), st.integers(0, 255)), max_size=6))
 def test_fuzzed_safetensors(small: tuple[Path, bytes], cut: int, flips: list[tuple[int, int]]) -> None:
     """Any damage gives the model or a ConfigError, never anything else."""

@@ -12,6 +12,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from fuzzing import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -294,7 +295,7 @@ def test_cut_short_anywhere(good: Path, tmp_path: Path) -> None:
             read_gguf(path)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(150))
 @given(st.data())
 def test_flipped_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Never another exception, never long: what is read lies within the file."""

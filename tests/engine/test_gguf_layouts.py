@@ -12,8 +12,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from fuzzing import examples
 from gguf import GGMLQuantizationType as Q
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -388,7 +389,7 @@ SOURCES = [("llama", KEYS), ("deepseek2", {**KEYS, **LATENT_KEYS}), ("gemma3", {
 FURTHER = ("rope.scaling.type", "rope.scaling.factor", "attention.key_length", "nextn_predict_layers", "pooling_type")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(50))
 @given(st.sampled_from(SOURCES), st.data())
 def test_any_metadata_is_read_or_refused(
     tmp_path: Path, source: tuple[str, dict[str, Any]], data: st.DataObject

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvasir.engine import LLM, SamplingParams, StructuredOutput
@@ -182,7 +182,7 @@ ASKED = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(ASKED)
 def test_whatever_is_asked_is_done_or_refused(llm: LLM, asked: dict[str, Any]) -> None:
     """Alone as in a crowd; every request ends, and the engine lives on."""

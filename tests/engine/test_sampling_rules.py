@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fuzzing import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -167,7 +168,7 @@ SAMPLINGS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(50))
 @given(st.lists(st.tuples(SAMPLINGS, st.booleans()), min_size=1, max_size=4), st.lists(st.integers(0, 3), max_size=6))
 def test_equals_a_naive_sampler_over_interruptions(cases: list[tuple[dict[str, Any], bool]], breaks: list[int]) -> None:
     """Steps are shared; after some of them a sequence loses its seat and comes back to another one."""

@@ -11,6 +11,7 @@ from itertools import pairwise, product
 from typing import Any
 
 import pytest
+from fuzzing import examples
 
 from kvasir.engine.beam_search import BeamSearch
 from kvasir.engine.blocks import BlockPool
@@ -345,7 +346,7 @@ ALL_NEAR = Layout((LayerGroup((0,), window=6), LayerGroup((1,), window=1)), 1)
 
 
 @pytest.mark.parametrize("layout", [ONE_GROUP, WINDOWS, CHUNKS, ALL_NEAR], ids=["one", "windows", "chunks", "near"])
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(examples(10)))
 def test_outputs_do_not_depend_on_sizes_order_or_memory(seed: int, layout: Layout) -> None:
     draw = random.Random(seed)
     tiers = FakeTiers(1 + seed % 3 // 2, (1000, 3)[seed % 2], seed) if seed % 3 else None

@@ -144,7 +144,7 @@ def test_streamed_text_is_the_decoded_text(backends: dict[str, tokenizers.Tokeni
     noise = st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=12)
     ids_lists = st.lists(st.one_of(texts, noise), max_size=4).map(lambda parts: [i for part in parts for i in part])
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     @given(ids=ids_lists, chunk=st.integers(1, 5), skip=st.booleans())
     def check(ids: list[int], chunk: int, skip: bool) -> None:
         text = tokenizer.decode(ids, skip)

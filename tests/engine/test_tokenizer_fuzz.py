@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fuzzing import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,7 +64,7 @@ def _streamed(tokenizer: Tokenizer, ids: list[int], chunk: int, prompt: list[int
 def test_random_bytes(kinds: dict[str, Tokenizer], kind: str) -> None:
     tokenizer = kinds[kind]
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=examples(60))
     @given(raw=st.binary(max_size=60), chunk=st.integers(1, 4))
     def check(raw: bytes, chunk: int) -> None:
         text = raw.decode(errors="replace")
@@ -81,7 +82,7 @@ def test_random_ids(kinds: dict[str, Tokenizer], kind: str) -> None:
     tokenizer = kinds[kind]
     ids_lists = st.lists(st.integers(-2, tokenizer.vocab_size + 3) | st.integers(0, 300), max_size=30)
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=examples(60))
     @given(ids=ids_lists, chunk=st.integers(1, 5), cut=st.integers(0, 10), skip=st.booleans(), spaces=st.booleans())
     def check(ids: list[int], chunk: int, cut: int, skip: bool, spaces: bool) -> None:
         options = {"skip_special_tokens": skip, "spaces_between_special_tokens": spaces}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fuzzing import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -76,7 +77,7 @@ def test_any_stops_any_cuts(tokenizer: Tokenizer) -> None:
     few = [*_ids(tokenizer, "abab ba🙂"), 243, 2]  # few symbols: many near matches, half characters, a special token
     stop = st.text("ab 🙂\ufffd", min_size=1, max_size=4)
 
-    @settings(max_examples=600, deadline=None)
+    @settings(max_examples=examples(200))
     @given(
         ids=st.lists(st.sampled_from(few), max_size=24),
         stops=st.lists(stop, min_size=0, max_size=3),

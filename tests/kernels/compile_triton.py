@@ -1,5 +1,6 @@
 """Compiles the Triton kernels for a GPU that needn't be there, and says what each takes: one line of JSON for each kernel.
 
+    TRITON_INTERPRET=0 python tests/kernels/compile_triton.py few
     TRITON_INTERPRET=0 python tests/kernels/compile_triton.py cuda:90 [all | CASE... | variants]
 
 The launchers run with real shapes and types on empty tensors, and what they would launch is compiled instead.
@@ -45,14 +46,16 @@ BF16 = torch.bfloat16
 class Driver:
     """As much of a GPU's driver as compiling needs."""
 
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
+    def __init__(self, name: str) -> None:
+        kind, _, arch = name.partition(":")
+        self.target = GPUTarget(kind, int(arch) if arch.isdigit() else arch, 64 if kind == "hip" else 32)
+        self._number = [*FEW].index(name)  # kernels are kept by device
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self._number
 
     def get_current_stream(self, device: int = 0) -> int:
         return 0
@@ -241,17 +244,17 @@ def compiled(name: str) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    name = sys.argv[1]
-    kind, _, arch = name.partition(":")
-    driver.set_active(Driver(GPUTarget(kind, int(arch) if arch.isdigit() else arch, 64 if kind == "hip" else 32)))
-    if sys.argv[2:] == ["variants"]:
+    name, *wanted = sys.argv[1:]
+    if wanted == ["variants"]:
+        driver.set_active(Driver(name))
         few, many = variants(True), variants(False)
         print(json.dumps({"kernels": len(few), "differ": sorted(few ^ many)}))
         return
-    wanted = sys.argv[2:] or FEW[name]
-    for case in CASES if wanted == ["all"] else wanted:
-        for line in compiled(case):
-            print(json.dumps(line), flush=True)
+    for target, cases in FEW.items() if name == "few" else ((name, wanted or FEW[name]),):
+        driver.set_active(Driver(target))
+        for case in CASES if cases == ["all"] else cases:
+            for line in compiled(case):
+                print(json.dumps({"target": target, **line}), flush=True)
 
 
 if __name__ == "__main__":
