@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -28,8 +29,11 @@ from kvasir.engine.layers import Linear
 from kvasir.engine.memory import available_ram, keep_freed_memory
 from kvasir.engine.mesh import Mesh, Place, c10d, host_store, join, reach_store
 from kvasir.engine.parallel_plan import Device
+from kvasir.engine.rank import Rank
+from kvasir.engine.request import SamplingParams
 from kvasir.engine.share import layer_cost
-from kvasir.engine.spec import Spec
+from kvasir.engine.spec import Layer, Rope, Spec
+from kvasir.engine.step import NewSequence, Slice, Step
 from kvasir.engine.weights import random_decoder
 from kvasir.kernels.ragged import Ragged
 
@@ -53,7 +57,9 @@ def cpu_device(ranks: int, spec: Spec, streams: int, dtype: torch.dtype, threads
     spawn = multiprocessing.get_context("spawn")
     pipes = [spawn.Pipe() for _ in range(ranks)]
     running = [
-        spawn.Process(target=_rank, args=(rank, ranks, port, threads, sample, few(streams), dtype, pipe), daemon=True)
+        spawn.Process(
+            target=_rank, args=(rank, ranks, port, threads, sample, spec.vocab, few(streams), dtype, pipe), daemon=True
+        )
         for rank, (_, pipe) in enumerate(pipes)
     ]
     for process, (_, pipe) in zip(running, pipes, strict=True):
@@ -93,12 +99,12 @@ def sample_of(spec: Spec, dtype: torch.dtype) -> Spec:
 
 def device_of(slowest: Sequence[float], sample: Spec, streams: int, memory: int, dtype: torch.dtype) -> Device:
     """From the seconds of the slowest rank: the products of all layers per count of rows, steps of streams and of pieces of
-    a prompt, two sums, a hand-over."""
-    passes, (stepped, first, later, small, large, message) = slowest[: len(ROWS)], slowest[len(ROWS) :]
+    a prompt, two sums, a hand-over, a step without a model."""
+    passes, (stepped, first, later, small, large, message, step) = slowest[: len(ROWS)], slowest[len(ROWS) :]
     depth = len(sample.layers)
     size = sum(layer_cost(sample, number) for number in range(depth)) * dtype.itemsize
     small_bytes, large_bytes = (height * width * dtype.itemsize for height, width in SUMS)
-    rate = max(2 * count * size / dtype.itemsize / each for count, each in zip(ROWS, passes, strict=True))
+    rate = max(2 * rows * size / dtype.itemsize / each for rows, each in zip(ROWS, passes, strict=True))
     scores = 4 * sample.heads * sample.head_dim * depth * CHUNK
     attention = min(rate, scores * BEFORE / max(later - first, 1e-9))
     found = Device(
@@ -109,7 +115,8 @@ def device_of(slowest: Sequence[float], sample: Spec, streams: int, memory: int,
         latency=small,
         message=message,
         attention=attention,
-        products=tuple((count, size / each) for count, each in zip(ROWS, passes, strict=True)),
+        step=step,
+        products=tuple((rows, size / each) for rows, each in zip(ROWS, passes, strict=True)),
         kind="cpu",
     )
     few_rows = (stepped - found.product(size, size, streams)) / depth
@@ -119,7 +126,15 @@ def device_of(slowest: Sequence[float], sample: Spec, streams: int, memory: int,
 
 
 def _rank(
-    rank: int, size: int, port: int, threads: int, sample: Spec, streams: int, dtype: torch.dtype, answer: Connection
+    rank: int,
+    size: int,
+    port: int,
+    threads: int,
+    sample: Spec,
+    vocab: int,
+    streams: int,
+    dtype: torch.dtype,
+    answer: Connection,
 ) -> None:
     """A process: tells the seconds of each thing, and of those that need no other rank how long the first one takes alone."""
     torch.set_num_threads(threads)
@@ -136,12 +151,13 @@ def _rank(
     decoder.pack()
     cache = KVCache(sample, max(streams, (BEFORE + CHUNK) // BLOCK), BLOCK, dtype, side.device)
     steps = ((streams, 1, BLOCK - 1), (1, CHUNK, 0), (1, CHUNK, BEFORE))
-    runs = [partial(_multiplied, count, dtype, products) for count in ROWS]
+    runs = [partial(_multiplied, rows, dtype, products) for rows in ROWS]
     runs += [partial(stepped, decoder, cache, *step) for step in steps]
     found = [_timed(side, run, 3) for run in runs]
     alone = [_timed(Mesh(), run, 3) for run in runs] if size > 1 and rank == 0 else [*found]
     found += [_timed(side, partial(side.reduce, torch.ones(shape, dtype=dtype)), 50) for shape in SUMS]
     found.append(_timed(row, lambda: _there_and_back(row, dtype), 50) / 2)
+    found.append(_timed(side, bare_step(vocab, streams, dtype), BLOCK - 2))
     answer.send((found, alone))
     with suppress(EOFError):
         answer.recv()  # until it is ended: none leaves before the others are done
@@ -150,6 +166,26 @@ def _rank(
 def _multiplied(rows: int, dtype: torch.dtype, products: Sequence[tuple[Linear, int]]) -> None:
     for part, inputs in products:
         part(torch.ones(rows, inputs, dtype=dtype))
+
+
+def bare_step(vocab: int, streams: int, dtype: torch.dtype) -> Callable[[], object]:
+    """A step of so many streams of next to no model, with a whole vocabulary: Python and sampling. Can be run BLOCK - 1 times."""
+    spec = Spec(
+        vocab=vocab, hidden=64, heads=1, kv_heads=1, head_dim=64, ffn=64, eps=1e-5, max_len=BLOCK, layers=(Layer(Rope(1e4, 64)),)
+    )  # fmt: skip
+    decoder = random_decoder(spec, dtype, torch.device("cpu"))
+    cache = KVCache(spec, streams, BLOCK, dtype, decoder.device)
+    rank = Rank(decoder, cache, max_num_seqs=streams, max_model_len=BLOCK)
+    new = [NewSequence(seat, (0,), 1, SamplingParams(temperature=0), 0, ()) for seat in range(streams)]
+    blocks = [(seat, 0, (seat,)) for seat in range(streams)]
+    rank.run(Step(0, new=new, blocks=blocks, slices=[Slice(seat, 0, 1, True) for seat in range(streams)]))
+    positions = count(1)
+
+    def run() -> object:
+        at = next(positions)
+        return rank.run(Step(at, slices=[Slice(seat, at, 1, True) for seat in range(streams)]))
+
+    return run
 
 
 def _joined(store: Any, name: str, place: Place) -> Mesh:

@@ -46,6 +46,8 @@ class Device:
     """Seconds that a layer takes besides its products and attention, whatever its size."""
     row: float = 0.0
     """The same for each row."""
+    step: float = 0.0
+    """The same for each step: Python, sampling."""
     attention: float | None = None
     """Operations per second of attention over prompts; None: as of products."""
     products: Sequence[tuple[int, float]] = ()
@@ -264,7 +266,7 @@ def _stage(share: Share, size: int, device: Device, rows: float, cached: float, 
     spec, facts, tp = share.full, share.full.experts, share.mesh.place.tp
     head = _head(share)
     dense = float(size - _looked_up(share) - head)
-    seconds = cached / device.bandwidth + len(share.layers) * (device.layer + rows * device.row / tp)
+    seconds = device.step + cached / device.bandwidth + len(share.layers) * (device.layer + rows * device.row / tp)
     if facts:
         mixtures = sum(spec.layers[number].experts for number in share.layers)
         expert = mixtures * 3 * spec.hidden * facts.ffn * 2 / tp

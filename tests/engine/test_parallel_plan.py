@@ -223,6 +223,11 @@ def test_this_machine() -> None:
     assert 0 <= min(found.layer, found.row) <= max(found.layer, found.row) < 1
     assert 1e8 < found.bandwidth < 1e12
     assert 1e-7 < found.latency < 1
+    assert 1e-6 < found.step < 1
+    assert found.ranks == 2
+    assert found.alone is not None
+    assert len(found.alone.products) == len(ROWS)
+    assert found.alone.products != found.products
 
 
 def test_what_layers_take_besides_products() -> None:
@@ -237,10 +242,10 @@ def test_what_layers_take_besides_products() -> None:
         256e-4 + 32 * (layer + CHUNK * row) + scores * CHUNK / 2,
         256e-4 + 32 * (layer + CHUNK * row) + scores * (BEFORE + CHUNK / 2),
     ]
-    found = device_of([*passes, *steps, 1e-5, 2e-5, 1e-4], sample, 8, GB, torch.float32)
+    found = device_of([*passes, *steps, 1e-5, 2e-5, 1e-4, 8e-4], sample, 8, GB, torch.float32)
     assert found.bandwidth == pytest.approx(size / 1e-3)
     assert found.attention == pytest.approx(1e10)
-    assert (found.layer, found.row) == (pytest.approx(layer), pytest.approx(row))
+    assert (found.layer, found.row, found.step) == (pytest.approx(layer), pytest.approx(row), 8e-4)
     assert [few(streams) for streams in (1, 64, 500)] == [1, 64, 64]
 
 
