@@ -121,7 +121,7 @@ def theory(model: str, step: tuple[int, int, int]) -> str:
     row = spec.hidden * DTYPE.itemsize
     depth = len(spec.layers)
     sums = (2 * depth - 1) * sequences * count * row + 2 * sequences * row
-    logits = sequences * spec.vocab // 2 * torch.float32.itemsize
+    logits = sequences * spec.vocab // 2 * DTYPE.itemsize
     return f"{2 * depth + 2} calls, {sums / 1e6:.3f} MB (rank 1: + {logits / 1e6:.3f} MB of logits)"
 
 

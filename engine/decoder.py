@@ -203,7 +203,7 @@ class Decoder(nn.Module):
         assert self.head is not None, "this model has no output head"
         if self.project_out is not None:
             x = self.project_out(x)
-        logits = self.mesh.gather(linear(x, self.head, self.head_bias).float(), self.vocab_widths)
+        logits = self.mesh.gather(linear(x, self.head, self.head_bias), self.vocab_widths).float()
         if self.spec.logit_scale != 1:
             logits *= self.spec.logit_scale
         cap = self.spec.logit_softcap

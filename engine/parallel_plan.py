@@ -285,7 +285,7 @@ def _logits(share: Share, device: Device, wanted: float) -> float:
     if not (share.last and wanted):
         return 0.0
     tp, head = share.mesh.place.tp, _head(share)
-    part = share.full.vocab / tp * torch.float32.itemsize
+    part = share.full.vocab / tp * 2
     return device.product(head, head, wanted) + (tp > 1) * (device.latency + wanted * part / device.link)
 
 
@@ -315,7 +315,7 @@ def _traffic(held: Sequence[Share], itemsize: int) -> float:
     row = full.hidden * itemsize
 
     def sent(share: Share) -> float:
-        logits = full.vocab / tp * torch.float32.itemsize if share.last and tp > 1 and full.lm_head else 0
+        logits = full.vocab / tp * itemsize if share.last and tp > 1 and full.lm_head else 0
         return _sums(share) * 2 * (tp - 1) / tp * row + (not share.last) * row + logits
 
     return max(map(sent, held))

@@ -222,26 +222,32 @@ async def until_it_fails(client, number):
 
 
 def test_a_group_fetches_from_another(deployed):
-    """Two groups of two ranks each, as actors: what one has computed, the other has without."""
+    """Two groups of two ranks each, as actors: what one has computed, the other has without. A fetch has half a second, which
+    ranks of a busy machine may miss; then it is computed, and the next prompt is as good."""
     handle = deployed(tensor_parallel_size=2, data_parallel_size=2, kv_disk_size=0)
     first, second = until(lambda: len(found := endpoints(handle)) == 2 and found)
     greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-    prompt = [random.Random(3).randrange(3, 500) for _ in range(200)]
+    rng = random.Random(3)
 
     async def ask():
         one, other = await connected(first), await connected(second)
-        cold, _ = await tokens(one, prompt, greedy)
-        peer = Peer(first.kv_address, first.kv_secret, len(prompt), ordered=True)
-        warm, end = await tokens(other, prompt, greedy, peers=(peer,))
+        cached = 0
+        while not cached:
+            prompt = [rng.randrange(3, 500) for _ in range(200)]
+            cold, _ = await tokens(one, prompt, greedy)
+            peer = Peer(first.kv_address, first.kv_secret, len(prompt), ordered=True)
+            warm, end = await tokens(other, prompt, greedy, peers=(peer,))
+            assert warm == cold
+            cached = end.cached_tokens
         while not other.stats.peer_loaded or not one.stats.peer_served:
             await asyncio.sleep(0.02)
         stats = other.stats
         await one.close()
         await other.close()
-        return cold, warm, end, stats
+        return cached, stats
 
-    cold, warm, end, stats = asyncio.run(ask())
-    assert (warm, end.cached_tokens) == (cold, 192)
-    assert stats.peer_loaded == 12
+    cached, stats = asyncio.run(ask())
+    assert cached == 192
+    assert stats.peer_loaded >= 12
     assert stats.peer_bytes > 0
     assert stats.fetch_bytes_per_s > 0

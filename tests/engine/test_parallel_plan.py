@@ -161,7 +161,7 @@ def test_a_step_is_the_sum_of_its_parts() -> None:
     kept, norms = 8 * 64 * 6 * 2 * 4 * 8 * 2 / 1e10, 2 * 64 * 13
     assert step(1, 1) == pytest.approx((layers + table + norms) / 5e9 + kept + 6 * 1e-5, rel=1e-3)
     half = layers / 2 + table / 2 + norms
-    sums = (2 * 6 + 1 + 1) * 1e-4 + ((2 * 6 + 1) * 8 * 64 * 2 + 8 * 500 * 4) / 1e8
+    sums = (2 * 6 + 1 + 1) * 1e-4 + ((2 * 6 + 1) * 8 * 64 * 2 + 8 * 500 * 2) / 1e8
     assert step(2, 1) == pytest.approx(half / 5e9 + kept / 2 + 6 * 1e-5 + sums, rel=1e-3)
     stages_ = [layers * count / 6 + table * last for count, last in ((4, 0), (2, 1))]
     part = max(size / 8e9 for size in stages_)  # four rows each; the first stage looks the embedding up
@@ -187,7 +187,7 @@ def test_a_prompt_is_the_sum_of_its_pieces() -> None:
     assert prompt(1, 2) == pytest.approx((8 + 1) * (4 / 3 * half), rel=0.3)
     sums = 13 * (1e-4 + 256 * 64 * 2 / 1e8)
     split = layers / 2 / 5e9 * 256 / 8 + 6 * 1e-5 + attention / 2 + kept / 2 + sums
-    logits = head / 2 / 1e10 + 1e-4 + 500 * 4 / 1e8
+    logits = head / 2 / 1e10 + 1e-4 + 500 * 2 / 1e8
     assert prompt(2, 1) == pytest.approx(4 * split + logits, rel=1e-2)
 
 
