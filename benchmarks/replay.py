@@ -4,6 +4,7 @@ against a real server.
     .venv/bin/python benchmarks/replay.py TRACE --groups 16 --speed 1 2 4 8             # four policies, a table
     .venv/bin/python benchmarks/replay.py TRACE --groups 16 --speed 16 --max-ttft 2 --policy cost
     .venv/bin/python benchmarks/replay.py TRACE --groups 16 --speed 1 2 4 8 --plot replay.svg
+    .venv/bin/python benchmarks/replay.py TRACE --goals                                  # a table of what is wanted and found
     .venv/bin/python benchmarks/replay.py TRACE --groups 16 --speed 8 --policy cost --fetch --prefill 4   # peers, roles
     .venv/bin/python benchmarks/replay.py TRACE --url http://127.0.0.1:8000 --speed 0.5 --limit 200 --shrink 32
     .venv/bin/python benchmarks/replay.py --fit skald                                    # an engine's step times
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import get_args
 
 from replay_costs import fit, route_times
+from replay_goals import goals
 from replay_report import HEAD, Outcome, Report, carried, plot
 from traces import Ask, block_size, load
 
@@ -150,6 +152,7 @@ def main() -> None:
     parser.add_argument("--shrink", type=int, default=1, help="leave one token of so many")
     parser.add_argument("--budget", type=int, default=Shape().budget, help="tokens of a step")
     parser.add_argument("--step", type=float, nargs=4, metavar="S", help="base, prefill, stream, context; see StepTime")
+    parser.add_argument("--goals", action="store_true", help="what is wanted of the router, and whether it holds")
     parser.add_argument("--plot", type=Path, help="goodput over load, as SVG")
     parser.add_argument("--url", help="a real server instead of simulated groups")
     parser.add_argument("--vocab", type=int, default=2**17, help="token ids stay below")
@@ -170,7 +173,17 @@ def main() -> None:
 
 def _replay_all(args: argparse.Namespace) -> None:
     asks = load(args.trace, vocab=args.vocab, limit=args.limit, shrink=args.shrink)
-    print(HEAD)
+    print(HEAD, flush=True)
+    if args.goals:
+        shape = _shape(args)
+
+        def run(policy: str, speed: float, max_ttft: float) -> Report:
+            limited = argparse.Namespace(**{**vars(args), "max_ttft": max_ttft})
+            return simulate(asks, policy, speed, shape, limited)  # type: ignore[arg-type]
+
+        for line in goals(run, asks, shape, args.ttft):
+            print(line, flush=True)
+        return
     reports = []
     for speed in args.speed:
         for policy in ("server",) if args.url else args.policy:
@@ -190,13 +203,17 @@ def _replay_all(args: argparse.Namespace) -> None:
 def _one(asks: Sequence[Ask], policy: str, speed: float, args: argparse.Namespace) -> Report:
     if args.url:
         return asyncio.run(replay(asks, speed, args))
+    return simulate(asks, policy, speed, _shape(args), args)  # type: ignore[arg-type]
+
+
+def _shape(args: argparse.Namespace) -> Shape:
     size = args.block_size or block_size(args.trace)
     step = (
         StepTime(**dict(zip(("base_s", "prefill_s", "stream_s", "context_s"), args.step, strict=True)))
         if args.step
         else StepTime()
     )
-    shape = Shape(
+    return Shape(
         step_time=step,
         block_size=size,
         num_blocks=args.kv_tokens // size,
@@ -205,7 +222,6 @@ def _one(asks: Sequence[Ask], policy: str, speed: float, args: argparse.Namespac
         token_bytes=args.token_bytes if args.fetch or args.prefill else 0.0,
         fetch_bytes_per_s=args.link * 1e9,
     )
-    return simulate(asks, policy, speed, shape, args)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":
