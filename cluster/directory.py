@@ -39,12 +39,11 @@ class Prompt(Protocol):
     """A prompt's blocks: keys in portions as they are asked for, and what they are hashed from."""
 
     start: ContentId
+    token_ids: list[int]
     blocks: int
     block_size: int
 
     def __iter__(self) -> Iterator[Sequence[Key]]: ...
-    @property
-    def words(self) -> bytes: ...
 
 
 class BlockDirectory:
@@ -122,7 +121,7 @@ class BlockDirectory:
         if self._compiled is None and (compiled := holders()) is not None:
             self._adopt(compiled)
         if self._compiled is not None:
-            ask = prompt.start, prompt.words, prompt.blocks, prompt.block_size
+            ask = prompt.start, prompt.token_ids, prompt.blocks, prompt.block_size
             return self._compiled.prefixes(*ask, self._places)
         rows = [self.prefixes(prompt)]
         for tier in TIERS[1:]:

@@ -70,7 +70,8 @@ class PromptKeys:
     """Iterate, as often as you like, for the keys in portions: what nobody asks for isn't hashed."""
 
     def __init__(self, hasher: Hasher, token_ids: Sequence[int], start: ContentId, blocks: int) -> None:
-        self._hasher, self._token_ids, self._last = hasher, token_ids, start
+        self._hasher, self._last = hasher, start
+        self.token_ids = token_ids if isinstance(token_ids, list) else [*token_ids]
         self.start, self.blocks, self.block_size = start, blocks, hasher.block_size
         self._tokens = b""
         self._ahead, self._ahead_from = b"", 0
@@ -86,16 +87,11 @@ class PromptKeys:
             yield self._portions[number]
             number += 1
 
-    @property
-    def words(self) -> bytes:
-        """The tokens, four bytes each."""
-        self._tokens = self._tokens or words(self._token_ids)
-        return self._tokens
-
     def _portion(self, first: int, last: int) -> Known:
         """Of the blocks from `first` on, before which all are known."""
         size, hasher = self._hasher.block_size, self._hasher
-        probe = self._last, hash(self.words[4 * size * first : 4 * size * last])
+        self._tokens = self._tokens or words(self.token_ids)
+        probe = self._last, hash(self._tokens[4 * size * first : 4 * size * last])
         if (found := hasher.memory.get(probe)) is not None:
             hasher.memory.move_to_end(probe)
             return found

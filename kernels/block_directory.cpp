@@ -7,7 +7,11 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+// Of block_ids.cpp
+struct _object;
 extern "C" void block_ids(const uint8_t *before, const uint8_t *tokens, int64_t count, int64_t bytes, uint8_t *ids);
+extern "C" int64_t token_words(_object *list, int64_t first, int64_t stop, uint32_t *words);
+extern "C" void tokens_ahead(_object *list, int64_t first, int64_t stop);
 
 namespace {
 
@@ -128,12 +132,14 @@ Memory::Probe probe_of(const std::vector<uint64_t> &keys, const uint8_t *before,
   return {id[0] ^ one, id[1] ^ two};
 }
 
-// The ids of a portion behind self.before, which moves to its end; found again if they were seen.
-const uint8_t *ids_of(Directory &self, const uint8_t *tokens, int64_t count, int64_t bytes) {
+// The ids of a portion behind self.before, which moves to its end; found again if they were seen. Meanwhile the list's tokens
+// from `next` on, as many, and what the tables say of a block, are on their way.
+const uint8_t *ids_of(Directory &self, const uint8_t *tokens, int64_t count, int64_t bytes, _object *list, int64_t next, int64_t end) {
   std::pair<Memory::Ids *, bool> found = {&self.last, false};
   if (count * bytes <= 4 * self.most_words()) found = self.memory.find(probe_of(self.keys, self.before, tokens, count * bytes));
   uint8_t *ids = found.first->bytes;
-  for (int64_t n = 0; n < count; n++) { // what the tables say of a block is on its way while the next one is hashed
+  for (int64_t n = 0; n < count; n++, next += bytes / 4) {
+    if (next + bytes / 4 <= end) tokens_ahead(list, next, next + bytes / 4);
     if (!found.second) block_ids(n ? ids + (n - 1) * ID : self.before, tokens + n * bytes, 1, bytes, ids + n * ID);
     for (Table &table : self.tiers)
       if (table.used) __builtin_prefetch(table.slot(table.home(key_of(ids + n * ID))));
@@ -201,23 +207,28 @@ EXPORT int64_t directory_held(Directory *self, int64_t tier, int64_t group, uint
 
 EXPORT int64_t directory_size(Directory *self, int64_t tier) { return self->tiers[tier].used; }
 
-// found[tier][group]: how many of the first `count` blocks, of so many bytes of tokens each, the first one behind `start`, a group
-// holds without a gap in tiers up to this one. Hashes a portion only while somebody holds all before it.
-EXPORT void directory_prefixes(Directory *self, const uint8_t *start, const uint8_t *tokens, int64_t count, int64_t bytes,
-                               int64_t places, int64_t *found) {
+// found[tier][group]: how many of the first `count` blocks, of `size` tokens of the list each, the first one behind `start`, a group
+// holds without a gap in tiers up to this one. Reads and hashes a portion only while somebody holds all before it. False: some token
+// doesn't fit. The interpreter's lock is held.
+EXPORT bool directory_prefixes(Directory *self, const uint8_t *start, _object *list, int64_t count, int64_t size, int64_t places,
+                               int64_t *found) {
   const int width = self->tiers[0].width;
-  const int64_t fit = self->most_words() * 4 / bytes, most = fit < 1 ? 1 : fit < PORTION ? fit : PORTION;
+  const int64_t fit = self->most_words() / size, most = fit < 1 ? 1 : fit < PORTION ? fit : PORTION;
   std::vector<uint64_t> alive(TIERS * width);
+  std::vector<uint32_t> words(most * size);
   for (int64_t group = 0; group < places && group < 64 * width; group++)
     for (int tier = 0; tier < TIERS; tier++) alive[tier * width + group / 64] |= uint64_t(1) << group % 64;
   std::memset(found, 0, 8 * TIERS * places);
   std::memcpy(self->before, start, ID);
   for (int64_t first = 0; first < count; first += most) {
     const int64_t portion = count - first < most ? count - first : most;
-    const uint8_t *ids = ids_of(*self, tokens + first * bytes, portion, bytes);
-    if (!walk(*self, ids, portion, first, alive.data(), places, found)) return;
+    const int64_t from = first * size, to = from + portion * size;
+    if (token_words(list, from, to, words.data()) < to - from) return false;
+    const uint8_t *ids = ids_of(*self, (const uint8_t *)words.data(), portion, 4 * size, list, to, count * size);
+    if (!walk(*self, ids, portion, first, alive.data(), places, found)) return true;
   }
   for (int64_t group = 0; group < places && group < 64 * width; group++)
     for (int tier = 0; tier < TIERS; tier++)
       if (alive[tier * width + group / 64] >> group % 64 & 1) found[tier * places + group] = count;
+  return true;
 }

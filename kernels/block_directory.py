@@ -6,7 +6,7 @@ import ctypes
 import secrets
 from array import array
 from collections.abc import Iterable
-from ctypes import c_char_p, c_int64, c_void_p
+from ctypes import c_bool, c_char_p, c_int64, c_void_p, py_object
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "directory_change": ((c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64), c_int64),
     "directory_held": ((c_void_p, c_int64, c_int64, c_void_p, c_int64), c_int64),
     "directory_size": ((c_void_p, c_int64), c_int64),
-    "directory_prefixes": ((c_void_p, c_char_p, c_char_p, c_int64, c_int64, c_int64, c_void_p), None),
+    "directory_prefixes": ((c_void_p, c_char_p, py_object, c_int64, c_int64, c_int64, c_void_p), c_bool),
 }
 
 
@@ -63,14 +63,18 @@ class Holders:
         found: int = self._library.directory_size(self._address, tier)
         return found
 
-    def prefixes(self, start: bytes, tokens: bytes, count: int, block_size: int, groups: int) -> NDArray[np.int64]:
-        """[tier, group]: how many of the first `count` blocks of tokens of four bytes, the first one behind `start`[16], it holds
-        without a gap, in this tier and those before it."""
-        assert len(tokens) >= 4 * count * block_size, "the blocks aren't full"
+    def prefixes(
+        self, start: bytes, token_ids: list[int], count: int, block_size: int, groups: int
+    ) -> NDArray[np.int64]:
+        """[tier, group]: how many of the first `count` blocks of tokens, the first one behind `start`[16], it holds without a gap,
+        in this tier and those before it. TypeError or OverflowError where a token that is looked at is none."""
+        assert len(token_ids) >= count * block_size, "the blocks aren't full"
         if self._found.shape[1] != groups:
             self._found = np.empty((TIERS, groups), np.int64)
             self._found_at = self._found.ctypes.data
-        self._library.directory_prefixes(self._address, start, tokens, count, 4 * block_size, groups, self._found_at)
+        asked = start, token_ids, count, block_size, groups, self._found_at
+        if not self._library.directory_prefixes(self._address, *asked):
+            raise OverflowError("a token id takes more than 32 bits")
         return self._found.copy()
 
 

@@ -115,19 +115,32 @@ static intptr_t one_digit() {
   return found;
 }
 
-// Four bytes a token of a list; how many could be written before one that doesn't fit. The interpreter's lock is held.
-EXPORT int64_t token_words(_object *list, int64_t count, uint32_t *words) {
+// Where the list has its items, if it and integers are laid out as we think.
+static _object **items_of(_object *list, int64_t count) {
   static const intptr_t one = one_digit();
-  const bool alike = one >= 0 && count && list->size == count && list->items[0] == PyList_GetItem(list, 0);
-  for (int64_t n = 0; n < count; n++) {
-    if (alike && n + AHEAD < count) __builtin_prefetch(list->items[n + AHEAD]);
-    if (alike && list->items[n]->type == &PyLong_Type && list->items[n]->size == one) {
-      words[n] = list->items[n]->digit;
+  const bool alike = one >= 0 && count && list->size >= count && list->items[0] == PyList_GetItem(list, 0);
+  return alike ? list->items : nullptr;
+}
+
+// Four bytes a token of a list's first..stop; how many could be written before one that doesn't fit. The interpreter's lock is held.
+EXPORT int64_t token_words(_object *list, int64_t first, int64_t stop, uint32_t *words) {
+  static const intptr_t one = one_digit();
+  _object **items = items_of(list, stop);
+  for (int64_t n = first; n < stop; n++) {
+    if (items && n + AHEAD < stop) __builtin_prefetch(items[n + AHEAD]);
+    if (items && items[n]->type == &PyLong_Type && items[n]->size == one) {
+      words[n - first] = items[n]->digit;
       continue;
     }
     const unsigned long token = PyLong_AsUnsignedLong(PyList_GetItem(list, n));
-    if (token > UINT32_MAX) return n;
-    words[n] = (uint32_t)token;
+    if (token > UINT32_MAX) return n - first;
+    words[n - first] = (uint32_t)token;
   }
-  return count;
+  return stop - first;
+}
+
+// They will be asked for soon.
+EXPORT void tokens_ahead(_object *list, int64_t first, int64_t stop) {
+  if (_object **items = items_of(list, stop))
+    for (int64_t n = first; n < stop; n++) __builtin_prefetch(items[n]);
 }

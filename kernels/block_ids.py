@@ -24,7 +24,7 @@ class BlockIds:
         self._hash = ctypes.CDLL(path).block_ids
         self._hash.argtypes, self._hash.restype = (c_char_p, c_char_p, c_int64, c_int64, c_void_p), None
         self._words = ctypes.PyDLL(path).token_words
-        self._words.argtypes, self._words.restype = (ctypes.py_object, c_int64, c_void_p), c_int64
+        self._words.argtypes, self._words.restype = (ctypes.py_object, c_int64, c_int64, c_void_p), c_int64
 
     def hash(self, before: bytes, tokens: bytes, block_size: int) -> bytes:
         """Ids of the full blocks of tokens of four bytes, 16 bytes each, the first one behind `before`[16]."""
@@ -38,7 +38,7 @@ class BlockIds:
         """Four bytes a token. TypeError or OverflowError where one is none."""
         count = len(token_ids)
         words = ctypes.create_string_buffer(4 * count)
-        if self._words(token_ids, count, words) < count:
+        if self._words(token_ids, 0, count, words) < count:
             raise OverflowError("a token id takes more than 32 bits")
         return words.raw
 

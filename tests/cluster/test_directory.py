@@ -9,6 +9,7 @@ import pytest
 
 from kvasir.cluster.block_journal import TIERS, BlockJournal
 from kvasir.cluster.directory import BlockDirectory, BlockFeed, key_list
+from kvasir.cluster.prompt_keys import Hasher, PromptKeys
 from kvasir.engine import block_ids
 from kvasir.engine.blocks import content_ids, salted, token_bytes
 from kvasir.proto import group_pb2 as pb
@@ -122,8 +123,8 @@ class Asked:
     block_size = 1
 
     def __init__(self, tokens):
-        self.start, self.blocks, self.words = START, len(tokens), token_bytes(tokens)
-        self.keys = key_list(content_ids(START, self.words, 1))
+        self.start, self.blocks, self.token_ids = START, len(tokens), tokens
+        self.keys = key_list(content_ids(START, token_bytes(tokens), 1))
 
     def __iter__(self):
         return (self.keys[first : first + 5] for first in range(0, self.blocks, 5))
@@ -195,6 +196,16 @@ def test_room_is_bounded_in_compiled_tables(compiled):
     directory.change(group, "device", prompt.keys, ())
     assert directory.num_holdings == 100
     assert directory.found(prompt)[:, group].tolist() == [100, 100, 100]
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**32, 2**64, "x", None])
+def test_what_is_no_token_is_refused(compiled, wrong):
+    directory, prompt = BlockDirectory(), Asked([*range(150)])
+    directory.change(directory.join(), "device", prompt.keys, ())
+    prompt.token_ids = [*range(70), wrong, *range(71, 150)]
+    hasher = Hasher(START, 1)
+    with pytest.raises((OverflowError, TypeError)):
+        directory.found(PromptKeys(hasher, prompt.token_ids, START, 150))
 
 
 class Life:
