@@ -91,7 +91,10 @@ def parse_messages(body: Body) -> MessagesAsk:
         model=fields.get("model", ""),
         prompts=(found,),
         sampling=sampling,
-        known_as={"stop": "stop_sequences"},
+        known_as={
+            "stop": "stop_sequences",
+            "structured_outputs": "output_format" if "output_format" in fields else "output_config",
+        },
         tools=_use(fields, found.tools),
         thinks=thinking.get("type") in ("enabled", "adaptive"),
         thinking_budget=_budget(thinking),

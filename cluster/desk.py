@@ -224,6 +224,7 @@ class Desk:
             reading=found,
             recording=recording,
             started=started,
+            known_as={**call.known_as, **_of_tools(call)},
         )
         if ROUTE_HEADER in headers:
             generation.route = ", ".join(stream.placement.route.header() for stream in streams)
@@ -335,6 +336,11 @@ async def _read(call: Call, model: ServedModel, prompt_ids: Sequence[int]) -> tu
     found = reading(call, model.tokenizer, prompt_ids, (model.tools, model.thoughts), held)
     given = constraints(call, found, model.tokenizer, held)
     return dataclasses.replace(call, sampling={**call.sampling, **given}) if given else call, found
+
+
+def _of_tools(call: Call) -> dict[str, str]:
+    """A structured output that nobody asked for by itself is that of tools."""
+    return {"structured_outputs": "tools"} if call.tools and "structured_outputs" not in call.sampling else {}
 
 
 def _code(error: BaseException) -> str:

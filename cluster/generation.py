@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from kvasir.cluster.call_sampling import named
 from kvasir.cluster.failover import LastingStream
 from kvasir.cluster.merged import Merged
 from kvasir.cluster.metrics import CallRecord
@@ -39,7 +40,9 @@ class Generation:
         recording: Recording,
         started: float,
         reading: Reading = PLAIN,
+        known_as: Mapping[str, str] = {},
     ) -> None:
+        """known_as: fields of `SamplingParams` that the client knows by other names."""
         self.model = model
         self.info = info
         """What the requests were checked against."""
@@ -60,6 +63,7 @@ class Generation:
         self._span = span
         self._record = record
         self._started = started
+        self._known_as = known_as
         self._why: KvasirError | None = None
         self.error: str | None = None
         """Once closed: the code of what went wrong; `cancelled` when the client went away."""
@@ -129,7 +133,8 @@ class Generation:
     def _feed(self, number: int, events: Sequence[Event]) -> list[tuple[int, Delta]]:
         transcript = self.transcripts[number]
         try:
-            deltas = transcript.feed(events)
+            with named(self._known_as):
+                deltas = transcript.feed(events)
         except KvasirError as error:
             self.error = error.code
             raise

@@ -260,7 +260,7 @@ class GroupService(GroupServicer):
             wire.check_size(step, "prompt_logprobs")
         except ClientError as error:
             self._engine.abort(event.request_id)
-            return Failed(event.request_id, error.code, error.message)
+            return Failed(event.request_id, error.code, error.message, param=error.param)
         return event
 
     def _forget(self, running: _Running) -> None:

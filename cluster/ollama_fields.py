@@ -43,7 +43,11 @@ OPTIONS_REFUSED: Neutral = {
 }
 SAMPLING_NAMES = {"repeat_penalty": "repetition_penalty"}
 """Option -> field of SamplingParams where it is called otherwise."""
-CLIENT_NAMES = {"max_tokens": "num_predict", **{field: name for name, field in SAMPLING_NAMES.items()}}
+CLIENT_NAMES = {
+    "max_tokens": "num_predict",
+    "structured_outputs": "format",
+    **{field: name for name, field in SAMPLING_NAMES.items()},
+}
 """The other way round, for errors."""
 DEFAULTS: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "repeat_last_n": 64}
 """Ollama's, where neither request nor model say anything."""

@@ -30,7 +30,7 @@ from kvasir.cluster.openai_fields import (
     unused,
 )
 from kvasir.cluster.service_fields import priority
-from kvasir.cluster.structured_fields import structured_output
+from kvasir.cluster.structured_fields import known_as, structured_output
 from kvasir.cluster.tool_use import tool_use
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.request import MAX_LOGPROBS
@@ -84,11 +84,13 @@ def parse_chat(body: Mapping[str, Any]) -> Ask:
     if logprobs is not None:
         sampling["logprobs"] = logprobs
     budget = fields.get("thinking_token_budget")
-    known_as = {"max_tokens": "max_completion_tokens"} if "max_completion_tokens" in fields else {}
+    names = known_as(fields)
+    if "max_completion_tokens" in fields:
+        names["max_tokens"] = "max_completion_tokens"
     call = Call(
         prompts=(_conversation(fields),),
         sampling=sampling,
-        known_as=known_as,
+        known_as=names,
         tools=use,
         thinking_budget=budget,
         **_common(fields),
@@ -120,7 +122,8 @@ def parse_completion(body: Mapping[str, Any]) -> Ask:
     if suffix and echo:
         raise ClientError("echo can't be combined with suffix: the prompt isn't all that is read", param="echo")
     prompts = _prompts(fields.get("prompt"), fields.get("add_special_tokens", not suffix), suffix)
-    call = Call(prompts=prompts, sampling=sampling, max_tokens=COMPLETION_MAX_TOKENS, **_common(fields))
+    names = known_as(fields)
+    call = Call(prompts=prompts, sampling=sampling, max_tokens=COMPLETION_MAX_TOKENS, known_as=names, **_common(fields))
     return Ask(call=call, logprobs=logprobs, echo=echo, no_output=no_output, **_shape(fields, warnings))
 
 

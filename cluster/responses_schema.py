@@ -188,7 +188,7 @@ def parse_response(body: Body) -> ResponseAsk:
         model=fields.get("model", ""),
         prompts=(),
         sampling=sampling,
-        known_as={"max_tokens": "max_output_tokens"},
+        known_as={"max_tokens": "max_output_tokens", "structured_outputs": "text"},
         priority=priority(fields),
         cache_salt=fields.get("cache_salt", ""),
         tools=use,

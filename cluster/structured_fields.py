@@ -26,6 +26,12 @@ def structured_output(fields: Mapping[str, Any]) -> StructuredOutput | None:
     return next(iter(found.values()), None)
 
 
+def known_as(fields: Mapping[str, Any]) -> dict[str, str]:
+    """For `Call`: what the client calls its structured output."""
+    asked = [name for name in FIELDS if fields.get(name) not in (None, {"type": "text"})]
+    return {"structured_outputs": asked[0]} if asked else {}
+
+
 _BACKENDS = ("auto", "guidance", "llguidance", "xgrammar", "outlines", "lm-format-enforcer")
 
 

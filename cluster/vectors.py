@@ -167,7 +167,7 @@ def _pooled(events: Sequence[Event]) -> Pooled:
     """The one event of a request for a vector; none: the stream was closed from this side."""
     event = events[0] if events else None
     if isinstance(event, Failed):
-        raise ERRORS.get(event.code, ServerError)(event.message)
+        raise ERRORS.get(event.code, ServerError)(event.message, param=event.param)
     if not isinstance(event, Pooled):
         raise UnavailableError("the server ended this request before it was complete", retry_after_s=1.0)
     return event

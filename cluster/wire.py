@@ -118,7 +118,9 @@ def add_event(step: pb.Step, number: int, event: Event) -> None:
     elif isinstance(event, Pooled):
         step.events.append(pb.Event(number=number, pooled=_encode_pooled(event)))
     else:
-        step.events.append(pb.Event(number=number, failed=pb.Failed(code=event.code, message=event.message)))
+        step.events.append(
+            pb.Event(number=number, failed=pb.Failed(code=event.code, message=event.message, param=event.param))
+        )
 
 
 def step_events(step: pb.Step, name: Callable[[int], str | None]) -> Iterator[tuple[int, Event]]:
@@ -272,7 +274,8 @@ def _decode_event(message: pb.Event, request_id: str) -> Event:
         return _decode_finished(message.finished, request_id)
     if kind == "pooled":
         return _decode_pooled(message.pooled, request_id)
-    return Failed(request_id, message.failed.code, message.failed.message)
+    failed = message.failed
+    return Failed(request_id, failed.code, failed.message, param=failed.param if failed.HasField("param") else None)
 
 
 def _decode_token(message: pb.Token, request_id: str) -> Token:

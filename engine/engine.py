@@ -329,7 +329,7 @@ class Engine:
                 try:
                     self._scheduler.add(message, now)
                 except KvasirError as error:
-                    events.append(Failed(message.request_id, error.code, error.message))
+                    events.append(Failed(message.request_id, error.code, error.message, param=error.param))
             else:
                 whole = message[1] is None  # one continuation alone isn't there before the grammar is
                 if whole and (held := self._compiling.pop(message[0])) is not None:

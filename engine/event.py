@@ -88,6 +88,8 @@ class Failed:
     code: str
     message: str
     index: int = -1
+    param: str | None = None
+    """The request's field that is to blame."""
 
 
 Event = Union[Token, Finished, Pooled, Failed]

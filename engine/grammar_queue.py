@@ -65,11 +65,11 @@ def _outcome(request: Request, grammar: Grammar, limit: float, now: float) -> Re
         if error is None:
             return request
         if isinstance(error, KvasirError):
-            return Failed(name, error.code, error.message)
+            return Failed(name, error.code, error.message, param=error.param)
         return Failed(name, "internal_error", f"the grammar's compiler failed: {error}")
     if grammar.begun is not None and now >= grammar.begun + COMPILE_LIMIT_S:
         text = f"structured output: compiling took over {COMPILE_LIMIT_S:.0f} s; simplify the grammar or schema"
-        return Failed(name, "invalid_request_error", text)
+        return Failed(name, "invalid_request_error", text, param="structured_outputs")
     if now < limit:
         return None
     if request.deadline_s is not None and request.deadline_s <= WAIT_LIMIT_S:

@@ -122,7 +122,7 @@ class Transcript:
             if isinstance(event, Token):
                 delta = self._token(event)
             elif isinstance(event, Failed):
-                raise ERRORS.get(event.code, ServerError)(event.message)
+                raise ERRORS.get(event.code, ServerError)(event.message, param=event.param)
             else:
                 assert not isinstance(event, Pooled), "a request for a vector has no transcript"
                 delta = self._finish(event)

@@ -24,6 +24,7 @@ EVENTS = [
     Finished("a", 1, "length"),
     Pooled("a", (0.5, -2.0, 1.25), 7, 3, Timing(1.5, 2.5, 0.0, 4.5)),
     Failed("a", "deadline_exceeded", "too late"),
+    Failed("a", "unsupported_parameter", "no", param="structured_outputs"),
 ]
 
 

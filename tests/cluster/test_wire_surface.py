@@ -8,6 +8,8 @@ import json
 import httpx
 import pytest
 
+from kvasir.engine.event import Failed
+
 USER = [{"role": "user", "content": "Hi"}]
 CHAT = {"model": "bytes", "messages": USER}
 RESPONSE = {"model": "bytes", "input": "Hi"}
@@ -208,3 +210,26 @@ def test_every_path_is_there(gateway):
             method, path, *body = line.split(" ", 2)
             reply = client.request(method, path, json=json.loads(body[0]) if body else None)
             assert reply.status_code == 200, (line, reply.text)
+
+
+SCHEMA = {"type": "object"}
+NAMED = [
+    ("/v1/chat/completions", {**CHAT, "guided_json": SCHEMA, "response_format": {"type": "text"}}, "guided_json"),
+    ("/v1/chat/completions", {**CHAT, "response_format": {"type": "json_object"}}, "response_format"),
+    ("/v1/chat/completions", {**CHAT, "tools": [TOOL], "tool_choice": "required"}, "tools"),
+    ("/v1/completions", {"model": "bytes", "prompt": "Hi", "extra_body": {"guided_regex": "a"}}, "guided_regex"),
+    ("/v1/responses", {**RESPONSE, "text": {"format": {"type": "json_object"}}}, "text"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "name"), NAMED)
+def test_a_group_that_refuses_names_the_field_as_its_sender_did(gateway, monkeypatch, path, body, name):
+    """A grammar is compiled there: what is wrong with it comes back as an event."""
+
+    def refuse(request, *_):
+        return Failed(request.request_id, "unsupported_parameter", "not in a grammar", param="structured_outputs")
+
+    monkeypatch.setattr(gateway.group, "_token", refuse)
+    reply = httpx.post(gateway.url + path, json=body, timeout=60)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"], error["code"]) == (400, name, "unsupported_parameter")
