@@ -87,7 +87,10 @@ def _text(given: Any, at: str) -> str:
         return given
     if not isinstance(given, (dict, list)):
         raise ClientError(f"{at} must be a text, an object or a list, got {given!r:.60}", param=at.partition(".")[0])
-    return orjson.dumps(given).decode()
+    try:
+        return orjson.dumps(given).decode()
+    except TypeError as error:  # its message speaks of recursion
+        raise ClientError(f"{at} is nested too deeply", param=at.partition(".")[0]) from error
 
 
 def _question(name: str, given: Any, at: str) -> Question:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import httpx
 import pytest
 
@@ -38,6 +40,7 @@ def test_questions_in_our_words():
     [
         ({"state": None}, "state", "state must be"),
         ({"state": 5}, "state", "state must be"),
+        ({"state": functools.reduce(lambda inner, _: [inner], range(500), [])}, "state", "nested too deeply"),
         ({"questions": []}, "questions", "1 to 400"),
         ({"questions": {"q": {"type": "noul"}}}, "questions", "questions.q.instructions"),
         ({"questions": {"q": {**NOUL, "type": "vote"}}}, "questions", "questions.q.type"),

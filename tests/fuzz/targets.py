@@ -24,6 +24,7 @@ from kvasir.cluster import (
     openai_schema,
     pooling_schema,
     responses_schema,
+    system_one,
     wire,
 )
 from kvasir.cluster.call import request_id_from
@@ -64,6 +65,7 @@ _BODIES: list[Callable[[dict[str, Any]], Any]] = [
     pooling_schema.parse_classify,
     pooling_schema.parse_rerank,
     pooling_schema.parse_score,
+    system_one.parse_system_one,
 ]
 _KINDS = ("json", "regex", "grammar", "structural_tag")
 _TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}, {"role": "user", "content": "?"}]
