@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
 import json
@@ -39,6 +40,8 @@ GPU = any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd"))
 os.environ.setdefault("TRITON_INTERPRET", "0" if GPU else "1")
 for wait in ("connect", "read", "write", "pool"):  # five seconds are little on a busy machine
     setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, wait, 60.0)
+# each client, of which httpx.post makes one, would read all certificates again: 25 ms of a core
+httpx._transports.default.create_ssl_context = functools.cache(httpx._transports.default.create_ssl_context)
 LIBRARIES = {
     "kernels": sorted((ROOT / "kernels").glob("*_cpu.cpp")),
     "block_ids": [ROOT / "kernels" / name for name in SOURCES],

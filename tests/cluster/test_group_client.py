@@ -270,7 +270,11 @@ def test_a_gateway_that_does_not_read_is_cut_off(group_of_fakes, monkeypatch, se
 
     async def main():
         async with group_of_fakes(step_s=0.0001) as group:
-            channel = grpc.aio.insecure_channel(group.endpoint.address, options=wire.CHANNEL_OPTIONS)
+            options = [
+                *wire.CHANNEL_OPTIONS,
+                ("grpc.http2.bdp_probe", 0),
+            ]  # so that little is on its way when nobody reads
+            channel = grpc.aio.insecure_channel(group.endpoint.address, options=options)
             call = group_client.GroupStub(channel).Connect(metadata=((wire.TOKEN_METADATA, group.endpoint.token),))
             message = request(n=128, max_tokens=10**7)
             await call.write(group_client.pb.GatewayMessage(submit=wire.encode_request(message, 1)))
