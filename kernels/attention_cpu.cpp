@@ -74,7 +74,8 @@ void attend(const Call &c) {
   }
   float *partials = room ? (float *)sums.get(room * 4) : nullptr;
   auto memory = [&] { return (char *)scratch.get(bytes); };
-  share_out(c.threads, units.size(), [&](int64_t i) { Worker<T, PAIRS>(c, units[i], memory()).run(partials); });
+  auto next = [&](int64_t i) { return i + c.threads < (int64_t)units.size() ? &units[i + c.threads] : nullptr; };
+  share_out(c.threads, units.size(), [&](int64_t i) { Worker<T, PAIRS>(c, units[i], memory(), next(i)).run(partials); });
   share_out(c.threads, joined.size(), [&](int64_t i) { Worker<T, PAIRS>(c, joined[i], memory()).join(partials); });
 }
 

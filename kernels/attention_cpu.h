@@ -11,11 +11,28 @@ constexpr int64_t TILE = 64;   // keys whose scores a row takes at once
 constexpr int64_t PART = 1024; // keys after which a row's softmax begins anew, to be merged: long contexts use all threads
 constexpr int64_t QUERIES = 64; // query rows (of all heads of a group) that share a tile's keys
 constexpr int64_t AHEAD = 2;    // heads whose keys and values are called for before they are needed
+constexpr int64_t WIDEST = 1024; // heads of few rows, of which all zero is one
 #ifdef __AVX512F__
 constexpr int BLOCK = 6; // rows whose sums are in registers at once
 #else
 constexpr int BLOCK = 2;
 #endif
+
+struct Unit { // some rows of one sequence under some kv heads, and some parts of their keys
+  int32_t sequence, head, heads, first, count;
+  int64_t part, parts;
+  int64_t partial; // where its sums go, in floats; -1: it ends here
+};
+
+alignas(64) const uint16_t zeros[WIDEST] = {};
+
+int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Where the keys of a tile and their scales lie, in numbers from the cache's start; -1: not one of the sequence's.
+struct Places {
+  int64_t row[TILE], scale[TILE];
+  int64_t count; // of the sequence's, whether they are seen or not
+};
 
 struct Call {
   int64_t type; // of queries and results
@@ -31,19 +48,37 @@ struct Call {
   const float *sinks, *slopes;
   void *out;
   int64_t threads;
-};
 
-struct Unit { // some rows of one sequence under some kv heads, and some parts of their keys
-  int32_t sequence, head, heads, first, count;
-  int64_t part, parts;
-  int64_t partial; // where its sums go, in floats; -1: it ends here
-};
+  // The keys that a row at this position of a sequence sees: low..high, both included.
+  void range(int64_t length, int64_t position, int64_t &from, int64_t &to) const {
+    from = 0, to = causal ? position : length - 1;
+    if (window) {
+      from = std::max(from, position - window + 1);
+      to = std::min(to, position + window - 1);
+    }
+    if (chunk) {
+      int64_t begin = position / chunk * chunk;
+      from = std::max(from, begin), to = std::min(to, begin + chunk - 1);
+    }
+  }
 
-int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+  // Position of the unit's first row.
+  int64_t origin(const Unit &u) const { return lengths[u.sequence] - (starts[u.sequence + 1] - starts[u.sequence]) + u.first; }
 
-// Where the keys of a tile and their scales lie, in numbers from the cache's start; -1: not one of the sequence's.
-struct Places {
-  int64_t row[TILE], scale[TILE];
+  // Keys in front of `first`, which nobody sees, may lie in blocks that belong to others by now.
+  void find(int64_t sequence, int64_t tile, int64_t first, Places &places) const {
+    int64_t number = tile / cache.block_size, within = tile % cache.block_size;
+    const int32_t *blocks = table + sequence * table_row;
+    places.count = std::max<int64_t>(0, std::min(TILE, lengths[sequence] - tile));
+    for (int64_t j = 0; j < places.count;) {
+      int64_t row = blocks[number] * cache.block + within * cache.slot;
+      int64_t scale = blocks[number++] * cache.scale_block + within * cache.scale_slot;
+      for (; j < places.count && within < cache.block_size; j++, within++, row += cache.slot, scale += cache.scale_slot)
+        places.row[j] = tile + j < first ? -1 : row, places.scale[j] = scale;
+      within = 0;
+    }
+    for (int64_t j = places.count; j < TILE; j++) places.row[j] = -1;
+  }
 };
 
 // T: the cache's type. PAIRS: bfloat16 queries, whose products with pairs of numbers are added up in float32; 8 bits are
@@ -53,6 +88,7 @@ struct Worker {
   const Call &c;
   const Cache &cache;
   const Unit &u;
+  const Unit *following;
   const int64_t group, rows, all, wide, length, origin; // rows: of one kv head; origin: position of the unit's first row
   float *kt, *vt, *scores, *weights, *acc, *total, *queries, *m, *total_m, *total_l;
   int64_t *low, *high;
@@ -64,10 +100,9 @@ struct Worker {
     return 4 * (TILE * (dim + wide) + rows * (2 * TILE + 4) + heads * rows * (2 * wide + dim + 16 + 3)) + 4096;
   }
 
-  Worker(const Call &call, const Unit &unit, char *memory)
-      : c(call), cache(call.cache), u(unit), group(c.heads / c.kv_heads), rows(unit.count * group), all(rows * unit.heads),
-        wide(up(c.value_dim, 16)), length(c.lengths[unit.sequence]),
-        origin(length - (c.starts[unit.sequence + 1] - c.starts[unit.sequence]) + unit.first) {
+  Worker(const Call &call, const Unit &unit, char *memory, const Unit *next = nullptr)
+      : c(call), cache(call.cache), u(unit), following(next), group(c.heads / c.kv_heads), rows(unit.count * group),
+        all(rows * unit.heads), wide(up(c.value_dim, 16)), length(c.lengths[unit.sequence]), origin(call.origin(unit)) {
     auto take = [&](int64_t floats) {
       char *found = memory;
       memory += up(4 * floats, 64);
@@ -87,31 +122,16 @@ struct Worker {
   int64_t query(int64_t i) const { return row(i) * c.q_row + head(i) * c.q_head; }
 
   // The keys that a row at this position sees: low..high, both included.
-  void range(int64_t position, int64_t &from, int64_t &to) const {
-    from = 0, to = c.causal ? position : length - 1;
-    if (c.window) {
-      from = std::max(from, position - c.window + 1);
-      to = std::min(to, position + c.window - 1);
-    }
-    if (c.chunk) {
-      int64_t begin = position / c.chunk * c.chunk;
-      from = std::max(from, begin), to = std::min(to, begin + c.chunk - 1);
-    }
-  }
+  void range(int64_t position, int64_t &from, int64_t &to) const { c.range(length, position, from, to); }
 
-  // Keys in front of `first`, which nobody sees, may lie in blocks that belong to others by now.
-  void find(int64_t tile, int64_t first, Places &places) const {
-    int64_t number = tile / cache.block_size, within = tile % cache.block_size;
-    const int32_t *table = c.table + u.sequence * c.table_row;
-    int64_t count = std::min(TILE, length - tile);
-    for (int64_t j = 0; j < count;) {
-      int64_t row = table[number] * cache.block + within * cache.slot;
-      int64_t scale = table[number++] * cache.scale_block + within * cache.scale_slot;
-      for (; j < count && within < cache.block_size; j++, within++, row += cache.slot, scale += cache.scale_slot)
-        places.row[j] = tile + j < first ? -1 : row, places.scale[j] = scale;
-      within = 0;
-    }
-    for (int64_t j = std::max<int64_t>(count, 0); j < TILE; j++) places.row[j] = -1;
+  // Where what the thread probably takes next begins, seen from this unit's first head.
+  void find_following(Places &places) const {
+    for (int64_t &row : places.row) row = -1;
+    if (!following || following->heads < std::min<int64_t>(AHEAD, u.heads)) return;
+    int64_t from, to;
+    c.range(c.lengths[following->sequence], c.origin(*following), from, to);
+    c.find(following->sequence, std::max(following->part * PART, from / TILE * TILE), from, places);
+    for (int64_t j = 0; j < places.count; j++) places.row[j] += (following->head - u.head) * cache.head;
   }
 
   const T *at(const void *numbers, int64_t place, int64_t h) const {
@@ -152,27 +172,56 @@ struct Worker {
   }
   static __m512i seconds() { return _mm512_add_epi16(firsts(), _mm512_set1_epi16(16)); }
 
-  // What pack_keys and multiply do, for so few rows that a tile isn't worth laying down: each sum in the same order.
+  // Columns 8 of 16 rows from their d-th pair on, side by side.
+  static __attribute__((always_inline)) void eight(const T *const *rows, int64_t d, __m512 *to) {
+    auto half = [&](int i) { return _mm256_loadu_ps((const float *)(rows[i] + 2 * d)); };
+    __m512 r[8], t[8];
+    for (int i = 0; i < 4; i++) {
+      r[i] = _mm512_insertf32x8(_mm512_castps256_ps512(half(i)), half(i + 4), 1);
+      r[i + 4] = _mm512_insertf32x8(_mm512_castps256_ps512(half(i + 8)), half(i + 12), 1);
+    }
+    for (int i = 0; i < 8; i += 2) t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    for (int i = 0; i < 8; i += 4)
+      for (int j = 0; j < 2; j++) {
+        r[i + 2 * j] = (__m512)_mm512_unpacklo_pd((__m512d)t[i + j], (__m512d)t[i + j + 2]);
+        r[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd((__m512d)t[i + j], (__m512d)t[i + j + 2]);
+      }
+    for (int i = 0; i < 4; i++)
+      to[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88), to[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+  }
+
+  // Where a tile's rows begin under a head; a row of zeros for what isn't there or seen.
+  void rows_of(const void *numbers, const Places &places, int64_t h, const T **found) const {
+    const T *base = (const T *)numbers + (u.head + h) * cache.head;
+    for (int64_t j = 0; j < TILE; j++) found[j] = places.row[j] < 0 ? (const T *)zeros : base + places.row[j];
+  }
+
+  // What pack_keys and multiply do, for so few rows that a tile isn't worth laying down: each sum in the same order. As many
+  // keys at once as it takes that no sum waits for itself.
   template <int R>
   void few_keys(const Places &places, int64_t h, const Places &next, int64_t next_h, const float *const *from) {
-    for (int64_t j = 0; j < TILE; j += 16) {
-      const T *keys[16], *later[16];
-      for (int64_t i = 0; i < 16; i++)
-        keys[i] = at(cache.k, places.row[j + i], h), later[i] = at(cache.k, next.row[j + i], next_h);
-      F16 sums[R];
-      for (int r = 0; r < R; r++) sums[r] = splat(0.0f);
-      for (int64_t d = 0; d < c.dim / 2; d += 16) {
-        __m512 k[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) k[i] = keys[i] ? (__m512)pairs(keys[i] + 2 * d, 32) : _mm512_setzero_ps();
-        transpose(k);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) {
-          for (int r = 0; r < R; r++) sums[r] = product(sums[r], load<float>(from[r] + d + i), (F16)k[i]);
-          if (later[i]) __builtin_prefetch(later[i] + 2 * d, 0, 2); // one by one: many at once keep loads waiting
+    constexpr int G = R <= 4 ? 2 : 1;
+    const T *keys[TILE], *base = (const T *)cache.k + (u.head + next_h) * cache.head;
+    rows_of(cache.k, places, h, keys);
+    for (int64_t j = 0; j < places.count; j += 16 * G) {
+      F16 sums[G][R];
+      for (int g = 0; g < G; g++)
+        for (int r = 0; r < R; r++) sums[g][r] = splat(0.0f);
+      for (int64_t d = 0; d < c.dim / 2; d += 8) {
+        __m512 k[G][8];
+        for (int g = 0; g < G; g++) eight(keys + j + 16 * g, d, k[g]);
+        const int64_t *later = next.row + j + d % 16 * G; // one by one: many at once keep loads waiting
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) {
+          for (int r = 0; r < R; r++) {
+            float q = load<float>(from[r] + d + i);
+            for (int g = 0; g < G; g++) sums[g][r] = product(sums[g][r], q, (F16)k[g][i]);
+          }
+          for (int g = 0; g < G; g++) __builtin_prefetch(base + later[i * G + g] + 2 * (d / 16 * 16), 0, 2);
         }
       }
-      for (int r = 0; r < R; r++) store(scores + r * TILE + j, sums[r]);
+      for (int g = 0; g < G; g++)
+        for (int r = 0; r < R; r++) store(scores + r * TILE + j + 16 * g, sums[g][r]);
     }
   }
 
@@ -180,19 +229,20 @@ struct Worker {
   template <int R, int C>
   void few_values(const Places &places, int64_t h, const Places &next, int64_t next_h, const float *const *from, float *to) {
     const void *numbers = cache.v ? cache.v : cache.k;
-    const __m512i first = firsts(), second = seconds(), none = _mm512_setzero_si512();
+    const __m512i first = firsts(), second = seconds();
+    const T *rows[TILE], *base = (const T *)numbers + (u.head + next_h) * cache.head;
+    rows_of(numbers, places, h, rows);
     for (int64_t d = 0; d < wide; d += 16 * C) {
       F16 sums[R][C];
       for (int r = 0; r < R; r++)
         for (int i = 0; i < C; i++) sums[r][i] = load<F16>(to + r * wide + d + 16 * i);
-      for (int64_t j = 0; j < TILE; j += 2) {
-        const T *one = at(numbers, places.row[j], h), *other = at(numbers, places.row[j + 1], h);
+      for (int64_t j = 0; j < places.count; j += 2) {
         for (int64_t i = 0; i < 2 && cache.v; i++)
-          if (const T *later = at(numbers, next.row[j + i], next_h))
-            for (int64_t b = 0; b < 16 * C * (int64_t)sizeof(T); b += 64) __builtin_prefetch((const char *)(later + d) + b, 0, 2);
+          for (int64_t b = 0; b < 16 * C * (int64_t)sizeof(T); b += 64)
+            __builtin_prefetch((const char *)(base + next.row[j + i] + d) + b, 0, 2);
         F16 v[C];
         for (int i = 0; i < C; i += 2) {
-          __m512i a = one ? pairs(one + d + 16 * i, 32) : none, b = other ? pairs(other + d + 16 * i, 32) : none;
+          __m512i a = pairs(rows[j] + d + 16 * i, 32), b = pairs(rows[j + 1] + d + 16 * i, 32);
           v[i] = (F16)_mm512_permutex2var_epi16(a, first, b), v[i + 1] = (F16)_mm512_permutex2var_epi16(a, second, b);
         }
         for (int r = 0; r < R; r++)
@@ -371,7 +421,7 @@ struct Worker {
     if (scaled<T>) find_scales(places, h);
 #if KVASIR_PAIRS
     if constexpr (PAIRS && std::is_same_v<T, bf16>) { // the compiler's time is not worth it for other types
-      if (c.dim % 32 == 0 && c.value_dim % 32 == 0) switch (rows) {
+      if (c.dim % 32 == 0 && c.value_dim % 32 == 0 && std::max(c.dim, c.value_dim) <= WIDEST) switch (rows) {
         case 1: return few<1>(tile, places, h, next, next_h);
         case 2: return few<2>(tile, places, h, next, next_h);
         case 3: return few<3>(tile, places, h, next, next_h);
@@ -406,9 +456,12 @@ struct Worker {
     std::memset(acc, 0, all * wide * 4);
     int64_t begin = std::max(part * PART, first / TILE * TILE), end = std::min((part + 1) * PART, last + 1);
     Places places[2];
-    find(begin, first, places[0]);
+    c.find(u.sequence, begin, first, places[0]);
     for (int64_t tile = begin, turn = 0; tile < end; tile += TILE, turn ^= 1) {
-      find(tile + TILE < end ? tile + TILE : length, first, places[turn ^ 1]);
+      if (tile + TILE < end)
+        c.find(u.sequence, tile + TILE, first, places[turn ^ 1]);
+      else
+        find_following(places[turn ^ 1]);
       for (int64_t h = 0; h < u.heads; h++) {
         int64_t then = h + std::min<int64_t>(AHEAD, u.heads);
         bool over = then >= u.heads;
