@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scheduler_world import ALL_NEAR, WINDOWS, World
 
 from kvasir.engine.event import Failed, Finished, Pooled, Token
 from kvasir.engine.layout import Layout
 from kvasir.engine.request import PoolingParams
 from kvasir.engine.scheduler import ONE_GROUP
-from tests.engine.test_scheduler import ALL_NEAR, WINDOWS, World
 
 Ask = tuple[int, dict[str, Any]]
 """(turns after the one before it, what `World.add` takes)"""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 
 import pytest
+from scheduler_world import CHUNKS, ONE_GROUP, VOCABULARY, WINDOWS, WRONG, FakeTiers, World
 
 from kvasir.engine.blocks import content_ids
 from kvasir.engine.layout import Layout
@@ -18,7 +19,6 @@ from kvasir.engine.prices import Prices
 from kvasir.engine.pulls import Pulls
 from kvasir.engine.request import Peer, Request, SamplingParams
 from kvasir.engine.step import Lent, Moves, Pull
-from tests.engine.test_scheduler import CHUNKS, ONE_GROUP, VOCABULARY, WINDOWS, WRONG, FakeTiers, World
 
 Chance = Callable[[float], bool]
 

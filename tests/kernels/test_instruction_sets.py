@@ -12,6 +12,7 @@ import pytest
 
 from kvasir.kernels import compiled, native
 
+pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).with_name("same_everywhere.cpp")
 FLAGS = ("-O0", "-std=c++17", "-fno-math-errno", "-w")
 CLOSE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3}
@@ -56,7 +57,7 @@ def check(found: Found, here: Found) -> None:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="not an x86 CPU")
-@pytest.mark.parametrize("level", ["x86-64-v3", pytest.param("x86-64", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("level", ["x86-64-v3", "x86-64"])
 def test_older_x86(level: str, here: Found, build: Build) -> None:
     """v3: AVX2 with FMA and F16C; the other is what every 64-bit CPU has."""
     if level == "x86-64-v3" and not {"avx2", "fma", "f16c"} <= flags():
@@ -71,7 +72,6 @@ def flags() -> set[str]:
     return set(info.read_text().split()) if info.exists() else set()
 
 
-@pytest.mark.slow
 def test_neon(here: Found, build: Build) -> None:
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if compiler is None or emulator is None:
