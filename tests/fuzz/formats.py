@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from kvasir.cluster.answer_parts import AnswerReader, ThoughtFormat, ToolFormat, read_answer, text_of
+from kvasir.cluster.answer_parts import AnswerReader, Part, ThoughtFormat, ToolFormat, read_answer, text_of
 from kvasir.cluster.derived_format import derived_format
 from kvasir.cluster.tool_formats import THOUGHT_FORMATS, TOOL_FORMATS
 from kvasir.engine.chat_template import ChatTemplates
@@ -29,16 +29,22 @@ SCHEMAS = {
 
 
 def check(tools: ToolFormat | None, thoughts: ThoughtFormat | None, begun: bool, step: int, text: str) -> None:
-    """Raises when pieces of `step` characters are read otherwise than the whole."""
+    """Raises when pieces of `step` characters are read otherwise than the whole; or calls are read where there are no tools."""
+    if tools is not None and tools.whole is not None:
+        unarmed = _pieces(AnswerReader(tools, thoughts, begun=begun, may_call=False), step, text)
+        assert all(part.kind != "call" for part in unarmed), text
     whole = read_answer(AnswerReader(tools, thoughts, begun=begun, schemas=SCHEMAS), text)
-    reader = AnswerReader(tools, thoughts, begun=begun, schemas=SCHEMAS)
-    parts = [part for at in range(0, len(text), step) for part in reader.feed(text[at : at + step])]
-    parts += reader.finish()
+    parts = _pieces(AnswerReader(tools, thoughts, begun=begun, schemas=SCHEMAS), step, text)
     for kind in KINDS:
         said = text_of(parts, kind)
         assert said == text_of(whole, kind), (kind, text)
         for one in said if isinstance(said, list) else [said]:
             one.encode()
+
+
+def _pieces(reader: AnswerReader, step: int, text: str) -> list[Part]:
+    parts = [part for at in range(0, len(text), step) for part in reader.feed(text[at : at + step])]
+    return [*parts, *reader.finish()]
 
 
 def answers(data: bytes) -> None:
