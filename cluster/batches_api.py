@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from kvasir.cluster.background import Background
 from kvasir.cluster.batch_line import CHAT, COMPLETION, RESPONSE
+from kvasir.cluster.call_sampling import named
 from kvasir.cluster.caller import Answer, Lookup
 from kvasir.cluster.files import expires_after, find_file
 from kvasir.cluster.http_front import read_json, send_json, warning_header
@@ -19,7 +20,7 @@ from kvasir.cluster.openai_fields import CHAT_HONOURED, Check, later, string
 from kvasir.cluster.openai_schema import sort_fields
 from kvasir.cluster.pages import Page
 from kvasir.cluster.service_fields import check_metadata
-from kvasir.cluster.store import Store, Stored
+from kvasir.cluster.store import NotFoundError, Store, Stored
 from kvasir.cluster.stored_routes import found_route
 from kvasir.engine.errors import ClientError
 
@@ -61,7 +62,10 @@ class Batches:
     async def create(self, body: Mapping[str, Any], principal: str) -> Answer:
         fields, warnings = sort_fields(body, _HONOURED, {}, {})
         _check(fields)
-        file = await find_file(self._store, fields["input_file_id"], principal)
+        try:
+            file = await find_file(self._store, fields["input_file_id"], principal)
+        except NotFoundError as error:
+            raise NotFoundError(error.message, param="input_file_id") from error
         if file.body["purpose"] != "batch":
             raise ClientError(f"the file's purpose is {file.body['purpose']}, not batch", param="input_file_id")
         stored = self._batch(fields, principal)
@@ -90,7 +94,8 @@ class Batches:
             "metadata": fields.get("metadata"),
         }
         living = fields.get("output_expires_after", {})
-        seconds = expires_after(living.get("anchor"), living.get("seconds")) or self._ttl_s
+        with named({"expires_after": "output_expires_after"}):
+            seconds = expires_after(living.get("anchor"), living.get("seconds")) or self._ttl_s
         return Stored(
             id=body["id"], kind="batch", principal=principal, expires=now + WINDOW_S + self._ttl_s, open=True, body=body,
             private={"models": [], "output_seconds": seconds},

@@ -179,11 +179,11 @@ def test_files_that_fail(client):
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"input_file_id": "file-none"}, "id"),
+        ({"input_file_id": "file-none"}, "input_file_id"),
         ({"endpoint": "/v1/moderations"}, "endpoint"),
         ({"completion_window": "1h"}, "completion_window"),
         ({"metadata": {"a": 1}}, "metadata"),
-        ({"output_expires_after": {"anchor": "created_at", "seconds": 1}}, "expires_after"),
+        ({"output_expires_after": {"anchor": "created_at", "seconds": 1}}, "output_expires_after"),
     ],
 )
 def test_refusals(gateway, client, fields, param):
