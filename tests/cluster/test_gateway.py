@@ -171,7 +171,7 @@ def test_alive_but_not_able_to_decode(live_gateway):
 
 def test_draining(live_gateway):
     with live_gateway() as gateway:
-        gateway.group.step_s = 0.06
+        gateway.group.step_s = 0.5
         with httpx.stream("POST", gateway.url + "/v1/completions", json=BODY | {"stream": True}) as reply:
             lines = reply.iter_lines()
             next(lines)
@@ -182,6 +182,7 @@ def test_draining(live_gateway):
             assert httpx.get(gateway.url + "/health/ready").status_code == 503
             assert httpx.get(gateway.url + "/health").status_code == 200
             assert gateway.desk.running == 1
+            gateway.group.step_s = 0.001
             assert [line for line in lines if line][-1] == "data: [DONE]"
 
 
