@@ -2,17 +2,19 @@
 
     python benchmarks/front_end.py --streams 32 --tokens 400 --rate 200
 
-Three processes: a group whose engine computes nothing and says a text at a fixed rate, the gateway (HTTP server, tokenizer,
-router, everything but Ray), and a client that only counts. Steps come slowly enough that nearly each token is a chunk of its
-own; a gateway that lags would put several into one and look cheaper, so chunks per token are printed beside.
+Three processes: a group whose engine computes nothing and says a text at a fixed rate, the gateway (HTTP and gRPC servers,
+tokenizer, router, everything but Ray), and a client that only counts. Neither the client's time nor the group's counts; all of
+the gateway's threads do. Steps come slowly enough that nearly each token is a chunk of its own; a gateway that lags would put
+several into one and look cheaper, so chunks per token are printed beside. `us` holds everything, `begin` is what of it a
+request costs beside its tokens, spread over them.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -23,8 +25,10 @@ from dataclasses import asdict
 MODEL = "skald"
 TEXT = "Kvasir was the wisest of them all, and he went far and wide over the world to teach men what he knew of it. "
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+GRPC = "kvasir.v1.Inference/Chat"
 MESSAGES = [{"role": "user", "content": "Tell me of Kvasir."}]
 COMMON = {"model": MODEL, "stream": True, "ignore_eos": True, "temperature": 0}
+RESUMABLE = "kvasir-resumable"
 KINDS = {
     "completions": ("/v1/completions", COMMON | {"prompt": "Once upon a time"}),
     "completions, token ids": ("/v1/completions", COMMON | {"prompt": "Once", "return_token_ids": True}),
@@ -32,9 +36,15 @@ KINDS = {
     "chat with a tool": ("/v1/chat/completions", COMMON | {"messages": MESSAGES, "tools": [TOOL]}),
     "chat with stop strings": ("/v1/chat/completions", COMMON | {"messages": MESSAGES, "stop": ["Ragnarok", "\n\n\n"]}),
     "chat, token ids": ("/v1/chat/completions", COMMON | {"messages": MESSAGES, "return_token_ids": True}),
+    "chat, log probabilities": (
+        "/v1/chat/completions",
+        COMMON | {"messages": MESSAGES, "top_logprobs": 2, "logprobs": True},
+    ),
+    "chat, resumable": ("/v1/chat/completions", COMMON | {"messages": MESSAGES, RESUMABLE: True}),
     "responses": ("/v1/responses", COMMON | {"input": "Tell me of Kvasir.", "store": False}),
     "Ollama": ("/api/chat", {"model": MODEL, "messages": MESSAGES, "options": {"ignore_eos": True}}),
     "Anthropic": ("/v1/messages", {"model": MODEL, "messages": MESSAGES, "stream": True}),
+    "gRPC": (GRPC, {}),
 }
 
 
@@ -54,6 +64,7 @@ class Reciter:
         self.info = ModelInfo(name=MODEL, max_model_len=2**20, vocab_size=tokenizer.vocab_size, max_num_seqs=1024)
         self._deliver, self._period = deliver, 1 / rate
         self._left: dict[str, int] = {}
+        self._scored: set[str] = set()
         self._step = 0
         self._lock = threading.Lock()
         self.heartbeat = time.monotonic()
@@ -62,6 +73,8 @@ class Reciter:
     def submit(self, request) -> None:  # type: ignore[no-untyped-def]
         with self._lock:
             self._left[request.request_id] = request.sampling.max_tokens or 16
+            if request.sampling.logprobs is not None:
+                self._scored.add(request.request_id)
 
     def abort(self, request_id: str, index: int | None = None, reason: str = "abort") -> None:
         with self._lock:
@@ -80,7 +93,7 @@ class Reciter:
         """It keeps no blocks."""
 
     def _run(self) -> None:
-        from kvasir.engine.event import Finished, Token
+        from kvasir.engine.event import Finished, Token, TokenLogprob
 
         due = time.monotonic()
         while True:
@@ -92,7 +105,10 @@ class Reciter:
                 self._step += 1
                 token = self._ids[self._step % len(self._ids)]
                 for name in [*self._left]:
-                    events.append(Token(name, 0, (token,)))
+                    top = (
+                        [TokenLogprob(-0.5, 1, ((token, -0.5), (self._ids[0], -1.5)))] if name in self._scored else None
+                    )
+                    events.append(Token(name, 0, (token,), top))
                     self._left[name] -= 1
                     if not self._left[name]:
                         del self._left[name]
@@ -113,14 +129,15 @@ async def run_group(rate: float) -> None:
 
 
 async def run_gateway() -> None:
-    """A gateway's process, as a replica of it serves: reads the group's endpoint, prints its port, serves until its input
+    """A gateway's process, as a replica of it serves: reads the group's endpoint, prints its ports, serves until its input
     ends."""
     import uvicorn
 
     from kvasir.cluster.config import GatewayConfig
     from kvasir.cluster.desk import Desk
-    from kvasir.cluster.gateway import create_app
+    from kvasir.cluster.gateway import create_app, create_grpc_server
     from kvasir.cluster.group_directory import GroupDirectory
+    from kvasir.cluster.http_protocol import server_config
     from kvasir.cluster.metrics import Metrics
     from kvasir.cluster.served_model import ServedModel
     from kvasir.cluster.sockets import bound_socket
@@ -133,23 +150,34 @@ async def run_gateway() -> None:
     while directory.missing():
         await asyncio.sleep(0.01)
     desk = Desk([ServedModel.load(EngineConfig(model=MODEL))], directory, Metrics(), Tracing())
-    app = create_app(desk, GatewayConfig(state_path=":memory:"))
+    config = GatewayConfig(state_path=":memory:")
+    app = create_app(desk, config)
     sock = bound_socket("127.0.0.1", 0, shared=False)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none"))
+    server = uvicorn.Server(server_config(app, config))
     serving = asyncio.ensure_future(server.serve(sockets=[sock]))
     while not server.started:
         await asyncio.sleep(0.01)
-    print(sock.getsockname()[1], flush=True)
+    grpc_server = create_grpc_server(desk, config, app.state.shelf)
+    grpc_port = grpc_server.add_insecure_port("127.0.0.1:0")
+    await grpc_server.start()
+    gc.freeze()  # as a replica does
+    print(json.dumps({"http": sock.getsockname()[1], "grpc": grpc_port}), flush=True)
     await asyncio.to_thread(sys.stdin.read)
     server.should_exit = True
+    await grpc_server.stop(None)
     await serving
 
 
-async def stream(port: int, path: str, body: dict[str, object]) -> int:
+async def stream(ports: dict[str, int], path: str, body: dict[str, object]) -> int:
     """One streamed answer: how many chunks came."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    payload = json.dumps(body).encode()
+    if path == GRPC:
+        return await stream_grpc(ports["grpc"], body)
+    reader, writer = await asyncio.open_connection("127.0.0.1", ports["http"])
     lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", "Connection: close"]
+    if body.get(RESUMABLE):
+        body = {name: value for name, value in body.items() if name != RESUMABLE}
+        lines.append(f"{RESUMABLE}: true")
+    payload = json.dumps(body).encode()
     writer.write("\r\n".join([*lines, f"Content-Length: {len(payload)}", "", ""]).encode() + payload)
     chunks = 0
     mark = b'"done":false' if path.startswith("/api") else b"data: {"
@@ -161,44 +189,55 @@ async def stream(port: int, path: str, body: dict[str, object]) -> int:
     return chunks
 
 
-def cpu_s(pid: int) -> tuple[float, float]:
-    """CPU seconds of a process: (its own, the kernel's for it) (proc(5), fields 14 and 15)."""
-    with open(f"/proc/{pid}/stat") as file:
-        fields = file.read().rsplit(")", 1)[1].split()
-    tick = os.sysconf("SC_CLK_TCK")
-    return int(fields[11]) / tick, int(fields[12]) / tick
+async def stream_grpc(port: int, body: dict[str, object]) -> int:
+    import grpc
+
+    from kvasir.proto import inference_pb2 as pb
+    from kvasir.proto.inference_pb2_grpc import InferenceStub
+
+    sampling = pb.Sampling(max_tokens=body["max_tokens"], temperature=0, ignore_eos=True)  # type: ignore[arg-type]
+    request = pb.ChatRequest(model=MODEL, messages=[pb.Message(**MESSAGES[0])], sampling=sampling)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        return sum([1 async for reply in InferenceStub(channel).Chat(request)])
 
 
-async def measure(port: int, pid: int, kind: str, options: argparse.Namespace) -> dict[str, float]:
+def cpu_us(pid: int) -> float:
+    """CPU time of a process, its own and the kernel's for it, in microseconds."""
+    clock = ~pid << 3 | 2  # as clock_getcpuclockid(3) makes it: /proc/PID/stat has ticks of 10 ms
+    return time.clock_gettime_ns(clock) / 1000
+
+
+async def measure(ports: dict[str, int], pid: int, kind: str, options: argparse.Namespace) -> dict[str, float]:
     """Of one kind of request: microseconds of the gateway's CPU per token, chunks and wall time per token of a stream."""
     path, body = KINDS[kind]
-    limit = "max_tokens"
-    if path.startswith("/api"):
-        body = body | {"options": {"num_predict": options.tokens, "ignore_eos": True}}
-    else:
-        limit = "max_output_tokens" if path.endswith("responses") else limit
-        body = body | {limit: options.tokens}
-    await stream(port, path, body | ({limit: 4} if limit in body else {}))
-    costs: list[tuple[float, float]] = []
+
+    async def run(tokens: int) -> tuple[float, int]:
+        """(microseconds of all streams, chunks)."""
+        limit = {"max_output_tokens" if path.endswith("responses") else "max_tokens": tokens}
+        if path.startswith("/api"):
+            limit = {"options": {"num_predict": tokens, "ignore_eos": True}}
+        before = cpu_us(pid)
+        counts = await asyncio.gather(*(stream(ports, path, body | limit) for _ in range(options.streams)))
+        return cpu_us(pid) - before, sum(counts)
+
+    await run(2)
+    costs: list[float] = []
+    begins: list[float] = []
     chunks, seconds = 0, 0.0
     for _ in range(options.repeat):
-        before, began = cpu_s(pid), time.perf_counter()
-        counts = await asyncio.gather(*(stream(port, path, body) for _ in range(options.streams)))
+        begins.append((await run(2))[0])
+        began = time.perf_counter()
+        cost, found = await run(options.tokens)
         seconds += time.perf_counter() - began
-        await asyncio.sleep(0.1)
-        own, kernel = (
-            1e6 * (b - a) / (options.streams * options.tokens) for a, b in zip(before, cpu_s(pid), strict=True)
-        )
-        costs.append((own + kernel, kernel))
-        chunks += sum(counts)
-    count = options.repeat * options.streams * options.tokens
-    best, worst = min(costs), max(costs)
+        costs.append(cost)
+        chunks += found
+    count = options.streams * options.tokens
     return {
-        "us": best[0],
-        "kernel_us": best[1],
-        "worst_us": worst[0],
-        "chunks": chunks / count,
-        "tok_s": count / seconds,
+        "us": min(costs) / count,
+        "worst_us": max(costs) / count,
+        "begin_us": min(begins) / count,
+        "chunks": chunks / options.repeat / count,
+        "tok_s": options.repeat * count / seconds,
     }
 
 
@@ -232,11 +271,11 @@ def main() -> None:
         assert group.stdin is not None
         gateway.stdin.write(group.stdout.readline())
         gateway.stdin.flush()
-        port = int(gateway.stdout.readline())
-        print(f"{'gateway, per token':24}{'CPU us':>8}{'kernel':>8}{'worst':>8}{'chunks':>8}{'tok/s':>8}")
+        ports = json.loads(gateway.stdout.readline())
+        print(f"{'gateway, per token':24}{'CPU us':>8}{'worst':>8}{'begin':>8}{'chunks':>8}{'tok/s':>8}")
         for kind in options.kinds:
-            found = asyncio.run(measure(port, gateway.pid, kind, options))
-            costs = "".join(f"{found[name]:8.1f}" for name in ("us", "kernel_us", "worst_us"))
+            found = asyncio.run(measure(ports, gateway.pid, kind, options))
+            costs = "".join(f"{found[name]:8.1f}" for name in ("us", "worst_us", "begin_us"))
             print(f"{kind:24}{costs}{found['chunks']:8.2f}{found['tok_s']:8.0f}", flush=True)
         gateway.stdin.close()
         group.stdin.close()

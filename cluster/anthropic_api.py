@@ -12,6 +12,7 @@ from kvasir.cluster.anthropic_schema import MessagesAsk, parse_count, parse_mess
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.http_front import header_map, read_json, route_header, send_json, until_gone, warning_header
 from kvasir.cluster.reply_stream import SSE, stream, whole
+from kvasir.cluster.straight import Straight
 
 
 class Messages:
@@ -23,9 +24,11 @@ class Messages:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         ask = parse_messages(await read_json(scope, receive, self._max_body_bytes))
-        await until_gone(receive, self._answer(ask, scope["state"]["request_id"], header_map(scope), send))
+        await until_gone(
+            receive, self._answer(ask, scope["state"]["request_id"], header_map(scope), Straight(scope, send))
+        )
 
-    async def _answer(self, ask: MessagesAsk, request_id: str, headers: Mapping[str, str], send: Send) -> None:
+    async def _answer(self, ask: MessagesAsk, request_id: str, headers: Mapping[str, str], send: Straight) -> None:
         generation = await self._desk.begin(ask.call, request_id, headers)
         extra = [
             *warning_header((*ask.warnings, *_betas(headers), *generation.reading.warnings)),

@@ -19,6 +19,7 @@ from typing import TypeGuard
 
 from kvasir.cluster.group_client import Placement
 from kvasir.cluster.group_stream import Stream
+from kvasir.cluster.heirs import Heirs
 from kvasir.cluster.overlap import Differs, Overlap
 from kvasir.cluster.parts import Parts
 from kvasir.cluster.progress import Progress
@@ -74,11 +75,15 @@ class LastingStream(Progress):
         self._deaths = 0
         self._mover: asyncio.Task[None] | None = None
         self._trying = False
-        self._heirs: _Heirs | None = None
+        self._heirs: Heirs[LastingStream] | None = None
         """They go on as soon as what its group has made is read."""
         self._overlap = Overlap({})
         """What the group before has delivered, and this one makes once more."""
         self._closed = False
+        self._take: Callable[[list[Event]], None] | None = None
+        self._free: Callable[[], bool] = lambda: False
+        self._broken: Exception | None = None
+        """What `_take` raised."""
 
     @property
     def placement(self) -> Placement:
@@ -114,11 +119,23 @@ class LastingStream(Progress):
             if self._failed is not None:
                 events = await self._go_on(self._failed)
             else:
-                assert self._stream is not None, "start comes first"
-                events = self._living(await self._stream.batch())
+                stream = self._stream
+                assert stream is not None, "start comes first"
+                while (taken := stream.take()) is None:  # as its `batch`, which would be one more coroutine per token
+                    await stream.news()
+                events = taken
+                if not events or not isinstance(events[-1], Token) or self._origin is not None:
+                    events = self._living(events)
             if events:
                 return self._noted(events)
+        if self._broken is not None:
+            raise self._broken
         return []
+
+    def pour(self, take: Callable[[list[Event]], None], free: Callable[[], bool]) -> None:
+        """Give batches of tokens that come while `batch` is awaited to `take`, as long as it is `free`. To wake whoever
+        awaits them costs as much as all that is done with them. What `take` raises is raised by `batch`."""
+        self._take, self._free = take, free
 
     def abort(self, index: int | None = None, reason: FinishReason = "abort") -> None:
         """End continuation `index`, or all; its `Finished` still comes."""
@@ -143,7 +160,7 @@ class LastingStream(Progress):
     def _attach(self, placement: Placement, stream: Stream) -> None:
         """Read from this one from now on."""
         self._placement, self._stream = placement, stream
-        stream.on_leave = self._consider
+        stream.on_leave, stream.taker = self._consider, self._poured
         if self._closed:
             stream.close()
         for index, reason in self._aborted.items():  # while it was asked
@@ -160,6 +177,17 @@ class LastingStream(Progress):
             self._failed, self._deaths = last, self._deaths + 1
             events.pop()
         return events if self._origin is None else self._fresh(events)
+
+    def _poured(self, events: list[Event]) -> bool:
+        """Whether a batch was given to `_take`. Ends, and groups that take over, need more than that."""
+        if self._take is None or self._origin is not None or not isinstance(events[-1], Token) or not self._free():
+            return False
+        try:
+            self._take(self._noted(events))
+        except Exception as error:  # it concerns this request alone; who called has the events of all
+            self._broken = error
+            self.close()
+        return True
 
     def _is_death(self, event: Event) -> TypeGuard[Failed]:
         return isinstance(event, Failed) and event.code == UnavailableError.code and self._failover.timeout_s > 0
@@ -277,7 +305,7 @@ class LastingStream(Progress):
             finally:
                 self._trying = False
 
-    async def _find_heirs(self) -> _Heirs:
+    async def _find_heirs(self) -> Heirs[LastingStream]:
         """Streams at another group, with their first tokens. Later tries have less to catch up: what was computed for the
         earlier ones is there already. Raises KvasirError."""
         left = MOVE_TRIES
@@ -293,13 +321,13 @@ class LastingStream(Progress):
                 return heirs
             heirs.close()
 
-    def _make_heirs(self) -> _Heirs:
+    def _make_heirs(self) -> Heirs[LastingStream]:
         told = {index: len(tokens) for index, tokens in self._live.items()}
         if self._request.sampling.streams == 1 or self._untouched:
-            return _Heirs({WHOLE: LastingStream(self._again(), self._failover)}, told)
+            return Heirs({WHOLE: LastingStream(self._again(), self._failover)}, told)
         self._attempts += 1
         failed = Failed(self._request.request_id, UnavailableError.code, "it moves")
-        return _Heirs({index: self._part(index, failed) for index in self._live}, told)
+        return Heirs({index: self._part(index, failed) for index in self._live}, told)
 
     async def _prepare(self, source: LastingStream) -> None:
         """Run elsewhere than `source`, up to the first token. Raises what it fails with."""
@@ -315,7 +343,7 @@ class LastingStream(Progress):
             source._deaths += event is not None and event.code == UnavailableError.code
             raise ERRORS.get(event.code, ServerError)(event.message) if event else UnavailableError("it was closed")
 
-    def _hand_over(self, heirs: _Heirs) -> None:
+    def _hand_over(self, heirs: Heirs[LastingStream]) -> None:
         """All that the old group made was read: the others go on."""
         (_, old), self._heirs, self._mover = self._running, None, None
         old.on_leave = lambda: None
@@ -368,21 +396,3 @@ class LastingStream(Progress):
             self._overlap = Overlap({})
             self._failed = Failed(self._request.request_id, UnavailableError.code, "the next group went on otherwise")
         return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Heirs:
-    """Streams that are ready to go on with a request."""
-
-    streams: dict[int, LastingStream]
-    """Continuation -> its stream; or WHOLE -> one for all."""
-    told: dict[int, int]
-    """Continuation -> tokens of it that they know of."""
-
-    @property
-    def placement(self) -> Placement:
-        return next(iter(self.streams.values())).placement
-
-    def close(self) -> None:
-        for stream in self.streams.values():
-            stream.close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,6 +107,7 @@ class Gateway:
         )
         http, *ollama = await self._start_http()
         self.addresses = Addresses(http, await self._start_grpc(), *ollama)
+        gc.freeze()  # what is here stays: to look through all of it holds up every stream (40 ms), now and then
 
     async def state(self) -> tuple[Addresses, dict[str, str]]:
         """(where it listens, model -> why it can't be served yet)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from kvasir.cluster.call_sampling import named
 from kvasir.cluster.failover import LastingStream
@@ -130,6 +130,17 @@ class Generation:
             raise self._ended_early()
         raise StopAsyncIteration
 
+    def pour(self, put: Callable[[Sequence[tuple[int, Delta]]], None], free: Callable[[], bool]) -> None:
+        """Give deltas that come while an iteration is awaited to `put` instead, as long as it is `free`, but for the last
+        ones. The answers to several prompts aren't given away."""
+
+        def take(events: Sequence[Event]) -> None:
+            if deltas := self._feed(0, events):
+                put(deltas)
+
+        if self._merged is None:
+            self._streams[0].pour(take, free)
+
     def _feed(self, number: int, events: Sequence[Event]) -> list[tuple[int, Delta]]:
         transcript = self.transcripts[number]
         try:
@@ -143,12 +154,15 @@ class Generation:
                 self._record.finished(number, event)
         if deltas and deltas[0].token_ids:
             self._record.tokens(number)
+        found = []
         for delta in deltas:
             if delta.finish_reason == "abort":
                 raise self._ended_early()
-        for index in transcript.take_matched():
-            self._streams[number].abort(index, "stop")
-        return [(number, delta) for delta in deltas]
+            found.append((number, delta))
+        if transcript.matched:
+            for index in transcript.take_matched():
+                self._streams[number].abort(index, "stop")
+        return found
 
     def _ended_early(self) -> KvasirError:
         """It was abandoned; without a reason the server drains, or the group does."""

@@ -194,8 +194,7 @@ class GroupClient:
     def _receive(self, message: pb.GroupMessage, outbox: asyncio.Queue[pb.GatewayMessage]) -> None:
         kind = message.WhichOneof("message")
         if kind == "step":
-            for number, event in wire.step_events(message.step, self._request_id):
-                self._deliver(number, event)
+            self._take(message.step)
         elif kind == "answer":
             self._answered(message.answer)
         elif kind == "load":
@@ -226,9 +225,6 @@ class GroupClient:
             for stream in [*self._streams.values()]:
                 stream.on_leave()
 
-    def _request_id(self, number: int) -> str | None:
-        return stream.request_id if (stream := self._streams.get(number)) else None
-
     def _answered(self, answer: pb.Answer) -> None:
         if stream := self._streams.get(answer.number):
             error = wire.decode_error(answer.error) if answer.HasField("error") else None
@@ -236,13 +232,21 @@ class GroupClient:
                 self._failed_at = time.monotonic()
             stream._answered(error)
 
-    def _deliver(self, number: int, event: Event) -> None:
-        stream = self._streams[number]
+    def _take(self, step: pb.Step) -> None:
+        """Each request gets at once what the step brings for it."""
+        touched: dict[int, Stream] = {}
+        for number, stream, event in wire.step_events(step, self._streams.get):
+            touched[number] = stream
+            if stream._add(event):
+                self._ended(number, event)
+        for stream in touched.values():
+            stream._deliver()
+
+    def _ended(self, number: int, event: Event) -> None:
+        """This was its last event."""
         if isinstance(event, Failed) and event.code == UnavailableError.code:
             self._failed_at = time.monotonic()
-        stream._push(event)
-        if stream.complete:
-            del self._streams[number]
+        del self._streams[number]
 
     async def _watch(self) -> None:
         """Raises when the group is silent for SILENCE_S. A turn that comes late says that our own loop was held up."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
 
 from kvasir.cluster.member import Reservation
@@ -23,11 +22,15 @@ class Stream:
         self._remaining = request.sampling.streams
         self._limit = limit
         self._send_abort = send_abort
-        self._events: deque[Event] = deque()
+        self._events: list[Event] = []
+        self._loop = asyncio.get_running_loop()
         self._wakeup: asyncio.Future[None] | None = None
-        self._answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._answer: asyncio.Future[None] = self._loop.create_future()
         self._reservation: Reservation | None = None
         self._interrupted = False
+        self.taker: Callable[[list[Event]], bool] = lambda events: False
+        """Asked to take a batch while the reader waits for one: what is to be done with it may cost less than to wake the
+        reader. False: it is the reader's."""
         self.on_leave: Callable[[], None] = lambda: None
         """Called when the group's role changes, or when it drains."""
 
@@ -53,24 +56,33 @@ class Stream:
         return self
 
     async def __anext__(self) -> Event:
-        if not self._events:
-            await self._some()
-        if self._events:
-            return self._events.popleft()
-        raise StopAsyncIteration
+        if await self.ready() is None:
+            raise StopAsyncIteration
+        return self._events.pop(0)
 
     async def batch(self) -> list[Event]:
         """All events that are here, at least one; none when the stream has ended."""
-        if not self._events:
-            await self._some()
-        events = [*self._events]
-        self._events.clear()
+        while (events := self.take()) is None:
+            await self.news()
         return events
+
+    def take(self) -> list[Event] | None:
+        """As `batch`, without waiting: None when there is nothing yet."""
+        if not self._events and self._remaining > 0:
+            if not self._interrupted:
+                return None
+            self._interrupted = False
+        events, self._events = self._events, []
+        return events
+
+    def news(self) -> asyncio.Future[None]:
+        """Done as soon as `take` may say something else."""
+        self._wakeup = self._loop.create_future()
+        return self._wakeup
 
     async def ready(self) -> Event | None:
         """The first event, once it is here: it can still be read. None: the stream has ended."""
-        if not self._events:
-            await self._some()
+        self._events = await self.batch()
         return self._events[0] if self._events else None
 
     def interrupt(self) -> None:
@@ -82,19 +94,15 @@ class Stream:
         """What was never read."""
         return [*self._events]
 
-    async def _some(self) -> None:
-        """Wait for events, for the end, or for an interruption."""
-        while not self._events and self._remaining > 0:
-            if self._interrupted:
-                self._interrupted = False
-                return
-            self._wakeup = asyncio.get_running_loop().create_future()
-            await self._wakeup
-
     def _push(self, event: Event) -> None:
         """Take an event from the group."""
+        self._add(event)
+        self._deliver()
+
+    def _add(self, event: Event) -> bool:
+        """Take one of several events, behind which `_deliver` is called. Whether it is the request's last."""
         if self._remaining <= 0:
-            return
+            return True
         if isinstance(event, Token):
             if len(self._events) >= self._limit:
                 self.abort()
@@ -106,15 +114,26 @@ class Stream:
         else:
             self._remaining = 0
         self._events.append(event)
-        if self._reservation is not None:
+        if self._reservation is not None and self._reservation.tokens:
             self._reservation.streams()
-            if self._remaining <= 0:
-                self._release()
-        self._wake()
+        if self._remaining > 0:
+            return False
+        self._release()
+        return True
+
+    def _deliver(self) -> None:
+        """The reader gets what was added, if it waits."""
+        if self._wakeup is None:
+            return
+        events, self._events = self._events, []  # what is done with them may bring more
+        if not events or not self.taker(events):
+            self._events = events
+            self._wake()
 
     def _wake(self) -> None:
-        if self._wakeup and not self._wakeup.done():
-            self._wakeup.set_result(None)
+        wakeup, self._wakeup = self._wakeup, None
+        if wakeup is not None and not wakeup.done():
+            wakeup.set_result(None)
 
     def _answered(self, error: KvasirError | None) -> None:
         """The group took the request, or refused it."""

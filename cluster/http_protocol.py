@@ -17,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from kvasir.cluster.call import request_id_from
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.error_shapes import error_body
+from kvasir.cluster.straight import LINE, CycleLine
 from kvasir.engine.errors import ClientError, KvasirError
 
 MAX_HEAD_BYTES = 64 * 2**10
@@ -166,6 +167,7 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._turn = cycle
+        cycle.scope["extensions"] = {LINE: CycleLine(cycle)}
         super()._start_asgi_task(cycle, app)
 
     def _wait(self) -> None:

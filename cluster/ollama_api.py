@@ -35,6 +35,7 @@ from kvasir.cluster.ollama_schema import (
 )
 from kvasir.cluster.reply_stream import NDJSON, stream, whole
 from kvasir.cluster.served_model import ServedModel
+from kvasir.cluster.straight import Straight
 from kvasir.cluster.vectors import PoolingCall
 from kvasir.engine.errors import KvasirError
 from kvasir.engine.info import ModelInfo
@@ -65,7 +66,8 @@ class OllamaGeneration:
             await send_json(send, 200, loaded(self._kind, ask, model.name), warning_header(ask.warnings))
             return
         headers = header_map(scope)
-        await until_gone(receive, self._answer(ask, model, scope["state"]["request_id"], headers, send, started))
+        way = Straight(scope, send)
+        await until_gone(receive, self._answer(ask, model, scope["state"]["request_id"], headers, way, started))
 
     async def _answer(
         self,
@@ -73,7 +75,7 @@ class OllamaGeneration:
         model: ServedModel,
         request_id: str,
         headers: Mapping[str, str],
-        send: Send,
+        send: Straight,
         started: float,
     ) -> None:
         sampling = {**defaults(ask.sampling), **model.sampling_defaults, **ask.sampling}

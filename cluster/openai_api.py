@@ -28,6 +28,7 @@ from kvasir.cluster.openai_schema import Ask, parse_chat, parse_completion, pars
 from kvasir.cluster.reply_stream import SSE, stream, whole
 from kvasir.cluster.service_fields import in_session
 from kvasir.cluster.stored_chats import Chats, new_answer_id
+from kvasir.cluster.straight import Straight
 from kvasir.engine.errors import KvasirError
 
 _ANTHROPIC = "anthropic-version"
@@ -69,9 +70,9 @@ class Completions:
         ask = self._parse(await read_json(scope, receive, self._max_body_bytes))
         headers = header_map(scope)
         request_id_of(scope, headers, ask.request_id)
-        await until_gone(receive, self._answer(ask, scope["state"], headers, send))
+        await until_gone(receive, self._answer(ask, scope["state"], headers, Straight(scope, send)))
 
-    async def _answer(self, ask: Ask, state: Mapping[str, Any], headers: Mapping[str, str], send: Send) -> None:
+    async def _answer(self, ask: Ask, state: Mapping[str, Any], headers: Mapping[str, str], send: Straight) -> None:
         generation = await self._desk.begin(ask.call, state["request_id"], in_session(headers, ask.session))
         try:
             reply = self._make_reply(ask, generation, new_answer_id(ask, state["request_id"]), self._role)

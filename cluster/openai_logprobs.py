@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from kvasir.engine.event import TokenLogprob
@@ -12,6 +12,7 @@ LOWEST = -9999.0
 """In place of minus infinity, which JSON doesn't have."""
 
 Json = dict[str, Any]
+Shown: TypeAlias = "Callable[[int], tuple[str, list[int]]]"
 Scores: TypeAlias = "Sequence[TokenLogprob | None] | None"
 
 
@@ -19,22 +20,23 @@ class ChatLogprobs:
     """choice.logprobs of chats: one object per token, `top` alternatives each."""
 
     def __init__(self, tokenizer: Tokenizer | None, top: int) -> None:
-        self._tokenizer = tokenizer
+        self._shown: Shown = tokenizer.shown if tokenizer else lambda token: (token_text(None, token), [])
         self._top = top
 
     def json(self, ids: Sequence[int], scores: Scores) -> Json | None:
         if scores is None:
             return None
-        content = []
+        shown, content = self._shown, []
         for token, score in zip(ids, scores, strict=False):
             if score is not None:
-                best = [self._token(other, value) for other, value in score.top[: self._top]]
-                content.append({**self._token(token, score.logprob), "top_logprobs": best})
+                best = []
+                for other, value in score.top[: self._top]:
+                    text, data = shown(other)
+                    best.append({"token": text, "logprob": max(value, LOWEST), "bytes": data})
+                text, data = shown(token)
+                value = max(score.logprob, LOWEST)
+                content.append({"token": text, "logprob": value, "bytes": data, "top_logprobs": best})
         return {"content": content, "refusal": None}
-
-    def _token(self, token: int, logprob: float) -> Json:
-        data = self._tokenizer.token_bytes(token) if self._tokenizer else b""
-        return {"token": token_text(self._tokenizer, token), "logprob": max(logprob, LOWEST), "bytes": list(data)}
 
 
 class CompletionLogprobs:

@@ -259,12 +259,14 @@ class _Frames:
         self._texts: dict[int, bytes] = {}
         self._more = b',"logprobs":null,"finish_reason":null'
         self._end = self._more + b"}" + self._tail
+        self._content_end = b"}" + self._end
 
     def content(self, index: int, text: str, token_ids: Sequence[int] | None = None) -> bytes:
         """A chat chunk with nothing but text, and the tokens it is made of."""
         if index not in self._contents:
             self._contents[index] = self._head + b'{"index":%d,"delta":{"content":' % index
-        return self._contents[index] + orjson.dumps(text) + b"}" + self._closed(token_ids)
+        end = self._content_end if token_ids is None else b"}" + self._closed(token_ids)
+        return self._contents[index] + orjson.dumps(text) + end
 
     def said(self, index: int, delta: Json) -> bytes:
         """A chat chunk with anything else."""
@@ -274,11 +276,9 @@ class _Frames:
         """A completion chunk with nothing but text, and the tokens it is made of."""
         if index not in self._texts:
             self._texts[index] = self._head + b'{"index":%d,"text":' % index
-        return self._texts[index] + orjson.dumps(text) + self._closed(token_ids)
+        return self._texts[index] + orjson.dumps(text) + (self._end if token_ids is None else self._closed(token_ids))
 
-    def _closed(self, token_ids: Sequence[int] | None) -> bytes:
-        if token_ids is None:
-            return self._end
+    def _closed(self, token_ids: Sequence[int]) -> bytes:
         return self._more + b',"token_ids":' + orjson.dumps(token_ids) + b"}" + self._tail
 
     def chunk(self, choice: Mapping[str, Any], extra: Mapping[str, Any] = {}) -> bytes:

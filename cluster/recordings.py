@@ -93,6 +93,14 @@ class Recording:
         self.running = True
         self._task = asyncio.get_running_loop().create_task(self._record(source))
 
+    def add(self, events: Sequence[bytes]) -> None:
+        """What its source brings beside what is read of it."""
+        self._events += events
+        grown = sum(map(len, events))
+        self.size += grown
+        self._recordings.grown(self, grown)
+        self._wake()
+
     def check(self, after: int) -> None:
         """Raise unless it can be read from behind event number `after`."""
         if after > self.count:
@@ -137,7 +145,7 @@ class Recording:
     async def _record(self, source: AsyncIterator[Sequence[bytes]]) -> None:
         try:
             async for events in source:
-                self._take(events)
+                self.add(events)
         except KvasirError as error:
             self._error = error
         except Exception:  # readers mustn't wait for ever, whatever happened
@@ -148,13 +156,6 @@ class Recording:
             self._wake()
             self.on_end()
             self._start_timer()
-
-    def _take(self, events: Sequence[bytes]) -> None:
-        self._events += events
-        grown = sum(map(len, events))
-        self.size += grown
-        self._recordings.grown(self, grown)
-        self._wake()
 
     def _wake(self) -> None:
         waiting, self._waiting = self._waiting, []

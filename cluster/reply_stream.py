@@ -13,6 +13,7 @@ from starlette.types import Send
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.http_front import send_json, warning_header
 from kvasir.cluster.recordings import RESUMABLE, STREAM_ID, Recording
+from kvasir.cluster.straight import Straight
 from kvasir.engine.errors import KvasirError
 from kvasir.engine.transcript import Delta
 
@@ -49,7 +50,7 @@ async def whole(
 async def stream(
     generation: Generation,
     reply: Frames,
-    send: Send,
+    send: Straight,
     headers: Headers,
     failed: Callable[[KvasirError], bytes],
     keep: Keep | None = None,
@@ -64,13 +65,20 @@ async def stream(
         await play(recording, 0, send, headers)
         return
     begun = False
+
+    def put(deltas: Sequence[tuple[int, Delta]]) -> None:
+        if (frames := reply.frames(deltas)) and send.line is not None:
+            send.line.write(frames)
+
     try:
         async for deltas in generation:
             if not begun:
                 await _start(send, recording, headers)
                 begun = True
+                if send.line is not None:
+                    generation.pour(put, send.line.free)
             if frames := reply.frames(deltas):
-                await send({"type": "http.response.body", "body": frames, "more_body": True})
+                await send.chunk(frames)
         last = reply.closing()
         if keep is not None:
             await keep()
@@ -81,14 +89,14 @@ async def stream(
     await send({"type": "http.response.body", "body": last})
 
 
-async def play(recording: Recording, after: int, send: Send, headers: Headers) -> None:
+async def play(recording: Recording, after: int, send: Straight, headers: Headers) -> None:
     """The events behind number `after`, those that are there and those to come."""
     last = b""
     await _start(send, recording, headers)
     try:
         async with aclosing(recording.read(after)) as batches:
             async for events in batches:
-                await send({"type": "http.response.body", "body": b"".join(events), "more_body": True})
+                await send.chunk(b"".join(events))
     except KvasirError as error:
         last = recording.failed(error)
     await send({"type": "http.response.body", "body": last})
@@ -103,15 +111,20 @@ async def _events(
     generation: Generation, reply: Frames, sse: bool, keep: Keep | None
 ) -> AsyncIterator[Sequence[bytes]]:
     """The answer event by event, each server-sent one with its number."""
-    count = 0
+    recording = generation.recording
+
+    def put(deltas: Sequence[tuple[int, Delta]]) -> None:
+        if events := _cut(reply.frames(deltas), sse, recording.count):
+            recording.add(events)
+
+    generation.pour(put, lambda: True)
     async for deltas in generation:
-        if events := _cut(reply.frames(deltas), sse, count):
-            count += len(events)
+        if events := _cut(reply.frames(deltas), sse, recording.count):
             yield events
     closing = reply.closing()
     if keep is not None:
         await keep()
-    yield _cut(closing, sse, count)
+    yield _cut(closing, sse, recording.count)
 
 
 def _cut(frames: bytes, sse: bool, count: int) -> list[bytes]:

@@ -15,6 +15,7 @@ from kvasir.cluster.reply_stream import SSE, UNBUFFERED, stream
 from kvasir.cluster.responses import Responses
 from kvasir.cluster.responses_schema import ResponseAsk, parse_compaction, parse_input_tokens, parse_response
 from kvasir.cluster.stored_routes import found_route, lookup_of
+from kvasir.cluster.straight import Straight
 from kvasir.engine.errors import ClientError
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -29,9 +30,9 @@ class CreateResponse:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         ask = parse_response(await read_json(scope, receive, self._max_body_bytes))
-        await until_gone(receive, self._answer(ask, _caller(scope, ask), send))
+        await until_gone(receive, self._answer(ask, _caller(scope, ask), Straight(scope, send)))
 
-    async def _answer(self, ask: ResponseAsk, caller: Caller, send: Send) -> None:
+    async def _answer(self, ask: ResponseAsk, caller: Caller, send: Straight) -> None:
         async with self._responses.begun(ask, caller) as begun:
             warnings, generation = warning_header(begun.warnings), begun.generation
             if not ask.stream:
@@ -82,7 +83,7 @@ class GetResponse:
             return
         stored = await self._responses.streamed(lookup)
         after = _number(lookup.query, "starting_after", -1)
-        await until_gone(receive, _follow(self._responses.background, stored.id, after, send, ()))
+        await until_gone(receive, _follow(self._responses.background, stored.id, after, Straight(scope, send), ()))
 
 
 async def _send(send: Send, answer: Answer) -> None:
@@ -90,12 +91,11 @@ async def _send(send: Send, answer: Answer) -> None:
     await send_json(send, 200, answer.body, [*warning_header(answer.warnings), *timing])
 
 
-async def _follow(background: Background, response_id: str, after: int, send: Send, headers: Headers) -> None:
+async def _follow(background: Background, response_id: str, after: int, send: Straight, headers: Headers) -> None:
     """Send the events behind number `after`, those too that are still to come."""
     await send({"type": "http.response.start", "status": 200, "headers": [SSE, *headers, *UNBUFFERED]})
     async for parts in background.follow(response_id, after):
-        body = b"".join(part.data for part in parts)
-        await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send.chunk(b"".join(part.data for part in parts))
     await send({"type": "http.response.body", "body": b""})
 
 

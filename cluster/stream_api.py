@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from kvasir.cluster.http_front import header_map, send_json, until_gone
 from kvasir.cluster.recordings import Recordings, StreamNotFoundError
 from kvasir.cluster.reply_stream import NDJSON, SSE, play
+from kvasir.cluster.straight import Straight
 from kvasir.engine.errors import ClientError
 
 FindGateway = Callable[[str], Awaitable["str | None"]]
@@ -50,7 +51,8 @@ class Streams:
         else:
             after = _after(scope, headers.get("last-event-id"))
             recording = self._recordings.resumed(stream_id, after, headers, _KINDS)
-            await until_gone(receive, play(recording, after, send, [(b"content-type", recording.kind)]))
+            head = [(b"content-type", recording.kind)]
+            await until_gone(receive, play(recording, after, Straight(scope, send), head))
 
 
 def _after(scope: Scope, last_event_id: str | None) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, Protocol, TypeVar, cast, get_args
 
 from google.protobuf.message import Message
 
@@ -37,7 +37,16 @@ STALL_S = 60.0
 """A step loop without a turn for this long hangs: the longest honest step (a chunk of a big model on a slow CPU, or
 a kernel compiled on first use) takes seconds."""
 
+
+class Named(Protocol):
+    """A request, as whoever waits for its events knows it."""
+
+    @property
+    def request_id(self) -> str: ...
+
+
 M = TypeVar("M", bound=Message)
+N = TypeVar("N", bound=Named)
 _TIMES = [field.name for field in fields(Timing)]
 
 
@@ -123,9 +132,9 @@ def add_event(step: pb.Step, number: int, event: Event) -> None:
         )
 
 
-def step_events(step: pb.Step, name: Callable[[int], str | None]) -> Iterator[tuple[int, Event]]:
-    """(number, event) of the requests whose id `name(number)` still knows; each request's events keep their order."""
-    numbers, indexes, ids = step.numbers[:], step.indexes[:], step.token_ids[:]  # lists, at once
+def step_events(step: pb.Step, known: Callable[[int], N | None]) -> Iterator[tuple[int, N, Event]]:
+    """(number, request, event) of the requests that are still `known` by their numbers; each one's events keep their order."""
+    numbers, indexes, ids = step.numbers[:], step.indexes[:], tuple(step.token_ids[:])  # at once
     if not len(numbers) == len(indexes) == len(ids):
         raise ValueError(f"a step with {len(numbers)}, {len(indexes)} and {len(ids)} rows in its columns")
     start, rows = 0, len(numbers)
@@ -133,12 +142,12 @@ def step_events(step: pb.Step, name: Callable[[int], str | None]) -> Iterator[tu
         number, index, end = numbers[start], indexes[start], start + 1
         while end < rows and numbers[end] == number and indexes[end] == index:
             end += 1
-        if (request_id := name(number)) is not None:
-            yield number, Token(request_id, index, tuple(ids[start:end]))
+        if (request := known(number)) is not None:
+            yield number, request, Token(request.request_id, index, ids[start:end])
         start = end
     for message in step.events:
-        if (request_id := name(message.number)) is not None:
-            yield message.number, _decode_event(message, request_id)
+        if (request := known(message.number)) is not None:
+            yield message.number, request, _decode_event(message, request.request_id)
 
 
 def encode_error(error: KvasirError) -> pb.Error:
@@ -186,14 +195,16 @@ def _encode_fields(message: M, source: object) -> M:
     """Copy the attributes that `message` has fields for."""
     for name in message.DESCRIPTOR.fields_by_name:
         value = getattr(source, name)
-        if isinstance(value, dict):
+        if value is None:
+            continue
+        if isinstance(value, (int, float, str, bytes)):  # most of them
+            setattr(message, name, value)
+        elif isinstance(value, dict):
             getattr(message, name).update(value)
-        elif isinstance(value, (tuple, list)):
-            getattr(message, name).extend(value)
-        elif name in NESTED and value is not None:
+        elif name in NESTED:
             _encode_fields(getattr(message, name), value)
         else:
-            _set(message, **{name: value})
+            getattr(message, name).extend(value)
     return message
 
 

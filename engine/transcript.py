@@ -89,7 +89,8 @@ class Transcript:
         self._made = (
             [Output(index) for index in range(sampling.streams)] if sampling.streams > sampling.n else self.outputs
         )
-        self._matched: list[int] = []
+        self.matched: list[int] = []
+        """What the next `take_matched` returns."""
         self.prompt_logprobs: Sequence[TokenLogprob | None] | None = None
         self.cached_tokens = 0
         self._stop_ids = frozenset(sampling.stop_token_ids)
@@ -129,14 +130,12 @@ class Transcript:
             if delta is not None:
                 before = deltas.get(event.index)
                 deltas[event.index] = _merged(before, delta) if before else delta
-        found = list(deltas.values())
-        self._matched += [delta.index for delta in found if delta.stop_reason.__class__ is str]
-        return found if self._made is self.outputs else self._choose()
+        return list(deltas.values()) if self._made is self.outputs else self._choose()
 
     def take_matched(self) -> list[int]:
         """Continuations that a stop string ended since the last time, which the engine doesn't know: abort them with reason
         "stop"."""
-        matched, self._matched = self._matched, []
+        matched, self.matched = self.matched, []
         return matched
 
     def _choose(self) -> list[Delta]:
@@ -195,7 +194,10 @@ class Transcript:
     def _noted(self, output: Output, delta: Delta) -> Delta:
         if delta.text:
             output.chunks.append(delta.text)
-        output.finish_reason, output.stop_reason = delta.finish_reason, delta.stop_reason
+        if delta.finish_reason is not None:
+            output.finish_reason, output.stop_reason = delta.finish_reason, delta.stop_reason
+            if delta.matched:
+                self.matched.append(delta.index)
         return delta
 
 
@@ -219,6 +221,8 @@ class _Writer:
 
     def write(self, ids: Sequence[int]) -> tuple[str, int, str | None]:
         """(text, tokens that count, stop string found). Tokens behind a stop string don't count."""
+        if self._stops is None and self._aside is None and self._ends.isdisjoint(ids):  # nothing to look for
+            return self._stream.push(ids), len(ids), None
         text = ""
         for position, token in enumerate(ids):
             if self._aside is not None:

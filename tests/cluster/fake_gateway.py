@@ -138,7 +138,7 @@ class FakeGroup:
                 stream._push(Failed(name, "unavailable", "the group died"))
             for index in [*live]:
                 token = outputs[index][step]
-                stream._push(self._token(request, index, step, token))
+                stream._add(self._token(request, index, step, token))
                 if reason := self._reason(request, step, token, len(outputs[index])):
                     live.discard(index)
                     stop = token if reason == "stop" else None
@@ -149,7 +149,8 @@ class FakeGroup:
                         "output_tokens": step + 1,
                         **dict(zip(("drafted", "accepted"), self.drafts, strict=True)),
                     }
-                    stream._push(Finished(name, index, reason, stop, **counts, timing=timing))
+                    stream._add(Finished(name, index, reason, stop, **counts, timing=timing))
+            stream._deliver()
             if not live:
                 return
 

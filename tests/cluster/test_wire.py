@@ -108,7 +108,8 @@ def test_events_survive():
     step = pb.Step()
     for event in EVENTS:
         wire.add_event(step, 3, event)
-    assert list(wire.step_events(sent(step), {3: "a"}.get)) == [(3, event) for event in EVENTS]
+    known = Request(request_id="a", prompt_token_ids=[1], sampling=SamplingParams())
+    assert list(wire.step_events(sent(step), {3: known}.get)) == [(3, known, event) for event in EVENTS]
 
 
 def test_events_of_unknown_requests_are_left_out():
@@ -116,7 +117,8 @@ def test_events_of_unknown_requests_are_left_out():
     wire.add_event(step, 1, EVENTS[0])
     wire.add_event(step, 2, EVENTS[0])
     wire.add_event(step, 2, EVENTS[-1])
-    assert [number for number, _ in wire.step_events(step, {1: "a"}.get)] == [1]
+    known = Request(request_id="a", prompt_token_ids=[1], sampling=SamplingParams())
+    assert [number for number, _, _ in wire.step_events(step, {1: known}.get)] == [1]
 
 
 def test_plain_tokens_are_small():
