@@ -15,9 +15,10 @@ TopLogprobs = Sequence[tuple[int, float]]
 """(token id, natural log probability), most likely first."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, as Token
 class TokenLogprob:
-    """Log probability of one token under the model's raw distribution, its rank (1 = most likely) and the best few."""
+    """Log probability of one token under the model's raw distribution, its rank (1 = most likely) and the best few. Not to
+    be changed."""
 
     logprob: float
     rank: int
