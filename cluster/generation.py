@@ -144,11 +144,11 @@ class Generation:
     def _feed(self, number: int, events: Sequence[Event]) -> list[tuple[int, Delta]]:
         transcript = self.transcripts[number]
         try:
-            with named(self._known_as):
-                deltas = transcript.feed(events)
+            deltas = transcript.feed(events)
         except KvasirError as error:
             self.error = error.code
-            raise
+            with named(self._known_as):
+                raise
         for event in events:
             if isinstance(event, Finished):
                 self._record.finished(number, event)
