@@ -25,21 +25,26 @@ Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.int32]
 ALONE_S = 3e-4
 """Masks that take one thread no longer are made by it alone."""
+RENEWED = 64
+"""A grammar is compiled anew for a sequence when it has said so many tokens more."""
 WORKERS = min(32, usable_cores() * 4 // 5)
 """Threads that make the others; where it is one, that has to be woken first, the thread that asks is sooner done."""
 
 
 class Constraint:
-    """`begin` makes the grammar's state, once the thoughts are over; None: there are thoughts alone to watch.
+    """`begin` gives the compiled grammar, once the thoughts are over, and another than the one it is told; None: there are
+    thoughts alone to watch.
 
     End tokens are allowed exactly where the grammar may end, from min_tokens on. Where nothing else is allowed the
     sequence is over whatever min_tokens and ignore_eos say: `over` is set, and `end` (the model's own end) is what is
     sampled if that is so from the start.
     """
 
-    __slots__ = ("_begin", "_end", "_left", "_stops", "ends", "matcher", "over", "thinking", "why")
+    __slots__ = (
+        "_begin", "_end", "_grammar", "_left", "_renewed", "_said", "_stops", "ends", "matcher", "over", "thinking", "why",
+    )  # fmt: skip
 
-    def __init__(self, new: NewSequence, begin: Callable[[], LLMatcher] | None, end: int) -> None:
+    def __init__(self, new: NewSequence, begin: Callable[[LLMatcher | None], LLMatcher] | None, end: int) -> None:
         self.matcher: LLMatcher | None = None
         """Of the answer; before it is known that there are no thoughts, too."""
         self.over = False
@@ -47,12 +52,18 @@ class Constraint:
         """Why no token can be chosen any more, when the grammar's limits are exceeded."""
         self.thinking = Thinking(new.sampling.thoughts) if new.sampling.thoughts is not None else None
         self._begin, self._end = begin, end
+        self._grammar: LLMatcher | None = None
+        """What `matcher` is a copy of."""
+        self._said: list[int] = []
+        """What `matcher` has taken in."""
+        self._renewed = -RENEWED
+        """Tokens of these when the grammar was compiled anew."""
         self._stops = tuple(new.stop_token_ids)
         self.ends = ends_of(end, self._stops)
         self._left = new.sampling.min_tokens
         """Outputs that are missing before it may end."""
         if begin is not None and (self.thinking is None or self.thinking.opening):
-            self.matcher = begin()
+            self._open()
         for token in new.token_ids[new.prompt_len :]:
             self.advance(token)
 
@@ -92,11 +103,11 @@ class Constraint:
             return
         answer = self.thinking.advance(token)
         if self.thinking.inside:
-            self.matcher = None
+            self.matcher, self._said = None, []
         elif self.thinking.over and self.matcher is None and self._begin is not None:
-            self.matcher = self._begin()
-        if self.matcher is not None:
-            for one in answer:
+            self._open()
+        for one in answer:
+            if self.matcher is not None:
                 self._consume(self.matcher, one)
 
     def fitting(self, drafted: Sequence[int]) -> int:
@@ -127,8 +138,7 @@ class Constraint:
         if not matcher.try_consume_tokens([token]):
             return False
         self._left -= 1
-        if matcher.is_stopped():
-            self._stop(matcher)
+        self._took(matcher, token)
         return True
 
     def fits(self, token: int) -> bool:
@@ -141,6 +151,12 @@ class Constraint:
         if token == self._end or token in self._stops:
             return token in self._stops and self.may_end
         return self.matcher is None or self.matcher.validate_tokens([token]) == 1
+
+    def fill(self, words: Words) -> None:
+        """The whole mask words[W]."""
+        if self.lexing is not None:
+            self.lexing.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        self.close(words)
 
     def close(self, words: Words) -> None:
         """Of the library's mask words[W], or one of zeros: what else holds, ends where they may be, and at least one token."""
@@ -155,21 +171,45 @@ class Constraint:
         if self.thinking is not None and self.thinking.opening:
             _set(words, self.thinking.first)
 
+    def renew(self) -> bool:
+        """Go on with a grammar that is compiled anew, where this one is. False: that doesn't help.
+
+        All copies of a grammar share the states that their lexer came to, whatever the sequence, and the limit of these: what
+        has been asked for often enough goes beyond it, though each sequence alone stays far below."""
+        if len(self._said) < self._renewed + RENEWED:
+            return False
+        spent, said, self._renewed = self.matcher, self._said, len(self._said)
+        self._open(self._grammar)
+        if self.matcher is not None and self.matcher.try_consume_tokens(said) == len(said):
+            self._said = said
+            return True
+        self.matcher, self._said = spent, said
+        return False
+
+    def _open(self, spent: LLMatcher | None = None) -> None:
+        """Stand at the grammar's beginning."""
+        assert self._begin is not None
+        self._grammar = self._begin(spent)
+        self.matcher, self._said = self._grammar.deep_copy(), []
+
     def _consume(self, matcher: LLMatcher, token: int) -> None:
         if token == self._end or (token in self._stops and matcher.is_accepting()):
             self.over = True
-            return
-        if not matcher.consume_token(token):
-            self.why = f"structured output: {matcher.get_error() or f'token {token} does not fit the grammar'}"
-        elif matcher.is_stopped():
-            self._stop(matcher)
-
-    def _stop(self, matcher: LLMatcher) -> None:
-        """It takes no more tokens: the grammar is over, or has left its limits."""
-        if matcher.is_error():
-            self.why = f"structured output: {matcher.get_error()}"
+        elif matcher.consume_token(token):
+            self._took(matcher, token)
+        elif matcher.is_error() and self.renew() and self.matcher is not None:
+            self._consume(self.matcher, token)
         else:
+            self.why = f"structured output: {matcher.get_error() or f'token {token} does not fit the grammar'}"
+
+    def _took(self, matcher: LLMatcher, token: int) -> None:
+        self._said.append(token)
+        if not matcher.is_stopped():
+            return
+        if not matcher.is_error():
             self.over = True
+        elif not self.renew():
+            self.why = f"structured output: {matcher.get_error()}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,6 +263,9 @@ class Ends:
         if matcher.is_accepting():
             _set(mask, self.end)
         elif matcher.is_error():  # the library says so by the model's end, at which the sequence would seem to be whole
+            if constraint.renew():
+                constraint.fill(mask)
+                return
             constraint.why = f"structured output: {matcher.get_error()}"
             self.bar(mask)
 

@@ -163,8 +163,9 @@ class Grammars:
         if not found.uses and found.begun is None:  # its turn hasn't come; who is told so may take locks
             found.future.cancel()
 
-    def matcher(self, wanted: StructuredOutput) -> LLMatcher:
-        """A sequence's own state, at the grammar's beginning. Where nobody holds it, as on ranks apart, it is compiled now."""
+    def compiled(self, wanted: StructuredOutput, spent: LLMatcher | None = None) -> LLMatcher:
+        """The grammar's beginning, to be copied: another than `spent`, whose copies have gone beyond its limits together. Where
+        nobody holds it, as on ranks apart, it is compiled now."""
         with self._lock:
             found = self._used.get(wanted) or self._kept.get(wanted)
         if found is None:
@@ -174,7 +175,11 @@ class Grammars:
                 self._keep(wanted, found)
         compiled = found.future.result()
         assert compiled is not None
-        return compiled.deep_copy()
+        if compiled is spent:
+            renewed: Future[LLMatcher | None] = Future()
+            renewed.set_result(compiled := self._compile(wanted))
+            found.future = renewed
+        return compiled
 
     def _keep(self, wanted: StructuredOutput, found: Grammar) -> None:
         self._kept[wanted] = found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -177,7 +178,7 @@ class Rank:
             limited = thoughts is not None and thoughts.budget is not None
             return Constraint(new, None, -1) if limited else None
         assert grammars is not None, "a grammar is asked of a rank that was made without any"
-        return Constraint(new, lambda: grammars.matcher(wanted), grammars.vocabulary().eos_token_id)
+        return Constraint(new, partial(grammars.compiled, wanted), grammars.vocabulary().eos_token_id)
 
     def _pool(self, slices: Sequence[Slice], rows: Rows) -> dict[int, Sequence[float]]:
         assert self.pooler is not None, "a vector is wanted of a model that was loaded without a pooler"
