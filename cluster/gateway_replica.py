@@ -107,7 +107,7 @@ class Gateway:
         )
         http, *ollama = await self._start_http()
         self.addresses = Addresses(http, await self._start_grpc(), *ollama)
-        gc.freeze()  # what is here stays: to look through all of it holds up every stream (40 ms), now and then
+        gc.freeze()  # what is here stays: to look through all of it now and then would hold up every stream (0.26 s)
 
     async def state(self) -> tuple[Addresses, dict[str, str]]:
         """(where it listens, model -> why it can't be served yet)."""
