@@ -185,13 +185,13 @@ class Decoder(nn.Module):
         if self._stack is None or self._stack[0] is not cache:
             self._stack = cache, stack_of(self, cache)
         stack = self._stack[1]
-        if stack is None:
+        all_rows = rows is None or not self.share.last or len(rows) == len(x)
+        count = len(self.share.layers) - (not all_rows)
+        if stack is None or not count:
             return x, None, 0
         if cache.awaited is not None:
             for layer in self.share.layers:
                 cache.awaited(layer)
-        all_rows = rows is None or not self.share.last or len(rows) == len(x)
-        count = len(self.share.layers) - (not all_rows)
         angles = [positional[rope] for rope in self.turnings]
         if self.mesh.meeting is not None:
             self.mesh.traffic.note(x, self.mesh.place.tp - 1, 2 * count)

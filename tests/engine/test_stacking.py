@@ -63,8 +63,10 @@ def test_same_bits_in_any_batch(kind: str, in_chunks: Any, monkeypatch: pytest.M
             assert torch.equal(found, expected)
 
 
-def test_only_wanted_rows_leave_the_last_layer(ragged: Any) -> None:
-    decoder = made(SPEC)
+@pytest.mark.parametrize("layers", [1, 3])
+def test_only_wanted_rows_leave_the_last_layer(layers: int, ragged: Any) -> None:
+    """Which may be the only one, of a model or of a stage."""
+    decoder = made(replace(SPEC, layers=SPEC.layers[:layers]))
     cache = KVCache(decoder.spec, 8, 16, torch.bfloat16, CPU)
     step, tokens = ragged([([1, 3], 0, 20), ([5], 0, 9)], 16), torch.arange(29)
     every = decoder(tokens, step, cache, torch.arange(29))
