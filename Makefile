@@ -45,10 +45,10 @@ test: venv  ## all tests
 test-fast: venv  ## the tests that need no Ray and take no ten seconds
 	$(PYTEST) -m 'not ray and not slow' $(FAST)
 
-fuzz: venv  ## fuzz all parsers and routes, SECONDS (60) each of about 70
+fuzz: venv  ## fuzz all parsers and routes, SECONDS (60) each of about 70; draw more in tests
 	$(BIN)/python tests/fuzz/run.py --seconds $(or $(SECONDS),60)
 	KVASIR_FUZZ_EXAMPLES=100 $(PYTEST) -q tests/cluster/test_schemathesis.py
-	KVASIR_FUZZ_EXAMPLES=1000 $(PYTEST) -q $$(grep -rl 'import examples' tests --include 'test_*.py')
+	KVASIR_FUZZ_EXAMPLES=300 $(PYTEST) -q $$(grep -rl 'import examples' tests --include 'test_*.py')
 
 lint: venv  ## ruff and mypy
 	$(BIN)/ruff check
