@@ -73,6 +73,8 @@ class Call:
     """Thoughts are asked for: a model that has none is refused."""
     thinking_budget: int | None = None
     """Tokens after which the model's thoughts are ended; None: no limit."""
+    reads: str = ""
+    """The field that wants a prompt's tokens as text, which a model without a tokenizer can't tell; empty: none does."""
 
     @property
     def operation(self) -> str:

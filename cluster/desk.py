@@ -137,6 +137,8 @@ class Desk:
         with self._opening(model, span):
             if not begun:
                 self._check_open()
+            if call.reads:
+                model.need_tokenizer(call.reads)
             generation = await self._begin(call, model, request_id, headers, span, recording, started)
         self._running.add(generation)
         recording.on_end, recording.on_cancel = lambda: self.end(generation), generation.abandon

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import re
@@ -69,7 +70,7 @@ class Group:
         self._endpoint: Endpoint | None = None
         self._failed_starts = 0
         if (failure := await self._start()) is not None:
-            change = "correct that, then start again" if failure.final else "see above; rank 0 logged the traceback"
+            change = "see above; rank 0 logged the traceback" if failure.logged else "correct that, then start again"
             raise GroupError(block(f"model {name!r} could not be started", failure.why, change))
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
@@ -223,7 +224,7 @@ class Group:
             for rank, run in self._runs.items()
             if run.done() and not run.cancelled() and isinstance(run.exception(), RayActorError)
         ]
-        return Failure("\n".join([failure.why, *deaths]), failure.final)
+        return dataclasses.replace(failure, why="\n".join([failure.why, *deaths]))
 
 
 def _kill_stopped(pid: int) -> None:

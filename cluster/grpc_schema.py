@@ -48,6 +48,7 @@ def ask_of_generate(request: pb.GenerateRequest) -> Ask:
         max_tokens=GENERATE_MAX_TOKENS,
         priority=_priority(request),
         cache_salt=request.cache_salt,
+        reads="echo" if request.echo else "",
     )
     return Ask(call=call, echo=request.echo, no_output=no_output, **_shape(request))
 

@@ -343,7 +343,7 @@ def going_on(conversation: Conversation, role: str) -> tuple[str, str]:
 
 
 def prompt_text(generation: Generation, number: int) -> str:
-    """What `echo` puts before an output. ClientError when the model has no text for its tokens."""
+    """What `echo` puts before an output."""
     request = generation.requests[number]
     tokenizer = generation.model.need_tokenizer("echo")
     return tokenizer.decode(request.prompt_token_ids, request.sampling.skip_special_tokens)

@@ -123,7 +123,8 @@ def parse_completion(body: Mapping[str, Any]) -> Ask:
         raise ClientError("echo can't be combined with suffix: the prompt isn't all that is read", param="echo")
     prompts = _prompts(fields.get("prompt"), fields.get("add_special_tokens", not suffix), suffix)
     names = known_as(fields)
-    call = Call(prompts=prompts, sampling=sampling, max_tokens=COMPLETION_MAX_TOKENS, known_as=names, **_common(fields))
+    reads, most = "echo" if echo else "", COMPLETION_MAX_TOKENS
+    call = Call(prompts=prompts, sampling=sampling, max_tokens=most, known_as=names, reads=reads, **_common(fields))
     return Ask(call=call, logprobs=logprobs, echo=echo, no_output=no_output, **_shape(fields, warnings))
 
 
@@ -239,6 +240,9 @@ def _conversation(fields: Mapping[str, Any]) -> Conversation:
     messages = fields.get("messages")
     if not messages:
         raise ClientError("messages must be a list of at least one message", param="messages")
+    for number, message in enumerate(messages):
+        if not isinstance(name := message.get("name"), str | None):
+            raise ClientError(f"messages[{number}].name must be a text, got {name!r:.60}", param="messages")
     variables = fields.get("chat_template_kwargs", {})
     check_variables(variables, "chat_template_kwargs")
     variables = {**thinking_variables(fields.get("reasoning_effort"), fields.get("enable_thinking")), **variables}

@@ -66,10 +66,12 @@ def lead_engine(hub: Hub, config: EngineConfig, deliver: Callable[[Sequence[Even
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a rank could not start, or ended. `final`: the configuration is to blame, it would end so again."""
+    """Why a rank could not start, or ended. `final`: the configuration is to blame, it would end so again. `logged`: the rank's
+    log has the traceback."""
 
     why: str
     final: bool = False
+    logged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,7 @@ class RankActor:
         except KvasirError as error:
             return Failure(_with_param(error), final=not isinstance(error, ServerError))
         except Exception as error:  # the process's one broad handler: whatever it is, the coordinator must hear of it
-            return Failure(explain(error))
+            return Failure(explain(error), logged=True)
 
     async def run(self) -> Failure:
         """Returns when the engine has failed or hangs; the process has to be replaced then."""
@@ -138,7 +140,7 @@ class RankActor:
                     return Failure(str(self._hub.failure))
             if time.monotonic() - self._engine.heartbeat > wire.STALL_S:
                 return Failure(f"the step loop made no turn for {wire.STALL_S:.0f} s")
-        return Failure(explain(self._engine.failure))
+        return Failure(explain(self._engine.failure), logged=True)
 
     async def set_role(self, role: Role) -> None:
         """What the group is for from now on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 import uuid
@@ -21,7 +22,7 @@ from kvasir.cluster.stored_routes import changed_route, found_route
 Json = dict[str, Any]
 _KIND: Kind = "chat.completion"
 MAX_UPDATE_BYTES = 65536
-_LABEL = re.compile(r"metadata\[(.+)\]")
+_LABEL = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 
 
 class Whole(Protocol):
@@ -103,12 +104,22 @@ async def nothing_kept() -> str:
 
 
 def _in_one(message: Json) -> Json:
-    """A message whose content was sent in parts: they stand beside the text."""
+    """A message whose content was sent in parts: they stand beside the text. Arguments of calls are texts, however they came."""
+    if isinstance(calls := message.get("tool_calls"), list):
+        message = {**message, "tool_calls": [_said(call) for call in calls]}
     parts = message.get("content")
     if not isinstance(parts, list):
         return message
     text = "".join(part.get("text") or "" for part in parts if isinstance(part, dict))
     return {**message, "content": text, "content_parts": parts}
+
+
+def _said(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or isinstance(function.get("arguments"), str | None):
+        return call
+    arguments = json.dumps(function["arguments"], ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def stored_chat_routes(chats: Chats) -> list[Route]:

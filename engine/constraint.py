@@ -210,6 +210,8 @@ class Constraint:
             self.over = True
         elif not self.renew():
             self.why = f"structured output: {matcher.get_error()}"
+        elif self.matcher is not None and self.matcher.is_stopped():
+            self.over = True
 
 
 @dataclass(frozen=True, eq=False)

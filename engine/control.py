@@ -134,9 +134,9 @@ class Hub:
         """Wait until every rank has loaded its libraries; every `note_s` it is logged which haven't. Before that nobody may wait
         for them in an exchange, whose limit counts."""
         begin = time.monotonic()
-        while not self._until(lambda: not self._asleep(), note_s):
+        while not self._until(lambda: not self._asleep(), min(note_s, begin + WAKING_S - time.monotonic())):
             late, names = time.monotonic() - begin, ", ".join(self._asleep())
-            if late > WAKING_S:
+            if late >= WAKING_S:
                 raise RankError(
                     f"{names} didn't load its libraries within {WAKING_S:.0f} s: its disk or its cores are busy"
                 )

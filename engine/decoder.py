@@ -245,7 +245,7 @@ class Decoder(nn.Module):
             if isinstance(module, Linear):
                 module.pack(invariant=invariant, room=room)
         if isinstance(self.head, Tensor) and not is_packed(self.head):
-            head = packed(self.head, invariant=invariant)
+            head = packed(self.head, invariant=invariant, room=room)
             del self.head
             self.head = head
         if not self.share.first:  # it was there for the tied head

@@ -120,11 +120,12 @@ uint64_t key_of(const uint8_t *id) {
 }
 
 // Sums of products with secret keys (Lemire and Kaser 2014, arXiv:1202.4961): nobody finds tokens that are taken for others.
-Memory::Probe probe_of(const std::vector<uint64_t> &keys, const uint8_t *before, const uint8_t *tokens, int64_t bytes) {
-  uint64_t id[2], one = keys[0] + bytes, two = keys[1];
+Memory::Probe probe_of(const std::vector<uint64_t> &keys, const uint8_t *before, const uint8_t *tokens, int64_t count,
+                      int64_t bytes) {
+  uint64_t id[2], one = keys[0] + count, two = keys[1] + bytes; // the same tokens may be blocks of another size
   std::memcpy(id, before, ID);
   const uint64_t *key = keys.data() + 2;
-  for (int64_t at = 0; at < bytes; at += 4, key++) {
+  for (int64_t at = 0; at < count * bytes; at += 4, key++) {
     uint32_t word;
     std::memcpy(&word, tokens + at, 4);
     one += key[0] * (word + uint64_t(1)), two += key[1] * (word + uint64_t(1));
@@ -136,7 +137,7 @@ Memory::Probe probe_of(const std::vector<uint64_t> &keys, const uint8_t *before,
 // from `next` on, as many, and what the tables say of a block, are on their way.
 const uint8_t *ids_of(Directory &self, const uint8_t *tokens, int64_t count, int64_t bytes, _object *list, int64_t next, int64_t end) {
   std::pair<Memory::Ids *, bool> found = {&self.last, false};
-  if (count * bytes <= 4 * self.most_words()) found = self.memory.find(probe_of(self.keys, self.before, tokens, count * bytes));
+  if (count * bytes <= 4 * self.most_words()) found = self.memory.find(probe_of(self.keys, self.before, tokens, count, bytes));
   uint8_t *ids = found.first->bytes;
   for (int64_t n = 0; n < count; n++, next += bytes / 4) {
     if (next + bytes / 4 <= end) tokens_ahead(list, next, next + bytes / 4);

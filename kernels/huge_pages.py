@@ -49,7 +49,7 @@ class Room:
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """An unfilled tensor, as the function above. It keeps its chunk alive."""
         size = math.prod(shape) * dtype.itemsize
-        if size > CHUNK or HUGE > CHUNK:
+        if size > CHUNK:
             return empty(*shape, dtype=dtype)
         if size > len(self._free):
             self._free = empty(CHUNK, dtype=torch.uint8)

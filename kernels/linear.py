@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvasir.kernels import native
+from kvasir.kernels import huge_pages, native
 from kvasir.kernels.huge_pages import Room
 
 WIDE = 32
@@ -53,7 +53,7 @@ def packed(weight: Tensor, *, invariant: bool = False, room: Room | None = None)
     19.5 (512), oneDNN 0.93, 1.74, 19.1.
     """
     if _owns(weight, invariant):
-        return _pack(weight, room or Room())
+        return _pack(weight, room)
     if not reorders(weight.dtype, weight.device):
         return weight
     out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
@@ -95,13 +95,14 @@ def _owns(weight: Tensor, invariant: bool) -> bool:
     return invariant or fast
 
 
-def _pack(weight: Tensor, room: Room) -> Packed:
+def _pack(weight: Tensor, room: Room | None) -> Packed:
     compiled, weight = native.library(), weight.detach().contiguous()
     assert compiled is not None
     outputs, inputs = weight.shape
     pairs = weight.dtype == torch.bfloat16 and native.multiplies_pairs()
     shape = (inputs // 2, WIDE, 2) if pairs else (inputs, WIDE)
-    out = room.empty(-(-outputs // WIDE), *shape, dtype=weight.dtype)
+    empty = huge_pages.empty if room is None else room.empty
+    out = empty(-(-outputs // WIDE), *shape, dtype=weight.dtype)
     kind = native.TYPES[weight.dtype]
     compiled.pack_linear(kind, weight.data_ptr(), out.data_ptr(), outputs, inputs, torch.get_num_threads())
     return Packed(out, outputs, inputs)

@@ -112,7 +112,15 @@ def test_the_border_needs_the_standard_library_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["kvasir.engine", "kvasir.engine.spoke", "kvasir.cluster.gateway", "kvasir.cluster.cli"]
+    "module",
+    [
+        "kvasir.engine",
+        "kvasir.engine.spoke",
+        "kvasir.engine.worker",
+        "kvasir.cluster.rank_actor",
+        "kvasir.cluster.gateway",
+        "kvasir.cluster.cli",
+    ],
 )
 def test_a_gateway_starts_and_a_rank_says_hello_without_torch(module: str, tmp_path: Path) -> None:
     code = f"import {module}, sys; print(*(m for m in ('torch', 'transformers', 'triton') if m in sys.modules))"

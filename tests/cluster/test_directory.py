@@ -188,6 +188,18 @@ def test_what_groups_hold_of_prompts_is_what_brute_force_finds(compiled, seed, m
             assert [{*directory._compiled.held(n, group)} for n in range(3)] == [tiers[tier] for tier in TIERS]
 
 
+def test_blocks_of_another_size_are_others(compiled):
+    """Of one version of weights, too: groups get another size one after the other."""
+    directory, tokens = BlockDirectory(), [*range(1, 1026)]
+    groups = {size: directory.join() for size in (16, 32)}
+    for size, group in groups.items():
+        directory.change(group, "device", key_list(content_ids(START, token_bytes(tokens), size)), ())
+    for _ in range(2):
+        for size, group in groups.items():
+            found = directory.found(PromptKeys(Hasher(START, size), tokens, START, 1024 // size))[0]
+            assert {other: int(found[other]) for other in groups.values() if found[other]} == {group: 1024 // size}
+
+
 def test_room_is_bounded_in_compiled_tables(compiled):
     directory = BlockDirectory(max_holdings=100)
     group, prompt = directory.join(), Asked([*range(150)])

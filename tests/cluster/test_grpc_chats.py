@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 import httpx
 import pytest
+from fake_gateway import LiveGateway, write_byte_model
 from grpc_stubs import TEXT, Stubs, named, refused
 
 from kvasir.cluster.grpc_json import as_message
@@ -47,6 +48,38 @@ def test_a_chat_that_one_door_stored_the_other_gives_out(gateway, stubs):
     assert [(one.role, one.content) for one in messages.data] == [("system", "Be."), ("user", "Hi")]
     again = chats_pb2.ListChatMessagesRequest(id=kept.id, after=messages.data[0].id, limit=1)
     assert list(stubs.chats.ListMessages(again, timeout=60).data) == [messages.data[1]]
+
+
+def test_arguments_that_http_took_as_an_object_are_text(gateway, stubs):
+    called = {"id": "a", "type": "function", "function": {"name": "f", "arguments": {"ø": 1}}}
+    said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": [called]}]
+    body = {"model": "bytes", "messages": [*said, {"role": "user", "content": "y"}], "store": True}
+    stored = httpx.post(gateway.url + "/v1/chat/completions", json=body).json()["id"]
+    messages = stubs.chats.ListMessages(chats_pb2.ListChatMessagesRequest(id=stored), timeout=60).data
+    assert messages[1].tool_calls[0].function.arguments == '{"ø": 1}'
+    body["messages"][0]["name"] = 3
+    answer = httpx.post(gateway.url + "/v1/chat/completions", json=body)
+    assert (answer.status_code, "messages[0].name must be a text" in answer.text) == (400, True)
+
+
+@pytest.mark.parametrize("label", ["a\nb", ""])
+def test_no_label_is_ignored(stubs, label):
+    chat(stubs, store=True, metadata={"a": "1"})
+    assert not stubs.chats.List(chats_pb2.ListChatsRequest(metadata={label: "1"}), timeout=60).data
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_is_not_repeated_without_a_tokenizer(tmp_path, stream):
+    """Nothing is computed for it."""
+    write_byte_model(tmp_path)
+    with LiveGateway(tmp_path, skip_tokenizer_init=True) as gateway, Stubs(gateway) as stubs:
+        body = {"model": "bytes", "prompt": [72, 73], "echo": True, "stream": stream}
+        answer = httpx.post(gateway.url + "/v1/completions", json=body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "echo")
+        asked = inference_pb2.GenerateRequest(model="bytes", echo=True, prompt_token_ids={"ids": [72, 73]})
+        with pytest.raises(grpc.RpcError, match="tokenizer"):
+            list(stubs.inference.Generate(asked, timeout=60))
+        assert not gateway.group.requests
 
 
 def test_changed_listed_and_dropped(gateway, stubs):

@@ -38,12 +38,6 @@ def quick_ranks() -> Iterator[None]:
     parent.close()
 
 
-@pytest.fixture
-def slow_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are begun as the engine does."""
-    monkeypatch.setattr(processes, "subprocess", subprocess)
-
-
 Part = tuple[Sequence[int], int, int]
 """(block table, start, count): `count` rows of a sequence from position `start`."""
 
