@@ -12,6 +12,7 @@ import torch
 from kvasir.engine import peer_wire
 from kvasir.engine.errors import UnavailableError
 from kvasir.engine.executor import Lane
+from kvasir.engine.layout import LayerGroup
 from kvasir.engine.parts import Form, Part
 from kvasir.engine.puller import Puller
 from kvasir.engine.step import Pull, Result, Step
@@ -41,7 +42,8 @@ def test_who_waits_for_a_step_behind_the_end_is_told() -> None:
 
 def test_a_fetch_whose_time_is_over_before_its_turn_is_no_fault_of_the_peer() -> None:
     part = Part(range(1), range(1))
-    puller = Puller(b"", Form(part, ((0,),), 1, 2, 16, 4, 0), (), (part,), 0, ("tcp",), torch.device("cpu"))
+    form, groups = Form(part, ((0,),), 1, 2, 16, 4, 0), (LayerGroup((0,)),)
+    puller = Puller(b"", form, groups, (part,), 0, ("tcp",), torch.device("cpu"))
     said, came = [], threading.Event()
 
     def fetched(ticket: int, blocks: int) -> None:
