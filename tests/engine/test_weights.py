@@ -148,7 +148,7 @@ from kvasir.engine.arch import load_spec
 from kvasir.engine.weights import load_decoder, weight_bytes
 from kvasir.kernels import huge_pages
 
-huge_pages.HUGE = 1 << 60  # the limit would count the addresses that their alignment skips
+huge_pages.HUGE, huge_pages.CHUNK = 1 << 60, 0  # the limit would count the addresses that these skip
 torch.set_num_threads(1)
 folder, spare = Path(sys.argv[1]), int(sys.argv[2])
 spec, cpu = load_spec(json.loads((folder / "config.json").read_text())), torch.device("cpu")
