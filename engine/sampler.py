@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from kvasir.engine.batch import Ints, send
-from kvasir.engine.constraint import Constraint, Constraints
+from kvasir.engine.constraint import Constraint
 from kvasir.engine.event import TokenLogprob
+from kvasir.engine.masks import Constraints
 from kvasir.engine.outcome import Copy
 from kvasir.engine.processors import Process, Processing
 from kvasir.engine.shaping import Shaping

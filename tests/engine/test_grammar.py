@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from kvasir.engine import LLM, SamplingParams
-from kvasir.engine.constraint import Constraint, Constraints
+from kvasir.engine.constraint import Constraint
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.grammar import CACHED, Grammar, Grammars, Vocabulary
 from kvasir.engine.grammar_queue import WAIT_LIMIT_S, Compiling
 from kvasir.engine.grammar_text import grammar_text
+from kvasir.engine.masks import Constraints
 from kvasir.engine.request import Request, StructuredOutput
 from kvasir.engine.schema import COMPILE_LIMIT_S
 from kvasir.engine.step import NewSequence
