@@ -129,7 +129,9 @@ async def some(stream, count=5):
     """Read until so many tokens came."""
     events = []
     while sum(isinstance(event, Token) for event in events) < count:
-        events += await stream.batch()
+        batch = await stream.batch()
+        assert batch, "it ended early"
+        events += batch
     return events
 
 

@@ -364,11 +364,11 @@ def test_cancellation_and_deadline_free_the_blocks(live_gateway, connect):
         assert gateway.group.running == 1
         call.cancel()
         until(lambda: not gateway.group.running)
-        error = refused(client.call, "Generate", body, timeout=0.2)
+        error = refused(client.call, "Generate", body, timeout=1.5)
         assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
         until(lambda: not gateway.group.running)
         until(lambda: not gateway.desk.running)
-        assert gateway.group.requests[-1].deadline_s < 0.3
+        assert gateway.group.requests[-1].deadline_s < 1.6
 
 
 def test_slow_client_is_cut_off(live_gateway, connect):
