@@ -339,7 +339,7 @@ def test_a_rank_that_loads_its_libraries_for_long_is_named_and_waited_for(
         hub._peers[1].awake = False
         monkeypatch.setattr(control, "WAKING_S", 0.0)
         with pytest.raises(RankError, match=r"^rank 1 \(pid \d+ on 127.0.0.1\) didn't load its libraries within 0 s"):
-            hub.all_awake(0.01)
+            hub.all_awake(600)  # a long --collective-timeout doesn't make it longer
     finally:
         hub.close()
         for spoke in spokes:
