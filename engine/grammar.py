@@ -195,7 +195,7 @@ class Grammars:
         self.on_begun(wanted)
         try:
             found.future.set_result(self._compile(wanted))
-        except Exception as error:  # whoever waits is told, whatever it is
+        except BaseException as error:  # whoever waits is told, whatever it is: the library's panics are no Exceptions
             found.future.set_exception(error)
 
     def shutdown(self) -> None:

@@ -298,6 +298,19 @@ def test_what_all_requests_with_a_grammar_have_come_to_does_not_use_up_the_limit
     assert len(compiled) > 2
 
 
+def test_a_panic_of_the_library_is_told_to_whoever_waits(llm, monkeypatch):
+    class Panic(BaseException):
+        pass
+
+    def panics(wanted):
+        raise Panic("byte 100 is within a letter")
+
+    grammars, wanted = llm.engine._grammars, StructuredOutput(regex="panic")
+    monkeypatch.setattr(grammars, "_compile", panics)
+    assert isinstance(grammars.hold(wanted).future.exception(60), Panic)
+    grammars.release(wanted)
+
+
 MIXED = [
     {"structured_outputs": StructuredOutput(json=json.dumps(PERSON))},
     {"structured_outputs": StructuredOutput(json=json.dumps(PERSON)), "repetition_penalty": 1.4},
