@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import orjson
 import uvicorn
+from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kvasir.cluster.call import request_id_from
@@ -168,7 +169,7 @@ class Connection(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._turn = cycle
         cycle.scope["extensions"] = {LINE: CycleLine(cycle)}
-        super()._start_asgi_task(cycle, app)
+        super()._start_asgi_task(cycle, _Unchunked(cycle, app) if cycle.scope["http_version"] == "1.0" else app)
 
     def _wait(self) -> None:
         """Its time begins, unless it did, or others are before it."""
@@ -231,3 +232,23 @@ class Connection(HttpToolsProtocol):
     def _disconnect(self) -> None:
         self._turn.disconnected = True
         self._turn.message_event.set()
+
+
+class _Unchunked:
+    """An application for a client of HTTP/1.0, that knows no chunks (RFC 9112, 6.1): where uvicorn would send some the body
+    goes out as it is, and ends with the connection, which it closes behind each answer to such a client."""
+
+    def __init__(self, cycle: Any, app: Any) -> None:
+        self._cycle, self._app = cycle, app
+        self._bare = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def plain(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._bare = all(name.lower() != b"content-length" for name, _ in message["headers"])
+                self._cycle.chunked_encoding = False if self._bare else None
+            elif self._bare:
+                self._cycle.expected_content_length = len(message["body"])
+            await send(message)
+
+        await self._app(scope, receive, plain)

@@ -7,6 +7,7 @@ fine. A field in no table is unknown, and named in a warning too.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -151,6 +152,7 @@ def parse_detokenize(body: Mapping[str, Any]) -> tuple[str, list[int], bool, tup
 
 _MEANT = ("guided_", "images")
 """What begins so constrains the output or is input, even if it isn't known here."""
+_EMPTY: tuple[Any, ...] = ("", [], {})
 
 
 def sort_fields(
@@ -179,15 +181,17 @@ def sort_fields(
                 advice = f"; use {instead[name]}" if name in instead else ""
                 raise UnsupportedError(_refusal(name, value, refused[name]) + advice, param=name)
         elif name.startswith(_MEANT) and name not in ignored and value != []:
-            raise UnsupportedError(_refusal(name, value, ()), param=name)
+            raise UnsupportedError(_refusal(name, value, ([],)), param=name)
         elif value not in ignored.get(name, ()):
             warnings.append(name)
     return fields, tuple(warnings)
 
 
 def _refusal(name: str, value: object, neutral: Sequence[Any]) -> str:
-    instead = f" (only {' or '.join(repr(one) for one in neutral)})" if neutral else ""
-    return f"{name} isn't supported{instead}: it would change the answer, so it isn't ignored; got {value!r:.60}"
+    empty = " or empty" if any(one in _EMPTY for one in neutral) else ""
+    said = " or ".join(json.dumps(one) for one in neutral if one not in _EMPTY)
+    advice = f"leave it out{empty}" + (f", or send {said}" if said else "")
+    return f"{name} isn't supported: it would change the answer, so it isn't ignored; got {value!r:.60}; {advice}"
 
 
 def _sampling(fields: Mapping[str, Any]) -> dict[str, Any]:

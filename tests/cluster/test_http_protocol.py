@@ -224,3 +224,39 @@ def test_a_query_that_is_no_text(gateway):
         status, text = answer(sock)
     assert status == 400
     assert '"type":"invalid_request_error"' in text
+
+
+@pytest.mark.parametrize(
+    ("body", "head"),
+    [
+        ({}, b""),
+        ({"stream": True}, b""),
+        ({"stream": True}, b"kvasir-resumable: true\r\n"),
+        ({"stream": True, "model": "none"}, b""),
+    ],
+    ids=["whole", "stream", "resumable", "refused"],
+)
+def test_an_older_client_gets_no_chunks(gateway, body, head):
+    """HTTP/1.0 has none: a stream ends where the connection does."""
+    whole = json.dumps({"model": "bytes", "prompt": "Hi", **body}).encode()
+    answers = []
+    for version in (b"HTTP/1.1\r\nConnection: close", b"HTTP/1.0\r\nConnection: keep-alive"):
+        with connect(gateway) as sock:
+            first = HEAD.replace(b"HTTP/1.1", version) + head
+            sock.sendall(first + b"Content-Length: %d\r\n\r\n" % len(whole) + whole)
+            answers.append(_rest(sock).partition("\r\n\r\n"))
+    (new, _, chunked), (old, _, bare) = answers
+    assert "transfer-encoding" not in old
+    assert "connection: close" in old
+    assert ("transfer-encoding: chunked" in new) == (body.get("stream", False) and "model" not in body)
+    assert ("content-length" in old) == ("content-length" in new)
+    if "transfer-encoding" in new:
+        chunked = "".join(line for line in chunked.split("\r\n") if not set(line) <= set("0123456789abcdef"))
+        assert bare.endswith("data: [DONE]\n\n")
+    assert [part.keys() for part in _parts(bare)] == [part.keys() for part in _parts(chunked)]
+
+
+def _parts(body):
+    """The objects of a whole answer, or of a stream."""
+    found = [line.removeprefix("data: ") for line in body.split("\n") if line.startswith(("data: {", "{"))]
+    return [json.loads(text) for text in found]

@@ -147,3 +147,21 @@ def test_a_constraint_that_nobody_knows_isn_t_ignored(name):
     for body in ({name: "x"}, {"extra_body": {name: "x"}}):
         with pytest.raises(UnsupportedError, match=name):
             parse_chat({"messages": [{"role": "user", "content": "Hi"}], **body})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "advice"),
+    [
+        ("images", ["x"], "leave it out or empty"),
+        ("documents", ["x"], "leave it out or empty"),
+        ("audio", {"voice": "a"}, "leave it out"),
+        ("separate_reasoning", False, "leave it out, or send true"),
+        ("modalities", ["audio"], 'leave it out, or send ["text"]'),
+        ("functions", [{}], "leave it out or empty; use tools and tool_choice"),
+    ],
+)
+def test_a_refusal_says_what_may_be_sent(name, value, advice):
+    with pytest.raises(UnsupportedError) as caught:
+        parse_chat({"messages": [{"role": "user", "content": "Hi"}], name: value})
+    why = "it would change the answer, so it isn't ignored"
+    assert caught.value.message == f"{name} isn't supported: {why}; got {value!r}; {advice}"
