@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 
 from kvasir.cluster.auth import ApiKeys
 from kvasir.cluster.files import NewFile, check_purpose, expires_after, find_file, pieces
-from kvasir.cluster.grpc_call import Context, calling, set_trailers
+from kvasir.cluster.grpc_call import Context, calling, set_trailers, tell
 from kvasir.cluster.grpc_json import as_message, request_body
 from kvasir.cluster.grpc_responses import lookup_of
 from kvasir.cluster.shelf import Shelf
 from kvasir.engine.errors import ClientError
 from kvasir.proto import files_pb2 as pb
 from kvasir.proto.files_pb2_grpc import BatchesServicer, FilesServicer
-
-CANCEL_S = 0.05
-"""When a client cancels, its messages end as if all had come, and the call is cancelled a moment later: what came is a part of
-the file, and isn't kept."""
 
 
 class Files(FilesServicer):
@@ -29,7 +24,7 @@ class Files(FilesServicer):
         self._keys = keys
 
     async def Upload(self, request_iterator: AsyncIterator[pb.UploadRequest], context: Context) -> pb.File:  # noqa: N802
-        async with calling(context, self._keys) as caller:
+        async with calling(context, self._keys, later=True) as caller:
             await self._shelf.store.room(0)
             self._shelf.background.start()  # keeps our lease on a file that comes slowly
             first = await anext(request_iterator, pb.UploadRequest())
@@ -45,7 +40,8 @@ class Files(FilesServicer):
                     if part.WhichOneof("part") != "data":
                         raise ClientError("every message but the first must hold data", param="data")
                     await file.write(part.data)
-                await asyncio.sleep(CANCEL_S)
+                # If the client has cancelled, its messages end as if all had come, but nothing can be sent to it any more.
+                await tell(context, caller)
                 made = await file.done(first.info.purpose, seconds, self._shelf.ttl_s)
             except BaseException:
                 await file.drop()

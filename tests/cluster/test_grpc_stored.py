@@ -15,7 +15,7 @@ from google.protobuf.struct_pb2 import Value
 from grpc_stubs import HI, TEXT, WEATHER, Stubs, ask, named, prompt_of, refused
 from waiting import until
 
-from kvasir.cluster import files, grpc_files
+from kvasir.cluster import files
 from kvasir.cluster.grpc_json import as_message
 from kvasir.engine.errors import OverloadedError
 from kvasir.proto import files_pb2, inference_pb2, responses_pb2
@@ -349,39 +349,37 @@ def test_a_stream_that_broke_goes_on(live_gateway):
         assert refused(lambda **_: wrong)[1] == "kvasir-resumable"
 
 
-def test_an_upload_that_is_cancelled_is_not_kept(gateway, stubs, monkeypatch):
-    """Its messages end as those of a whole one do."""
-    done, dropped = [], []
-    real = files.NewFile.drop
+def test_uploads_that_are_cancelled_are_not_kept(gateway, stubs, monkeypatch):
+    """Their messages may end as those of a whole one do, before it is told that they were cancelled."""
+    count, done, dropped = 20, [], []
+    real_drop, real_write = files.NewFile.drop, files.NewFile.write
 
     async def drop(self):
-        await real(self)
+        await real_drop(self)
         dropped.append(self)
 
     async def keep(self, *_):
         done.append(self)
         return {}
 
-    monkeypatch.setattr(files.NewFile, "done", keep)
-    monkeypatch.setattr(files.NewFile, "drop", drop)
-    monkeypatch.setattr(grpc_files, "CANCEL_S", 60.0)  # the machine may be busy
-    came, over = threading.Event(), threading.Event()
-
     async def write(self, data):
         await real_write(self, data)
-        came.set()
+        came.release()
 
-    real_write = files.NewFile.write
+    monkeypatch.setattr(files.NewFile, "done", keep)
+    monkeypatch.setattr(files.NewFile, "drop", drop)
     monkeypatch.setattr(files.NewFile, "write", write)
+    came, over = threading.Semaphore(0), threading.Event()
 
     def half():
         yield files_pb2.UploadRequest(info=files_pb2.FileInfo(purpose="batch", filename="a.jsonl"))
         yield files_pb2.UploadRequest(data=b"{")
         over.wait(60)
 
-    call = stubs.files.Upload.future(half(), timeout=60)
-    assert came.wait(60)
-    call.cancel()
-    until(lambda: dropped or done)
+    calls = [stubs.files.Upload.future(half(), timeout=60) for _ in range(count)]
+    assert all(came.acquire(timeout=60) for _ in calls)
+    for call in calls:
+        call.cancel()
+    until(lambda: len(dropped) + len(done) == count)
     over.set()
     assert not done
