@@ -169,7 +169,9 @@ class Connection(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._turn = cycle
         cycle.scope["extensions"] = {LINE: CycleLine(cycle)}
-        super()._start_asgi_task(cycle, _Unchunked(cycle, app) if cycle.scope["http_version"] == "1.0" else app)
+        if cycle.scope["http_version"] == "1.0":
+            app = _Unchunked(cycle, app)
+        super()._start_asgi_task(cycle, app)
 
     def _wait(self) -> None:
         """Its time begins, unless it did, or others are before it."""
