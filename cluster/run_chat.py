@@ -36,14 +36,15 @@ def run_chat(config: EngineConfig, args: argparse.Namespace) -> int:
     llm = AsyncLLM(options.pop("model"), **options)
     try:
         conversation = Conversation(llm, args.system, _sampling(llm, args), verbose=args.verbose)
-        prompt = " ".join(args.prompt)
-        if not sys.stdin.isatty():
-            prompt = "\n".join(part for part in (prompt, sys.stdin.read().strip()) if part)
-            if not prompt:
-                raise ClientError("no prompt: pass it as PROMPT or through a pipe")
-        if prompt:
-            return 0 if conversation.ask(prompt) else 130
-        return _talk(conversation)
+        with contextlib.closing(conversation):
+            prompt = " ".join(args.prompt)
+            if not sys.stdin.isatty():
+                prompt = "\n".join(part for part in (prompt, sys.stdin.read().strip()) if part)
+                if not prompt:
+                    raise ClientError("no prompt: pass it as PROMPT or through a pipe")
+            if prompt:
+                return 0 if conversation.ask(prompt) else 130
+            return _talk(conversation)
     finally:
         llm.shutdown()
 
@@ -64,6 +65,9 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         self._loop = asyncio.new_event_loop()
         self._count = 0
+
+    def close(self) -> None:
+        self._loop.close()
 
     def ask(self, text: str) -> bool:
         """Print the answer as it comes; Ctrl-C ends it (False). What was said stays in the conversation."""

@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-math-errno", "-w")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-math-errno", "-w")
 TIMEOUT_S = 300
-"""Half a minute on an idle core; a machine that is busy loading models takes its time."""
+"""Half a minute for the longest file; a machine that is busy loading models takes its time."""
 
 
 class NativeError(Exception):
@@ -36,11 +37,27 @@ def compiler() -> str | None:
     return next((found for name in COMPILERS if (found := shutil.which(name))), None)
 
 
-def command(program: str, sources: Iterable[Path], target: Path, *flags: str) -> list[str]:
-    """The call that compiles them into `target`."""
+def command(program: str, inputs: Iterable[Path], target: Path, *flags: str) -> list[str]:
+    """The call that makes `target` of them."""
     # Apple's clang for ARM knows -mcpu alone
     tune = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    return [program, *FLAGS, tune, *flags, *map(str, sources), "-o", str(target)]
+    return [program, *FLAGS, tune, *flags, *map(str, inputs), "-o", str(target)]
+
+
+def build(program: str, sources: Sequence[Path], target: Path, *flags: str) -> None:
+    """Makes `target` of them, compiled side by side; objects stay beside it. NativeError with what the compiler says."""
+
+    def call(inputs: Iterable[Path], made: Path, *more: str) -> Path:
+        run = subprocess.run(
+            command(program, inputs, made, *flags, *more), capture_output=True, text=True, timeout=TIMEOUT_S
+        )
+        if run.returncode:
+            raise NativeError(f"{program} failed: {run.stderr.strip()[:500]}")
+        return made
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = pool.map(lambda source: call([source], target.with_name(f"{source.stem}.o"), "-c"), sources)
+        call(list(objects), target, "-shared")
 
 
 def compiled(name: str, sources: Sequence[Path]) -> tuple[Path, str]:
@@ -59,9 +76,7 @@ def compiled(name: str, sources: Sequence[Path]) -> tuple[Path, str]:
         begin = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / target.name
-            run = subprocess.run(command(program, sources, made), capture_output=True, text=True, timeout=TIMEOUT_S)
-            if run.returncode:
-                raise NativeError(f"{program} failed: {run.stderr.strip()[:500]}")
+            build(program, sources, made)
             made.replace(target)
     seconds = time.perf_counter() - begin
     logger.info("compiled in %.1f s: %s", seconds, target)

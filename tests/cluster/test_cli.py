@@ -1,9 +1,10 @@
-"""The command line as a user meets it: real processes, a real terminal, the bundled model."""
+"""The command line as a user meets it: a real terminal, the bundled model."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 import os
 import pty
@@ -15,7 +16,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -28,11 +30,32 @@ from kvasir.cluster.cli import _cluster_config, _normal, _parser, main
 KVASIR = [sys.executable, "-m", "kvasir.cluster.cli"]
 
 
-def kvasir(*arguments: str, cwd: Path, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
-    return subprocess.run(
-        [*KVASIR, *arguments], capture_output=True, text=True, cwd=cwd, input=stdin, env=os.environ | env, timeout=60
-    )
+@dataclass(frozen=True)
+class Ran:
+    """A command at its end."""
+
+    status: int
+    out: str
+    err: str
+
+
+Kvasir = Callable[..., Ran]
+
+
+@pytest.fixture
+def kvasir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Kvasir:
+    """`kvasir("run", "skald", stdin="Hello")` in a folder of its own: a process would import torch for seconds each time."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+
+    def run(*arguments: str, stdin: str = "") -> Ran:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert isinstance(end.value.code, int)
+        return Ran(end.value.code, *capsys.readouterr())
+
+    return run
 
 
 def parsed(*arguments: str) -> object:
@@ -93,38 +116,21 @@ def test_underscores_and_short_flags() -> None:
         (["bench", "serve", "--concurrency", "0"], 2, "at least 1"),
         (["bench", "serve", "--rate", "nan"], 2, "above 0"),
         (["bench", "serve", "--url", "localhost:8000"], 1, "must begin with http://"),
-    ],
-)
-def test_errors_are_one_plain_block(
-    arguments: list[str],
-    status: int,
-    says: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    with pytest.raises(SystemExit) as end:
-        main(arguments)
-    said = capsys.readouterr().err
-    assert end.value.code == status
-    assert says in said
-    assert "Traceback" not in said
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status", "says"),
-    [
-        (["serve", "nowhere/at/all"], 1, "nowhere/at/all"),
-        (["batch", "missing.jsonl", "out.jsonl"], 1, "missing.jsonl"),
         (["bench", "serve", "--url", "http://127.0.0.1:9"], 1, "is the server running"),
+        (["batch", "missing.jsonl", "out.jsonl"], 1, "missing.jsonl"),
     ],
 )
-def test_errors_of_a_process(arguments: list[str], status: int, says: str, tmp_path: Path) -> None:
-    run = kvasir(*arguments, cwd=tmp_path)
-    assert run.returncode == status
-    assert says in run.stderr
+def test_errors_are_one_plain_block(arguments: list[str], status: int, says: str, kvasir: Kvasir) -> None:
+    run = kvasir(*arguments)
+    assert run.status == status
+    assert says in run.err
+    assert "Traceback" not in run.err
+
+
+def test_errors_of_a_process(tmp_path: Path) -> None:
+    run = subprocess.run([*KVASIR, "serve", "nowhere/at/all"], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 1
+    assert "nowhere/at/all" in run.stderr
     assert "Traceback" not in run.stderr
 
 
@@ -148,15 +154,15 @@ def test_help_teaches_and_is_quick_to_load(tmp_path: Path) -> None:
         assert f"usage: kvasir {command}".rstrip() in run.stdout
 
 
-def test_help_shows_groups_and_defaults(tmp_path: Path) -> None:
-    said = kvasir("serve", "--help", cwd=tmp_path).stdout
+def test_help_shows_groups_and_defaults(kvasir: Kvasir) -> None:
+    said = kvasir("serve", "--help").out
     assert "memory and batching:" in said
     assert "(default: 256)" in said
     assert "--swap-space" not in said
 
 
-def test_version(tmp_path: Path) -> None:
-    assert kvasir("--version", cwd=tmp_path).stdout.startswith("kvasir 0.")
+def test_version(kvasir: Kvasir) -> None:
+    assert kvasir("--version").out.startswith("kvasir 0.")
 
 
 # -- run
@@ -253,38 +259,38 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tmp_path: Path) -> None:
     assert terminal.end() == 0
 
 
-def test_one_prompt_and_a_pipe(tmp_path: Path) -> None:
-    assert "85" in kvasir("run", "skald", "What is", "47 + 38?", "--temperature", "0", cwd=tmp_path).stdout
-    assert "85" in kvasir("run", "--temperature", "0", cwd=tmp_path, stdin="What is 47 + 38?").stdout
-    run = kvasir("run", "--temperature", "0", cwd=tmp_path)
-    assert run.returncode == 1
-    assert "no prompt" in run.stderr
+def test_one_prompt_and_a_pipe(kvasir: Kvasir) -> None:
+    assert "85" in kvasir("run", "skald", "What is", "47 + 38?", "--temperature", "0").out
+    assert "85" in kvasir("run", "--temperature", "0", stdin="What is 47 + 38?").out
+    run = kvasir("run", "--temperature", "0")
+    assert run.status == 1
+    assert "no prompt" in run.err
 
 
 # -- batch, bench, doctor
 
 
-def test_batch_resumes(tmp_path: Path) -> None:
+def test_batch_resumes(tmp_path: Path, kvasir: Kvasir) -> None:
     lines = [
         {"prompt": "Hello", "max_tokens": 3, "id": "a"},
         {"messages": [{"role": "user", "content": "Hi"}], "id": "b"},
     ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    first = kvasir("batch", "in.jsonl", "out.jsonl", "--quiet", cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
-    assert "2 answered, 0 failed, 0 were done before" in first.stderr
+    first = kvasir("batch", "in.jsonl", "out.jsonl", "--quiet")
+    assert first.status == 0, first.err
+    assert "2 answered, 0 failed, 0 were done before" in first.err
     with (tmp_path / "in.jsonl").open("a") as file:
         file.write('{"prompt": "x", "temperature": "hot", "id": "c"}\n')
-    second = kvasir("batch", "in.jsonl", "out.jsonl", "--quiet", cwd=tmp_path)
-    assert "0 answered, 1 failed, 2 were done before" in second.stderr
-    assert second.returncode == 1
+    second = kvasir("batch", "in.jsonl", "out.jsonl", "--quiet")
+    assert "0 answered, 1 failed, 2 were done before" in second.err
+    assert second.status == 1
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 3
 
 
-def test_bench_engine(tmp_path: Path) -> None:
+def test_bench_engine(tmp_path: Path, kvasir: Kvasir) -> None:
     flags = ["--sequences", "1", "3", "--input-len", "8", "--output-len", "4", "--out", "out.json"]
-    run = kvasir("bench", "engine", *flags, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
+    run = kvasir("bench", "engine", *flags)
+    assert run.status == 0, run.err
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [row["sequences"] for row in rows] == [1, 3]
     assert all(row["prefill_tok_s"] > 0 and row["decode_tok_s"] > 0 for row in rows)
@@ -339,26 +345,26 @@ def server() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("flags", [("--concurrency", "2"), ("--rate", "200")])
-def test_bench_serve(flags: tuple[str, ...], server: str, tmp_path: Path) -> None:
-    run = kvasir("bench", "serve", "--url", server, "--num-requests", "10", "--out", "out.json", *flags, cwd=tmp_path)
-    assert run.returncode == 1
+def test_bench_serve(flags: tuple[str, ...], server: str, tmp_path: Path, kvasir: Kvasir) -> None:
+    run = kvasir("bench", "serve", "--url", server, "--num-requests", "10", "--out", "out.json", *flags)
+    assert run.status == 1
     report = json.loads((tmp_path / "out.json").read_text())
     assert (report["requests"], report["failed"]) == (10, 2)
     assert "429" in report["errors"][0]
-    assert "time to first token" in run.stdout
+    assert "time to first token" in run.out
 
 
-def test_bench_serve_reads_prompts(server: str, tmp_path: Path) -> None:
+def test_bench_serve_reads_prompts(server: str, tmp_path: Path, kvasir: Kvasir) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"turns": ["b", "c"]}\nplain\n')
-    run = kvasir("bench", "serve", "--url", server, "--num-requests", "4", "--prompts", "p.jsonl", cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
+    run = kvasir("bench", "serve", "--url", server, "--num-requests", "4", "--prompts", "p.jsonl")
+    assert run.status == 0, run.err
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "bad").write_text("{nothing\n")
     for name, says in (("empty", "holds no prompt"), ("bad", "no JSON with `prompt`")):
-        run = kvasir("bench", "serve", "--url", server, "--prompts", name, cwd=tmp_path)
-        assert run.returncode == 1
-        assert says in run.stderr
-        assert "Traceback" not in run.stderr
+        run = kvasir("bench", "serve", "--url", server, "--prompts", name)
+        assert run.status == 1
+        assert says in run.err
+        assert "Traceback" not in run.err
 
 
 def test_latency_counts_from_when_a_request_was_due() -> None:
@@ -367,11 +373,12 @@ def test_latency_counts_from_when_a_request_was_due() -> None:
     assert summary(streams, 4.0)["latency_ms"]["time to first token"]["p50"] == 3000
 
 
-def test_doctor(tmp_path: Path) -> None:
-    run = kvasir("doctor", "--json", cwd=tmp_path)
-    findings = json.loads(run.stdout)
+def test_doctor(kvasir: Kvasir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_module, "_time", lambda run: run() is not None and 1.0)  # once, not the best of five
+    run = kvasir("doctor", "--json")
+    findings = json.loads(run.out)
     assert {"python", "cpu", "models", "memory", "threads", "allocator"} <= {finding["about"] for finding in findings}
-    assert run.returncode == (1 if any(finding["state"] == "wrong" for finding in findings) else 0)
+    assert run.status == (1 if any(finding["state"] == "wrong" for finding in findings) else 0)
     lines = [re.fullmatch(r"cpu: (\w+) for (.+) \((.+)\)", f["text"]) for f in findings if f["about"] == "backend"]
     ops = [name for line in lines if line for name in line[2].split(", ")]
     assert {"attention", "turn_and_write", "draw", "stacked_experts", "linear of bfloat16"} <= set(ops)

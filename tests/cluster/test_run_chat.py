@@ -53,4 +53,4 @@ def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(inside: bool, caps
     assert conversation.messages[1]["content"].startswith("xx")
     with pytest.raises(KeyboardInterrupt):  # between answers it is what it always was
         signal.raise_signal(signal.SIGINT)
-    conversation._loop.close()
+    conversation.close()
