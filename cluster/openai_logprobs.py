@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, TypeAlias
+
+import orjson
 
 from kvasir.engine.event import TokenLogprob
 from kvasir.engine.tokenizer import Tokenizer
 
 LOWEST = -9999.0
 """In place of minus infinity, which JSON doesn't have."""
+KEPT = 4096
+"""Tokens whose JSON text is kept."""
 
 Json = dict[str, Any]
-Shown: TypeAlias = "Callable[[int], tuple[str, list[int]]]"
 Scores: TypeAlias = "Sequence[TokenLogprob | None] | None"
 
 
@@ -20,23 +24,38 @@ class ChatLogprobs:
     """choice.logprobs of chats: one object per token, `top` alternatives each."""
 
     def __init__(self, tokenizer: Tokenizer | None, top: int) -> None:
-        self._shown: Shown = tokenizer.shown if tokenizer else lambda token: (token_text(None, token), [])
+        self._tokenizer = tokenizer
         self._top = top
 
     def json(self, ids: Sequence[int], scores: Scores) -> Json | None:
+        found: Json | None = orjson.loads(self.encoded(ids, scores))
+        return found
+
+    def encoded(self, ids: Sequence[int], scores: Scores) -> bytes:
+        """As JSON text. All but the figures is the same wherever a token is met."""
         if scores is None:
-            return None
-        shown, content = self._shown, []
+            return b"null"
+        content = []
         for token, score in zip(ids, scores, strict=False):
             if score is not None:
-                best = []
-                for other, value in score.top[: self._top]:
-                    text, data = shown(other)
-                    best.append({"token": text, "logprob": max(value, LOWEST), "bytes": data})
-                text, data = shown(token)
-                value = max(score.logprob, LOWEST)
-                content.append({"token": text, "logprob": value, "bytes": data, "top_logprobs": best})
-        return {"content": content, "refusal": None}
+                best = [_entry(self._tokenizer, other, value) + b"}" for other, value in score.top[: self._top]]
+                entry = _entry(self._tokenizer, token, score.logprob)
+                content.append(entry + b',"top_logprobs":[' + b",".join(best) + b"]}")
+        return b'{"content":[' + b",".join(content) + b'],"refusal":null}'
+
+
+def _entry(tokenizer: Tokenizer | None, token: int, logprob: float) -> bytes:
+    """An object that has no end yet."""
+    before, behind = _around(tokenizer, token)
+    return before + orjson.dumps(max(logprob, LOWEST)) + behind
+
+
+@lru_cache(KEPT)
+def _around(tokenizer: Tokenizer | None, token: int) -> tuple[bytes, bytes]:
+    """What an entry says before and behind its figure."""
+    data = list(tokenizer.token_bytes(token)) if tokenizer else []
+    text = orjson.dumps(token_text(tokenizer, token))
+    return b'{"token":' + text + b',"logprob":', b',"bytes":' + orjson.dumps(data)
 
 
 class CompletionLogprobs:

@@ -23,6 +23,7 @@ from kvasir.engine.transcript import Delta, Output, Usage
 
 DONE = b"data: [DONE]\n\n"
 FINGERPRINT = "kvasir"
+NULL = b"null"
 
 Json = dict[str, Any]
 Deltas = Sequence[tuple[int, Delta]]
@@ -73,7 +74,7 @@ class ChatReply:
             if self._reads:
                 out += self._parts(delta)
             elif self._scored and (delta.text or delta.token_ids):
-                out += self._frames.chunk(self._choice(delta, {"content": delta.text}))
+                out += self._frames.content(delta.index, delta.text, *self._of_tokens(delta))
             elif delta.text or (delta.token_ids and self._ids):
                 out += self._frames.content(delta.index, delta.text, delta.token_ids if self._ids else None)
             if delta.finish_reason:
@@ -142,10 +143,9 @@ class ChatReply:
             parts = [part for part in parts if part.kind != "reasoning"]
         if (self._scored or self._ids) and delta.token_ids:
             said: list[Json] = [_part(part, answer) for part in parts] or [{}]
-            return b"".join(
-                self._frames.chunk(self._choice(delta if number == 0 else Delta(delta.index), part))
-                for number, part in enumerate(said)
-            )
+            first = self._frames.said(delta.index, said[0], *self._of_tokens(delta))
+            rest = self._of_tokens(Delta(delta.index))
+            return first + b"".join(self._frames.said(delta.index, one, *rest) for one in said[1:])
         return b"".join(
             self._frames.content(delta.index, part.text)
             if part.kind == "content"
@@ -153,12 +153,9 @@ class ChatReply:
             for part in parts
         )
 
-    def _choice(self, delta: Delta, said: Json) -> Json:
-        choice: Json = {"index": delta.index, "delta": said}
-        choice |= {"logprobs": self._logprobs.json(delta.token_ids, delta.logprobs), "finish_reason": None}
-        if self._ask.return_token_ids:
-            choice["token_ids"] = list(delta.token_ids)
-        return choice
+    def _of_tokens(self, delta: Delta) -> tuple[Sequence[int] | None, bytes]:
+        """What was asked for of its tokens: their ids, and log probabilities as JSON text."""
+        return delta.token_ids if self._ids else None, self._logprobs.encoded(delta.token_ids, delta.logprobs)
 
     def _extra(self) -> Json:
         """Facts of the prompt that were asked for."""
@@ -257,20 +254,20 @@ class _Frames:
         self._ask = ask
         self._contents: dict[int, bytes] = {}
         self._texts: dict[int, bytes] = {}
-        self._more = b',"logprobs":null,"finish_reason":null'
-        self._end = self._more + b"}" + self._tail
+        self._end = b',"logprobs":null,"finish_reason":null}' + self._tail
         self._content_end = b"}" + self._end
 
-    def content(self, index: int, text: str, token_ids: Sequence[int] | None = None) -> bytes:
-        """A chat chunk with nothing but text, and the tokens it is made of."""
+    def content(self, index: int, text: str, token_ids: Sequence[int] | None = None, logprobs: bytes = NULL) -> bytes:
+        """A chat chunk with nothing but text, and what is told of its tokens."""
         if index not in self._contents:
             self._contents[index] = self._head + b'{"index":%d,"delta":{"content":' % index
-        end = self._content_end if token_ids is None else b"}" + self._closed(token_ids)
+        plain = token_ids is None and logprobs is NULL
+        end = self._content_end if plain else b"}" + self._closed(token_ids, logprobs)
         return self._contents[index] + orjson.dumps(text) + end
 
-    def said(self, index: int, delta: Json) -> bytes:
+    def said(self, index: int, delta: Json, token_ids: Sequence[int] | None = None, logprobs: bytes = NULL) -> bytes:
         """A chat chunk with anything else."""
-        return self._head + b'{"index":%d,"delta":' % index + orjson.dumps(delta) + self._end
+        return self._head + b'{"index":%d,"delta":' % index + orjson.dumps(delta) + self._closed(token_ids, logprobs)
 
     def text(self, index: int, text: str, token_ids: Sequence[int] | None = None) -> bytes:
         """A completion chunk with nothing but text, and the tokens it is made of."""
@@ -278,8 +275,9 @@ class _Frames:
             self._texts[index] = self._head + b'{"index":%d,"text":' % index
         return self._texts[index] + orjson.dumps(text) + (self._end if token_ids is None else self._closed(token_ids))
 
-    def _closed(self, token_ids: Sequence[int]) -> bytes:
-        return self._more + b',"token_ids":' + orjson.dumps(token_ids) + b"}" + self._tail
+    def _closed(self, token_ids: Sequence[int] | None, logprobs: bytes = NULL) -> bytes:
+        ids = b"" if token_ids is None else b',"token_ids":' + orjson.dumps(token_ids)
+        return b',"logprobs":' + logprobs + b',"finish_reason":null' + ids + b"}" + self._tail
 
     def chunk(self, choice: Mapping[str, Any], extra: Mapping[str, Any] = {}) -> bytes:
         """A chunk with one choice; `extra` goes beside it."""

@@ -115,11 +115,14 @@ def decode_request(message: pb.Submit, request_id: str) -> Request:
 def add_event(step: pb.Step, number: int, event: Event) -> None:
     """Append `event` of request `number` to `step`."""
     if isinstance(event, Token):
-        if event.logprobs is None and event.prompt_logprobs is None:
+        if event.prompt_logprobs is None:
+            columns = step if event.logprobs is None else step.scored
             for token in event.token_ids:
-                step.numbers.append(number)
-                step.indexes.append(event.index)
-                step.token_ids.append(token)
+                columns.numbers.append(number)
+                columns.indexes.append(event.index)
+                columns.token_ids.append(token)
+            for score in event.logprobs or ():
+                _add_score(step.scored, score)
         else:
             step.events.append(pb.Event(number=number, token=_encode_token(event)))
     elif isinstance(event, Finished):
@@ -134,20 +137,29 @@ def add_event(step: pb.Step, number: int, event: Event) -> None:
 
 def step_events(step: pb.Step, known: Callable[[int], N | None]) -> Iterator[tuple[int, N, Event]]:
     """(number, request, event) of the requests that are still `known` by their numbers; each one's events keep their order."""
-    numbers, indexes, ids = step.numbers[:], step.indexes[:], tuple(step.token_ids[:])  # at once
-    if not len(numbers) == len(indexes) == len(ids):
-        raise ValueError(f"a step with {len(numbers)}, {len(indexes)} and {len(ids)} rows in its columns")
+    yield from _tokens(step, None, known)
+    if step.HasField("scored"):
+        yield from _tokens(step.scored, _scores(step.scored), known)
+    for message in step.events:
+        if (request := known(message.number)) is not None:
+            yield message.number, request, _decode_event(message, request.request_id)
+
+
+def _tokens(
+    columns: pb.Step | pb.Scored, scores: list[TokenLogprob] | None, known: Callable[[int], N | None]
+) -> Iterator[tuple[int, N, Token]]:
+    """As step_events; one event for rows of one continuation behind each other."""
+    numbers, indexes, ids = columns.numbers[:], columns.indexes[:], tuple(columns.token_ids[:])  # at once
     start, rows = 0, len(numbers)
+    if not rows == len(indexes) == len(ids) == (rows if scores is None else len(scores)):
+        raise ValueError(f"a step with {rows}, {len(indexes)} and {len(ids)} rows in its columns")
     while start < rows:
         number, index, end = numbers[start], indexes[start], start + 1
         while end < rows and numbers[end] == number and indexes[end] == index:
             end += 1
         if (request := known(number)) is not None:
-            yield number, request, Token(request.request_id, index, ids[start:end])
+            yield number, request, Token(request.request_id, index, ids[start:end], scores and scores[start:end])
         start = end
-    for message in step.events:
-        if (request := known(message.number)) is not None:
-            yield message.number, request, _decode_event(message, request.request_id)
 
 
 def encode_error(error: KvasirError) -> pb.Error:
@@ -230,6 +242,26 @@ def _set(message: M, **values: Any) -> M:
         if value is not None:
             setattr(message, name, value)
     return message
+
+
+def _add_score(columns: pb.Scored, score: TokenLogprob) -> None:
+    columns.logprobs.append(score.logprob)
+    columns.ranks.append(score.rank)
+    columns.tops.append(len(score.top))
+    for token, logprob in score.top:
+        columns.top_token_ids.append(token)
+        columns.top_logprobs.append(logprob)
+
+
+def _scores(columns: pb.Scored) -> list[TokenLogprob]:
+    tops, top = columns.tops[:], tuple(zip(columns.top_token_ids[:], columns.top_logprobs[:], strict=True))
+    if sum(tops) != len(top):
+        raise ValueError(f"a step with {len(top)} of the most likely tokens where there should be {sum(tops)}")
+    found, start = [], 0
+    for logprob, rank, count in zip(columns.logprobs[:], columns.ranks[:], tops, strict=True):
+        found.append(TokenLogprob(logprob, rank, top[start : start + count]))
+        start += count
+    return found
 
 
 def _encode_token(event: Token) -> pb.Token:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -20,9 +19,6 @@ from kvasir.engine.tokenizer_models import byte_characters
 
 Piece = Union[str, bytes, None]
 """What a token adds to the text: whole characters, bytes that don't end on a character's border, or nothing at all."""
-
-KEPT = 4096
-"""Tokens whose bytes are kept as numbers."""
 
 _DECODERS = frozenset({"ByteLevel", "ByteFallback", "Replace", "Fuse", "Strip", "Metaspace", "WordPiece"})
 
@@ -47,8 +43,6 @@ class Tokenizer:
         self.eos_token_id = self.token_id(special.get("eos_token"))
         self.added_tokens: Mapping[int, str] = self._all.added
         """Tokens that aren't the model's own words: id -> text."""
-        self.shown = lru_cache(KEPT)(self._shown)
-        """Token id -> `token_text` and `token_bytes` as numbers, not to be changed: for log probabilities, many of each step."""
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
 
     @classmethod
@@ -138,9 +132,6 @@ class Tokenizer:
         """`token_bytes` as text, U+FFFD where they aren't UTF-8."""
         piece = self._all[token_id]
         return piece if isinstance(piece, str) else (piece or b"").decode(errors="replace")
-
-    def _shown(self, token_id: int) -> tuple[str, list[int]]:
-        return self.token_text(token_id), list(self.token_bytes(token_id))
 
     def render_chat(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from types import SimpleNamespace
 
 import orjson
@@ -11,8 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvasir.cluster.ollama_reply import timestamp
+from kvasir.cluster.openai_logprobs import LOWEST, ChatLogprobs, token_text
 from kvasir.cluster.openai_reply import _Frames
 from kvasir.cluster.responses_reply import _Call, _Message, _Thoughts, event
+from kvasir.engine.event import TokenLogprob
+from kvasir.engine.tokenizer import Tokenizer
 
 TEXTS = ["", " a", 'ä"\\\n\x00', "\u2028\U0001f600"]
 
@@ -27,9 +31,27 @@ def test_chunks_of_text_and_tokens(usage):
             chat = {"index": index, "delta": {"content": text}, **rest}
             assert frames.content(index, text, ids) == frames.chunk(chat)
             assert frames.text(index, text, ids) == frames.chunk({"index": index, "text": text, **rest})
+            scored = chat | {"logprobs": {"content": []}}
+            assert frames.content(index, text, ids, b'{"content":[]}') == frames.chunk(scored)
+            assert frames.said(index, {"content": text}, ids, b'{"content":[]}') == frames.chunk(scored)
             assert orjson.loads(frames.chunk(chat).removeprefix(b"data: "))["choices"] == [
                 orjson.loads(orjson.dumps(chat))
             ]
+
+
+def test_log_probabilities(byte_model):
+    bytes_alone = Tokenizer.load(byte_model)
+    best = TokenLogprob(-1e-7, 1, ((65, -1e-7), (200, -2.5), (9, -math.inf)))
+    for tokenizer, top in ((bytes_alone, 2), (bytes_alone, 3), (None, 0)):
+        found = ChatLogprobs(tokenizer, top)
+        entries = []
+        for token, value in ((65, -1e-7), (200, -2.5), (9, LOWEST)):
+            data = list(tokenizer.token_bytes(token)) if tokenizer else []
+            entries.append({"token": token_text(tokenizer, token), "logprob": value, "bytes": data})
+        content = [{**entries[0], "top_logprobs": entries[:top]}, {**entries[2], "top_logprobs": []}]
+        scores = [best, None, TokenLogprob(-math.inf, 7)]
+        assert found.encoded([65, 66, 9], scores) == orjson.dumps({"content": content, "refusal": None})
+        assert found.encoded([65], None) == b"null"
 
 
 @pytest.mark.parametrize("text", TEXTS)

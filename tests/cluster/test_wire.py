@@ -112,6 +112,15 @@ def test_events_survive():
     assert list(wire.step_events(sent(step), {3: known}.get)) == [(3, known, event) for event in EVENTS]
 
 
+def test_columns_of_different_lengths_are_refused():
+    for column in ("numbers", "logprobs", "ranks", "tops", "top_token_ids", "top_logprobs"):
+        step = pb.Step()
+        wire.add_event(step, 1, Token("a", 0, (5,), logprobs=[BEST]))
+        getattr(step.scored, column).append(1)
+        with pytest.raises(ValueError):
+            list(wire.step_events(step, {1: None}.get))
+
+
 def test_events_of_unknown_requests_are_left_out():
     step = pb.Step()
     wire.add_event(step, 1, EVENTS[0])
