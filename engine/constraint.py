@@ -187,23 +187,22 @@ class Constraint:
     def _consume(self, matcher: LLMatcher, token: int) -> None:
         if token == self._end or (token in self._stops and matcher.is_accepting()):
             self.over = True
-        elif matcher.consume_token(token):
+        elif matcher.try_consume_tokens([token]):
             self._took(matcher, token)
-        elif matcher.is_error() and self.renew() and self.matcher is not None:
+        elif _is_spent(matcher) and self.renew() and self.matcher is not None:
             self._consume(self.matcher, token)
         else:
             self.why = f"structured output: {matcher.get_error() or f'token {token} does not fit the grammar'}"
 
     def _took(self, matcher: LLMatcher, token: int) -> None:
         self._said.append(token)
-        if not matcher.is_stopped():
-            return
-        if not matcher.is_error():
-            self.over = True
-        elif not self.renew():
-            self.why = f"structured output: {matcher.get_error()}"
-        elif self.matcher is not None and self.matcher.is_stopped():
-            self.over = True
+        self.over = matcher.is_stopped()
+
+
+def _is_spent(matcher: LLMatcher) -> bool:
+    """Of one that doesn't take a token: whether it can't take any, as its limits are exceeded. A mask says so, the token doesn't."""
+    matcher.compute_bitmask()
+    return matcher.is_error()
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import random
 import re
 import threading
 import time
@@ -296,6 +297,46 @@ def test_what_all_requests_with_a_grammar_have_come_to_does_not_use_up_the_limit
         (output,) = write(wanted, temperature=(1, 1, 0)[seed % 3], seed=seed, max_tokens=60, logit_bias=going_on)
         assert (set(output.text) <= {"a", "b"}, len(output.token_ids)) == (True, 60)
     assert len(compiled) > 2
+
+
+SPENDING = "[ab]*a[ab]{12}c"
+"""A regular expression of 2 ** 13 states."""
+
+
+def _constraint(said):
+    """(of a sequence that said these bytes under SPENDING, all copies of which may come to 300 states together; what it was
+    compiled to)"""
+    tokenizer = LLTokenizer("byte")
+    wanted, limits = StructuredOutput(regex=SPENDING), LLParserLimits(max_lexer_states=300, verbose_errors=False)
+    compiled = []
+
+    def begin(spent):
+        compiled.append(LLMatcher(tokenizer, grammar_text(wanted, {}), log_level=0, limits=limits))
+        return compiled[-1]
+
+    new = NewSequence(0, (0, *said), 1, SamplingParams(structured_outputs=wanted), 0, ())
+    return Constraint(new, begin, tokenizer.eos_token), compiled
+
+
+def test_a_token_that_does_not_fit_compiles_nothing():
+    constraint, compiled = _constraint(b"a" * 70)
+    constraint.advance(ord("z"))
+    assert constraint.why == "structured output: token 122 does not fit the grammar"
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("taking", [False, True])
+def test_a_grammar_s_last_token_is_taken_though_others_used_up_the_limit(taking):
+    """After the mask that allowed it was made."""
+    constraint, compiled = _constraint(b"b" * 70 + b"a" * 13)
+    other, drawn = compiled[0].deep_copy(), random.Random(1)
+    constraint.matcher.compute_bitmask()
+    while not other.is_error():
+        other.compute_bitmask()
+        other.try_consume_tokens([drawn.choice(b"ab")])
+    assert not taking or not constraint.take(ord("c"))
+    constraint.advance(ord("c"))
+    assert (constraint.over, constraint.why, len(compiled)) == (True, None, 2)
 
 
 def test_a_panic_of_the_library_is_told_to_whoever_waits(llm, monkeypatch):
