@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher
 
+from kvasir.engine.grammar import Compiled
 from kvasir.engine.step import NewSequence
 from kvasir.engine.thoughts import Thinking
 
@@ -36,7 +37,7 @@ class Constraint:
         "_begin", "_end", "_grammar", "_left", "_renewed", "_said", "_stops", "ends", "matcher", "over", "thinking", "why",
     )  # fmt: skip
 
-    def __init__(self, new: NewSequence, begin: Callable[[LLMatcher | None], LLMatcher] | None, end: int) -> None:
+    def __init__(self, new: NewSequence, begin: Callable[[Compiled | None], Compiled] | None, end: int) -> None:
         self.matcher: LLMatcher | None = None
         """Of the answer; before it is known that there are no thoughts, too."""
         self.over = False
@@ -44,8 +45,8 @@ class Constraint:
         """Why no token can be chosen any more, when the grammar's limits are exceeded."""
         self.thinking = Thinking(new.sampling.thoughts) if new.sampling.thoughts is not None else None
         self._begin, self._end = begin, end
-        self._grammar: LLMatcher | None = None
-        """What `matcher` is a copy of."""
+        self._grammar: Compiled | None = None
+        """`matcher` is a copy of its."""
         self._said: list[int] = []
         """What `matcher` has taken in."""
         self._renewed = -RENEWED
@@ -178,11 +179,11 @@ class Constraint:
         self.matcher, self._said = spent, said
         return False
 
-    def _open(self, spent: LLMatcher | None = None) -> None:
+    def _open(self, spent: Compiled | None = None) -> None:
         """Stand at the grammar's beginning."""
         assert self._begin is not None
         self._grammar = self._begin(spent)
-        self.matcher, self._said = self._grammar.deep_copy(), []
+        self.matcher, self._said = self._grammar.matcher.deep_copy(), []
 
     def _consume(self, matcher: LLMatcher, token: int) -> None:
         if token == self._end or (token in self._stops and matcher.is_accepting()):
@@ -195,12 +196,14 @@ class Constraint:
             self.why = f"structured output: {matcher.get_error() or f'token {token} does not fit the grammar'}"
 
     def _took(self, matcher: LLMatcher, token: int) -> None:
+        assert self._grammar is not None
+        self._grammar.said += 1
         self._said.append(token)
         self.over = matcher.is_stopped()
 
 
 def _is_spent(matcher: LLMatcher) -> bool:
-    """Of one that doesn't take a token: whether it can't take any, as its limits are exceeded. A mask says so, the token doesn't."""
+    """Of one that doesn't take a token: whether its limits are exceeded. A mask says so, a token doesn't."""
     matcher.compute_bitmask()
     return matcher.is_error()
 

@@ -23,8 +23,12 @@ from kvasir.engine.request import StructuredOutput
 from kvasir.engine.tokenizer import Tokenizer
 from kvasir.engine.words import Words
 
-CACHED = 256
-"""Compiled grammars that are kept beside those in use; the least recently used goes first."""
+KEPT_BYTES = 256 << 20
+"""What grammars that nobody uses any more hold in all; the least recently used goes first."""
+BASE_BYTES, CHARACTER_BYTES, TOKEN_BYTES, STATES_BYTES = 1 << 20, 64, 1 << 10, 20 << 20
+"""What one holds, by estimate: what the first masks bring, something for each character, and for each token that was said under
+it what the states of its lexer come to, up to a limit. 138 schemas of JSONSchemaBench with 620 tokens each held 51 MB where
+this says 256, and none more than 1.3 times what it says."""
 THREADS = 2
 """Grammars that are compiled at once: a heavy one leaves a thread to the others."""
 MARK = "\x02"
@@ -106,14 +110,31 @@ class Vocabulary:
 
 
 @dataclass(eq=False, slots=True)
+class Compiled:
+    """A grammar's beginning."""
+
+    matcher: LLMatcher
+    """To be copied, not to be advanced itself."""
+    said: int = 0
+    """Tokens that all copies have taken in: they share the states that their lexers come to."""
+
+
+@dataclass(eq=False, slots=True)
 class Grammar:
     """One that was asked for."""
 
-    future: Future[LLMatcher | None] = field(default_factory=Future)
-    """The compiled one, not to be advanced itself; None: another rank has it. Raises ClientError or UnsupportedError."""
+    future: Future[Compiled | None] = field(default_factory=Future)
+    """None: another rank has it. Raises ClientError or UnsupportedError."""
     begun: float | None = None
     """time.time() when a thread took it up."""
     uses: int = 0
+
+    def holds(self, wanted: StructuredOutput) -> int:
+        """About so many bytes."""
+        future, states = self.future, 0
+        if future.done() and future.exception() is None and (compiled := future.result()) is not None:
+            states = min(TOKEN_BYTES * compiled.said, STATES_BYTES)
+        return BASE_BYTES + CHARACTER_BYTES * len(repr(wanted)) + states
 
 
 class GrammarSource(Protocol):
@@ -135,7 +156,9 @@ class Grammars:
         self._vocabulary: Vocabulary | None = None
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="kvasir-grammar")
         self._used: dict[StructuredOutput, Grammar] = {}
-        self._kept: OrderedDict[StructuredOutput, Grammar] = OrderedDict()
+        self._kept: OrderedDict[StructuredOutput, tuple[Grammar, int]] = OrderedDict()
+        """With the bytes that each holds."""
+        self._kept_bytes = 0
         self._lock, self._loading = threading.Lock(), threading.Lock()
         self.on_begun: Callable[[StructuredOutput], None] = lambda wanted: None
         """Called by the thread that begins to compile one."""
@@ -145,7 +168,7 @@ class Grammars:
         with self._lock:
             found = self._used.get(wanted)
             if found is None:
-                found = self._used[wanted] = self._kept.pop(wanted) if wanted in self._kept else Grammar()
+                found = self._used[wanted] = self._take(wanted) if wanted in self._kept else Grammar()
                 if found.begun is None:
                     self._threads.submit(self._work, wanted, found)
             found.uses += 1
@@ -163,11 +186,11 @@ class Grammars:
         if not found.uses and found.begun is None:  # its turn hasn't come; who is told so may take locks
             found.future.cancel()
 
-    def compiled(self, wanted: StructuredOutput, spent: LLMatcher | None = None) -> LLMatcher:
-        """The grammar's beginning, to be copied: another than `spent`, whose copies have gone beyond its limits together. Where
-        nobody holds it, as on ranks apart, it is compiled now."""
+    def compiled(self, wanted: StructuredOutput, spent: Compiled | None = None) -> Compiled:
+        """The grammar's beginning: another than `spent`, whose copies have gone beyond its limits together. Where nobody holds it,
+        as on ranks apart, it is compiled now."""
         with self._lock:
-            found = self._used.get(wanted) or self._kept.get(wanted)
+            found = self._used.get(wanted) or self._kept.get(wanted, (None,))[0]
         if found is None:
             found = Grammar()
             self._work(wanted, found)
@@ -176,16 +199,24 @@ class Grammars:
         compiled = found.future.result()
         assert compiled is not None
         if compiled is spent:
-            renewed: Future[LLMatcher | None] = Future()
+            renewed: Future[Compiled | None] = Future()
             renewed.set_result(compiled := self._compile(wanted))
             found.future = renewed
         return compiled
 
     def _keep(self, wanted: StructuredOutput, found: Grammar) -> None:
-        self._kept[wanted] = found
-        self._kept.move_to_end(wanted)
-        while len(self._kept) > CACHED:
-            self._kept.popitem(last=False)
+        if wanted in self._kept:
+            self._take(wanted)
+        held = found.holds(wanted)
+        self._kept[wanted] = found, held
+        self._kept_bytes += held
+        while self._kept_bytes > KEPT_BYTES:
+            self._take(next(iter(self._kept)))
+
+    def _take(self, wanted: StructuredOutput) -> Grammar:
+        found, held = self._kept.pop(wanted)
+        self._kept_bytes -= held
+        return found
 
     def _work(self, wanted: StructuredOutput, found: Grammar) -> None:
         """Compile it, unless everybody who wanted it has gone."""
@@ -215,12 +246,12 @@ class Grammars:
                 self._vocabulary = Vocabulary(tokenizer, self._vocab, self._ends)
             return self._vocabulary
 
-    def _compile(self, wanted: StructuredOutput) -> LLMatcher:
+    def _compile(self, wanted: StructuredOutput) -> Compiled:
         vocabulary = self.vocabulary()
         matcher = LLMatcher(vocabulary.compiled, grammar_text(wanted, vocabulary.names), log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise refusal(wanted, matcher.get_error())
-        return matcher
+        return Compiled(matcher)
 
 
 def refusal(wanted: StructuredOutput, why: str) -> ClientError:

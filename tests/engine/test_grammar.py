@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import json
 import random
@@ -23,7 +24,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from kvasir.engine import LLM, SamplingParams
 from kvasir.engine.constraint import Constraint
 from kvasir.engine.errors import ClientError, UnsupportedError
-from kvasir.engine.grammar import CACHED, Grammar, Grammars, Vocabulary
+from kvasir.engine.grammar import Compiled, Grammar, Grammars, Vocabulary
 from kvasir.engine.grammar_queue import WAIT_LIMIT_S, Compiling
 from kvasir.engine.grammar_text import grammar_text
 from kvasir.engine.masks import Constraints
@@ -246,7 +247,9 @@ def test_what_is_drafted_fits_as_far_as_the_masks_say(drafted, data):
     sampling = SamplingParams(structured_outputs=wanted, thoughts=thoughts)
     new = NewSequence(0, (0, *said), 1, sampling, 0, ())
     tokenizer, grammar = _byte_grammar(wanted)
-    constraint, trial, taking = (Constraint(new, lambda spent: grammar, tokenizer.eos_token) for _ in range(3))
+    constraint, trial, taking = (
+        Constraint(new, lambda spent: Compiled(grammar), tokenizer.eos_token) for _ in range(3)
+    )
     fits = 0
     for token in drafted:
         words = np.zeros(-(-tokenizer.vocab_size // 32), np.int32)
@@ -311,7 +314,7 @@ def _constraint(said):
     compiled = []
 
     def begin(spent):
-        compiled.append(LLMatcher(tokenizer, grammar_text(wanted, {}), log_level=0, limits=limits))
+        compiled.append(Compiled(LLMatcher(tokenizer, grammar_text(wanted, {}), log_level=0, limits=limits)))
         return compiled[-1]
 
     new = NewSequence(0, (0, *said), 1, SamplingParams(structured_outputs=wanted), 0, ())
@@ -329,7 +332,7 @@ def test_a_token_that_does_not_fit_compiles_nothing():
 def test_a_grammar_s_last_token_is_taken_though_others_used_up_the_limit(taking):
     """After the mask that allowed it was made."""
     constraint, compiled = _constraint(b"b" * 70 + b"a" * 13)
-    other, drawn = compiled[0].deep_copy(), random.Random(1)
+    other, drawn = compiled[0].matcher.deep_copy(), random.Random(1)
     constraint.matcher.compute_bitmask()
     while not other.is_error():
         other.compute_bitmask()
@@ -400,19 +403,82 @@ def _byte_grammar(wanted):
     return tokenizer, matcher
 
 
-def test_more_grammars_at_once_than_are_kept(llm):
+def test_more_grammars_at_once_than_are_kept(llm, monkeypatch):
     """Those that wait push each other out of no cache, and each waits for its own turn alone."""
-    count = CACHED + 60
+    monkeypatch.setattr("kvasir.engine.grammar.KEPT_BYTES", 20 << 20)
     sampling = [
         SamplingParams(max_tokens=8, structured_outputs=StructuredOutput(regex=f"{number}[a-z]"))
-        for number in range(count)
+        for number in range(60)
     ]
-    outputs = llm.generate(["Hello"] * count, sampling, use_tqdm=False)
+    outputs = llm.generate(["Hello"] * 60, sampling, use_tqdm=False)
     for number, output in enumerate(outputs):
         assert re.fullmatch(f"{number}[a-z]", output.outputs[0].text)
     grammars = llm.engine._grammars
     assert not grammars._used
-    assert len(grammars._kept) == CACHED
+    assert 15 < len(grammars._kept) < 20
+    assert grammars._kept_bytes == sum(held for _, held in grammars._kept.values())
+
+
+def test_what_is_kept_is_bounded_by_what_it_holds(monkeypatch):
+    """The least recently used go first, and none that is used."""
+    monkeypatch.setattr("kvasir.engine.grammar.KEPT_BYTES", 8 << 20)
+    grammars = Grammars(lambda: None, 10, [0])
+    monkeypatch.setattr(grammars, "_compile", lambda wanted: Compiled(wanted))
+
+    def use(name, said=0):
+        wanted = StructuredOutput(regex=name)
+        grammars.hold(wanted).future.result(60).said += said
+        grammars.release(wanted)
+
+    used = StructuredOutput(regex="used")
+    grammars.hold(used).future.result(60).said += 10**6
+    for name in (*"abcdefgha", "x" * 2**15, "b"):
+        use(name)
+    assert [wanted.regex for wanted in grammars._kept] == [*"gha", "x" * 2**15, "b"]
+    use("a", said=2**11)
+    assert [wanted.regex for wanted in grammars._kept] == ["x" * 2**15, "b", "a"]
+    assert grammars.compiled(used).matcher == used
+    grammars.release(used)
+    assert not grammars._kept
+    assert not grammars._kept_bytes
+    grammars.shutdown()
+
+
+class Allocated(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [(f"field {number}", ctypes.c_size_t) for number in range(10)]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="this C library doesn't say what is allocated")
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        StructuredOutput(json=json.dumps({"enum": [f"{i:x}" * 9 for i in range(3000)]})),
+        StructuredOutput(regex="[ab]*a[ab]{15}c"),
+    ],
+)
+def test_what_a_grammar_is_said_to_hold(llm, wanted):
+    """Against the allocator: memory is what the limit is about."""
+    allocated, vocabulary, drawn = ctypes.CDLL(None).mallinfo2, llm.engine._grammars.vocabulary(), random.Random(1)
+    allocated.restype = Allocated
+
+    def held():
+        said = allocated()
+        return getattr(said, "field 4") + getattr(said, "field 7")  # mapped, and in use
+
+    before, compiled = held(), Compiled(LLMatcher(vocabulary.compiled, grammar_text(wanted, {}), log_level=0))
+    words = np.zeros(-(-vocabulary.size // 32), np.int32)
+    while compiled.said < 4000:
+        matcher = compiled.matcher.deep_copy()
+        for _ in range(50):
+            matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            compiled.said += matcher.consume_token(
+                int(drawn.choice(np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))))
+            )
+    grammar = Grammar()
+    grammar.future.set_result(compiled)
+    assert 0.25 < (held() - before) / grammar.holds(wanted) < 1.5
 
 
 def test_a_grammar_that_nobody_waits_for_any_more_isn_t_compiled():

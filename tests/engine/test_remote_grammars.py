@@ -99,6 +99,6 @@ def test_a_sequence_finds_what_was_compiled():
         server = GrammarServer(there, here.told)
         assert here.hold(WANTED[1]).future.result(60) is None
         there._compile = None  # nothing more
-        assert there.compiled(WANTED[1]).validate_tokens(there.vocabulary()("1")) == 1
+        assert there.compiled(WANTED[1]).matcher.validate_tokens(there.vocabulary()("1")) == 1
         here.release(WANTED[1])
         here.shutdown()

@@ -28,7 +28,7 @@ def takes():
     vocabulary = grammars.vocabulary()
 
     def run(wanted: StructuredOutput, text: str) -> bool:
-        matcher, tokens = grammars.compiled(wanted).deep_copy(), vocabulary(text)
+        matcher, tokens = grammars.compiled(wanted).matcher.deep_copy(), vocabulary(text)
         return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 
     yield run
