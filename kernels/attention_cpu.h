@@ -376,7 +376,7 @@ struct Worker {
   __attribute__((noinline)) void weigh(int64_t i, int64_t tile) {
     F16 x[4];
     float *s = scores + i % rows * TILE, *w = weights + i % rows * TILE;
-    const I16 number = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const I16 number = places();
     int32_t from = (int32_t)(low[i % rows] - tile), to = (int32_t)(high[i % rows] - tile);
     bool whole = from <= 0 && to >= TILE - 1;
     float slope = c.slopes ? c.slopes[head(i)] : 0.0f;
@@ -388,7 +388,7 @@ struct Worker {
       if (c.softcap != 0.0f) x[j] = tangent(x[j] / c.softcap) * c.softcap;
       I16 key = number + 16 * j;
       if (c.slopes) {
-        F16 distance = behind - __builtin_convertvector(key, F16);
+        F16 distance = behind - convert<F16>(key);
         x[j] -= slope * where(distance < 0.0f, -distance, distance);
       }
       if (!whole) x[j] = where((key >= from) & (key <= to), x[j], splat(-INFINITY));
@@ -411,7 +411,7 @@ struct Worker {
       lanes[i] += e;
       if (scaled<T>) e *= load<F16>(v_scales + 16 * j);
       if (PAIRS)
-        store((bf16 *)w + 16 * j, rounded(e));
+        narrow((bf16 *)w + 16 * j, e);
       else
         store(w + 16 * j, e);
     }

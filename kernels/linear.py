@@ -50,11 +50,13 @@ def packed(weight: Tensor, *, invariant: bool = False, room: Room | None = None)
     1.65 / 3.1 and 34 / 92. Where oneDNN has nothing to offer the weight comes back as it is.
     Products of bfloat16 pairs without tiles (AMX) are our own (linear_cpu.cpp): two Zen 5 cores took for 1 / 8 / 32 / 512 rows
     of 576 -> 576 22 / 26 / 43 / 451 us, oneDNN 36 / 37 / 55 / 611; of 8192 -> 2048 0.85 ms (all the memory gives), 1.34 (32),
-    19.5 (512), oneDNN 0.93, 1.74, 19.1.
+    19.5 (512), oneDNN 0.93, 1.74, 19.1. So are those of half numbers that oneDNN doesn't multiply on this CPU, where torch
+    takes ten times as long (AVX2), and of float32: two Zen 3 cores took for 32 / 256 rows of 576 -> 576 152 / 1084 us, oneDNN
+    198 / 1325.
     """
-    if _owns(weight, invariant):
+    if _owns(weight.dtype, weight.device, invariant, weight.shape[1]):
         return _pack(weight, room)
-    if not reorders(weight.dtype, weight.device):
+    if not _mkldnn(weight.dtype, weight.device):
         return weight
     out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
     return out
@@ -62,18 +64,18 @@ def packed(weight: Tensor, *, invariant: bool = False, room: Room | None = None)
 
 def reorders(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `packed` makes a copy in another order."""
-    return device.type == "cpu" and dtype in (torch.bfloat16, torch.float32) and torch._C._has_mkldnn
+    return _mkldnn(dtype, device) or _owns(dtype, device)
 
 
 def multiplied_by(dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
     """(whose products weights of this type have on this device, why)"""
     if device.type != "cpu":
         return "torch", "cuBLAS, or what torch has in its place"
-    if _owns(torch.empty(WIDE, WIDE, dtype=dtype), invariant=False):
-        return "native", "measured faster than oneDNN on CPUs like this one"
-    if reorders(dtype, device):
+    if _owns(dtype, device):
+        return "native", "measured faster than what torch has on CPUs like this one"
+    if _mkldnn(dtype, device):
         return "oneDNN", "weights reordered once; our own are for --deterministic"
-    return "torch", "oneDNN has no order of its own for this type"
+    return "torch", "oneDNN has no order of its own for this type on this CPU"
 
 
 def is_packed(weight: Weight) -> bool:
@@ -81,18 +83,26 @@ def is_packed(weight: Weight) -> bool:
     return isinstance(weight, Packed) or weight.is_mkldnn
 
 
-def _owns(weight: Tensor, invariant: bool) -> bool:
-    """Whether our own product is the fastest for this weight here, or wanted and possible."""
-    if weight.device.type != "cpu" or weight.dtype not in native.TYPES or native.library() is None:
+def _mkldnn(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether oneDNN has an order of its own for weights of this type on this CPU."""
+    if device.type != "cpu" or not torch._C._has_mkldnn:
         return False
-    pairs = weight.dtype == torch.bfloat16 and native.multiplies_pairs()
-    if pairs and weight.shape[1] % 2:
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _owns(dtype: torch.dtype, device: torch.device, invariant: bool = False, inputs: int = WIDE) -> bool:
+    """Whether our own product is the fastest for such weights here, or wanted and possible."""
+    if device.type != "cpu" or dtype not in native.TYPES or native.library() is None:
         return False
-    # measured where pairs are multiplied: elsewhere vectors are shorter
-    fast = native.multiplies_pairs() and (
-        weight.dtype == torch.float32 or (pairs and not torch.cpu._is_amx_tile_supported())
-    )
-    return invariant or fast
+    pairs = dtype == torch.bfloat16 and native.multiplies_pairs()
+    if pairs and inputs % 2:
+        return False
+    if dtype == torch.float32:
+        return invariant or native.vector_bytes() >= 32  # with shorter ones nobody has measured
+    if pairs:
+        return invariant or not torch.cpu._is_amx_tile_supported()
+    known = _mkldnn(dtype, device) or (dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return invariant or not known
 
 
 def _pack(weight: Tensor, room: Room | None) -> Packed:

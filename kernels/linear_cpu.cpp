@@ -1,5 +1,5 @@
 // Products with weights that stay, packed so that 32 outputs take an input at once: [O / 32][I][32], or where the CPU
-// multiplies pairs of bfloat16 [O / 32][I / 2][32][2]; the last block is filled up with zeros. Every output adds its products
+// multiplies pairs of bfloat16 [O / 32][I / 2][32][2]; the last block is filled up with zeros. Other bfloat16 are laced. Every output adds its products
 // in the order of the inputs, in float32: how many rows there are changes no bit of it.
 #include "native.h"
 
@@ -13,10 +13,12 @@ constexpr int VECTORS = 2;     // so many of 16
 constexpr int64_t CHUNK = 384; // rows for which a panel is read once
 constexpr int64_t DEEP = 256;  // inputs of a panel at most: 32 KiB of weights, which stay in the first cache
 #ifdef __AVX512F__
-constexpr int64_t ROWS = 14; // rows whose sums are in registers at once
+constexpr int64_t ROWS = 14; // rows whose sums are in registers at once,
+constexpr int64_t BOTH = 14; // of all outputs of a block; with more rows its halves come one after the other
 constexpr int64_t CALLED = 6;
 #else
-constexpr int64_t ROWS = 3;
+constexpr int64_t ROWS = 6;
+constexpr int64_t BOTH = 3;
 constexpr int64_t CALLED = 1;
 #endif
 // From CALLED rows on in registers the CPU doesn't look far enough ahead by itself, and weights are called for, with few rows
@@ -41,12 +43,37 @@ struct Pairs {
 };
 #endif
 
+// Where a register holds N floats, bfloat16 of output n stands beside that of n + N: a shift makes floats of the ones and a mask
+// of the others.
+constexpr int64_t N = REGISTER / 4;
+template <class T>
+constexpr bool laced = std::is_same_v<T, bf16> && 2 * N <= 16;
+template <class T>
+int64_t output_at(int64_t place) { // which stands at a place of a block
+  return laced<T> ? place / (2 * N) * (2 * N) + place % 2 * N + place % (2 * N) / 2 : place;
+}
+
+template <class V>
+V unlaced(const bf16 *p) {
+  if constexpr (sizeof(V) > 2 * REGISTER) {
+    return {unlaced<Half<V>>(p), unlaced<Half<V>>(p + sizeof(V) / 8)};
+  } else {
+    auto both = load<Vector<uint32_t, N>::type>(p);
+    return {(Half<V>)(both << 16), (Half<V>)(both & 0xffff0000)};
+  }
+}
+
 template <class T>
 struct Singles {
   typedef T Weight, Given, Number;
   typedef float Input;
   static F16 product(F16 sum, F16 w, float x) { return sum + w * x; }
-  static F16 weights(const T *p) { return widen(p); }
+  static F16 weights(const T *p) {
+    if constexpr (laced<T>)
+      return unlaced<F16>(p);
+    else
+      return widen(p);
+  }
   static float input(T x) { return scalar(x); }
 #ifdef __AVX512F__
   static __m512 inputs(const T *p, int64_t n) { return (__m512)widen(p, n); }
@@ -61,34 +88,35 @@ struct Panel {
   int64_t step, lines;
 };
 
-// sums[R][32] of x[deep][R], or of x[R][x_row] if nothing is called for, with a panel.
-template <class Kind, int R>
-void multiply(const typename Kind::Input *x, int64_t x_row, const Panel<Kind> &p, float *sums, bool add) {
-  F16 s[R][VECTORS];
+// sums[R][32] of x[deep][R], or of x[R][x_row] if nothing is called for, with a panel: its outputs from 16 * first on.
+template <class Kind, int R, int V>
+void multiply(const typename Kind::Input *x, int64_t x_row, const Panel<Kind> &p, float *sums, bool add, int first) {
+  F16 s[R][V];
   for (int r = 0; r < R; r++)
-    for (int i = 0; i < VECTORS; i++) s[r][i] = add ? load<F16>(sums + r * WIDE + 16 * i) : splat(0.0f);
+    for (int i = 0; i < V; i++) s[r][i] = add ? load<F16>(sums + r * WIDE + 16 * (first + i)) : splat(0.0f);
   auto one = [&](int64_t k) __attribute__((always_inline)) {
-    F16 w[VECTORS];
-    for (int i = 0; i < VECTORS; i++) w[i] = Kind::weights(p.weights + k * WIDE + 16 * i);
+    F16 w[V];
+    for (int i = 0; i < V; i++) w[i] = Kind::weights(p.weights + k * WIDE + 16 * (first + i));
     if constexpr (R >= CALLED)
       for (int64_t line = k * p.step; line < std::min((k + 1) * p.step, p.lines); line++)
         __builtin_prefetch(p.ahead + 64 * line, 0, 2);
     for (int r = 0; r < R; r++)
-      for (int i = 0; i < VECTORS; i++) s[r][i] = Kind::product(s[r][i], w[i], R < CALLED ? x[r * x_row + k] : x[k * R + r]);
+      for (int i = 0; i < V; i++) s[r][i] = Kind::product(s[r][i], w[i], R < CALLED ? x[r * x_row + k] : x[k * R + r]);
   };
   int64_t k = 0;
   if constexpr (R < CALLED) // how far the CPU looks ahead is counted in instructions
     for (; k + 4 <= p.deep; k += 4) one(k), one(k + 1), one(k + 2), one(k + 3);
   for (; k < p.deep; k++) one(k);
   for (int r = 0; r < R; r++)
-    for (int i = 0; i < VECTORS; i++) store(sums + r * WIDE + 16 * i, s[r][i]);
+    for (int i = 0; i < V; i++) store(sums + r * WIDE + 16 * (first + i), s[r][i]);
 }
 
 template <class Kind, int R = ROWS>
 void multiply(int64_t rows, const typename Kind::Input *x, int64_t x_row, const Panel<Kind> &p, float *sums, bool add) {
   if constexpr (R > 1)
     if (rows < R) return multiply<Kind, R - 1>(rows, x, x_row, p, sums, add);
-  multiply<Kind, R>(x, x_row, p, sums, add);
+  constexpr int V = R <= BOTH ? VECTORS : 1;
+  for (int first = 0; first < VECTORS; first += V) multiply<Kind, R, V>(x, x_row, p, sums, add, first);
 }
 
 // How many times a chunk's rows fill the registers, and which are the first of the i-th time: as many in each as can be, since
@@ -180,13 +208,13 @@ void product(const typename Kind::Given *given, int64_t given_row, const typenam
   });
 }
 
-// weights[O, I] -> packed; a number is `Number` or a pair of them.
-template <class Number>
+// weights[O, I] -> packed; a number is of type T, or a pair of them.
+template <class T, class Number>
 void pack(const Number *weights, Number *packed, int64_t outputs, int64_t inputs, int64_t threads) {
   share_out(threads, (outputs + WIDE - 1) / WIDE, [&](int64_t b) {
     for (int64_t k = 0; k < inputs; k++)
       for (int64_t i = 0; i < WIDE; i++) {
-        int64_t o = b * WIDE + i;
+        int64_t o = b * WIDE + output_at<T>(i);
         packed[(b * inputs + k) * WIDE + i] = o < outputs ? weights[o * inputs + k] : Number{};
       }
   });
@@ -195,12 +223,14 @@ void pack(const Number *weights, Number *packed, int64_t outputs, int64_t inputs
 } // namespace
 
 EXPORT int64_t multiplies_pairs() { return KVASIR_PAIRS; }
+EXPORT int64_t vector_bytes() { return REGISTER; }
 
 EXPORT void pack_linear(int64_t type, const void *weights, void *packed, int64_t outputs, int64_t inputs, int64_t threads) {
-  if (type == FLOAT32) return pack((const uint32_t *)weights, (uint32_t *)packed, outputs, inputs, threads);
+  if (type == FLOAT32) return pack<float>((const uint32_t *)weights, (uint32_t *)packed, outputs, inputs, threads);
   if (type == BFLOAT16 && KVASIR_PAIRS)
-    return pack((const uint32_t *)weights, (uint32_t *)packed, outputs, inputs / 2, threads);
-  pack((const uint16_t *)weights, (uint16_t *)packed, outputs, inputs, threads);
+    return pack<float>((const uint32_t *)weights, (uint32_t *)packed, outputs, inputs / 2, threads);
+  auto pack_16 = type == BFLOAT16 ? pack<bf16, uint16_t> : pack<fp16, uint16_t>;
+  pack_16((const uint16_t *)weights, (uint16_t *)packed, outputs, inputs, threads);
 }
 
 // x[T, I] (rows x_row numbers apart) times packed, plus bias[O] -> out[T, O].

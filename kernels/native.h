@@ -4,9 +4,9 @@
 
 #include <atomic>
 #include <cmath>
-#include <cstdint>
 #include <cstdlib>
-#include <cstring>
+
+#include "lanes.h"
 
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
@@ -17,11 +17,6 @@
 #else
 #define KVASIR_PAIRS 0
 #endif
-
-typedef float F16 __attribute__((vector_size(64)));
-typedef int32_t I16 __attribute__((vector_size(64)));
-typedef uint32_t U16 __attribute__((vector_size(64)));
-typedef uint16_t W16 __attribute__((vector_size(32)));
 
 struct bf16 {
   uint16_t bits;
@@ -39,9 +34,6 @@ struct fp8 {
 };
 typedef fp8<3> e4m3;
 typedef fp8<2> e5m2;
-typedef uint8_t B16 __attribute__((vector_size(16)));
-typedef int8_t C16 __attribute__((vector_size(16)));
-
 // Types by their numbers in native.py; those of 8 bits have a scale for every row.
 enum Type { FLOAT32, BFLOAT16, FLOAT16, INT8, E4M3, E5M2 };
 template <class T>
@@ -65,19 +57,12 @@ struct Cache {
 
 static inline F16 splat(float x) { return F16{} + x; }
 
-template <class V, class P>
-static inline V load(const P *p) {
-  V v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
+static inline I16 splat_bits(uint32_t bits) { return I16{} + (int32_t)bits; }
 
-template <class V, class P>
-static inline void store(P *p, V v) {
-  std::memcpy(p, &v, sizeof v);
+static inline I16 places() { // of numbers among 16
+  static constexpr int32_t found[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load<I16>(found);
 }
-
-static inline F16 where(I16 mask, F16 a, F16 b) { return mask ? a : b; }
 
 static inline float scalar(float x) { return x; }
 
@@ -106,18 +91,17 @@ static inline float scalar(fp16 x) {
 
 static inline F16 widen(const float *p) { return load<F16>(p); }
 
-static inline F16 widen(const bf16 *p) { return (F16)(__builtin_convertvector(load<W16>(p), U16) << 16); }
+static inline F16 widen(const bf16 *p) { return as<F16>(load_as<U16>((const uint16_t *)p) << 16); }
 
 static inline F16 widen(const fp16 *p) {
 #if defined(__AVX512F__)
   return (F16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__F16C__) && defined(__AVX2__)
+  auto half = [&](int i) { return (Half<F16>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + i))); };
+  return {half(0), half(8)};
 #else
   float found[16];
-#if defined(__F16C__)
-  for (int i = 0; i < 16; i += 8) _mm256_storeu_ps(found + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + i))));
-#else
   for (int i = 0; i < 16; i++) found[i] = scalar(p[i]);
-#endif
   return load<F16>(found);
 #endif
 }
@@ -126,7 +110,7 @@ static inline F16 widen(const int8 *p) {
 #if defined(__AVX512F__)
   return (F16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 #else
-  return __builtin_convertvector(__builtin_convertvector(load<C16>(p), I16), F16);
+  return convert<F16>(load_as<I16>((const int8_t *)p));
 #endif
 }
 
@@ -136,44 +120,45 @@ static inline F16 widen(const fp8<M> *p) {
 #if defined(__AVX512F__)
   U16 u = (U16)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
 #else
-  U16 u = __builtin_convertvector(load<B16>(p), U16);
+  U16 u = load_as<U16>((const uint8_t *)p);
 #endif
   U16 sign = (u & 0x80) << 24, rest = (u & 0x7f) << (23 - M);
-  F16 size = (F16)rest * std::ldexp(1.0f, 127 - fp8<M>::BIAS);
-  return (F16)((U16)size | sign);
+  F16 size = as<F16>(rest) * std::ldexp(1.0f, 127 - fp8<M>::BIAS);
+  return as<F16>(as<U16>(size) | sign);
 }
 
 static inline void narrow(float *p, F16 x) { store(p, x); }
 
-static inline W16 rounded(F16 x) { // to the nearest even; a NaN stays one
+// To the nearest even; a NaN stays one.
 #if KVASIR_PAIRS
-  return (W16)_mm512_cvtneps_pbh((__m512)x);
-#else
-  U16 u = (U16)x;
-  U16 near = (u + 0x7fff + (u >> 16 & 1)) >> 16;
-  U16 quiet = u >> 16 | 0x40;
-  U16 nan = (U16)(x != x);
-  return __builtin_convertvector((nan & quiet) | (~nan & near), W16);
-#endif
-}
-
+typedef Vector<uint16_t, 16>::type W16;
+static inline W16 rounded(F16 x) { return (W16)_mm512_cvtneps_pbh((__m512)x); }
 static inline void narrow(bf16 *p, F16 x) { store(p, rounded(x)); }
+static inline F16 rounded_to_bf16(F16 x) { return (F16)(convert<U16>(rounded(x)) << 16); }
+#else
+static inline U16 rounded(F16 x) { // in the upper halves
+  U16 u = as<U16>(x);
+  U16 near = u + 0x7fff + (u >> 16 & 1);
+  return where(x == x, near, u | 0x400000) & 0xffff0000;
+}
+static inline void narrow(bf16 *p, F16 x) { store_as((uint16_t *)p, rounded(x) >> 16); }
+static inline F16 rounded_to_bf16(F16 x) { return as<F16>(rounded(x)); }
+#endif
 
 // Numbers up to most<T>: to the nearest even.
 static inline void narrow(int8 *p, F16 x) {
-  I16 near = (I16)(x + 12582912.0f) - 0x4b400000; // 1.5 * 2^23: rounds to an integer
-  store(p, __builtin_convertvector(near, C16));
+  I16 near = as<I16>(x + 12582912.0f) - 0x4b400000; // 1.5 * 2^23: rounds to an integer
+  store_as((int8_t *)p, near);
 }
 
 template <int M>
 static inline void narrow(fp8<M> *p, F16 x) {
   constexpr int SHIFT = 23 - M, BIAS = fp8<M>::BIAS;
-  U16 u = (U16)x, sign = u >> 24 & 0x80, size = u & 0x7fffffff;
+  U16 u = as<U16>(x), sign = u >> 24 & 0x80, size = u & 0x7fffffff;
   U16 normal = ((size + ((1u << (SHIFT - 1)) - 1) + (size >> SHIFT & 1)) >> SHIFT) - ((127u - BIAS) << M);
   F16 unit = splat(std::ldexp(1.0f, 24 - BIAS - M)); // a sum with it rounds where a subnormal ends
-  U16 small = (U16)((F16)size + unit) - (U16)unit;
-  U16 tiny = (U16)(size < (uint32_t)(128 - BIAS) << 23);
-  store(p, __builtin_convertvector(sign | (tiny & small) | (~tiny & normal), B16));
+  U16 small = as<U16>(as<F16>(size) + unit) - as<U16>(unit);
+  store_as((uint8_t *)p, sign | where(size < (uint32_t)(128 - BIAS) << 23, small, normal));
 }
 
 static inline uint16_t half_of(float f) {
@@ -195,6 +180,9 @@ static inline uint16_t half_of(float f) {
 static inline void narrow(fp16 *p, F16 x) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__) && defined(__AVX2__)
+  auto half = [](auto h) { return _mm256_cvtps_ph((__m256)h, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); };
+  _mm_storeu_si128((__m128i *)p, half(x.low)), _mm_storeu_si128((__m128i *)(p + 8), half(x.high));
 #else
   for (int i = 0; i < 16; i++) p[i].bits = half_of(x[i]);
 #endif
@@ -259,7 +247,7 @@ static inline F16 exponential(F16 x) {
   I16 tiny = x < -87.0f;
   x = smaller(splat(88.0f), larger(splat(-87.0f), x));
   F16 n = x * 1.44269504f + 12582912.0f; // 1.5 * 2^23: rounds to an integer
-  I16 power = (I16)n - 0x4b400000;
+  I16 power = as<I16>(n) - 0x4b400000;
   n -= 12582912.0f;
   x = x - n * 0.693359375f - n * -2.12194440e-4f;
   F16 y = splat(1.9875691500e-4f);
@@ -269,7 +257,7 @@ static inline F16 exponential(F16 x) {
   y = y * x + 1.6666665459e-1f;
   y = y * x + 5.0000001201e-1f;
   y = y * x * x + x + 1.0f;
-  y = y * (F16)((power + 127) << 23);
+  y = y * as<F16>((power + 127) << 23);
   return where(tiny, splat(0.0f), y);
 }
 

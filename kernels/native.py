@@ -48,7 +48,8 @@ SIGNATURES: dict[str, Types] = {
     "linear": (N, P, N, P, P, P, N, N, N, N),
 }
 ANSWERS = (
-    "multiplies_pairs", "run_layers", "sum_between", "scatter_between", "gather_between", "board_bytes", "post", "take",
+    "multiplies_pairs", "vector_bytes", "run_layers", "sum_between", "scatter_between", "gather_between", "board_bytes", "post",
+    "take",
 )  # fmt: skip
 """Functions that return a number."""
 
@@ -111,6 +112,12 @@ def multiplies_pairs() -> bool:
     """Whether the CPU multiplies pairs of bfloat16 and adds them up in float32, and the library makes use of it."""
     compiled = library()
     return compiled is not None and bool(compiled.multiplies_pairs())
+
+
+def vector_bytes() -> int:
+    """Bytes of the registers that the library's vectors are in; 0 without it."""
+    compiled = library()
+    return int(compiled.vector_bytes()) if compiled is not None else 0
 
 
 def sources() -> list[Path]:

@@ -18,9 +18,7 @@ F16 rounded_to(F16 x) {
 template <>
 F16 rounded_to<float>(F16 x) { return x; }
 template <>
-F16 rounded_to<bf16>(F16 x) { return (F16)(__builtin_convertvector(rounded(x), U16) << 16); }
-
-I16 splat_bits(uint32_t bits) { return I16{} + (int32_t)bits; }
+F16 rounded_to<bf16>(F16 x) { return rounded_to_bf16(x); }
 
 template <class Run>
 void by_rows(int64_t threads, int64_t rows, int64_t numbers, Run run) {
@@ -159,7 +157,7 @@ void turns(T *q, const T *k, const T *v, const T *cos, const T *sin, const Cache
 
 // One row of logits, with -infinity wherever bit v % 32 of word v / 32 is 0; no words: as it is.
 void allow_row(const float *x, const uint32_t *words, float *out, int64_t width) {
-  const I16 place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const I16 place = places();
   const F16 barred = splat(-INFINITY);
   for (int64_t v = 0; v < width; v += 16) {
     uint32_t bits = words ? words[v / 32] >> v % 32 & 0xffff : 0xffff;
@@ -172,7 +170,7 @@ void allow_row(const float *x, const uint32_t *words, float *out, int64_t width)
 
 // The first of the largest of one row whose bits are set; 0 when none is more than -infinity.
 int64_t best_of_row(const float *x, const uint32_t *words, int64_t width) {
-  const I16 place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const I16 place = places();
   F16 best = splat(-INFINITY);
   I16 at = {};
   for (int64_t v = 0; v < width; v += 16) {
@@ -180,9 +178,9 @@ int64_t best_of_row(const float *x, const uint32_t *words, int64_t width) {
     if (width - v < 16) bits &= (1u << (width - v)) - 1;
     if (!bits) continue;
     F16 y = width - v < 16 ? widen(x + v, width - v) : widen(x + v);
-    I16 more = ((splat_bits(bits) >> place) & 1) != 0 & y > best;
+    I16 more = (((splat_bits(bits) >> place) & 1) != 0) & (y > best);
     best = where(more, y, best);
-    at = more ? place + (int32_t)v : at;
+    at = where(more, place + (int32_t)v, at);
   }
   int64_t found = 0;
   float most = -INFINITY;

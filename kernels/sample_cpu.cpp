@@ -35,6 +35,8 @@ int64_t place_of(int64_t key) { return (uint32_t)~(uint32_t)key; }
 uint32_t lanes(I16 mask) {
 #ifdef __AVX512F__
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#elif defined(__AVX2__)
+  return (uint32_t)_mm256_movemask_ps((__m256)mask.low) | (uint32_t)_mm256_movemask_ps((__m256)mask.high) << 8;
 #else
   uint32_t bits = 0;
   for (int i = 0; i < 16; i++) bits |= (uint32_t)(mask[i] & 1) << i;
@@ -178,8 +180,10 @@ void score_one(const float *x, int64_t n, int64_t token, int64_t best, float *ow
     F16 some = splat(0.0f);
     for (int64_t i = p; i < std::min(n, p + PIECE); i += 16) {
       F16 v = n - i >= 16 ? load<F16>(x + i) : widen(x + i, n - i), e = exponential(v - most);
-      if (n - i < 16)
-        for (int64_t j = n - i; j < 16; j++) e[j] = 0, v[j] = -INFINITY;
+      if (n - i < 16) {
+        I16 there = places() < (int32_t)(n - i);
+        e = where(there, e, splat(0.0f)), v = where(there, v, splat(-INFINITY));
+      }
       some += e, above -= v > x[token];
     }
     total += sum(some);
@@ -196,11 +200,12 @@ void score_one(const float *x, int64_t n, int64_t token, int64_t best, float *ow
   }
 }
 
-template <class V, class T>
-V some(const T *p, int64_t n) {
-  V v{};
-  std::memcpy(&v, p, std::min<size_t>(sizeof v, n * sizeof(T)));
-  return v;
+// The first n of 16, and zeros.
+template <class T>
+I16 some(const T *p, int64_t n) {
+  T found[16] = {};
+  std::memcpy(found, p, std::min<size_t>(sizeof found, n * sizeof(T)));
+  return load_as<I16>(found);
 }
 
 struct Penalties {
@@ -210,12 +215,12 @@ struct Penalties {
 void penalise_piece(const float *x, const int32_t *counts, const uint8_t *prompts, const Penalties &p, float *out, int64_t n) {
   for (int64_t i = 0; i < n; i += 16) {
     F16 v = widen(x + i, n - i);
-    I16 count = some<I16>(counts + i, n - i), seen = count > 0;
+    I16 count = some(counts + i, n - i), seen = count > 0;
     if (p.repetition != 1.0f) {
-      if (prompts) seen |= __builtin_convertvector(some<B16>(prompts + i, n - i), I16) != 0;
+      if (prompts) seen |= some(prompts + i, n - i) != 0;
       v = where(seen, where(v > 0.0f, v / p.repetition, v * p.repetition), v);
     }
-    v = v - p.frequency * __builtin_convertvector(count, F16) - where(count > 0, splat(p.presence), splat(0.0f));
+    v = v - p.frequency * convert<F16>(count) - where(count > 0, splat(p.presence), splat(0.0f));
     narrow(out + i, v, n - i);
   }
 }
