@@ -12,11 +12,9 @@ constexpr int64_t PART = 1024; // keys after which a row's softmax begins anew, 
 constexpr int64_t QUERIES = 64; // query rows (of all heads of a group) that share a tile's keys
 constexpr int64_t AHEAD = 2;    // heads whose keys and values are called for before they are needed
 constexpr int64_t WIDEST = 1024; // heads of few rows, of which all zero is one
-#ifdef __AVX512F__
-constexpr int BLOCK = 6; // rows whose sums are in registers at once
-#else
-constexpr int BLOCK = 2;
-#endif
+constexpr int BLOCK = 6; // rows whose sums are in registers at once,
+template <int R>           // so many times 16 columns of them; with few rows more, since a sum waits for itself
+constexpr int COLUMNS = REGISTER == 64 || R == 1 ? 4 : R == 2 ? 2 : 1;
 
 struct Unit { // some rows of one sequence under some kv heads, and some parts of their keys
   int32_t sequence, head, heads, first, count;
@@ -267,6 +265,43 @@ struct Worker {
   }
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // Eight keys to their columns of kt.
+  void lay_eight(const T *const *from, float *to) const {
+    for (int64_t d = 0; d < c.dim; d += 16) {
+      __m256 r[2][8]; // of bfloat16 pairs
+      int64_t left = c.dim - d;
+      for (int i = 0; i < 8; i++)
+        if (!from[i]) {
+          r[0][i] = r[1][i] = _mm256_setzero_ps();
+        } else if constexpr (std::is_same_v<T, bf16>) {
+          r[0][i] = left < 16 ? (__m256)load_first(from[i] + d, left) : _mm256_loadu_ps((const float *)(from[i] + d));
+        } else {
+          F16 x = widen(from[i] + d, left);
+          r[0][i] = (__m256)x.low, r[1][i] = (__m256)x.high;
+        }
+      transpose(r[0]);
+      if constexpr (!std::is_same_v<T, bf16>) transpose(r[1]);
+      auto put = [&](int64_t i) {
+        if constexpr (std::is_same_v<T, bf16>) {
+          auto pair = (Vector<uint32_t, 8>::type)r[0][i / 2];
+          store(to + (d + i) * TILE, i % 2 ? pair & 0xffff0000 : pair << 16);
+        } else
+          store(to + (d + i) * TILE, r[i / 8][i % 8]);
+      };
+      if (left < 16)
+        for (int64_t i = 0; i < left; i++) put(i);
+      else
+        for (int64_t i = 0; i < 16; i++) put(i);
+    }
+  }
+  static __attribute__((noinline)) Vector<uint32_t, 8>::type load_first(const bf16 *from, int64_t n) { // of 16
+    bf16 found[16] = {};
+    std::memcpy(found, from, 2 * n);
+    return load<Vector<uint32_t, 8>::type>(found);
+  }
+#endif
+
   // kt[dim (pairs)][TILE]: keys of a tile side by side; keys beyond the sequence are zero.
   // Meanwhile those of a later head or tile are called for.
   void pack_keys(const Places &places, int64_t h, const Places &next, int64_t next_h) {
@@ -292,6 +327,8 @@ struct Worker {
         transpose(r);
         for (int64_t i = 0; i < 16 && d + i < dims; i++) store(kt + (d + i) * TILE + j, r[i]);
       }
+#elif defined(__AVX2__)
+      for (int64_t i = 0; i < 16; i += 8) lay_eight(from + i, kt + j + i);
 #else
       for (int64_t i = 0; i < 16; i++)
         for (int64_t d = 0; d < dims; d += 16) {
@@ -359,16 +396,26 @@ struct Worker {
       for (int i = 0; i < C; i++) store(to + r * to_row + 16 * i, sums[r][i]);
   }
 
-  template <int C>
-  static void multiply(int64_t count, const float *const *from, int64_t inner, const float *tile, int64_t line, float *to,
-                       int64_t to_row, bool add) {
+  // The same for all columns[16].
+  template <int R>
+  static void strip(const float *const *from, int64_t inner, const float *tile, int64_t line, float *to, int64_t to_row,
+                    int64_t columns, bool add) {
+    constexpr int C = COLUMNS<R>;
+    int64_t i = 0;
+    for (; i + C <= columns; i += C) multiply<R, C>(from, inner, tile + 16 * i, line, to + 16 * i, to_row, add);
+    if constexpr (C > 1)
+      for (; i < columns; i++) multiply<R, 1>(from, inner, tile + 16 * i, line, to + 16 * i, to_row, add);
+  }
+
+  static void strips(int64_t count, const float *const *from, int64_t inner, const float *tile, int64_t line, float *to,
+                     int64_t to_row, int64_t columns, bool add) {
     switch (count) {
-    case 1: return multiply<1, C>(from, inner, tile, line, to, to_row, add);
-    case 2: return multiply<2, C>(from, inner, tile, line, to, to_row, add);
-    case 3: return multiply<3, C>(from, inner, tile, line, to, to_row, add);
-    case 4: return multiply<4, C>(from, inner, tile, line, to, to_row, add);
-    case 5: return multiply<5, C>(from, inner, tile, line, to, to_row, add);
-    default: return multiply<6, C>(from, inner, tile, line, to, to_row, add);
+    case 1: return strip<1>(from, inner, tile, line, to, to_row, columns, add);
+    case 2: return strip<2>(from, inner, tile, line, to, to_row, columns, add);
+    case 3: return strip<3>(from, inner, tile, line, to, to_row, columns, add);
+    case 4: return strip<4>(from, inner, tile, line, to, to_row, columns, add);
+    case 5: return strip<5>(from, inner, tile, line, to, to_row, columns, add);
+    default: return strip<6>(from, inner, tile, line, to, to_row, columns, add);
     }
   }
 
@@ -437,16 +484,14 @@ struct Worker {
       int64_t count = std::min<int64_t>(BLOCK, rows - i);
       for (int64_t r = 0; r < count; r++)
         from[r] = PAIRS ? (const float *)((const bf16 *)c.q + query(base + i + r)) : queries + (base + i + r) * up(c.dim, 16);
-      multiply<4>(count, from, inner, kt, TILE, scores + i * TILE, TILE, false);
+      strips(count, from, inner, kt, TILE, scores + i * TILE, TILE, TILE / 16, false);
     }
     for (int64_t i = 0; i < rows; i++) weigh(base + i, tile);
     pack_values(places, h, next, next_h);
     for (int64_t i = 0; i < rows; i += BLOCK) {
-      int64_t count = std::min<int64_t>(BLOCK, rows - i), d = 0;
+      int64_t count = std::min<int64_t>(BLOCK, rows - i);
       for (int64_t r = 0; r < count; r++) from[r] = weights + (i + r) * TILE;
-      float *to = acc + (base + i) * wide;
-      for (; d + 64 <= wide; d += 64) multiply<4>(count, from, PAIRS ? TILE / 2 : TILE, vt + d, wide, to + d, wide, true);
-      for (; d < wide; d += 16) multiply<1>(count, from, PAIRS ? TILE / 2 : TILE, vt + d, wide, to + d, wide, true);
+      strips(count, from, PAIRS ? TILE / 2 : TILE, vt, wide, acc + (base + i) * wide, wide, wide / 16, true);
     }
   }
 

@@ -7,6 +7,10 @@
 #include <cstring>
 #include <type_traits>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 constexpr int REGISTER = 64; // bytes
 #elif defined(__AVX2__)
@@ -78,11 +82,19 @@ static inline void store(P *p, V v) {
     std::memcpy(p, &v, sizeof v);
 }
 
-// Numbers of another type, converted.
+// Numbers of another type, converted. gcc takes several instructions for one of AVX2.
 template <class V, class P>
 static inline V load_as(const P *p) {
   if constexpr (halved<V>)
     return {load_as<Half<V>>(p), load_as<Half<V>>(p + sizeof(V) / 8)};
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  else if constexpr (std::is_same_v<P, uint16_t>)
+    return (V)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+  else if constexpr (std::is_same_v<P, uint8_t>)
+    return (V)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+  else if constexpr (std::is_same_v<P, int8_t>)
+    return (V)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
+#endif
   else
     return __builtin_convertvector(load<typename Vector<P, sizeof(V) / 4>::type>(p), V);
 }
@@ -91,6 +103,10 @@ template <class P, class V>
 static inline void store_as(P *p, V v) {
   if constexpr (halved<V>)
     store_as(p, v.low), store_as(p + sizeof(V) / 8, v.high);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  else if constexpr (std::is_same_v<P, uint16_t>)
+    _mm_storeu_si128((__m128i *)p, _mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1)));
+#endif
   else
     store(p, __builtin_convertvector(v, typename Vector<P, sizeof(V) / 4>::type));
 }

@@ -8,10 +8,6 @@
 
 #include "lanes.h"
 
-#if defined(__AVX512F__) || defined(__F16C__)
-#include <immintrin.h>
-#endif
-
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define KVASIR_PAIRS 1 // products of bfloat16 pairs, summed in float32
 #else
@@ -96,7 +92,7 @@ static inline F16 widen(const bf16 *p) { return as<F16>(load_as<U16>((const uint
 static inline F16 widen(const fp16 *p) {
 #if defined(__AVX512F__)
   return (F16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
-#elif defined(__F16C__) && defined(__AVX2__)
+#elif defined(__AVX2__) && defined(__F16C__)
   auto half = [&](int i) { return (Half<F16>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + i))); };
   return {half(0), half(8)};
 #else
@@ -180,7 +176,7 @@ static inline uint16_t half_of(float f) {
 static inline void narrow(fp16 *p, F16 x) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#elif defined(__F16C__) && defined(__AVX2__)
+#elif defined(__AVX2__) && defined(__F16C__)
   auto half = [](auto h) { return _mm256_cvtps_ph((__m256)h, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); };
   _mm_storeu_si128((__m128i *)p, half(x.low)), _mm_storeu_si128((__m128i *)(p + 8), half(x.high));
 #else
@@ -287,6 +283,24 @@ static inline __attribute__((always_inline)) void transpose(__m512 *r) {
     r[j] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0x88);
     r[j + 8] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0xdd);
   }
+}
+#endif
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// 8 rows of 8 numbers of 32 bits.
+static inline __attribute__((always_inline)) void transpose(__m256 *r) {
+  __m256 t[8];
+  for (int i = 0; i < 8; i += 2) t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; j++) {
+      r[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
+      r[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
+    }
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+  }
+  for (int i = 0; i < 8; i++) r[i] = t[i];
 }
 #endif
 
