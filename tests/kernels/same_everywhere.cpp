@@ -29,9 +29,9 @@ template <class T>
 static std::vector<T> some(size_t count) {
   std::vector<T> found(count + 16);
   for (size_t i = 0; i + 16 <= count + 15; i += 16) {
-    F16 x;
-    for (int j = 0; j < 16; j++) x[j] = number();
-    narrow(&found[i], x, (int64_t)(count - i));
+    float x[16];
+    for (float &each : x) each = number();
+    narrow(&found[i], load<F16>(x), (int64_t)(count - i));
   }
   return found;
 }

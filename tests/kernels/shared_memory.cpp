@@ -59,9 +59,9 @@ void exchanges(Meeting *m, Type type, int64_t numbers) { // of each rank's part
   int64_t all = numbers * m->size;
   std::vector<T> x(all), sum(all), own(numbers), whole(all), columns(m->size * all);
   for (int64_t i = 0; i < all; i += 16) {
-    F16 v;
+    float v[16];
     for (int64_t j = 0; j < 16; j++) v[j] = value(m->own, i + j);
-    narrow(&x[i], v, all - i);
+    narrow(&x[i], load<F16>(v), all - i);
   }
   expect(!sum_between(m, type, x.data(), sum.data(), all), "a sum ends");
   expect(!scatter_between(m, type, x.data(), own.data(), numbers), "a dealt sum ends");
