@@ -26,6 +26,7 @@ MODEL = "skald"
 TEXT = "Kvasir was the wisest of them all, and he went far and wide over the world to teach men what he knew of it. "
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 GRPC = "kvasir.v1.Inference/Chat"
+KSERVE = "inference.GRPCInferenceService/ModelStreamInfer"
 MESSAGES = [{"role": "user", "content": "Tell me of Kvasir."}]
 COMMON = {"model": MODEL, "stream": True, "ignore_eos": True, "temperature": 0}
 RESUMABLE = "kvasir-resumable"
@@ -45,6 +46,7 @@ KINDS = {
     "Ollama": ("/api/chat", {"model": MODEL, "messages": MESSAGES, "options": {"ignore_eos": True}}),
     "Anthropic": ("/v1/messages", {"model": MODEL, "messages": MESSAGES, "stream": True}),
     "gRPC": (GRPC, {}),
+    "KServe's gRPC": (KSERVE, {}),
 }
 
 
@@ -170,8 +172,8 @@ async def run_gateway() -> None:
 
 async def stream(ports: dict[str, int], path: str, body: dict[str, object]) -> int:
     """One streamed answer: how many chunks came."""
-    if path == GRPC:
-        return await stream_grpc(ports["grpc"], body)
+    if path in (GRPC, KSERVE):
+        return await stream_grpc(ports["grpc"], path, body)
     reader, writer = await asyncio.open_connection("127.0.0.1", ports["http"])
     lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", "Connection: close"]
     if body.get(RESUMABLE):
@@ -189,16 +191,26 @@ async def stream(ports: dict[str, int], path: str, body: dict[str, object]) -> i
     return chunks
 
 
-async def stream_grpc(port: int, body: dict[str, object]) -> int:
+async def stream_grpc(port: int, path: str, body: dict[str, object]) -> int:
     import grpc
 
     from kvasir.proto import inference_pb2 as pb
+    from kvasir.proto import open_inference_pb2 as kserve
     from kvasir.proto.inference_pb2_grpc import InferenceStub
+    from kvasir.proto.open_inference_pb2_grpc import GRPCInferenceServiceStub
 
-    sampling = pb.Sampling(max_tokens=body["max_tokens"], temperature=0, ignore_eos=True)  # type: ignore[arg-type]
-    request = pb.ChatRequest(model=MODEL, messages=[pb.Message(**MESSAGES[0])], sampling=sampling)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        return sum([1 async for reply in InferenceStub(channel).Chat(request)])
+        if path == GRPC:
+            sampling = pb.Sampling(max_tokens=body["max_tokens"], temperature=0, ignore_eos=True)  # type: ignore[arg-type]
+            request = pb.ChatRequest(model=MODEL, messages=[pb.Message(**MESSAGES[0])], sampling=sampling)
+            return sum([1 async for _ in InferenceStub(channel).Chat(request)])
+        asked = kserve.ModelInferRequest(model_name=MODEL)
+        text = asked.inputs.add(name="text_input", datatype="BYTES", shape=[1])
+        text.contents.bytes_contents.append(b"Once upon a time")
+        asked.parameters["max_tokens"].int64_param = body["max_tokens"]  # type: ignore[assignment]
+        for name in ("stream", "ignore_eos"):
+            asked.parameters[name].bool_param = True
+        return sum([1 async for _ in GRPCInferenceServiceStub(channel).ModelStreamInfer(iter([asked]))])
 
 
 def cpu_us(pid: int) -> float:

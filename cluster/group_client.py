@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import re
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias, cast
-
-import grpc
 
 from kvasir.cluster import wire
 from kvasir.cluster.group_stream import Stream
 from kvasir.cluster.member import Member, Reservation
+from kvasir.cluster.message_stream import MessageStream
 from kvasir.cluster.router import Route, Router
 from kvasir.cluster.wire import Endpoint
 from kvasir.engine.config import Role
@@ -25,7 +23,6 @@ from kvasir.engine.info import ModelInfo
 from kvasir.engine.request import Request
 from kvasir.engine.scheduler import Stats
 from kvasir.proto import group_pb2 as pb
-from kvasir.proto.group_pb2_grpc import GroupStub
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +32,6 @@ BACKOFF_S = (0.05, 1.0)
 """First and longest pause between attempts to connect."""
 WARY_S = 2.0
 """So long after a group said that it can't go on, others are asked first: its process may outlive its engine a little."""
-
-_ADDRESS = re.compile(r"\s*\b(?:ipv[46]:\S+|\d+(?:\.\d+){3}(?::\d+)?):?")
-"""As gRPC writes it into its errors."""
-
-GroupCall: TypeAlias = "grpc.aio.StreamStreamCall[pb.GatewayMessage, pb.GroupMessage]"
 
 
 class GroupClient:
@@ -64,14 +56,15 @@ class GroupClient:
         self.stats: Stats | None = None
         """As of the last report, up to half a second ago."""
         self.last_error: str | None = None
-        """Why there is no connection."""
+        """Why there is no connection. Clients are told, so it holds no address of ours."""
         self.draining = False
         """It takes no new requests, and what runs there goes on elsewhere if it can."""
         self._limit = max_stream_buffer
         self._on_break = on_break
         self._streams: dict[int, Stream] = {}
         self._numbers = itertools.count(1)
-        self._outbox: asyncio.Queue[pb.GatewayMessage] | None = None
+        self._line: MessageStream[pb.GroupMessage] | None = None
+        """Where requests may be sent: the group has said hello."""
         self._heartbeat = self._seen = 0.0
         self._failed_at: float | None = None
         self._task: asyncio.Task[None] | None = None
@@ -97,7 +90,7 @@ class GroupClient:
     @property
     def alive(self) -> bool:
         """Connected, and the group's step loop turned within `wire.STALL_S`."""
-        return self._outbox is not None and time.monotonic() - self._heartbeat < wire.STALL_S
+        return self._line is not None and time.monotonic() - self._heartbeat < wire.STALL_S
 
     @property
     def name(self) -> str:
@@ -122,13 +115,13 @@ class GroupClient:
 
     async def submit(self, request: Request, placement: Placement | None = None) -> Stream:
         """Send `request`; returns when the group took it. Raises the KvasirError with which the group refused it."""
-        if self._outbox is None:
+        if self._line is None:
             raise UnavailableError(f"the group can't be reached: {self.last_error or 'connecting'}", retry_after_s=1.0)
         number = next(self._numbers)
         stream = Stream(request, self._limit, lambda index, reason: self._abort(number, index, reason))
         message = pb.GatewayMessage(submit=wire.encode_request(request, number))
         wire.check_size(message, "prompt")
-        self._outbox.put_nowait(message)
+        self._line.send(message)
         self._streams[number] = stream
         if placement is not None:
             stream._reservation = placement.sent(number)
@@ -141,8 +134,8 @@ class GroupClient:
         return stream
 
     def _abort(self, number: int, index: int | None, reason: FinishReason) -> None:
-        if self._outbox is not None and number in self._streams:
-            self._outbox.put_nowait(pb.GatewayMessage(abort=pb.Abort(number=number, index=index, reason=reason)))
+        if self._line is not None and number in self._streams:
+            self._line.send(pb.GatewayMessage(abort=pb.Abort(number=number, index=index, reason=reason)))
 
     async def _run(self) -> None:
         """Connect, converse until the stream breaks, pause, again."""
@@ -151,47 +144,59 @@ class GroupClient:
             began = time.monotonic()
             try:
                 await self._converse()
-            except grpc.aio.AioRpcError as error:
-                self._lost(error.details() or error.code().name.lower())
             except UnavailableError as error:
                 self._lost(error.message)
+            except OSError as error:  # whose own text may hold the address
+                why = os.strerror(error.errno) if error.errno else type(error).__name__
+                self._lost(f"the connection failed: {why}")
             finally:
                 self._disconnected()
             pause = BACKOFF_S[0] if self._seen > began else min(2 * pause, BACKOFF_S[1])
             await asyncio.sleep(pause)
 
     def _lost(self, why: str) -> None:
-        """There is no connection. Clients are told why, but no address of ours, which only the log says."""
-        told = _ADDRESS.sub("", why)
-        if told != self.last_error:
+        """There is no connection."""
+        if why != self.last_error:
             log.info("group %s at %s: %s", self.name, self.endpoint.address, why)
-        self.last_error = told
+        self.last_error = why
 
     async def _converse(self) -> None:
         """One connection's life: raises when it breaks."""
-        async with grpc.aio.insecure_channel(self.endpoint.address, options=wire.CHANNEL_OPTIONS) as channel:
-            call = GroupStub(channel).Connect(metadata=((wire.TOKEN_METADATA, self.endpoint.token),))
-            self._seen = time.monotonic()
-            outbox: asyncio.Queue[pb.GatewayMessage] = asyncio.Queue()
-            work = (self._read(call, outbox), _write(call, outbox), self._watch())
-            tasks = [asyncio.ensure_future(part) for part in work]
-            try:
-                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                done.pop().result()
-            finally:
-                call.cancel()
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+        self._seen = time.monotonic()
+        tasks = [asyncio.ensure_future(part) for part in (self._talk(), self._watch())]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            done.pop().result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _read(self, call: GroupCall, outbox: asyncio.Queue[pb.GatewayMessage]) -> None:
-        """Take messages; from the first one on, requests may be sent."""
-        while (message := await call.read()) is not grpc.aio.EOF:
-            self._seen = time.monotonic()
-            self._receive(cast(pb.GroupMessage, message), outbox)
-        raise UnavailableError("the group closed the stream")
+    async def _talk(self) -> None:
+        """Connect, and take messages; from the hello on, requests may be sent."""
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
 
-    def _receive(self, message: pb.GroupMessage, outbox: asyncio.Queue[pb.GatewayMessage]) -> None:
+        def take(message: pb.GroupMessage) -> None:
+            self._seen = time.monotonic()
+            self._receive(message, line)
+
+        def over(error: Exception | None) -> None:
+            if not ended.done():
+                ended.set_exception(error or UnavailableError("the group closed the stream"))
+
+        def begin() -> MessageStream[pb.GroupMessage]:
+            return MessageStream(pb.GroupMessage, take, over, limit=wire.MAX_MESSAGE_BYTES)
+
+        host, _, port = self.endpoint.address.rpartition(":")
+        _, line = await loop.create_connection(begin, host.strip("[]"), int(port))
+        try:
+            line.send(pb.GatewayMessage(token=self.endpoint.token))
+            await ended
+        finally:
+            line.abort()
+
+    def _receive(self, message: pb.GroupMessage, line: MessageStream[pb.GroupMessage]) -> None:
         kind = message.WhichOneof("message")
         if kind == "step":
             self._take(message.step)
@@ -204,10 +209,12 @@ class GroupClient:
             self._change(self.draining or message.load.draining, wire.decode_role(message.load.role))
         elif kind == "blocks":
             if self.member.blocks(message.blocks):
-                outbox.put_nowait(pb.GatewayMessage(resync=pb.Resync()))
+                line.send(pb.GatewayMessage(resync=pb.Resync()))
         elif kind == "hello":
             self._welcome(message.hello)
-            self._outbox = outbox
+            self._line = line
+        elif kind == "refused":
+            raise UnavailableError(f"the group refused the connection: {message.refused}")
 
     def _welcome(self, hello: pb.Hello) -> None:
         """Another life behind the same address (a port is soon used again) may serve another model: it isn't ours."""
@@ -259,21 +266,12 @@ class GroupClient:
 
     def _disconnected(self) -> None:
         """Fail what was running."""
-        self._outbox = None
+        self._line = None
         self.member.lost()
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream._break(f"the group died while it served this request: {self.last_error}")
         self._on_break()
-
-
-async def _write(call: GroupCall, outbox: asyncio.Queue[pb.GatewayMessage]) -> None:
-    """Send what is queued."""
-    while True:
-        try:
-            await call.write(await outbox.get())
-        except asyncio.InvalidStateError as error:  # the stream broke while something was queued
-            raise UnavailableError("the stream to the group ended") from error
 
 
 @dataclass(frozen=True, slots=True)

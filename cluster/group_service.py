@@ -8,18 +8,20 @@ from __future__ import annotations
 import asyncio
 import hmac
 import itertools
+import logging
 import secrets
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import grpc
+from functools import partial
+from typing import Protocol
 
 from kvasir.cluster import wire
 from kvasir.cluster.block_journal import BlockJournal
+from kvasir.cluster.message_stream import MessageStream
+from kvasir.cluster.sockets import authority
 from kvasir.cluster.telemetry import Tracing
 from kvasir.cluster.wire import Endpoint
 from kvasir.engine.blocks import Changes, Tier
@@ -30,18 +32,16 @@ from kvasir.engine.info import ModelInfo
 from kvasir.engine.request import Request
 from kvasir.engine.scheduler import Stats
 from kvasir.proto import group_pb2 as pb
-from kvasir.proto.group_pb2_grpc import GroupServicer, add_GroupServicer_to_server
+
+log = logging.getLogger(__name__)
 
 MAX_QUEUED_BYTES = 64 * 2**20
 UNREAD_S = 10.0
 """A gateway that leaves a message unread this long, or MAX_QUEUED_BYTES behind it, is cut off: its requests end."""
-SERVER_OPTIONS = [
-    ("grpc.max_send_message_length", wire.MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
-    ("grpc.so_reuseport", 0),
-    ("grpc.keepalive_time_ms", 5000),  # a gateway's machine that vanished sends no FIN
-    ("grpc.keepalive_timeout_ms", 3000),
-]
+MAX_TOKEN_BYTES = 1024
+"""Who hasn't said its token may send no more."""
+STOP_S = 0.5
+"""So long gateways may take to read what was sent before the end."""
 
 
 class ServedEngine(Protocol):
@@ -64,11 +64,7 @@ class _Link:
     """One gateway's stream."""
 
     name: str
-    queue: asyncio.Queue[pb.GroupMessage | None] = field(default_factory=asyncio.Queue)
-    """None ends the stream."""
-    queued_bytes: int = 0
-    writing_since: float | None = None
-    cut: bool = False
+    stream: MessageStream[pb.GatewayMessage] = field(init=False)
     requests: dict[int, _Running] = field(default_factory=dict)
     arrivals: deque[tuple[float, int]] = field(default_factory=deque)
     """(when, number) of requests that the reported load doesn't hold yet."""
@@ -86,7 +82,7 @@ class _Running:
     remaining: int
 
 
-class GroupService(GroupServicer):
+class GroupService:
     """Serves an engine to gateways that know its secret. Create it in the loop; the engine's thread calls `deliver`."""
 
     def __init__(self, tracing: Tracing) -> None:
@@ -98,8 +94,8 @@ class GroupService(GroupServicer):
         self._role: Role = "both"
         self._draining = False
         self._loop = asyncio.get_running_loop()
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
         self._links: set[_Link] = set()
+        """Of gateways that have said the token."""
         self._running: dict[str, _Running] = {}
         self._numbers = itertools.count(1)
 
@@ -107,11 +103,10 @@ class GroupService(GroupServicer):
         """Listen on a free port of `host`."""
         self._engine = engine
         engine.listen(self.report_blocks)
-        add_GroupServicer_to_server(self, self._server)
-        port = self._server.add_insecure_port(f"{host}:0")
-        await self._server.start()
+        self._server = await self._loop.create_server(self._accept, host, 0)
         self._reporter = self._loop.create_task(self._report())
-        return Endpoint(f"{host}:{port}", self._incarnation, self._token)
+        port = self._server.sockets[0].getsockname()[1]
+        return Endpoint(authority(host, port), self._incarnation, self._token)
 
     def set_role(self, role: Role) -> None:
         """What the group is for, as gateways are told at once."""
@@ -129,9 +124,13 @@ class GroupService(GroupServicer):
     async def stop(self) -> None:
         """Close every stream."""
         self._reporter.cancel()
-        for link in self._links:
-            link.queue.put_nowait(None)
-        await self._server.stop(grace=0.5)
+        self._server.close()
+        if streams := [link.stream for link in self._links]:
+            for stream in streams:
+                stream.close()
+            await asyncio.wait([stream.closed for stream in streams], timeout=STOP_S)
+            for stream in streams:
+                stream.abort()
 
     def deliver(self, events: Sequence[Event]) -> None:
         """Engine's thread, once per step: the loop encodes them while the engine computes the next step."""
@@ -141,61 +140,49 @@ class GroupService(GroupServicer):
         """Any thread: what a tier stored and evicted."""
         self._loop.call_soon_threadsafe(self._journal.take, tier, changes)
 
-    async def Connect(self, request_iterator: Any, context: Any) -> None:  # noqa: N802
-        """One gateway's stream: until it breaks, is closed or cut off; then its requests are aborted."""
-        sent = dict(context.invocation_metadata()).get(wire.TOKEN_METADATA, "")
-        if not hmac.compare_digest(str(sent).encode(), self._token.encode()):
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong or missing kvasir-token")
+    def _accept(self) -> MessageStream[pb.GatewayMessage]:
+        """A connection: one gateway's, once it has said the token; until it breaks, is closed or cut off."""
         link = _Link(f"link{next(self._numbers)}")
+        take, over = partial(self._receive, link), partial(self._gone, link)
+        link.stream = MessageStream(pb.GatewayMessage, take, over, limit=MAX_TOKEN_BYTES)
+        return link.stream
+
+    def _welcome(self, link: _Link, token: str) -> None:
+        if not hmac.compare_digest(token.encode(), self._token.encode()):
+            link.stream.send(pb.GroupMessage(refused="wrong or missing kvasir-token"))
+            link.stream.close()
+            return
+        link.stream.limit = wire.MAX_MESSAGE_BYTES
         hello = pb.Hello(incarnation=self._incarnation, model=wire.encode_info(self._engine.info))
         self._post(link, pb.GroupMessage(hello=hello))
         self._post(link, self._load(link))
         self._resync(link)
         self._links.add(link)
-        work = (self._read(link, request_iterator), self._write(link, context))
-        tasks = [self._loop.create_task(part) for part in work]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self._links.discard(link)
-            self._abort_all(link)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        if link.cut:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "cut off: messages were left unread")
 
-    async def _read(self, link: _Link, messages: AsyncIterable[pb.GatewayMessage]) -> None:
-        """Take messages until the gateway closes the stream."""
-        async for message in messages:
-            self._receive(link, message)
-
-    async def _write(self, link: _Link, context: Any) -> None:
-        """Send what is queued; flow control may hold this up, `_report` watches for how long."""
-        while not link.cut and (message := await link.queue.get()) is not None:
-            link.writing_since = time.monotonic()
-            await context.write(message)
-            link.writing_since = None
-            link.queued_bytes -= message.ByteSize()
+    def _gone(self, link: _Link, error: Exception | None) -> None:
+        """The gateway is gone: nobody waits for its requests."""
+        if link in self._links and not isinstance(error, OSError | None):
+            log.error("a gateway's message failed", exc_info=error)
+        self._links.discard(link)
+        for running in [*link.requests.values()]:
+            self._forget(running)
+            self._engine.abort(running.request.request_id)
 
     def _post(self, link: _Link, message: pb.GroupMessage) -> None:
-        """Queue a message, or cut the gateway off when too much is queued."""
-        if link.cut:
-            return
-        link.queued_bytes += message.ByteSize()
-        link.queue.put_nowait(message)
-        if link.queued_bytes > MAX_QUEUED_BYTES:
+        """Send a message, or cut the gateway off when too much is queued."""
+        link.stream.send(message)
+        if link.stream.queued_bytes > MAX_QUEUED_BYTES:
             self._cut(link)
 
     def _cut(self, link: _Link) -> None:
-        """Free what the gateway holds; the stream itself ends when it reads again, or goes away."""
-        link.cut = True
-        self._abort_all(link)
-        while not link.queue.empty():
-            link.queue.get_nowait()
+        """Free what the gateway holds, and what waits for it."""
+        log.warning("a gateway is cut off: it left messages unread")
+        link.stream.abort()
+        self._gone(link, None)
 
     def _receive(self, link: _Link, message: pb.GatewayMessage) -> None:
-        if link.cut:
+        if link not in self._links:
+            self._welcome(link, message.token)
             return
         if message.WhichOneof("message") == "submit":
             answer = pb.Answer(number=message.submit.number)
@@ -267,12 +254,6 @@ class GroupService(GroupServicer):
         del self._running[running.request.request_id]
         del running.link.requests[running.number]
 
-    def _abort_all(self, link: _Link) -> None:
-        """The gateway is gone: nobody waits for its requests."""
-        for running in [*link.requests.values()]:
-            self._forget(running)
-            self._engine.abort(running.request.request_id)
-
     def _load(self, link: _Link) -> pb.GroupMessage:
         """The load, and which of this gateway's requests it holds."""
         made = self._engine.stats_at  # before the figures: they may be newer, not older
@@ -314,8 +295,8 @@ class GroupService(GroupServicer):
             ):
                 continue
             self._reported = stats, now
-            for link in self._links:
-                if link.writing_since is not None and now - link.writing_since > UNREAD_S:
+            for link in [*self._links]:
+                if (since := link.stream.unread_since) is not None and now - since > UNREAD_S:
                     self._cut(link)
             self._tell_load()
 

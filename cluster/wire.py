@@ -19,15 +19,8 @@ from kvasir.engine.request import NESTED, Peer, PoolingParams, Request, Sampling
 from kvasir.engine.scheduler import Stats
 from kvasir.proto import group_pb2 as pb
 
-TOKEN_METADATA = "kvasir-token"
 MAX_MESSAGE_BYTES = 64 * 2**20
 """A prompt of a million token ids takes 3 to 5 MB; prompt_logprobs with 20 alternatives take 300 bytes a token."""
-CHANNEL_OPTIONS = [
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.use_local_subchannel_pool", 1),  # else a new connection inherits the back-off of a dead one
-]
 PUBLISH_PERIOD_S = 0.04
 """How soon a group tells of changes of its load and blocks. Behind the 50 ms for which the engine's figures hold, gateways
 know within 100 ms."""
@@ -64,7 +57,7 @@ class Endpoint:
 
 
 def check_size(message: Message, what: str) -> None:
-    """ClientError when gRPC wouldn't carry `message`: to try would break the stream, with all its requests."""
+    """ClientError when `message` is too large for the other end: to send it would break the stream, with all its requests."""
     if (size := message.ByteSize()) > MAX_MESSAGE_BYTES:
         limit = f"{MAX_MESSAGE_BYTES / 2**20:.0f} MiB"
         raise ClientError(f"{what} takes {size / 2**20:.0f} MiB between gateway and group; at most {limit}", param=what)

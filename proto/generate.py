@@ -40,6 +40,8 @@ def _compile(scratch: Path) -> None:
         if file.service:
             path = scratch / file.name.replace(".proto", "_pb2_grpc.pyi")
             path.write_text("\n".join(_typed(file)) + "\n")
+        else:
+            (scratch / file.name.replace(".proto", "_pb2_grpc.py")).unlink()
 
 
 def _typed(file: FileDescriptorProto) -> Iterator[str]:

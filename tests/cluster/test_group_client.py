@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import socket
 
-import grpc
 import pytest
 from waiting import until_async
 
-from kvasir.cluster import group_client, wire
+from kvasir.cluster import group_client, message_stream, wire
 from kvasir.cluster.directory import key_list
 from kvasir.cluster.group_client import GroupClient
 from kvasir.cluster.group_directory import GroupDirectory
@@ -17,6 +17,7 @@ from kvasir.engine.blocks import salted
 from kvasir.engine.errors import ClientError, ContextLengthError, ModelNotFoundError, UnavailableError
 from kvasir.engine.event import Failed, Finished, Token, TokenLogprob
 from kvasir.engine.request import Request, SamplingParams
+from kvasir.proto import group_pb2 as pb
 
 
 def request(name="r", prompt=(1, 2, 3), **sampling):
@@ -267,28 +268,83 @@ def test_another_life_behind_the_same_address_is_not_ours(group_of_fakes):
 def test_a_gateway_that_does_not_read_is_cut_off(group_of_fakes, monkeypatch, seconds, size):
     monkeypatch.setattr("kvasir.cluster.group_service.UNREAD_S", seconds)
     monkeypatch.setattr("kvasir.cluster.group_service.MAX_QUEUED_BYTES", size)
+    monkeypatch.setitem(message_stream._SOCKET, "TCP_NOTSENT_LOWAT", 4096)  # so that little is on its way
 
     async def main():
         async with group_of_fakes(step_s=0.0001) as group:
-            options = [
-                *wire.CHANNEL_OPTIONS,
-                ("grpc.http2.bdp_probe", 0),
-            ]  # so that little is on its way when nobody reads
-            channel = grpc.aio.insecure_channel(group.endpoint.address, options=options)
-            call = group_client.GroupStub(channel).Connect(metadata=((wire.TOKEN_METADATA, group.endpoint.token),))
-            message = request(n=128, max_tokens=10**7)
-            await call.write(group_client.pb.GatewayMessage(submit=wire.encode_request(message, 1)))
-            await until_async(lambda: group.engine.requests)
-            await until_async(lambda: not group.engine.requests)
-            with pytest.raises(grpc.aio.AioRpcError, match="cut off"):
-                await _read_all(call)
-            await channel.close()
-
-    async def _read_all(call):
-        while await call.read() is not grpc.aio.EOF:
-            pass
+            with socket.socket() as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                sock.connect(_address(group))
+                _say(sock, pb.GatewayMessage(token=group.endpoint.token))
+                message = request(n=128, max_tokens=10**7)
+                _say(sock, pb.GatewayMessage(submit=wire.encode_request(message, 1)))
+                await until_async(lambda: group.engine.requests)
+                await until_async(lambda: not group.engine.requests)
+                await asyncio.to_thread(_read_all, sock)  # it has an end
 
     run(main())
+
+
+@pytest.mark.parametrize("first", [pb.GatewayMessage(token="x" * 2000), pb.GatewayMessage(resync=pb.Resync()), None])
+def test_who_says_no_token_gets_nothing(group_of_fakes, first):
+    async def main():
+        async with group_of_fakes() as group:
+            with socket.create_connection(_address(group), timeout=60) as sock:
+                if first is None:
+                    sock.sendall(b"\4\0\0\0\0\0\0\0")  # no message at all
+                else:
+                    _say(sock, first)
+                    _say(sock, pb.GatewayMessage(submit=wire.encode_request(request(), 1)))
+                try:
+                    data = await asyncio.to_thread(_read_all, sock)
+                except ConnectionResetError:
+                    data = b""
+                assert group.endpoint.incarnation.encode() not in data
+            assert not group.engine.requests
+
+    run(main())
+
+
+def test_messages_however_they_are_cut(group_of_fakes):
+    async def main():
+        async with group_of_fakes() as group:
+            reader, writer = await asyncio.open_connection(*_address(group))
+            submit = pb.GatewayMessage(submit=wire.encode_request(request(max_tokens=2), 7))
+            data = b"".join(map(_framed, (pb.GatewayMessage(token=group.endpoint.token), submit)))
+            for place in range(0, len(data), 3):
+                writer.write(data[place : place + 3])
+                await writer.drain()
+            kinds = []
+            while "step" not in kinds:
+                size = int.from_bytes(await reader.readexactly(4), "little")
+                kinds.append(pb.GroupMessage.FromString(await reader.readexactly(size)).WhichOneof("message"))
+            assert kinds[0] == "hello"
+            assert "answer" in kinds
+            writer.close()
+            await writer.wait_closed()
+
+    run(main())
+
+
+def _address(group):
+    host, _, port = group.endpoint.address.rpartition(":")
+    return host, int(port)
+
+
+def _framed(message):
+    data = message.SerializeToString()
+    return len(data).to_bytes(4, "little") + data
+
+
+def _say(sock, message):
+    sock.sendall(_framed(message))
+
+
+def _read_all(sock):
+    data = b""
+    while more := sock.recv(65536):
+        data += more
+    return data
 
 
 def test_directory_finds_the_least_loaded(group_of_fakes):
