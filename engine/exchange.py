@@ -40,7 +40,7 @@ class Exchange:
         self.lender = Lender(cache, self.form, rank, read_below)
         device = cache.arena.device
         self.puller = Puller(mark, self.form, cache.layout.groups, self._parts, rank, self._ways, device)
-        self.arrivals = Arrivals(cache, self.puller, share.layers)
+        self.arrivals = Arrivals(cache, self.puller, share.layers, share.mesh)
 
     @property
     def most_pulled(self) -> int:

@@ -111,6 +111,7 @@ class Mesh:
         one_shot: OneShot | None = None,
         inward: HandOver | None = None,
         onward: HandOver | None = None,
+        store: Any = None,
     ) -> None:
         self.place, self.links, self.device, self.one_shot = place, links, device, one_shot
         self.inward, self.onward = inward, onward
@@ -120,6 +121,7 @@ class Mesh:
         self.invariant = False
         """Whatever it costs, a row's sums and products have the same bits whatever rows are beside it (--deterministic)."""
         self.traffic = Traffic()
+        self._store = c10d.HashStore() if store is None else store
         self._sending: deque[tuple[Any, Tensor]] = deque()
 
     def reduce(self, x: Tensor) -> Tensor:
@@ -217,6 +219,15 @@ class Mesh:
             self.world.allreduce([found], options).wait()
         return [int(value) for value in found]
 
+    def tally(self, name: str, more: int = 0) -> int:
+        """What ranks have added to this number, `more` by this one now. Nobody has to take part."""
+        count: int = self._store.add(name, more)
+        return count
+
+    def forget(self, name: str) -> None:
+        """The tally is begun anew."""
+        self._store.delete_key(name)
+
     def abort(self) -> None:
         """Any thread: whatever waits for another rank gets an error."""
         for group in (self.inward, self.onward, self.links, self.tensor, self.world):
@@ -260,7 +271,7 @@ def join(
     cpu, ends = device.type == "cpu", partial(neighbour, store, place, host, timeout_s)
     inward = ends(gives=False) if cpu and not place.first else None
     onward = ends(gives=True) if cpu and not place.last else None
-    return Mesh(place, world, tensor, links, device, direct if one_shot else None, inward, onward)
+    return Mesh(place, world, tensor, links, device, direct if one_shot else None, inward, onward, store)
 
 
 def neighbour(store: Any, place: Place, host: str, timeout_s: float, *, gives: bool) -> HandOver | None:

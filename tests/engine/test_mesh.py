@@ -57,6 +57,27 @@ def test_sums_and_rows(on_ranks: OnRanks, size: int, way: str, monkeypatch: pyte
         assert (traffic.calls, traffic.bytes) == (3, pytest.approx(sums + 2 * once))
 
 
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
+def test_a_tally_of_all_ranks(on_ranks: OnRanks, tp: int, pp: int) -> None:
+    """One adds after the other: what they find the least of is where they wait for each other."""
+
+    def work(mesh: Mesh) -> Any:
+        found = []
+        for rank in range(mesh.place.size):
+            if rank == mesh.place.rank:
+                mesh.tally("late", 10 + rank)
+            mesh.least(0)
+            found.append(mesh.tally("late"))
+            mesh.least(0)
+        if mesh.place.rank == 0:
+            mesh.forget("late")
+        mesh.least(0)
+        return [*found, mesh.tally("late")]
+
+    wanted = [10, 21][: tp * pp]
+    assert on_ranks(tp, pp, work) == [[*wanted, 0]] * (tp * pp)
+
+
 def test_sums_that_were_turned_off() -> None:
     """--disable-custom-all-reduce: the process group alone; logits still come over connections of our own."""
     store = torch.distributed.HashStore()

@@ -9,14 +9,18 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from waiting import until
 
 from kvasir.engine.arrivals import Arrivals
+from kvasir.engine.mesh import Mesh, Place
 from kvasir.engine.prices import Prices
 from kvasir.engine.puller import is_in_time
 from kvasir.engine.request import Peer, Request
@@ -199,6 +203,71 @@ def test_an_abort_while_layers_come(deep: Path, group: Callable[..., Group], beg
     assert two.ask(PROMPT)[0] == cold
     proxy.close()
     until(lambda: idle(one))
+
+
+class Late:
+    """A puller, and a clock: what is waited for comes after so many seconds."""
+
+    def __init__(self, after_s: float) -> None:
+        self.after_s, self.now = after_s, 0.0
+        self.meanwhile: list[Callable[[], None]] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wait(self, ticket: int, layer: int, seconds: float) -> bool:
+        begun = self.now
+        if seconds and self.meanwhile:
+            self.meanwhile.pop()()
+        self.now = begun + min(seconds, self.after_s)
+        return self.after_s <= seconds
+
+    def end(self, ticket: int) -> None: ...
+
+
+class Ranks:
+    """Two ranks whose layers 0 and 1 come late."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, after_s: float) -> None:
+        self.late, self.store = Late(after_s), torch.distributed.HashStore()
+        monkeypatch.setattr("kvasir.engine.arrivals.LATE_S", 0.25)
+        monkeypatch.setattr("kvasir.engine.arrivals.time", self.late)
+        meshes = [Mesh(Place(2, 1, rank), store=self.store) for rank in range(2)]
+        layout = SimpleNamespace(groups=[0])
+        caches: list[Any] = [
+            SimpleNamespace(layout=layout, group_of={0: 0, 1: 0}, awaited=None, put_layer=print) for _ in meshes
+        ]
+        puller: Any = self.late
+        self.arrivals = [Arrivals(cache, puller, (0, 1), mesh) for cache, mesh in zip(caches, meshes, strict=True)]
+
+    def begin(self) -> None:
+        for each in self.arrivals:
+            each.expect()
+            each.begin(1, torch.zeros(0), [])
+
+    def end(self) -> list[list[int]]:
+        return [each.settle() for each in self.arrivals]
+
+
+def test_ranks_wait_no_longer_together_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other; in each step anew, and nothing stays of it."""
+    ranks = Ranks(monkeypatch, 60.0)
+    for step in range(1, 6):
+        ranks.begin()
+        assert ranks.end() == [[1], [1]]
+        assert ranks.late.now == pytest.approx(0.25 * step)
+        assert ranks.store.num_keys() <= 2
+
+
+def test_what_ranks_wait_at_once_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.1 s twice, at both ranks, are 0.2 s."""
+    ranks = Ranks(monkeypatch, 0.1)
+    ranks.begin()
+    for layer in range(2):
+        ranks.late.meanwhile.append(partial(ranks.arrivals[1].need, layer))
+        ranks.arrivals[0].need(layer)
+    assert ranks.end() == [[], []]
+    assert ranks.late.now == pytest.approx(0.2)
 
 
 def test_when_a_step_may_begin() -> None:
