@@ -56,7 +56,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=500, help="new blocks in a message")
     parser.add_argument("--rounds", type=int, default=20, help="messages of each group")
     args = parser.parse_args()
-    published, followed, size = run(args.groups, args.held, min(args.batch, args.held), args.rounds)
+    if args.batch > args.held:
+        parser.error("--batch: no more blocks than --held")
+    published, followed, size = run(args.groups, args.held, args.batch, args.rounds)
     print(
         f"{args.groups} groups of {args.held} blocks: published {published:,.0f} and followed {followed:,.0f} changes/s"
     )

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from decoder import CPU, SHAPES, Plain, Speed, measure, spec_of  # the plain loop, a script beside this one
+from refusals import refuse, refuse_others
 
 from kvasir.engine.blocks import BlockPool
 from kvasir.engine.cache import KVCache
@@ -292,6 +293,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of both sides")
     parser.add_argument("--repeat", type=int, default=1, help="runs, of which the fastest counts (costs: the median)")
     args = parser.parse_args()
+    if args.startup:
+        refuse_others(parser, args, "with --startup", "startup", "model", "repeat")
+    elif args.kv_waste:
+        refuse_others(parser, args, "with --kv-waste", "kv_waste", "model", "answers")
+    else:
+        refuse(parser, args, "without --kv-waste", "answers")
+    if args.prefix_cache_cost:
+        refuse(parser, args, "with --prefix-cache-cost", "model")
+    elif args.model:
+        refuse(parser, args, "with --model", "dtype")
     torch.set_num_threads(args.threads)
     tasks = {"prefix_cache_cost": prefix_cache_cost, "kv_waste": kv_waste, "startup": startup}
     asked = [task for name, task in tasks.items() if getattr(args, name)]

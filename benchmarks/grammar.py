@@ -1,7 +1,7 @@
 """Grammar libraries on the shared schemas: share compiled, soundness, compile time, mask time per token.
 
     python benchmarks/grammar.py [--library llguidance|xgrammar] [--data ../shared/data] [--model skald]
-    python benchmarks/grammar.py --keywords [--json FILE]
+    python benchmarks/grammar.py --keywords [--set suite] [--json FILE]
 
 Prints one JSON line. Instances are the data's own: a valid one that is refused is "rejected", an invalid one that is
 accepted "unsound".
@@ -171,6 +171,9 @@ def bench_groups(data: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield "jsonschemabench", name, json.loads(file.read_text())
 
 
+GROUPS = {"suite": suite_groups, "jsonschemabench": bench_groups}
+
+
 def keywords(library: Any, vocabulary: Vocabulary, groups: Iterable[tuple[str, str, dict[str, Any]]]) -> dict[str, Any]:
     """`{source: {keyword: row}}`; a row has COLUMNS, compile times and the reasons of refusals."""
     found: dict[str, Any] = {}
@@ -334,22 +337,25 @@ def main() -> None:
     parser.add_argument("--library", choices=["llguidance", "xgrammar"], default="llguidance")
     parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared/data")
     parser.add_argument("--model", default="skald")
-    parser.add_argument("--set", choices=["jsonschemabench", "suite"], default="jsonschemabench")
+    parser.add_argument("--set", choices=[*GROUPS], help="default: jsonschemabench; with --keywords both")
     parser.add_argument("--keywords", action="store_true", help="a table per draft and set, keyword by keyword")
-    parser.add_argument("--json", type=Path, help="with --keywords: where to write the tables' numbers")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     tokenizer = ModelFiles(EngineConfig(model=args.model)).tokenizer()
     assert tokenizer is not None
     vocabulary = Vocabulary(tokenizer, tokenizer.vocab_size, tokenizer.eos_token_ids)
     library = {"llguidance": Guidance, "xgrammar": XGrammar}[args.library](vocabulary)
     if args.keywords:
-        by_keyword = keywords(library, vocabulary, (*suite_groups(args.data), *bench_groups(args.data)))
-        print(tables(by_keyword), reasons(by_keyword), sep="\n")
-        if args.json:
-            args.json.write_text(json.dumps(by_keyword, indent=1))
-        return
-    found = measure(library, vocabulary, cases_in(args.data, args.set))
-    print(json.dumps({"library": args.library, "set": args.set, "vocabulary": vocabulary.size, **found}))
+        chosen = [args.set] if args.set else GROUPS
+        found = keywords(library, vocabulary, (group for name in chosen for group in GROUPS[name](args.data)))
+        print(tables(found), reasons(found), sep="\n")
+    else:
+        which = args.set or "jsonschemabench"
+        found = {"library": args.library, "set": which, "vocabulary": vocabulary.size}
+        found |= measure(library, vocabulary, cases_in(args.data, which))
+        print(json.dumps(found))
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

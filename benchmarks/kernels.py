@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from refusals import refuse
 from torch import Tensor
 
 from kvasir.kernels import activation_native, attention_cpu, attention_native, cache_native, huge_pages, norm_native
@@ -227,6 +228,8 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="one thread, and its own time instead of the clock's")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
+    if args.cpu_time:
+        refuse(parser, args, "with --cpu-time", "threads")
     torch.set_num_threads(1 if args.cpu_time else args.threads)
     clock = time.thread_time if args.cpu_time else time.perf_counter
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {DTYPE}; {native().text}")

@@ -25,6 +25,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from refusals import refuse
+
 from kvasir.engine import channels
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.engine import Engine
@@ -51,6 +53,8 @@ def main() -> None:
     parser.add_argument("--link", type=float, help="MB/s that the peer sends by tcp, as a slower network would")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if "tcp" not in args.ways:
+        refuse(parser, args, "where tcp isn't among --ways", "link")
     if args.serve:
         if args.link:
             slow_down(args.link * 1e6)

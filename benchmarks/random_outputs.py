@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+from refusals import refuse
 
 from engine import Bench  # a script beside this one
 from kvasir.cluster.answer_parts import AnswerReader, ReadAnswer, ToolFormat
@@ -203,9 +204,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="outputs of each request (default: 1)")
     parser.add_argument("--outputs", type=int, default=300, help="tokens of each at most (default: 300)")
     parser.add_argument("--fond", type=float, default=4.0, help="bias to the marks that end things (default: 4)")
-    parser.add_argument("--marks", action="store_true", help="with bfcl: the format's marks are tokens of their own")
+    parser.add_argument("--marks", action="store_true", help="the format's marks are tokens of their own")
+    parser.add_argument("--limit", type=int, help="so many requests at most, evenly out of all")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    if options.set != "bfcl":
+        refuse(parser, options, f"with --set {options.set}", "format", "marks")
     with tempfile.TemporaryDirectory() as folder:
         marks = marks_in(TOOL_FORMATS[options.format]) if options.marks else []
         work(with_marks(options.model, marks, Path(folder)) if marks else options.model, marks, options)
@@ -221,6 +225,7 @@ def work(model: str, marks: list[str], options: argparse.Namespace) -> None:
     counts: Counter[str] = Counter()
     found = bfcl(TOOL_FORMATS[options.format], counts) if options.set == "bfcl" else jsonschemabench(counts)
     cases = [*found]
+    cases = cases[:: -(-len(cases) // options.limit)] if options.limit else cases
     bench = Bench(config)
     began = time.perf_counter()
     counts += run(bench, tokenizer, cases, marks, options)

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from refusals import refuse, refuse_others
 from replay_costs import fit, route_times
 from replay_goals import goals
 from replay_report import HEAD, Outcome, Report, carried, plot
@@ -160,6 +161,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of the engine that is measured, as of --num-threads")
     parser.add_argument("--route", action="store_true", help="time the decision: 64 groups, 8,000 tokens")
     args = parser.parse_args()
+    _check(parser, args)
     if args.fit:
         found = fit(args.fit, args.threads)
         print(f"--step {found.base_s:.3g} {found.prefill_s:.3g} {found.stream_s:.3g} {found.context_s:.3g}")
@@ -169,6 +171,26 @@ def main() -> None:
         parser.error("which trace?")
     else:
         _replay_all(args)
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Nothing that was given is ignored."""
+    if args.fit or args.route:
+        if args.trace is not None:
+            parser.error("a trace means nothing with --fit and --route")
+        read = ("fit", "threads") if args.fit else ("route",)
+        refuse_others(parser, args, f"with --{read[0]}", *read)
+        return
+    refuse(parser, args, "without --fit", "threads")
+    if args.url:
+        read = ("url", "trace", "speed", "limit", "ttft", "itl", "block_size", "shrink", "vocab", "plot")
+        refuse_others(parser, args, "with --url", *read)
+    if args.goals:
+        refuse(parser, args, "with --goals", "speed", "policy", "max_ttft", "plot")
+    if not args.prefill:
+        refuse(parser, args, "without --prefill", "prefill_budget")
+        if not args.fetch:
+            refuse(parser, args, "without --fetch or --prefill", "link", "token_bytes")
 
 
 def _replay_all(args: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from decoder import CPU, SHAPES, Paged, spec_of
+from refusals import refuse
 
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.memory import keep_freed_memory
@@ -97,6 +98,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="for each line")
     parser.add_argument("--cpu-time", action="store_true", help="one thread, and its own time instead of the clock's")
     args = parser.parse_args()
+    if args.cpu_time:
+        refuse(parser, args, "with --cpu-time", "threads")
     torch.manual_seed(0)
     torch.set_num_threads(1 if args.cpu_time else args.threads)
     keep_freed_memory()

@@ -243,6 +243,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, help="decode speeds, as SVG")
     args = parser.parse_args()
+    if args.compiled and not args.vllm:
+        parser.error("--compiled means nothing without --vllm")
     args.folder = args.folder.resolve()
     torch.set_num_threads(args.threads)
     cases: list[Case] = [(batch, prompt, args.outputs) for prompt in args.prompt for batch in args.batch]

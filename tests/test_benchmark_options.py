@@ -1,0 +1,64 @@
+"""Scripts in benchmarks/ refuse what they wouldn't read beside other options."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.parametrize(
+    ("script", "given", "name"),
+    [
+        ("block_events", "--batch 9 --held 8", "--batch"),
+        ("engine", "--startup --batch 1", "--batch"),
+        ("engine", "--startup --random 1B", "--random"),
+        ("engine", "--kv-waste --threads 1000", "--threads"),
+        ("engine", "--answers 7", "--answers"),
+        ("engine", "--prefix-cache-cost --model skald", "--model"),
+        ("engine", "--model skald --dtype float32", "--dtype"),
+        ("kernels", "--cpu-time --threads 1000", "--threads"),
+        ("peer_fetch", "skald --ways shm --link 9", "--link"),
+        ("compare", "--compiled", "--compiled"),
+        ("random_outputs", "--set jsonschemabench --marks", "--marks"),
+        ("random_outputs", "--set jsonschemabench --format gemma4", "--format"),
+        ("replay", "trace --threads 1", "--threads"),
+        ("replay", "trace --link 9", "--link"),
+        ("replay", "trace --fetch --prefill-budget 9", "--prefill-budget"),
+        ("replay", "trace --goals --speed 2", "--speed"),
+        ("replay", "trace --url http://127.0.0.1:1 --groups 2", "--groups"),
+        ("replay", "trace --fit skald", "a trace"),
+        ("replay", "--route --groups 2", "--groups"),
+        ("steps", "--cpu-time --threads 1000", "--threads"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    script: str, given: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in (FOLDER / "peers", FOLDER):
+        monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(sys, "argv", [script, *given.split()])
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(script).main()
+    assert f"error: {name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("chosen", [[], ["suite"], ["jsonschemabench"]])
+def test_a_set_s_keywords_alone(
+    chosen: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    grammar = importlib.import_module("grammar")
+    group = {"schema": {"enum": [1]}, "tests": [{"data": 1, "valid": True}]}
+    monkeypatch.setitem(grammar.GROUPS, "suite", lambda data: [("draft7", "enum", group)])
+    monkeypatch.setitem(grammar.GROUPS, "jsonschemabench", lambda data: [("jsonschemabench", "some", group)])
+    given = ["--set", *chosen] if chosen else []
+    monkeypatch.setattr(sys, "argv", ["grammar", "--keywords", *given])
+    grammar.main()
+    said = capsys.readouterr().out
+    assert ("## draft7" in said) == (chosen != ["jsonschemabench"])
+    assert ("## jsonschemabench" in said) == (chosen != ["suite"])
