@@ -197,23 +197,22 @@ def others(options: dict[str, Any], count: int) -> Iterator[Callable[[tuple[int,
 
         yield begin
     finally:
+        for pipe, _ in pipes:
+            with suppress(OSError):  # it died
+                pipe.send(None)
         for process in running:
-            process.kill()
             process.join()
 
 
 def on_and_on(options: dict[str, Any], pipe: Connection) -> None:
-    """One of `others`."""
-    llm = LLM(skip_tokenizer_init=True, **options)
-    generate(llm, 1, 16, 2)
-    pipe.send("ready")
-    load = pipe.recv()
-    pipe.send("begun")
-    while True:
-        generate(llm, *load)
-        if pipe.poll():
-            load = pipe.recv()
+    """One of `others`. It isn't killed: a lock of its libraries' would be left behind, of which Python warns."""
+    with LLM(skip_tokenizer_init=True, **options) as llm:
+        generate(llm, 1, 16, 2)
+        pipe.send("ready")
+        while (load := pipe.recv()) is not None:
             pipe.send("begun")
+            while not pipe.poll():
+                generate(llm, *load)
 
 
 def planned(options: dict[str, Any], tp: int, pp: int, args: argparse.Namespace) -> list[float]:

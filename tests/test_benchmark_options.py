@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -62,3 +63,23 @@ def test_a_set_s_keywords_alone(
     said = capsys.readouterr().out
     assert ("## draft7" in said) == (chosen != ["jsonschemabench"])
     assert ("## jsonschemabench" in said) == (chosen != ["suite"])
+
+
+OTHERS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from parallel import others
+
+if __name__ == "__main__":
+    with others({"model": "skald", "num_threads": 1}, 1) as begin:
+        begin((1, 16, 2))
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_parallel_leave_nothing_behind(tmp_path: Path) -> None:
+    """No semaphore that Python would warn of."""
+    script = tmp_path / "script.py"
+    script.write_text(OTHERS)
+    done = subprocess.run([sys.executable, script, FOLDER], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
