@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import difflib
 import itertools
+import operator
 import queue
 import threading
 import weakref
@@ -106,9 +107,11 @@ class TextModel:
             prompt = prompt[keys[0]]
         if isinstance(prompt, str):
             return prompt
-        if isinstance(prompt, Sequence) and all(isinstance(token, int) for token in prompt):
-            return cast("Sequence[int]", prompt)
-        raise ClientError(f"a prompt is text or a list of token ids, got {prompt!r:.60}", param="prompt")
+        try:
+            return [operator.index(token) for token in prompt]  # type: ignore[arg-type]  # numpy's integers come no further
+        except TypeError as error:
+            text = f"a prompt is text or a list of token ids, got {prompt!r:.60}"
+            raise ClientError(text, param="prompt") from error
 
     def _needed(self, what: str) -> Tokenizer:
         if self.tokenizer is None:

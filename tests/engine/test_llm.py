@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -281,9 +282,22 @@ def test_prompts_in_all_shapes(llm: LLM) -> None:
     assert len({o.request_id for o in outputs}) == 4
 
 
+def test_token_ids_of_numpy_s(llm: LLM) -> None:
+    """What comes back, and what goes further, are Python's: what hashes and sends them knows no others."""
+    short, ids = SamplingParams(temperature=0, max_tokens=3), [5, 6, 7]
+    wanted = llm.generate(ids, short, use_tqdm=False)[0].outputs[0].token_ids
+    array = np.array(ids)
+    for prompts in (array, [*array], [array, array], {"prompt_token_ids": array.astype(np.uint16)}):
+        for output in llm.generate(prompts, short, use_tqdm=False):  # type: ignore[arg-type]
+            assert output.outputs[0].token_ids == wanted
+            assert output.prompt_token_ids == ids
+            assert {type(token) for token in output.prompt_token_ids} == {int}
+
+
 @pytest.mark.parametrize(
     ("prompts", "words"),
     [
+        (["fine", [1, 2.0]], "text or a list of token ids"),
         (["fine", [1, 512]], "token 512 at position 1"),
         (["fine", {"prompt": "a", "prompt_token_ids": [1]}], "exactly one"),
         (["fine", {"text": "a"}], "exactly one"),
