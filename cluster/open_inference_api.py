@@ -16,7 +16,7 @@ from kvasir.cluster.generation import Generation
 from kvasir.cluster.grpc_call import Context, as_status, metadata, told
 from kvasir.cluster.health import Health
 from kvasir.cluster.http_front import warning_header
-from kvasir.cluster.open_inference_schema import FINAL, INPUTS, OUTPUTS, TensorAsk, parse_inference, response
+from kvasir.cluster.open_inference_schema import FINAL, INPUTS, OUTPUTS, TensorAsk, parse_inference, write_outputs
 from kvasir.cluster.open_inference_statistics import statistics
 from kvasir.cluster.open_inference_vectors import (
     EMBEDDING,
@@ -113,7 +113,8 @@ class OpenInference(GRPCInferenceServiceServicer):
             if asked.stream:
                 raise ClientError("stream must be false in ModelInfer; ModelStreamInfer streams", param="stream")
             async with self._begun(asked, request_id, headers, context) as generation:
-                reply = await _whole(asked, generation)
+                reply = pb.ModelInferResponse()
+                await _write_whole(reply, asked, generation)
                 _write_end(reply, asked, generation)
                 context.set_trailing_metadata((("server-timing", generation.timing.text()),))
                 return reply
@@ -165,7 +166,7 @@ class OpenInference(GRPCInferenceServiceServicer):
                 replies = _pieces(asked, generation) if asked.stream else _one(asked, generation)
                 async with aclosing(replies):
                     async for reply in replies:
-                        yield pb.ModelStreamInferResponse(infer_response=reply)
+                        yield reply
         except Exception as error:
             yield _failed(request, told(error))
 
@@ -194,7 +195,7 @@ def _request_id(request: pb.ModelInferRequest, headers: Mapping[str, str]) -> st
     return request_id_from(given, "x-request-id") if given else request_id_from(request.id, "id")
 
 
-async def _whole(asked: TensorAsk, generation: Generation) -> pb.ModelInferResponse:
+async def _write_whole(reply: pb.ModelInferResponse, asked: TensorAsk, generation: Generation) -> None:
     async for _ in generation:
         pass
     outputs = generation.transcripts[0].outputs
@@ -204,28 +205,31 @@ async def _whole(asked: TensorAsk, generation: Generation) -> pb.ModelInferRespo
         "num_input_tokens": [generation.usage.prompt_tokens],
         "num_output_tokens": [len(output.token_ids) for output in outputs],
     }
-    return response(asked, generation.model.name, values)
+    write_outputs(reply, asked, generation.model.name, values)
 
 
-async def _one(asked: TensorAsk, generation: Generation) -> AsyncGenerator[pb.ModelInferResponse, None]:
+async def _one(asked: TensorAsk, generation: Generation) -> AsyncGenerator[pb.ModelStreamInferResponse, None]:
     """The only response of a stream to a request that wants no deltas."""
-    reply = await _whole(asked, generation)
-    reply.parameters[FINAL].bool_param = True
-    _write_end(reply, asked, generation)
-    yield reply
+    whole = pb.ModelStreamInferResponse()
+    await _write_whole(whole.infer_response, asked, generation)
+    whole.infer_response.parameters[FINAL].bool_param = True
+    _write_end(whole.infer_response, asked, generation)
+    yield whole
 
 
-async def _pieces(asked: TensorAsk, generation: Generation) -> AsyncGenerator[pb.ModelInferResponse, None]:
+async def _pieces(asked: TensorAsk, generation: Generation) -> AsyncGenerator[pb.ModelStreamInferResponse, None]:
     """A response per step; the last is marked."""
-    transcript = generation.transcripts[0]
+    transcript, prompt_tokens = generation.transcripts[0], [generation.usage.prompt_tokens]
     async for deltas in generation:
         values = _step([delta for _, delta in deltas], len(transcript.outputs))
-        values["num_input_tokens"] = [generation.usage.prompt_tokens]
-        reply = response(asked, generation.model.name, values)
-        reply.parameters[FINAL].bool_param = transcript.finished
-        if transcript.finished:
+        values["num_input_tokens"] = prompt_tokens
+        whole = pb.ModelStreamInferResponse()
+        reply = whole.infer_response
+        write_outputs(reply, asked, generation.model.name, values)
+        reply.parameters[FINAL].bool_param = finished = transcript.finished
+        if finished:
             _write_end(reply, asked, generation)
-        yield reply
+        yield whole
 
 
 def _step(deltas: Sequence[Delta], count: int) -> dict[str, list[Any]]:

@@ -95,13 +95,14 @@ def parse_inference(request: pb.ModelInferRequest) -> TensorAsk:
     )
 
 
-def response(asked: TensorAsk, model: str, values: Mapping[str, Sequence[Any]]) -> pb.ModelInferResponse:
+def write_outputs(
+    reply: pb.ModelInferResponse, asked: TensorAsk, model: str, values: Mapping[str, Sequence[Any]]
+) -> None:
     """The outputs that were asked for, of `values` by their names."""
-    reply = pb.ModelInferResponse(model_name=model, model_version=VERSION, id=asked.id)
+    reply.model_name, reply.model_version, reply.id = model, VERSION, asked.id
     for name in asked.outputs:
         found = values[name]
         add_output(reply, name, OUTPUTS[name], [len(found)], found, asked.raw)
-    return reply
 
 
 def _sampling(given: Mapping[str, Any]) -> dict[str, Any]:
