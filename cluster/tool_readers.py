@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from kvasir.cluster.answer_parts import AnswerReader
 from kvasir.cluster.text_scanner import Steps, Take
@@ -212,12 +212,12 @@ def named(item: str, separator: str, end: str, *ends: str, before: str = "") -> 
                 return _given_back(answer, calls, place, item)
             unfinished, _, name = name.rpartition(item)
             name = name.rpartition(before)[2] if before else name
-            if name.strip() == "function":
+            if name.strip() == "function" and (yield from scanner.peek()) != "{":  # else a tool is called so
                 name, _ = yield from scanner.collect(["\n"])
             yield from scanner.space()
             yield from scanner.literal(_FENCE + "json", _FENCE)
             yield from scanner.space()
-            called = yield from _arguments(answer, _bare_name(name))
+            called = yield from _arguments(answer, _bare_name(name.strip(), answer.schemas))
             if not called:
                 scanner.rewind(place)
                 scanner.keep()
@@ -246,9 +246,9 @@ def _given_back(answer: AnswerReader, calls: int, place: int, item: str = "") ->
     return answer.calls > calls
 
 
-def _bare_name(name: str) -> str:
-    """Without what Kimi puts around it: functions.NAME:0."""
-    return re.sub(r"^functions\.|:\d+$", "", name.strip())
+def _bare_name(name: str, tools: Container[str]) -> str:
+    """Without what Kimi puts around it: functions.NAME:0. A tool may be called so."""
+    return name if name in tools else re.sub(r"^functions\.|:\d+$", "", name)
 
 
 def mistral(answer: AnswerReader, mark: str) -> Steps[bool]:

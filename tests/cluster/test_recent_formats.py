@@ -140,6 +140,17 @@ def test_calls_are_read_at_every_split_and_let_through(name):
         assert accepts(matcher_of(tool_use(TOOLS, "auto"), form, vocabulary), text, vocabulary)
 
 
+@pytest.mark.parametrize("name", ["functions.intersect", "ns.f:1", "functions.a:0", "function"])
+def test_tools_whose_names_look_like_what_formats_put_around_names(name):
+    """In every format, what it may write is read."""
+    empty = {"type": "object", "properties": {}, "additionalProperties": False}
+    use = tool_use([{"type": "function", "function": {"name": name, "parameters": empty}}], "required", parallel=False)
+    for form in TOOL_FORMATS.values():
+        matcher = matcher_of(use, form)
+        text = next(filter(None, (walk(matcher, form, seed) for seed in itertools.count())))
+        assert calls_of(read(form, text, use.schemas)) == [(name, {})], (form.name, text)
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_half_a_call_is_what_was_said_of_it(name):
     """A text that is cut off: no error, and the same in pieces."""
