@@ -24,9 +24,12 @@ RENEWED = 64
 """A grammar is compiled anew for a sequence when it has said so many tokens more."""
 
 
+Begin = Callable[[Compiled | None, bool], Compiled]
+"""A grammar's beginning: another than this one, and for one sequence alone."""
+
+
 class Constraint:
-    """`begin` gives the compiled grammar, once the thoughts are over, and another than the one it is told; None: there are
-    thoughts alone to watch.
+    """`begin` gives the compiled grammar, once the thoughts are over; None: there are thoughts alone to watch.
 
     End tokens are allowed exactly where the grammar may end, from min_tokens on. Where nothing else is allowed the
     sequence is over whatever min_tokens and ignore_eos say: `over` is set, and `end` (the model's own end) is what is
@@ -34,10 +37,11 @@ class Constraint:
     """
 
     __slots__ = (
-        "_begin", "_end", "_grammar", "_left", "_renewed", "_said", "_stops", "ends", "matcher", "over", "thinking", "why",
+        "_alone", "_begin", "_end", "_grammar", "_left", "_renewed", "_said", "_stops", "ends", "matcher", "over", "thinking",
+        "why",
     )  # fmt: skip
 
-    def __init__(self, new: NewSequence, begin: Callable[[Compiled | None], Compiled] | None, end: int) -> None:
+    def __init__(self, new: NewSequence, begin: Begin | None, end: int) -> None:
         self.matcher: LLMatcher | None = None
         """Of the answer; before it is known that there are no thoughts, too."""
         self.over = False
@@ -47,6 +51,8 @@ class Constraint:
         self._begin, self._end = begin, end
         self._grammar: Compiled | None = None
         """`matcher` is a copy of its."""
+        self._alone = False
+        """Nobody else's is."""
         self._said: list[int] = []
         """What `matcher` has taken in."""
         self._renewed = -RENEWED
@@ -168,21 +174,28 @@ class Constraint:
         """Go on with a grammar that is compiled anew, where this one is. False: that doesn't help.
 
         All copies of a grammar share the states that their lexer came to, whatever the sequence, and the limit of these: what
-        has been asked for often enough goes beyond it, though each sequence alone stays far below."""
-        if len(self._said) < self._renewed + RENEWED:
+        has been asked for often enough goes beyond it, though each sequence alone stays far below. Where others use up the new
+        one as fast, this sequence gets one for itself."""
+        early = len(self._said) < self._renewed + RENEWED
+        if early and self._alone:
             return False
         spent, said, self._renewed = self.matcher, self._said, len(self._said)
-        self._open(self._grammar)
-        if self.matcher is not None and self.matcher.try_consume_tokens(said) == len(said):
-            self._said = said
-            return True
+        for alone in (False, True):
+            if alone >= (early or self._alone) and self._opens(said, alone):
+                return True
         self.matcher, self._said = spent, said
         return False
 
-    def _open(self, spent: Compiled | None = None) -> None:
+    def _opens(self, said: list[int], alone: bool) -> bool:
+        """Stand behind what was said, in another grammar than this one."""
+        self._open(self._grammar, alone)
+        self._said = said
+        return self.matcher is not None and self.matcher.try_consume_tokens(said) == len(said)
+
+    def _open(self, spent: Compiled | None = None, alone: bool = False) -> None:
         """Stand at the grammar's beginning."""
         assert self._begin is not None
-        self._grammar = self._begin(spent)
+        self._grammar, self._alone = self._begin(spent, alone), alone
         self.matcher, self._said = self._grammar.matcher.deep_copy(), []
 
     def _consume(self, matcher: LLMatcher, token: int) -> None:

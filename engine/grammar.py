@@ -186,9 +186,11 @@ class Grammars:
         if not found.uses and found.begun is None:  # its turn hasn't come; who is told so may take locks
             found.future.cancel()
 
-    def compiled(self, wanted: StructuredOutput, spent: Compiled | None = None) -> Compiled:
-        """The grammar's beginning: another than `spent`, whose copies have gone beyond its limits together. Where nobody holds it,
-        as on ranks apart, it is compiled now."""
+    def compiled(self, wanted: StructuredOutput, spent: Compiled | None = None, alone: bool = False) -> Compiled:
+        """The grammar's beginning: another than `spent`, whose copies have gone beyond its limits together; `alone`: nobody else
+        gets it. Where nobody holds it, as on ranks apart, it is compiled now."""
+        if alone:
+            return self._compile(wanted)
         with self._lock:
             found = self._used.get(wanted) or self._kept.get(wanted, (None,))[0]
         if found is None:

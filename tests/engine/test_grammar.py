@@ -17,6 +17,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
+from fuzzing import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -248,7 +249,7 @@ def test_what_is_drafted_fits_as_far_as_the_masks_say(drafted, data):
     new = NewSequence(0, (0, *said), 1, sampling, 0, ())
     tokenizer, grammar = _byte_grammar(wanted)
     constraint, trial, taking = (
-        Constraint(new, lambda spent: Compiled(grammar), tokenizer.eos_token) for _ in range(3)
+        Constraint(new, lambda spent, alone: Compiled(grammar), tokenizer.eos_token) for _ in range(3)
     )
     fits = 0
     for token in drafted:
@@ -302,27 +303,36 @@ def test_what_all_requests_with_a_grammar_have_come_to_does_not_use_up_the_limit
     assert len(compiled) > 2
 
 
+BYTES = LLTokenizer("byte")
 SPENDING = "[ab]*a[ab]{12}c"
 """A regular expression of 2 ** 13 states."""
 
 
-def _constraint(said):
-    """(of a sequence that said these bytes under SPENDING, all copies of which may come to 300 states together; what it was
-    compiled to)"""
-    tokenizer = LLTokenizer("byte")
-    wanted, limits = StructuredOutput(regex=SPENDING), LLParserLimits(max_lexer_states=300, verbose_errors=False)
-    compiled = []
+def _beginning(states):
+    """(begin of a Constraint under SPENDING, all copies of which may come to so many states together; what it compiled)"""
+    wanted, compiled = StructuredOutput(regex=SPENDING), []
+    limits = LLParserLimits(max_lexer_states=states, verbose_errors=False)
 
-    def begin(spent):
-        compiled.append(Compiled(LLMatcher(tokenizer, grammar_text(wanted, {}), log_level=0, limits=limits)))
+    def begin(spent, alone):
+        if alone or not compiled or spent is compiled[-1]:
+            made = Compiled(LLMatcher(BYTES, grammar_text(wanted, {}), log_level=0, limits=limits))
+            if alone:
+                return made
+            compiled.append(made)
         return compiled[-1]
 
-    new = NewSequence(0, (0, *said), 1, SamplingParams(structured_outputs=wanted), 0, ())
-    return Constraint(new, begin, tokenizer.eos_token), compiled
+    return begin, compiled
+
+
+def _constraint(begin, said=()):
+    """Of a sequence that said these bytes."""
+    sampling = SamplingParams(structured_outputs=StructuredOutput(regex=SPENDING))
+    return Constraint(NewSequence(0, (0, *said), 1, sampling, 0, ()), begin, BYTES.eos_token)
 
 
 def test_a_token_that_does_not_fit_compiles_nothing():
-    constraint, compiled = _constraint(b"a" * 70)
+    begin, compiled = _beginning(300)
+    constraint = _constraint(begin, b"a" * 70)
     constraint.advance(ord("z"))
     assert constraint.why == "structured output: token 122 does not fit the grammar"
     assert len(compiled) == 1
@@ -331,7 +341,8 @@ def test_a_token_that_does_not_fit_compiles_nothing():
 @pytest.mark.parametrize("taking", [False, True])
 def test_a_grammar_s_last_token_is_taken_though_others_used_up_the_limit(taking):
     """After the mask that allowed it was made."""
-    constraint, compiled = _constraint(b"b" * 70 + b"a" * 13)
+    begin, compiled = _beginning(300)
+    constraint = _constraint(begin, b"b" * 70 + b"a" * 13)
     other, drawn = compiled[0].matcher.deep_copy(), random.Random(1)
     constraint.matcher.compute_bitmask()
     while not other.is_error():
@@ -340,6 +351,35 @@ def test_a_grammar_s_last_token_is_taken_though_others_used_up_the_limit(taking)
     assert not taking or not constraint.take(ord("c"))
     constraint.advance(ord("c"))
     assert (constraint.over, constraint.why, len(compiled)) == (True, None, 2)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("seed", range(examples(4)))
+def test_sequences_with_one_grammar_are_told_what_each_is_told_alone(seed, apart):
+    """Together they come to more states than are allowed, again and again; each alone to a part of them."""
+    draw, begin, unbounded = random.Random(seed), _beginning(300)[0], _beginning(10**6)[0]
+    together, alone = Constraints(8, BYTES.vocab_size, apart=apart), [_constraint(unbounded) for _ in range(8)]
+    for seat in range(8):
+        together.enter(seat, _constraint(begin))
+    live = [*range(8)]
+    for _ in range(60):
+        likeliest = draw.choices([-1, *b"aabbz"], k=len(live))
+        rows, masks = together.masks(np.array(live), None if apart else likeliest)
+        made, tokens = dict(zip(rows.tolist(), masks, strict=True)), []
+        for row, seat in enumerate(live):
+            alone[seat].fill(words := np.zeros(-(-BYTES.vocab_size // 32), np.int32))
+            allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
+            if row in made:
+                assert made[row].tolist() == words.tolist()
+            else:
+                assert likeliest[row] in allowed
+            ending = draw.random() < 0.1
+            likely = [token for token in allowed if token != ord("c") or ending]
+            tokens.append(draw.choice(likely) if row in made else likeliest[row])
+            alone[seat].advance(tokens[-1])
+        ended = together.advance(np.array(live), lambda tokens=tokens: tokens)
+        assert (ended.result() if ended else {}) == {row: None for row, seat in enumerate(live) if alone[seat].over}
+        live = [seat for seat in live if not alone[seat].over]
 
 
 def test_a_panic_of_the_library_is_told_to_whoever_waits(llm, monkeypatch):
