@@ -203,9 +203,11 @@ def test_a_mover_that_slept_when_its_group_died_moves_the_stream_from_the_next_o
 
     async def main():
         async with Fleet(group_of_fakes, 2, 0.005) as fleet:
-            stream, events = await begun(fleet, max_tokens=400)
+            stream, events = await begun(fleet, max_tokens=40)
             (old,) = fleet.serving()
             (new,) = [group for group in fleet.groups if group is not old]
+            for group in fleet.groups:
+                held(group)  # so that the stream lasts until it has moved
             asked, submit = [], new.engine.submit
             new.engine.submit = lambda request: asked.append(request) or submit(request)
             new.engine.refusal = OverloadedError("full")
@@ -219,7 +221,7 @@ def test_a_mover_that_slept_when_its_group_died_moves_the_stream_from_the_next_o
             await fleet.add()
             await asyncio.wait_for(fleet.drain(new), 60)
             assert fleet.moves == ["drain"]
-            assert outcome(events + await reader, 1)[0][0] == [draw(7, position) for position in range(400)]
+            assert outcome(events + await reader, 1)[0][0] == [draw(7, position) for position in range(40)]
 
     run(main())
 
@@ -285,7 +287,8 @@ def test_a_stream_that_is_almost_done_stays(group_of_fakes):
 def test_without_another_group_it_stays_until_there_is_one(group_of_fakes):
     async def main():
         async with Fleet(group_of_fakes, 1, 0.005) as fleet:
-            stream, events = await begun(fleet, max_tokens=400)
+            stream, events = await begun(fleet, max_tokens=40)
+            held(fleet.groups[0])  # so that the stream lasts until it has moved
             draining = asyncio.ensure_future(fleet.drain(fleet.groups[0]))
             reader = asyncio.ensure_future(read(stream))
             await asyncio.sleep(0.2)
@@ -297,7 +300,7 @@ def test_without_another_group_it_stays_until_there_is_one(group_of_fakes):
             assert late not in fleet.groups
             assert fleet.moves == ["drain"]
             found = outcome(events + await reader, 1)
-            assert found[0][0] == [draw(7, position) for position in range(400)]
+            assert found[0][0] == [draw(7, position) for position in range(40)]
 
     run(main())
 
