@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import openai
 import pytest
 import ray
 from fake_gateway import LiveGateway, write_byte_model
@@ -220,6 +221,13 @@ def gateway(byte_model: Path) -> Iterator[LiveGateway]:
     """One for all tests of a module that change nothing about it."""
     with LiveGateway(byte_model) as live:
         yield live
+
+
+@pytest.fixture
+def client(gateway: LiveGateway) -> Iterator[openai.OpenAI]:
+    """OpenAI's own."""
+    with openai.OpenAI(base_url=gateway.url + "/v1", api_key="any", max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")

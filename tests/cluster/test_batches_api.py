@@ -27,12 +27,6 @@ def _soon(monkeypatch):
     monkeypatch.setattr("kvasir.cluster.background.WATCH_S", 0.1)
 
 
-@pytest.fixture
-def client(gateway):
-    with openai.OpenAI(base_url=gateway.url + "/v1", api_key="any", max_retries=0) as client:
-        yield client
-
-
 def line(custom_id, url=CHAT, **fields):
     body = {"model": "bytes", "messages": [{"role": "user", "content": f"no. {custom_id}"}]} | fields
     return {"custom_id": custom_id, "method": "POST", "url": url, "body": body}

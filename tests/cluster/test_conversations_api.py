@@ -13,12 +13,6 @@ from kvasir.cluster.config import GatewayConfig
 TEXT = "Hello, wörld!"
 
 
-@pytest.fixture
-def client(gateway):
-    with openai.OpenAI(base_url=gateway.url + "/v1", api_key="any", max_retries=0) as client:
-        yield client
-
-
 def prompt_of(gateway):
     return bytes(t for t in gateway.group.requests[-1].prompt_token_ids if t < 256).decode()
 

@@ -35,12 +35,6 @@ def frames(reply):
     return [None if line == "data: [DONE]" else json.loads(line[6:]) for line in lines]
 
 
-@pytest.fixture
-def client(gateway):
-    with openai.OpenAI(base_url=gateway.url + "/v1", api_key="any", max_retries=0) as client:
-        yield client
-
-
 def test_chat(gateway):
     reply = chat(gateway)
     assert reply.status_code == 200, reply.text
