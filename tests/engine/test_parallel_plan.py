@@ -213,8 +213,9 @@ def test_stages_that_wait_for_each_other_have_the_memory_for_themselves() -> Non
     assert ratio(2, 1, "prompt_s") == pytest.approx(1 - 0.5 * 2 / (2 + 7 * 4 / 3), rel=0.02)
 
 
-def test_this_machine() -> None:
+def test_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every figure of two ranks is a real one."""
+    monkeypatch.setattr("kvasir.engine.cpu_device.MOST_LAYERS", 4)  # 32 of them take half a minute
     found = cpu_device(2, SPEC, 2, torch.float32, 1)
     assert found.kind == "cpu"
     assert [rows for rows, _ in found.products] == list(ROWS)

@@ -181,12 +181,12 @@ def test_logits_equal(case: str, checkpoint: Callable[..., tuple[Path, Any]], in
     decoder = load_decoder(folder, spec, dtype=torch.float32, device=CPU)
     rng = random.Random(case)
     prompts = [[rng.randrange(97) for _ in range(n)] for n in (70, 1, 33, 16, 12)]
+    with torch.no_grad():
+        wanted = [model(torch.tensor([prompt])).logits[0] for prompt in prompts]
     for block_size in (16, 3):
         ours = in_chunks(decoder, prompts, block_size, seed=block_size)
-        for prompt, got in zip(prompts, ours, strict=True):
-            with torch.no_grad():
-                want = model(torch.tensor([prompt])).logits[0]
-            assert (got - want).abs().max() <= TOLERANCE, f"{len(prompt)} tokens, max logit {want.abs().max():.1f}"
+        for got, want in zip(ours, wanted, strict=True):
+            assert (got - want).abs().max() <= TOLERANCE, f"{len(want)} tokens, max logit {want.abs().max():.1f}"
 
 
 LAYOUTS = ((2, 2, True), (3, 1, False))
@@ -270,16 +270,24 @@ def test_greedy_tokens_equal(case: str, checkpoint: Callable[..., tuple[Path, An
     prompts = [[*common, 5], [*common, 7, 8, 9]]
     options: dict[str, Any] = {"dtype": "float32", "block_size": 4, "max_num_batched_tokens": 7, "num_threads": 1}
     llm = LLM(str(folder), skip_tokenizer_init=True, kv_cache_memory_bytes=1 << 22, **options)
-    wanted = [greedy(model, prompt, 12) for prompt in prompts]
-    for _ in range(2):
-        found = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True), use_tqdm=False)
-        assert [list(output.outputs[0].token_ids) for output in found] == wanted
-    assert (found[0].num_cached_tokens or 0) > 0
+    runs = [
+        llm.generate(prompts, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True), use_tqdm=False)
+        for _ in range(2)
+    ]
+    first, again = ([list(output.outputs[0].token_ids) for output in run] for run in runs)
+    assert first == again
+    assert (runs[1][0].num_cached_tokens or 0) > 0
+    for prompt, tokens in zip(prompts, first, strict=True):
+        assert len(tokens) == 12
+        assert tokens == likeliest(model, prompt, tokens, at_once=case not in OUTGROWN)
 
 
-def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
-    ids = list(prompt)
+def likeliest(model: Any, prompt: list[int], tokens: list[int], *, at_once: bool) -> list[int]:
+    """The model's choice behind the prompt and each of these: the same when it would have written them itself. `at_once`: by
+    one pass, where what comes later doesn't change the ropes of what came before."""
+    ids = torch.tensor([prompt + tokens[:-1]])
+    lengths = [ids.shape[1]] if at_once else range(len(prompt), ids.shape[1] + 1)
     with torch.no_grad():
-        while len(ids) < len(prompt) + count:
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    return ids[len(prompt) :]
+        logits = [model(ids[:, :length]).logits[0, len(prompt) - 1 if at_once else -1 :] for length in lengths]
+    found: list[int] = torch.cat(logits).argmax(-1).tolist()
+    return found
