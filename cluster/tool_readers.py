@@ -247,8 +247,9 @@ def _given_back(answer: AnswerReader, calls: int, place: int, item: str = "") ->
 
 
 def _bare_name(name: str, tools: Container[str]) -> str:
-    """Without what Kimi puts around it: functions.NAME:0. A tool may be called so."""
-    return name if name in tools else re.sub(r"^functions\.|:\d+$", "", name)
+    """Without what Kimi puts around it: functions.NAME:0. A tool may be called so itself."""
+    bare = re.sub(r"^functions\.|:\d+$", "", name)
+    return name if name in tools and bare not in tools else bare
 
 
 def mistral(answer: AnswerReader, mark: str) -> Steps[bool]:
