@@ -28,14 +28,18 @@ from kvasir.kernels.activation import gated
 from kvasir.kernels.attention import attention
 from kvasir.kernels.cache import turn_and_write
 from kvasir.kernels.linear import linear, packed
+from kvasir.kernels.moe import experts, route, stacked_experts
 from kvasir.kernels.native import native
 from kvasir.kernels.norm import add_rms_norm
+from kvasir.kernels.packed_experts import Expert, packed_experts
 from kvasir.kernels.quantise import LARGEST, Quantised, quantise
 from kvasir.kernels.ragged import Ragged
 
 BLOCK = 16
 SHAPES = {"125M": (576, 1536, 9, 3, 64), "1B": (2048, 8192, 32, 8, 64), "8B": (4096, 14336, 32, 8, 128)}
 """hidden, ffn, heads, kv heads, head dim"""
+MIXTURES = {"125M": (8, 2, 1024, 1024), "1B": (64, 8, 1024, 512), "8B": (128, 8, 2048, 768)}
+"""experts, of which a row has so many, hidden, their ffn"""
 MIXES = ((1, 160, 1), (32, 160, 1), (8, 2000, 1), (8, 8000, 1), (1, 512, 512))
 """sequences, length, rows of each"""
 DTYPE = torch.bfloat16
@@ -140,6 +144,32 @@ def product_cases(model: str) -> Iterator[Case]:
         yield Case("linear", f"{model} {rows} x {hidden} -> {2 * ffn}", runs, sum(w.nbytes for w in weights), work)
 
 
+def expert_cases(model: str) -> Iterator[Case]:
+    count, chosen, hidden, ffn = MIXTURES[model]
+    up = (torch.randn(count, 2 * ffn, hidden) / hidden**0.5).to(DTYPE)
+    down = (torch.randn(count, hidden, ffn) / ffn**0.5).to(DTYPE)
+    room = huge_pages.Room()
+    ours = [Expert(packed(u, room=room), None, packed(d, room=room), None) for u, d in zip(up, down, strict=True)]
+    together = packed_experts(ours, activation="silu", limit=None, gate=True, first=0)
+
+    def run(number: int, rows: Tensor) -> Tensor:
+        return linear(gated(linear(rows, ours[number].up), "silu"), ours[number].down)
+
+    for rows in (1, 8, 32, 512):
+        x = torch.randn(rows, hidden).to(DTYPE)
+        index, weight = route(torch.randn(rows, count), per_token=chosen)
+        given = (x, index, weight)
+        runs: dict[str, Run] = {
+            "one by one": lambda given=given: experts(*given, run),
+            "definition": lambda given=given: stacked_experts.reference(*given, up, down, activation="silu"),
+        }
+        if together is not None:
+            runs["native"] = lambda given=given: together(*given, on_input=False)
+        size = 3 * ffn * hidden
+        shape = f"{chosen} of {count}, {rows} x {hidden} -> {ffn}"
+        yield Case("experts", shape, runs, len(index.unique()) * size * DTYPE.itemsize, 2.0 * rows * chosen * size)
+
+
 def row_cases(model: str) -> Iterator[Case]:
     hidden, ffn, heads, kv_heads, dim = SHAPES[model]
     for rows in (1, 32, 512):
@@ -186,7 +216,13 @@ def row_cases(model: str) -> Iterator[Case]:
         )
 
 
-FAMILIES = {"attention": attention_cases, "caches": cache_cases, "linear": product_cases, "rows": row_cases}
+FAMILIES = {
+    "attention": attention_cases,
+    "caches": cache_cases,
+    "linear": product_cases,
+    "experts": expert_cases,
+    "rows": row_cases,
+}
 
 
 def timed(run: Run, clock: Callable[[], float]) -> float:
@@ -198,10 +234,10 @@ def timed(run: Run, clock: Callable[[], float]) -> float:
 def ceilings(clock: Callable[[], float]) -> tuple[float, float]:
     """Bytes and operations per second."""
     many = huge_pages.empty(1 << 26, dtype=torch.float32).fill_(1)
-    x, weight = torch.randn(512, 2048).to(DTYPE), torch.randn(8192, 2048).to(DTYPE)
+    x, weight = torch.randn(512, 2048).to(DTYPE), packed(torch.randn(8192, 2048).to(DTYPE))
     read = statistics.median(timed(many.sum, clock) for _ in range(5))
-    product = statistics.median(timed(lambda: F.linear(x, weight), clock) for _ in range(5))
-    return many.nbytes / read, 2.0 * 512 * weight.numel() / product
+    product = statistics.median(timed(lambda: linear(x, weight), clock) for _ in range(5))
+    return many.nbytes / read, 2.0 * 512 * 8192 * 2048 / product
 
 
 def measure(case: Case, repeat: int, clock: Callable[[], float]) -> Iterator[Found]:

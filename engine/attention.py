@@ -14,6 +14,8 @@ from kvasir.engine.share import Share
 from kvasir.engine.spec import Latent, Layer, QueryScale, Rope, Spec
 from kvasir.kernels.attention import attention
 from kvasir.kernels.cache import turn_and_write, write
+from kvasir.kernels.huge_pages import Room
+from kvasir.kernels.linear import HeadsWeight, PackedHeads, linear_heads, packed_heads
 from kvasir.kernels.norm import rms_norm
 from kvasir.kernels.quantise import Cache
 from kvasir.kernels.ragged import Ragged
@@ -147,7 +149,10 @@ class LatentAttention(nn.Module):
         if latent.q_rank is not None:
             self.q_a_norm = Norm(spec, (latent.q_rank,), dtype, device)
             self.up = Linear(latent.q_rank, {"q_b": spec.heads * head}, False, dtype, device)
-        self.kv_b = empty(spec.heads * (latent.nope_dim + latent.v_dim), latent.kv_rank, dtype=dtype, device=device)
+        wide = spec.heads * (latent.nope_dim + latent.v_dim)
+        self.kv_b: nn.Parameter | None = empty(wide, latent.kv_rank, dtype=dtype, device=device)
+        self.to_key: PackedHeads | None = None
+        self.to_value: PackedHeads | None = None
         self.o = Linear(spec.heads * latent.v_dim, {"o": spec.hidden}, spec.o_bias, dtype, device)
 
     def forward(self, x: Tensor, positional: Positional, ragged: Ragged, k_cache: Cache, v_cache: None) -> Tensor:
@@ -163,14 +168,32 @@ class LatentAttention(nn.Module):
         if self.layer.rope is not None:
             rope = self.layer.rope
             turning = rotate(turning, positional[rope], interleaved=rope.interleaved)
-        expand = self.kv_b.view(self.spec.heads, -1, latent.kv_rank)
-        to_key, to_value = torch.split(expand, [latent.nope_dim, latent.v_dim], 1)
-        q = torch.cat((torch.bmm(q.transpose(0, 1), to_key).transpose(0, 1), turning[:, :-1]), -1)
+        to_key, to_value = self.expansion()
+        q = torch.cat((linear_heads(q, to_key), turning[:, :-1]), -1)
         write(torch.cat((self.kv_a_norm(compressed)[:, None], turning[:, -1:]), -1), None, k_cache, None, ragged)
         y = self.attend(q, k_cache, None, ragged, scale=self.scale, window=self.layer.window, value_dim=latent.kv_rank)
-        y = torch.bmm(y.transpose(0, 1), to_value.transpose(1, 2)).transpose(0, 1)
-        out: Tensor = self.o(y.reshape(rows, -1))
+        out: Tensor = self.o(linear_heads(y, to_value).reshape(rows, -1))
         return out
+
+    def expansion(self) -> tuple[HeadsWeight, HeadsWeight]:
+        """What is applied to queries[T, H, nope] and to outputs[T, H, rank]."""
+        if self.kv_b is None:
+            assert self.to_key is not None
+            assert self.to_value is not None
+            return self.to_key, self.to_value
+        facts = self.latent
+        halves = self.kv_b.view(self.spec.heads, -1, facts.kv_rank)
+        to_key, to_value = torch.split(halves, [facts.nope_dim, facts.v_dim], 1)
+        return to_key.transpose(1, 2), to_value
+
+    def pack(self, *, invariant: bool = False, room: Room | None = None) -> None:
+        """As Linear.pack, once `kv_b` is filled, which ends here if its halves have an order of our own."""
+        if self.kv_b is None:
+            return
+        halves = (packed_heads(half, invariant=invariant, room=room) for half in self.expansion())
+        self.to_key, self.to_value = halves
+        if self.to_key is not None and self.to_value is not None:
+            self.kv_b = None
 
 
 def alibi_slopes(heads: int) -> list[float]:

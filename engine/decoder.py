@@ -242,8 +242,11 @@ class Decoder(nn.Module):
         number of rows. A tied head becomes a copy if need be."""
         room = Room()
         for module in self.modules():
-            if isinstance(module, Linear):
+            if isinstance(module, (Linear, attention.LatentAttention)):
                 module.pack(invariant=invariant, room=room)
+        for module in self.modules():
+            if isinstance(module, mlp.Mixture):
+                module.pack()
         if isinstance(self.head, Tensor) and not is_packed(self.head):
             head = packed(self.head, invariant=invariant, room=room)
             del self.head

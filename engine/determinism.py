@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
+from kvasir.engine.attention import LatentAttention
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.layers import Linear
-from kvasir.kernels.linear import Packed
+from kvasir.kernels.linear import HeadsWeight, Packed, PackedHeads, Weight
 from kvasir.kernels.native import native
 
 if TYPE_CHECKING:  # transformers, which is slow to import and seldom needed
@@ -24,17 +26,25 @@ def indeterminate(decoder: Decoder | Fallback) -> str:
         return obstacle
     if native().library is None:
         return f"it needs the compiled CPU kernels ({native().text})"
-    if decoder.spec.latent is not None:
-        return "products of latent attention (MLA) depend on how many rows a step has"
     if any(layer.sparse for layer in decoder.spec.layers):
         return "block-sparse attention runs in torch, which cuts it by what is in the batch"
-    weights = [module.weight for module in decoder.modules() if isinstance(module, Linear)]
-    if not all(isinstance(weight, Packed) for weight in (*weights, *([] if decoder.head is None else [decoder.head]))):
+    if not all(isinstance(weight, (Packed, PackedHeads)) for weight in _weights(decoder)):
         return _of_products(decoder)
     place = decoder.mesh.place
     if place.tp > 2 and not decoder.mesh.invariant:
         return f"sums over {place.tp} ranks depend on how many rows a step has; start with --deterministic"
     return ""
+
+
+def _weights(decoder: Decoder) -> Iterator[Weight | HeadsWeight]:
+    """All that are multiplied."""
+    for module in decoder.modules():
+        if isinstance(module, Linear):
+            yield module.weight
+        elif isinstance(module, LatentAttention):
+            yield from module.expansion()
+    if decoder.head is not None:
+        yield decoder.head
 
 
 def of_device(device: torch.device, attention_backend: str) -> str:

@@ -10,6 +10,7 @@ from kvasir.engine.share import Share
 from kvasir.engine.spec import Experts, Layer, Spec
 from kvasir.kernels.activation import gated, plain
 from kvasir.kernels.moe import experts, route, stacked_experts
+from kvasir.kernels.packed_experts import Expert, PackedExperts, packed_experts
 
 STACKED = ("cuda",)
 """Types of device on which all experts' matrices are multiplied at once, and lie one behind the other for that. On a CPU each
@@ -101,7 +102,7 @@ class Mixture(nn.Module):
     def __init__(self, share: Share, facts: Experts, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         spec = share.spec
-        self.facts = facts
+        self.facts, self.spec = facts, spec
         alone = share.mesh.place.tp_rank == 0
         down_bias = facts.bias and (alone or share.expert_parallel)
         # float32: a rounding of the router decides between experts
@@ -112,7 +113,8 @@ class Mixture(nn.Module):
         self.experts = nn.ModuleDict(
             {str(e): MLP(spec, facts.ffn, facts.bias, dtype, own, down_bias=down_bias) for e in share.experts}
         )
-        self.stack = Stack(share.experts, self.experts, device) if stacked else None
+        self.numbers = share.experts
+        self.stack: Stack | PackedExperts | None = Stack(share.experts, self.experts, device) if stacked else None
         self.shared = None
         if facts.shared_ffn:
             self.shared = MLP(spec, facts.shared_ffn, facts.bias, dtype, device, down_bias=facts.bias and alone)
@@ -141,6 +143,20 @@ class Mixture(nn.Module):
             return out
         shared: Tensor = self.shared(x)
         return out + (shared if self.shared_gate is None else shared * self.shared_gate(x).sigmoid())
+
+    def pack(self) -> None:
+        """Once its experts' matrices are packed: call them all at once, where that can be done."""
+        if self.stack is not None:
+            return
+        found = [mlp for mlp in self.experts.values() if isinstance(mlp, MLP)]
+        spec = self.spec
+        self.stack = packed_experts(
+            [Expert(mlp.up.weight, mlp.up.bias, mlp.down.weight, mlp.down.bias) for mlp in found],
+            activation=spec.activation,
+            limit=spec.activation_limit,
+            gate=spec.gated,
+            first=self.numbers.start,
+        )
 
     def _run(self, expert: int, rows: Tensor) -> Tensor | None:
         """rows[R, M] through this expert; None where another rank has it."""

@@ -60,6 +60,7 @@ def _shape(spec: Spec) -> Shape:
         residual=spec.residual_scale,
         scale=spec.head_dim**-0.5 if spec.attn_scale is None else spec.attn_scale,
         softcap=spec.attn_softcap,
+        limit=spec.activation_limit,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from typing import Union
 
@@ -26,6 +27,16 @@ class Packed:
     inputs: int
 
 
+@dataclass(frozen=True, eq=False)
+class PackedHeads:
+    """weight[H, O, I], each head's as `Packed` has it: blocks[H, ...]."""
+
+    blocks: Tensor
+    outputs: int
+    inputs: int
+
+
+HeadsWeight = Union[Tensor, PackedHeads]
 Weight = Union[Tensor, Packed]
 """A matrix as `linear` takes it."""
 
@@ -59,6 +70,47 @@ def packed(weight: Tensor, *, invariant: bool = False, room: Room | None = None)
     if not _mkldnn(weight.dtype, weight.device):
         return weight
     out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+    return out
+
+
+def packed_heads(weight: HeadsWeight, *, invariant: bool = False, room: Room | None = None) -> PackedHeads | None:
+    """The same weight[H, O, I] for `linear_heads`; None where torch's product is the faster one, or the only one."""
+    if isinstance(weight, PackedHeads):
+        return weight
+    heads, outputs, inputs = weight.shape
+    if not _owns(weight.dtype, weight.device, invariant, inputs):
+        return None
+    flat = _room(heads * -(-outputs // WIDE), inputs, weight.dtype, room)
+    blocks = flat.view(heads, -1, *flat.shape[1:])
+    for head, into in zip(weight, blocks, strict=True):
+        _lay(head.detach().contiguous(), into)
+    return PackedHeads(blocks, outputs, inputs)
+
+
+def linear_heads(x: Tensor, weight: HeadsWeight) -> Tensor:
+    """x[T, H, I], each head's rows times its weight[H, O, I] transposed -> [T, H, O]."""
+    if isinstance(weight, Tensor):
+        return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
+    kind, heads = weight.blocks.dtype, len(weight.blocks)
+    if x.dtype != kind or x.dim() != 3 or x.shape[1:] != (heads, weight.inputs):
+        raise ValueError(f"x{list(x.shape)} in {x.dtype} by {heads} heads in {kind} with {weight.inputs} inputs")
+    if x.stride(2) != 1 or x.stride(0) % 2 or x.stride(1) % 2:
+        x = x.contiguous()
+    out = x.new_empty(len(x), heads, weight.outputs)
+    _library().linear_heads(
+        native.TYPES[kind],
+        x.data_ptr(),
+        x.stride(0),
+        x.stride(1),
+        weight.blocks.data_ptr(),
+        weight.blocks.stride(0),
+        out.data_ptr(),
+        len(x),
+        heads,
+        weight.inputs,
+        weight.outputs,
+        torch.get_num_threads(),
+    )
     return out
 
 
@@ -106,21 +158,31 @@ def _owns(dtype: torch.dtype, device: torch.device, invariant: bool = False, inp
 
 
 def _pack(weight: Tensor, room: Room | None) -> Packed:
-    compiled, weight = native.library(), weight.detach().contiguous()
-    assert compiled is not None
     outputs, inputs = weight.shape
-    pairs = weight.dtype == torch.bfloat16 and native.multiplies_pairs()
-    shape = (inputs // 2, WIDE, 2) if pairs else (inputs, WIDE)
-    empty = huge_pages.empty if room is None else room.empty
-    out = empty(-(-outputs // WIDE), *shape, dtype=weight.dtype)
-    kind = native.TYPES[weight.dtype]
-    compiled.pack_linear(kind, weight.data_ptr(), out.data_ptr(), outputs, inputs, torch.get_num_threads())
+    out = _room(-(-outputs // WIDE), inputs, weight.dtype, room)
+    _lay(weight.detach().contiguous(), out)
     return Packed(out, outputs, inputs)
 
 
-def _own(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+def _room(blocks: int, inputs: int, dtype: torch.dtype, room: Room | None) -> Tensor:
+    pairs = dtype == torch.bfloat16 and native.multiplies_pairs()
+    shape = (inputs // 2, WIDE, 2) if pairs else (inputs, WIDE)
+    return (huge_pages.empty if room is None else room.empty)(blocks, *shape, dtype=dtype)
+
+
+def _lay(weight: Tensor, into: Tensor) -> None:
+    outputs, inputs = weight.shape
+    kind, threads = native.TYPES[weight.dtype], torch.get_num_threads()
+    _library().pack_linear(kind, weight.data_ptr(), into.data_ptr(), outputs, inputs, threads)
+
+
+def _library() -> ctypes.CDLL:
     compiled = native.library()
     assert compiled is not None
+    return compiled
+
+
+def _own(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     kind = weight.blocks.dtype
     if x.dtype != kind or x.dim() != 2 or x.shape[1] != weight.inputs:  # the kernel reads what it is told is there
         raise ValueError(f"x{list(x.shape)} in {x.dtype} by a matrix in {kind} with {weight.inputs} inputs")
@@ -131,7 +193,7 @@ def _own(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     if x.stride(1) != 1 or x.stride(0) % 2:
         x = x.contiguous()
     out = x.new_empty(len(x), weight.outputs)
-    compiled.linear(
+    _library().linear(
         native.TYPES[x.dtype],
         x.data_ptr(),
         x.stride(0),

@@ -1,10 +1,11 @@
 // Products with weights that stay, packed so that 32 outputs take an input at once: [O / 32][I][32], or where the CPU
 // multiplies pairs of bfloat16 [O / 32][I / 2][32][2]; the last block is filled up with zeros. Other bfloat16 are laced. Every output adds its products
 // in the order of the inputs, in float32: how many rows there are changes no bit of it.
-#include "native.h"
+#include "linear_parts.h"
 
 #include <algorithm>
 #include <type_traits>
+#include <vector>
 
 namespace {
 
@@ -168,7 +169,7 @@ void interleave(const typename Kind::Given *x, int64_t x_row, int64_t count, int
     for (int64_t j = 0; j < count; j++) to[k * count + j] = Kind::input(x[j * x_row + k]);
 }
 
-// x[T, I] as `multiply` takes it: of the rows that go together one input after the other; very few as they are. In memory of
+// Up to CHUNK rows of x[T, I] as `multiply` takes them: of those that go together one input after the other; very few as they are. In memory of
 // the thread's own: what another core has just written comes line by line, and slowly.
 template <class Kind>
 const typename Kind::Input *lay_down(const typename Kind::Given *x, int64_t &x_row, int64_t rows, int64_t inputs) {
@@ -176,34 +177,35 @@ const typename Kind::Input *lay_down(const typename Kind::Given *x, int64_t &x_r
   if constexpr (std::is_same_v<Input, typename Kind::Given>)
     if (rows < CALLED) return x;
   Input *out = (Input *)laid.get(sizeof(Input) * (size_t)std::max<int64_t>(1, rows * inputs));
-  for (int64_t chunk = 0; chunk < rows; chunk += CHUNK)
-    for (int64_t all = std::min(CHUNK, rows - chunk), turn = 0; turn < turns_of(all); turn++) {
-      int64_t r = first_of(turn, all), count = first_of(turn + 1, all) - r;
-      const typename Kind::Given *from = x + (chunk + r) * x_row;
-      Input *to = out + (chunk + r) * inputs;
-      if (count >= CALLED) {
-        interleave<Kind>(from, x_row, count, inputs, to);
-        continue;
-      }
-      for (int64_t j = 0; j < count; j++)
-        for (int64_t k = 0; k < inputs; k++) to[j * inputs + k] = Kind::input(from[j * x_row + k]);
+  for (int64_t turn = 0; turn < turns_of(rows); turn++) {
+    int64_t r = first_of(turn, rows), count = first_of(turn + 1, rows) - r;
+    const typename Kind::Given *from = x + r * x_row;
+    Input *to = out + r * inputs;
+    if (count >= CALLED) {
+      interleave<Kind>(from, x_row, count, inputs, to);
+      continue;
     }
+    for (int64_t j = 0; j < count; j++)
+      for (int64_t k = 0; k < inputs; k++) to[j * inputs + k] = Kind::input(from[j * x_row + k]);
+  }
   x_row = inputs;
   return out;
 }
 
+// Parts of up to CHUNK rows each. A thread lays rows down when it comes to them: runs of blocks mostly stay within a part.
 template <class Kind>
-void product(const typename Kind::Given *given, int64_t given_row, const typename Kind::Weight *packed,
-             const typename Kind::Number *bias, typename Kind::Number *out, int64_t rows, int64_t inputs, int64_t outputs,
-             int64_t threads) {
-  int64_t blocks = (outputs + WIDE - 1) / WIDE, chunks = (rows + CHUNK - 1) / CHUNK;
-  share_runs(threads, blocks * chunks, [&] {
-    int64_t x_row = given_row;
-    const typename Kind::Input *x = lay_down<Kind>(given, x_row, rows, inputs);
-    return [=](int64_t i) {
-      int64_t b = i % blocks, first = i / blocks * CHUNK, from = b * WIDE;
-      block<Kind>(x + first * inputs, x_row, packed + b * inputs * WIDE, inputs, bias ? bias + from : nullptr,
-                  out + first * outputs + from, outputs, std::min(CHUNK, rows - first), std::min(WIDE, outputs - from));
+void products(const std::vector<Part> &parts, int64_t inputs, int64_t outputs, int64_t threads) {
+  constexpr int64_t NUMBERS = sizeof(typename Kind::Given) / sizeof(typename Kind::Number);
+  int64_t blocks = (outputs + WIDE - 1) / WIDE;
+  inputs /= NUMBERS;
+  share_runs(threads, blocks * (int64_t)parts.size(), [&] {
+    return [&, x = (const typename Kind::Input *)nullptr, x_row = (int64_t)0, last = (const Part *)nullptr](int64_t i) mutable {
+      const Part &p = parts[i / blocks];
+      if (&p != last) x_row = p.x_row / NUMBERS, x = lay_down<Kind>((const typename Kind::Given *)p.x, x_row, p.rows, inputs), last = &p;
+      int64_t from = i % blocks * WIDE;
+      auto *bias = (const typename Kind::Number *)p.bias;
+      block<Kind>(x, x_row, (const typename Kind::Weight *)p.weights + from * inputs, inputs, bias ? bias + from : nullptr,
+                  (typename Kind::Number *)p.out + from, p.out_row, p.rows, std::min(WIDE, outputs - from));
     };
   });
 }
@@ -233,18 +235,37 @@ EXPORT void pack_linear(int64_t type, const void *weights, void *packed, int64_t
   pack_16((const uint16_t *)weights, (uint16_t *)packed, outputs, inputs, threads);
 }
 
+EXPORT void linear_parts(int64_t type, const Part *given, int64_t count, int64_t inputs, int64_t outputs, int64_t threads) {
+  int64_t size = type == FLOAT32 ? 4 : 2;
+  std::vector<Part> parts;
+  for (const Part *p = given; p < given + count; p++)
+    for (int64_t r = 0; r < p->rows; r += CHUNK)
+      parts.push_back({(const char *)p->x + r * p->x_row * size, p->x_row, p->weights, p->bias,
+                       (char *)p->out + r * p->out_row * size, p->out_row, std::min(CHUNK, p->rows - r)});
+  if (type == FLOAT32) return products<Singles<float>>(parts, inputs, outputs, threads);
+  if (type == FLOAT16) return products<Singles<fp16>>(parts, inputs, outputs, threads);
+#if KVASIR_PAIRS
+  products<Pairs>(parts, inputs, outputs, threads);
+#else
+  products<Singles<bf16>>(parts, inputs, outputs, threads);
+#endif
+}
+
 // x[T, I] (rows x_row numbers apart) times packed, plus bias[O] -> out[T, O].
 EXPORT void linear(int64_t type, const void *x, int64_t x_row, const void *packed, const void *bias, void *out, int64_t rows,
                    int64_t inputs, int64_t outputs, int64_t threads) {
-#if KVASIR_PAIRS
-  if (type == BFLOAT16)
-    return product<Pairs>((const uint32_t *)x, x_row / 2, (const uint32_t *)packed, (const bf16 *)bias, (bf16 *)out, rows,
-                          inputs / 2, outputs, threads);
-#endif
-  if (type == FLOAT32)
-    product<Singles<float>>((const float *)x, x_row, (const float *)packed, (const float *)bias, (float *)out, rows, inputs, outputs, threads);
-  else if (type == BFLOAT16)
-    product<Singles<bf16>>((const bf16 *)x, x_row, (const bf16 *)packed, (const bf16 *)bias, (bf16 *)out, rows, inputs, outputs, threads);
-  else
-    product<Singles<fp16>>((const fp16 *)x, x_row, (const fp16 *)packed, (const fp16 *)bias, (fp16 *)out, rows, inputs, outputs, threads);
+  Part part{x, x_row, packed, bias, out, outputs, rows};
+  linear_parts(type, &part, 1, inputs, outputs, threads);
+}
+
+// x[T, H, I] times packed[H] -> out[T, H, O], each head by a matrix of its own. Strides are in numbers; packed ones are
+// `packed_head` apart.
+EXPORT void linear_heads(int64_t type, const void *x, int64_t x_row, int64_t x_head, const void *packed, int64_t packed_head, void *out,
+                         int64_t rows, int64_t heads, int64_t inputs, int64_t outputs, int64_t threads) {
+  int64_t size = type == FLOAT32 ? 4 : 2;
+  std::vector<Part> parts;
+  for (int64_t h = 0; h < heads; h++)
+    parts.push_back({(const char *)x + h * x_head * size, x_row, (const char *)packed + h * packed_head * size, nullptr,
+                     (char *)out + h * outputs * size, heads * outputs, rows});
+  linear_parts(type, parts.data(), heads, inputs, outputs, threads);
 }

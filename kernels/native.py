@@ -33,7 +33,7 @@ SIGNATURES: dict[str, Types] = {
     "draw": (P, N, P, P, P, P, P, P, N, N, N),
     "score": (P, N, P, N, P, P, P, P, N, N, N),
     "penalise": (P, N, P, P, P, P, P, P, P, N, N, N),
-    "gated": (N, P, P, N, N, N, N),
+    "gated": (N, P, P, N, N, N, F, N),
     "turn_and_write": (N, P, N, P, N, P, N, P, P, P, P, N, N, N, N, N, N, N),
     "run_layers": (P, N, P, P, P, P, N, P, N),
     "sum_between": (P, N, P, P, N),
@@ -46,6 +46,8 @@ SIGNATURES: dict[str, Types] = {
     "nudge": (P,),
     "pack_linear": (N, P, P, N, N, N),
     "linear": (N, P, N, P, P, P, N, N, N, N),
+    "linear_heads": (N, P, N, N, P, N, P, N, N, N, N, N),
+    "run_experts": (P, P, P, P, P, P, P, N, N, N),
 }
 ANSWERS = (
     "multiplies_pairs", "vector_bytes", "run_layers", "sum_between", "scatter_between", "gather_between", "board_bytes", "post",

@@ -63,14 +63,21 @@ void norms(const T *x, int64_t outer, int64_t inner, int64_t x_row, const T *y, 
   });
 }
 
-enum Gate { SILU, GELU_TANH };
+enum Gate { SILU, GELU_TANH, CLAMPED };
 
 template <class T>
-void gates(const T *x, T *out, int64_t rows, int64_t width, int64_t kind, int64_t threads) {
+void gates(const T *x, T *out, int64_t rows, int64_t width, int64_t kind, float limit, int64_t threads) {
   by_rows(threads, rows, width, [&](int64_t r) {
     const T *gate = x + 2 * r * width, *up = gate + width;
     for (int64_t d = 0; d < width; d += 16) {
       F16 g = widen(gate + d, width - d);
+      if (kind == CLAMPED) {
+        F16 u = smaller(splat(limit), larger(splat(-limit), widen(up + d, width - d)));
+        g = smaller(splat(limit), g);
+        g = rounded_to<T>(g * rounded_to<T>(1.0f / (1.0f + exponential(-rounded_to<T>(g * 1.702f)))));
+        narrow(out + r * width + d, g * rounded_to<T>(u + 1.0f), width - d);
+        continue;
+      }
       F16 inner = kind == SILU ? g : 1.59576912f * (g + 0.044715f * g * g * g); // twice the tangent's argument
       g = g / (1.0f + exponential(-inner));
       narrow(out + r * width + d, rounded_to<T>(g) * widen(up + d, width - d), width - d);
@@ -226,9 +233,9 @@ EXPORT void rms_norm(int64_t type, const void *x, int64_t outer, int64_t inner, 
                       (T *)total, (T *)out, rows, width, threads))
 }
 
-// x[T, 2 F] -> out[T, F]. kind: 0 silu, 1 gelu by tanh.
-EXPORT void gated(int64_t type, const void *x, void *out, int64_t rows, int64_t width, int64_t kind, int64_t threads) {
-  BY_TYPE(type, gates((const T *)x, (T *)out, rows, width, kind, threads))
+// x[T, 2 F] -> out[T, F]. kind: 0 silu, 1 gelu by tanh, 2 clamped by the limit.
+EXPORT void gated(int64_t type, const void *x, void *out, int64_t rows, int64_t width, int64_t kind, double limit, int64_t threads) {
+  BY_TYPE(type, gates((const T *)x, (T *)out, rows, width, kind, (float)limit, threads))
 }
 
 // q[T, H, D] turned in place, k[T, K, D] turned and written to its slots, v written; each has its own distance of rows.

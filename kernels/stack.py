@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvasir.kernels.activation_native import limit_of
 from kvasir.kernels.linear import Packed
 from kvasir.kernels.native import CacheC, cache_of, library
 from kvasir.kernels.node_sums import Meeting, check
@@ -42,7 +43,7 @@ class LayerC(ctypes.Structure):
 class ShapeC(ctypes.Structure):
     _fields_ = (
         *((name, N) for name in ("hidden", "ffn", "heads", "kv_heads", "dim", "gate", "causal")),
-        *((name, F) for name in ("eps", "offset", "residual", "scale", "softcap")),
+        *((name, F) for name in ("eps", "offset", "residual", "scale", "softcap", "limit")),
     )
 
 
@@ -107,6 +108,7 @@ class Shape:
     residual: float
     scale: float
     softcap: float | None
+    limit: float | None
 
 
 class Stack:
@@ -120,7 +122,7 @@ class Stack:
         self._table = (LayerC * len(layers))(*map(_layer, layers))
         s = shape
         common = (s.hidden, s.ffn, s.heads, s.kv_heads, s.dim, s.gate, s.causal)
-        self._shape = ShapeC(*common, s.eps, s.offset, s.residual, s.scale, s.softcap or 0.0)
+        self._shape = ShapeC(*common, s.eps, s.offset, s.residual, s.scale, s.softcap or 0.0, limit_of(s.limit))
 
     def __call__(self, x: Tensor, count: int, angles: Sequence[Angles], ragged: Ragged) -> tuple[Tensor, Tensor]:
         """x[T, M] through the first `count` layers -> (x, what is still to be added to it). RuntimeError when another rank

@@ -5,7 +5,7 @@ extern "C" {
 void rms_norm(int64_t, const void *, int64_t, int64_t, int64_t, const void *, double, const void *, double, double, void *, void *,
               int64_t, int64_t, int64_t);
 void linear(int64_t, const void *, int64_t, const void *, const void *, void *, int64_t, int64_t, int64_t, int64_t);
-void gated(int64_t, const void *, void *, int64_t, int64_t, int64_t, int64_t);
+void gated(int64_t, const void *, void *, int64_t, int64_t, int64_t, double, int64_t);
 void turn_and_write(int64_t, void *, int64_t, const void *, int64_t, const void *, int64_t, const void *, const void *,
                     const Cache *, const int64_t *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
 void attention(int64_t, const void *, int64_t, int64_t, const Cache *, const int32_t *, int64_t, const int32_t *,
@@ -32,7 +32,7 @@ struct Layer {
 
 struct Shape {
   int64_t hidden, ffn, heads, kv_heads, dim, gate, causal;
-  double eps, offset, residual, scale, softcap;
+  double eps, offset, residual, scale, softcap, limit;
 };
 
 struct Angles {
@@ -93,7 +93,7 @@ EXPORT int64_t run_layers(const Layer *layers, int64_t count, const Shape *shape
     if (int64_t failed = meeting ? sum_between(meeting, BF16, y, y, t * s.hidden) : 0) return failed;
     rms_norm(BF16, x, s.hidden, 1, 0, y, s.residual, l->mlp_norm, s.offset, s.eps, x, h, t, s.hidden, threads);
     product(h, l->up, up, t, s.hidden, threads);
-    gated(BF16, up, gate, t, s.ffn, s.gate, threads);
+    gated(BF16, up, gate, t, s.ffn, s.gate, s.limit, threads);
     product(gate, l->down, y, t, s.ffn, threads);
     if (int64_t failed = meeting ? sum_between(meeting, BF16, y, y, t * s.hidden) : 0) return failed;
   }

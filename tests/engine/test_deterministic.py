@@ -47,11 +47,25 @@ KINDS: dict[str, dict[str, Any]] = {
     "Llama, fp8 in bfloat16": {"dtype": "bfloat16", "kv_cache_dtype": "fp8"},
     "Llama in float16": {"dtype": "float16"},
     "Mixtral": {"dtype": "float32"},
+    "DeepseekV2": {"dtype": "float32"},
+    "DeepseekV2 in bfloat16": {"dtype": "bfloat16"},
     "Gemma2": {"dtype": "float32"},
     "OPT": {"dtype": "float32"},
 }
 CHANGES: dict[str, dict[str, Any]] = {
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "DeepseekV2": {
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_routed_experts": 6,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+        "num_experts_per_tok": 3,
+        "num_key_value_heads": 4,
+    },
     "Gemma2": {"head_dim": 16, "sliding_window": 24},
     "OPT": {"ffn_dim": 112, "word_embed_proj_dim": 64},
 }
@@ -142,15 +156,6 @@ def test_without_a_compiler_it_is_refused(
         with pytest.raises(ClientError, match="deterministic can't be kept here: it needs the compiled CPU kernels"):
             llm.generate([[5, 6]], WITNESS, use_tqdm=False)
         llm.generate([[5, 6]], replace(WITNESS, deterministic=False), use_tqdm=False)
-
-
-@needs_compiler
-def test_models_whose_products_cannot_say_so(checkpoint: Callable[..., tuple[Path, Any]]) -> None:
-    facts = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
-    experts = {"n_routed_experts": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1, "num_experts_per_tok": 1}
-    folder = checkpoint("DeepseekV2", **facts, **experts, num_key_value_heads=4)[0]
-    with pytest.raises(ConfigError, match=r"--deterministic: products of latent attention \(MLA\)"):
-        LLM(str(folder), dtype="float32", deterministic=True, skip_tokenizer_init=True)
 
 
 @pytest.mark.parametrize("backend", ["torch", "plain"])

@@ -1,4 +1,4 @@
-"""Mixtures whose experts lie one behind the other, as on GPUs: loaded to the same places, and the same tokens come out."""
+"""Mixtures whose experts are run at once, stacked as on GPUs or packed as on CPUs, give what they give one by one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvasir.engine.arch import load_spec
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.mlp import Mixture
 from kvasir.engine.weights import load_decoder
-from kvasir.kernels import moe
+from kvasir.kernels import moe, native
 
 CPU = torch.device("cpu")
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -34,22 +34,27 @@ def refuse(*_: object, **__: object) -> None:
     raise AssertionError("experts were run one by one")
 
 
-@pytest.mark.parametrize("triton", [False, True])
+@pytest.mark.parametrize("way", ["packed", "stacked", "triton"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_logits(
-    family: str, triton: bool, checkpoint: Callable[..., Any], in_chunks: Any, monkeypatch: pytest.MonkeyPatch
+    family: str, way: str, checkpoint: Callable[..., Any], in_chunks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = checkpoint(family, **FAMILIES[family])[0]
     prompts = [[3, 14, 15, 9, 26, 5, 35], [8, 9, 7, 93]]
-    one_by_one = in_chunks(load(folder), prompts, 4, seed=1)
-    monkeypatch.setattr(mlp, "STACKED", ("cpu",))
-    stacked = load(folder)
-    if triton:
+    with monkeypatch.context() as alone:
+        alone.setattr(mlp, "packed_experts", lambda *_, **__: None)
+        one_by_one = in_chunks(load(folder), prompts, 4, seed=1)
+    if way == "packed" and native.library() is None:
+        pytest.skip(f"no compiled kernels: {native.native().text}")
+    if way != "packed":
+        monkeypatch.setattr(mlp, "STACKED", ("cpu",))
+    together = load(folder)
+    if way == "triton":
         found = pytest.importorskip("kvasir.kernels.moe_triton")
         monkeypatch.setitem(moe.stacked_experts._loaded, "cpu", found.stacked_experts)
         monkeypatch.setattr(moe, "experts", refuse)
     monkeypatch.setattr(mlp, "experts", refuse)
-    for got, want in zip(in_chunks(stacked, prompts, 4, seed=1), one_by_one, strict=True):
+    for got, want in zip(in_chunks(together, prompts, 4, seed=1), one_by_one, strict=True):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 

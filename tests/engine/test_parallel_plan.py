@@ -21,7 +21,7 @@ from kvasir.engine.parallel_plan import GB, Device, find_device, plan, plans
 from kvasir.engine.share import share_of, stages
 from kvasir.engine.spec import Experts, Layer, Rope, Spec
 from kvasir.engine.weights import load_decoder, random_decoder, weight_bytes
-from kvasir.kernels.linear import Packed
+from kvasir.kernels.linear import Packed, PackedHeads
 
 SPEC = Spec(
     vocab=1000, hidden=64, heads=8, kv_heads=4, head_dim=8, ffn=256, eps=1e-5, max_len=2048,
@@ -47,8 +47,9 @@ def storage(module: torch.nn.Module) -> int:
     found = {}
     for part in module.modules():
         for order in vars(part).values():
-            if isinstance(order, Packed):
-                found[order.blocks.data_ptr()] = order.outputs * order.inputs * order.blocks.itemsize
+            if isinstance(order, (Packed, PackedHeads)):
+                count = len(order.blocks) if isinstance(order, PackedHeads) else 1
+                found[order.blocks.data_ptr()] = count * order.outputs * order.inputs * order.blocks.itemsize
         tensors = [
             *part.parameters(recurse=False),
             *(value for value in vars(part).values() if isinstance(value, Tensor)),

@@ -10,7 +10,7 @@ void rms_norm(int64_t, const void *, int64_t, int64_t, int64_t, const void *, do
 void pack_linear(int64_t, const void *, void *, int64_t, int64_t, int64_t);
 void linear(int64_t, const void *, int64_t, const void *, const void *, void *, int64_t, int64_t, int64_t, int64_t);
 int64_t multiplies_pairs();
-void gated(int64_t, const void *, void *, int64_t, int64_t, int64_t, int64_t);
+void gated(int64_t, const void *, void *, int64_t, int64_t, int64_t, double, int64_t);
 void turn_and_write(int64_t, void *, int64_t, const void *, int64_t, const void *, int64_t, const void *, const void *,
                     const Cache *, const int64_t *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
 void attention(int64_t, const void *, int64_t, int64_t, const Cache *, const int32_t *, int64_t, const int32_t *,
@@ -51,8 +51,10 @@ static void run(int64_t type, const char *name) {
   show(name, out, ROWS * OUT);
   rms_norm(type, x.data(), IN, 1, 0, nullptr, 1.0, weights.data(), 0.0, 1e-5, other.data(), out.data(), 5, 70, 1);
   show(name, out, 5 * 70);
-  gated(type, x.data(), out.data(), 3, 48, 0, 1);
-  show(name, out, 3 * 48);
+  for (int64_t kind : {0, 1, 2}) {
+    gated(type, x.data(), out.data(), 3, 48, kind, 0.5, 1);
+    show(name, out, 3 * 48);
+  }
 
   for (int64_t kind : {type, (int64_t)INT8, (int64_t)E4M3, (int64_t)E5M2}) {
     int64_t each = kind == type ? sizeof(T) : 1, head = SIZE * DIM;

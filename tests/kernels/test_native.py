@@ -18,7 +18,7 @@ from kvasir.kernels import activation_native, attention_native, cache_native, co
 from kvasir.kernels.activation import gated
 from kvasir.kernels.attention import attention
 from kvasir.kernels.cache import turn_and_write
-from kvasir.kernels.linear import Packed, is_packed, linear, packed
+from kvasir.kernels.linear import Packed, is_packed, linear, linear_heads, packed, packed_heads
 from kvasir.kernels.norm import add_rms_norm, rms_norm
 from kvasir.kernels.ragged import Ragged
 
@@ -146,6 +146,28 @@ def test_products_equal_torch_s_and_are_the_same_in_any_batch(
     torch.testing.assert_close(together.double(), want, atol=1e-3 if dtype != torch.float32 else 1e-5, rtol=close)
     for rows in (0, 1, 2, 5, 6, 7, 8, 13, 64, 385):
         assert torch.equal(linear(x[7 : 7 + rows], order, bias if biased else None), together[7 : 7 + rows])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "outputs", "inputs"), [(3, 64, 16), (5, 40, 70), (2, 16, 8)])
+def test_products_of_heads_are_those_of_matrices(dtype: torch.dtype, heads: int, outputs: int, inputs: int) -> None:
+    torch.manual_seed(outputs)
+    weight = (torch.randn(heads, outputs, inputs) / inputs**0.5).to(dtype)
+    order = packed_heads(weight, invariant=True)
+    assert order is not None
+    each = [packed(matrix, invariant=True) for matrix in weight]
+    wide = torch.randn(400, heads, inputs + 4).to(dtype)
+    for x in (wide[..., 2:-2], wide[:1, :, :inputs], wide[:7, :, 1 : inputs + 1], wide[:0, :, :inputs]):
+        found = linear_heads(x, order)
+        want = torch.stack([linear(x[:, head].contiguous(), matrix) for head, matrix in enumerate(each)], 1)
+        assert torch.equal(found, want)
+    torch.testing.assert_close(
+        linear_heads(wide[..., :inputs].float(), weight.float()),
+        linear_heads(wide[..., :inputs], order).float(),
+        atol=2e-2,
+        rtol=2e-2,
+    )
 
 
 @needs_compiler
