@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ceilings import Clock, ceilings, timed
 from refusals import refuse
 from torch import Tensor
 
@@ -225,22 +226,7 @@ FAMILIES = {
 }
 
 
-def timed(run: Run, clock: Callable[[], float]) -> float:
-    begin = clock()
-    run()
-    return clock() - begin
-
-
-def ceilings(clock: Callable[[], float]) -> tuple[float, float]:
-    """Bytes and operations per second."""
-    many = huge_pages.empty(1 << 26, dtype=torch.float32).fill_(1)
-    x, weight = torch.randn(512, 2048).to(DTYPE), packed(torch.randn(8192, 2048).to(DTYPE))
-    read = statistics.median(timed(many.sum, clock) for _ in range(5))
-    product = statistics.median(timed(lambda: linear(x, weight), clock) for _ in range(5))
-    return many.nbytes / read, 2.0 * 512 * 8192 * 2048 / product
-
-
-def measure(case: Case, repeat: int, clock: Callable[[], float]) -> Iterator[Found]:
+def measure(case: Case, repeat: int, clock: Clock) -> Iterator[Found]:
     """The implementations take turns, so that what disturbs one disturbs all; ceilings before and after."""
     before = ceilings(clock)
     times: dict[str, list[float]] = {name: [] for name in case.runs}

