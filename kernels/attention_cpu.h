@@ -118,6 +118,9 @@ struct Worker {
   int64_t row(int64_t i) const { return c.starts[u.sequence] + u.first + i % rows / group; }
   int64_t head(int64_t i) const { return (u.head + i / rows) * group + i % group; }
   int64_t query(int64_t i) const { return row(i) * c.q_row + head(i) * c.q_head; }
+  const float *query_at(int64_t i) const { // or pairs
+    return PAIRS ? (const float *)((const bf16 *)c.q + query(i)) : queries + i * up(c.dim, 16);
+  }
 
   // The keys that a row at this position sees: low..high, both included.
   void range(int64_t position, int64_t &from, int64_t &to) const { c.range(length, position, from, to); }
@@ -162,6 +165,12 @@ struct Worker {
   }
 #endif
 
+  // Where a tile's rows begin under a head; a row of zeros for what isn't there or seen.
+  void rows_of(const void *numbers, const Places &places, int64_t h, const T **found) const {
+    const T *base = (const T *)numbers + (u.head + h) * cache.head;
+    for (int64_t j = 0; j < TILE; j++) found[j] = places.row[j] < 0 ? (const T *)zeros : base + places.row[j];
+  }
+
 #if KVASIR_PAIRS
   // Which of 2 x 32 numbers stand side by side as pairs: those of the first 16 columns, and of the others.
   static __m512i firsts() {
@@ -186,12 +195,6 @@ struct Worker {
       }
     for (int i = 0; i < 4; i++)
       to[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88), to[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
-  }
-
-  // Where a tile's rows begin under a head; a row of zeros for what isn't there or seen.
-  void rows_of(const void *numbers, const Places &places, int64_t h, const T **found) const {
-    const T *base = (const T *)numbers + (u.head + h) * cache.head;
-    for (int64_t j = 0; j < TILE; j++) found[j] = places.row[j] < 0 ? (const T *)zeros : base + places.row[j];
   }
 
   // What pack_keys and multiply do, for so few rows that a tile isn't worth laying down: each sum in the same order. As many
@@ -251,21 +254,76 @@ struct Worker {
     }
   }
 
+#elif KVASIR_EIGHTS
+  typedef Half<F16> F8;
+  typedef Half<U16> U8;
+
+  // The same, eight keys after the other.
+  template <int R>
+  void few_keys(const Places &places, int64_t h, const Places &next, int64_t next_h, const float *const *from) {
+    const T *keys[TILE], *base = (const T *)cache.k + (u.head + next_h) * cache.head;
+    rows_of(cache.k, places, h, keys);
+    for (int64_t j = 0; j < places.count; j += 8) {
+      F8 sums[R];
+      for (int r = 0; r < R; r++) sums[r] = F8{};
+      for (int64_t d = 0; d < c.dim; d += 16) {
+        __m256 k[8];
+        for (int i = 0; i < 8; i++) k[i] = _mm256_loadu_ps((const float *)(keys[j + i] + d));
+        transpose(k);
+        for (int i = d / 16 % 2 * 4, end = i + 4; i < end; i++) // half of the keys with each half of a line
+          __builtin_prefetch(base + next.row[j + i] + d / 32 * 32, 0, 2);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) {
+          F8 low = (F8)((U8)k[i] << 16), high = (F8)((U8)k[i] & 0xffff0000);
+          for (int r = 0; r < R; r++) {
+            const float *q = from[r] + d + 2 * i;
+            sums[r] = sums[r] + q[0] * low;
+            sums[r] = sums[r] + q[1] * high;
+          }
+        }
+      }
+      for (int r = 0; r < R; r++) store(scores + r * TILE + j, sums[r]);
+    }
+  }
+
+  template <int R, int C>
+  void few_values(const Places &places, int64_t h, const Places &next, int64_t next_h, const float *const *from, float *to) {
+    const void *numbers = cache.v ? cache.v : cache.k;
+    const T *rows[TILE], *base = (const T *)numbers + (u.head + next_h) * cache.head;
+    rows_of(numbers, places, h, rows);
+    for (int64_t d = 0; d < wide; d += 16 * C) {
+      F16 sums[R][C];
+      for (int r = 0; r < R; r++)
+        for (int i = 0; i < C; i++) sums[r][i] = load<F16>(to + r * wide + d + 16 * i);
+      for (int64_t j = 0; j < places.count; j++) {
+        if (cache.v && d % 32 == 0) __builtin_prefetch(base + next.row[j] + d, 0, 2);
+        for (int i = 0; i < C; i++) {
+          F16 v = widen(rows[j] + d + 16 * i);
+          for (int r = 0; r < R; r++) sums[r][i] = sums[r][i] + from[r][j] * v;
+        }
+      }
+      for (int r = 0; r < R; r++)
+        for (int i = 0; i < C; i++) store(to + r * wide + d + 16 * i, sums[r][i]);
+    }
+  }
+#endif
+
+#if KVASIR_PAIRS || KVASIR_EIGHTS
   template <int R>
   void few(int64_t tile, const Places &places, int64_t h, const Places &next, int64_t next_h) {
     int64_t base = h * rows;
     const float *from[R];
-    for (int r = 0; r < R; r++) from[r] = (const float *)((const bf16 *)c.q + query(base + r));
+    for (int r = 0; r < R; r++) from[r] = query_at(base + r);
     few_keys<R>(places, h, next, next_h, from);
     for (int r = 0; r < R; r++) weigh(base + r, tile), from[r] = weights + r * TILE;
-    if (R <= 4 && wide % 64 == 0)
+    if (PAIRS && R <= 4 && wide % 64 == 0)
       few_values<R, R <= 4 ? 4 : 2>(places, h, next, next_h, from, acc + base * wide);
     else
-      few_values<R, 2>(places, h, next, next_h, from, acc + base * wide);
+      few_values<R, PAIRS ? 2 : 1>(places, h, next, next_h, from, acc + base * wide);
   }
 #endif
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if KVASIR_EIGHTS
   // Eight keys to their columns of kt.
   void lay_eight(const T *const *from, float *to) const {
     for (int64_t d = 0; d < c.dim; d += 16) {
@@ -466,8 +524,8 @@ struct Worker {
 
   void one_tile(int64_t tile, const Places &places, int64_t h, const Places &next, int64_t next_h) {
     if (scaled<T>) find_scales(places, h);
-#if KVASIR_PAIRS
-    if constexpr (PAIRS && std::is_same_v<T, bf16>) { // the compiler's time is not worth it for other types
+#if KVASIR_PAIRS || KVASIR_EIGHTS
+    if constexpr (PAIRS == KVASIR_PAIRS && std::is_same_v<T, bf16>) { // the compiler's time is not worth it for other types
       if (c.dim % 32 == 0 && c.value_dim % 32 == 0 && std::max(c.dim, c.value_dim) <= WIDEST) switch (rows) {
         case 1: return few<1>(tile, places, h, next, next_h);
         case 2: return few<2>(tile, places, h, next, next_h);
@@ -482,8 +540,7 @@ struct Worker {
     const float *from[BLOCK];
     for (int64_t i = 0; i < rows; i += BLOCK) {
       int64_t count = std::min<int64_t>(BLOCK, rows - i);
-      for (int64_t r = 0; r < count; r++)
-        from[r] = PAIRS ? (const float *)((const bf16 *)c.q + query(base + i + r)) : queries + (base + i + r) * up(c.dim, 16);
+      for (int64_t r = 0; r < count; r++) from[r] = query_at(base + i + r);
       strips(count, from, inner, kt, TILE, scores + i * TILE, TILE, TILE / 16, false);
     }
     for (int64_t i = 0; i < rows; i++) weigh(base + i, tile);

@@ -11,9 +11,15 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define KVASIR_EIGHTS 1 // halves are AVX2's
+#else
+#define KVASIR_EIGHTS 0
+#endif
+
 #if defined(__AVX512F__)
 constexpr int REGISTER = 64; // bytes
-#elif defined(__AVX2__)
+#elif KVASIR_EIGHTS
 constexpr int REGISTER = 32;
 #else
 constexpr int REGISTER = 16;
@@ -87,7 +93,7 @@ template <class V, class P>
 static inline V load_as(const P *p) {
   if constexpr (halved<V>)
     return {load_as<Half<V>>(p), load_as<Half<V>>(p + sizeof(V) / 8)};
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if KVASIR_EIGHTS
   else if constexpr (std::is_same_v<P, uint16_t>)
     return (V)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
   else if constexpr (std::is_same_v<P, uint8_t>)
@@ -103,7 +109,7 @@ template <class P, class V>
 static inline void store_as(P *p, V v) {
   if constexpr (halved<V>)
     store_as(p, v.low), store_as(p + sizeof(V) / 8, v.high);
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if KVASIR_EIGHTS
   else if constexpr (std::is_same_v<P, uint16_t>)
     _mm_storeu_si128((__m128i *)p, _mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1)));
 #endif

@@ -92,7 +92,7 @@ static inline F16 widen(const bf16 *p) { return as<F16>(load_as<U16>((const uint
 static inline F16 widen(const fp16 *p) {
 #if defined(__AVX512F__)
   return (F16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
-#elif defined(__AVX2__) && defined(__F16C__)
+#elif KVASIR_EIGHTS && defined(__F16C__)
   auto half = [&](int i) { return (Half<F16>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + i))); };
   return {half(0), half(8)};
 #else
@@ -176,7 +176,7 @@ static inline uint16_t half_of(float f) {
 static inline void narrow(fp16 *p, F16 x) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#elif defined(__AVX2__) && defined(__F16C__)
+#elif KVASIR_EIGHTS && defined(__F16C__)
   auto half = [](auto h) { return _mm256_cvtps_ph((__m256)h, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); };
   _mm_storeu_si128((__m128i *)p, half(x.low)), _mm_storeu_si128((__m128i *)(p + 8), half(x.high));
 #else
@@ -229,6 +229,11 @@ static inline F16 smaller(F16 a, F16 b) {
 static inline float largest(F16 x) {
 #ifdef __AVX512F__
   return _mm512_reduce_max_ps((__m512)x);
+#elif KVASIR_EIGHTS
+  __m256 eight = _mm256_max_ps((__m256)x.low, (__m256)x.high);
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 #else
   float part[16];
   store(part, x);
@@ -238,8 +243,14 @@ static inline float largest(F16 x) {
 #endif
 }
 
+#ifdef __AVX512F__
+#define INLINE
+#else
+#define INLINE __attribute__((always_inline)) // halves would be handed over in memory
+#endif
+
 // e^x to 2 units in the last place (Cephes' polynomial); below -87 zero, e^0 is 1 exactly.
-static inline F16 exponential(F16 x) {
+static inline INLINE F16 exponential(F16 x) {
   I16 tiny = x < -87.0f;
   x = smaller(splat(88.0f), larger(splat(-87.0f), x));
   F16 n = x * 1.44269504f + 12582912.0f; // 1.5 * 2^23: rounds to an integer
@@ -286,7 +297,7 @@ static inline __attribute__((always_inline)) void transpose(__m512 *r) {
 }
 #endif
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if KVASIR_EIGHTS
 // 8 rows of 8 numbers of 32 bits.
 static inline __attribute__((always_inline)) void transpose(__m256 *r) {
   __m256 t[8];

@@ -35,7 +35,7 @@ int64_t place_of(int64_t key) { return (uint32_t)~(uint32_t)key; }
 uint32_t lanes(I16 mask) {
 #ifdef __AVX512F__
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
-#elif defined(__AVX2__)
+#elif KVASIR_EIGHTS
   return (uint32_t)_mm256_movemask_ps((__m256)mask.low) | (uint32_t)_mm256_movemask_ps((__m256)mask.high) << 8;
 #else
   uint32_t bits = 0;

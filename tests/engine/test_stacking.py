@@ -15,7 +15,7 @@ from kvasir.engine.decoder import Decoder
 from kvasir.engine.spec import Layer, Rope, Spec
 from kvasir.engine.stacking import stack_of
 from kvasir.engine.weights import random_decoder
-from kvasir.kernels import native
+from kvasir.kernels.linear import multiplied_by
 
 CPU = torch.device("cpu")
 ROPE = Rope(10000.0, dim=32)
@@ -37,7 +37,8 @@ KINDS = {
     "biased, capped, sinks": replace(SPEC, qkv_bias=True, attn_softcap=20.0, sinks=True, residual_scale=0.5),
 }
 pytestmark = pytest.mark.skipif(
-    not native.multiplies_pairs(), reason="bfloat16 products are oneDNN's here, or the compiled kernels are missing"
+    multiplied_by(torch.bfloat16, CPU)[0] != "native",
+    reason="bfloat16 products are oneDNN's here, or the compiled kernels are missing",
 )
 
 
