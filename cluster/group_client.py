@@ -149,6 +149,9 @@ class GroupClient:
             except OSError as error:  # whose own text may hold the address
                 why = os.strerror(error.errno) if error.errno else type(error).__name__
                 self._lost(f"the connection failed: {why}")
+            except Exception as error:  # it said what can't be read: no reason never to ask it again
+                log.error("group %s: its message failed", self.name, exc_info=error)
+                self._lost("a message of the group can't be read")
             finally:
                 self._disconnected()
             pause = BACKOFF_S[0] if self._seen > began else min(2 * pause, BACKOFF_S[1])
@@ -185,11 +188,9 @@ class GroupClient:
             if not ended.done():
                 ended.set_exception(error or UnavailableError("the group closed the stream"))
 
-        def begin() -> MessageStream[pb.GroupMessage]:
-            return MessageStream(pb.GroupMessage, take, over, limit=wire.MAX_MESSAGE_BYTES)
-
+        line = MessageStream(pb.GroupMessage, take, over, limit=wire.MAX_MESSAGE_BYTES)
         host, _, port = self.endpoint.address.rpartition(":")
-        _, line = await loop.create_connection(begin, host.strip("[]"), int(port))
+        await loop.create_connection(lambda: line, host.strip("[]"), int(port))
         try:
             line.send(pb.GatewayMessage(token=self.endpoint.token))
             await ended

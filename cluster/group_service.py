@@ -37,9 +37,11 @@ log = logging.getLogger(__name__)
 
 MAX_QUEUED_BYTES = 64 * 2**20
 UNREAD_S = 10.0
-"""A gateway that leaves a message unread this long, or MAX_QUEUED_BYTES behind it, is cut off: its requests end."""
+"""A gateway that reads nothing for so long though something waits, or lets MAX_QUEUED_BYTES wait, is cut off: its requests end."""
 MAX_TOKEN_BYTES = 1024
-"""Who hasn't said its token may send no more."""
+"""Who hasn't said its token may send no more,"""
+TOKEN_S = 10.0
+"""and has so long to say it."""
 STOP_S = 0.5
 """So long gateways may take to read what was sent before the end."""
 
@@ -96,6 +98,8 @@ class GroupService:
         self._loop = asyncio.get_running_loop()
         self._links: set[_Link] = set()
         """Of gateways that have said the token."""
+        self._strangers: set[_Link] = set()
+        """Those that haven't yet."""
         self._running: dict[str, _Running] = {}
         self._numbers = itertools.count(1)
 
@@ -125,6 +129,8 @@ class GroupService:
         """Close every stream."""
         self._reporter.cancel()
         self._server.close()
+        for link in self._strangers:
+            link.stream.abort()
         if streams := [link.stream for link in self._links]:
             for stream in streams:
                 stream.close()
@@ -145,13 +151,20 @@ class GroupService:
         link = _Link(f"link{next(self._numbers)}")
         take, over = partial(self._receive, link), partial(self._gone, link)
         link.stream = MessageStream(pb.GatewayMessage, take, over, limit=MAX_TOKEN_BYTES)
+        self._strangers.add(link)
+        self._loop.call_later(TOKEN_S, self._expel, link)
         return link.stream
+
+    def _expel(self, link: _Link) -> None:
+        if link in self._strangers:
+            link.stream.abort()
 
     def _welcome(self, link: _Link, token: str) -> None:
         if not hmac.compare_digest(token.encode(), self._token.encode()):
             link.stream.send(pb.GroupMessage(refused="wrong or missing kvasir-token"))
             link.stream.close()
             return
+        self._strangers.discard(link)
         link.stream.limit = wire.MAX_MESSAGE_BYTES
         hello = pb.Hello(incarnation=self._incarnation, model=wire.encode_info(self._engine.info))
         self._post(link, pb.GroupMessage(hello=hello))
@@ -164,6 +177,7 @@ class GroupService:
         if link in self._links and not isinstance(error, OSError | None):
             log.error("a gateway's message failed", exc_info=error)
         self._links.discard(link)
+        self._strangers.discard(link)
         for running in [*link.requests.values()]:
             self._forget(running)
             self._engine.abort(running.request.request_id)
@@ -212,13 +226,17 @@ class GroupService:
         self._running[name] = link.requests[message.number] = running
 
     def _dispatch(self, events: Sequence[Event]) -> None:
-        """One message for each gateway that the step brought something for."""
+        """One message for each gateway that the step brought something for; those that could outgrow it have their own."""
         steps: dict[_Link, pb.GroupMessage] = {}
         for event in events:
             if (running := self._running.get(event.request_id)) is None:
                 continue
-            if isinstance(event, Token) and event.prompt_logprobs:
-                event = self._fitting(event)
+            if isinstance(event, Token) and event.prompt_logprobs:  # a request's first
+                own = pb.GroupMessage()
+                wire.add_event(own.step, running.number, fitting := self._fitting(event))
+                self._count(running, fitting)
+                self._post(running.link, own)
+                continue
             if (message := steps.get(running.link)) is None:
                 message = steps[running.link] = pb.GroupMessage()
             wire.add_event(message.step, running.number, event)
@@ -296,7 +314,7 @@ class GroupService:
                 continue
             self._reported = stats, now
             for link in [*self._links]:
-                if (since := link.stream.unread_since) is not None and now - since > UNREAD_S:
+                if link.stream.unread_s(now) > UNREAD_S:
                     self._cut(link)
             self._tell_load()
 

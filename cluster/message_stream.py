@@ -29,11 +29,11 @@ class MessageStream(asyncio.Protocol, Generic[M]):
     ) -> None:
         self.limit = limit
         """Bytes of the largest message that is taken."""
-        self.unread_since: float | None = None
-        """time.monotonic() since which something waits to be sent."""
         self.closed = asyncio.get_running_loop().create_future()
         self._kind, self._take, self._over = kind, take, over
         self._came = bytearray()
+        self._written = self._gone = 0
+        self._moved = time.monotonic()
         self._error: Exception | None = None
 
     @property
@@ -41,10 +41,19 @@ class MessageStream(asyncio.Protocol, Generic[M]):
         """What waits to be sent."""
         return 0 if self._transport.is_closing() else self._transport.get_write_buffer_size()
 
+    def unread_s(self, now: float) -> float:
+        """Seconds in which nothing went of what waits to be sent, as far as this was asked: ask now and then."""
+        queued = self.queued_bytes
+        if not queued or self._written - queued > self._gone:
+            self._moved = now
+        self._gone = self._written - queued
+        return now - self._moved
+
     def send(self, message: Message) -> None:
         """Goes nowhere once the connection is closed."""
         if not self._transport.is_closing():
             data = message.SerializeToString()
+            self._written += _LENGTH.size + len(data)
             self._transport.write(_LENGTH.pack(len(data)) + data)
 
     def close(self) -> None:
@@ -59,18 +68,11 @@ class MessageStream(asyncio.Protocol, Generic[M]):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(high=0)
         sock: Any = transport.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in _SOCKET.items():
             if hasattr(socket, name):  # not all systems have all of them
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-    def pause_writing(self) -> None:
-        self.unread_since = time.monotonic()
-
-    def resume_writing(self) -> None:
-        self.unread_since = None
 
     def data_received(self, data: bytes) -> None:
         came, at = self._came, 0

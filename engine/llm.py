@@ -108,6 +108,8 @@ class TextModel:
         if isinstance(prompt, str):
             return prompt
         try:
+            if (not isinstance(prompt, Sequence) and not hasattr(prompt, "__array__")) or isinstance(prompt, bytes):
+                raise TypeError  # a set has no order
             return [operator.index(token) for token in prompt]  # type: ignore[arg-type]  # numpy's integers come no further
         except TypeError as error:
             text = f"a prompt is text or a list of token ids, got {prompt!r:.60}"

@@ -385,7 +385,7 @@ struct Worker {
         transpose(r);
         for (int64_t i = 0; i < 16 && d + i < dims; i++) store(kt + (d + i) * TILE + j, r[i]);
       }
-#elif defined(__AVX2__)
+#elif KVASIR_EIGHTS
       for (int64_t i = 0; i < 16; i += 8) lay_eight(from + i, kt + j + i);
 #else
       for (int64_t i = 0; i < 16; i++)

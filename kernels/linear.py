@@ -153,7 +153,9 @@ def _owns(dtype: torch.dtype, device: torch.device, invariant: bool = False, inp
         return invariant or native.vector_bytes() >= 32  # with shorter ones nobody has measured
     if pairs:
         return invariant or not torch.cpu._is_amx_tile_supported()
-    known = _mkldnn(dtype, device) or (dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    known = _mkldnn(dtype, device)
+    if dtype == torch.float16 and torch._C._has_mkldnn:
+        known = torch.ops.mkldnn._is_mkldnn_fp16_supported()
     return invariant or not known
 
 

@@ -89,7 +89,8 @@ class FakeEngine:
 
     def stats(self) -> Stats:
         with self._lock:
-            return Stats(running=len(self.requests), waiting=0, kv_usage=len(self.requests) / 256)
+            running = len(self.requests)
+            return Stats(running=running, waiting=0, kv_usage=running / 256, decode_blocks=running)
 
     @property
     def stats_at(self) -> float:

@@ -285,6 +285,93 @@ def test_a_gateway_that_does_not_read_is_cut_off(group_of_fakes, monkeypatch, se
     run(main())
 
 
+def test_two_that_are_big_together_come_apart(group_of_fakes, monkeypatch):
+    monkeypatch.setattr(wire, "MAX_MESSAGE_BYTES", 10_000)
+
+    async def main():
+        async with group_of_fakes() as group:
+            client = await connect(group)
+            streams = [await client.submit(request(name, max_tokens=10**6)) for name in "ab"]
+            score, step, events = TokenLogprob(-1.0, 1, tuple((i, -1.0) for i in range(20))), pb.Step(), []
+            for number, running in enumerate(group.engine.submitted[-2:]):
+                token = Token(running.request_id, 0, (65,), prompt_logprobs=[None] + [score] * 40)
+                events += [token, Failed(running.request_id, "internal_error", "over")]
+                wire.add_event(step, number, token)
+            assert step.ByteSize() > 10_000
+            group.engine.deliver(events)
+            for stream in streams:
+                *tokens, last = [event async for event in stream]
+                assert 41 in [len(token.prompt_logprobs or ()) for token in tokens]
+                assert last.message == "over"
+            await client.close()
+
+    run(main())
+
+
+def test_who_says_what_cannot_be_read_is_asked_again():
+    async def main():
+        connections = []
+
+        async def speak(reader, writer):
+            connections.append(await reader.readexactly(4))
+            writer.write((2**31).to_bytes(4, "little"))
+            await reader.read()
+            writer.close()
+
+        async with await asyncio.start_server(speak, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            client = GroupClient(wire.Endpoint(f"127.0.0.1:{port}", "life-0", "token"))
+            client.start()
+            await until_async(lambda: len(connections) > 1)
+            assert client.last_error == "a message of the group can't be read"
+            await client.close()
+
+    run(main())
+
+
+def test_who_says_nothing_is_expelled(group_of_fakes, monkeypatch):
+    monkeypatch.setattr("kvasir.cluster.group_service.TOKEN_S", 0.05)
+
+    async def main():
+        async with group_of_fakes() as group:
+            client = await connect(group)
+            reader, writer = await asyncio.open_connection(*_address(group))
+            assert await reader.read() == b""
+            assert client.alive
+            writer.close()
+            await client.close()
+
+    run(main())
+
+
+def test_only_who_reads_nothing_leaves_messages_unread():
+    class Transport:
+        waiting = 0
+
+        def is_closing(self):
+            return False
+
+        def write(self, data):
+            self.waiting += len(data)
+
+        def get_write_buffer_size(self):
+            return self.waiting
+
+    async def main():
+        stream = message_stream.MessageStream(pb.GatewayMessage, print, print, limit=100)
+        stream._transport = transport = Transport()
+        now = stream._moved
+        for turn in range(1, 4):  # something always waits, but what was sent before has gone
+            stream.send(pb.GatewayMessage(token="x" * 100))
+            transport.waiting = 50
+            assert stream.unread_s(now + turn) == 0
+        assert stream.unread_s(now + 9) == 6
+        transport.waiting = 0
+        assert stream.unread_s(now + 20) == 0
+
+    run(main())
+
+
 @pytest.mark.parametrize("first", [pb.GatewayMessage(token="x" * 2000), pb.GatewayMessage(resync=pb.Resync()), None])
 def test_who_says_no_token_gets_nothing(group_of_fakes, first):
     async def main():
