@@ -558,7 +558,15 @@ def test_streams_survive_their_group(tmp_path: Path, data: Callable[[str], Path]
     steered = {"ignore_eos": True, "mirostat": 2, "mirostat_tau": 3.0, "repetition_penalty": 1.2, "repeat_last_n": 32}
     steered = {"n": 1, "max_tokens": 400, "extra_body": steered | {"bad_words": ["Lily"]}}
     bound = {"n": 1, "max_tokens": 450, "extra_body": {"guided_regex": "([a-z]{1,9} ){40}"}}
-    server = start(tmp_path, "--model", str(data("model-stories260k/hf")), "--served-model-name", "stories")
+    server = start(
+        tmp_path,
+        "--model",
+        str(data("model-stories260k/hf")),
+        "--served-model-name",
+        "stories",
+        "--failover-timeout",
+        "120",
+    )
     try:
         for kill_at, fields in ((40, common | long), (50, common | steered), (30, common | bound)):
             expected, failovers = hear(server, None, fields), 0.0
