@@ -24,8 +24,8 @@ from kvasir.cluster.rank_actor import Failure, FollowerActor, RankActor, RankSet
 from kvasir.cluster.rank_start import UnstartedError, started
 from kvasir.cluster.wire import Endpoint
 from kvasir.engine.config import EngineConfig, Role
-from kvasir.engine.control import stopped
 from kvasir.engine.errors import ConfigError
+from kvasir.engine.processes import stopped
 
 log = logging.getLogger(__name__)
 
@@ -136,9 +136,8 @@ class Group:
         self._rank = actor.options(**self._options, **on_bundle(0)).remote(*self._arguments)
         try:
             self._processes = [await self._started(0, self._rank)]
-            if spread(self._config):
-                await self._start_followers()
-            result = await self._rank.start.remote()
+            failure = await self._start_followers() if spread(self._config) else None
+            result = failure or await self._rank.start.remote()
         except RayActorError as error:
             result = Failure(_died(error))
         except UnstartedError as error:
@@ -150,17 +149,24 @@ class Group:
         self._endpoint = result
         return None
 
-    async def _start_followers(self) -> None:
+    async def _start_followers(self) -> Failure | None:
         address, token = await self._rank.open.remote()
         actor: Any = ray.remote(FollowerActor)
         for rank, bundle in enumerate(by_node(self._config.ranks)):
             if rank:
                 follower = actor.options(**self._options | {"max_concurrency": 2}, **on_bundle(bundle))
                 self._followers[rank] = follower.remote(*self._arguments)
-        starting = [self._started(rank, follower) for rank, follower in self._followers.items()]
-        self._processes += await asyncio.gather(*starting)
+        starting = asyncio.gather(*(self._started(rank, follower) for rank, follower in self._followers.items()))
+        try:
+            failure: Failure | None = await self._rank.check.remote()
+            if failure is not None:
+                return failure
+            self._processes += await starting
+        finally:
+            starting.cancel()
         for rank, follower in self._followers.items():  # whose limit of time for connecting begins with rank 0's start
             self._runs[rank] = asyncio.ensure_future(follower.run.remote(rank, address, token))
+        return None
 
     async def _started(self, rank: int, actor: Any) -> tuple[str, int]:
         """(node id, process id)"""

@@ -20,7 +20,7 @@ from kvasir.cluster.group_service import GroupService, ServedEngine
 from kvasir.cluster.telemetry import Tracing
 from kvasir.cluster.wire import Endpoint
 from kvasir.engine.config import EngineConfig, Role
-from kvasir.engine.errors import KvasirError, ServerError
+from kvasir.engine.errors import KvasirError
 from kvasir.engine.event import Event
 
 if TYPE_CHECKING:
@@ -66,11 +66,9 @@ def lead_engine(hub: Hub, config: EngineConfig, deliver: Callable[[Sequence[Even
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a rank could not start, or ended. `final`: the configuration is to blame, it would end so again. `logged`: the rank's
-    log has the traceback."""
+    """Why a rank could not start, or ended. `logged`: the rank's log has the traceback."""
 
     why: str
-    final: bool = False
     logged: bool = False
 
 
@@ -112,6 +110,17 @@ class RankActor:
         self._hub = Hub(self._host(), self._config.ranks)
         return self._hub.address, self._hub.token
 
+    async def check(self) -> Failure | None:
+        """Whether so many ranks can hold the model, which is known before the others have been started. Loads this process's
+        libraries meanwhile."""
+        from kvasir.engine.load import check_ranks
+
+        try:
+            await asyncio.to_thread(check_ranks, self._config)
+        except KvasirError as error:
+            return _of(error)
+        return None
+
     async def start(self) -> Endpoint | Failure:
         """Load, then listen. Failures are told by value: Ray would wrap exceptions in its own tracebacks."""
         setup = self._setup
@@ -125,7 +134,7 @@ class RankActor:
             endpoint = await self._service.start(self._engine, self._host())
             return replace(endpoint, kv_address=address, kv_secret=secret)
         except KvasirError as error:
-            return Failure(_with_param(error), final=not isinstance(error, ServerError))
+            return _of(error)
         except Exception as error:  # the process's one broad handler: whatever it is, the coordinator must hear of it
             return Failure(explain(error), logged=True)
 
@@ -191,5 +200,5 @@ def explain(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}{at}"
 
 
-def _with_param(error: KvasirError) -> str:
-    return f"{error.message} (see --{error.param.replace('_', '-')})" if error.param else error.message
+def _of(error: KvasirError) -> Failure:
+    return Failure(f"{error.message} (see --{error.param.replace('_', '-')})" if error.param else error.message)

@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from kvasir.engine.board import Poster
@@ -38,6 +37,7 @@ from kvasir.engine.frames import (
     send,
     tune,
 )
+from kvasir.engine.processes import stopped
 
 MAX_HELLO = 4096
 UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
@@ -365,12 +365,3 @@ class Hub:
         if self.failure is not None:
             raise self.failure
         return met
-
-
-def stopped(pid: int) -> bool:
-    """The process of this node stands still because of a signal (Linux)."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[:1] in (["T"], ["t"])

@@ -296,12 +296,8 @@ def executor_of(config: EngineConfig) -> Executor:
 
 
 def remote_executor(config: EngineConfig, hub: Hub) -> Executor:
-    """Rank 0 of ranks that somebody else starts, and ends, each where it sees its own GPU alone."""
-    try:
-        check_ranks(config)
-    except Exception:
-        hub.close()
-        raise
+    """Rank 0 of ranks that somebody else starts, when `check_ranks` says that they can be, and ends, each where it sees its own
+    GPU alone."""
     return GroupExecutor(config, hub, lambda: None, own_gpus=True)
 
 

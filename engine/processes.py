@@ -1,4 +1,4 @@
-"""Processes: the ranks of this node as processes of their own (`--distributed-executor-backend mp`)."""
+"""Processes: the ranks of this node as processes of their own (`--distributed-executor-backend mp`); whether one stands still."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.worker import json_of
@@ -52,3 +53,12 @@ def _has_file(stream: object) -> bool:
     except (OSError, AttributeError, ValueError):  # tests and notebooks replace it
         return False
     return True
+
+
+def stopped(pid: int) -> bool:
+    """The process of this node stands still because of a signal (Linux)."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[:1] in (["T"], ["t"])

@@ -118,11 +118,12 @@ def test_the_border_needs_the_standard_library_alone(name: str) -> None:
         "kvasir.engine.spoke",
         "kvasir.engine.worker",
         "kvasir.cluster.rank_actor",
+        "kvasir.cluster.application",
         "kvasir.cluster.gateway",
         "kvasir.cluster.cli",
     ],
 )
-def test_a_gateway_starts_and_a_rank_says_hello_without_torch(module: str, tmp_path: Path) -> None:
+def test_gateways_and_coordinators_start_and_a_rank_says_hello_without_torch(module: str, tmp_path: Path) -> None:
     code = f"import {module}, sys; print(*(m for m in ('torch', 'transformers', 'triton') if m in sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert run.stdout.strip() == ""
