@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary, proxy
 
 import orjson
 
@@ -14,17 +15,23 @@ from kvasir.engine.tokenizer import Tokenizer
 LOWEST = -9999.0
 """In place of minus infinity, which JSON doesn't have."""
 KEPT = 4096
-"""Tokens whose JSON text is kept."""
+"""Tokens whose JSON text is kept, of each tokenizer."""
 
 Json = dict[str, Any]
 Scores: TypeAlias = "Sequence[TokenLogprob | None] | None"
+Around = Callable[[int], tuple[bytes, bytes]]
+"""Token -> what its entry says before and behind the figure."""
+
+_known: WeakKeyDictionary[Tokenizer, Around] = WeakKeyDictionary()
+"""Remembers what it has said; goes with the tokenizer."""
 
 
 class ChatLogprobs:
     """choice.logprobs of chats: one object per token, `top` alternatives each."""
 
     def __init__(self, tokenizer: Tokenizer | None, top: int) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer = tokenizer  # lives as long as what is known of it is needed
+        self._around = _around_of(tokenizer)
         self._top = top
 
     def json(self, ids: Sequence[int], scores: Scores) -> Json | None:
@@ -38,21 +45,26 @@ class ChatLogprobs:
         content = []
         for token, score in zip(ids, scores, strict=False):
             if score is not None:
-                best = [_entry(self._tokenizer, other, value) + b"}" for other, value in score.top[: self._top]]
-                entry = _entry(self._tokenizer, token, score.logprob)
+                best = [self._entry(other, value) + b"}" for other, value in score.top[: self._top]]
+                entry = self._entry(token, score.logprob)
                 content.append(entry + b',"top_logprobs":[' + b",".join(best) + b"]}")
         return b'{"content":[' + b",".join(content) + b'],"refusal":null}'
 
+    def _entry(self, token: int, logprob: float) -> bytes:
+        """An object that has no end yet."""
+        before, behind = self._around(token)
+        return before + orjson.dumps(max(logprob, LOWEST)) + behind
 
-def _entry(tokenizer: Tokenizer | None, token: int, logprob: float) -> bytes:
-    """An object that has no end yet."""
-    before, behind = _around(tokenizer, token)
-    return before + orjson.dumps(max(logprob, LOWEST)) + behind
+
+def _around_of(tokenizer: Tokenizer | None) -> Around:
+    if tokenizer is None:
+        return partial(_around, None)
+    if (found := _known.get(tokenizer)) is None:
+        found = _known[tokenizer] = lru_cache(KEPT)(partial(_around, proxy(tokenizer)))
+    return found
 
 
-@lru_cache(KEPT)
 def _around(tokenizer: Tokenizer | None, token: int) -> tuple[bytes, bytes]:
-    """What an entry says before and behind its figure."""
     data = list(tokenizer.token_bytes(token)) if tokenizer else []
     text = orjson.dumps(token_text(tokenizer, token))
     return b'{"token":' + text + b',"logprob":', b',"bytes":' + orjson.dumps(data)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import math
+import weakref
 from types import SimpleNamespace
 
 import orjson
@@ -52,6 +54,16 @@ def test_log_probabilities(byte_model):
         scores = [best, None, TokenLogprob(-math.inf, 7)]
         assert found.encoded([65, 66, 9], scores) == orjson.dumps({"content": content, "refusal": None})
         assert found.encoded([65], None) == b"null"
+
+
+def test_what_is_known_of_a_tokenizer_goes_with_it(byte_model):
+    tokenizer = Tokenizer.load(byte_model)
+    gone = weakref.ref(tokenizer)
+    score = [TokenLogprob(-1.0, 1)]
+    assert ChatLogprobs(tokenizer, 0).encoded([65], score) == ChatLogprobs(tokenizer, 0).encoded([65], score)
+    del tokenizer
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("text", TEXTS)
