@@ -40,7 +40,7 @@ class Beams:
         stretch_len: float,
         make: Callable[[Job, int, Order, float], Sequence],
         end: Callable[[Sequence, Event | None], list[Event]],
-        fail: Callable[[Sequence, str | None, float], list[Event]],
+        fail: Callable[[Sequence, str], list[Event]],
     ) -> None:
         self._jobs, self._seats, self._totals, self._stretch_len = jobs, seats, totals, stretch_len
         self.pool, self.tables = seats.pool, seats.tables
@@ -53,7 +53,7 @@ class Beams:
         job = self._jobs[beam.request.request_id]
         assert job.search is not None
         if why is not None and offers:
-            return self._end_grammar(beam, why, now)
+            return self._end_grammar(beam, why)
         beam.offers, beam.first_token = offers, beam.first_token or now
         job.prompt_scores, beam.prompt_scores = job.prompt_scores or beam.prompt_scores, None
         beams = [job.live[index] for index in sorted(job.live)]
@@ -64,7 +64,7 @@ class Beams:
             self._follow(job, beams, chosen)
             return []
         if why is not None and not job.search.endings:
-            return self._end_grammar(beam, why, now)
+            return self._end_grammar(beam, why)
         return self.end(job, job.search.best(job.request.sampling.n), now, "stop")
 
     def _follow(self, job: Job, parents: list[Sequence], chosen: list[tuple[int, int]]) -> None:

@@ -276,9 +276,10 @@ class Scheduler:
                 events += self._beams.offered(sequence, result.offers[number], result.ended.get(number), now)
             elif slice_.sample:
                 score = result.logprobs[number] if result.logprobs else None
-                events += self._append(sequence, result.token_ids[number], score, now)
-                if number in result.ended and not sequence.ended:
-                    events += self._end_grammar(sequence, result.ended[number], now)
+                why = result.ended.get(number, "")
+                events += self._append(sequence, result.token_ids[number], score, now, over=why is None)
+                if why and not sequence.ended:
+                    events += self._end_grammar(sequence, why)
         for _, sequence in [*self._seats.running] if wrong else ():
             if not wrong.isdisjoint(all_blocks(sequence)):
                 self._again(sequence)
@@ -319,7 +320,10 @@ class Scheduler:
             sequence.prompt_scores = [None]
         return sequence
 
-    def _append(self, sequence: Sequence, token: int, score: TokenLogprob | None, now: float) -> list[Event]:
+    def _append(
+        self, sequence: Sequence, token: int, score: TokenLogprob | None, now: float, *, over: bool
+    ) -> list[Event]:
+        """over: its grammar allows nothing more."""
         sequence.tokens.append(token)
         sequence.first_token = sequence.first_token or now
         self._totals["generation_tokens"] += 1
@@ -329,16 +333,16 @@ class Scheduler:
         if sequence.forks:
             self._branch(sequence, now)
         ending = sequence.ending()
+        if over and (ending is None or ending[0] == "length"):  # nothing is cut off
+            ending = "stop", None
         if ending is None:
             if not sequence.stretched and len(sequence.tokens) > self._stretch_len:
                 self._seats.again(sequence)
             return [event]
         return [event, *self._end(sequence, sequence.finished(ending[0], now, ending[1]))]
 
-    def _end_grammar(self, sequence: Sequence, why: str | None, now: float) -> list[Event]:
-        """Its grammar allows nothing more, or (with a reason) no token can be chosen."""
-        if why is None:
-            return self._end(sequence, sequence.finished("stop", now))
+    def _end_grammar(self, sequence: Sequence, why: str) -> list[Event]:
+        """No token can be chosen."""
         message = f"the output can't go on: {' '.join(why.split())[:300]}"
         return self.fail(sequence.request.request_id, "invalid_request_error", message)
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 from fuzzing import examples
-from scheduler_world import ALL_NEAR, CHUNKS, VOCABULARY, WINDOWS, FakeTiers, World, seats_of
+from scheduler_world import ALL_NEAR, CHUNKS, RULES, VOCABULARY, WINDOWS, FakeTiers, World, seats_of
 
 from kvasir.engine.errors import ClientError
 from kvasir.engine.event import Finished, Token
@@ -46,6 +46,7 @@ def test_outputs_do_not_depend_on_sizes_order_or_memory(seed: int, layout: Layou
                     waiting.pop(), prompt, priority=draw.choice((0, 0, 1)), n=width, best_of=width + draw.choice((0, 2)),
                     use_beam_search=True, max_tokens=wanted, ignore_eos=draw.random() < 0.3,
                     early_stopping=draw.random() < 0.3, prompt_logprobs=draw.choice((None, None, 0)),
+                    structured_outputs=draw.choice((None, None, RULES)),
                 )  # fmt: skip
                 continue
             resume = [1, 2][: draw.choice((0, 0, 2))] if wanted > 2 else []
@@ -53,7 +54,7 @@ def test_outputs_do_not_depend_on_sizes_order_or_memory(seed: int, layout: Layou
                 waiting.pop(), prompt, priority=draw.choice((0, 0, 1)), salt=draw.choice(("", "x")),
                 n=1 if resume else draw.choice((1, 1, 2, 4)), max_tokens=wanted, resume=resume,
                 min_tokens=draw.choice((0, 1)), ignore_eos=draw.random() < 0.3,
-                prompt_logprobs=draw.choice((None, None, 0)),
+                prompt_logprobs=draw.choice((None, None, 0)), structured_outputs=draw.choice((None, RULES)),
             )  # fmt: skip
         if world.requests and draw.random() < 0.05:
             name = draw.choice(list(world.requests))
@@ -73,7 +74,8 @@ def test_outputs_do_not_depend_on_sizes_order_or_memory(seed: int, layout: Layou
             for e in world.events
             if isinstance(e, Token) and e.request_id == name and e.prompt_logprobs
         ]
-        if world.requests[name].sampling.prompt_logprobs is not None and name not in cut:
+        ended = not cut & {name} and all(isinstance(end, Finished) for end in world.ends(name))
+        if world.requests[name].sampling.prompt_logprobs is not None and ended:
             (scores,) = scored
             assert [s and s.logprob for s in scores] == [
                 None,

@@ -14,7 +14,7 @@ from kvasir.engine.beam_search import BeamSearch
 from kvasir.engine.blocks import BlockPool
 from kvasir.engine.event import Event, Failed, Finished, Pooled, Token, TokenLogprob
 from kvasir.engine.layout import LayerGroup, Layout
-from kvasir.engine.request import PoolingParams, Request, SamplingParams
+from kvasir.engine.request import PoolingParams, Request, SamplingParams, StructuredOutput
 from kvasir.engine.scheduler import ONE_GROUP, Scheduler
 from kvasir.engine.step import Candidate, Moves, Result, Step
 
@@ -34,31 +34,60 @@ def offers(tokens: Seq[int], count: int) -> list[Candidate]:
     return [(token, score, None) for token, score in sorted(scores.items(), key=lambda item: -item[1])[:count]]
 
 
-def searched(request: Request, limit: int) -> list[list[int]]:
+RULES = StructuredOutput(regex="the scheduler never reads it")
+WHY = "no token fits"
+FAILS = object()
+"""What an output that its grammar has no token for ends with."""
+
+
+def verdict(tokens: Seq[int]) -> dict[str | None, float]:
+    """Of a grammar on all tokens so far: it goes on (empty), is over (None), or has no token (WHY)."""
+    drawn = random.Random(f"grammar {tokens}").random()
+    return {None: drawn} if drawn < 0.1 else {WHY: drawn} if drawn < 0.12 else {}
+
+
+def stops_of(request: Request) -> set[int]:
+    sampling = request.sampling
+    always = sampling.use_beam_search and sampling.structured_outputs is not None
+    return {*sampling.stop_token_ids, *(() if sampling.ignore_eos and not always else (END,))}
+
+
+def searched(request: Request, limit: int) -> list[tuple[list[int], object]]:
     """What a beam search must find, computed without any scheduler."""
-    stops = {*request.sampling.stop_token_ids, *(() if request.sampling.ignore_eos else (END,))}
+    stops, held = stops_of(request), request.sampling.structured_outputs is not None
     wanted, prompt = request.sampling.max_tokens, list(request.prompt_token_ids)
     search = BeamSearch(request.sampling, stops, limit - len(prompt) if wanted is None else wanted)
     count = request.sampling.continuations + len(stops)
-    while search.advance([offers([*prompt, *beam.token_ids], count) for beam in search.live]):
-        pass
-    return [list(ending.beam.token_ids) for ending in search.best(request.sampling.n)]
+    while True:
+        sequences = [[*prompt, *beam.token_ids] for beam in search.live]
+        if held and any(WHY in verdict(tokens) for tokens in sequences):
+            return [([], FAILS)] * request.sampling.n
+        if not search.advance([offers(tokens, count) for tokens in sequences]):
+            break
+    return [(list(ending.beam.token_ids), ending.reason) for ending in search.best(request.sampling.n)]
 
 
-def expected(request: Request, index: int, seed: int, limit: int) -> list[int]:
-    """What the continuation must be, computed without any scheduler."""
+def expected(request: Request, index: int, seed: int, limit: int) -> tuple[list[int], object]:
+    """What the continuation must be, and why it ends, computed without any scheduler."""
     if request.sampling.use_beam_search:
         return searched(request, limit)[index]
     tokens = [*request.prompt_token_ids, *request.resume_token_ids]
-    stops = {*request.sampling.stop_token_ids, *(() if request.sampling.ignore_eos else (END,))}
+    stops, held = stops_of(request), request.sampling.structured_outputs is not None
     wanted = request.sampling.max_tokens
     longest = limit if wanted is None else len(request.prompt_token_ids) + wanted
-    start = len(tokens)
-    while len(tokens) < longest:
+    start, reason = len(tokens), None  # type: int, object
+    while reason is None:
         tokens.append(model(tokens, seed + index))
-        if tokens[-1] in stops and len(tokens) - len(request.prompt_token_ids) >= request.sampling.min_tokens:
-            break
-    return tokens[start:]
+        found = verdict(tokens) if held else {}
+        if (
+            tokens[-1] in stops and len(tokens) - len(request.prompt_token_ids) >= request.sampling.min_tokens
+        ) or None in found:
+            reason = "stop"
+        elif len(tokens) >= longest:
+            reason = "length"
+        elif WHY in found:
+            reason = FAILS
+    return tokens[start:], reason
 
 
 @dataclass
@@ -70,6 +99,8 @@ class Seat:
     beams: int
     """So many tokens are offered; 0: one is sampled."""
     stretched: bool
+    held: bool
+    """To a grammar."""
     tables: list[list[int]]
 
 
@@ -155,7 +186,8 @@ class FakeRank:
             pools = new.pooling is not None
             beams = new.sampling.use_beam_search * (new.sampling.continuations + len(new.stop_token_ids))
             known = list(new.token_ids)
-            self.seats[new.seat] = Seat(known, new.prompt_len, new.seed, pools, beams, new.stretched, tables)
+            held = new.sampling.structured_outputs is not None
+            self.seats[new.seat] = Seat(known, new.prompt_len, new.seed, pools, beams, new.stretched, held, tables)
         for seat, group, blocks in step.blocks:
             self.seats[seat].tables[group] += blocks
         moves = step.moves or Moves()
@@ -172,7 +204,7 @@ class FakeRank:
                 self.slots[slot] = content
         if self.tiers is not None:
             self.tiers.apply(moves, self.slots, self.size)
-        sampled, scores, pooled, offered = [], {}, {}, {}
+        sampled, scores, pooled, offered, ended = [], {}, {}, {}, {}
         for part in step.slices:
             seat_ = self.seats[part.seat]
             for position in range(part.start, part.start + part.count):
@@ -201,13 +233,19 @@ class FakeRank:
                 assert end == len(seat_.tokens)
                 if seat_.beams:
                     offered[len(sampled)] = offers(seat_.tokens, seat_.beams)
-                sampled.append(0 if seat_.beams or wrong else model(seat_.tokens, seat_.seed))
+                token = 0 if seat_.beams or wrong else model(seat_.tokens, seat_.seed)
+                if seat_.held:
+                    found_ = verdict(seat_.tokens if seat_.beams else [*seat_.tokens, token])
+                    ended |= {len(sampled): why for why in found_ if why or not seat_.beams}
+                sampled.append(token)
         sampling = [self.seats[part.seat] for part in step.slices if part.sample]
         self.awaited.append((step.id, list(zip(sampling, sampled, strict=True))))
         loads = step.moves.loads if step.moves is not None else ()
         spoiled = self.tiers.spoiled & {ticket for ticket, _, _ in loads} if self.tiers is not None else set()
         assert step.moves is None or spoiled <= {*step.moves.landing} <= {ticket for ticket, _, _ in loads}
-        return Result(step.id, sampled, prompt_logprobs=scores, pooled=pooled, offers=offered, spoiled=[*spoiled])
+        return Result(
+            step.id, sampled, prompt_logprobs=scores, pooled=pooled, offers=offered, ended=ended, spoiled=[*spoiled]
+        )
 
     def learn(self, last: int) -> None:
         """What steps up to `last` sampled."""
@@ -328,12 +366,19 @@ class World:
             pooled = [e.values for e in self.events if isinstance(e, Pooled) and e.request_id == name]
             assert pooled == [[float(sum(request.prompt_token_ids))]] or [e.reason for e in ends] == ["abort"]  # type: ignore[union-attr]
             return
-        assert sorted(e.index for e in ends) == list(range(request.sampling.n)), ends
-        for end in ends:
-            assert isinstance(end, Finished)
-            wanted = expected(request, end.index, 3, self.limit)
-            got = self.output(name, end.index)
-            assert got == (wanted if end.reason != "abort" else wanted[: len(got)])
+        wanted = [expected(request, index, 3, self.limit) for index in range(request.sampling.n)]
+        failed = [end for end in ends if isinstance(end, Failed)]
+        if failed:  # once, behind all else
+            assert failed == ends[-1:]
+            assert WHY in failed[0].message
+            assert FAILS in [reason for _, reason in wanted]
+        else:
+            assert sorted(e.index for e in ends) == list(range(request.sampling.n)), ends
+        for index, (tokens, reason) in enumerate(wanted):
+            end = next((end for end in ends if end.index == index), None)
+            got = self.output(name, index)
+            assert got == (tokens if isinstance(end, Finished) and end.reason != "abort" else tokens[: len(got)])
+            assert not isinstance(end, Finished) or end.reason in (reason, "abort")
 
 
 WINDOWS = Layout((LayerGroup((0,)), LayerGroup((1,), window=9), LayerGroup((2,), window=9)), 1)
