@@ -164,6 +164,7 @@ class Group:
             self._processes += await starting
         finally:
             starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)  # else its end is logged with a traceback
         for rank, follower in self._followers.items():  # whose limit of time for connecting begins with rank 0's start
             self._runs[rank] = asyncio.ensure_future(follower.run.remote(rank, address, token))
         return None

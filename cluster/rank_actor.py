@@ -111,18 +111,15 @@ class RankActor:
         return self._hub.address, self._hub.token
 
     async def check(self) -> Failure | None:
-        """Whether so many ranks can hold the model, which is known before the others have been started. Loads this process's
-        libraries meanwhile."""
-        from kvasir.engine.load import check_ranks
-
+        """Why so many ranks can't hold the model; loads this process's libraries besides. Both while the others start."""
         try:
-            await asyncio.to_thread(check_ranks, self._config)
-        except KvasirError as error:
-            return _of(error)
+            await asyncio.to_thread(_check, self._config)
+        except Exception as error:
+            return _failure(error)
         return None
 
     async def start(self) -> Endpoint | Failure:
-        """Load, then listen. Failures are told by value: Ray would wrap exceptions in its own tracebacks."""
+        """Load, then listen."""
         setup = self._setup
         try:
             self._tracing = Tracing.from_environment(setup.environ)
@@ -133,10 +130,8 @@ class RankActor:
             await asyncio.to_thread(self._engine.start)
             endpoint = await self._service.start(self._engine, self._host())
             return replace(endpoint, kv_address=address, kv_secret=secret)
-        except KvasirError as error:
-            return _of(error)
-        except Exception as error:  # the process's one broad handler: whatever it is, the coordinator must hear of it
-            return Failure(explain(error), logged=True)
+        except Exception as error:
+            return _failure(error)
 
     async def run(self) -> Failure:
         """Returns when the engine has failed or hangs; the process has to be replaced then."""
@@ -200,5 +195,14 @@ def explain(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}{at}"
 
 
-def _of(error: KvasirError) -> Failure:
+def _check(config: EngineConfig) -> None:
+    from kvasir.engine.load import check_ranks
+
+    check_ranks(config)
+
+
+def _failure(error: Exception) -> Failure:
+    """Told by value, and whatever it is, for the coordinator must hear of it: Ray would wrap it in tracebacks of its own."""
+    if not isinstance(error, KvasirError):
+        return Failure(explain(error), logged=True)
     return Failure(f"{error.message} (see --{error.param.replace('_', '-')})" if error.param else error.message)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import re
+from types import SimpleNamespace
 
 import pytest
 import ray
 
-from kvasir.cluster.rank_actor import FollowerActor, RankSetup
+from kvasir.cluster import group
+from kvasir.cluster.rank_actor import Failure, FollowerActor, RankActor, RankSetup
 from kvasir.cluster.rank_start import UnstartedError, started
 from kvasir.engine.config import EngineConfig
 
@@ -47,6 +51,60 @@ def test_what_goes_wrong_is_told_at_once():
 
     with pytest.raises(OSError, match="no such image"):
         asyncio.run(started(process(), "rank 3 of 'm'"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ({"pipeline_parallel_size": 600}, r"layers, so 1 to \d+ work \(see --pipeline-parallel-size\)"),
+        ({"enable_expert_parallel": True, "tensor_parallel_size": 2}, "this model has no experts"),
+        ({"tensor_parallel_size": 2}, None),
+    ],
+)
+def test_rank_0_looks_whether_so_many_can_hold_the_model(asked, why):
+    failure = asyncio.run(RankActor(EngineConfig(model="skald", **asked), RankSetup()).check())
+    assert failure is None if why is None else re.search(why, failure.why)
+
+
+def test_whatever_goes_wrong_there_is_told_by_value(monkeypatch):
+    """An exception would end the task that starts ranks again: the group would never be there again."""
+
+    def unreadable(config):
+        raise OSError("Input/output error: config.json")
+
+    monkeypatch.setattr("kvasir.engine.load.check_ranks", unreadable)
+    failure = asyncio.run(RankActor(EngineConfig(model="skald"), RankSetup()).check())
+    assert "OSError: Input/output error: config.json" in failure.why
+    assert failure.logged
+
+
+def test_nobody_waits_for_ranks_that_could_not_hold_the_model(monkeypatch, caplog):
+    """They may need minutes to start."""
+    told, followers = Failure("this model has 5 layers"), []
+
+    class Follower:
+        options = classmethod(lambda cls, **_: cls)
+        remote = classmethod(lambda cls, *_: followers.append(1) or cls())
+        run = SimpleNamespace(remote=lambda *_: pytest.fail("it was told to run"))
+
+    def remote(answer):
+        return SimpleNamespace(remote=lambda: asyncio.sleep(0, answer))
+
+    monkeypatch.setattr(group.ray, "remote", lambda _: Follower)
+    monkeypatch.setattr(group, "on_bundle", lambda _: {})
+    monkeypatch.setattr(group, "by_node", range)
+    coordinator = SimpleNamespace(
+        _config=SimpleNamespace(ranks=3),
+        _arguments=(),
+        _options={},
+        _followers={},
+        _rank=SimpleNamespace(open=remote(("here:1", "token")), check=remote(told)),
+        _started=lambda *_: asyncio.get_running_loop().create_future(),
+    )
+    assert asyncio.run(asyncio.wait_for(group.Group._start_followers(coordinator), 60)) is told
+    assert len(followers) == 2
+    gc.collect()
+    assert not caplog.records
 
 
 @pytest.mark.ray

@@ -135,6 +135,15 @@ def test_max_tokens_cuts_and_raw_logprobs_stay(write):
     assert any(len(entry) == 3 for entry in output.logprobs)  # what was likely without the grammar is told, too
 
 
+@pytest.mark.parametrize("given", [{}, {"ignore_eos": True}, {"min_tokens": 1}])
+def test_nothing_is_cut_off_where_the_last_token_ends_it(write, given):
+    wanted = StructuredOutput(regex="[0-9]{3}-[a-f]{4}")
+    (whole,) = write(wanted, **given)
+    for limit, reason in ((len(whole.token_ids), "stop"), (len(whole.token_ids) - 1, "length")):
+        (output,) = write(wanted, **given | {"max_tokens": limit})
+        assert (output.token_ids, output.finish_reason) == (whole.token_ids[:limit], reason)
+
+
 def test_stop_strings_end_it_before_the_grammar_does(write):
     (output,) = write(StructuredOutput(choice=["one two three"]), stop=["two"])
     assert (output.text, output.finish_reason) == ("one ", "stop")

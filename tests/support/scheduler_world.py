@@ -40,10 +40,10 @@ FAILS = object()
 """What an output that its grammar has no token for ends with."""
 
 
-def verdict(tokens: Seq[int]) -> dict[str | None, float]:
+def verdict(tokens: Seq[int]) -> set[str | None]:
     """Of a grammar on all tokens so far: it goes on (empty), is over (None), or has no token (WHY)."""
     drawn = random.Random(f"grammar {tokens}").random()
-    return {None: drawn} if drawn < 0.1 else {WHY: drawn} if drawn < 0.12 else {}
+    return {None} if drawn < 0.1 else {WHY} if drawn < 0.12 else set()
 
 
 def stops_of(request: Request) -> set[int]:
@@ -78,10 +78,9 @@ def expected(request: Request, index: int, seed: int, limit: int) -> tuple[list[
     start, reason = len(tokens), None  # type: int, object
     while reason is None:
         tokens.append(model(tokens, seed + index))
-        found = verdict(tokens) if held else {}
-        if (
-            tokens[-1] in stops and len(tokens) - len(request.prompt_token_ids) >= request.sampling.min_tokens
-        ) or None in found:
+        found = verdict(tokens) if held else set()
+        enough = len(tokens) - len(request.prompt_token_ids) >= request.sampling.min_tokens
+        if None in found or (enough and tokens[-1] in stops):
             reason = "stop"
         elif len(tokens) >= longest:
             reason = "length"
