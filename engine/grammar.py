@@ -123,18 +123,18 @@ class Compiled:
 class Grammar:
     """One that was asked for."""
 
-    future: Future[Compiled | None] = field(default_factory=Future)
-    """None: another rank has it. Raises ClientError or UnsupportedError."""
+    future: Future[None] = field(default_factory=Future)
+    """Raises ClientError or UnsupportedError."""
+    compiled: Compiled | None = None
+    """None where another rank has it, too."""
     begun: float | None = None
     """time.time() when a thread took it up."""
     uses: int = 0
 
-    def holds(self, wanted: StructuredOutput) -> int:
-        """About so many bytes."""
-        future, states = self.future, 0
-        if future.done() and future.exception() is None and (compiled := future.result()) is not None:
-            states = min(TOKEN_BYTES * compiled.said, STATES_BYTES)
-        return BASE_BYTES + CHARACTER_BYTES * len(repr(wanted)) + states
+    @property
+    def states_bytes(self) -> int:
+        """About so many are held by the states that its lexer has come to."""
+        return min(TOKEN_BYTES * self.compiled.said, STATES_BYTES) if self.compiled is not None else 0
 
 
 class GrammarSource(Protocol):
@@ -157,8 +157,7 @@ class Grammars:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="kvasir-grammar")
         self._used: dict[StructuredOutput, Grammar] = {}
         self._kept: OrderedDict[StructuredOutput, tuple[Grammar, int]] = OrderedDict()
-        """With the bytes that each holds."""
-        self._kept_bytes = 0
+        """With the bytes that each holds beside its states: these grow, too, while it is used by who doesn't hold it."""
         self._lock, self._loading = threading.Lock(), threading.Lock()
         self.on_begun: Callable[[StructuredOutput], None] = lambda wanted: None
         """Called by the thread that begins to compile one."""
@@ -168,7 +167,7 @@ class Grammars:
         with self._lock:
             found = self._used.get(wanted)
             if found is None:
-                found = self._used[wanted] = self._take(wanted) if wanted in self._kept else Grammar()
+                found = self._used[wanted] = self._kept.pop(wanted, (None,))[0] or Grammar()
                 if found.begun is None:
                     self._threads.submit(self._work, wanted, found)
             found.uses += 1
@@ -192,33 +191,30 @@ class Grammars:
         if alone:
             return self._compile(wanted)
         with self._lock:
-            found = self._used.get(wanted) or self._kept.get(wanted, (None,))[0]
+            if (found := self._used.get(wanted)) is None and wanted in self._kept:
+                found, _ = self._kept[wanted]
+                self._keep(wanted, found)
         if found is None:
             found = Grammar()
             self._work(wanted, found)
             with self._lock:
                 self._keep(wanted, found)
-        compiled = found.future.result()
-        assert compiled is not None
-        if compiled is spent:
-            renewed: Future[Compiled | None] = Future()
-            renewed.set_result(compiled := self._compile(wanted))
-            found.future = renewed
-        return compiled
+        found.future.result()
+        if found.compiled is spent:
+            found.compiled = self._compile(wanted)
+        assert found.compiled is not None
+        return found.compiled
 
     def _keep(self, wanted: StructuredOutput, found: Grammar) -> None:
-        if wanted in self._kept:
-            self._take(wanted)
-        held = found.holds(wanted)
-        self._kept[wanted] = found, held
-        self._kept_bytes += held
-        while self._kept_bytes > KEPT_BYTES:
-            self._take(next(iter(self._kept)))
-
-    def _take(self, wanted: StructuredOutput) -> Grammar:
-        found, held = self._kept.pop(wanted)
-        self._kept_bytes -= held
-        return found
+        self._kept[wanted] = found, BASE_BYTES + CHARACTER_BYTES * len(repr(wanted))
+        self._kept.move_to_end(wanted)
+        held = {key: size + grammar.states_bytes for key, (grammar, size) in self._kept.items()}
+        over = sum(held.values()) - KEPT_BYTES
+        for oldest, size in held.items():
+            if over <= 0:
+                break
+            del self._kept[oldest]
+            over -= size
 
     def _work(self, wanted: StructuredOutput, found: Grammar) -> None:
         """Compile it, unless everybody who wanted it has gone."""
@@ -227,7 +223,8 @@ class Grammars:
             return
         self.on_begun(wanted)
         try:
-            found.future.set_result(self._compile(wanted))
+            found.compiled = self._compile(wanted)
+            found.future.set_result(None)
         except BaseException as error:  # whoever waits is told, whatever it is: the library's panics are no Exceptions
             found.future.set_exception(error)
 

@@ -25,7 +25,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from kvasir.engine import LLM, SamplingParams
 from kvasir.engine.constraint import Constraint
 from kvasir.engine.errors import ClientError, UnsupportedError
-from kvasir.engine.grammar import Compiled, Grammar, Grammars, Vocabulary
+from kvasir.engine.grammar import BASE_BYTES, CHARACTER_BYTES, Compiled, Grammar, Grammars, Vocabulary
 from kvasir.engine.grammar_queue import WAIT_LIMIT_S, Compiling
 from kvasir.engine.grammar_text import grammar_text
 from kvasir.engine.masks import Constraints
@@ -465,32 +465,48 @@ def test_more_grammars_at_once_than_are_kept(llm, monkeypatch):
     grammars = llm.engine._grammars
     assert not grammars._used
     assert 15 < len(grammars._kept) < 20
-    assert grammars._kept_bytes == sum(held for _, held in grammars._kept.values())
 
 
-def test_what_is_kept_is_bounded_by_what_it_holds(monkeypatch):
-    """The least recently used go first, and none that is used."""
+@pytest.fixture
+def grammars(monkeypatch):
+    """Of 8 MiB, without a compiler."""
     monkeypatch.setattr("kvasir.engine.grammar.KEPT_BYTES", 8 << 20)
-    grammars = Grammars(lambda: None, 10, [0])
-    monkeypatch.setattr(grammars, "_compile", lambda wanted: Compiled(wanted))
+    found = Grammars(lambda: None, 10, [0])
+    monkeypatch.setattr(found, "_compile", lambda wanted: Compiled(wanted))
+    yield found
+    found.shutdown()
 
-    def use(name, said=0):
-        wanted = StructuredOutput(regex=name)
-        grammars.hold(wanted).future.result(60).said += said
-        grammars.release(wanted)
 
-    used = StructuredOutput(regex="used")
-    grammars.hold(used).future.result(60).said += 10**6
+def test_what_is_kept_is_bounded_by_what_it_holds(grammars):
+    """The least recently used go first, and none that is used."""
+
+    def hold(name, said=0):
+        found = grammars.hold(wanted := StructuredOutput(regex=name))
+        found.future.result(60)
+        found.compiled.said += said
+        return wanted
+
+    used = hold("used", said=10**6)
     for name in (*"abcdefgha", "x" * 2**15, "b"):
-        use(name)
+        grammars.release(hold(name))
     assert [wanted.regex for wanted in grammars._kept] == [*"gha", "x" * 2**15, "b"]
-    use("a", said=2**11)
+    grammars.release(hold("a", said=2**11))
     assert [wanted.regex for wanted in grammars._kept] == ["x" * 2**15, "b", "a"]
     assert grammars.compiled(used).matcher == used
     grammars.release(used)
     assert not grammars._kept
-    assert not grammars._kept_bytes
-    grammars.shutdown()
+
+
+def test_what_is_used_and_held_by_nobody_counts_as_it_grows(grammars):
+    """As on ranks apart."""
+    a, b, c = (StructuredOutput(regex=name) for name in "abc")
+    for wanted in (a, b, c, a):
+        compiled = grammars.compiled(wanted)
+    assert [*grammars._kept] == [b, c, a]
+    compiled.said += 10**4
+    assert grammars.compiled(b).matcher == b
+    assert [*grammars._kept] == [b]
+    assert grammars.compiled(a) is not compiled
 
 
 class Allocated(ctypes.Structure):
@@ -525,9 +541,8 @@ def test_what_a_grammar_is_said_to_hold(llm, wanted):
             compiled.said += matcher.consume_token(
                 int(drawn.choice(np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))))
             )
-    grammar = Grammar()
-    grammar.future.set_result(compiled)
-    assert 0.25 < (held() - before) / grammar.holds(wanted) < 1.5
+    said = BASE_BYTES + CHARACTER_BYTES * len(repr(wanted)) + Grammar(compiled=compiled).states_bytes
+    assert 0.25 < (held() - before) / said < 1.5
 
 
 def test_a_grammar_that_nobody_waits_for_any_more_isn_t_compiled():
