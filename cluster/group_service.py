@@ -26,7 +26,7 @@ from kvasir.cluster.telemetry import Tracing
 from kvasir.cluster.wire import Endpoint
 from kvasir.engine.blocks import Changes, Tier
 from kvasir.engine.config import Role
-from kvasir.engine.errors import ClientError, KvasirError, UnavailableError
+from kvasir.engine.errors import ClientError, KvasirError, OverloadedError, UnavailableError
 from kvasir.engine.event import Event, Failed, Finished, FinishReason, Pooled, Token
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.request import Request
@@ -35,7 +35,7 @@ from kvasir.proto import group_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-MAX_QUEUED_BYTES = 64 * 2**20
+MAX_QUEUED_BYTES = 4 * wire.MAX_MESSAGE_BYTES
 UNREAD_S = 10.0
 """A gateway that reads nothing for so long though something waits, or lets MAX_QUEUED_BYTES wait, is cut off: its requests end."""
 MAX_TOKEN_BYTES = 1024
@@ -232,9 +232,8 @@ class GroupService:
             if (running := self._running.get(event.request_id)) is None:
                 continue
             if isinstance(event, Token) and event.prompt_logprobs:  # a request's first
-                own = pb.GroupMessage()
-                wire.add_event(own.step, running.number, fitting := self._fitting(event))
-                self._count(running, fitting)
+                own, sent = self._alone(running, event)
+                self._count(running, sent)
                 self._post(running.link, own)
                 continue
             if (message := steps.get(running.link)) is None:
@@ -257,16 +256,22 @@ class GroupService:
         if running.remaining == 0:
             self._forget(running)
 
-    def _fitting(self, event: Token) -> Token | Failed:
-        """The first token with all prompt_logprobs, the only event that can outgrow a message."""
-        step = pb.Step()
-        wire.add_event(step, 0, event)
+    def _alone(self, running: _Running, event: Token | Failed) -> tuple[pb.GroupMessage, Event]:
+        """A message of the first token with all prompt_logprobs, or of why it can't be sent: no other event can outgrow a message,
+        and a few of these are more than a gateway that reads may let wait."""
+        message, waiting = pb.GroupMessage(), running.link.stream.queued_bytes
+        wire.add_event(message.step, running.number, event)
+        if isinstance(event, Failed):
+            return message, event
         try:
-            wire.check_size(step, "prompt_logprobs")
-        except ClientError as error:
+            wire.check_size(message, "prompt_logprobs")
+            if waiting > wire.MAX_MESSAGE_BYTES:
+                text = f"prompt_logprobs must wait: the gateway has {waiting / 2**20:.0f} MiB before it; ask again later"
+                raise OverloadedError(text, param="prompt_logprobs")
+        except KvasirError as error:
             self._engine.abort(event.request_id)
-            return Failed(event.request_id, error.code, error.message, param=error.param)
-        return event
+            return self._alone(running, Failed(event.request_id, error.code, error.message, param=error.param))
+        return message, event
 
     def _forget(self, running: _Running) -> None:
         del self._running[running.request.request_id]

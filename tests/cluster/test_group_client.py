@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import socket
 
 import pytest
@@ -101,6 +102,59 @@ def test_what_is_too_big_fails_alone(group_of_fakes, monkeypatch):
             failed = await _last(stream)
             assert "prompt_logprobs takes" in failed.message
             await until_async(lambda: len(group.engine.requests) == 1)
+            assert isinstance(await anext(other), Token)
+            await client.close()
+
+    run(main())
+
+
+async def _scored(stream):
+    """The event with prompt_logprobs, or the failure in its place; then the stream is closed."""
+    async for event in stream:
+        if getattr(event, "prompt_logprobs", True):
+            stream.close()
+            return event
+
+
+@pytest.mark.parametrize("number", [1, 300])
+def test_what_just_fits_is_sent_and_one_byte_more_is_refused(group_of_fakes, monkeypatch, number):
+    score = TokenLogprob(-1.0, 1, tuple((i, -1.0) for i in range(20)))
+    token, whole = Token("r", 0, (65,), prompt_logprobs=[None, *[score] * 100]), pb.GroupMessage()
+    wire.add_event(whole.step, number, token)
+
+    async def main():
+        async with group_of_fakes() as group:
+            client = await connect(group)
+            client._numbers = itertools.count(number)
+            for limit, kind in ((whole.ByteSize(), Token), (whole.ByteSize() - 1, Failed)):
+                monkeypatch.setattr(wire, "MAX_MESSAGE_BYTES", limit)
+                stream = await client.submit(request(f"of {limit}", max_tokens=10**6))
+                name = group.engine.submitted[-1].request_id
+                group.engine.deliver([dataclasses.replace(token, request_id=name)])
+                assert isinstance(await _scored(stream), kind)
+            await client.close()
+
+    run(main())
+
+
+def test_big_messages_that_find_others_waiting_are_refused_alone(group_of_fakes, monkeypatch):
+    """A gateway that gets several at once isn't cut off as if it didn't read."""
+    waiting = [0]
+    monkeypatch.setattr(message_stream.MessageStream, "queued_bytes", property(lambda self: waiting[0]))
+
+    async def main():
+        async with group_of_fakes() as group:
+            client = await connect(group)
+            other = await client.submit(request("other", max_tokens=10**6))
+            for size, kind in ((wire.MAX_MESSAGE_BYTES, Token), (wire.MAX_MESSAGE_BYTES + 1, Failed)):
+                waiting[0] = size
+                stream = await client.submit(request(f"of {size}", max_tokens=10**6))
+                name = group.engine.submitted[-1].request_id
+                group.engine.deliver([Token(name, 0, (65,), prompt_logprobs=[None, TokenLogprob(-1.0, 1)])])
+                found = await _scored(stream)
+                assert isinstance(found, kind)
+            assert (found.code, found.param) == ("overloaded", "prompt_logprobs")
+            assert "64 MiB before it" in found.message
             assert isinstance(await anext(other), Token)
             await client.close()
 
