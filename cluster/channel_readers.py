@@ -13,6 +13,7 @@ from kvasir.cluster.text_scanner import Steps
 from kvasir.cluster.tool_readers import Read, objects
 
 Whole = Callable[[AnswerReader], Steps[None]]
+Kind = Literal["reasoning", "content"]
 _NONE: Mapping[str, str] = MappingProxyType({})
 _START = "<|start|>"
 _CHANNEL = "<|channel|>"
@@ -29,7 +30,7 @@ _BREAKS = tuple(" \t\r\n<")
 class Channel:
     """What stands in one."""
 
-    kind: Literal["reasoning", "content"]
+    kind: Kind
     ends: tuple[str, ...]
     calls: Read | None = None
     """Reads the calls in it; what isn't one is of `kind`."""
@@ -85,9 +86,10 @@ def addressed(calls: Read, *ends: str) -> Whole:
                 answer.content((yield from scanner.literal(_START)))
                 end = yield from scanner.until([*ends, _START], answer.content)
             else:
-                called = Channel("content", (*ends, _START), calls, f" to={to}<|message|>")
-                said = Channel("reasoning" if to == "self" else "content", (*ends, _START))
-                end = yield from _channel(answer, said if to in ("self", "user") else called)
+                plain = to in ("self", "user")
+                calling, head = (None, "") if plain and to not in answer.schemas else (calls, f" to={to}<|message|>")
+                kind: Kind = "reasoning" if to == "self" else "content"
+                end = yield from _channel(answer, Channel(kind, (*ends, _START), calling, head))
                 if end == "":
                     end = yield from scanner.until([*ends, _START], answer.content)
                 answer.gap()

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvasir.cluster.answer_parts import ToolFormat
+from kvasir.cluster.answer_parts import AnswerReader, ToolFormat, read_answer, text_of
 from kvasir.cluster.tool_formats import TOOL_FORMATS
 from kvasir.engine.argument_check import check_arguments
 from kvasir.engine.argument_schema import Steps
@@ -21,7 +21,9 @@ from kvasir.engine.request import StructuredOutput
 from kvasir.engine.schema import MAX_DEPTH, check_depth
 
 MAX_TOOLS = 512
-_NAME = re.compile(r"""[^\x00-\x1f"'\\<>{}\[\]]{1,128}""")
+_NAME = re.compile(r"""[^\x00-\x1f\x7f-\x9f"'\\<>{}\[\]]{1,128}""")
+_PLAIN = re.compile(r"[a-zA-Z0-9_.-]+")
+"""Names that every format can write."""
 _MODES = ("auto", "none", "required")
 _ANY_ID = re.compile(r"\{number\}|\{id\}")
 _ID_PATTERNS = {"{number}": "[0-9]{1,4}", "{id}": "[a-zA-Z0-9_-]{1,64}"}
@@ -84,10 +86,14 @@ class ToolUse:
         return TOOL_FORMATS["json"], self._unheld(TOOL_FORMATS["json"], steps.again())
 
     def _unheld(self, form: ToolFormat, steps: Steps) -> tuple[str, ...]:
-        """What of the schemas isn't enforced; UnsupportedError where it has to be."""
+        """What of the schemas isn't enforced; UnsupportedError where it has to be, and for a name that can't be written."""
         found: list[str] = []
         for name in self.names:
             steps.check_time()
+            if not _PLAIN.fullmatch(name) and not _carries(form, name):
+                text = f"tool {name!r} can't be called so in this model's format of calls ({form.name})"
+                hint = 'name it with letters, digits, "_", "." and "-" alone, or use tool_choice "required" or "none"'
+                raise UnsupportedError(f"{text}; {hint}", param="tools")
             strict = bool(self._function(name).get("strict"))
             try:
                 skipped = self._skipped(name, form, strict or self.required, steps)
@@ -197,6 +203,17 @@ class ToolUse:
     def _function(self, name: str) -> Mapping[str, Any]:
         found: Mapping[str, Any] = next(t["function"] for t in self.tools if t["function"]["name"] == name)
         return found
+
+
+def _carries(form: ToolFormat, name: str) -> bool:
+    """Whether calls by that name are read as such, in all ways in which the format writes them."""
+    before, between, behind = form.wrap
+    for begin, end in (form.call, form.unwrapped or form.call):
+        call = _ANY_ID.sub("0", begin).replace("NAME", name) + ("" if form.arguments else "{}") + end
+        parts = read_answer(AnswerReader(form, None, schemas={name: None}), f"{before}{call}{between}{call}{behind}")
+        if [part.text for part in parts if part.kind == "call"] != [name] * 2 or text_of(parts, "content").strip():
+            return False
+    return True
 
 
 def _tag(begin: str, content: Json, end: str) -> Json:

@@ -176,6 +176,31 @@ def test_bfcl_forced_in_every_format(data, name):
     assert own >= 0.8 * ended
 
 
+ODD = [*"abzAZ09", *"_-.:/|@#%&=+*~^$!?,;()` \u00a0\u3000é日", "self", "user", "functions.", "null"]
+
+
+@pytest.mark.parametrize("name", TOOL_FORMATS)
+def test_names_are_read_as_they_are_written_or_refused(name):
+    """Where one can't be written, a forced call is written as JSON, which has them all."""
+    form, dice, ended, own = TOOL_FORMATS[name], random.Random(2), 0, 0
+    for number in range(14):
+        tool = "".join(dice.choices(ODD, k=dice.randint(1, 5))).strip() if number else "self"
+        tools = [{"type": "function", "function": {"name": tool or "user", "parameters": {"type": "object"}}}]
+        use = tool_use(tools, "required")
+        written = use.held(form).form
+        if written is not form:
+            with pytest.raises(UnsupportedError, match="can't be called so"):
+                tool_use(tools, "auto").held(form)
+        if (text := walk(matcher_of(use, form), written, number)) is not None:
+            for cuts in ((), range(len(text))):
+                answer = read(written, text, use.schemas, cuts=cuts)
+                assert {call.name for call in answer.calls} == {*use.names}, text
+                assert not answer.content.strip(), text
+            ended, own = ended + 1, own + (written is form)
+    assert ended >= 5
+    assert own >= 3
+
+
 @pytest.mark.parametrize(
     ("schema", "word"),
     [
