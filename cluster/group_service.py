@@ -266,7 +266,7 @@ class GroupService:
         try:
             wire.check_size(message, "prompt_logprobs")
             if waiting > wire.MAX_MESSAGE_BYTES:
-                text = f"prompt_logprobs must wait: the gateway has {waiting / 2**20:.0f} MiB before it; ask again later"
+                text = f"{waiting / 2**20:.0f} MiB of others' prompt_logprobs are on their way; ask again later"
                 raise OverloadedError(text, param="prompt_logprobs")
         except KvasirError as error:
             self._engine.abort(event.request_id)
