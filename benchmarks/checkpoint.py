@@ -23,6 +23,9 @@ SHAPES = {
              "num_key_value_heads": 3},
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
            "num_key_value_heads": 8},
+    "mixture": {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 1024,
+                "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 4,
+                "num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 384, "norm_topk_prob": True},
 }  # fmt: skip
 COMMON = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "head_dim": 64, "vocab_size": 32000,
           "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
@@ -30,7 +33,7 @@ COMMON = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "head_di
 
 
 def write(shape: str, folder: Path) -> None:
-    """A Llama of that shape, bfloat16, tied embeddings."""
+    """A Llama of that shape, or a Qwen 3 mixture, bfloat16, tied embeddings."""
     config = COMMON | SHAPES[shape]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
@@ -59,8 +62,15 @@ def tensors(config: dict[str, object]) -> dict[str, torch.Tensor]:
     found = {"model.embed_tokens.weight": matrix(32000, hidden), "model.norm.weight": torch.ones(hidden).bfloat16()}
     for i in range(layers):
         sizes = {"self_attn.q_proj": (heads * 64, hidden), "self_attn.k_proj": (kv * 64, hidden),
-                 "self_attn.v_proj": (kv * 64, hidden), "self_attn.o_proj": (hidden, heads * 64),
-                 "mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden), "mlp.down_proj": (hidden, ffn)}  # fmt: skip
+                 "self_attn.v_proj": (kv * 64, hidden), "self_attn.o_proj": (hidden, heads * 64)}  # fmt: skip
+        mlps, width = ["mlp"], ffn
+        if "num_experts" in config:
+            count, width = (int(str(config[name])) for name in ("num_experts", "moe_intermediate_size"))
+            mlps, sizes["mlp.gate"] = [f"mlp.experts.{e}" for e in range(count)], (count, hidden)
+            found |= {f"model.layers.{i}.self_attn.{n}_norm.weight": torch.ones(64).bfloat16() for n in "qk"}
+        for mlp in mlps:
+            parts = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
+            sizes |= {f"{mlp}.{part}": size for part, size in parts.items()}
         found |= {f"model.layers.{i}.{name}.weight": matrix(*size) for name, size in sizes.items()}
         for name in ("input_layernorm", "post_attention_layernorm"):
             found[f"model.layers.{i}.{name}.weight"] = torch.ones(hidden).bfloat16()

@@ -142,7 +142,9 @@ def speeds(args: argparse.Namespace) -> None:
         for model in args.random:
             compare(model, args)
         return
-    bench = Bench(EngineConfig(model=args.model, num_threads=args.threads, max_num_batched_tokens=args.budget))
+    dtype = args.dtype or "auto"
+    facts = {"num_threads": args.threads, "max_num_batched_tokens": args.budget, "dtype": dtype}
+    bench = Bench(EngineConfig(model=args.model, **facts))
     vocab = bench.engine.info.vocab_size
     bench.run(prompts_of(1, 16, vocab), 1)
     print(f"batch | {'prefill':>9} | {'decode':>9}   ({args.model}, {bench.engine.info.dtype})")
@@ -289,7 +291,9 @@ def main() -> None:
     parser.add_argument("--outputs", type=int, default=32, help="tokens decoded for each")
     parser.add_argument("--answers", type=int, nargs="+", default=[128, 256, 512], help="output lengths of --kv-waste")
     parser.add_argument("--budget", type=int, default=256, help="tokens in a step (--max-num-batched-tokens)")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of random weights")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], help="of the weights; by default bfloat16, or the model's own"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of both sides")
     parser.add_argument("--repeat", type=int, default=1, help="runs, of which the fastest counts (costs: the median)")
     args = parser.parse_args()
@@ -301,8 +305,8 @@ def main() -> None:
         refuse(parser, args, "without --kv-waste", "answers")
     if args.prefix_cache_cost:
         refuse(parser, args, "with --prefix-cache-cost", "model")
-    elif args.model:
-        refuse(parser, args, "with --model", "dtype")
+    if not args.model:
+        args.dtype = args.dtype or "bfloat16"
     torch.set_num_threads(args.threads)
     tasks = {"prefix_cache_cost": prefix_cache_cost, "kv_waste": kv_waste, "startup": startup}
     asked = [task for name, task in tasks.items() if getattr(args, name)]

@@ -27,7 +27,7 @@ from kvasir.kernels.activation import gated
 from kvasir.kernels.attention import attention
 from kvasir.kernels.cache import turn_and_write
 from kvasir.kernels.lora import expand, shrink
-from kvasir.kernels.moe import route, stacked_experts
+from kvasir.kernels.moe import Routing, route, stacked_experts
 from kvasir.kernels.norm import add_rms_norm
 from kvasir.kernels.op import Op
 from kvasir.kernels.ragged import Ragged
@@ -158,8 +158,9 @@ def expert_cases(model: Model, counts: tuple[int, ...], device: torch.device) ->
     down = random(model.experts, model.hidden, model.ffn, device=device)
     for rows in counts:
         logits = torch.randn(rows, model.experts, device=device)
-        yield Case(f"{rows} x {model.experts}", route, (logits,), {"per_token": model.taken}, logits.nbytes)
-        index, weight = route.reference(logits, per_token=model.taken)
+        choice = logits, Routing(model.taken)
+        yield Case(f"{rows} x {model.experts}", route, choice, {}, logits.nbytes)
+        index, weight = route.reference(*choice)
         used = len(index.unique())
         x = random(rows, model.hidden, device=device)
         moved = (up[0].nbytes + down[0].nbytes) * used + 2 * x.nbytes

@@ -29,7 +29,7 @@ from kvasir.kernels.activation import gated
 from kvasir.kernels.attention import attention
 from kvasir.kernels.cache import turn_and_write
 from kvasir.kernels.linear import linear, packed
-from kvasir.kernels.moe import experts, route, stacked_experts
+from kvasir.kernels.moe import Routing, experts, route, stacked_experts
 from kvasir.kernels.native import native
 from kvasir.kernels.norm import add_rms_norm
 from kvasir.kernels.packed_experts import Expert, packed_experts
@@ -158,7 +158,7 @@ def expert_cases(model: str) -> Iterator[Case]:
 
     for rows in (1, 8, 32, 512):
         x = torch.randn(rows, hidden).to(DTYPE)
-        index, weight = route(torch.randn(rows, count), per_token=chosen)
+        index, weight = route(torch.randn(rows, count), Routing(chosen))
         given = (x, index, weight)
         runs: dict[str, Run] = {
             "one by one": lambda given=given: experts(*given, run),

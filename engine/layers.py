@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kvasir.engine.spec import Spec
 from kvasir.kernels.huge_pages import Room
-from kvasir.kernels.linear import Weight, is_packed, linear, packed
+from kvasir.kernels.linear import Packed, Product, Weight, is_packed, linear, packed
 from kvasir.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 
@@ -71,6 +71,10 @@ class Linear(nn.Module):
         weight = packed(self.weight, invariant=invariant, room=room)
         del self.weight  # a parameter's name takes no plain tensor
         self.weight = weight
+
+    def product(self) -> Product | None:
+        """As compiled code takes it; None unless it lies in our own order."""
+        return Product(self.weight, self.bias) if isinstance(self.weight, Packed) else None
 
     def places(self) -> Iterator[tuple[str, Tensor]]:
         """(name in the checkpoint, the view to fill) of every part."""

@@ -16,6 +16,7 @@ from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.layout import Layout, Room, layout
+from kvasir.engine.mlp import STACKED
 from kvasir.engine.share import Share, stages
 from kvasir.engine.spec import Spec
 from kvasir.kernels.attention import MOST_WORK_BYTES
@@ -176,9 +177,11 @@ class Taken:
 
 
 def kernel_backends() -> Iterator[Taken]:
-    """Of every op, and of products with weights of every type, on every type of device that is here."""
+    """Of every op, and of products with weights of every type, on every type of device that is here and calls them."""
     for device in ("cpu", *["cuda"] * torch.cuda.is_available()):
         for name, found in every_op().items():
+            if name == "stacked_experts" and device not in STACKED:
+                continue
             first, *others = found.choices(device)
             yield Taken(device, name, first, found.why(device), tuple(others))
         for kind, dtype in DTYPES.items():

@@ -9,8 +9,9 @@ from kvasir.engine.layers import Linear, empty
 from kvasir.engine.share import Share
 from kvasir.engine.spec import Experts, Layer, Spec
 from kvasir.kernels.activation import gated, plain
-from kvasir.kernels.moe import experts, route, stacked_experts
+from kvasir.kernels.moe import Routing, experts, route, stacked_experts
 from kvasir.kernels.packed_experts import Expert, PackedExperts, packed_experts
+from kvasir.kernels.packed_mixture import PackedMixture, Router, Shared
 
 STACKED = ("cuda",)
 """Types of device on which all experts' matrices are multiplied at once, and lie one behind the other for that. On a CPU each
@@ -107,6 +108,16 @@ class Mixture(nn.Module):
         down_bias = facts.bias and (alone or share.expert_parallel)
         # float32: a rounding of the router decides between experts
         self.router = Linear(spec.hidden, {"router": facts.count}, facts.router_bias, torch.float32, device)
+        self.routing = Routing(
+            facts.per_token,
+            facts.scoring,
+            facts.renormalise,
+            facts.scale,
+            facts.groups,
+            facts.groups_used,
+            facts.group_score,
+            facts.jitter,
+        )
         self.choice_bias = empty(facts.count, dtype=torch.float32, device=device) if facts.choice_bias else None
         stacked = device.type in STACKED and len(share.experts) > 0
         own = torch.device("meta") if stacked else device
@@ -119,22 +130,15 @@ class Mixture(nn.Module):
         if facts.shared_ffn:
             self.shared = MLP(spec, facts.shared_ffn, facts.bias, dtype, device, down_bias=facts.bias and alone)
         self.shared_gate = Linear(spec.hidden, {"shared_gate": 1}, False, dtype, device) if facts.shared_gate else None
+        self.whole: PackedMixture | None = None
+        """All of this in one call, once `pack` has found that it can be had."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x[T, M] -> [T, M]."""
+        if self.whole is not None:
+            return self.whole(x)
         facts = self.facts
-        index, weight = route(
-            self.router(x.float()),
-            per_token=facts.per_token,
-            scoring=facts.scoring,
-            renormalise=facts.renormalise,
-            scale=facts.scale,
-            groups=facts.groups,
-            groups_used=facts.groups_used,
-            group_score=facts.group_score,
-            choice_bias=self.choice_bias,
-            jitter=facts.jitter,
-        )
+        index, weight = route(self.router(x.float()), self.routing, self.choice_bias)
         if self.stack is None:
             out = experts(x, index, weight, self._run, on_input=facts.on_input)
         else:
@@ -145,7 +149,7 @@ class Mixture(nn.Module):
         return out + (shared if self.shared_gate is None else shared * self.shared_gate(x).sigmoid())
 
     def pack(self) -> None:
-        """Once its experts' matrices are packed: call them all at once, where that can be done."""
+        """Once its matrices are packed: call all of it at once, or all experts, where that can be done."""
         if self.stack is not None:
             return
         found = [mlp for mlp in self.experts.values() if isinstance(mlp, MLP)]
@@ -157,6 +161,20 @@ class Mixture(nn.Module):
             gate=spec.gated,
             first=self.numbers.start,
         )
+        self.whole = self._whole()
+
+    def _whole(self) -> PackedMixture | None:
+        product = self.router.product()
+        if not isinstance(self.stack, PackedExperts) or product is None:
+            return None
+        router, shared = Router(product, self.routing, self.choice_bias), None
+        if self.shared is not None:
+            up, down = self.shared.up.product(), self.shared.down.product()
+            gate = None if self.shared_gate is None else self.shared_gate.product()
+            if up is None or down is None or (gate is None and self.shared_gate is not None):
+                return None
+            shared = Shared(up, down, gate)
+        return PackedMixture(router, self.stack, on_input=self.facts.on_input, shared=shared)
 
     def _run(self, expert: int, rows: Tensor) -> Tensor | None:
         """rows[R, M] through this expert; None where another rank has it."""

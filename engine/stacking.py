@@ -8,13 +8,12 @@ import torch
 
 from kvasir.engine.attention import Attention
 from kvasir.engine.cache import KVCache
-from kvasir.engine.layers import Linear, Norm
-from kvasir.engine.mlp import MLP
+from kvasir.engine.layers import Norm
+from kvasir.engine.mlp import MLP, Mixture
 from kvasir.engine.spec import Rope, Spec
 from kvasir.kernels.activation_native import KINDS
-from kvasir.kernels.linear import Packed
 from kvasir.kernels.native import library
-from kvasir.kernels.stack import Layer, Product, Shape, Stack
+from kvasir.kernels.stack import Layer, Shape, Stack
 
 if TYPE_CHECKING:
     from kvasir.engine.decoder import Block, Decoder
@@ -66,17 +65,22 @@ def _shape(spec: Spec) -> Shape:
 
 def _layer(block: Block, number: int, cache: KVCache, ropes: list[Rope]) -> Layer | None:
     attn, mlp = block.attn, block.mlp
-    if not isinstance(attn, Attention) or not isinstance(mlp, MLP):
+    if not isinstance(attn, Attention):
         return None
-    matrices = [_product(linear) for linear in (attn.qkv, attn.o, mlp.up, mlp.down)]
+    up = down = mixture = None
+    if isinstance(mlp, MLP):
+        up, down = mlp.up.product(), mlp.down.product()
+    elif isinstance(mlp, Mixture):
+        mixture = mlp.whole
     norms = [_weight(norm) for norm in (block.attn_norm, block.mlp_norm)]
     facts, (k_cache, v_cache) = attn.layer, cache.layer(number)
     odd = facts.rope is None or facts.query_scale is not None or facts.sparse is not None
     if odd or v_cache is None:
         return None
-    qkv, o, up, down = matrices
+    qkv, o = attn.qkv.product(), attn.o.product()
     attn_norm, mlp_norm = norms
-    if qkv is None or o is None or up is None or down is None or attn_norm is None or mlp_norm is None:
+    lacking = mixture is None and (up is None or down is None)
+    if qkv is None or o is None or lacking or attn_norm is None or mlp_norm is None:
         return None
     assert facts.rope is not None
     return Layer(
@@ -88,6 +92,7 @@ def _layer(block: Block, number: int, cache: KVCache, ropes: list[Rope]) -> Laye
         o=o,
         up=up,
         down=down,
+        mixture=mixture,
         k_cache=k_cache,
         v_cache=v_cache,
         sinks=None if attn.sinks is None else attn.sinks.float(),
@@ -102,9 +107,3 @@ def _layer(block: Block, number: int, cache: KVCache, ropes: list[Rope]) -> Laye
 
 def _weight(norm: Norm | None) -> torch.Tensor | None:
     return None if norm is None else norm.weight
-
-
-def _product(linear: Linear) -> Product | None:
-    """None unless the matrix lies in our own order."""
-    weight = linear.weight
-    return Product(weight, linear.bias) if isinstance(weight, Packed) else None

@@ -1,6 +1,6 @@
 // A mixture's experts in a single call: rows sorted by expert, then each product of all experts at once, so that the weights of
 // many experts with a row each stream through all cores as those of one matrix do.
-#include "linear_parts.h"
+#include "mixture.h"
 
 #include <algorithm>
 #include <vector>
@@ -9,16 +9,6 @@ extern "C" void gated(int64_t, const void *, void *, int64_t, int64_t, int64_t, 
 
 namespace {
 
-// packed_experts.py lays them out alike.
-struct Expert {
-  const void *up, *up_bias, *down, *down_bias;
-};
-
-struct Facts {
-  int64_t type, hidden, ffn, gate, first, count, on_input; // the experts are those from `first` on
-  double limit;
-};
-
 // Who computes what: the rows that each of the experts has, one expert after the other, in the batch's order.
 struct Dealt {
   std::vector<int64_t> taken; // of a row's choices, t * k + j
@@ -26,7 +16,7 @@ struct Dealt {
   std::vector<int64_t> from, own; // where an expert's begin, and the experts that have any, fewest rows first
 };
 
-Dealt deal(const int64_t *index, int64_t choices, const Facts &f) {
+Dealt deal(const int64_t *index, int64_t choices, const Experts &f) {
   Dealt d;
   d.from.assign(f.count + 1, 0);
   auto own = [&](int64_t i) { return index[i] >= f.first && index[i] < f.first + f.count; };
@@ -46,14 +36,7 @@ Dealt deal(const int64_t *index, int64_t choices, const Facts &f) {
 }
 
 template <class T>
-F16 times(F16 x, T weight) { // rounded, as the definition's product is
-  T part[16];
-  narrow(part, x * scalar(weight));
-  return widen(part);
-}
-
-template <class T>
-void run(const Facts &f, const Expert *experts, const T *x, const int64_t *index, const T *weight, T *out, T *room, int64_t rows, int64_t k,
+void run(const Experts &f, const Expert *experts, const T *x, const int64_t *index, const T *weight, T *out, T *room, int64_t rows, int64_t k,
          int64_t threads) {
   Dealt d = deal(index, rows * k, f);
   int64_t n = (int64_t)d.taken.size(), m = f.hidden;
@@ -88,8 +71,8 @@ void run(const Facts &f, const Expert *experts, const T *x, const int64_t *index
 } // namespace
 
 // x[T, M] through the experts index[T, k], which weigh weight[T, k] -> out[T, M]. `room` has M + 3 F numbers for each of T * k.
-EXPORT void run_experts(const Facts *f, const Expert *experts, const void *x, const int64_t *index, const void *weight, void *out, void *room,
-                        int64_t rows, int64_t k, int64_t threads) {
+EXPORT void run_experts(const Experts *f, const Expert *experts, const void *x, const int64_t *index, const void *weight, void *out,
+                        void *room, int64_t rows, int64_t k, int64_t threads) {
   if (f->type == FLOAT32)
     run(*f, experts, (const float *)x, index, (const float *)weight, (float *)out, (float *)room, rows, k, threads);
   else if (f->type == BFLOAT16)

@@ -36,6 +36,20 @@ class PackedHeads:
     inputs: int
 
 
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A matrix in our own order, and its bias."""
+
+    weight: Packed
+    bias: Tensor | None
+
+
+class ProductC(ctypes.Structure):
+    """The same as compiled code takes it (linear_parts.h)."""
+
+    _fields_ = (("weights", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("outputs", ctypes.c_int64))
+
+
 HeadsWeight = Union[Tensor, PackedHeads]
 Weight = Union[Tensor, Packed]
 """A matrix as `linear` takes it."""
@@ -112,6 +126,14 @@ def linear_heads(x: Tensor, weight: HeadsWeight) -> Tensor:
         torch.get_num_threads(),
     )
     return out
+
+
+def product_of(product: Product | None) -> ProductC:
+    """As compiled code takes it; None: there is none."""
+    if product is None:
+        return ProductC()
+    bias = None if product.bias is None else product.bias.data_ptr()
+    return ProductC(product.weight.blocks.data_ptr(), bias, product.weight.outputs)
 
 
 def reorders(dtype: torch.dtype, device: torch.device) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,32 +13,42 @@ from kvasir.kernels.activation import gated, plain
 from kvasir.kernels.op import op
 
 
-@op("triton")
-def route(
-    logits: Tensor,
-    *,
-    per_token: int,
-    scoring: str = "softmax",
-    renormalise: bool = True,
-    scale: float = 1.0,
-    groups: int = 1,
-    groups_used: int = 1,
-    group_score: str = "max",
-    choice_bias: Tensor | None = None,
-    jitter: float = 0.01,
-) -> tuple[Tensor, Tensor]:
-    """logits[T, E] of a router -> the chosen experts' index[T, k] and weight[T, k] float32, the best first."""
-    if scoring == "sparsemixer":
-        return _sparsemixer(logits.float(), jitter)
-    scores = logits.float().softmax(-1) if scoring == "softmax" else logits.float().sigmoid()
+@dataclass(frozen=True)
+class Routing:
+    """How a router's logits choose experts, and weigh them."""
+
+    per_token: int
+    scoring: str = "softmax"
+    """Or sigmoid, or sparsemixer, which knows no more than `per_token` and `jitter`."""
+    renormalise: bool = True
+    """The chosen scores are divided by their sum."""
+    scale: float = 1.0
+    groups: int = 1
+    groups_used: int = 1
+    """Only experts of the best groups are chosen, which the best expert decides, or the sum of the best two (top2)."""
+    group_score: str = "max"
+    jitter: float = 0.01
+
+
+@op("native", "triton")
+def route(logits: Tensor, routing: Routing, choice_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """logits[T, E] of a router -> the chosen experts' index[T, k] and weight[T, k] float32, the best first, the first of
+    equals. choice_bias[E] decides who is chosen, but not how much it counts.
+
+    In float64, so that no rounding of a softmax or sigmoid decides who is chosen.
+    """
+    scores = logits.double()
+    if routing.scoring == "sparsemixer":
+        return _sparsemixer(scores, routing)
+    scores = scores.softmax(-1) if routing.scoring == "softmax" else scores.sigmoid()
     choice = scores if choice_bias is None else scores + choice_bias
-    if groups > 1:
-        choice = _best_groups(choice, groups, groups_used, group_score)
-    index = choice.sort(dim=-1, descending=True, stable=True)[1][:, :per_token]
+    if routing.groups > 1:
+        choice = _best_groups(choice, routing.groups, routing.groups_used, routing.group_score)
+    index = choice.sort(dim=-1, descending=True, stable=True)[1][:, : routing.per_token]
     weight = scores.gather(-1, index)
-    if renormalise:
+    if routing.renormalise:
         weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
-    return index, weight * scale
+    return index, (weight * routing.scale).float()
 
 
 def _best_groups(choice: Tensor, groups: int, used: int, score: str) -> Tensor:
@@ -49,16 +60,16 @@ def _best_groups(choice: Tensor, groups: int, used: int, score: str) -> Tensor:
     return grouped.masked_fill(~kept[..., None], 0.0).flatten(1)
 
 
-def _sparsemixer(logits: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
-    """The best two, each weighed among those experts that come close to it (arXiv:2310.00811)."""
+def _sparsemixer(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """The best, each weighed among those experts that come close to it (arXiv:2310.00811)."""
     indices, weights = [], []
-    for _ in range(2):
+    for _ in range(routing.per_token):
         best, index = logits.max(-1, keepdim=True)
-        far = (best - logits) / logits.abs().clamp(min=best) > 2 * jitter
+        far = (best - logits) / logits.abs().clamp(min=best) > 2 * routing.jitter
         weights.append(logits.masked_fill(far, -torch.inf).softmax(-1).gather(-1, index))
         indices.append(index)
         logits = logits.scatter(-1, index, -torch.inf)
-    return torch.cat(indices, -1), torch.cat(weights, -1)
+    return torch.cat(indices, -1), torch.cat(weights, -1).float()
 
 
 def experts(

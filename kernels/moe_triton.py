@@ -11,6 +11,7 @@ from kvasir.kernels import moe as plain
 from kvasir.kernels.activation import gated
 from kvasir.kernels.activation import plain as ungated
 from kvasir.kernels.grouped_triton import Groups, grouped
+from kvasir.kernels.moe import Routing
 from kvasir.kernels.tile_triton import dense, power_of_two
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
@@ -65,43 +66,21 @@ def _route(
     tl.store(weight_ptr + row * CHOSEN + k, weight * scale, mask=k < CHOSEN)
 
 
-def route(
-    logits: Tensor,
-    *,
-    per_token: int,
-    scoring: str = "softmax",
-    renormalise: bool = True,
-    scale: float = 1.0,
-    groups: int = 1,
-    groups_used: int = 1,
-    group_score: str = "max",
-    choice_bias: Tensor | None = None,
-    jitter: float = 0.01,
-) -> tuple[Tensor, Tensor]:
-    """As the definition says; sparsemixer, and groups of which there aren't powers of two, are left to torch."""
+def route(logits: Tensor, routing: Routing, choice_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As the definition says, but in float32, which may take scores for equal that aren't; sparsemixer, and groups of which
+    there aren't powers of two, are left to torch."""
     rows, count = logits.shape
-    block = power_of_two(count, 16)
-    odd = groups > 1 and (block != count or groups & (groups - 1))
-    if scoring == "sparsemixer" or odd:
-        return plain.route.reference(
-            logits,
-            per_token=per_token,
-            scoring=scoring,
-            renormalise=renormalise,
-            scale=scale,
-            groups=groups,
-            groups_used=groups_used,
-            group_score=group_score,
-            choice_bias=choice_bias,
-            jitter=jitter,
-        )
-    index = torch.empty(rows, per_token, dtype=torch.int64, device=logits.device)
-    weight = torch.empty(rows, per_token, dtype=torch.float32, device=logits.device)
+    r, block = routing, power_of_two(count, 16)
+    odd = r.groups > 1 and (block != count or r.groups & (r.groups - 1))
+    if r.scoring == "sparsemixer" or odd:
+        return plain.route.reference(logits, routing, choice_bias)
+    index = torch.empty(rows, r.per_token, dtype=torch.int64, device=logits.device)
+    weight = torch.empty(rows, r.per_token, dtype=torch.float32, device=logits.device)
     if rows:
         _route[(rows,)](
-            *dense(logits, choice_bias), index, weight, scale, E=count, BLOCK=block, CHOSEN=per_token,
-            KEPT=power_of_two(per_token), SOFTMAX=scoring == "softmax", RENORMALISE=renormalise,
-            BIAS=choice_bias is not None, GROUPS=groups, USED=groups_used, TOP2=group_score != "max", num_warps=1,
+            *dense(logits, choice_bias), index, weight, r.scale, E=count, BLOCK=block, CHOSEN=r.per_token,
+            KEPT=power_of_two(r.per_token), SOFTMAX=r.scoring == "softmax", RENORMALISE=r.renormalise,
+            BIAS=choice_bias is not None, GROUPS=r.groups, USED=r.groups_used, TOP2=r.group_score != "max", num_warps=1,
         )  # fmt: skip
     return index, weight
 

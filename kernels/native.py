@@ -47,11 +47,14 @@ SIGNATURES: dict[str, Types] = {
     "pack_linear": (N, P, P, N, N, N),
     "linear": (N, P, N, P, P, P, N, N, N, N),
     "linear_heads": (N, P, N, N, P, N, P, N, N, N, N, N),
+    "route": (P, P, P, P, N, N),
     "run_experts": (P, P, P, P, P, P, P, N, N, N),
+    "mixture_bytes": (P, N),
+    "run_mixture": (P, P, P, P, N, N),
 }
 ANSWERS = (
     "multiplies_pairs", "vector_bytes", "run_layers", "sum_between", "scatter_between", "gather_between", "board_bytes", "post",
-    "take",
+    "take", "mixture_bytes",
 )  # fmt: skip
 """Functions that return a number."""
 

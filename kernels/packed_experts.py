@@ -50,10 +50,10 @@ class PackedExperts:
         up, down = experts[0].up, experts[0].down
         assert isinstance(up, Packed)
         assert isinstance(down, Packed)
-        self._dtype = up.blocks.dtype
+        self.dtype, self.hidden = up.blocks.dtype, up.inputs
         gate = KINDS[activation]
         self._facts = [
-            FactsC(TYPES[self._dtype], up.inputs, down.inputs, gate, first, len(experts), on_input, limit_of(limit))
+            FactsC(TYPES[self.dtype], up.inputs, down.inputs, gate, first, len(experts), on_input, limit_of(limit))
             for on_input in (False, True)
         ]
 
@@ -61,10 +61,7 @@ class PackedExperts:
         """x[T, M] through the experts index[T, k], which weigh weight[T, k] -> [T, M]; others' add nothing."""
         facts, compiled = self._facts[on_input], library()
         assert compiled is not None
-        if (
-            x.dtype != self._dtype or x.dim() != 2 or x.shape[1] != facts.hidden
-        ):  # the kernel reads what it is told is there
-            raise ValueError(f"x{list(x.shape)} in {x.dtype} by experts in {self._dtype} with {facts.hidden} inputs")
+        self.check(x)
         x, index, weight = x.contiguous(), index.contiguous(), weight.to(x.dtype).contiguous()
         rows, k = index.shape
         out, room = torch.empty_like(x), x.new_empty(rows * k * (facts.hidden + 3 * facts.ffn))
@@ -81,6 +78,15 @@ class PackedExperts:
             torch.get_num_threads(),
         )
         return out
+
+    def check(self, x: Tensor) -> None:
+        """ValueError unless they can take x[T, M]: the kernel reads what it is told is there."""
+        if x.dtype != self.dtype or x.dim() != 2 or x.shape[1] != self.hidden:
+            raise ValueError(f"x{list(x.shape)} in {x.dtype} by experts in {self.dtype} with {self.hidden} inputs")
+
+    def addresses(self, *, on_input: bool) -> tuple[int, int]:
+        """Where the compiled code finds their facts, and the experts themselves (mixture.h)."""
+        return ctypes.addressof(self._facts[on_input]), ctypes.addressof(self._table)
 
 
 def packed_experts(

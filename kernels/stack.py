@@ -1,4 +1,5 @@
-"""Consecutive layers of the commonest kind as one compiled call (stack_cpu.cpp): RMSNorm, attention, RMSNorm, gated MLP.
+"""Consecutive layers of the commonest kind as one compiled call (stack_cpu.cpp): RMSNorm, attention, RMSNorm, and a gated MLP
+or a mixture of them.
 
 With few rows the Python between two operators takes longer than the operators: 30 layers of a 125M model for one row took
 6 of 14 ms on one Zen 5 core. The operators are those that are called one by one otherwise, so not a bit of a result changes.
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 from kvasir.kernels.activation_native import limit_of
-from kvasir.kernels.linear import Packed
+from kvasir.kernels.linear import Product, ProductC, product_of
 from kvasir.kernels.native import CacheC, cache_of, library
 from kvasir.kernels.node_sums import Meeting, check
+from kvasir.kernels.packed_mixture import PackedMixture
 from kvasir.kernels.quantise import Cache
 from kvasir.kernels.ragged import Ragged
 from kvasir.kernels.rope import Angles
@@ -26,14 +28,11 @@ MOST_ROWS = 64
 P, N, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 
-class ProductC(ctypes.Structure):
-    _fields_ = (("weights", P), ("bias", P), ("outputs", N))
-
-
 class LayerC(ctypes.Structure):
     _fields_ = (
         *((name, P) for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm")),
         *((name, ProductC) for name in ("qkv", "o", "up", "down")),
+        ("mixture", P),
         ("cache", CacheC),
         *((name, P) for name in ("sinks", "slopes")),
         *((name, N) for name in ("window", "chunk", "rope", "interleaved", "group")),
@@ -60,16 +59,9 @@ class StepC(ctypes.Structure):
 
 
 @dataclass(frozen=True, eq=False)
-class Product:
-    """A matrix that `packed` laid out in our own order, and its bias."""
-
-    weight: Packed
-    bias: Tensor | None
-
-
-@dataclass(frozen=True, eq=False)
 class Layer:
-    """What one layer reads. Norms are [M] or [D]; caches [N, P, K, D]; sinks and slopes float32."""
+    """What one layer reads. Norms are [M] or [D]; caches [N, P, K, D]; sinks and slopes float32. With a mixture there is no up
+    and down."""
 
     attn_norm: Tensor
     mlp_norm: Tensor
@@ -77,8 +69,9 @@ class Layer:
     k_norm: Tensor | None
     qkv: Product
     o: Product
-    up: Product
-    down: Product
+    up: Product | None
+    down: Product | None
+    mixture: PackedMixture | None
     k_cache: Cache
     v_cache: Cache
     sinks: Tensor | None
@@ -158,16 +151,13 @@ class Stack:
 
 def _layer(layer: Layer) -> LayerC:
     norms = map(_address, (layer.attn_norm, layer.mlp_norm, layer.q_norm, layer.k_norm))
-    products = map(_product, (layer.qkv, layer.o, layer.up, layer.down))
+    products = map(product_of, (layer.qkv, layer.o, layer.up, layer.down))
+    mixture = None if layer.mixture is None else layer.mixture.address
     cache = cache_of(layer.k_cache, layer.v_cache)
     assert cache is not None
     others = map(_address, (layer.sinks, layer.slopes))
     kind = (layer.window or 0, layer.chunk or 0, layer.rope, layer.interleaved, layer.group)
-    return LayerC(*norms, *products, cache, *others, *kind)
-
-
-def _product(product: Product) -> ProductC:
-    return ProductC(product.weight.blocks.data_ptr(), _address(product.bias), product.weight.outputs)
+    return LayerC(*norms, *products, mixture, cache, *others, *kind)
 
 
 def _address(tensor: Tensor | None) -> int | None:

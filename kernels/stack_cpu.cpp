@@ -1,10 +1,10 @@
 // Layers one after the other in a single call: with few rows the time between calls would be longer than the calls.
+#include "mixture.h"
 #include "node_sums.h"
 
 extern "C" {
 void rms_norm(int64_t, const void *, int64_t, int64_t, int64_t, const void *, double, const void *, double, double, void *, void *,
               int64_t, int64_t, int64_t);
-void linear(int64_t, const void *, int64_t, const void *, const void *, void *, int64_t, int64_t, int64_t, int64_t);
 void gated(int64_t, const void *, void *, int64_t, int64_t, int64_t, double, int64_t);
 void turn_and_write(int64_t, void *, int64_t, const void *, int64_t, const void *, int64_t, const void *, const void *,
                     const Cache *, const int64_t *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
@@ -15,16 +15,11 @@ void attention(int64_t, const void *, int64_t, int64_t, const Cache *, const int
 
 namespace {
 
-struct Product {
-  const void *weights;
-  const bf16 *bias;
-  int64_t outputs;
-};
-
 // One layer's facts; stack.py lays them out alike.
 struct Layer {
   const bf16 *attn_norm, *mlp_norm, *q_norm, *k_norm;
   Product qkv, o, up, down;
+  const Mixture *mixture; // in place of `up` and `down`, or null
   Cache cache;
   const float *sinks, *slopes;
   int64_t window, chunk, rope, interleaved, group;
@@ -54,11 +49,7 @@ struct Step {
 };
 
 constexpr int64_t BF16 = BFLOAT16;
-thread_local Scratch scratch;
-
-void product(const bf16 *x, const Product &p, bf16 *out, int64_t rows, int64_t inputs, int64_t threads) {
-  linear(BF16, x, inputs, p.weights, p.bias, out, rows, inputs, p.outputs, threads);
-}
+thread_local Scratch scratch, room;
 
 } // namespace
 
@@ -75,7 +66,7 @@ EXPORT int64_t run_layers(const Layer *layers, int64_t count, const Shape *shape
     const Group &group = step->groups[l->group];
     const Angles &angles = step->angles[l->rope];
     rms_norm(BF16, x, s.hidden, 1, 0, fresh ? nullptr : y, s.residual, l->attn_norm, s.offset, s.eps, x, h, t, s.hidden, threads);
-    product(h, l->qkv, qkv, t, s.hidden, threads);
+    product(BF16, h, l->qkv, qkv, t, s.hidden, threads);
     bf16 *q = qkv, *k = qkv + q_width;
     int64_t q_row = row, k_row = row;
     if (l->q_norm) {
@@ -89,12 +80,16 @@ EXPORT int64_t run_layers(const Layer *layers, int64_t count, const Shape *shape
     attention(BF16, q, q_row, s.dim, &l->cache, group.table, group.table_row, step->starts, step->lengths, step->sequences,
               s.heads, s.kv_heads, s.dim, s.dim, s.scale, s.softcap, l->window, l->chunk, s.causal, l->sinks, l->slopes, found,
               threads);
-    product(found, l->o, y, t, q_width, threads);
+    product(BF16, found, l->o, y, t, q_width, threads);
     if (int64_t failed = meeting ? sum_between(meeting, BF16, y, y, t * s.hidden) : 0) return failed;
     rms_norm(BF16, x, s.hidden, 1, 0, y, s.residual, l->mlp_norm, s.offset, s.eps, x, h, t, s.hidden, threads);
-    product(h, l->up, up, t, s.hidden, threads);
-    gated(BF16, up, gate, t, s.ffn, s.gate, s.limit, threads);
-    product(gate, l->down, y, t, s.ffn, threads);
+    if (l->mixture) {
+      run_mixture(l->mixture, h, y, room.get(mixture_bytes(l->mixture, t)), t, threads);
+    } else {
+      product(BF16, h, l->up, up, t, s.hidden, threads);
+      gated(BF16, up, gate, t, s.ffn, s.gate, s.limit, threads);
+      product(BF16, gate, l->down, y, t, s.ffn, threads);
+    }
     if (int64_t failed = meeting ? sum_between(meeting, BF16, y, y, t * s.hidden) : 0) return failed;
   }
   return 0;

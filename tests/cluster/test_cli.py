@@ -381,7 +381,7 @@ def test_doctor(kvasir: Kvasir, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.status == (1 if any(finding["state"] == "wrong" for finding in findings) else 0)
     lines = [re.fullmatch(r"cpu: (\w+) for (.+) \((.+)\)", f["text"]) for f in findings if f["about"] == "backend"]
     ops = [name for line in lines if line for name in line[2].split(", ")]
-    assert {"attention", "turn_and_write", "draw", "stacked_experts", "linear of bfloat16"} <= set(ops)
+    assert {"attention", "turn_and_write", "draw", "route", "linear of bfloat16"} <= set(ops)
     assert len(ops) == len(set(ops))
 
 

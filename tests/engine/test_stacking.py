@@ -12,7 +12,7 @@ import torch
 from kvasir.engine import decoder as decoder_module
 from kvasir.engine.cache import KVCache
 from kvasir.engine.decoder import Decoder
-from kvasir.engine.spec import Layer, Rope, Spec
+from kvasir.engine.spec import Experts, Layer, Rope, Spec
 from kvasir.engine.stacking import stack_of
 from kvasir.engine.weights import random_decoder
 from kvasir.kernels.linear import multiplied_by
@@ -36,6 +36,14 @@ KINDS = {
     "heads are normalised": replace(SPEC, qk_norm="head"),
     "biased, capped, sinks": replace(SPEC, qkv_bias=True, attn_softcap=20.0, sinks=True, residual_scale=0.5),
 }
+MIXTURES = {
+    "mixture": Experts(8, 3, 64),
+    "mixture, shared": Experts(8, 2, 64, scoring="sigmoid", choice_bias=True, groups=4, groups_used=2, shared_ffn=96),
+    "mixture, shared by a gate": Experts(6, 2, 64, shared_ffn=64, shared_gate=True, renormalise=False),
+}
+# behind a dense layer, as DeepSeek's are
+BEHIND = (Layer(ROPE), Layer(ROPE, experts=True), Layer(ROPE, experts=True))
+KINDS |= {name: replace(SPEC, layers=BEHIND, experts=experts) for name, experts in MIXTURES.items()}
 pytestmark = pytest.mark.skipif(
     multiplied_by(torch.bfloat16, CPU)[0] != "native",
     reason="bfloat16 products are oneDNN's here, or the compiled kernels are missing",

@@ -37,6 +37,7 @@ from kvasir.kernels import (
     rope_triton,
     sample_triton,
 )
+from kvasir.kernels.moe import Routing
 from kvasir.kernels.quantise import Cache, Quantised
 from kvasir.kernels.ragged import Ragged
 
@@ -112,7 +113,7 @@ def sample(vocab: int) -> None:
 
 def mixture(hidden: int, ffn: int, count: int, rows: int, **facts: Any) -> None:
     x, logits = torch.zeros(rows, hidden, dtype=BF16), torch.zeros(rows, count)
-    moe_triton.route(logits, per_token=4, **facts)
+    moe_triton.route(logits, Routing(4, **facts))
     index, weight = torch.zeros(rows, 4, dtype=torch.int64), torch.zeros(rows, 4)
     up, down = torch.zeros(2, 2 * ffn, hidden, dtype=BF16), torch.zeros(2, hidden, ffn, dtype=BF16)
     moe_triton.stacked_experts(x, index, weight, up, down, activation="silu")

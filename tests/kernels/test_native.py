@@ -329,7 +329,8 @@ def test_under_sanitizers(sanitized: tuple[Path, str]) -> None:
     """A quarter of each test's shapes again: no read or write beside what was given, nothing undefined."""
     library, preload = sanitized
     env = os.environ | {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
-    files = [__file__, *(str(Path(__file__).with_name(name)) for name in ("test_quantise.py", "test_sample.py"))]
+    others = ("quantise", "sample", "moe", "packed_experts", "packed_mixture")
+    files = [__file__, *(str(Path(__file__).with_name(f"test_{name}.py")) for name in others)]
     call = [sys.executable, "-c", SHAPES, str(library), *files, "-k", CHOSEN]
     run = subprocess.run(call, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]

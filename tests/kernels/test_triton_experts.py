@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from kvasir.kernels import lora_triton, moe_triton
 from kvasir.kernels.lora import expand, shrink
-from kvasir.kernels.moe import route, stacked_experts
+from kvasir.kernels.moe import Routing, route, stacked_experts
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -35,20 +35,20 @@ ROUTES: list[dict[str, Any]] = [
 def test_routes(facts: dict[str, Any], count: int, device: torch.device) -> None:
     """Whole numbers as logits: many experts are equally good, and the first are taken."""
     facts = dict(facts)
-    if facts.pop("biased", False):
-        facts["choice_bias"] = torch.rand(count, device=device)
+    bias = torch.rand(count, device=device) if facts.pop("biased", False) else None
+    routing = Routing(**facts)
     logits = torch.randint(-3, 4, (9, count), device=device).float()
-    index, weight = moe_triton.route(logits, **facts)
-    expected = route.reference(logits, **facts)
+    index, weight = moe_triton.route(logits, routing, bias)
+    expected = route.reference(logits, routing, bias)
     assert torch.equal(index, expected[0])
     torch.testing.assert_close(weight, expected[1], atol=1e-6, rtol=1e-6)
-    assert moe_triton.route(logits[:0], **facts)[0].shape == (0, facts["per_token"])
+    assert moe_triton.route(logits[:0], routing, bias)[0].shape == (0, routing.per_token)
 
 
 def mixture(rows: int, dtype: torch.dtype, device: torch.device, count: int = 6) -> tuple[torch.Tensor, ...]:
     """x, index, weight, and the experts' matrices and biases."""
     x = torch.randn(rows, 40, device=device).to(dtype)
-    index, weight = route(torch.randn(rows, count, device=device), per_token=2)
+    index, weight = route(torch.randn(rows, count, device=device), Routing(2))
     up, down = torch.randn(count, 96, 40, device=device) / 6, torch.randn(count, 40, 48, device=device) / 6
     biases = torch.randn(count, 96, device=device), torch.randn(count, 40, device=device)
     return x, index, weight, *(t.to(dtype) for t in (up, down, *biases))

@@ -24,6 +24,7 @@ from kvasir.kernels import (
     rope_triton,
     sample_triton,
 )
+from kvasir.kernels.moe import Routing
 from kvasir.kernels.ragged import Ragged
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -115,8 +116,8 @@ def test_sampling(device: torch.device, numbers: Callable[..., Tensor]) -> None:
 
 def test_experts_and_adapters(device: torch.device, numbers: Callable[..., Tensor]) -> None:
     logits, bias = numbers(9, 6), numbers(6)
-    index, weight = moe_triton.route(logits, per_token=2, scoring="sigmoid", choice_bias=bias)
-    got = moe_triton.route(column(logits), per_token=2, scoring="sigmoid", choice_bias=column(bias))
+    index, weight = moe_triton.route(logits, Routing(2, "sigmoid"), bias)
+    got = moe_triton.route(column(logits), Routing(2, "sigmoid"), column(bias))
     assert torch.equal(got[0], index)
     assert torch.equal(got[1], weight)
     x, up, down = numbers(9, 40), numbers(6, 96, 40), numbers(6, 40, 48)
