@@ -73,7 +73,7 @@ def _cpu() -> Iterator[Finding]:
     isa = torch.backends.cpu.get_cpu_capability()
     yield Finding("ok", "cpu", f"{cores} core(s), {isa}, torch uses {torch.get_num_threads()} thread(s)")
     fast = computes_well(torch.bfloat16, torch.device("cpu"))
-    text = "the CPU computes it" if fast else "no instructions for it here: --dtype auto takes float32"
+    text = "as fast as float32, or faster" if fast else "slow on this CPU: --dtype auto takes float32"
     yield Finding("ok" if fast else "note", "bfloat16", text)
     yield from _kernels()
     yield from _huge_pages()

@@ -128,20 +128,29 @@ def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stored", "flags", "expected"),
+    ("stored", "flags", "own", "expected"),
     [
-        ({"torch_dtype": "bfloat16"}, {"avx512_bf16"}, torch.bfloat16),
-        ({"dtype": "bfloat16"}, {"amx_bf16"}, torch.bfloat16),
-        ({"torch_dtype": "bfloat16"}, {"avx2"}, torch.float32),
-        ({"torch_dtype": "float16"}, {"avx512_bf16"}, torch.float32),
-        ({"torch_dtype": "float32"}, {"avx512_bf16"}, torch.float32),
-        ({}, {"avx512_bf16"}, torch.float32),
+        ({"torch_dtype": "bfloat16"}, {"avx512_bf16"}, ("oneDNN", 0), torch.bfloat16),
+        ({"dtype": "bfloat16"}, {"amx_bf16"}, ("oneDNN", 64), torch.bfloat16),
+        ({"torch_dtype": "bfloat16"}, {"avx2"}, ("torch", 0), torch.float32),
+        ({"torch_dtype": "bfloat16"}, {"avx2"}, ("native", 32), torch.bfloat16),
+        ({"torch_dtype": "bfloat16"}, {"asimd"}, ("native", 16), torch.float32),
+        ({"torch_dtype": "float16"}, {"avx512_bf16"}, ("native", 64), torch.float32),
+        ({"torch_dtype": "float32"}, {"avx512_bf16"}, ("native", 64), torch.float32),
+        ({}, {"avx512_bf16"}, ("native", 64), torch.float32),
     ],
 )
 def test_auto_dtype_on_cpu(
-    stored: dict[str, str], flags: set[str], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    stored: dict[str, str],
+    flags: set[str],
+    own: tuple[str, int],
+    expected: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """own: whose products there are, and how many bytes ours take at once."""
     monkeypatch.setattr(memory, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(memory, "multiplied_by", lambda dtype, device: (own[0], "because"))
+    monkeypatch.setattr(memory, "vector_bytes", lambda: own[1])
     assert resolve_dtype(EngineConfig(), stored, CPU) == expected
     assert resolve_dtype(EngineConfig(dtype="float16"), stored, CPU) == torch.float16
 
