@@ -215,7 +215,14 @@ class Group:
         while failure is not None:
             self._why = f"rank 0 is being restarted; it ended: {failure.why}"
             change = "nothing if this is rare, it is being started again; else look for the kernel's out-of-memory log"
-            log.error("%s", block(f"rank 0 of {self._name!r} ended; its requests failed", failure.why, change))
+            log.error(
+                "%s",
+                block(
+                    f"rank 0 of {self._name!r} ended; its requests go on in other groups, or once it is back",
+                    failure.why,
+                    change,
+                ),
+            )
             await asyncio.sleep(pause)
             pause = min(2 * pause, RESTART_PAUSE_S[1])
             failure = await self._start()
