@@ -259,15 +259,16 @@ class GroupService:
     def _alone(self, running: _Running, event: Token | Failed) -> tuple[pb.GroupMessage, Event]:
         """A message of the first token with all prompt_logprobs, or of why it can't be sent: no other event can outgrow a message,
         and a few of these are more than a gateway that reads may let wait."""
-        message, waiting = pb.GroupMessage(), running.link.stream.queued_bytes
+        message = pb.GroupMessage()
         wire.add_event(message.step, running.number, event)
         if isinstance(event, Failed):
             return message, event
         try:
             wire.check_size(message, "prompt_logprobs")
-            if waiting > wire.MAX_MESSAGE_BYTES:
-                text = f"{waiting / 2**20:.0f} MiB of others' prompt_logprobs are on their way; ask again later"
-                raise OverloadedError(text, param="prompt_logprobs")
+            waiting = running.link.stream.queued_bytes + message.ByteSize()
+            if waiting > MAX_QUEUED_BYTES // 2:
+                text = f"prompt_logprobs would wait behind others: {waiting / 2**20:.0f} MiB are on their way to this gateway"
+                raise OverloadedError(f"{text}; ask again later", param="prompt_logprobs")
         except KvasirError as error:
             self._engine.abort(event.request_id)
             return self._alone(running, Failed(event.request_id, error.code, error.message, param=error.param))

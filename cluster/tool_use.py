@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from kvasir.cluster.answer_parts import AnswerReader, ToolFormat, read_answer, text_of
@@ -21,7 +22,7 @@ from kvasir.engine.request import StructuredOutput
 from kvasir.engine.schema import MAX_DEPTH, check_depth
 
 MAX_TOOLS = 512
-_NAME = re.compile(r"""[^\x00-\x1f\x7f-\x9f"'\\<>{}\[\]]{1,128}""")
+_NAME = re.compile(r"""[^\x00-\x1f\x7f-\x9f\ud800-\udfff"'\\<>{}\[\]]{1,128}""")
 _PLAIN = re.compile(r"[a-zA-Z0-9_.-]+")
 """Names that every format can write."""
 _MODES = ("auto", "none", "required")
@@ -205,10 +206,11 @@ class ToolUse:
         return found
 
 
+@lru_cache(4096)
 def _carries(form: ToolFormat, name: str) -> bool:
     """Whether calls by that name are read as such, in all ways in which the format writes them."""
     before, between, behind = form.wrap
-    for begin, end in (form.call, form.unwrapped or form.call):
+    for begin, end in filter(None, (form.call, form.unwrapped)):
         call = _ANY_ID.sub("0", begin).replace("NAME", name) + ("" if form.arguments else "{}") + end
         parts = read_answer(AnswerReader(form, None, schemas={name: None}), f"{before}{call}{between}{call}{behind}")
         if [part.text for part in parts if part.kind == "call"] != [name] * 2 or text_of(parts, "content").strip():

@@ -242,6 +242,9 @@ class Decoder(nn.Module):
         number of rows. A tied head becomes a copy if need be."""
         room = Room()
         for module in self.modules():
+            if isinstance(module, mlp.Mixture):  # whoever's products the experts' are, so that one call can have both
+                module.router.pack(invariant=True, room=room)
+        for module in self.modules():
             if isinstance(module, (Linear, attention.LatentAttention)):
                 module.pack(invariant=invariant, room=room)
         for module in self.modules():

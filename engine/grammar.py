@@ -193,7 +193,8 @@ class Grammars:
         with self._lock:
             if (found := self._used.get(wanted)) is None and wanted in self._kept:
                 found, _ = self._kept[wanted]
-                self._keep(wanted, found)
+                self._kept.move_to_end(wanted)
+                self._let_go()
         if found is None:
             found = Grammar()
             self._work(wanted, found)
@@ -208,13 +209,14 @@ class Grammars:
     def _keep(self, wanted: StructuredOutput, found: Grammar) -> None:
         self._kept[wanted] = found, BASE_BYTES + CHARACTER_BYTES * len(repr(wanted))
         self._kept.move_to_end(wanted)
-        held = {key: size + grammar.states_bytes for key, (grammar, size) in self._kept.items()}
-        over = sum(held.values()) - KEPT_BYTES
-        for oldest, size in held.items():
-            if over <= 0:
-                break
-            del self._kept[oldest]
-            over -= size
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Of the least recently used, until the others keep to the limit."""
+        over = sum(size + grammar.states_bytes for grammar, size in self._kept.values()) - KEPT_BYTES
+        while over > 0 and self._kept:  # what they hold changes meanwhile
+            _, (grammar, size) = self._kept.popitem(last=False)
+            over -= size + grammar.states_bytes
 
     def _work(self, wanted: StructuredOutput, found: Grammar) -> None:
         """Compile it, unless everybody who wanted it has gone."""

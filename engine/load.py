@@ -74,7 +74,7 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
         raise ConfigError(f"--deterministic: {obstacle}", param="deterministic")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dtype = resolve_dtype(config, files.config, device)
+    dtype = resolve_dtype(config, files.config, device, packs=ours)
     cores = max(1, usable_cores() // mesh.place.local_ranks)
     torch.set_num_threads(config.num_threads or cores)  # Ray sets OMP_NUM_THREADS, which is torch's default
     keep_freed_memory()

@@ -68,11 +68,14 @@ def resolve_device(config: EngineConfig, index: int = 0) -> torch.device:
     return torch.device("cuda", index)
 
 
-def resolve_dtype(config: EngineConfig, config_json: Mapping[str, Any], device: torch.device) -> torch.dtype:
+def resolve_dtype(
+    config: EngineConfig, config_json: Mapping[str, Any], device: torch.device, *, packs: bool = True
+) -> torch.dtype:
     """--dtype, or for auto the checkpoint's own type where the device computes it well, else float32.
 
     float16 is no type for a CPU: 256 rows through a linear run at 0.03 TFLOP/s on one Zen 5 core, 0.25 in float32.
     float32 holds every float16 and bfloat16 value exactly, so nothing is lost but memory; --dtype bfloat16 halves that.
+    packs: the model's products are ours; those of transformers' code are torch's.
     """
     if config.dtype != "auto":
         return DTYPES[config.dtype]
@@ -82,7 +85,7 @@ def resolve_dtype(config: EngineConfig, config_json: Mapping[str, Any], device: 
             f"config.json: dtype {name!r} is not supported; use --dtype {'|'.join(DTYPES)}", param="dtype"
         )
     dtype = DTYPES[name]
-    return dtype if computes_well(dtype, device) else torch.float32
+    return dtype if computes_well(dtype, device, packs=packs) else torch.float32
 
 
 def resolve_cache_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
@@ -96,11 +99,11 @@ def compiled_kernels() -> tuple[bool, str]:
     return found.library is not None, found.text
 
 
-def computes_well(dtype: torch.dtype, device: torch.device) -> bool:
+def computes_well(dtype: torch.dtype, device: torch.device, *, packs: bool = True) -> bool:
     """Whether products in this type are as fast on the device as in float32.
 
-    bfloat16 is where there are instructions for it, and by our own products without: two Zen 3 cores computed a 125M model
-    at 46 / 183 / 261 tokens/s for 1 / 8 / 32 sequences, in float32 at 19 / 101 / 187; prompts alike.
+    bfloat16 is where there are instructions for it, and by our own products (`packs`) without: two Zen 3 cores computed a
+    125M model at 46 / 183 / 261 tokens/s for 1 / 8 / 32 sequences, in float32 at 19 / 101 / 187; prompts alike.
     """
     if dtype == torch.float32:
         return True
@@ -109,7 +112,7 @@ def computes_well(dtype: torch.dtype, device: torch.device) -> bool:
     if dtype != torch.bfloat16:
         return False
     own = multiplied_by(dtype, device)[0] == "native" and vector_bytes() >= 32  # with shorter ones nobody has measured
-    return own or bool({"avx512_bf16", "amx_bf16", "bf16"} & cpu_flags())
+    return (packs and own) or bool({"avx512_bf16", "amx_bf16", "bf16"} & cpu_flags())
 
 
 def cpu_flags() -> set[str]:

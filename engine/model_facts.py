@@ -102,7 +102,7 @@ def model_facts(config: EngineConfig, batch: int = 1) -> ModelFacts:
     ours = module_name(files.config) in supported()
     spec = load_spec(files.config) if ours else _fallback_spec(config, files)
     device = resolve_device(config)
-    dtype = resolve_dtype(config, files.config, device)
+    dtype = resolve_dtype(config, files.config, device, packs=ours)
     total, active = _parameters(spec) if ours else _fallback_parameters(config, files)
     size = weight_bytes(spec, dtype, device) if ours else total * dtype.itemsize
     name = module_name(files.config)

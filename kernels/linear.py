@@ -129,11 +129,15 @@ def linear_heads(x: Tensor, weight: HeadsWeight) -> Tensor:
 
 
 def product_of(product: Product | None) -> ProductC:
-    """As compiled code takes it; None: there is none."""
+    """As compiled code takes it; None: there is none. ValueError for a bias that doesn't fit: it reads what it is told is
+    there."""
     if product is None:
         return ProductC()
-    bias = None if product.bias is None else product.bias.data_ptr()
-    return ProductC(product.weight.blocks.data_ptr(), bias, product.weight.outputs)
+    weight, bias = product.weight, product.bias
+    alike = bias is None or (bias.shape == (weight.outputs,) and bias.dtype == weight.blocks.dtype)
+    if bias is not None and not (alike and bias.is_contiguous()):
+        raise ValueError(f"a bias{list(bias.shape)} in {bias.dtype} for {weight.outputs} in {weight.blocks.dtype}")
+    return ProductC(weight.blocks.data_ptr(), None if bias is None else bias.data_ptr(), weight.outputs)
 
 
 def reorders(dtype: torch.dtype, device: torch.device) -> bool:

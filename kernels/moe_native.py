@@ -28,7 +28,7 @@ class RoutingC(ctypes.Structure):
 def routing_of(routing: Routing, count: int, choice_bias: Tensor | None) -> RoutingC:
     """As the compiled code takes it, for so many experts; choice_bias[E] in float32 must stay where it is. ValueError names
     what doesn't fit: the code reads what it is told is there."""
-    r, best_two = routing, routing.group_score == "top2"
+    r, best_two = routing, routing.group_score != "max"
     size = count // r.groups
     if not 0 < r.per_token <= count:
         raise ValueError(f"{r.per_token} of {count} experts can't be chosen")
@@ -36,7 +36,8 @@ def routing_of(routing: Routing, count: int, choice_bias: Tensor | None) -> Rout
         raise ValueError(
             f"{count} experts in {r.groups} groups, of which the best {r.groups_used} are chosen by {r.group_score}"
         )
-    if choice_bias is not None and (choice_bias.shape != (count,) or choice_bias.dtype != torch.float32):
+    fits = choice_bias is None or (choice_bias.shape == (count,) and choice_bias.dtype == torch.float32)
+    if choice_bias is not None and not (fits and choice_bias.is_contiguous()):
         raise ValueError(f"choice_bias{list(choice_bias.shape)} in {choice_bias.dtype} for {count} experts")
     numbers = (count, r.per_token, SCORINGS[r.scoring], r.renormalise, r.groups, r.groups_used, best_two)
     return RoutingC(*numbers, r.scale, r.jitter, None if choice_bias is None else choice_bias.data_ptr())
@@ -49,7 +50,7 @@ def route(logits: Tensor, routing: Routing, choice_bias: Tensor | None = None) -
         return plain.route.reference(logits, routing, choice_bias)
     rows, count = logits.shape
     logits = logits.float().contiguous()
-    bias = None if choice_bias is None else choice_bias.contiguous()
+    bias = None if choice_bias is None else choice_bias.float().contiguous()
     facts = routing_of(routing, count, bias)
     index = torch.empty(rows, routing.per_token, dtype=torch.int64)
     weight = torch.empty(rows, routing.per_token)

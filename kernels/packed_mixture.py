@@ -46,7 +46,8 @@ class Router:
 
 
 class PackedMixture:
-    """What `route`, `PackedExperts` and the shared MLP give one after the other, to the bit in any batch."""
+    """What `route`, `PackedExperts` and the shared MLP give one after the other, to the bit but for the gate's sigmoid, which is
+    ours; a row is the same to the bit in any batch."""
 
     def __init__(self, router: Router, experts: PackedExperts, *, on_input: bool, shared: Shared | None) -> None:
         self._kept = router, experts, shared  # what the structure points to

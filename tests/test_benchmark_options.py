@@ -21,7 +21,6 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
         ("engine", "--kv-waste --threads 1000", "--threads"),
         ("engine", "--answers 7", "--answers"),
         ("engine", "--prefix-cache-cost --model skald", "--model"),
-        ("engine", "--model skald --dtype float32", "--dtype"),
         ("kernels", "--cpu-time --threads 1000", "--threads"),
         ("peer_fetch", "skald --ways shm --link 9", "--link"),
         ("compare", "--compiled", "--compiled"),

@@ -10,7 +10,7 @@ import socket
 import pytest
 from waiting import until_async
 
-from kvasir.cluster import group_client, message_stream, wire
+from kvasir.cluster import group_client, group_service, message_stream, wire
 from kvasir.cluster.directory import key_list
 from kvasir.cluster.group_client import GroupClient
 from kvasir.cluster.group_directory import GroupDirectory
@@ -147,7 +147,10 @@ def test_big_messages_that_find_others_waiting_are_refused_alone(group_of_fakes,
         async with group_of_fakes() as group:
             client = await connect(group)
             other = await client.submit(request("other", max_tokens=10**6))
-            for size, kind in ((wire.MAX_MESSAGE_BYTES, Token), (wire.MAX_MESSAGE_BYTES + 1, Failed)):
+            for size, kind in (
+                (group_service.MAX_QUEUED_BYTES // 2 - 100, Token),
+                (group_service.MAX_QUEUED_BYTES // 2, Failed),
+            ):
                 waiting[0] = size
                 stream = await client.submit(request(f"of {size}", max_tokens=10**6))
                 name = group.engine.submitted[-1].request_id
@@ -155,7 +158,7 @@ def test_big_messages_that_find_others_waiting_are_refused_alone(group_of_fakes,
                 found = await _scored(stream)
                 assert isinstance(found, kind)
             assert (found.code, found.param) == ("overloaded", "prompt_logprobs")
-            assert "64 MiB of others" in found.message
+            assert "128 MiB are on their way" in found.message
             assert isinstance(await anext(other), Token)
             await client.close()
 

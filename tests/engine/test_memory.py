@@ -152,6 +152,8 @@ def test_auto_dtype_on_cpu(
     monkeypatch.setattr(memory, "multiplied_by", lambda dtype, device: (own[0], "because"))
     monkeypatch.setattr(memory, "vector_bytes", lambda: own[1])
     assert resolve_dtype(EngineConfig(), stored, CPU) == expected
+    by_torch = expected if {"avx512_bf16", "amx_bf16"} & flags else torch.float32
+    assert resolve_dtype(EngineConfig(), stored, CPU, packs=False) == by_torch
     assert resolve_dtype(EngineConfig(dtype="float16"), stored, CPU) == torch.float16
 
 

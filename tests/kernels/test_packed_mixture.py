@@ -118,6 +118,10 @@ def test_what_does_not_fit_is_refused() -> None:
             PackedMixture(replace(made.router, product=bad), made.experts, on_input=False, shared=None)
     with pytest.raises(ValueError, match="9 of 8"):
         PackedMixture(replace(made.router, routing=Routing(9)), made.experts, on_input=False, shared=None)
+    for bias in (torch.zeros(2), torch.zeros(COUNT, dtype=torch.bfloat16), torch.zeros(2 * COUNT)[::2]):
+        bad = replace(made.router.product, bias=bias)
+        with pytest.raises(ValueError, match="a bias"):
+            PackedMixture(replace(made.router, product=bad), made.experts, on_input=False, shared=None)
     assert made.shared is not None
     narrow = product(2 * SHARED, 64, torch.bfloat16, biased=False)
     for shared in (
