@@ -128,12 +128,15 @@ def _threads() -> Iterator[Finding]:
 
 
 def _speed() -> str:
-    """Bytes of weights per second for one row, and operations per second for many, in bfloat16."""
+    """Bytes of weights per second for one row, and operations per second for many, in bfloat16, as models are computed."""
     import torch
 
+    from kvasir.kernels.linear import linear, packed
+
     weight = torch.zeros(4096, 4096, dtype=torch.bfloat16)
+    ours = packed(weight)
     one, many = torch.zeros(1, 4096, dtype=torch.bfloat16), torch.zeros(256, 4096, dtype=torch.bfloat16)
-    seconds = {len(rows): _time(lambda rows=rows: torch.nn.functional.linear(rows, weight)) for rows in (one, many)}  # type: ignore[misc]
+    seconds = {len(rows): _time(lambda rows=rows: linear(rows, ours)) for rows in (one, many)}  # type: ignore[misc]
     rate = 2 * 256 * weight.numel() / seconds[256] / 1e12
     return f"bfloat16 linear: {weight.nbytes / seconds[1] / 1e9:.0f} GB/s for one row, {rate:.2f} TFLOP/s for 256"
 
