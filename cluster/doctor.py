@@ -8,7 +8,6 @@ import platform
 import shutil
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -128,27 +127,10 @@ def _threads() -> Iterator[Finding]:
 
 
 def _speed() -> str:
-    """Bytes of weights per second for one row, and operations per second for many, in bfloat16, as models are computed."""
-    import torch
+    from kvasir.engine.memory import linear_speed
 
-    from kvasir.kernels.linear import linear, packed
-
-    weight = torch.zeros(4096, 4096, dtype=torch.bfloat16)
-    ours = packed(weight)
-    one, many = torch.zeros(1, 4096, dtype=torch.bfloat16), torch.zeros(256, 4096, dtype=torch.bfloat16)
-    seconds = {len(rows): _time(lambda rows=rows: linear(rows, ours)) for rows in (one, many)}  # type: ignore[misc]
-    rate = 2 * 256 * weight.numel() / seconds[256] / 1e12
-    return f"bfloat16 linear: {weight.nbytes / seconds[1] / 1e9:.0f} GB/s for one row, {rate:.2f} TFLOP/s for 256"
-
-
-def _time(run: Callable[[], object]) -> float:
-    run()
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return min(times)
+    read, multiplied = linear_speed()
+    return f"bfloat16 linear: {read / 1e9:.0f} GB/s for one row, {multiplied / 1e12:.2f} TFLOP/s for 256"
 
 
 def _gpu() -> Iterator[Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from kvasir.engine.mlp import STACKED
 from kvasir.engine.share import Share, stages
 from kvasir.engine.spec import Spec
 from kvasir.kernels.attention import MOST_WORK_BYTES
-from kvasir.kernels.linear import multiplied_by
+from kvasir.kernels.linear import linear, multiplied_by, packed
 from kvasir.kernels.native import native, vector_bytes
 from kvasir.kernels.op import every_op
 
@@ -196,6 +197,22 @@ def kernel_backends() -> Iterator[Taken]:
             yield Taken(device, name, first, found.why(device), tuple(others))
         for kind, dtype in DTYPES.items():
             yield Taken(device, f"linear of {kind}", *multiplied_by(dtype, torch.device(device)), ())
+
+
+def linear_speed() -> tuple[float, float]:
+    """(bytes of weights a second for one row, operations a second for 256) in bfloat16 on the CPU, as models are computed."""
+    weight = torch.zeros(4096, 4096, dtype=torch.bfloat16)
+    ours = packed(weight)
+
+    def seconds(rows: int) -> float:
+        x, times = torch.zeros(rows, 4096, dtype=torch.bfloat16), []
+        for _ in range(6):
+            started = time.perf_counter()
+            linear(x, ours)
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    return weight.nbytes / seconds(1), 2 * 256 * weight.numel() / seconds(256)
 
 
 def huge_pages() -> str:
