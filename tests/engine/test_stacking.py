@@ -15,6 +15,7 @@ from kvasir.engine.decoder import Decoder
 from kvasir.engine.spec import Experts, Layer, Rope, Spec
 from kvasir.engine.stacking import stack_of
 from kvasir.engine.weights import random_decoder
+from kvasir.kernels import native
 from kvasir.kernels.linear import multiplied_by
 
 CPU = torch.device("cpu")
@@ -70,6 +71,14 @@ def test_same_bits_in_any_batch(kind: str, in_chunks: Any, monkeypatch: pytest.M
         monkeypatch.setattr(decoder_module, "MOST_ROWS", most)
         for found, expected in zip(in_chunks(decoder, prompts, 16, seed=seed), want, strict=True):
             assert torch.equal(found, expected)
+
+
+def test_mixtures_need_no_fast_product_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The router's is ours even where oneDNN's would be the faster one."""
+    monkeypatch.setattr(native, "vector_bytes", lambda: 16)
+    assert multiplied_by(torch.float32, CPU)[0] != "native"
+    decoder = made(KINDS["mixture"])
+    assert stack_of(decoder, KVCache(decoder.spec, 4, 16, torch.bfloat16, CPU)) is not None
 
 
 @pytest.mark.parametrize("layers", [1, 3])
