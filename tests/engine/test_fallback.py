@@ -12,10 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from kvasir.engine import memory
 from kvasir.engine.arch import supported
+from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.fallback import fallback_spec, load_fallback, tp_plan
 from kvasir.engine.llm import LLM
+from kvasir.engine.load import load
+from kvasir.engine.model_facts import model_facts
 from kvasir.engine.request import SamplingParams
 
 CPU = torch.device("cpu")
@@ -46,6 +50,18 @@ def test_logits_equal(case: str, checkpoint: Make, in_chunks: Any, caplog: pytes
         with torch.no_grad():
             want = model(torch.tensor([prompt])).logits[0]
         assert (got - want).abs().max() <= 1e-4
+
+
+def test_bfloat16_needs_instructions_for_it(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products are torch's, however fast ours are."""
+    folder, _ = checkpoint("Arcee", pad_token_id=0)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    monkeypatch.setattr(memory, "cpu_flags", lambda: {"avx2"})
+    monkeypatch.setattr(memory, "multiplied_by", lambda dtype, device: ("native", "because"))
+    monkeypatch.setattr(memory, "vector_bytes", lambda: 32)
+    given = EngineConfig(model=str(folder), skip_tokenizer_init=True, num_threads=1, kv_cache_memory_bytes=1 << 22)
+    assert load(given).info.dtype == model_facts(given).dtype == "float32"
 
 
 @pytest.mark.parametrize("case", ["arcee", "olmo3-windows"])
