@@ -162,7 +162,9 @@ class Decoder(nn.Module):
             x = self.mesh.receive(held.count(), self.spec.hidden, self.dtype, self.device)
         positional = self._positional(ragged, x.dtype)
         layers = self.share.layers
-        x, y, done = self._stacked(x, positional, ragged, cache, rows)
+        y, done = None, 0
+        if isinstance(held, WholeRows):
+            x, y, done = self._stacked(x, positional, ragged, cache, rows)
         for i, block in zip(layers[done:], list(self.blocks.values())[done:], strict=True):
             chosen = rows if self.share.last and i == layers[-1] else None
             if chosen is not None and isinstance(held, DealtRows):
@@ -180,7 +182,7 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor | None, int]:
         """Few rows go through layers of the commonest kind in one call: (x, what is to be added, layers done). The last
         layer is left out when not all of its rows are wanted."""
-        if not 0 < len(x) <= MOST_ROWS or self.dtype != torch.bfloat16 or self.device.type != "cpu":
+        if not 0 < len(x) <= MOST_ROWS or self.device.type != "cpu":
             return x, None, 0
         if self._stack is None or self._stack[0] is not cache:
             self._stack = cache, stack_of(self, cache)

@@ -35,7 +35,7 @@ SIGNATURES: dict[str, Types] = {
     "penalise": (P, N, P, P, P, P, P, P, P, N, N, N),
     "gated": (N, P, P, N, N, N, F, N),
     "turn_and_write": (N, P, N, P, N, P, N, P, P, P, P, N, N, N, N, N, N, N),
-    "run_layers": (P, N, P, P, P, P, N, P, N),
+    "run_layers": (N, P, N, P, P, P, P, N, P, N),
     "sum_between": (P, N, P, P, N),
     "scatter_between": (P, N, P, P, N),
     "gather_between": (P, P, P, N),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvasir.kernels.activation_native import limit_of
 from kvasir.kernels.linear import Product, ProductC, product_of
-from kvasir.kernels.native import CacheC, cache_of, library
+from kvasir.kernels.native import TYPES, CacheC, cache_of, library
 from kvasir.kernels.node_sums import Meeting, check
 from kvasir.kernels.packed_mixture import PackedMixture
 from kvasir.kernels.quantise import Cache
@@ -135,6 +135,7 @@ class Stack:
             ctypes.addressof(groups),
         )
         status = self._compiled.run_layers(
+            TYPES[x.dtype],
             ctypes.addressof(self._table),
             count,
             ctypes.addressof(self._shape),

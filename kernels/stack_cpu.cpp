@@ -17,7 +17,7 @@ namespace {
 
 // One layer's facts; stack.py lays them out alike.
 struct Layer {
-  const bf16 *attn_norm, *mlp_norm, *q_norm, *k_norm;
+  const void *attn_norm, *mlp_norm, *q_norm, *k_norm;
   Product qkv, o, up, down;
   const Mixture *mixture; // in place of `up` and `down`, or null
   Cache cache;
@@ -31,7 +31,7 @@ struct Shape {
 };
 
 struct Angles {
-  const bf16 *cos, *sin;
+  const void *cos, *sin;
   int64_t turned;
 };
 
@@ -48,49 +48,56 @@ struct Step {
   const Group *groups;
 };
 
-constexpr int64_t BF16 = BFLOAT16;
 thread_local Scratch scratch, room;
+
+// Numbers of the layers' type T, whose number is `type`.
+template <class T>
+int64_t run(int64_t type, const Layer *layers, int64_t count, const Shape &s, const Step &step, T *x, T *y, int64_t fresh,
+            Meeting *meeting, int64_t threads) {
+  int64_t t = step.rows, q_width = s.heads * s.dim, k_width = s.kv_heads * s.dim, row = q_width + 2 * k_width;
+  T *h = (T *)scratch.get(sizeof(T) * (size_t)t * (s.hidden + row + 2 * q_width + k_width + 3 * s.ffn));
+  T *qkv = h + t * s.hidden, *found = qkv + t * row, *q_normed = found + t * q_width, *k_normed = q_normed + t * q_width;
+  T *up = k_normed + t * k_width, *gate = up + 2 * t * s.ffn;
+  for (const Layer *l = layers; l < layers + count; l++, fresh = 0) {
+    const Group &group = step.groups[l->group];
+    const Angles &angles = step.angles[l->rope];
+    rms_norm(type, x, s.hidden, 1, 0, fresh ? nullptr : y, s.residual, l->attn_norm, s.offset, s.eps, x, h, t, s.hidden, threads);
+    product(type, h, l->qkv, qkv, t, s.hidden, threads);
+    T *q = qkv, *k = qkv + q_width;
+    int64_t q_row = row, k_row = row;
+    if (l->q_norm) {
+      rms_norm(type, q, row, s.heads, s.dim, nullptr, 1, l->q_norm, s.offset, s.eps, nullptr, q_normed, t * s.heads, s.dim, threads);
+      rms_norm(type, k, row, s.kv_heads, s.dim, nullptr, 1, l->k_norm, s.offset, s.eps, nullptr, k_normed, t * s.kv_heads, s.dim,
+               threads);
+      q = q_normed, k = k_normed, q_row = q_width, k_row = k_width;
+    }
+    turn_and_write(type, q, q_row, k, k_row, qkv + q_width + k_width, row, angles.cos, angles.sin, &l->cache,
+                   group.slots, t, s.heads, s.kv_heads, s.dim, angles.turned, l->interleaved, threads);
+    attention(type, q, q_row, s.dim, &l->cache, group.table, group.table_row, step.starts, step.lengths, step.sequences,
+              s.heads, s.kv_heads, s.dim, s.dim, s.scale, s.softcap, l->window, l->chunk, s.causal, l->sinks, l->slopes, found,
+              threads);
+    product(type, found, l->o, y, t, q_width, threads);
+    if (int64_t failed = meeting ? sum_between(meeting, type, y, y, t * s.hidden) : 0) return failed;
+    rms_norm(type, x, s.hidden, 1, 0, y, s.residual, l->mlp_norm, s.offset, s.eps, x, h, t, s.hidden, threads);
+    if (l->mixture) {
+      run_mixture(l->mixture, h, y, room.get(mixture_bytes(l->mixture, t)), t, threads);
+    } else {
+      product(type, h, l->up, up, t, s.hidden, threads);
+      gated(type, up, gate, t, s.ffn, s.gate, s.limit, threads);
+      product(type, gate, l->down, y, t, s.ffn, threads);
+    }
+    if (int64_t failed = meeting ? sum_between(meeting, type, y, y, t * s.hidden) : 0) return failed;
+  }
+  return 0;
+}
 
 } // namespace
 
 // x[T, M] and, unless `fresh`, y[T, M] to be added to it -> the same behind `count` layers. With a `meeting` the layers are a
 // rank's part, and its y are summed over all ranks; how an exchange failed is returned.
-EXPORT int64_t run_layers(const Layer *layers, int64_t count, const Shape *shape, const Step *step, bf16 *x, bf16 *y, int64_t fresh,
-                          Meeting *meeting, int64_t threads) {
-  const Shape &s = *shape;
-  int64_t t = step->rows, q_width = s.heads * s.dim, k_width = s.kv_heads * s.dim, row = q_width + 2 * k_width;
-  bf16 *h = (bf16 *)scratch.get(2 * (size_t)t * (s.hidden + row + 2 * q_width + k_width + 3 * s.ffn));
-  bf16 *qkv = h + t * s.hidden, *found = qkv + t * row, *q_normed = found + t * q_width, *k_normed = q_normed + t * q_width;
-  bf16 *up = k_normed + t * k_width, *gate = up + 2 * t * s.ffn;
-  for (const Layer *l = layers; l < layers + count; l++, fresh = 0) {
-    const Group &group = step->groups[l->group];
-    const Angles &angles = step->angles[l->rope];
-    rms_norm(BF16, x, s.hidden, 1, 0, fresh ? nullptr : y, s.residual, l->attn_norm, s.offset, s.eps, x, h, t, s.hidden, threads);
-    product(BF16, h, l->qkv, qkv, t, s.hidden, threads);
-    bf16 *q = qkv, *k = qkv + q_width;
-    int64_t q_row = row, k_row = row;
-    if (l->q_norm) {
-      rms_norm(BF16, q, row, s.heads, s.dim, nullptr, 1, l->q_norm, s.offset, s.eps, nullptr, q_normed, t * s.heads, s.dim, threads);
-      rms_norm(BF16, k, row, s.kv_heads, s.dim, nullptr, 1, l->k_norm, s.offset, s.eps, nullptr, k_normed, t * s.kv_heads, s.dim,
-               threads);
-      q = q_normed, k = k_normed, q_row = q_width, k_row = k_width;
-    }
-    turn_and_write(BF16, q, q_row, k, k_row, qkv + q_width + k_width, row, angles.cos, angles.sin, &l->cache,
-                   group.slots, t, s.heads, s.kv_heads, s.dim, angles.turned, l->interleaved, threads);
-    attention(BF16, q, q_row, s.dim, &l->cache, group.table, group.table_row, step->starts, step->lengths, step->sequences,
-              s.heads, s.kv_heads, s.dim, s.dim, s.scale, s.softcap, l->window, l->chunk, s.causal, l->sinks, l->slopes, found,
-              threads);
-    product(BF16, found, l->o, y, t, q_width, threads);
-    if (int64_t failed = meeting ? sum_between(meeting, BF16, y, y, t * s.hidden) : 0) return failed;
-    rms_norm(BF16, x, s.hidden, 1, 0, y, s.residual, l->mlp_norm, s.offset, s.eps, x, h, t, s.hidden, threads);
-    if (l->mixture) {
-      run_mixture(l->mixture, h, y, room.get(mixture_bytes(l->mixture, t)), t, threads);
-    } else {
-      product(BF16, h, l->up, up, t, s.hidden, threads);
-      gated(BF16, up, gate, t, s.ffn, s.gate, s.limit, threads);
-      product(BF16, gate, l->down, y, t, s.ffn, threads);
-    }
-    if (int64_t failed = meeting ? sum_between(meeting, BF16, y, y, t * s.hidden) : 0) return failed;
-  }
-  return 0;
+EXPORT int64_t run_layers(int64_t type, const Layer *layers, int64_t count, const Shape *shape, const Step *step, void *x, void *y,
+                          int64_t fresh, Meeting *meeting, int64_t threads) {
+  if (type == FLOAT32) return run(type, layers, count, *shape, *step, (float *)x, (float *)y, fresh, meeting, threads);
+  if (type == BFLOAT16) return run(type, layers, count, *shape, *step, (bf16 *)x, (bf16 *)y, fresh, meeting, threads);
+  return run(type, layers, count, *shape, *step, (fp16 *)x, (fp16 *)y, fresh, meeting, threads);
 }

@@ -45,22 +45,25 @@ MIXTURES = {
 # behind a dense layer, as DeepSeek's are
 BEHIND = (Layer(ROPE), Layer(ROPE, experts=True), Layer(ROPE, experts=True))
 KINDS |= {name: replace(SPEC, layers=BEHIND, experts=experts) for name, experts in MIXTURES.items()}
-pytestmark = pytest.mark.skipif(
+needs_own = pytest.mark.skipif(
     multiplied_by(torch.bfloat16, CPU)[0] != "native",
     reason="bfloat16 products are oneDNN's here, or the compiled kernels are missing",
 )
 
 
-def made(spec: Spec) -> Decoder:
-    return random_decoder(spec, torch.bfloat16, CPU)
+def made(spec: Spec, dtype: torch.dtype = torch.bfloat16) -> Decoder:
+    return random_decoder(spec, dtype, CPU)
 
 
+@pytest.mark.parametrize("dtype", native.TYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_same_bits_in_any_batch(kind: str, in_chunks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_bits_in_any_batch(kind: str, dtype: torch.dtype, in_chunks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of random chunks, with the layers in one call and without."""
+    if multiplied_by(dtype, CPU)[0] != "native":
+        pytest.skip(f"products of {dtype} are not our own here")
     rng = random.Random(0)
-    decoder = made(KINDS[kind])
-    cache = KVCache(decoder.spec, 4, 16, torch.bfloat16, CPU)
+    decoder = made(KINDS[kind], dtype)
+    cache = KVCache(decoder.spec, 4, 16, dtype, CPU)
     assert stack_of(decoder, cache) is not None
     decoder.attend_by("plain")
     assert stack_of(decoder, cache) is None
@@ -73,6 +76,7 @@ def test_same_bits_in_any_batch(kind: str, in_chunks: Any, monkeypatch: pytest.M
             assert torch.equal(found, expected)
 
 
+@needs_own
 def test_mixtures_need_no_fast_product_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """The router's is ours even where oneDNN's would be the faster one."""
     monkeypatch.setattr(native, "vector_bytes", lambda: 16)
@@ -81,6 +85,7 @@ def test_mixtures_need_no_fast_product_of_float32(monkeypatch: pytest.MonkeyPatc
     assert stack_of(decoder, KVCache(decoder.spec, 4, 16, torch.bfloat16, CPU)) is not None
 
 
+@needs_own
 @pytest.mark.parametrize("layers", [1, 3])
 def test_only_wanted_rows_leave_the_last_layer(layers: int, ragged: Any) -> None:
     """Which may be the only one, of a model or of a stage."""
@@ -92,6 +97,7 @@ def test_only_wanted_rows_leave_the_last_layer(layers: int, ragged: Any) -> None
     assert decoder(tokens, step, cache, torch.tensor([], dtype=torch.int64)).shape == (0, 128)
 
 
+@needs_own
 @pytest.mark.parametrize(
     "change",
     [{"placement": "parallel"}, {"gated": False}, {"norm": "layer"}, {"clip_qkv": 3.0}, {"activation": "relu"}],
