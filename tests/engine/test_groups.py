@@ -382,11 +382,12 @@ WAYS = [*sorted(DEATHS), "raise", "out of memory"]
 def test_chaos(
     stories: dict[str, Any], orders: Any, segments: Callable[[], set[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Groups die: any rank but this process, at any moment, in any way. Every request ends, and nothing is left behind."""
+    """25 groups die (and six more as actors, tests/cluster/test_group_ranks.py): any rank but this process, at any moment, in
+    any way. Every request ends, and nothing is left behind."""
     monkeypatch.syspath_prepend(orders.path)
     rng = random.Random(0)
     before = segments()
-    for how in WAYS * 2:
+    for how in WAYS * 5:
         tp, pp = rng.choices(LAYOUTS, (2, 2, 1))[0]  # of four ranks three start beside this process
         llm = LLM(**stories, tensor_parallel_size=tp, pipeline_parallel_size=pp)
         others = pids(llm)
