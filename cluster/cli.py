@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 import warnings
@@ -74,6 +75,8 @@ def _version() -> str:
 
 def serve(args: argparse.Namespace) -> int:
     """Start, say where, wait for a signal, drain."""
+    # a script's `kvasir serve &` begins with SIGINT ignored: one that came before we wait for it would be lost
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     started = time.monotonic()
     config = _cluster_config(args)
     from kvasir.cluster.auth import check_exposure

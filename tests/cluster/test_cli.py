@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from kvasir.cluster import app
 from kvasir.cluster import doctor as doctor_module
 from kvasir.cluster.bench_serve import Stream, summary
 from kvasir.cluster.cli import _cluster_config, _normal, _parser, main
@@ -402,3 +403,20 @@ def test_doctor_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(doctor_module, "LOOKS", (doctor_module._models,))
     assert doctor_module.doctor(as_json=False) == 1
     assert "skald is missing" in capsys.readouterr().out
+
+
+def test_an_interrupt_while_it_starts_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a script began it in the background, which ignores SIGINT at first."""
+
+    def starting(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    monkeypatch.setattr(app, "run", starting)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(["serve"])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130
