@@ -12,7 +12,7 @@ from kvasir.engine.layers import Norm
 from kvasir.engine.mlp import MLP, Mixture
 from kvasir.engine.spec import Rope, Spec
 from kvasir.kernels.activation_native import KINDS
-from kvasir.kernels.native import TYPES, library
+from kvasir.kernels.native import library
 from kvasir.kernels.stack import Layer, Shape, Stack
 
 if TYPE_CHECKING:
@@ -27,9 +27,7 @@ def stack_of(decoder: Decoder, cache: KVCache) -> Stack | None:
         return None
     mesh = share.mesh
     exchanges = mesh.tensor is not None
-    if library() is None or decoder.dtype not in TYPES or not _common(share.spec):
-        return None
-    if not numbers or (exchanges and mesh.meeting is None):
+    if library() is None or not numbers or (exchanges and mesh.meeting is None) or not _common(share.spec):
         return None
     ropes = list(decoder.turnings)
     layers = [
