@@ -70,6 +70,7 @@ def test_same_bits_in_any_batch(kind: str, dtype: torch.dtype, in_chunks: Any, m
     decoder.attend_by("auto")
     prompts = [[rng.randrange(128) for _ in range(n)] for n in (150, 40, 1, 70)]
     want = in_chunks(decoder, prompts, 16, seed=0)
+    assert decoder._stack is not None, "steps of this type don't ask for it"
     for seed, most in ((1, 64), (2, 0), (3, 16)):
         monkeypatch.setattr(decoder_module, "MOST_ROWS", most)
         for found, expected in zip(in_chunks(decoder, prompts, 16, seed=seed), want, strict=True):

@@ -331,6 +331,7 @@ def test_under_sanitizers(sanitized: tuple[Path, str]) -> None:
     env = os.environ | {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
     others = ("quantise", "sample", "moe", "packed_experts", "packed_mixture")
     files = [__file__, *(str(Path(__file__).with_name(f"test_{name}.py")) for name in others)]
+    files.append(str(Path(__file__).parents[1] / "engine" / "test_stacking.py"))
     call = [sys.executable, "-c", SHAPES, str(library), *files, "-k", CHOSEN]
     run = subprocess.run(call, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
