@@ -21,12 +21,12 @@ ln -s "$PWD" "$site/kvasir"
 out=${OUT:-$site/out} table=()
 mkdir -p "$out"
 : >"$out/stages.jsonl"
-export PYTHONPATH=$site PYTHONDONTWRITEBYTECODE=1 TRITON_INTERPRET=0
-tests=${TESTS:-$(echo tests/kernels/test_triton_{attention,experts,rows,sample,strides}.py)} shape=1B sequences="1 8 32 128" models=() tokens=()
+export PYTHONPATH=$site:$PWD/tests/support PYTHONDONTWRITEBYTECODE=1 TRITON_INTERPRET=0
+tests=${TESTS:-$(echo tests/kernels/test_triton_{attention,experts,linear,rows,sample,strides}.py)} shape=1B sequences="1 8 32 128" models=() tokens=() few=()
 if [ "$device" != cuda ]; then
   export TRITON_INTERPRET=1 # Triton's kernels on a CPU
   tests=${TESTS:-tests/kernels/test_triton_sample.py} shape=10M sequences="1 4" models=(--model tiny --repeat 1)
-  tokens=(--input-len 32 --output-len 8)
+  tokens=(--input-len 32 --output-len 8) few=(--prompts 6 --longest 120)
 fi
 
 finish() {
@@ -82,6 +82,8 @@ stage "kernels" 120 "$python" benchmarks/gpu_kernels.py --device "$device" "${mo
 engine skald skald skald
 stage "a random $shape" 60 "$python" benchmarks/checkpoint.py "$shape" "$site/model"
 engine "random $shape" "$shape" "$site/model" --sequences $sequences
+stage "the same bits in any batch, --deterministic" 60 "$python" benchmarks/determinism.py --device "$device" "${few[@]}"
+engine "random $shape, --deterministic" "$shape-deterministic" "$site/model" --sequences $sequences --deterministic
 engine "random $shape, without CUDA graphs" "$shape-eager" "$site/model" --sequences $sequences --enforce-eager
 stage "a process group of one" 30 "$python" benchmarks/sums.py --device "$device" --ranks 1
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')

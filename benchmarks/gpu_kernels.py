@@ -13,8 +13,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from kvasir.kernels.activation import gated
 from kvasir.kernels.attention import attention
 from kvasir.kernels.cache import turn_and_write
+from kvasir.kernels.linear import Tiled, linear, packed
 from kvasir.kernels.lora import expand, shrink
 from kvasir.kernels.moe import Routing, route, stacked_experts
 from kvasir.kernels.norm import add_rms_norm
@@ -68,13 +69,16 @@ class Case:
     """One call, and what it must move and do at least."""
 
     name: str
-    op: Op[..., Any]
+    op: Op[..., Any] | str
+    """A name where there are `ways` instead."""
     args: tuple[Any, ...]
     options: dict[str, Any]
     bytes_: float
     operations: float = 0.0
     definition: bool = True
     """Whether plain torch is worth waiting for."""
+    ways: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    """By whom it can be done, if it is no op."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,20 @@ def expert_cases(model: Model, counts: tuple[int, ...], device: torch.device) ->
         yield Case(name, stacked_experts, (x, index, weight, up, down), {"activation": "silu"}, moved, work)
 
 
+def product_cases(model: Model, counts: tuple[int, ...], device: torch.device) -> Iterator[Case]:
+    """torch's, and those of --deterministic."""
+    for outputs, inputs in ((2 * model.ffn, model.hidden), (model.hidden, model.ffn)):
+        weight = random(outputs, inputs, device=device)
+        ways: dict[str, Callable[..., Any]] = {"torch": F.linear}
+        if isinstance(order := packed(weight, invariant=True), Tiled):
+            ways["triton"] = lambda x, _, order=order: linear(x, order)
+        for rows in counts:
+            x = random(rows, inputs, device=device)
+            moved = weight.nbytes + x.nbytes + rows * outputs * weight.itemsize
+            work = 2.0 * rows * weight.numel()
+            yield Case(f"{rows} x {inputs} -> {outputs}", "linear", (x, weight), {}, moved, work, ways=ways)
+
+
 class Clock:
     """Seconds of a call, by the device's own clock where it has one."""
 
@@ -209,12 +227,14 @@ def measure(
     """What is taken on this device, and plain torch."""
     bandwidth, rate = limits
     floor = max(case.bytes_ / bandwidth, case.operations / rate)
-    runs = {case.op.choices(device.type)[0]: case.op.implementation(device.type)}
-    if case.definition:
-        runs["plain"] = case.op.reference
+    runs = dict(case.ways)
+    if not isinstance(case.op, str):
+        runs = {case.op.choices(device.type)[0]: case.op.implementation(device.type)}
+        if case.definition:
+            runs["plain"] = case.op.reference
+    name = case.op if isinstance(case.op, str) else case.op.reference.__name__
     for backend, function in runs.items():
         t = clock.median(lambda f=function: f(*case.args, **case.options), repeat if backend != "plain" else 3)
-        name = case.op.reference.__name__
         yield Found(name, case.name, backend, t, case.bytes_ / t / 1e9, case.operations / t / 1e12, floor / t)
 
 
@@ -238,6 +258,7 @@ def main() -> None:
             families = (
                 attention_cases(model, TINY if tiny else MIXES, device),
                 row_cases(model, counts, device),
+                product_cases(model, counts, device),
                 expert_cases(model, counts, device),
             )
             for case in (case for family in families for case in family):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Union
 
 import torch
@@ -15,8 +16,8 @@ from kvasir.engine.spec import Latent, Layer, QueryScale, Rope, Spec
 from kvasir.kernels.attention import attention
 from kvasir.kernels.cache import turn_and_write, write
 from kvasir.kernels.huge_pages import Room
-from kvasir.kernels.linear import HeadsWeight, PackedHeads, linear_heads, packed_heads
-from kvasir.kernels.norm import rms_norm
+from kvasir.kernels.linear import HeadsWeight, PackedHeads, Tiled, linear_heads, packed_heads
+from kvasir.kernels.norm import rms_norm, sum_of_squares
 from kvasir.kernels.quantise import Cache
 from kvasir.kernels.ragged import Ragged
 from kvasir.kernels.rope import Angles, rotate
@@ -32,9 +33,13 @@ def module(share: Share, layer: Layer, dtype: torch.dtype, device: torch.device)
     return Attention(share, layer, dtype, device)
 
 
-def attend_by(backend: str, device: torch.device, modules: Iterable[nn.Module]) -> None:
-    """All of ours among `modules` by these kernels from now on. ValueError names those there are."""
-    attend = attention.backend(backend, device.type)
+def attend_by(backend: str, device: torch.device, modules: Iterable[nn.Module], *, deterministic: bool = False) -> None:
+    """All of ours among `modules` by these kernels from now on. ValueError names those there are. `deterministic`: in pieces
+    that don't depend on what else is in the batch, if Triton's run."""
+    attend: Callable[..., Tensor] = attention.backend(backend, device.type)
+    if deterministic and (attention.choices(device.type)[0] if backend == "auto" else backend) == "triton":
+        triton: Callable[..., Tensor] = attention.backend("triton", device.type)
+        attend = partial(triton, deterministic=True)
     for module in modules:
         if isinstance(module, (Attention, LatentAttention)):
             module.attend = attend
@@ -124,7 +129,7 @@ class Attention(nn.Module):
         share, full = self.share, self.share.full
         if share.mesh.tensor is None:
             return q_norm(q), k_norm(k)
-        sums = [q.float().square().sum(-1), k.float().square().sum(-1) / share.kv_copies]
+        sums = [sum_of_squares(q), sum_of_squares(k) / share.kv_copies]
         squares = share.mesh.reduce(torch.stack(sums, -1)) / full.head_dim
         return q_norm.part(q, squares[:, :1] / full.heads), k_norm.part(k, squares[:, 1:] / full.kv_heads)
 
@@ -151,8 +156,8 @@ class LatentAttention(nn.Module):
             self.up = Linear(latent.q_rank, {"q_b": spec.heads * head}, False, dtype, device)
         wide = spec.heads * (latent.nope_dim + latent.v_dim)
         self.kv_b: nn.Parameter | None = empty(wide, latent.kv_rank, dtype=dtype, device=device)
-        self.to_key: PackedHeads | None = None
-        self.to_value: PackedHeads | None = None
+        self.to_key: PackedHeads | Tiled | None = None
+        self.to_value: PackedHeads | Tiled | None = None
         self.o = Linear(spec.heads * latent.v_dim, {"o": spec.hidden}, spec.o_bias, dtype, device)
 
     def forward(self, x: Tensor, positional: Positional, ragged: Ragged, k_cache: Cache, v_cache: None) -> Tensor:

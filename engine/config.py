@@ -63,7 +63,8 @@ class EngineConfig:
     scale for each token and head, computed when it is written; they take half of what bfloat16 takes."""
     deterministic: bool = False
     """The logits of a sequence are equal bit for bit whatever else is in the batch, and however its prompt was chunked, cached
-    or preempted; refused where that can't be had. On a CPU with compiled kernels most models run so anyway."""
+    or preempted; refused where that can't be had. On a CPU with compiled kernels most models run so anyway; on a GPU products
+    are Triton's instead of cuBLAS's."""
     device: Device = "auto"
     """auto: cuda when there is one. cuda fails where there is none; nothing falls back silently."""
     seed: int = 0

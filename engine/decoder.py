@@ -133,7 +133,7 @@ class Decoder(nn.Module):
 
     def attend_by(self, backend: str) -> None:
         """Attention by these kernels from now on (--attention-backend). ValueError names those there are."""
-        attention.attend_by(backend, self.device, self.modules())
+        attention.attend_by(backend, self.device, self.modules(), deterministic=self.mesh.invariant)
         self.attention_backend, self._stack = backend, None
 
     def forward(self, tokens: Tensor, ragged: Ragged, cache: KVCache, rows: Tensor) -> Tensor | None:
@@ -244,14 +244,16 @@ class Decoder(nn.Module):
         number of rows. A tied head becomes a copy if need be."""
         room = Room()
         for module in self.modules():
-            if isinstance(module, mlp.Mixture):  # whoever's products the experts' are, so that one call can have both
-                module.router.pack(invariant=True, room=room)
+            if isinstance(
+                module, mlp.Mixture
+            ):  # whoever's products a CPU's experts' are, so that one call can have both
+                module.router.pack(invariant=invariant or self.device.type == "cpu", room=room)
         for module in self.modules():
             if isinstance(module, (Linear, attention.LatentAttention)):
                 module.pack(invariant=invariant, room=room)
         for module in self.modules():
             if isinstance(module, mlp.Mixture):
-                module.pack()
+                module.pack(invariant=invariant)
         if isinstance(self.head, Tensor) and not is_packed(self.head):
             head = packed(self.head, invariant=invariant, room=room)
             del self.head

@@ -61,6 +61,8 @@ class Stack:
     def __init__(self, numbers: range, mlps: nn.ModuleDict, device: torch.device) -> None:
         found = [mlp for mlp in mlps.values() if isinstance(mlp, MLP)]
         self._first, self._facts = numbers.start, found[0]
+        self.deterministic = False
+        """Whether no row's result may depend on how many there are."""
         (self._up, self._up_bias), (self._down, self._down_bias) = (
             (_stacked(lines, "weight", device), _stacked(lines, "bias", device))
             for lines in ([mlp.up for mlp in found], [mlp.down for mlp in found])
@@ -83,6 +85,7 @@ class Stack:
             down_bias=self._down_bias,
             on_input=on_input,
             first=self._first,
+            deterministic=self.deterministic,
         )
 
 
@@ -148,8 +151,10 @@ class Mixture(nn.Module):
         shared: Tensor = self.shared(x)
         return out + (shared if self.shared_gate is None else shared * self.shared_gate(x).sigmoid())
 
-    def pack(self) -> None:
+    def pack(self, *, invariant: bool = False) -> None:
         """Once its matrices are packed: call all of it at once, or all experts, where that can be done."""
+        if isinstance(self.stack, Stack):
+            self.stack.deterministic = invariant
         if self.stack is not None:
             return
         found = [mlp for mlp in self.experts.values() if isinstance(mlp, MLP)]

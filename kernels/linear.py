@@ -1,4 +1,5 @@
-"""Matrix products with weights that stay: torch's linear, or our own or oneDNN's on weights reordered once for this CPU."""
+"""Matrix products with weights that stay: torch's linear, our own or oneDNN's on weights reordered once for this CPU, or
+Triton's where a row's product mustn't depend on how many rows there are."""
 
 from __future__ import annotations
 
@@ -12,9 +13,12 @@ from torch import Tensor
 
 from kvasir.kernels import huge_pages, native
 from kvasir.kernels.huge_pages import Room
+from kvasir.kernels.op import has_triton
 
 WIDE = 32
 """Outputs that lie side by side in our own order."""
+TILED = ("cuda",)
+"""Types of device whose products that don't depend on the number of rows are Triton's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +54,18 @@ class ProductC(ctypes.Structure):
     _fields_ = (("weights", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("outputs", ctypes.c_int64))
 
 
-HeadsWeight = Union[Tensor, PackedHeads]
-Weight = Union[Tensor, Packed]
+@dataclass(frozen=True, eq=False)
+class Tiled:
+    """weight[O, I], or each head's weight[H, O, I], where it lies: multiplied by Triton (linear_triton.py), and no row's product
+    depends on how many rows there are."""
+
+    matrix: Tensor
+    wide: bool
+    """Whether many rows may go in larger tiles."""
+
+
+HeadsWeight = Union[Tensor, PackedHeads, Tiled]
+Weight = Union[Tensor, Packed, Tiled]
 """A matrix as `linear` takes it."""
 
 
@@ -59,6 +73,10 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x[T, I] times weight[O, I] transposed, plus bias[O] -> [T, O]. The weight may be one that `packed` returned."""
     if isinstance(weight, Packed):
         return _own(x, weight, bias)
+    if isinstance(weight, Tiled):
+        from kvasir.kernels import linear_triton
+
+        return linear_triton.linear(x, weight.matrix, bias, wide=weight.wide)
     if not weight.is_mkldnn:
         return F.linear(x, weight, bias)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -67,8 +85,8 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
 def packed(weight: Tensor, *, invariant: bool = False, room: Room | None = None) -> Weight:
     """The same weight[O, I] in the order that is read fastest, for `linear` alone: our own, or oneDNN's as an opaque tensor.
-    `invariant`: our own wherever it can be had, so that no row's result depends on how many rows there are. `room`: where our
-    own lies, so that the matrices of a model share its huge pages.
+    `invariant`: our own or Triton's wherever it can be had, so that no row's result depends on how many rows there are. `room`:
+    where our own lies, so that the matrices of a model share its huge pages.
 
     torch's own linear reorders at every call. Measured on one Zen 5 core, 2048 -> 8192 in bfloat16: 0.86 ms instead of
     1.92 for 1 row (39 GB/s, all the memory gives), 1.22 / 2.15 for 8, 2.8 / 4.0 for 32, 17.2 / 19.9 for 256; in float32
@@ -79,6 +97,8 @@ def packed(weight: Tensor, *, invariant: bool = False, room: Room | None = None)
     takes ten times as long (AVX2), and of float32: two Zen 3 cores took for 32 / 256 rows of 576 -> 576 152 / 1084 us, oneDNN
     198 / 1325.
     """
+    if invariant and tiles(weight.device):
+        return _tiled(weight)
     if _owns(weight.dtype, weight.device, invariant, weight.shape[1]):
         return _pack(weight, room)
     if not _mkldnn(weight.dtype, weight.device):
@@ -87,10 +107,14 @@ def packed(weight: Tensor, *, invariant: bool = False, room: Room | None = None)
     return out
 
 
-def packed_heads(weight: HeadsWeight, *, invariant: bool = False, room: Room | None = None) -> PackedHeads | None:
+def packed_heads(
+    weight: HeadsWeight, *, invariant: bool = False, room: Room | None = None
+) -> PackedHeads | Tiled | None:
     """The same weight[H, O, I] for `linear_heads`; None where torch's product is the faster one, or the only one."""
-    if isinstance(weight, PackedHeads):
+    if not isinstance(weight, Tensor):
         return weight
+    if invariant and tiles(weight.device):
+        return _tiled(weight)
     heads, outputs, inputs = weight.shape
     if not _owns(weight.dtype, weight.device, invariant, inputs):
         return None
@@ -105,6 +129,10 @@ def linear_heads(x: Tensor, weight: HeadsWeight) -> Tensor:
     """x[T, H, I], each head's rows times its weight[H, O, I] transposed -> [T, H, O]."""
     if isinstance(weight, Tensor):
         return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
+    if isinstance(weight, Tiled):
+        from kvasir.kernels import linear_triton
+
+        return linear_triton.linear_heads(x, weight.matrix, wide=weight.wide)
     kind, heads = weight.blocks.dtype, len(weight.blocks)
     if x.dtype != kind or x.dim() != 3 or x.shape[1:] != (heads, weight.inputs):
         raise ValueError(f"x{list(x.shape)} in {x.dtype} by {heads} heads in {kind} with {weight.inputs} inputs")
@@ -140,6 +168,11 @@ def product_of(product: Product | None) -> ProductC:
     return ProductC(weight.blocks.data_ptr(), None if bias is None else bias.data_ptr(), weight.outputs)
 
 
+def tiles(device: torch.device) -> bool:
+    """Whether products on this device can be Triton's."""
+    return device.type in TILED and has_triton()
+
+
 def reorders(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `packed` makes a copy in another order."""
     return _mkldnn(dtype, device) or _owns(dtype, device)
@@ -148,7 +181,7 @@ def reorders(dtype: torch.dtype, device: torch.device) -> bool:
 def multiplied_by(dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
     """(whose products weights of this type have on this device, why)"""
     if device.type != "cpu":
-        return "torch", "cuBLAS, or what torch has in its place"
+        return "torch", "cuBLAS, or what torch has in its place; Triton's are for --deterministic"
     if _owns(dtype, device):
         return "native", "measured faster than what torch has on CPUs like this one"
     if _mkldnn(dtype, device):
@@ -158,7 +191,7 @@ def multiplied_by(dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
 
 def is_packed(weight: Weight) -> bool:
     """Whether `packed` made this."""
-    return isinstance(weight, Packed) or weight.is_mkldnn
+    return not isinstance(weight, Tensor) or weight.is_mkldnn
 
 
 def _mkldnn(dtype: torch.dtype, device: torch.device) -> bool:
@@ -183,6 +216,12 @@ def _owns(dtype: torch.dtype, device: torch.device, invariant: bool = False, inp
     if dtype == torch.float16 and torch._C._has_mkldnn:
         known = torch.ops.mkldnn._is_mkldnn_fp16_supported()
     return invariant or not known
+
+
+def _tiled(weight: Tensor) -> Tiled:
+    from kvasir.kernels.linear_triton import agrees
+
+    return Tiled(weight.detach(), agrees(weight.dtype, weight.device))
 
 
 def _pack(weight: Tensor, room: Room | None) -> Packed:

@@ -16,6 +16,8 @@ from kvasir.kernels.tile_triton import dense, power_of_two
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
 """For results of size 1 to 4: products are added up in another order."""
+BLOCK = 1024
+"""Numbers of a row that one program adds up."""
 
 
 @triton.jit
@@ -64,6 +66,19 @@ def _route(
         weight = weight / (tl.sum(weight, 0) + 1e-20)
     tl.store(index_ptr + row * CHOSEN + k, index.to(tl.int64), mask=k < CHOSEN)
     tl.store(weight_ptr + row * CHOSEN + k, weight * scale, mask=k < CHOSEN)
+
+
+@triton.jit
+def _combine(parts_ptr, out_ptr, width, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK numbers of the sum of a row's COUNT parts, one part after the other."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in range(COUNT):
+        at = parts_ptr + (row * COUNT + i) * width + column
+        total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * width + column, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def route(logits: Tensor, routing: Routing, choice_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -118,4 +133,6 @@ def stacked_experts(
         h, down, groups, out, bias=down_bias, gather=False, factors=None if on_input else factors,
         deterministic=deterministic,
     )  # fmt: skip
-    return out.view(rows, k, -1).sum(1)
+    total = x.new_empty(rows, down.shape[1])
+    _combine[(rows, triton.cdiv(down.shape[1], BLOCK))](out, total, down.shape[1], COUNT=k, BLOCK=BLOCK)
+    return total

@@ -51,3 +51,9 @@ def add_layer_norm(
     """(x + scale * y, its layer_norm), x and y[T, M]."""
     total = x + y if scale == 1 else x + y * scale
     return total, layer_norm.reference(total, weight, bias, eps)
+
+
+@op("triton")
+def sum_of_squares(x: Tensor) -> Tensor:
+    """x[T, M] -> [T] in float32: what norms over several ranks' parts of a row need."""
+    return x.float().square().sum(-1)

@@ -61,6 +61,30 @@ def _norm(
     tl.store(out_ptr + out_at, x.to(kind), mask=inside)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _squares(x_ptr, out_ptr, rows, x_row, M: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (column < M)[None, :]
+    x = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row, tl.sum(x * x, 1), mask=row < rows)
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """As the definition says."""
+    rows, width = x.shape
+    if x.stride(1) != 1 or width > WIDEST:
+        return plain.sum_of_squares.reference(x)
+    out = torch.empty(rows, dtype=torch.float32, device=x.device)
+    block = power_of_two(width)
+    together = max(1, 1024 // block)
+    if rows:
+        _squares[(triton.cdiv(rows, together),)](
+            x, out, rows, x.stride(0), M=width, BLOCK=block, ROWS=together, num_warps=_warps(block)
+        )
+    return out
+
+
 def rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, mean_square: Tensor | None = None
 ) -> Tensor:
@@ -129,6 +153,10 @@ def _run(
         x, y, weight, bias, *dense(squares), total, out, rows, per, x.stride(0), x.stride(1) if x.dim() == 3 else 0,
         eps, offset, scale, M=width, BLOCK=block, ROWS=together, MEAN=mean, ADD=y is not None, SCALED=scale != 1,
         OFFSET=offset != 0, WEIGHT=weight is not None, PER_PART=weight is not None and weight.dim() == 2,
-        BIAS=bias is not None, SQUARES=squares is not None, num_warps=min(16, max(4, block // 1024)),
+        BIAS=bias is not None, SQUARES=squares is not None, num_warps=_warps(block),
     )  # fmt: skip
     return total, out
+
+
+def _warps(block: int) -> int:
+    return min(16, max(4, block // 1024))

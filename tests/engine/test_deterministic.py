@@ -16,16 +16,16 @@ from kvasir.engine import determinism, load
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ClientError, ConfigError
 from kvasir.engine.llm import LLM
-from kvasir.engine.mesh import Mesh
+from kvasir.engine.mesh import Mesh, Place
 from kvasir.engine.request import SamplingParams
 from kvasir.engine.share import share_of
 from kvasir.engine.spec import Layer, Rope, Spec
 from kvasir.engine.weights import random_decoder
-from kvasir.kernels import native
+from kvasir.kernels import linear, native
 from kvasir.kernels.native import Native
 from kvasir.kernels.sample import draw, score
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 WITNESS = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=5, deterministic=True)
 needs_compiler = pytest.mark.skipif(native.library() is None, reason=f"no compiled kernels: {native.native().text}")
 SPEC = Spec(
@@ -169,8 +169,40 @@ def test_attention_that_depends_on_the_batch_is_refused(backend: str, monkeypatc
         load.load(EngineConfig(**options, deterministic=True))
 
 
-def test_a_gpu_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "resolve_device", lambda *_: torch.device("cuda:0"))
+@pytest.mark.parametrize(
+    ("options", "triton", "why"),
+    [
+        ({}, False, "products on cuda depend on how many rows a step has, and Triton, whose don't, isn't there"),
+        (
+            {"attention_backend": "plain"},
+            True,
+            "--attention-backend plain cuts attention by what is in the batch; use triton",
+        ),
+    ],
+)
+def test_a_gpu_is_refused_before_anything_is_loaded(
+    options: Any, triton: bool, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "resolve_device", lambda *_: CUDA)
     monkeypatch.setattr(load, "resolve_dtype", lambda *_: pytest.fail("it went on"))
-    with pytest.raises(ConfigError, match="--deterministic: products on cuda depend on how many rows"):
-        load.load(EngineConfig(model="skald", deterministic=True))
+    monkeypatch.setattr(linear, "has_triton", lambda: triton)
+    with pytest.raises(ConfigError, match=f"^--deterministic: {why}"):
+        load.load(EngineConfig(model="skald", deterministic=True, **options))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_gpu_keeps_it_when_it_was_started_for_it(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its products are Triton's, then; other requests are told."""
+    monkeypatch.setattr(linear, "has_triton", lambda: True)
+    mesh = Mesh(Place(ranks, 1, 0))
+    decoder = random_decoder(SPEC, torch.float32, CPU, pack=False, share=share_of(SPEC, mesh))
+    decoder.device = CUDA
+    assert (
+        determinism.indeterminate(decoder)
+        == "products on cuda depend on how many rows a step has; start with --deterministic"
+    )
+    monkeypatch.setattr(linear, "TILED", ("cpu", "cuda"))
+    decoder.pack(invariant=True)
+    assert ("sums over 4 ranks depend" in determinism.indeterminate(decoder)) == (ranks > 2)
+    mesh.invariant = True
+    assert not determinism.indeterminate(decoder)

@@ -57,6 +57,24 @@ def test_sums_and_rows(on_ranks: OnRanks, size: int, way: str, monkeypatch: pyte
         assert (traffic.calls, traffic.bytes) == (3, pytest.approx(sums + 2 * once))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_whose_order_is_the_ranks(on_ranks: OnRanks, dtype: torch.dtype) -> None:
+    """As several GPUs do with --deterministic: a row's sum is the same however many rows are beside it."""
+
+    def work(mesh: Mesh) -> Any:
+        mesh.one_shot = mesh.links = None
+        mesh.invariant = True
+        x = part(mesh.place.rank, 3000, 9).to(dtype)
+        return mesh.reduce(x.clone()), mesh.reduce(x[1234:1235].clone()), mesh.traffic
+
+    parts = [part(rank, 3000, 9).to(dtype).float() for rank in range(3)]
+    wanted = (parts[0] + parts[1] + parts[2]).to(dtype)
+    for whole, alone, traffic in on_ranks(3, 1, work):
+        assert torch.equal(whole, wanted)
+        assert torch.equal(alone, wanted[1234:1235])
+        assert (traffic.calls, traffic.bytes) == (2, 2 * 3001 * 9 * dtype.itemsize)
+
+
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
 def test_a_tally_of_all_ranks(on_ranks: OnRanks, tp: int, pp: int) -> None:
     """One adds after the other: what they find the least of is where they wait for each other."""
@@ -115,6 +133,9 @@ def test_where_rows_are_dealt_out() -> None:
     assert isinstance(rows_of(cpu, 8192, 8192), WholeRows)
     assert isinstance(rows_of(gpus, 256, 8192), WholeRows)
     assert isinstance(rows_of(gpus, 8192, 8192), DealtRows)
+    gpus.invariant = True  # who deals out adds up in an order that depends on the number of rows
+    assert isinstance(rows_of(gpus, 8192, 8192), WholeRows)
+    gpus.invariant = False
     assert not rows.dealing_wins(gpus, 500, 8192)
     assert rows.dealing_wins(gpus, 600, 8192)
 

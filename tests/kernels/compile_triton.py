@@ -31,6 +31,7 @@ from kvasir.kernels import (
     blocks_triton,
     cache_triton,
     embedding_triton,
+    linear_triton,
     lora_triton,
     moe_triton,
     norm_triton,
@@ -119,6 +120,20 @@ def mixture(hidden: int, ffn: int, count: int, rows: int, **facts: Any) -> None:
     moe_triton.stacked_experts(x, index, weight, up, down, activation="silu")
 
 
+def products(hidden: int, ffn: int, heads: int) -> None:
+    """In both kinds of tiles; a bias; heads' matrices in either order."""
+    x, weight = torch.zeros(300, hidden, dtype=BF16), torch.zeros(ffn, hidden, dtype=BF16)
+    for rows in (1, 300):
+        linear_triton.linear(x[:rows], weight, weight[:, 0], wide=True)
+        for each in (
+            torch.zeros(heads, 128, 512, dtype=BF16),
+            torch.zeros(heads, 512, 128, dtype=BF16).transpose(1, 2),
+        ):
+            linear_triton.linear_heads(torch.zeros(rows, heads, 512, dtype=BF16), each, wide=True)
+    linear_triton.linear(x.float(), torch.zeros(64, hidden))
+    norm_triton.sum_of_squares(x)
+
+
 def adapters(hidden: int, rank: int) -> None:
     x, which = torch.zeros(8, hidden, dtype=BF16), torch.zeros(8, dtype=torch.int64)
     h = lora_triton.shrink(x, torch.zeros(2, rank, hidden, dtype=BF16), which)
@@ -140,12 +155,13 @@ CASES: dict[str, Callable[[], None]] = {
     "experts": lambda: mixture(2048, 1024, 256, 4, scoring="sigmoid", groups=8, groups_used=4, group_score="top2"),
     "many rows": lambda: mixture(2048, 1024, 256, 64),
     "adapters": lambda: adapters(4096, 16),
+    "products": lambda: products(4096, 14336, 16),
 }
 FEW = {
-    "cuda:80": ["D 256"],
+    "cuda:80": ["D 256", "products"],
     "cuda:90": ["D 128", "rows"],
     "cuda:100": ["D 64", "experts", "adapters"],
-    "hip:gfx942": ["D 128", "sample"],
+    "hip:gfx942": ["D 128", "sample", "products"],
 }
 """What is compiled unless all is asked for: each kernel for some GPU, and attention for each."""
 
@@ -188,6 +204,9 @@ def of_rows(n: int) -> None:
     bitmask_triton.allow(logits, whole, torch.zeros(n, 64, dtype=torch.int32))
     h = lora_triton.shrink(x, torch.zeros(8, 16, 256, dtype=BF16), whole)
     lora_triton.expand(h, torch.zeros(8, 256, 16, dtype=BF16), whole, torch.ones(8), x)
+    linear_triton.linear(x, torch.zeros(64, 256, dtype=BF16))
+    linear_triton.linear_heads(torch.zeros(n, 4, 64, dtype=BF16), torch.zeros(4, 32, 64, dtype=BF16))
+    norm_triton.sum_of_squares(x)
 
 
 def variants(small: bool) -> set[str]:

@@ -16,6 +16,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from interpreted import row_by_row
+
 from kvasir.kernels import attention_triton
 from kvasir.kernels.attention import attention
 from kvasir.kernels.attention_triton import TOLERANCE
@@ -153,20 +155,12 @@ def rows_of(ragged: Ragged, s: int, start: int, stop: int) -> tuple[slice, Ragge
     return at, Ragged(ragged.positions[at], ragged.slots[at], *sent, ragged.table[s : s + 1], starts, lengths)
 
 
-def row_by_row(a: Any, b: Any, dtype: Any = None) -> Any:
-    return np.stack([np.dot(row, b) for row in a]).astype(dtype or a.dtype)
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_a_row_is_the_same_in_any_batch(
     seed: int, paged: Callable[..., Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit: alone as in a decoding step, among others, in a chunk of any size; one row in 12 is tried alone.
-
-    As a tile's product on a GPU, that of the interpreter has to be the same for a row whatever the others are: numpy's isn't on
-    every CPU.
-    """
-    monkeypatch.setattr("triton.runtime.interpreter.np.matmul", row_by_row)
+    """Bit for bit: alone as in a decoding step, among others, in a chunk of any size; one row in 12 is tried alone."""
+    row_by_row(monkeypatch)
     rng = random.Random(seed)
     others = [(rng.randint(100, 200), 1), (3, 3), (rng.randint(70, 90), 12)]
     parts = [(rng.randint(140, 150), 25), rng.choice(others)]

@@ -23,7 +23,7 @@ from kvasir.kernels.activation import gated, plain
 from kvasir.kernels.blocks import copy_blocks, gather_blocks, scatter_blocks
 from kvasir.kernels.cache import turn_and_write, write
 from kvasir.kernels.embedding import embed
-from kvasir.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from kvasir.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm, sum_of_squares
 from kvasir.kernels.quantise import LARGEST, Quantised
 from kvasir.kernels.rope import rotate
 
@@ -39,6 +39,16 @@ def close(got: torch.Tensor, want: torch.Tensor, tolerance: dict[torch.dtype, fl
     assert (got.shape, got.dtype) == (want.shape, want.dtype)
     size = tolerance[want.dtype]  # of values up to 4; larger ones are rounded more coarsely
     torch.testing.assert_close(got.cpu().float(), want.cpu().float(), atol=size, rtol=size / 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(0, 64), (1, 1), (37, 96), (2, 4096)])
+def test_sums_of_squares(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Of a part of wider rows, and of rows that lie side by side."""
+    x = torch.randn(rows, width + 3, device=device).to(dtype)[:, 2:-1]
+    for each in (x, x.T.contiguous().T):
+        found, wanted = norm_triton.sum_of_squares(each), sum_of_squares.reference(each)
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
