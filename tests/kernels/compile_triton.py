@@ -121,16 +121,12 @@ def mixture(hidden: int, ffn: int, count: int, rows: int, **facts: Any) -> None:
 
 
 def products(hidden: int, ffn: int, heads: int) -> None:
-    """In both kinds of tiles; a bias; heads' matrices in either order."""
+    """In both kinds of tiles: a bias, heads' matrices that lie turned."""
     x, weight = torch.zeros(300, hidden, dtype=BF16), torch.zeros(ffn, hidden, dtype=BF16)
+    turned = torch.zeros(heads, 512, 128, dtype=BF16).transpose(1, 2)
     for rows in (1, 300):
         linear_triton.linear(x[:rows], weight, weight[:, 0], wide=True)
-        for each in (
-            torch.zeros(heads, 128, 512, dtype=BF16),
-            torch.zeros(heads, 512, 128, dtype=BF16).transpose(1, 2),
-        ):
-            linear_triton.linear_heads(torch.zeros(rows, heads, 512, dtype=BF16), each, wide=True)
-    linear_triton.linear(x.float(), torch.zeros(64, hidden))
+        linear_triton.linear_heads(torch.zeros(rows, heads, 512, dtype=BF16), turned, wide=True)
     norm_triton.sum_of_squares(x)
 
 
@@ -158,7 +154,7 @@ CASES: dict[str, Callable[[], None]] = {
     "products": lambda: products(4096, 14336, 16),
 }
 FEW = {
-    "cuda:80": ["D 256", "products"],
+    "cuda:80": ["D 256"],
     "cuda:90": ["D 128", "rows"],
     "cuda:100": ["D 64", "experts", "adapters"],
     "hip:gfx942": ["D 128", "sample", "products"],
