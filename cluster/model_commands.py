@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
+from kvasir.engine.arch import Family, families
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.hub import bundled_models
-from kvasir.engine.model_facts import Family, ModelFacts, families, model_facts
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # these load torch, which takes seconds
+    from kvasir.engine.model_facts import ModelFacts
     from kvasir.engine.parallel_plan import Plan
 
 LENGTH = 4096
@@ -36,6 +37,8 @@ def models(*, as_json: bool) -> int:
 
 def show(engine: EngineConfig, *, batch: int, template: bool, as_json: bool) -> int:
     """Print a model's facts, or its chat template alone."""
+    from kvasir.engine.model_facts import model_facts
+
     facts = model_facts(engine, batch)
     if template:
         print(facts.template or f"{facts.model} has no chat template")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kvasir.engine.arch import load_spec, module_name, supported
+from kvasir.engine.arch import families, load_spec, module_name, supported
 from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.decoder import Decoder
@@ -24,15 +23,6 @@ from kvasir.engine.model_files import ModelFiles
 from kvasir.engine.pooling import pooling_of, tasks_of
 from kvasir.engine.spec import Layer, Rope, Spec
 from kvasir.engine.weights import weight_bytes
-
-
-@dataclass(frozen=True)
-class Family:
-    """One file of `arch`."""
-
-    model_type: str
-    architectures: tuple[str, ...]
-    about: str
 
 
 @dataclass(frozen=True)
@@ -83,16 +73,6 @@ class ModelFacts:
     generation: Mapping[str, Any]
     memory: Memory
     template: str | None = field(default=None, repr=False)
-
-
-def families() -> list[Family]:
-    """Every architecture there is a file for."""
-    found = []
-    for name in supported():
-        module = importlib.import_module(f"kvasir.engine.arch.{name}")
-        about = " ".join((module.__doc__ or "").split()).partition(" (")[0].rstrip(".")
-        found.append(Family(name, tuple(module.ARCHITECTURES), about))
-    return found
 
 
 def model_facts(config: EngineConfig, batch: int = 1) -> ModelFacts:

@@ -121,9 +121,10 @@ def test_the_border_needs_the_standard_library_alone(name: str) -> None:
         "kvasir.cluster.application",
         "kvasir.cluster.gateway",
         "kvasir.cluster.cli",
+        "kvasir.cluster.model_commands",
     ],
 )
-def test_gateways_and_coordinators_start_and_a_rank_says_hello_without_torch(module: str, tmp_path: Path) -> None:
+def test_what_starts_quickly_loads_no_torch(module: str, tmp_path: Path) -> None:
     code = f"import {module}, sys; print(*(m for m in ('torch', 'transformers', 'triton') if m in sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert run.stdout.strip() == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 from kvasir.engine.errors import ConfigError
@@ -14,9 +15,28 @@ ALIASES = {"RefinedWeb": "falcon", "RefinedWebModel": "falcon", "Yi": "llama", "
 """model_type in older files -> the file here."""
 
 
+@dataclass(frozen=True)
+class Family:
+    """One of the files here."""
+
+    model_type: str
+    architectures: tuple[str, ...]
+    about: str
+
+
 def supported() -> list[str]:
     """Every model_type there is a file for."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def families() -> list[Family]:
+    """Every architecture there is a file for."""
+    found = []
+    for name in supported():
+        module = importlib.import_module(f"{__name__}.{name}")
+        about = " ".join((module.__doc__ or "").split()).partition(" (")[0].rstrip(".")
+        found.append(Family(name, tuple(module.ARCHITECTURES), about))
+    return found
 
 
 def module_name(config: Mapping[str, Any]) -> str:
