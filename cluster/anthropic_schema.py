@@ -40,6 +40,7 @@ _MESSAGES: dict[str, Check] = {
     "top_k": SAMPLING["top_k"],
     "metadata": later,
     "cache_control": later,
+    "cache_salt": string,
     "return_timing": boolean,
 }
 _IGNORED: Neutral = {
@@ -90,6 +91,7 @@ def parse_messages(body: Body) -> MessagesAsk:
     call = Call(
         model=fields.get("model", ""),
         prompts=(found,),
+        cache_salt=fields.get("cache_salt", ""),
         sampling=sampling,
         known_as={
             "stop": "stop_sequences",

@@ -86,6 +86,7 @@ class OllamaGeneration:
             sampling=sampling,
             known_as=CLIENT_NAMES,
             context=ask.num_ctx,
+            cache_salt=ask.cache_salt,
             tools=ask.tools,
             thinks=ask.thinks,
         )
@@ -141,6 +142,7 @@ class OllamaEmbedding:
                 params=PoolingParams(dimensions=ask.dimensions, normalize=None if self._legacy else True),
                 operation="embeddings",
                 param="prompt" if self._legacy else "input",
+                cache_salt=ask.cache_salt,
                 truncate=min(ask.num_ctx or info.max_model_len, info.max_model_len) if ask.truncate else None,
             )
             vectors, events = await self._desk.pool(call, request_id, headers)

@@ -29,6 +29,7 @@ OPTIONS: dict[str, Check] = {
     "logit_bias": object_,
     "num_predict": integer_from(-2, 2**31 - 1),
     "num_ctx": integer_from(1, 2**31 - 1),
+    "cache_salt": string,
 }
 OPTIONS_IGNORED: Neutral = {
     **dict.fromkeys(("num_batch", "num_gpu", "main_gpu", "num_thread", "draft_num_predict", "numa"), ()),

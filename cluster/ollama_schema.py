@@ -30,7 +30,7 @@ from kvasir.cluster.ollama_fields import (
     objects,
     seconds,
 )
-from kvasir.cluster.openai_fields import unused
+from kvasir.cluster.openai_fields import string, unused
 from kvasir.cluster.openai_schema import processors, sort_fields, token_bias
 from kvasir.cluster.tool_use import ToolUse, tool_use
 from kvasir.engine.errors import ClientError, UnsupportedError
@@ -55,6 +55,7 @@ class OllamaAsk:
     """Token ids before the prompt, from an earlier answer."""
     num_ctx: int | None = None
     """Tokens that prompt and output may have together."""
+    cache_salt: str = ""
     gives_context: bool = False
     unload: bool = False
     tools: ToolUse | None = None
@@ -75,6 +76,7 @@ class OllamaEmbedAsk:
     dimensions: int | None = None
     num_ctx: int | None = None
     """Tokens that are kept of each text, of those that the model would."""
+    cache_salt: str = ""
     return_timing: bool = False
     """Where the time went is told in the answer."""
     warnings: tuple[str, ...] = ()
@@ -128,6 +130,7 @@ def parse_embed(body: Body) -> OllamaEmbedAsk:
         truncate=fields.get("truncate", True),
         dimensions=fields.get("dimensions") or None,
         num_ctx=_num_ctx(fields),
+        cache_salt=_salt(fields),
         return_timing=fields.get("return_timing", False),
         warnings=(*warnings, *_unread(fields)),
     )
@@ -141,6 +144,7 @@ def parse_embeddings(body: Body) -> OllamaEmbedAsk:
         model=fields.get("model", ""),
         texts=texts,
         num_ctx=_num_ctx(fields),
+        cache_salt=_salt(fields),
         return_timing=fields.get("return_timing", False),
         warnings=(*warnings, *_unread(fields)),
     )
@@ -173,6 +177,7 @@ def _shared(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> dict[str, A
         "model": fields.get("model", ""),
         "sampling": sampling,
         "num_ctx": _num_ctx(fields),
+        "cache_salt": _salt(fields),
         "stream": fields.get("stream", True),
         "logprobs": logprobs,
         "thinks": bool(fields.get("think")),
@@ -185,7 +190,8 @@ def _options(options: Body, beside: Sequence[str]) -> tuple[dict[str, Any], tupl
     """(by the names of SamplingParams, ignored options)."""
     fields, unknown = sort_fields(options, OPTIONS, OPTIONS_IGNORED, OPTIONS_REFUSED)
     limit = fields.pop("num_predict", -1)
-    fields.pop("num_ctx", None)
+    for own in ("num_ctx", "cache_salt"):
+        fields.pop(own, None)
     if fields.get("seed") == -1:
         del fields["seed"]
     sampling = {SAMPLING_NAMES.get(name, name): value for name, value in fields.items()}
@@ -266,9 +272,17 @@ def _num_ctx(fields: Mapping[str, Any]) -> int | None:
     return given
 
 
+def _salt(fields: Mapping[str, Any]) -> str:
+    salt = fields.get("options", {}).get("cache_salt")
+    if salt is None:
+        return ""
+    string("options.cache_salt", salt)
+    return str(salt)
+
+
 def _unread(fields: Mapping[str, Any]) -> tuple[str, ...]:
     """What means nothing where a vector is wanted."""
-    options = tuple(f"options.{name}" for name in fields.get("options", {}) if name != "num_ctx")
+    options = tuple(f"options.{name}" for name in fields.get("options", {}) if name not in ("num_ctx", "cache_salt"))
     if "num_ctx" in fields.get("options", {}) and not fields.get("truncate", True):
         options += ("options.num_ctx (needs truncate)",)
     return (*options, *(("keep_alive (the model stays loaded)",) if "keep_alive" in fields else ()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 
@@ -41,8 +42,42 @@ def test_each_key_shares_blocks_with_itself_alone(live_gateway):
             list(InferenceStub(channel).Generate(ask, metadata=[("authorization", "Bearer one")]))
         assert gateway.group.requests[-1].cache_salt == mine
 
-        httpx.post(gateway.url + "/v1/embeddings", json={"model": "bytes", "input": "Hi"}, headers=first)
-        assert gateway.group.requests[-1].cache_salt == mine
+        gateway.group.info = dataclasses.replace(gateway.group.info, tasks=("embed",))
+        reply = httpx.post(gateway.url + "/v1/embeddings", json={"model": "bytes", "input": "Hi"}, headers=first)
+        assert (reply.status_code, gateway.group.requests[-1].cache_salt) == (200, mine)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}, "cache_salt"),
+        ("/v1/responses", {"input": "Hi"}, "cache_salt"),
+        ("/v1/embeddings", {"input": "Hi"}, "cache_salt"),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}, "cache_salt"),
+        ("/api/chat", {"messages": [{"role": "user", "content": "Hi"}]}, "options.cache_salt"),
+        ("/api/generate", {"prompt": "Hi"}, "options.cache_salt"),
+        ("/api/embed", {"input": "Hi"}, "options.cache_salt"),
+        ("/api/embeddings", {"prompt": "Hi"}, "options.cache_salt"),
+    ],
+)
+def test_a_salt_counts_in_every_dialect(path, body, field, live_gateway):
+    outer, _, inner = field.partition(".")
+    with live_gateway(GatewayConfig(failover_timeout_s=0)) as gateway:
+        if "embed" in path:
+            gateway.group.info = dataclasses.replace(gateway.group.info, tasks=("embed",))
+
+        def ask(salt):
+            given = {outer: {inner: salt} if inner else salt}
+            return httpx.post(gateway.url + path, json={"model": "bytes", "stream": False} | body | given)
+
+        reply = ask("mine")
+        assert reply.status_code == 200, reply.text
+        assert "cache_salt" not in reply.headers.get("warning", "")
+        assert gateway.group.requests[-1].cache_salt == "mine"
+        assert ask(7).status_code == 400
+        if inner:
+            reply = httpx.post(gateway.url + path, json={"model": "bytes", "cache_salt": "mine"} | body)
+            assert (reply.status_code, field in reply.text) == (400, True), reply.text
 
 
 def test_so_do_batches_and_what_runs_in_the_background(live_gateway, monkeypatch):
