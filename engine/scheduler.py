@@ -276,10 +276,10 @@ class Scheduler:
                 events += self._beams.offered(sequence, result.offers[number], result.ended.get(number), now)
             elif slice_.sample:
                 score = result.logprobs[number] if result.logprobs else None
-                why = result.ended.get(number, "")
-                events += self._append(sequence, result.token_ids[number], score, now, over=why is None)
-                if why and not sequence.ended:
+                if why := result.ended.get(number, ""):  # the token, which may be an end, wasn't chosen or doesn't fit
                     events += self._end_grammar(sequence, why)
+                else:
+                    events += self._append(sequence, result.token_ids[number], score, now, over=why is None)
         for _, sequence in [*self._seats.running] if wrong else ():
             if not wrong.isdisjoint(all_blocks(sequence)):
                 self._again(sequence)

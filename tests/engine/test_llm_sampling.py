@@ -233,3 +233,22 @@ def test_prompts_are_cut_when_asked(llm: LLM) -> None:
     (plain,) = llm.generate(output.prompt_token_ids, SamplingParams(max_tokens=4, temperature=0), **QUIET)
     assert plain.outputs[0].token_ids == output.outputs[0].token_ids
     assert plain.num_truncated_tokens == 0
+
+
+def test_what_leaves_no_token_isn_t_taken_for_an_end() -> None:
+    """Of a row without any token the first is taken, which is this model's end; nor is it delivered as the last one."""
+    choice, json = StructuredOutput(choice=["abc"]), StructuredOutput(json='{"enum": ["abc"]}')
+    with LLM("skald", num_threads=1) as llm:
+        assert 0 in llm.engine.info.eos_token_ids
+        for asked in (
+            {"structured_outputs": choice, "bad_words": ["abc"]},
+            {"structured_outputs": json, "bad_words": ["abc"]},
+            {"structured_outputs": choice, "allowed_token_ids": [5, 6]},
+            {"structured_outputs": choice, "allowed_token_ids": [5, 6], "max_tokens": 1},
+        ):
+            for temperature in (0.0, 1.0):
+                sampling = SamplingParams(**{"max_tokens": 20, "temperature": temperature} | asked)
+                with pytest.raises(ClientError, match="leave no token to choose"):
+                    llm.generate("Hi", sampling, **QUIET)
+        (output,) = llm.generate("Hi", SamplingParams(structured_outputs=choice), **QUIET)
+        assert (output.outputs[0].text, output.outputs[0].finish_reason) == ("abc", "stop")

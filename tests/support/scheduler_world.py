@@ -80,12 +80,12 @@ def expected(request: Request, index: int, seed: int, limit: int) -> tuple[list[
         tokens.append(model(tokens, seed + index))
         found = verdict(tokens) if held else set()
         enough = len(tokens) - len(request.prompt_token_ids) >= request.sampling.min_tokens
-        if None in found or (enough and tokens[-1] in stops):
+        if WHY in found:
+            reason = FAILS
+        elif None in found or (enough and tokens[-1] in stops):
             reason = "stop"
         elif len(tokens) >= longest:
             reason = "length"
-        elif WHY in found:
-            reason = FAILS
     return tokens[start:], reason
 
 
