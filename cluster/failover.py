@@ -45,8 +45,8 @@ MAX_DEATHS = 3
 class Failover:
     """What a request does when its group dies."""
 
-    place: Callable[[Request], Placement]
-    """A living group for it. Raises UnavailableError."""
+    place: Callable[[Request, Placement | None], Placement]
+    """A living group for it, of the version of where it was begun. Raises UnavailableError."""
     timeout_s: float = 0.0
     """How long it waits for a group that takes it; 0: it fails with its group."""
     stage: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -101,7 +101,7 @@ class LastingStream(Progress):
         """Submit it. Raises the KvasirError with which it is refused; at once when no group is alive."""
         deadline, pause = time.monotonic() + self._failover.timeout_s, PAUSE_S[0]
         while True:
-            placement = self._failover.place(self._request)
+            placement = self._failover.place(self._request, None)
             try:
                 await self._submit(placement)
                 return
@@ -248,7 +248,8 @@ class LastingStream(Progress):
                 try:
                     request = self._again()
                     self._earlier, self._resumed = self._first_token, True
-                    await self._submit(self._failover.place(request))
+                    begun = self._placement if request.resume_token_ids else None
+                    await self._submit(self._failover.place(request, begun))
                     return []
                 except (UnavailableError, OverloadedError) as error:  # who was accepted waits, however full it is
                     why = f"{failed.message}; no other took it within {limit:g} s (--failover-timeout): {error.message}"

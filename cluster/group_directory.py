@@ -71,17 +71,18 @@ class GroupDirectory:
         """The least loaded living group. Raises ModelNotFoundError or UnavailableError."""
         return min(self._alive(self._known(model)), key=lambda client: client.load)
 
-    def place(self, model: str, request: Request, session: str = "") -> Placement:
-        """Choose a living group for `request` and reserve. Requests of one session stay together while that is good for
-        them. Raises ModelNotFoundError, UnavailableError or OverloadedError."""
+    def place(self, model: str, request: Request, begun: Placement | None = None, session: str = "") -> Placement:
+        """Choose a living group for `request` and reserve: one of the version with which it was `begun`. Requests of one
+        session stay together while that is good for them. Raises ModelNotFoundError, UnavailableError or
+        OverloadedError."""
         known = self._known(model)
-        return self._placed(known, self._alive(known), request, session)
+        return self._placed(known, self._alive(known, begun.client if begun else None), request, session)
 
     def move(self, model: str, request: Request, source: Placement, session: str = "") -> Placement:
         """Another group of the same version for a request that runs at `source`: one that decodes if there is any. Raises
         as `place`."""
         known, old = self._known(model), source.client
-        others = [client for client in self._alive(known) if client is not old and _alike(client, old)]
+        others = [client for client in self._alive(known, old) if client is not old]
         decoders = [client for client in others if client.member.role != "prefill"]
         if not decoders and not (old.draining and others):
             raise UnavailableError(f"no other group of {known.name!r} can take it over", retry_after_s=1.0)
@@ -141,11 +142,15 @@ class GroupDirectory:
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(client.close() for client in [*self.clients(), *leaving]))
 
-    def _alive(self, known: _Model) -> list[GroupClient]:
-        """Those that fail are asked only where there are no others, those that drain never."""
-        if alive := [client for client in known.alive if not client.draining]:
-            return [client for client in alive if not client.failing] or alive
-        raise UnavailableError(f"model {known.name!r} isn't available: {self._why(known)}", retry_after_s=2.0)
+    def _alive(self, known: _Model, like: GroupClient | None = None) -> list[GroupClient]:
+        """Those of the version of `like`. Those that fail are asked only where there are no others, those that drain never."""
+        alive = [client for client in known.alive if not client.draining]
+        if not alive:
+            raise UnavailableError(f"model {known.name!r} isn't available: {self._why(known)}", retry_after_s=2.0)
+        if like is not None and not (alive := [client for client in alive if _alike(client, like)]):
+            why = f"all groups of {known.name!r} that are left have other weights or another configuration"
+            raise UnavailableError(f"{why} than the one that began it", retry_after_s=2.0)
+        return [client for client in alive if not client.failing] or alive
 
     def _known(self, model: str) -> _Model:
         if model not in self._names:
@@ -178,7 +183,7 @@ class GroupDirectory:
 
 def _alike(one: GroupClient, other: GroupClient) -> bool:
     """What one has begun the other would go on with in the same way."""
-    return one.member.hasher is other.member.hasher
+    return one.info is not None and other.info is not None and one.info.version == other.info.version
 
 
 async def _leave(client: GroupClient, router: Router) -> None:

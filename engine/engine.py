@@ -10,9 +10,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from pathlib import Path
 
-from kvasir.engine.blocks import BlockPool, Changes, ContentId, Tier, salted
+from kvasir.engine.blocks import BlockPool, Changes, ContentId, Tier
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ClientError, KvasirError, OverloadedError, UnavailableError
 from kvasir.engine.event import Event, Failed, FinishReason
@@ -59,11 +58,9 @@ class Engine:
             executor = executor_of(config) if loaded is None else LocalExecutor(config, loaded)
         self._executor, loaded = executor, executor.loaded
         spec = loaded.decoder.spec
-        types = (loaded.info.dtype, loaded.info.kv_cache_dtype)
-        salt = salted(Path(config.model).name, config.revision or "", *types)
         caching = config.enable_prefix_caching and spec.causal
         self.config = config
-        self.info = replace(loaded.info, salt=salt if caching else b"", stretch_len=spec.stretch_len)
+        self.info = replace(loaded.info, salt=loaded.info.version if caching else b"", stretch_len=spec.stretch_len)
         self._deliver = deliver
         self._pooler, self._token_types = loaded.pooler, loaded.decoder.spec.token_types
         self._grammars = executor.grammars
@@ -77,7 +74,7 @@ class Engine:
             max_model_len=loaded.info.max_model_len,
             eos_token_ids=loaded.info.eos_token_ids,
             default_seed=config.seed,
-            salt=salt,
+            salt=self.info.salt,
             layout=loaded.cache.layout,
             whole_prompts=not spec.causal,
             pool_last=loaded.pooler is not None and loaded.pooler.pooling.from_last,

@@ -29,6 +29,8 @@ class ModelInfo:
     """What requests may ask for: generate, embed, classify, score."""
     labels: tuple[str, ...] = ()
     """Names of what a classifier tells apart."""
+    version: bytes = b""
+    """Of weights, configuration and types (`model_version`): groups of another one say other tokens."""
     salt: bytes = b""
     """Where the content ids of its blocks start (`blocks.chain_start`); empty: it keeps no prefixes."""
     block_bytes: int = 0

@@ -24,6 +24,7 @@ from kvasir.engine.info import ModelInfo
 from kvasir.engine.memory import keep_freed_memory, plan_memory, resolve_cache_dtype, resolve_device, resolve_dtype
 from kvasir.engine.mesh import Mesh, Place
 from kvasir.engine.model_files import ModelFiles
+from kvasir.engine.model_version import model_version
 from kvasir.engine.open_exchange import open_exchange
 from kvasir.engine.open_tiers import open_tiers
 from kvasir.engine.pooler import Pooler, load_pooler
@@ -99,6 +100,7 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
     obstacle = indeterminate(decoder)
     if config.deterministic and obstacle:
         raise ConfigError(f"--deterministic: {obstacle}", param="deterministic")
+    types = [str(one).removeprefix("torch.") for one in (dtype, kept)]
     info = ModelInfo(
         name=(config.served_model_name or (config.model,))[0],
         max_model_len=plan.max_model_len,
@@ -106,8 +108,9 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
         eos_token_ids=files.eos_token_ids,
         num_blocks=plan.num_blocks,
         block_size=config.block_size,
-        dtype=str(dtype).removeprefix("torch."),
-        kv_cache_dtype=str(kept).removeprefix("torch."),
+        dtype=types[0],
+        kv_cache_dtype=types[1],
+        version=model_version(config, files, *types),
         block_bytes=KVCache.block_bytes(spec, config.block_size, kept),
         device=str(device),
         indeterminate=obstacle,
@@ -117,7 +120,7 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
         labels=pooling.labels.names if pooling.labels else (),
     )
     tiers = open_tiers(config, files, share, cache)
-    exchange = partial(open_exchange, config, files, share, cache, tiers)
+    exchange = partial(open_exchange, config, info.version, share, cache, tiers)
     return Loaded(decoder, cache, info, pooler, files.tokenizer, tiers, exchange)
 
 

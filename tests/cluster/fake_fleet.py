@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 from functools import partial
@@ -49,8 +50,10 @@ class Fleet:
         await self.directory.close()
         await self._stack.aclose()
 
-    async def add(self):
-        group = await self._stack.enter_async_context(self._make(step_s=self._step_s))
+    async def add(self, version=b""):
+        group = self._make(step_s=self._step_s)
+        group.engine.info = dataclasses.replace(group.engine.info, version=version)
+        await self._stack.enter_async_context(group)
         group.engine.token = draw
         self.groups.append(group)
         self._tell()

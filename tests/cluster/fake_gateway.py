@@ -193,7 +193,7 @@ class FakeDirectory:
             raise UnavailableError(f"model {model!r} isn't available: {self.missing()[model]}", retry_after_s=2.0)
         return self.groups[model]
 
-    def place(self, model: str, request: Request, session: str = "") -> Placement:
+    def place(self, model: str, request: Request, begun: Placement | None = None, session: str = "") -> Placement:
         group = self.find(model)
         self.sessions.append(session)
         router = Router()

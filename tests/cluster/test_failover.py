@@ -100,6 +100,47 @@ def test_no_group_in_time(group_of_fakes):
     run(main())
 
 
+def test_what_was_begun_waits_for_a_group_of_its_version(group_of_fakes):
+    async def main():
+        async with Fleet(group_of_fakes, 1, 0.002) as fleet:
+            lasting, brief = (
+                LastingStream(dataclasses.replace(request(), request_id=str(limit)), fleet.failover(limit))
+                for limit in (60.0, 0.2)
+            )
+            for stream in (lasting, brief):
+                await stream.start()
+            events = [await some(stream) for stream in (lasting, brief)]
+            await fleet.add(version=b"new")
+            await fleet.kill(fleet.groups[0])
+            reader = asyncio.ensure_future(read(lasting))
+            events[1] += await read(brief)
+            failed = events[1].pop()
+            assert "all groups of 'm' that are left have other weights" in failed.message
+            assert "--failover-timeout" in failed.message
+            assert not fleet.groups[0].engine.submitted
+            await fleet.add()
+            events[0] += await reader
+            assert outcome(events[0], 1)[0][0] == [draw(7, position) for position in range(40)]
+            assert not fleet.groups[0].engine.submitted
+
+    run(main())
+
+
+def test_what_was_not_begun_takes_any_version(group_of_fakes):
+    async def main():
+        async with Fleet(group_of_fakes, 1, 10.0) as fleet:
+            stream = LastingStream(request(n=2), fleet.failover())
+            await stream.start()
+            fleet._step_s = 0.002
+            await fleet.add(version=b"new")
+            await fleet.kill(fleet.groups[0])
+            assert [one[0] for one in outcome(await read(stream), 2)] == [
+                [draw(7 + i, p) for p in range(40)] for i in (0, 1)
+            ]
+
+    run(main())
+
+
 def test_turned_off(group_of_fakes):
     async def main():
         async with Fleet(group_of_fakes, 2, 0.002) as fleet:

@@ -176,7 +176,7 @@ def test_eight_streams_move_and_every_token_is_what_it_was(data, how, sampling):
         async with Pair(str(data("model-stories260k/hf"))) as pair:
             moves = []
             failover = Failover(
-                lambda request: pair.directory.place("m", request),
+                lambda request, begun: pair.directory.place("m", request, begun),
                 5.0,
                 move=lambda request, source: pair.directory.move("m", request, source),
                 moved=lambda why, to, seconds: moves.append(why),

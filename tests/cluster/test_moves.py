@@ -305,6 +305,23 @@ def test_without_another_group_it_stays_until_there_is_one(group_of_fakes):
     run(main())
 
 
+def test_a_group_of_another_version_takes_over_nothing(group_of_fakes):
+    """It has the same name, and keeps no prefixes, as the old one."""
+
+    async def main():
+        async with Fleet(group_of_fakes, 1, 0.005) as fleet:
+            stream, events = await begun(fleet, max_tokens=60)
+            await fleet.add(version=b"new")
+            draining = asyncio.ensure_future(fleet.drain(fleet.groups[0]))
+            events += await read(stream)
+            await draining
+            assert outcome(events, 1)[0][0] == [draw(7, position) for position in range(60)]
+            assert not fleet.moves
+            assert not fleet.groups[0].engine.submitted
+
+    run(main())
+
+
 def test_a_full_group_is_asked_again(group_of_fakes):
     async def main():
         async with Fleet(group_of_fakes, 2, 0.005) as fleet:

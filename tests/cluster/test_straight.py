@@ -117,7 +117,7 @@ def test_what_goes_wrong_is_the_readers_alone():
             return stream
 
         placement = SimpleNamespace(submit=submit, client=SimpleNamespace(sheds=lambda streaming: ""))
-        lasting = LastingStream(request(), Failover(lambda request: placement))
+        lasting = LastingStream(request(), Failover(lambda request, begun: placement))
         await lasting.start()
 
         def take(events):
