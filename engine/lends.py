@@ -126,7 +126,7 @@ class Lends:
         places = [self._place(ids[i], group) for i, group in items(firsts, stop)]
         slabs = _slabs(form, places, ask.slabs if way in LAYERED else 1)
         number = secrets.randbits(62)
-        offer = Offer(number, end, tuple(firsts), stop, tuple(terms.forms), tuple(terms.addresses), way, slabs)
+        offer = Offer(number, end, firsts, stop, tuple(terms.forms), tuple(terms.addresses), way, slabs)
         self._offers[ask.fetch] = offer
         self._open[number] = Lend(way, wanted, places, slabs)
         self._pool.hold(block for block, _ in places if block != GONE)
@@ -184,7 +184,7 @@ class Lends:
         key = self._tables.name(content, group)
         return next(iter(self._pool.match([key])), GONE), key
 
-    def _cover(self, ask: Ask, ids: Sequence[ContentId], form: Form) -> tuple[list[int], int, int]:
+    def _cover(self, ask: Ask, ids: Sequence[ContentId], form: Form) -> tuple[tuple[int, ...], int, int]:
         """(first block of each of our groups, the block behind the last one, tokens): the longest part of what is asked of
         which we have all that the asker's rows behind it see."""
         size, held = self._tables.pool.block_size, sum(len(lend.held) for lend in self._open.values())
@@ -192,21 +192,13 @@ class Lends:
         most = min(MOST_BYTES // form.block_bytes, spare) // len(form.groups) * size
         end = min(ask.end, len(ids) * size, ask.first + most) // ask.block_size * ask.block_size
         while end > ask.first:
-            firsts = self._firsts(ask, end, size)
+            firsts = ask.firsts(end, form.groups, size)
             stop = -(-end // size)
             lacking = next((i for i, group in items(firsts, stop) if not self._known(ids[i], group)), None)
             if lacking is None:
                 return firsts, stop, end
             end = lacking * size // ask.block_size * ask.block_size
         raise RefusedError("it has no more of the prompt")
-
-    def _firsts(self, ask: Ask, end: int, size: int) -> list[int]:
-        """The first block of each of our groups: the earliest that a layer in it needs."""
-        start_of = {
-            layer: start for group, start in zip(ask.groups, ask.starts(end), strict=True) for layer in group.layers
-        }
-        ours = self._tables.layout.groups
-        return [min((start_of.get(layer, ask.first) for layer in g.layers), default=ask.first) // size for g in ours]
 
     def _known(self, content: ContentId, group: int) -> bool:
         key = self._tables.name(content, group)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from kvasir.engine.blocks import ID_BYTES, ContentId
@@ -107,7 +108,9 @@ def sources(mine: Part, number: int, theirs: Sequence[Part]) -> list[tuple[int, 
     found = [
         (ranks[number % len(ranks)], common) for ranks in same.values() if (common := theirs[ranks[0]].within(mine))
     ]
-    if sum(len(part.layers) * len(part.heads) for _, part in found) != len(mine.layers) * len(mine.heads):
+    total = sum(len(part.layers) * len(part.heads) for _, part in found)
+    twice = any(one.within(other) for (_, one), (_, other) in combinations(found, 2))
+    if total != len(mine.layers) * len(mine.heads) or twice:
         raise ValueError("the peer's ranks don't hold this rank's layers and heads, each once")
     return found
 

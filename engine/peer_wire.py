@@ -65,6 +65,13 @@ class Ask:
         near = [group.first_seen(end - 1) // self.block_size * self.block_size for group in self.groups]
         return [max(self.first, start) for start in near]
 
+    def firsts(self, end: int, groups: Sequence[Sequence[int]], size: int) -> tuple[int, ...]:
+        """The first block, of `size` tokens, of each of the peer's groups of layers: the earliest that a layer in it needs."""
+        start_of = {
+            layer: start for group, start in zip(self.groups, self.starts(end), strict=True) for layer in group.layers
+        }
+        return tuple(min(start_of.get(layer, self.first) for layer in layers) // size for layers in groups)
+
 
 @dataclass(frozen=True)
 class Offer:
@@ -229,14 +236,9 @@ def decode_offer(said: Any) -> Offer:
         raise ValueError("an offer's lists don't fit together")
     forms = tuple(Form(part, groups, *shape, *sizes) for part in found)
     lend, end, stop = read.number("lend", most=1 << 63), read.number("end"), read.number("stop")
-    edges = [tuple(_numbers(slab, 2)) for slab in read.list("slabs", 65536)]
-    if [edge for slab in edges for edge in slab[:1]] != [0, *(slab[-1] for slab in edges[:-1])] or not all(
-        len(slab) == 2 and slab[0] < slab[1] for slab in edges
-    ):
-        raise ValueError("slabs don't follow each other")
-    slabs = tuple((slab[0], slab[1]) for slab in edges)
-    if slabs[-1][1] != forms[0].height:
-        raise ValueError("slabs don't hold all layers")
+    slabs = tuple(_slab(slab) for slab in read.list("slabs", 65536))
+    if not slabs or [0, *(stop for _, stop in slabs)] != [*(first for first, _ in slabs), shape[0]]:
+        raise ValueError("slabs don't hold all layers, one behind the other")
     return Offer(lend, end, firsts, stop, forms, addresses, read.text("way"), slabs)
 
 
@@ -288,6 +290,13 @@ def _numbers(value: Any, most: int) -> list[int]:
     if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < MAX_NUMBER for n in value):
         raise ValueError("no numbers")
     return value
+
+
+def _slab(said: Any) -> tuple[int, int]:
+    first, stop = [*_numbers(said, 2), 0, 0][:2]
+    if first >= stop:
+        raise ValueError("a slab without layers")
+    return first, stop
 
 
 def _part(part: Part) -> Sequence[int]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kvasir.engine.aside import room_for
-from kvasir.engine.channels import BadPieceError, Wanted, channel_of, node, unix_name
+from kvasir.engine.channels import Wanted, channel_of, node, unix_name
 from kvasir.engine.layout import LayerGroup
 from kvasir.engine.parts import Form, Part, items, sources
 from kvasir.engine.peer_wire import (
@@ -47,8 +47,6 @@ MOST_SLABS = 8
 """Layers come in so many portions at most, where a step may begin on the first."""
 STAGED_BYTES = 512 << 20
 """Host memory for blocks that came and aren't in the cache yet."""
-FAILURES = (OSError, ValueError, EOFError, BadPieceError, KeyError, TypeError, RuntimeError)
-"""What may come of a peer that dies, hangs or lies; RuntimeError is torch's."""
 
 
 @dataclass
@@ -155,15 +153,15 @@ class Puller:
         blocks, error = 0, None
         late = threading.Timer(pull.limit_s, self._cut_late, [running])
         late.daemon = True
-        late.start()
         try:
+            late.start()
             if began >= running.until:
                 raise RefusedError("others' fetches took all the time")  # no fault of the peer
             if not running.ended:
                 blocks, error = self._fetch(running, began)
         except RefusedError as refusal:
             logger.info("no blocks come from %s: %s", pull.address, refusal)
-        except FAILURES as failure:
+        except Exception as failure:  # a peer may die, hang or lie: whatever comes of that, the sequence is told
             error = failure
         late.cancel()
         with self._changed:
@@ -172,22 +170,18 @@ class Puller:
         if running.ended:
             return
         if error is not None:
-            logger.warning("not all blocks came from %s, what is missing is computed: %s", pull.address, error)
+            logger.warning("not all blocks came from %s, what is missing is computed: %r", pull.address, error)
         if not running.begun:
             self.on_fetched(pull.ticket, blocks if error is None else ~blocks)
 
     def _fetch(self, running: Running, began: float) -> tuple[int, Exception | None]:
         """(up to which block of the prompt all is here, why not to where it was offered)"""
         pull, size = running.pull, self._form.block_size
-        offer = self._ask(running)
-        if not pull.first < offer.end <= pull.end or offer.end % size or offer.way not in self._ways:
-            raise ValueError("the peer offers what wasn't asked for")
-        if len(offer.slabs) > (MOST_SLABS if pull.ahead_s else 1):
-            raise ValueError("the peer offers more portions than were asked for")
-        if not all(form.is_like(self._form) for form in offer.forms):
-            raise ValueError("the peer's slots are other ones")
+        ask = self._asked(pull)
+        offer = self._ask(running, ask)
+        self._check(offer, ask)
         first, stop = pull.first // size, offer.end // size
-        starts = tuple(start // size for start in self._asked(pull).starts(offer.end))
+        starts = tuple(start // size for start in ask.starts(offer.end))
         rows = running.rows = self._room(running, (stop - first) * len(self._form.groups))
         filling = Filling(rows, self._form, first, starts)
         chosen = sources(self._form.part, self._rank, [form.part for form in offer.forms])
@@ -246,11 +240,31 @@ class Puller:
             node=node(),
         )
 
-    def _ask(self, running: Running) -> Offer:
+    def _ask(self, running: Running, ask: Ask) -> Offer:
         with self.connected(running, running.pull.address) as connection:
-            send(connection, *encode_ask(self._asked(running.pull)))
+            send(connection, *encode_ask(ask))
             said, _ = receive(connection, 0)
             return decode_offer(said)
+
+    def _check(self, offer: Offer, ask: Ask) -> None:
+        """ValueError when it isn't what a peer that has the same model can lend of what was asked for."""
+        groups, height, size = offer.forms[0].groups, offer.forms[0].height, offer.forms[0].block_size
+        if not ask.first < offer.end <= ask.end or offer.end % ask.block_size or offer.way not in ask.ways:
+            raise ValueError("the peer offers what wasn't asked for")
+        if len(offer.slabs) > ask.slabs:
+            raise ValueError("the peer offers more portions than were asked for")
+        if not all(form.is_like(self._form) for form in offer.forms):
+            raise ValueError("the peer's slots are other ones")
+        layers = sorted(layer for group in self._groups for layer in group.layers)
+        heads = [max(part.heads.stop for part in parts) for parts in ([f.part for f in offer.forms], self._everyone)]
+        if not all(groups) or sorted(layer for group in groups for layer in group) != layers or heads[0] != heads[1]:
+            raise ValueError("the peer's layers and heads are other ones")
+        if not max(len(places) for form in offer.forms for places in form.places) <= height <= len(layers):
+            raise ValueError("the peer's blocks are no blocks of these layers")
+        if offer.stop != -(-offer.end // size) or offer.stop * size * 4 > len(ask.tokens):
+            raise ValueError("the peer's blocks don't end with what it offers")
+        if offer.firsts != ask.firsts(offer.end, groups, size):
+            raise ValueError("the peer's blocks don't begin where they are needed")
 
     def _room(self, running: Running, count: int) -> Tensor:
         """rows[count, block bytes], once enough of what came for others is in the cache."""
@@ -320,7 +334,7 @@ class _Get(threading.Thread):
     def run(self) -> None:
         offer, listed = self._offer, items(self._offer.firsts, self._offer.stop)
         self._each = len(listed)
-        whole, count = self._each * len(self._forms), 0
+        whole = self._each * len(self._forms)
 
         def into(number: int, part: Part) -> Tensor | None:
             self.arrived = self.arrived or time.monotonic()
@@ -340,7 +354,7 @@ class _Get(threading.Thread):
                 way = "tcp" if local and connection.family != socket.AF_UNIX else offer.way
                 send(connection, encode_get(Get(offer.lend, self._part, whole, way)))
                 count = channel_of(way, self._puller.device, "").borrow(connection, wanted)
-        except FAILURES as error:
+        except Exception as error:
             self.error, count = error, self._at
         if count == whole:
             self.blocks, self.slabs = offer.stop, len(self._forms)
