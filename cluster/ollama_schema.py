@@ -160,9 +160,7 @@ def _loading(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> OllamaAsk:
 
 def _shared(fields: Mapping[str, Any], warnings: tuple[str, ...]) -> dict[str, Any]:
     """Fields of `OllamaAsk` that both bodies have."""
-    sampling, more = _options(
-        fields.get("options", {}), beside=("truncate_prompt_tokens",) if fields.get("truncate") else ()
-    )
+    sampling, more = _options(_given(fields), beside=("truncate_prompt_tokens",) if fields.get("truncate") else ())
     if schema := fields.get("format"):
         form = {"json_object": True} if schema == "json" else {"json": json.dumps(schema)}
         sampling["structured_outputs"] = StructuredOutput(**form)
@@ -264,16 +262,22 @@ def _call(call: Mapping[str, Any], at: str) -> dict[str, Any]:
     return {"id": call.get("id"), "type": "function", "function": {"arguments": {}, **function}}
 
 
+def _given(fields: Mapping[str, Any]) -> Body:
+    """The options; clients send whole numbers as 40.0, too."""
+    options: Body = fields.get("options", {})
+    return {name: int(v) if isinstance(v, float) and v.is_integer() else v for name, v in options.items()}
+
+
 def _num_ctx(fields: Mapping[str, Any]) -> int | None:
     """None where it isn't given, or says nothing."""
-    given: int | None = fields.get("options", {}).get("num_ctx")
+    given: int | None = _given(fields).get("num_ctx")
     if given is not None:
         OPTIONS["num_ctx"]("num_ctx", given)
     return given
 
 
 def _salt(fields: Mapping[str, Any]) -> str:
-    salt = fields.get("options", {}).get("cache_salt")
+    salt = _given(fields).get("cache_salt")
     if salt is None:
         return ""
     string("options.cache_salt", salt)

@@ -92,7 +92,7 @@ SAMPLING: dict[str, Json] = {
     "n": _integer(1, MAX_N),
     "best_of": _integer(1, MAX_N),
     "temperature": _number(0, None),
-    "top_p": _number(0, 1, open_low=True),
+    "top_p": _number(0, 1),
     "top_k": _integer(-1),
     "min_p": _number(0, 1),
     "presence_penalty": _number(-2, 2),

@@ -244,7 +244,7 @@ def _tool(tool: Mapping[str, Any], at: str) -> Json:
     if tool.get("type") != "function":
         kind = tool.get("type")
         raise UnsupportedError(
-            f"{at}: this server runs no tools of its own, such as {kind!r:.60}; describe yours", param="tools"
+            f'{at}: only tools of type "function", which you run, are supported; got {kind!r:.60}', param="tools"
         )
     names = ("name", "description", "parameters", "strict")
     return {"type": "function", "function": {name: tool[name] for name in names if tool.get(name) is not None}}
@@ -252,7 +252,11 @@ def _tool(tool: Mapping[str, Any], at: str) -> Json:
 
 def _effort(reasoning: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
     """(how much the model is to think, what is ignored)."""
-    if other := [name for name in reasoning if name not in ("effort", "summary", "generate_summary")]:
+    neutral = {"context": (None, "auto"), "mode": (None, "standard")}
+    known = ("effort", "summary", "generate_summary")
+    if other := [
+        name for name, value in reasoning.items() if name not in known and value not in neutral.get(name, (None,))
+    ]:
         raise UnsupportedError(f"reasoning.{other[0]:.60} isn't supported", param="reasoning")
     effort = reasoning.get("effort")
     if effort is not None:

@@ -258,9 +258,12 @@ def tool_use(tools: Sequence[Tool] | None, choice: object, parallel: bool = True
 
 def _checked(tool: Tool, at: str) -> str:
     """The tool's name."""
-    if tool.get("type", "function") != "function" or not isinstance(tool.get("function"), Mapping):
-        kind = tool.get("type")
+    if (kind := tool.get("type", "function")) != "function":
         raise UnsupportedError(f'{at}: only tools of type "function" are supported, got {kind!r:.60}', param="tools")
+    if not isinstance(tool.get("function"), Mapping):
+        raise ClientError(
+            f"{at}.function must be an object with a name, got {tool.get('function')!r:.60}", param="tools"
+        )
     function = tool["function"]
     name, parameters = function.get("name"), function.get("parameters")
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name != name.strip():

@@ -65,6 +65,7 @@ class SamplingParams:
     temperature: float = 1.0
     """0 is greedy."""
     top_p: float = 1.0
+    """0: the likeliest token alone."""
     top_k: int = 0
     """0 or -1: off."""
     min_p: float = 0.0
@@ -165,7 +166,7 @@ class SamplingParams:
             text = f'early_stopping must be true, false or "never", got {self.early_stopping!r:.60}'
             raise ClientError(text, param="early_stopping")
         _real("temperature", self.temperature, 0.0, math.inf)
-        _real("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _real("top_p", self.top_p, 0.0, 1.0)
         _whole("top_k", self.top_k, 0, None, note="; 0 or -1 turns it off")
         _real("min_p", self.min_p, 0.0, 1.0)
         _real("presence_penalty", self.presence_penalty, -2.0, 2.0)

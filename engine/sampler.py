@@ -86,7 +86,8 @@ class Sampler:
         for name, array in self.values.items():
             array[seat] = getattr(sampling, name)
         temperature, penalty = sampling.temperature, sampling.repetition_penalty
-        self.values["temperature"][seat] = 0.0 if temperature < GREEDY_BELOW else min(temperature, HUGE)
+        alone = sampling.top_p == 0 and not sampling.mirostat  # the likeliest token
+        self.values["temperature"][seat] = 0.0 if alone or temperature < GREEDY_BELOW else min(temperature, HUGE)
         self.values["repetition_penalty"][seat] = min(max(penalty, 1 / HUGE), HUGE)
         self.seeds[seat] = new.seed % 2**64
         self.logprobs[seat] = -1 if sampling.logprobs is None else sampling.logprobs

@@ -46,6 +46,8 @@ EMAIL = rf"({_ATOM}(\.{_ATOM})*|\"([ !#-\[\]-~]|\\[ -~])*\")@({_LABEL}(\.{_LABEL
 """RFC 5321, 4.1.2: a local part may stand between quotes, and an address in place of a domain. Lengths (4.5.3) aren't held."""
 REWRITTEN = {"ipv6": f"^{IPV6}$", "email": f"^{EMAIL}$"}
 """Formats of which the library doesn't know all."""
+HINTS = ("password", "binary", "path", "file-path", "directory-path")
+"""Formats that say what a text is for (OpenAPI 3.1; Pydantic's SecretStr, bytes and Path): any text has them."""
 OLD_DRAFTS = ("draft-04", "draft-06", "draft-07")
 """In which `$ref` stands for itself, whatever is beside it."""
 NARROWED: dict[str, dict[str, Any]] = {
@@ -68,8 +70,8 @@ def check_depth(value: Any, limit: int = MAX_DEPTH, what: str = "a schema", para
 
 
 def narrowed(schema: Any) -> Any:
-    """The schema with NARROWED's rules beside its formats, REWRITTEN's in place of them, and numbers one of which is to be chosen
-    as anyOf. Of old drafts' references the reference alone.
+    """The schema with NARROWED's rules beside its formats, REWRITTEN's in place of them, without HINTS, and numbers one of which
+    is to be chosen as anyOf. Of old drafts' references the reference alone.
 
     Values to choose from are no schemas, and stay.
     """
@@ -95,8 +97,9 @@ def _narrowed(schema: Any, old: bool) -> Any:
     if not isinstance(others, list):
         return found
     more = [NARROWED[form]] if isinstance(form, str) and form in NARROWED else []
-    if isinstance(form, str) and form in REWRITTEN:
+    if isinstance(form, str) and form in (*REWRITTEN, *HINTS):
         del found["format"]
+    if isinstance(form, str) and form in REWRITTEN:
         more.append({"pattern": REWRITTEN[form]})
     if _numbers_apart(schema.get("oneOf")):
         more.append({"anyOf": found.pop("oneOf")})

@@ -93,6 +93,18 @@ def test_random_seed_and_unlimited_output(gateway):
     assert gateway.group.requests[-1].sampling.max_tokens is None
 
 
+def test_whole_numbers_may_have_a_point(gateway):
+    options = {"top_k": 40.0, "num_predict": 3.0, "num_ctx": 64.0, "seed": 7.0, "temperature": 1.0}
+    reply = httpx.post(gateway.url + "/api/generate", json={"model": "bytes", "prompt": "Hi", "options": options})
+    assert reply.status_code == 200, reply.text
+    sampling = gateway.group.requests[-1].sampling
+    assert (sampling.top_k, sampling.max_tokens, sampling.seed) == (40, 3, 7)
+    reply = httpx.post(
+        gateway.url + "/api/generate", json={"model": "bytes", "prompt": "Hi", "options": {"top_k": 1.5}}
+    )
+    assert (reply.status_code, "top_k" in reply.text) == (400, True)
+
+
 def test_options_of_the_sampler_arrive(gateway):
     options = {
         "mirostat": 2, "mirostat_tau": 4.5, "mirostat_eta": 0.2, "tfs_z": 0.9, "typical_p": 0.8, "repeat_last_n": 7,

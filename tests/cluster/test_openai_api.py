@@ -250,7 +250,7 @@ def test_request_id(gateway):
     [
         ({"temperature": "hot"}, "temperature", "must be a number at least 0, got 'hot'"),
         ({"temperature": -1}, "temperature", "at least 0"),
-        ({"top_p": 0}, "top_p", "above 0"),
+        ({"top_p": -0.1}, "top_p", "at least 0"),
         ({"n": True}, "n", "integer from 1 to 128"),
         ({"n": 1.5}, "n", "integer from 1 to 128"),
         ({"max_tokens": 0}, "max_tokens", "integer from 1"),

@@ -95,6 +95,13 @@ def test_items(gateway):
     assert prompt_of(gateway) == b"ABCDE"
 
 
+def test_what_says_nothing_of_reasoning_is_no_constraint(gateway):
+    given = {"effort": None, "summary": None, "context": "auto", "mode": "standard"}
+    for reasoning in (given, dict.fromkeys(given)):
+        reply = httpx.post(gateway.url + "/v1/responses", json={"model": "bytes", "input": "x", "reasoning": reasoning})
+        assert reply.status_code == 200, reply.text
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -108,6 +115,8 @@ def test_items(gateway):
         ({"tool_choice": "required"}, "tool_choice"),
         ({"reasoning": {"effort": "often"}}, "reasoning.effort"),
         ({"reasoning": {"mood": "low"}}, "reasoning"),
+        ({"reasoning": {"mode": "pro"}}, "reasoning"),
+        ({"reasoning": {"context": "all_turns"}}, "reasoning"),
         ({"conversation": "conv_none"}, "conversation"),
         ({"conversation": 1}, "conversation"),
         ({"conversation": "conv_1", "previous_response_id": "resp_1"}, "conversation"),

@@ -207,6 +207,12 @@ def test_whatever_is_asked_is_done_or_refused(llm: LLM, asked: dict[str, Any]) -
     assert llm.engine.pool.check() == []
 
 
+def test_no_share_of_probability_leaves_the_likeliest(llm: LLM) -> None:
+    (greedy,) = llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=12), **QUIET)
+    (found,) = llm.generate(PROMPT, SamplingParams(temperature=1.5, top_p=0, max_tokens=12, seed=1), **QUIET)
+    assert found.outputs[0].token_ids == greedy.outputs[0].token_ids
+
+
 def test_what_leaves_no_token_fails_by_name(llm: LLM) -> None:
     with pytest.raises(ClientError, match="allowed_token_ids"):
         llm.generate(PROMPT, SamplingParams(allowed_token_ids=[2], min_tokens=3), **QUIET)

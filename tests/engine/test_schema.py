@@ -57,6 +57,11 @@ def test_dates_are_those_of_the_calendar(takes, year, month, day):
         ({"format": "hostname"}, ".".join([LABEL] * 4), True),
         ({"format": "hostname"}, ".".join([LABEL] * 5), False),
         ({"format": "date"}, 7, True),
+        *(
+            ({"format": hint}, "any text", True)
+            for hint in ("password", "binary", "path", "file-path", "directory-path")
+        ),
+        ({"format": "password", "minLength": 4}, "any", False),
         (DATE | {"pattern": "^2024"}, "2024-02-29", True),
         (DATE | {"pattern": "^2024"}, "2020-02-29", False),
         (DATE | {"allOf": [{"pattern": "^2023"}]}, "2023-02-28", True),
