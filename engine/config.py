@@ -101,7 +101,8 @@ class EngineConfig:
     """Folder where KV blocks are kept: a prompt starts where an earlier one with the same beginning stopped, after a
     restart too. auto: ~/.cache/kvasir/kv ($XDG_CACHE_HOME), the default under `kvasir serve`, else none."""
     kv_disk_size: int | None = None
-    """Most bytes in --kv-disk-path; default: 10 % of what is free, up to 50 GB; 0: nothing is kept there."""
+    """Most bytes in --kv-disk-path, of all copies of the model on a node together; default: 10 % of what is free, up to 50 GB; 0:
+    nothing is kept there."""
     kv_transfer: Literal["auto", "shm", "tcp", "gloo", "nccl", "nixl", "off"] = "auto"
     """How groups of `kvasir serve` fetch KV blocks from each other instead of computing them. auto: shared memory on one node
     (shm), else tcp; gloo, nccl: torch.distributed; nixl: the library of that name; off: not at all. Both groups need the same

@@ -30,6 +30,7 @@ MAGIC = b"kvblock1"
 DEFAULT_BYTES = 50 * 10**9
 DEFAULT_SHARE = 0.1
 """Of what is free on the disk, up to DEFAULT_BYTES."""
+UNFINISHED = ".part"
 PAUSE_S = 30.0
 """After a failed write the disk is left alone for so long."""
 
@@ -37,7 +38,8 @@ PAUSE_S = 30.0
 class Disk:
     """Blocks of `block_bytes` in a claimed folder. One thread scans and writes, one reads, any asks `in`.
 
-    capacity: bytes; None: DEFAULT_SHARE of what is free, up to DEFAULT_BYTES, in equal parts to `sharers`.
+    capacity: bytes; None: DEFAULT_SHARE of what is free, up to DEFAULT_BYTES. `sharers`, ranks of this copy on this node, have
+    equal parts of it, and so have all copies of the model that run.
     """
 
     def __init__(
@@ -46,6 +48,8 @@ class Disk:
         self._claim, self._fingerprint, self.block_bytes = claim, fingerprint, block_bytes
         self._capacity, self._sharers = capacity, sharers
         self._lock = threading.Lock()
+        self._limit = 0
+        """Bytes that this rank may hold when no other copy runs."""
         self.shelf = Shelf(0)
         self.stored = self.loaded = self.failed = 0
         """Blocks written and read; those that could not be written, or were bad when they were read."""
@@ -57,23 +61,23 @@ class Disk:
         return HEAD.size + self.block_bytes
 
     def scan(self) -> None:
-        """Find what earlier processes left, the least recently used first. What isn't a block goes."""
+        """Find what earlier processes left, the least recently used first. What isn't complete goes."""
         found: list[tuple[int, ContentId]] = []
         for entry in self._claim.files():
-            content = _content(entry.name)
             with contextlib.suppress(OSError):
                 status = entry.stat(follow_symlinks=False)
-                if content is not None and status.st_size == self.size:
-                    found.append((status.st_mtime_ns, content))
+                if status.st_size == self.size and not entry.name.endswith(UNFINISHED):
+                    found.append((status.st_mtime_ns, bytes.fromhex(entry.name)))
                 else:
                     os.unlink(entry.path)
+        self._limit = self._most(len(found) * self.size)
+        self._claim.look()
         with self._lock:
-            self.shelf.capacity = self._limit(len(found) * self.size)
+            self.shelf.capacity = self._limit // self._claim.running
             left = [gone for _, content in sorted(found) for gone in self.shelf.put(content, self.size)]
         self._unlink(left)
-        self._claim.find_abandoned()
 
-    def _limit(self, held: int) -> int:
+    def _most(self, held: int) -> int:
         if self._capacity is not None:
             return self._capacity // self._sharers
         try:
@@ -85,16 +89,14 @@ class Disk:
     def write(self, content: ContentId, data: memoryview) -> bool:
         """Keep a block, in place of what is known by its name; what is least worth keeping goes for it. False: the disk
         didn't take it."""
-        if self.size > self.shelf.capacity:
+        if self.size > self._limit:
             return False
         if time.monotonic() < self._paused_until:
             self.failed += 1
             return False
-        self._claim.make_room(self.shelf.capacity - self.shelf.used - self.size)
-        with self._lock:
-            left = self.shelf.shrink(self.shelf.capacity - self.size)
-        self._unlink(left)
         try:
+            if not self._make_room():
+                return False
             self._store(content, data)
         except OSError as error:
             self._give_up(error)
@@ -104,11 +106,21 @@ class Disk:
         self.stored += 1
         return True
 
+    def _make_room(self) -> bool:
+        """For one more block, of what is this copy's part now. False: that is too small."""
+        self._claim.look()
+        with self._lock:
+            self.shelf.capacity = self._limit // self._claim.running
+            left = self.shelf.shrink(max(0, self.shelf.capacity - self.size))
+        self._unlink(left)
+        self._claim.make_room(self.shelf.capacity - self.shelf.used - self.size)
+        return self.size <= self.shelf.capacity
+
     def _store(self, content: ContentId, data: memoryview) -> None:
         path = self._path(content)
         path.parent.mkdir(mode=0o700, exist_ok=True)
         head = HEAD.pack(MAGIC, self._fingerprint, content, self._checksum(content, data))
-        unfinished = path.with_suffix(".part")
+        unfinished = path.with_suffix(UNFINISHED)
         try:
             with open(unfinished, "wb", buffering=0, opener=_private) as file:
                 file.write(head)
@@ -179,14 +191,6 @@ class Disk:
 
     def _checksum(self, content: ContentId, data: memoryview) -> int:
         return zlib.crc32(data, zlib.crc32(self._fingerprint + content))
-
-
-def _content(name: str) -> ContentId | None:
-    """What a file's name says it holds."""
-    try:
-        return bytes.fromhex(name) if name == name.lower() else None
-    except ValueError:
-        return None
 
 
 def _private(path: str, flags: int) -> int:

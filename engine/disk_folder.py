@@ -1,24 +1,38 @@
 """Whose folder is whose: ROOT/FINGERPRINT/COPY/RANK, locked while a process uses it.
 
 FINGERPRINT stands for everything that must be equal for blocks to be exchanged, COPY tells groups that serve the same
-model on one node apart. Folders of other fingerprints, models that aren't served any more, are what goes first.
+model on one node apart. What copies left that don't run any more goes first. ROOT may be anybody's folder: nothing in it
+is touched that hasn't got one of our names, below folders that have.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
-import shutil
+import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 LOCK = "lock"
+FINGERPRINT = re.compile("[0-9a-f]{32}")
+NUMBER = re.compile("0|[1-9][0-9]{0,5}")
+"""Of a copy or a rank."""
+PART = re.compile("[0-9a-f]{2}")
+BLOCK = re.compile(r"[0-9a-f]{32}(\.part)?")
+"""A block's file, or one that isn't complete; its first digits are its folder's name."""
 MOST_COPIES = 1024
 LINGER_S = 2.0
 """So long a rank that was killed may take to let go of its folder."""
+PROBE_S = 0.02
+"""Who looks whether a folder is locked has locked it for a moment."""
+LOOK_S = 60.0
+"""What a copy knows of others is no older."""
+RESTART_S = 600.0
+"""So long the folder of a copy that doesn't run is kept for it where its model is served: it may be starting again."""
 
 
 class Claim:
@@ -27,23 +41,43 @@ class Claim:
     def __init__(self, root: Path, fingerprint: str, copy: int, rank: int, lock: int) -> None:
         self.copy, self._lock = copy, lock
         self.folder = root / fingerprint / str(copy) / str(rank)
+        self.running = 1
+        """Copies of this model that use ROOT now, this one too."""
         self._place = root, fingerprint, rank
-        self._others: list[Abandoned] = []
+        self._looked = -math.inf
+        self._idle: dict[Path, Idle] = {}
+        self._others: list[Idle] = []
 
     def files(self) -> list[os.DirEntry[str]]:
-        """What lies in the folder's parts; nothing, where that can't be read."""
+        """Blocks and unfinished ones in the folder; none, where it can't be read."""
         with contextlib.suppress(OSError):
             return [*_files(self.folder)]
         return []
 
-    def find_abandoned(self) -> None:
-        """What models that aren't served any more left: one rank of a group cares for it."""
+    def look(self) -> None:
+        """Which copies run, and what those left that don't: for that one rank of a group cares."""
+        now = time.monotonic()
+        if now < self._looked + LOOK_S:
+            return
+        self._looked = now
         root, fingerprint, rank = self._place
-        with contextlib.suppress(OSError):
-            self._others = _abandoned(root, fingerprint) if rank == 0 else []
+        idle: dict[Path, Idle] = {}
+        self._others = []
+        for model in _folders(root, FINGERPRINT) if rank == 0 else [root / fingerprint]:
+            copies = [(copy, _runs(copy)) for copy in _folders(model, NUMBER) if _ranks(copy)]
+            running = sum(runs for _, runs in copies)
+            if model.name == fingerprint:
+                self.running = max(1, running)
+            for copy in [copy for copy, runs in copies if not runs and rank == 0]:
+                with contextlib.suppress(OSError):
+                    idle[copy] = self._idle.get(copy) or _measured(copy)
+                    if not running or now - idle[copy].since >= RESTART_S:
+                        self._others.append(idle[copy])
+        self._idle = idle
+        self._others.sort(key=lambda other: other.used)
 
     def make_room(self, free: int) -> None:
-        """Remove of that what takes more than `free` bytes."""
+        """Remove of what others left, the longest unused first, what takes more than `free` bytes. Raises OSError."""
         while self._others and sum(other.size for other in self._others) > free:
             self._others.pop(0).remove()
 
@@ -57,12 +91,9 @@ def claim(root: Path, fingerprint: str, rank: int, copy: int | None = None) -> C
     """The folder of this rank, of this copy or else the first that is free; None: somebody has it. Raises OSError."""
     for number in range(MOST_COPIES) if copy is None else (copy,):
         folder = root / fingerprint / str(number) / str(rank)
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = _locked(folder)
-        until = time.monotonic() + (0 if copy is None else LINGER_S)
-        while lock is None and time.monotonic() < until:
-            time.sleep(0.05)
-            lock = _locked(folder)
+        until = time.monotonic() + (PROBE_S if copy is None else LINGER_S)
+        while (lock := _taken(folder)) is None and time.monotonic() < until:
+            time.sleep(0.01)
         if lock is not None:
             os.utime(folder / LOCK)
             return Claim(root, fingerprint, number, rank, lock)
@@ -70,54 +101,98 @@ def claim(root: Path, fingerprint: str, rank: int, copy: int | None = None) -> C
 
 
 @dataclass(frozen=True)
-class Abandoned:
-    """What a model that isn't served now left behind."""
+class Idle:
+    """What a copy that doesn't run left behind."""
 
-    used: float
     folder: Path
+    used: float
     size: int
+    since: float = field(default_factory=time.monotonic)
+    """When it was first seen not to run."""
 
     def remove(self) -> None:
-        """Unless somebody uses it again."""
+        """Our files, and the folders that are empty then; nothing, when somebody uses it again. Raises OSError."""
+        ranks = _ranks(self.folder)
         with contextlib.ExitStack() as stack:
-            for lock in sorted(self.folder.glob(f"*/*/{LOCK}")):
-                held = _locked(lock.parent)
+            for rank in ranks:
+                held = _locked(rank)
                 if held is None:
                     return
                 stack.callback(os.close, held)
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for rank in ranks:
+                for entry in _files(rank):
+                    os.unlink(entry.path)
+                for part in _folders(rank, PART):
+                    _remove_empty(part)
+                os.unlink(rank / LOCK)
+                _remove_empty(rank)
+            _remove_empty(self.folder)
+            _remove_empty(self.folder.parent)
 
 
-def _abandoned(root: Path, own: str) -> list[Abandoned]:
-    """The longest unused first."""
-    found = []
-    for folder in root.iterdir():
-        locks = [*folder.glob(f"*/*/{LOCK}")] if folder.name != own else []
-        if locks and not any(map(_is_locked, locks)):
-            size = sum(entry.stat(follow_symlinks=False).st_size for lock in locks for entry in _files(lock.parent))
-            found.append(Abandoned(max(lock.stat().st_mtime for lock in locks), folder, size))
-    return sorted(found, key=lambda other: other.used)
+def _measured(copy: Path) -> Idle:
+    ranks = _ranks(copy)
+    size = sum(entry.stat(follow_symlinks=False).st_size for rank in ranks for entry in _files(rank))
+    return Idle(copy, max((rank / LOCK).stat().st_mtime for rank in ranks), size)
+
+
+def _folders(folder: Path, name: re.Pattern[str]) -> list[Path]:
+    """Those in it with such a name; none, where that can't be read."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        found = [entry for entry in entries if name.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)]
+        return sorted(folder / entry.name for entry in found)
+    return []
+
+
+def _ranks(copy: Path) -> list[Path]:
+    return [rank for rank in _folders(copy, NUMBER) if os.path.isfile(rank / LOCK)]
+
+
+def _runs(copy: Path) -> bool:
+    """A rank of it does; or it is somebody's whose folders we can't have."""
+    try:
+        locks = [_locked(rank) for rank in _ranks(copy)]
+    except OSError:
+        return True
+    for lock in locks:
+        if lock is not None:
+            os.close(lock)
+    return None in locks
 
 
 def _files(folder: Path) -> Iterator[os.DirEntry[str]]:
-    for part in os.scandir(folder):
-        if part.is_dir(follow_symlinks=False):
-            yield from os.scandir(part.path)
+    """Blocks and unfinished ones in a rank's folder."""
+    for part in _folders(folder, PART):
+        with os.scandir(part) as entries:
+            for entry in entries:
+                ours = BLOCK.fullmatch(entry.name) and entry.name.startswith(part.name)
+                if ours and entry.is_file(follow_symlinks=False):
+                    yield entry
 
 
-def _locked(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock; None: another one does."""
-    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+def _taken(folder: Path) -> int | None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # somebody removed it, as one that isn't used
+        return _locked(folder, os.O_CREAT)
+    return None
+
+
+def _locked(folder: Path, flags: int = 0) -> int | None:
+    """A descriptor that holds the folder's lock; None: another one does. Raises OSError."""
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW | flags, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock).st_nlink:
+            return lock
     except BlockingIOError:
+        pass
+    except OSError:
         os.close(lock)
-        return None
-    return lock
+        raise
+    os.close(lock)  # another one has it, or has removed it
+    return None
 
 
-def _is_locked(lock: Path) -> bool:
-    held = _locked(lock.parent)
-    if held is not None:
-        os.close(held)
-    return held is None
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()

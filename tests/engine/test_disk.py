@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from kvasir.engine import disk as disk_module
+from kvasir.engine import disk_folder as folder_module
 from kvasir.engine.disk import HEAD, PAUSE_S, Disk
-from kvasir.engine.disk_folder import claim
+from kvasir.engine.disk_folder import LOOK_S, RESTART_S, claim
 from kvasir.engine.host import Host
 from kvasir.engine.shelf import MOST_TURNS, Shelf
 
@@ -274,15 +275,17 @@ def _full(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_foreign_files_are_removed_and_unfinished_ones(tmp_path: Path) -> None:
+def test_unfinished_files_are_removed_and_foreign_ones_are_not(tmp_path: Path) -> None:
     disk = opened(tmp_path)
     disk.write(content(1), data(1))
     (file,) = files(tmp_path)
-    for name in ("README", f"{file.name}.part", file.name.upper() + "AB", "00" * 16):
-        (file.parent / name).write_bytes(b"x")
+    foreign = [file.parent / name for name in ("README", file.name.upper() + "AB", "ff" * 16, "a.part")]
+    unfinished = [file.parent / name for name in (f"{file.name}.part", "00" * 16)]
+    for path in (*foreign, *unfinished):
+        path.write_bytes(b"x")
     disk.close()
     assert len(opened(tmp_path).shelf) == 1
-    assert files(tmp_path) == [file]
+    assert files(tmp_path) == sorted([file, *foreign])
 
 
 WRITER = """
@@ -346,3 +349,111 @@ def test_what_models_left_that_are_no_longer_served_goes_first(tmp_path: Path) -
     assert len(ours.shelf) == 15
     left = [len(files(tmp_path / mark.hex())) for mark in marks]
     assert left == [0, 0, 10]  # the last one is being served
+
+
+def tree(root: Path) -> dict[str, bytes | None]:
+    """All that lies in it; None stands for a folder."""
+    return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
+
+
+def test_nothing_is_touched_that_is_not_ours(tmp_path: Path) -> None:
+    """Somebody's home, say, with other programs' locks in it, and with folders that are named like ours."""
+    model, block = "0a" * 16, "0b" * 16
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "0" / "0").mkdir(parents=True)
+    root = tmp_path / "home"
+    for name in (
+        ".mozilla/firefox/abc.default/lock",
+        ".mozilla/firefox/abc.default/logins.json",
+        "cache/apt/archives/lock",
+        f"{model.upper()}/0/0/lock",
+        f"{model}00/0/0/lock",
+        f"{model}/1.5/0/lock",
+        f"{model}/01/0/lock",
+        f"{model}/0/first/lock",
+        f"{model}/0/0/notes/{block}",
+        f"{model}/0/0/0b/letter",
+        f"{model}/0/0/0b/{'0c' * 16}",
+        f"{model}/0/0/0b/{block}.tmp",
+        f"{model}/0/0/letter",
+        f"{model}/letter",
+        f"{'0e' * 16}/0/0/0b/{block}",  # nobody's lock
+    ):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"precious")
+    for name in (f"0/0/0b/{block}", "0/0/lock"):
+        (elsewhere / name).parent.mkdir(exist_ok=True)
+        (elsewhere / name).write_bytes(b"precious")
+    (root / ("0d" * 16)).symlink_to(elsewhere)
+    (root / model / "0" / "0" / "0c").symlink_to(elsewhere / "0" / "0" / "0b")
+    before = tree(tmp_path)
+    for name in ("lock", f"0b/{block}", f"0b/{block}.part", "0f/" + "0f" * 16):  # ours among it: that goes
+        path = root / model / "0" / "0" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(0 if name == "lock" else 2 * FILE))
+    ours = opened(root, 2)
+    for number in range(5):
+        assert ours.write(content(number), data(number))
+    assert {name: held for name, held in tree(tmp_path).items() if MARK.hex() not in name} == before
+
+
+def test_a_disk_that_takes_no_change_fails_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read-only or unplugged, while room is made too."""
+    other = opened(tmp_path, mark=b"o" * 16)
+    other.write(content(1), data(1))
+    other.close()
+    disk = opened(tmp_path, 1)
+    real = os.open
+    monkeypatch.setattr(
+        os, "open", lambda path, *said, **more: _full() if "lock" in str(path) else real(path, *said, **more)
+    )
+    assert not disk.write(content(2), data(2))
+    assert disk.failed == 1
+    monkeypatch.undo()
+    now = time.monotonic()
+    monkeypatch.setattr(disk_module.time, "monotonic", lambda: now + 1000)
+    assert disk.write(content(2), data(2))
+    assert len(files(tmp_path)) == 1
+
+
+def test_copies_that_run_share_the_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_module, "LOOK_S", 0)
+    copies: list[Disk] = []
+    for held in (6, 3, 2):
+        copies.append(opened(tmp_path, 6))
+        for number in range(7):
+            for disk in copies:
+                assert disk.write(content(number), data(number))
+        assert [len(disk.shelf) for disk in copies] == [held] * len(copies)
+        assert len(files(tmp_path)) == 6
+    others = [claim(tmp_path, MARK.hex(), 0) for _ in range(4)]
+    assert not copies[0].write(content(1), data(1))  # a seventh of the size holds no block
+    assert len(copies[0].shelf) == 0
+    assert None not in others
+
+
+def test_copies_find_their_blocks_after_a_restart_and_leave_none_when_they_stay_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, later = time.monotonic, 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + later)
+    copies = [opened(tmp_path, 12) for _ in range(4)]
+    later += LOOK_S
+    for disk in copies:
+        for number in range(20):
+            disk.write(content(number), data(number))
+    for disk in copies:
+        disk.close()
+    copies = [opened(tmp_path, 12)]
+    for number in range(30, 50):
+        copies[0].write(content(number), data(number))
+    assert len(copies[0].shelf) == 12  # the others haven't said yet that they start again
+    copies += [opened(tmp_path, 12) for _ in range(2)]
+    assert all(read(disk, number) for disk in copies[1:] for number in (17, 18, 19))
+    for number, left in ((50, 12 + 3), (51, 12)):  # what the fourth had goes when it hasn't come back
+        later += RESTART_S / 2 + 1
+        for disk in copies:
+            assert disk.write(content(number), data(number))
+        assert [len(disk.shelf) for disk in copies] == [4, 4, 4]
+        assert len(files(tmp_path)) == left
