@@ -77,12 +77,12 @@ import platform, torch
 name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
 print(f"{name}; Python {platform.python_version()}, torch {torch.__version__}")
 PY
-stage "greedy tokens on $device against the CPU, float32" 90 "$python" benchmarks/device_parity.py --device "$device"
+stage "greedy tokens on $device against the CPU, float32" 90 env KVASIR_CHECK_GRAPHS=1 "$python" benchmarks/device_parity.py --device "$device"
 stage "kernels" 120 "$python" benchmarks/gpu_kernels.py --device "$device" "${models[@]}" --seconds 90 --json "$out/kernels.json"
 engine skald skald skald
 stage "a random $shape" 60 "$python" benchmarks/checkpoint.py "$shape" "$site/model"
 engine "random $shape" "$shape" "$site/model" --sequences $sequences
-stage "the same bits in any batch, --deterministic" 60 "$python" benchmarks/determinism.py --device "$device" "${few[@]}"
+stage "the same bits in any batch, --deterministic" 60 env KVASIR_CHECK_GRAPHS=1 "$python" benchmarks/determinism.py --device "$device" "${few[@]}"
 engine "random $shape, --deterministic" "$shape-deterministic" "$site/model" --sequences $sequences --deterministic
 engine "random $shape, without CUDA graphs" "$shape-eager" "$site/model" --sequences $sequences --enforce-eager
 stage "a process group of one" 30 "$python" benchmarks/sums.py --device "$device" --ranks 1

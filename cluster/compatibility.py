@@ -131,7 +131,7 @@ ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
 
 QUIET = {"VLLM_API_KEY", "VLLM_NO_USAGE_STATS", "VLLM_DO_NOT_TRACK", "VLLM_USE_V1"}
 """Variables of vLLM that need no word: read elsewhere, or true already (nothing is ever reported to anybody)."""
-OURS = {"KVASIR_API_KEY", "KVASIR_KERNELS", "KVASIR_NOHISTORY", "KVASIR_DATA"}
+OURS = {"KVASIR_API_KEY", "KVASIR_CHECK_GRAPHS", "KVASIR_KERNELS", "KVASIR_NOHISTORY", "KVASIR_DATA"}
 """Variables of ours that are no option: read where they are needed."""
 KUBERNETES = re.compile(r"KVASIR_(PORT|SERVICE)(_|$)")
 """What Kubernetes sets for a Service named kvasir."""

@@ -263,15 +263,27 @@ class Streams:
 
 
 def test_a_recording_leaves_its_stream_also_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KVASIR_CHECK_GRAPHS", raising=False)
     streams = Streams(monkeypatch)
     capture = CudaCapture(torch.device("cuda"))
     capture(lambda: torch.zeros(1))
-    assert streams.asked == {"mode": "thread_local", "check": True}
+    assert streams.asked == {"mode": "thread_local", "check": False}
     assert streams.current == "main"
     streams.fails = True
     with pytest.raises(RuntimeError, match="invalidated"):
         capture(lambda: torch.zeros(1))
     assert streams.current == "main"
+
+
+@pytest.mark.parametrize(("value", "checks"), [("1", True), ("0", False)])
+def test_what_recordings_read_is_watched_only_on_request(
+    value: str, checks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch then looks at every input before each replay, in Python."""
+    monkeypatch.setenv("KVASIR_CHECK_GRAPHS", value)
+    streams = Streams(monkeypatch)
+    CudaCapture(torch.device("cuda"))(lambda: torch.zeros(1))
+    assert streams.asked["check"] is checks
 
 
 def test_on_a_cpu_there_are_none(decoder: Decoder) -> None:
