@@ -55,6 +55,7 @@ _REFUSED: Neutral = {
     "mcp_servers": ([],),
     "fallbacks": ([],),
 }
+_TOOL = ("type", "name", "description", "input_schema", "strict", "cache_control")
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 _CHOICES = ("auto", "any", "tool", "none")
 
@@ -83,6 +84,7 @@ def parse_messages(body: Body) -> MessagesAsk:
     if "metadata" in fields:
         warnings += _metadata(fields["metadata"])
     found, cached = _conversation(fields)
+    warnings += _overlooked(fields)
     if "reasoning_effort" in found.variables:
         warnings += ("output_config.effort (but by chat templates that know reasoning_effort)",)
     if cached or fields.get("cache_control"):
@@ -145,7 +147,7 @@ def _tool(tool: Body, at: str) -> Json:
     if not isinstance(tool.get("name"), str) or not isinstance(tool.get("input_schema"), dict):
         raise ClientError(f"{at} must have a name and an input_schema", param="tools")
     function = {"name": tool["name"], "parameters": tool["input_schema"]}
-    if tool.get("strict"):
+    if _flag(tool, "strict", at, "tools"):
         function["strict"] = True
     if tool.get("description") is not None:
         function["description"] = tool["description"]
@@ -187,7 +189,26 @@ def _budget(thinking: Mapping[str, Any]) -> int | None:
 def _use(fields: Mapping[str, Any], tools: Any) -> ToolUse | None:
     """What is said about tools."""
     choice = fields.get("tool_choice") or {}
-    return tool_use(tools, _choice(fields.get("tool_choice")), not choice.get("disable_parallel_tool_use", False))
+    one = _flag(choice, "disable_parallel_tool_use", "tool_choice", "tool_choice")
+    return tool_use(tools, _choice(fields.get("tool_choice")), not one)
+
+
+def _flag(given: Body, name: str, at: str, param: str) -> bool:
+    if (value := given.get(name)) is not None and not isinstance(value, bool):
+        raise ClientError(f"{at}.{name} must be true or false, got {value!r:.60}", param=param)
+    return bool(value)
+
+
+def _overlooked(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """What of tools, the choice among them and thoughts says nothing here."""
+    given: list[tuple[str, Body, tuple[str, ...]]] = [
+        *((f"tools[{number}]", tool, _TOOL) for number, tool in enumerate(fields.get("tools") or ())),
+        ("tool_choice", fields.get("tool_choice") or {}, ("type", "name", "disable_parallel_tool_use")),
+        ("thinking", fields.get("thinking") or {}, ("type", "budget_tokens")),
+    ]
+    return tuple(
+        f"{at}.{name}" for at, each, known in given for name, v in each.items() if name not in known and v is not None
+    )
 
 
 def _effort(fields: Mapping[str, Any]) -> Json:

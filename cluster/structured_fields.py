@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from kvasir.cluster.described import described
@@ -97,6 +97,10 @@ KINDS: dict[str, Callable[[str, Any], Any]] = {
 }
 
 
+_FORM_FIELDS = {"text": (), "json_object": ("schema",), "json_schema": ("json_schema",)}
+"""What a response_format has beside its type."""
+
+
 def _field(kind: str) -> Callable[[str, Any], StructuredOutput | None]:
     def read(name: str, value: Any) -> StructuredOutput | None:
         made = KINDS[kind](name, value)
@@ -108,6 +112,8 @@ def _field(kind: str) -> Callable[[str, Any], StructuredOutput | None]:
 def _response_format(name: str, value: Any) -> StructuredOutput | None:
     """OpenAI's, and vLLM's structural tags in it."""
     kind = value.get("type") if isinstance(value, dict) else None
+    if kind in _FORM_FIELDS:
+        _known("response_format", value, ("type", *_FORM_FIELDS[kind]), name)
     if kind == "text":
         return None
     if kind == "json_object":
@@ -117,6 +123,10 @@ def _response_format(name: str, value: Any) -> StructuredOutput | None:
         inner = value.get("json_schema")
         if not isinstance(inner, dict):
             raise ClientError("response_format: json_schema must be an object with a schema", param=name)
+        _known("response_format.json_schema", inner, ("name", "description", "schema", "json_schema", "strict"), name)
+        if not isinstance(inner.get("strict"), (bool, type(None))):
+            text = f"response_format.json_schema.strict must be true or false, got {inner['strict']!r:.60}"
+            raise ClientError(text, param=name)
         schema = inner.get("schema", inner.get("json_schema"))
         if schema is None:
             raise ClientError("response_format: json_schema has no schema", param=name)
@@ -127,11 +137,18 @@ def _response_format(name: str, value: Any) -> StructuredOutput | None:
     raise ClientError(f"response_format: type must be {known}, got {kind!r:.60}", param=name)
 
 
+def _known(at: str, value: Mapping[str, Any], names: Collection[str], param: str) -> None:
+    """Of a constraint nothing is overlooked."""
+    if other := [name for name, given in value.items() if name not in names and given is not None]:
+        raise UnsupportedError(f"{at}.{other[0]:.60} isn't supported; known: {', '.join(names)}", param=param)
+
+
 def _structured_outputs(name: str, value: Any) -> StructuredOutput | None:
     """vLLM's: one constraint by its name, with options of its backends."""
     if not isinstance(value, dict):
         raise ClientError(f"{name} must be an object, got {value!r:.60}", param=name)
-    given = {key: item for key, item in value.items() if item not in (None, False)}
+    off = {key for key, item in value.items() if item is False and KINDS.get(key) in (None, _true)}
+    given = {key: item for key, item in value.items() if item is not None and key not in off}
     for key in list(given):
         if key not in KINDS:
             raise UnsupportedError(f"{name}.{key} isn't supported; known: {', '.join(KINDS)}", param=name)

@@ -273,6 +273,8 @@ def _checked(tool: Tool, at: str) -> str:
         raise ClientError(f"{at}.function.parameters must be a JSON Schema, got {parameters!r:.60}", param="tools")
     if parameters and parameters.get("type", "object") != "object":
         raise ClientError(f"{at}.function.parameters must be the schema of an object", param="tools")
+    if not isinstance(function.get("strict"), (bool, type(None))):
+        raise ClientError(f"{at}.function.strict must be true or false, got {function['strict']!r:.60}", param="tools")
     check_depth(parameters, 2 * MAX_DEPTH, f"{at}.function.parameters", param="tools")
     return name
 

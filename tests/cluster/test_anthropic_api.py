@@ -225,6 +225,25 @@ _VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )
+
+
+def test_nothing_of_tools_is_overlooked(gateway):
+    tool = {"name": "look", "input_schema": {"type": "object"}}
+    reply = send(
+        gateway, tools=[tool | {"defer_loading": True, "zzz": 1, "cache_control": None}],
+        tool_choice={"type": "none", "bogus": 1},
+    )  # fmt: skip
+    assert reply.status_code == 200, reply.text
+    for name in ("tools[0].defer_loading", "tools[0].zzz", "tool_choice.bogus"):
+        assert name in reply.headers["x-kvasir-warning"]
+    for fields in (
+        {"tools": [tool | {"strict": "false"}]},
+        {"tools": [tool], "tool_choice": {"type": "auto", "disable_parallel_tool_use": "yes"}},
+    ):
+        reply = send(gateway, **fields)
+        assert (reply.status_code, "must be true or false" in reply.text) == (400, True)
+
+
 _BLOCK = st.fixed_dictionaries(
     {"type": st.sampled_from(["text", "thinking", "tool_use", "tool_result", "image"])},
     optional={

@@ -165,3 +165,44 @@ def test_a_refusal_says_what_may_be_sent(name, value, advice):
         parse_chat({"messages": [{"role": "user", "content": "Hi"}], name: value})
     why = "it would change the answer, so it isn't ignored"
     assert caught.value.message == f"{name} isn't supported: {why}; got {value!r}; {advice}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"response_format": {"type": "text", "schema": {}}}, "response_format.schema isn't supported"),
+        ({"response_format": {"type": "json_object", "bogus": 3}}, "response_format.bogus isn't supported"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "bogus": 1}}},
+            "response_format.json_schema.bogus isn't supported",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "strict": "no"}}},
+            "strict must be true or false",
+        ),
+        ({"structured_outputs": {"json": False}}, "must be a JSON Schema that something satisfies"),
+        ({"tools": [{"type": "function", "function": {"name": "a", "strict": "no"}}]}, "strict must be true or false"),
+        ({"tools": [{"type": "function", "name": "a"}]}, "tools[0].function must be an object with a name"),
+    ],
+)
+def test_nothing_inside_of_a_field_is_overlooked(fields, text):
+    with pytest.raises(ClientError) as refused:
+        parse_chat({"messages": [{"role": "user", "content": "x"}], **fields})
+    assert text in refused.value.message
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "a", "description": None, "strict": True, "schema": {}},
+            }
+        },
+        {"structured_outputs": {"json_object": False, "json": None, "disable_any_whitespace": False}},
+        {"tools": [{"type": "function", "function": {"name": "a", "strict": None}}]},
+    ],
+)
+def test_what_is_neutral_inside_of_a_field_passes(fields):
+    parse_chat({"messages": [{"role": "user", "content": "x"}], **fields})
