@@ -15,6 +15,7 @@ from kvasir.engine.template_sandbox import compile_template, render_template
 _CUT = "\ue000continue-here\ue001"
 _CONTENT = ("probe one", "probe two")
 _PROBE_S = 2.0
+_ROLES = frozenset({"system", "developer", "tool"})
 
 Message = Mapping[str, Any]
 
@@ -60,11 +61,12 @@ class ChatTemplates:
         template = _compiled(source if source is not None else self._choose(bool(tools)))
         known = {**self._special_tokens, **_plain(variables or {}, "chat_template_kwargs")}
         known |= {"tools": _plain(tools, "tools") if tools else None, "add_generation_prompt": add_generation_prompt}
-        conversation = template.prepare(messages)
-        if not continue_final_message:
-            return template.render(conversation, known)
-        _mark_end(conversation)
-        return _cut(template.render(conversation, known))
+        conversation, places = template.prepare(messages)
+        if continue_final_message:
+            _mark_end(conversation)
+        text = template.render(conversation, known)
+        template.check_shown(conversation, places, known, text)
+        return _cut(text) if continue_final_message else text
 
     def _choose(self, has_tools: bool) -> str:
         if has_tools and "tool_use" in self.sources:
@@ -81,18 +83,63 @@ class _Template:
 
     def __init__(self, source: str) -> None:
         self._template = compile_template(source)
+        self._seen: set[tuple[str, bool]] = set()
+        """(role, whether it came first) of messages that came out."""
 
     def render(self, messages: Sequence[Message], variables: Mapping[str, Any], seconds: float | None = None) -> str:
         """The output for prepared `messages`."""
         return render_template(self._template, {**variables, "messages": messages}, seconds)
 
-    def prepare(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """A copy of the messages in the forms that this template reads: content as text or as parts, arguments of tool
-        calls as an object (what most templates want, and vLLM gives them) or as JSON text."""
+    def prepare(self, messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[int]]:
+        """(a copy of the messages in the forms that this template reads, the number that each was given as): content as
+        text or as parts, arguments of tool calls as an object (what most templates want, and vLLM gives them) or as JSON
+        text, what a developer says by a role that comes out."""
         if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
             raise ClientError("messages must be a list of at least one message", param="messages")
         plain = _plain(list(messages), "messages")
-        return [self._message(message, f"messages[{i}]") for i, message in enumerate(plain)]
+        found: list[dict[str, Any]] = []
+        places: list[int] = []
+        for number, given in enumerate(plain):
+            message = self._message(given, f"messages[{number}]")
+            if message["role"] == "developer" and not self._shows_developer:
+                message["role"] = "system"
+            if found and message["role"] == found[-1]["role"] == "system" and not self._shows_systems:
+                found[-1]["content"] = _joined(found[-1]["content"], message["content"])
+            else:
+                found.append(message)
+                places.append(number)
+        return found, places
+
+    def check_shown(
+        self, messages: Sequence[Message], places: Sequence[int], variables: Mapping[str, Any], text: str
+    ) -> None:
+        """ClientError when `text`, made of prepared `messages`, lacks one that is neither the user's nor the model's.
+
+        Where that isn't plain (a template may escape what it shows) it is rendered again, with marks as contents."""
+        marked, marks = list(messages), {}
+        for number, message in enumerate(messages):
+            role, content = message["role"], message["content"]
+            texts = [content] if isinstance(content, str) else [part["text"] for part in content]
+            if role in ("user", "assistant") or not any(map(str.strip, texts)):
+                continue
+            if (role, number == 0) in self._seen and all(one.strip() in text for one in texts):
+                continue
+            marks[number] = mark = f"probe-{number}-message"
+            marked[number] = {**message, "content": mark if isinstance(content, str) else _parts([mark])}
+        if not marks:
+            return
+        try:
+            shown = self.render(marked, variables)
+        except ClientError:  # it reads these contents, so it doesn't leave them out
+            return
+        for number, mark in marks.items():
+            role = messages[number]["role"]
+            if mark in shown:
+                if role in _ROLES:  # others are the client's words: there is no end of them
+                    self._seen.add((role, number == 0))
+                continue
+            why = f"the chat template doesn't show a {role!r:.60} message here, so the model wouldn't read it"
+            raise ClientError(f"messages[{places[number]}].role: {why}", param="messages")
 
     def _message(self, message: Any, at: str) -> dict[str, Any]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -136,6 +183,21 @@ class _Template:
     def _reads_text(self) -> bool:
         """Content may be a string (nearly always so)."""
         return not self._reads_parts or _CONTENT[0] in self._probe([{"role": "user", "content": _CONTENT[0]}])
+
+    @cached_property
+    def _shows_developer(self) -> bool:
+        """Behind a system message too: some templates know the role in the system's place alone, where it is the same."""
+        return _CONTENT[1] in self._two("system", "developer")
+
+    @cached_property
+    def _shows_systems(self) -> bool:
+        """There may be two of them at the beginning; most templates know one."""
+        text = self._two("system", "system")
+        return all(one in text for one in _CONTENT)
+
+    def _two(self, first: str, second: str) -> str:
+        said = [{"role": role, "content": text} for role, text in zip((first, second), _CONTENT, strict=True)]
+        return self._probe([*said, {"role": "user", "content": "a"}])
 
     @cached_property
     def _wants_json_arguments(self) -> bool:
@@ -188,6 +250,13 @@ def _part_text(part: Any, at: str) -> str:
     if not isinstance(part.get("text"), str):
         raise ClientError(f"{at}.content has a text part without a text", param="messages")
     return str(part["text"])
+
+
+def _joined(first: str | list[dict[str, str]], second: str | list[dict[str, str]]) -> str | list[dict[str, str]]:
+    """Two contents as one."""
+    if isinstance(first, str) and isinstance(second, str):
+        return f"{first}\n\n{second}"
+    return [part for content in (first, second) for part in (_parts([content]) if isinstance(content, str) else content)]
 
 
 def _function(call: Any) -> Any:

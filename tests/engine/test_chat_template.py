@@ -98,8 +98,9 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None
     "thoughts": ([ASK, _said("assistant", "<think>\nhm\n</think>\n\n4"), _said("user", "and?")], None),
     "assistant first": ([_said("assistant", "Hi, I am"), ASK], None),
     "two users": ([ASK, ASK], None),
-    "two systems": ([SYSTEM, SYSTEM, ASK], None),
+    "two systems": ([SYSTEM, _said("system", "Be brief."), ASK], None),
     "developer": ([_said("developer", "Dev."), ASK], None),
+    "system and developer": ([SYSTEM, _said("developer", "Dev."), ASK], None),
     "system alone": ([SYSTEM], None),
     "assistant last": (TALK[:2], None),
     "empty": ([_said("user", "")], None),
@@ -152,11 +153,19 @@ def _ours(source: str, messages: list[dict[str, Any]], tools: Any, **options: An
 
 
 BOTH_WAYS = ("user", "system", "tools", "calls", "assistant last")  # with and without the prompt to answer
+JOINED = ("two systems", "developer", "system and developer")
+"""Read by each template that knows a system message."""
 WANTS_PARTS = "template_vlm2vec.jinja"  # transformers passes the string on, which the template loses
 WANTS_JSON = "meetkai-functionary-medium-v3.2.jinja"  # transformers passes arguments as objects, on which it fails
 
 
+def _whole(messages: list[dict[str, Any]], text: str) -> bool:
+    """All that was said is in `text`, but for what may be left out: the model's own words, such as its thoughts."""
+    return all(message["content"].strip() in text for message in messages if message["role"] != "assistant")
+
+
 def test_real_templates_render_as_in_transformers(data: Callable[[str], Path], theirs: Reference) -> None:
+    """But that a message isn't lost, nor refused where it could be read."""
     same = continued = 0
     for path in _real_templates(data):
         source = path.read_text(encoding="utf-8")
@@ -166,7 +175,12 @@ def test_real_templates_render_as_in_transformers(data: Callable[[str], Path], t
                 continue
             for prompt in (True, False) if name in BOTH_WAYS else (True,):
                 found = _ours(source, messages, tools, add_generation_prompt=prompt)
-                assert found == theirs(source, messages, tools, add_generation_prompt=prompt), (path.name, name)
+                reference = theirs(source, messages, tools, add_generation_prompt=prompt)
+                if name in JOINED if reference is None else not _whole(messages, reference):
+                    refused = name not in JOINED or _ours(source, [SYSTEM, ASK], None) is None
+                    assert refused if found is None else _whole(messages, found), (path.name, name)
+                    continue
+                assert found == reference, (path.name, name)
                 same += found is not None
         for text in ("Sure, the", "Sure, the ", " twice: Sure, the"):
             messages = [TALK[0], {"role": "assistant", "content": text}]
@@ -177,6 +191,28 @@ def test_real_templates_render_as_in_transformers(data: Callable[[str], Path], t
                 continued += found is not None
     assert same >= 3300
     assert continued >= 300
+
+
+def test_a_message_that_a_template_leaves_out_is_refused() -> None:
+    shows = "{% for m in messages if m.role in ('user', 'system') %}[{{ m.content }}]{% endfor %}"
+    assert _render(shows, [_said("developer", "a"), _said("developer", "b"), ASK]) == "[a][b][Weather?]"
+    first = (
+        "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
+        "{% for m in messages if m.role == 'user' %}[{{ m.content }}]{% endfor %}"
+    )
+    assert _render(first, [SYSTEM, _said("developer", "b"), ASK]) == f"{SYSTEM['content']}\n\nb[Weather?]"
+    parts = [{"type": "text", "text": "b"}]
+    assert _render(first, [_said("system", "a"), _said("developer", parts), ASK]) == "a\n\nb[Weather?]"  # type: ignore[arg-type]
+    for role in ("critic", "tool", "system", "developer"):
+        for _ in range(2):
+            with pytest.raises(ClientError, match=rf"^messages\[3\]\.role: .* doesn't show a '\w+' message here"):
+                _render(first, [_said("system", "a"), _said("system", "b"), ASK, _said(role, "c")])
+    nobody = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ClientError, match=r"^messages\[0\]\.role"):
+        _render(nobody, [_said("developer", "a"), ASK])
+    assert _render(nobody, [_said("system", " "), ASK]) == "Weather?"  # nothing is lost
+    escapes = "{% for m in messages %}{{ m.content | tojson }}{% endfor %}"
+    assert _render(escapes, [ASK, _said("tool", 'a "b"')]) == '"Weather?""a \\"b\\""'
 
 
 def test_expected_renderings(data: Callable[[str], Path]) -> None:
@@ -195,7 +231,8 @@ def test_expected_renderings(data: Callable[[str], Path]) -> None:
         sources = [source for name, source in named if name == family]
         for case, messages in (("user-assistant-user", TALK), ("system-user-assistant-user", [SYSTEM, *TALK])):
             expected = (folder / f"{family}.gotmpl" / case).read_text()
-            assert expected in [_render(source, messages).removeprefix("<s>") for source in sources], (family, case)
+            found = [(_ours(source, messages, None) or "").removeprefix("<s>") for source in sources]
+            assert expected in found, (family, case)
 
 
 def test_what_templates_expect_of_their_environment() -> None:
