@@ -44,6 +44,8 @@ class Conversation:
     add_special_tokens: bool = False
     chat_template: str | None = None
     """In place of the model's, for this call."""
+    source: str = "messages"
+    """The field that the messages were made of, which errors about them name."""
 
 
 Prompt = Union[Text, Conversation, Sequence[int]]

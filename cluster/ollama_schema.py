@@ -96,7 +96,10 @@ def parse_generate(body: Body) -> OllamaAsk:
         prompt: Text | Conversation = Text(text=fields.get("prompt", ""), add_special_tokens=not suffix, suffix=suffix)
     else:
         prompt = Conversation(
-            messages=_turn(fields), variables=_variables(fields), chat_template=_template(fields.get("template"))
+            messages=_turn(fields),
+            variables=_variables(fields),
+            chat_template=_template(fields.get("template")),
+            source="system" if fields.get("system") else "prompt",
         )
     return OllamaAsk(
         prompt=prompt,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -135,14 +136,20 @@ class ServedModel:
         return self.need_tokenizer("messages").encode(text, prompt.add_special_tokens)
 
     def _render(self, conversation: Conversation) -> str:
-        return self.need_tokenizer("messages").render_chat(
-            conversation.messages,
-            conversation.tools,
-            add_generation_prompt=conversation.add_generation_prompt,
-            continue_final_message=conversation.continue_final_message,
-            chat_template=conversation.chat_template,
-            **conversation.variables,
-        )
+        source = conversation.source
+        try:
+            return self.need_tokenizer("messages").render_chat(
+                conversation.messages,
+                conversation.tools,
+                add_generation_prompt=conversation.add_generation_prompt,
+                continue_final_message=conversation.continue_final_message,
+                chat_template=conversation.chat_template,
+                **conversation.variables,
+            )
+        except ClientError as error:
+            if error.param == "messages" != source:  # which isn't numbered as they are
+                error.message, error.param = re.sub(r"\bmessages(\[\d+\])?", source, error.message), source
+            raise
 
 
 def _length(prompt: Text | Conversation) -> int:

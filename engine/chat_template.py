@@ -256,7 +256,9 @@ def _joined(first: str | list[dict[str, str]], second: str | list[dict[str, str]
     """Two contents as one."""
     if isinstance(first, str) and isinstance(second, str):
         return f"{first}\n\n{second}"
-    return [part for content in (first, second) for part in (_parts([content]) if isinstance(content, str) else content)]
+    return [
+        part for content in (first, second) for part in (_parts([content]) if isinstance(content, str) else content)
+    ]
 
 
 def _function(call: Any) -> Any:

@@ -205,7 +205,7 @@ def test_a_message_that_a_template_leaves_out_is_refused() -> None:
     assert _render(first, [_said("system", "a"), _said("developer", parts), ASK]) == "a\n\nb[Weather?]"  # type: ignore[arg-type]
     for role in ("critic", "tool", "system", "developer"):
         for _ in range(2):
-            with pytest.raises(ClientError, match=rf"^messages\[3\]\.role: .* doesn't show a '\w+' message here"):
+            with pytest.raises(ClientError, match=r"^messages\[3\]\.role: .* doesn't show a '\w+' message here"):
                 _render(first, [_said("system", "a"), _said("system", "b"), ASK, _said(role, "c")])
     nobody = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     with pytest.raises(ClientError, match=r"^messages\[0\]\.role"):

@@ -1,0 +1,55 @@
+"""What was said before reaches the model in every dialect, or is refused: the template knows three roles and tools."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+from fake_gateway import LiveGateway
+from responses_calls import post, prompt_of
+
+TEMPLATE = """{%- for m in messages %}
+{%- if m.role in ("system", "user", "assistant") %}{{ m.role[0] }}:{{ m.content }}
+{%- for call in m.tool_calls or [] %}({{ call.id }} {{ call.function.name }}
+{%- for name, value in call.function.arguments.items() %} {{ name }}={{ value }}{% endfor %}){% endfor %}|
+{%- elif m.role == "tool" %}{{ m.tool_call_id }}={{ m.content }}|
+{%- endif %}{% endfor %}"""
+USER = {"role": "user", "content": "Hi"}
+DEVELOPER = {"role": "developer", "content": "In French."}
+
+
+@pytest.fixture(scope="module")
+def strict(byte_model):
+    with LiveGateway(byte_model, chat_template=TEMPLATE) as live:
+        yield live
+
+
+def chat(gateway, *messages, path="/v1/chat/completions"):
+    return httpx.post(gateway.url + path, json={"model": "bytes", "messages": messages, "stream": False}, timeout=60)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/chat"])
+def test_what_a_developer_says(strict, path):
+    assert chat(strict, DEVELOPER, USER, path=path).status_code == 200
+    assert prompt_of(strict) == b"s:In French.|u:Hi|"
+
+
+def test_what_a_developer_says_in_a_response(strict):
+    assert post(strict, input=[DEVELOPER, USER]).status_code == 200
+    assert prompt_of(strict) == b"s:In French.|u:Hi|"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/chat"])
+def test_a_role_that_the_template_lacks(strict, path):
+    reply = chat(strict, USER, {"role": "critic", "content": "Bad."}, path=path)
+    assert reply.status_code == 400
+    assert "messages[1].role: the chat template doesn't show a 'critic' message" in reply.text
+
+
+def test_errors_name_what_the_client_sent(byte_model):
+    with LiveGateway(
+        byte_model, chat_template="{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    ) as live:
+        error = post(live, instructions="Be brief.").json()["error"]
+        assert (error["param"], error["message"][:16]) == ("input", "input.role: the ")
+        body = {"model": "bytes", "prompt": "Hi", "system": "Be brief."}
+        assert httpx.post(live.url + "/api/generate", json=body).json()["error"].startswith("system.role: the chat")
