@@ -30,6 +30,7 @@ from kvasir.cluster.openai_fields import (
     integer_from,
     unused,
 )
+from kvasir.cluster.openai_messages import template_messages
 from kvasir.cluster.service_fields import priority
 from kvasir.cluster.structured_fields import known_as, structured_output
 from kvasir.cluster.tool_use import tool_use
@@ -244,28 +245,18 @@ def _conversation(fields: Mapping[str, Any]) -> Conversation:
     messages = fields.get("messages")
     if not messages:
         raise ClientError("messages must be a list of at least one message", param="messages")
-    for number, message in enumerate(messages):
-        if not isinstance(name := message.get("name"), str | None):
-            raise ClientError(f"messages[{number}].name must be a text, got {name!r:.60}", param="messages")
     variables = fields.get("chat_template_kwargs", {})
     check_variables(variables, "chat_template_kwargs")
     variables = {**thinking_variables(fields.get("reasoning_effort"), fields.get("enable_thinking")), **variables}
     continued = fields.get("continue_final_message", False)
     return Conversation(
-        messages=[_with_thoughts(message) for message in messages],
+        messages=template_messages(messages),
         tools=fields.get("tools") or None,
         add_generation_prompt=fields.get("add_generation_prompt", not continued),
         continue_final_message=continued,
         variables=variables,
         add_special_tokens=fields.get("add_special_tokens", False),
     )
-
-
-def _with_thoughts(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Thoughts by the name that chat templates know."""
-    if message.get("reasoning") and "reasoning_content" not in message:
-        return {**message, "reasoning_content": message["reasoning"]}
-    return message
 
 
 def _prompts(prompt: Any, add_special_tokens: bool, suffix: str) -> list[Prompt]:

@@ -245,11 +245,11 @@ def _part_text(part: Any, at: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else "string" if isinstance(part, str) else type(part).__name__
     if kind == "string":
         return str(part)
-    if kind != "text":
+    if kind not in ("text", "refusal"):
         raise UnsupportedError(f"{at}.content has a part of type {kind!r}; only text is supported", param="messages")
-    if not isinstance(part.get("text"), str):
-        raise ClientError(f"{at}.content has a text part without a text", param="messages")
-    return str(part["text"])
+    if not isinstance(part.get(kind), str):
+        raise ClientError(f"{at}.content has a {kind} part without a {kind}", param="messages")
+    return str(part[kind])
 
 
 def _joined(first: str | list[dict[str, str]], second: str | list[dict[str, str]]) -> str | list[dict[str, str]]:

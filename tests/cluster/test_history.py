@@ -53,3 +53,33 @@ def test_errors_name_what_the_client_sent(byte_model):
         assert (error["param"], error["message"][:16]) == ("input", "input.role: the ")
         body = {"model": "bytes", "prompt": "Hi", "system": "Be brief."}
         assert httpx.post(live.url + "/api/generate", json=body).json()["error"].startswith("system.role: the chat")
+
+
+def test_functions_of_the_older_form(strict):
+    call = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}}
+    result = {"role": "function", "name": "f", "content": "11"}
+    assert chat(strict, USER, call, result, call, result).status_code == 200
+    assert prompt_of(strict) == (b"u:Hi|a:(call00001 f x=1)|call00001=11|a:(call00003 f x=1)|call00003=11|")
+    error = chat(strict, USER, {**call, "function_call": {"arguments": "{}"}}).json()["error"]
+    assert error["message"].startswith("messages[1].function_call must be an object with a name")
+    assert chat(strict, USER, {"role": "assistant", "content": "Ja.", "function_call": None}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"refusal": "No.", "content": None}, b"No."),
+        ({"refusal": None, "content": "Yes."}, b"Yes."),
+        ({"refusal": "No.", "content": "Well."}, b"Well.\nNo."),
+        ({"content": [{"type": "refusal", "refusal": "No."}]}, b"No."),
+    ],
+)
+def test_refusals_are_read(strict, message, text):
+    assert chat(strict, USER, {"role": "assistant", **message}, USER).status_code == 200
+    assert prompt_of(strict) == b"u:Hi|a:" + text + b"|u:Hi|"
+
+
+@pytest.mark.parametrize("message", [{"refusal": 1}, {"content": [{"type": "refusal"}]}])
+def test_refusals_that_are_none(strict, message):
+    reply = chat(strict, USER, {"role": "assistant", **message})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "messages")
