@@ -12,8 +12,9 @@ against a real server.
 
 TRACE: Mooncake's JSONL, a folder of agent sessions or one of them (JSON), Azure's CSV. Good is a request whose first token
 came within --ttft and whose others took --itl each, on average. Hits are cached prompt tokens over those of one cache that
-never forgets, for the requests that were admitted. Speed 2 plays a trace in half its time. --shrink 32 leaves one token of
-32 of prompts and answers, for models with little room; which requests begin alike stays the same.
+never forgets, for the requests that were answered. Speed 2 plays a trace in half its time. --shrink 32 leaves one token of
+32 of prompts and answers, for models with little room; which requests begin alike stays the same. A real server's API key
+is read from OPENAI_API_KEY; it finds nothing in its cache that was there before a run.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ import argparse
 import asyncio
 import json
 import math
+import os
 import random
+import secrets
 import time
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -36,7 +41,7 @@ from traces import Ask, block_size, load
 
 from kvasir.cluster.router import Policy, Router
 from kvasir.cluster.simulated_group import Shape, StepTime
-from kvasir.cluster.simulator import Simulation, ideal_hits
+from kvasir.cluster.simulator import Arrival, Simulation, ideal_hits
 
 
 def simulate(asks: Sequence[Ask], policy: Policy, speed: float, shape: Shape, args: argparse.Namespace) -> Report:
@@ -44,7 +49,7 @@ def simulate(asks: Sequence[Ask], policy: Policy, speed: float, shape: Shape, ar
     routers = [Router(policy, max_ttft_s=args.max_ttft, draw=random.Random(n)) for n in range(args.gateways)]
     began = time.process_time()
     simulation = Simulation(args.groups, shape, routers, args.prefill)
-    runs, refused = simulation.run((ask.at / speed, ask.prompt, ask.output) for ask in asks)
+    runs, refused = simulation.run(Arrival(ask.at / speed, ask.prompt, ask.output, ask.session) for ask in asks)
     spent = time.process_time() - began
     outcomes = [
         Outcome(run.first_token - run.arrived, (run.last.finished - run.first_token) / max(1, run.output - 1), run.cached,
@@ -54,69 +59,94 @@ def simulate(asks: Sequence[Ask], policy: Policy, speed: float, shape: Shape, ar
     span = max(run.last.finished for run in runs)
     fetched = sum(group.stats().peer_bytes for group in simulation.groups) / 1e9
     moves = sum(run.heir is not None for run in runs)
-    return _report(policy, speed, asks, outcomes, len(refused), shape.block_size, span / spent, args, fetched, moves)
+    found = _report(policy, speed, asks, outcomes, shape.block_size, args)
+    return replace(found, refused=len(refused), real_time=span / spent, fetched=fetched, moves=moves)
 
 
 def _report(
-    policy: str,
-    speed: float,
-    asks: Sequence[Ask],
-    outcomes: Sequence[Outcome],
-    refused: int,
-    size: int,
-    real_time: float,
-    args: argparse.Namespace,
-    fetched: float = 0.0,
-    moves: int = 0,
+    policy: str, speed: float, asks: Sequence[Ask], outcomes: Sequence[Outcome], size: int, args: argparse.Namespace
 ) -> Report:
     good = sum(one.ttft <= args.ttft and one.itl <= args.itl / 1e3 for one in outcomes)
     ideal = sum(ideal_hits([one.prompt for one in outcomes], size))
     hits = sum(one.cached for one in outcomes) / max(1, ideal)
     offered = len(asks) * speed / max(1e-9, asks[-1].at)
-    return Report(policy, speed, offered, outcomes, refused, good, hits, real_time, fetched, moves)
+    return Report(policy, speed, offered, outcomes, good, hits)
 
 
 # -- a real server
 
 
 async def replay(asks: Sequence[Ask], speed: float, args: argparse.Namespace) -> Report:
-    """POST /v1/completions with token ids, each at its time whether or not those before are answered."""
+    """POST /v1/completions with token ids, each at its time whether or not those before are answered. What others left in the
+    server's cache, as runs before this one, isn't found."""
     import aiohttp
 
+    key, salt = os.environ.get("OPENAI_API_KEY"), secrets.token_hex(8)
+    headers = {"authorization": f"Bearer {key}"} if key else {}
     async with aiohttp.ClientSession(
-        timeout=aiohttp.ClientTimeout(None), connector=aiohttp.TCPConnector(limit=0)
+        timeout=aiohttp.ClientTimeout(None), connector=aiohttp.TCPConnector(limit=0), headers=headers
     ) as client:
         async with client.get(f"{args.url}/v1/models") as answer:
+            answer.raise_for_status()
             card = (await answer.json())["data"][0]
         model, room = card["id"], card.get("max_model_len") or math.inf
-        asks = [ask for ask in asks if len(ask.prompt) + ask.output <= room]
+        fitting = [ask for ask in asks if len(ask.prompt) + ask.output <= room]
+        if len(fitting) < len(asks):
+            print(f"{len(asks) - len(fitting)} of {len(asks)} requests are longer than {room} tokens and left out")
+        if not fitting:
+            raise SystemExit("no request fits into the server's max_model_len: --shrink makes them shorter")
         before = await _counters(client, args.url)
         began = time.perf_counter()
 
-        async def one(ask: Ask) -> Outcome | None:
-            await asyncio.sleep(max(0.0, began + ask.at / speed - time.perf_counter()))
+        async def one(ask: Ask) -> Outcome | str | None:
+            """Its answer, or what went wrong; None: it was refused."""
+            due = began + ask.at / speed
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
             body = {"model": model, "prompt": list(ask.prompt), "max_tokens": ask.output, "ignore_eos": True}
-            options = {"stream": True, "stream_options": {"include_usage": True}}
-            headers = {"kvasir-session": ask.session} if ask.session else {}
-            due, times, usage = began + ask.at / speed, list[float](), dict[str, int]()
-            async with client.post(f"{args.url}/v1/completions", json=body | options, headers=headers) as answer:
-                if answer.status in (429, 503):
-                    return None
-                answer.raise_for_status()
-                async for line in answer.content:
-                    if line.startswith(b"data: {"):
-                        told = json.loads(line[6:])
-                        usage = told.get("usage") or usage
-                        if told["choices"]:
-                            times.append(time.perf_counter())
-            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)  # type: ignore[attr-defined]
+            options = {"stream": True, "stream_options": {"include_usage": True}, "cache_salt": salt}
+            session = {"kvasir-session": f"{salt} {ask.session}"} if ask.session else {}
+            try:
+                async with client.post(f"{args.url}/v1/completions", json=body | options, headers=session) as answer:
+                    if answer.status in (429, 503):
+                        return None
+                    if answer.status != 200:
+                        return f"HTTP {answer.status}: {(await answer.text())[:200]}"
+                    times, cached = await _read(answer.content)
+            except FailedError as error:
+                return str(error)
+            except (aiohttp.ClientError, OSError, ValueError) as error:
+                return f"{type(error).__name__}: {error}"
             return Outcome(times[0] - due, (times[-1] - times[0]) / max(1, ask.output - 1), cached, ask.prompt)
 
-        answers = await asyncio.gather(*map(one, asks))
+        ends = await asyncio.gather(*map(one, fitting))
         fetched, moves = (after - was for after, was in zip(await _counters(client, args.url), before, strict=True))
-    outcomes = [answer for answer in answers if answer is not None]
-    refused, size = len(asks) - len(outcomes), args.block_size or 16
-    return _report("server", speed, asks, outcomes, refused, size, 1.0, args, fetched / 1e9, int(moves))
+    outcomes = [end for end in ends if isinstance(end, Outcome)]
+    failures = Counter(end for end in ends if isinstance(end, str))
+    found = _report("server", speed, fitting, outcomes, args.block_size or 16, args)
+    refused = ends.count(None)
+    return replace(found, refused=refused, failures=failures, fetched=fetched / 1e9, moves=int(moves), real_time=1.0)
+
+
+class FailedError(Exception):
+    """A request was taken and not answered, and why."""
+
+
+async def _read(lines: "aiohttp.StreamReader") -> tuple[list[float], int]:  # type: ignore[name-defined]  # noqa: F821, UP037
+    """(when each piece of the answer came, cached tokens of the prompt). FailedError when it isn't whole."""
+    times, cached, whole = list[float](), 0, False
+    async for line in lines:
+        whole = whole or line.startswith(b"data: [DONE]")
+        if line.startswith(b"data: {"):
+            told = json.loads(line[6:])
+            if "error" in told:
+                error = told["error"]
+                raise FailedError(str(error.get("message", error) if isinstance(error, dict) else error)[:200])
+            cached = ((told.get("usage") or {}).get("prompt_tokens_details") or {}).get("cached_tokens") or cached
+            if told.get("choices"):
+                times.append(time.perf_counter())
+    if not whole or not times:
+        raise FailedError("the stream ended before the answer did")
+    return times, cached
 
 
 async def _counters(client: "aiohttp.ClientSession", url: str) -> tuple[float, float]:  # type: ignore[name-defined]  # noqa: F821, UP037
@@ -211,6 +241,9 @@ def _replay_all(args: argparse.Namespace) -> None:
         for policy in ("server",) if args.url else args.policy:
             reports.append(_one(asks, policy, speed, args))
             print(reports[-1].row(), flush=True)
+    for one in reports:
+        for why, count in one.failures.most_common(5):
+            print(f"\nspeed {one.speed:g}, failed: {count} x {why}")
     for share in (0.95, 0.9):
         best = {policy: carried([one for one in reports if one.policy == policy], share) for policy in
                 dict.fromkeys(one.policy for one in reports)}  # fmt: skip

@@ -64,7 +64,7 @@ def _table(reports: Sequence[Report], twice: Report, load: dict[str, float]) -> 
         ("and >= 1.2 x prefix alone's", text["prefix"], load["cost"] >= 1.2 * others["prefix"]),
         (
             f"no collapse at twice that load ({twice.offered:.1f} 1/s): what is admitted is in time",
-            f"{admitted:.1%}, {twice.refused / (len(twice.outcomes) + twice.refused):.1%} are refused at once",
+            f"{admitted:.1%}, {twice.refused / twice.total:.1%} are refused at once",
             admitted >= 0.99,
         ),
         (

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 COLOURS = {
@@ -18,7 +19,7 @@ COLOURS = {
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One request that was admitted, and ended."""
+    """One request that was answered."""
 
     ttft: float
     itl: float
@@ -35,10 +36,12 @@ class Report:
     offered: float
     """Requests a second."""
     outcomes: Sequence[Outcome]
-    refused: int
     good: int
     hits: float
-    real_time: float
+    refused: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    """Requests that were neither refused nor answered, by what was said of them."""
+    real_time: float = 0.0
     """Simulated seconds in a second of one core."""
     fetched: float = 0.0
     """GB of blocks that came from peers."""
@@ -46,18 +49,23 @@ class Report:
     """Requests that another group took over."""
 
     @property
+    def total(self) -> int:
+        """All requests."""
+        return len(self.outcomes) + self.refused + self.failures.total()
+
+    @property
     def attained(self) -> float:
         """Share of all requests that were good."""
-        return self.good / (len(self.outcomes) + self.refused)
+        return self.good / self.total
 
     def row(self) -> str:
         ttft, itl = ([getattr(one, name) for one in self.outcomes] for name in ("ttft", "itl"))
-        total = len(self.outcomes) + self.refused
-        admitted = self.good / max(1, len(self.outcomes))
+        admitted = self.good / max(1, self.total - self.refused)
         return " | ".join(
             [
                 f"| {self.policy} | {self.speed:g} | {self.offered:.1f} | {self.attained * self.offered:.1f}",
-                f"{self.attained:.1%} | {self.refused / total:.1%} | {admitted:.1%} | {self.hits:.1%}",
+                f"{self.attained:.1%} | {self.refused / self.total:.1%} | {self.failures.total()}",
+                f"{admitted:.1%} | {self.hits:.1%}",
                 *(f"{percentile(ttft, share):.2f}" for share in (0.5, 0.9, 0.99)),
                 *(f"{percentile(itl, share) * 1e3:.1f}" for share in (0.5, 0.99)),
                 f"{self.fetched:.3g} | {self.moves} | {self.real_time:.0f} |",
@@ -66,7 +74,7 @@ class Report:
 
 
 COLUMNS = (
-    "policy", "speed", "offered, 1/s", "goodput, 1/s", "good", "refused", "good of admitted", "hits over ideal",
+    "policy", "speed", "offered, 1/s", "goodput, 1/s", "good", "refused", "failed", "good of admitted", "hits over ideal",
     "TTFT p50, s", "p90", "p99", "ITL p50, ms", "p99", "fetched, GB", "moves", "x real time",
 )  # fmt: skip
 HEAD = f"\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"

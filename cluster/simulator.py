@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from kvasir.cluster.failover import MIN_LEFT
 from kvasir.cluster.member import Member
@@ -18,6 +19,17 @@ from kvasir.engine.request import Request, SamplingParams
 REPORT_S = 0.1
 """How often a group reports, if anything changed: what gateways know is at most this old, as in a real fleet."""
 ALL_COUNTED = 2**32
+
+
+class Arrival(NamedTuple):
+    """A request, and when it comes."""
+
+    at: float
+    """Seconds from the beginning."""
+    prompt: Sequence[int]
+    output: int
+    """Tokens."""
+    session: str = ""
 
 
 class Simulation:
@@ -49,16 +61,16 @@ class Simulation:
                 for message in group.journal.snapshot():
                     member.blocks(message)
 
-    def run(self, requests: Iterable[tuple[float, Sequence[int], int]]) -> tuple[list[Run], list[float]]:
-        """Play (arrival, prompt, output tokens), sorted by arrival, to the end. Returns (what ran, when others were refused)."""
+    def run(self, arrivals: Iterable[Arrival]) -> tuple[list[Run], list[float]]:
+        """Play them, sorted by time, to the end. Returns (what ran, when others were refused)."""
         runs, refused, tick, now = [], list[float](), 0.0, 0.0
-        for turn, (now, prompt, output) in enumerate(requests):
+        for turn, (now, prompt, output, session) in enumerate(arrivals):
             while tick <= now:
                 self._report(tick)
                 tick += REPORT_S
             asked = Request(request_id=str(turn), prompt_token_ids=prompt, sampling=SamplingParams(max_tokens=output))
             try:
-                runs.append(self._begin(Run(asked, output, now), turn % len(self.routers), now))
+                runs.append(self._begin(Run(asked, output, now), turn % len(self.routers), now, session))
             except OverloadedError:
                 refused.append(now)
         while self._busy:
@@ -66,9 +78,9 @@ class Simulation:
             tick += REPORT_S
         return runs, refused
 
-    def _begin(self, run: Run, turn: int, now: float) -> Run:
+    def _begin(self, run: Run, turn: int, now: float, session: str) -> Run:
         self._hand_over(now)
-        return self._submit(run, self.routers[turn].place(run.request, self._members[turn], now), turn, now)
+        return self._submit(run, self.routers[turn].place(run.request, self._members[turn], now, session), turn, now)
 
     def _submit(self, run: Run, route: Route, turn: int, now: float) -> Run:
         run.route = route

@@ -9,7 +9,7 @@ import pytest
 
 from kvasir.cluster.router import Router
 from kvasir.cluster.simulated_group import Run, Shape, SimulatedGroup, StepTime
-from kvasir.cluster.simulator import Simulation, ideal_hits
+from kvasir.cluster.simulator import Arrival, Simulation, ideal_hits
 from kvasir.engine.request import Request, SamplingParams
 
 SMALL = Shape(step_time=StepTime(base_s=0.01, prefill_s=0.001, stream_s=0.0, context_s=0.0), num_blocks=100, budget=100)
@@ -101,13 +101,13 @@ def test_ideal_hits():
 
 
 def conversations(count, turns, rate, seed=0):
-    """(arrival, prompt, output) of conversations that grow by 320 tokens a turn, behind a common system prompt."""
+    """Conversations that grow by 320 tokens a turn, behind a common system prompt."""
     draw, found = random.Random(seed), []
     for number in range(count):
         at, prompt = draw.uniform(0, count / rate), [9] * 512
         for turn in range(turns):
             prompt = prompt + [number * turns + turn + 10] * 320
-            found.append((at, prompt, 20))
+            found.append(Arrival(at, prompt, 20))
             at += draw.uniform(2, 10)
     return sorted(found, key=lambda one: one[0])
 
@@ -129,7 +129,7 @@ def share_in_time(policy, requests, groups=8, routers=1, **options):
 
 def test_policies_in_their_order():
     requests = conversations(count=150, turns=8, rate=2.5)
-    ideal = sum(ideal_hits([prompt for _, prompt, _ in requests], 16))
+    ideal = sum(ideal_hits([prompt for _, prompt, *_ in requests], 16))
     turns, turn_hits, _, _ = share_in_time("round-robin", requests)
     cost, hits, _, _ = share_in_time("cost", requests)
     assert turn_hits < 0.6 * ideal
@@ -196,7 +196,7 @@ def test_fleets_with_links_lose_nothing(prefill):
     runs, refused = simulation.run(requests)
     assert not refused
     assert len(runs) == len(requests)
-    for one, (_, _, output) in zip(runs, requests, strict=True):
+    for one, (_, _, output, _) in zip(runs, requests, strict=True):
         made = one.produced + (one.heir.produced if one.heir else 0)
         assert made == output
         assert one.first_token <= one.last.finished
