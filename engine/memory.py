@@ -18,6 +18,7 @@ from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.layout import Layout, Room, layout
 from kvasir.engine.mlp import STACKED
+from kvasir.engine.shaping import shaping_bytes
 from kvasir.engine.share import Share, stages
 from kvasir.engine.spec import Spec
 from kvasir.kernels.attention import MOST_WORK_BYTES
@@ -27,6 +28,8 @@ from kvasir.kernels.op import every_op
 
 CPU_SHARE = 0.4
 """Of the RAM that is free beside the weights: the machine has other things to do."""
+PENALTY_BYTES = 5
+"""For each token of each seat: its count and whether the prompt holds it, as `Sampler` keeps them from the first penalty on."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CACHE_DTYPES = DTYPES | {
     "int8": torch.int8,
@@ -164,7 +167,8 @@ def token_budget(config: EngineConfig, spec: Spec, device: torch.device) -> int:
 
 def activation_bytes(config: EngineConfig, spec: Spec, dtype: torch.dtype, device: torch.device) -> int:
     """An upper estimate of what a step holds besides weights and cache: rows in the widest layer, logits, and on a GPU what
-    attention puts aside. `spec` is a rank's own."""
+    attention puts aside, penalties count and shaped draws sort: a request that needs them must find room. `spec` is a rank's own.
+    """
     heads, facts = spec.heads + 2 * spec.kv_heads, spec.experts
     widest = 4 * spec.ffn
     if facts is not None:
@@ -172,8 +176,12 @@ def activation_bytes(config: EngineConfig, spec: Spec, dtype: torch.dtype, devic
     row = 6 * spec.hidden + 3 * heads * spec.head_dim + widest
     logits = 4 * spec.vocab * torch.float32.itemsize
     rows = token_budget(config, spec, device)
-    aside = MOST_WORK_BYTES if device.type == "cuda" else 0
-    return rows * row * dtype.itemsize + min(rows, config.max_num_seqs) * logits + aside
+    sampled = min(rows, config.max_num_seqs)
+    aside = 0
+    if device.type == "cuda":
+        tables = config.max_num_seqs * spec.vocab * PENALTY_BYTES
+        aside = MOST_WORK_BYTES + tables + shaping_bytes(sampled, spec.vocab)
+    return rows * row * dtype.itemsize + sampled * logits + aside
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,20 @@ from kvasir.kernels.truncation import NEUTRAL_MASS, truncated
 
 Floats = npt.NDArray[np.float64]
 SHARES = ("tfs_z", "typical_p", "top_p")
+LOGIT_BYTES = 72
+"""What a draw takes at most for each logit, in sorted values, order, sums and surprises (70 were measured)."""
+MOST_BYTES = 1 << 28
+"""What draws take at once, or a single row where that is more."""
+
+
+def shaping_bytes(rows: int, vocab: int) -> int:
+    """What drawing so many rows takes beside their logits."""
+    return min(rows, _portion(vocab)) * vocab * LOGIT_BYTES
+
+
+def _portion(vocab: int) -> int:
+    """Rows that are drawn at once."""
+    return max(1, MOST_BYTES // (vocab * LOGIT_BYTES))
 
 
 class Shaping:
@@ -44,7 +58,17 @@ class Shaping:
     def draw(
         self, logits: Tensor, seats: Ints, uniforms: Floats, temperature: Tensor, min_p: Tensor, top_k: Ints
     ) -> Tensor:
-        """One token for each row of logits[R, V]."""
+        """One token for each row of logits[R, V]. Rows go in portions: all of them at once may be more than a GPU has left."""
+        size = _portion(logits.shape[-1])
+        found = []
+        for rows in (slice(at, at + size) for at in range(0, len(seats), size)):
+            part = logits[rows], seats[rows], uniforms[rows], temperature[rows], min_p[rows], top_k[rows]
+            found.append(self._draw(*part))
+        return torch.cat(found)
+
+    def _draw(
+        self, logits: Tensor, seats: Ints, uniforms: Floats, temperature: Tensor, min_p: Tensor, top_k: Ints
+    ) -> Tensor:
         values, ids, bits = self._truncated(logits, seats, temperature, min_p, top_k)
         # drawn in the order of ids: in the order of probability, two that differ by a rounding error would change places
         ids, order = ids.sort(-1)

@@ -12,9 +12,13 @@ from kvasir.engine import memory
 from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ConfigError
-from kvasir.engine.memory import plan_memory, resolve_device, resolve_dtype
+from kvasir.engine.memory import PENALTY_BYTES, plan_memory, resolve_device, resolve_dtype
+from kvasir.engine.request import SamplingParams
+from kvasir.engine.sampler import Sampler
+from kvasir.engine.shaping import shaping_bytes
 from kvasir.engine.share import share_of
 from kvasir.engine.spec import Experts, Layer, Spec
+from kvasir.engine.step import NewSequence
 from kvasir.kernels.attention import MOST_WORK_BYTES
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -104,14 +108,24 @@ def test_cuda_leaves_others_their_memory(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_activations() -> None:
-    """A row of a mixture passes through several experts; on a GPU attention puts parts aside."""
-    config = EngineConfig(max_num_batched_tokens=64)
+    """A row of a mixture passes through several experts; on a GPU attention puts parts aside, and sampling has its tables."""
+    config = EngineConfig(max_num_batched_tokens=64, max_num_seqs=100)
     plain = memory.activation_bytes(config, SPEC, torch.bfloat16, CPU)
-    assert memory.activation_bytes(config, SPEC, torch.bfloat16, CUDA) == plain + MOST_WORK_BYTES
+    aside = MOST_WORK_BYTES + 100 * SPEC.vocab * PENALTY_BYTES + shaping_bytes(64, SPEC.vocab)
+    assert memory.activation_bytes(config, SPEC, torch.bfloat16, CUDA) == plain + aside
     for per_token, more in ((1, 0), (8, 64 * 2 * (8 * (3 * SPEC.ffn + 2 * SPEC.hidden) - 4 * SPEC.ffn))):
         facts = Experts(count=16, per_token=per_token, ffn=SPEC.ffn if per_token > 1 else 8)
         mixture = dataclasses.replace(SPEC, experts=facts)
         assert memory.activation_bytes(config, mixture, torch.bfloat16, CPU) - plain == more
+
+
+def test_what_penalties_keep_is_what_is_planned() -> None:
+    sampler = Sampler(3, 40, CPU)
+    sampling = SamplingParams(presence_penalty=1.0)
+    sampler.enter(NewSequence(1, [4, 5], 2, sampling, seed=0, stop_token_ids=frozenset()))
+    assert sampler.counts is not None
+    assert sampler.in_prompt is not None
+    assert sampler.counts.nbytes + sampler.in_prompt.nbytes == 3 * 40 * PENALTY_BYTES
 
 
 def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
