@@ -251,6 +251,7 @@ class Desk:
                     trace_context=span.trace_context,
                     pooling=call.params,
                     token_type_ids=one.segments,
+                    truncated_tokens=one.cut,
                 )
                 for number, one in enumerate(encoded)
             ]

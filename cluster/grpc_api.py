@@ -215,7 +215,7 @@ class Inference(InferenceServicer):
 
 def _timed(context: Context, request: Any, reply: Pooled, vectors: Vectors) -> Pooled:
     """`reply` with where the time went, if that was asked for; trailing metadata tells it in any case."""
-    set_trailers(context, request, vectors.timing)
+    set_trailers(context, request, vectors.timing, (), vectors.truncated_tokens)
     if request.return_timing:
         reply.timing.CopyFrom(pb.Timing(**vectors.timing.json()))
     return reply

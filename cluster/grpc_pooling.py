@@ -94,3 +94,4 @@ def _optional(message: Any, name: str) -> Any:
 
 def _count(usage: pb.Usage, vectors: Vectors) -> None:
     usage.prompt_tokens, usage.cached_tokens = vectors.prompt_tokens, vectors.cached_tokens
+    usage.truncated_tokens = vectors.truncated_tokens

@@ -133,6 +133,7 @@ def embed_reply(vectors: Vectors, events: Sequence[Pooled], request_id: str) -> 
     for event in events:
         reply.embeddings.add(values=event.values, prompt_tokens=event.prompt_tokens)
     reply.usage.prompt_tokens, reply.usage.cached_tokens = vectors.prompt_tokens, vectors.cached_tokens
+    reply.usage.truncated_tokens = vectors.truncated_tokens
     return reply
 
 

@@ -133,6 +133,7 @@ class OllamaEmbedding:
     ) -> None:
         found, tokens = [], 0
         timing: tuple[tuple[bytes, bytes], ...] = ()
+        cut = 0
         told: dict[str, Any] = {}
         info = self._desk.info(model)
         if ask.texts:
@@ -147,6 +148,7 @@ class OllamaEmbedding:
             )
             vectors, events = await self._desk.pool(call, request_id, headers)
             found, tokens = [as_float32(event.values) for event in events], vectors.prompt_tokens
+            cut = vectors.truncated_tokens
             timing = (vectors.timing.header(),)
             told = {"timing": vectors.timing.json()} if ask.return_timing else {}
         body: dict[str, Any] = {"embedding": found[0] if found else []}
@@ -155,7 +157,7 @@ class OllamaEmbedding:
             body = {"model": ask.model or model.name, "embeddings": found, **spent, "prompt_eval_count": tokens}
         dumped = orjson.dumps({**body, **told}, option=orjson.OPT_SERIALIZE_NUMPY)
         await send_bytes(
-            send, 200, dumped, (_JSON, *timing, *warning_header((*ask.warnings, *_beyond(ask.num_ctx, info))))
+            send, 200, dumped, (_JSON, *timing, *warning_header((*ask.warnings, *_beyond(ask.num_ctx, info)), cut))
         )
 
 

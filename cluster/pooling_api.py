@@ -55,7 +55,9 @@ class PoolingEndpoint:
     async def _reply(self, ask: Ask, request_id: str, headers: Mapping[str, str], send: Send) -> None:
         body, vectors = await self._answer(self._desk, ask, request_id, headers)
         dumped = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-        await send_bytes(send, 200, dumped, (_JSON, vectors.timing.header(), *warning_header(ask.warnings)))
+        await send_bytes(
+            send, 200, dumped, (_JSON, vectors.timing.header(), *warning_header(ask.warnings, vectors.truncated_tokens))
+        )
 
 
 async def _embeddings(desk: Desk, ask: InputsAsk, request_id: str, headers: Mapping[str, str]) -> Answered:

@@ -73,6 +73,7 @@ class Vectors:
         self.model, self.info, self.requests = model, info, requests
         self.error: str | None = None
         """Once closed: the code of what went wrong; `cancelled` when the client went away."""
+        self.truncated_tokens = sum(request.truncated_tokens for request in requests)
         self._failover = failover
         self._span, self._record = span, record
         self._started = time.monotonic()

@@ -37,6 +37,8 @@ class Encoded:
     ids: Sequence[int]
     segments: Sequence[int] = ()
     """Of each token, empty when they are all 0."""
+    cut: int = 0
+    """Tokens that were left out."""
 
 
 def encode_passage(
@@ -52,14 +54,15 @@ def encode_passage(
     there are more than `limit` and nobody asked for that."""
     kept = _kept(truncate, limit)
     if not isinstance(passage, Passage):
-        return _checked(Encoded(passage if kept is None else passage[:kept]), limit, param)
+        ids = passage if kept is None else passage[:kept]
+        return _checked(Encoded(ids, cut=len(passage) - len(ids)), limit, param)
     if tokenizer is None:
         raise ClientError("texts need a tokenizer, but the model is served without one; send token ids", param=param)
     text = passage.text if passage.pair is not None else rules.apply(passage.text, passage.prompt_name)
-    ids, segments = tokenizer.encode_within(
+    ids, segments, cut = tokenizer.encode_within(
         text, passage.pair, limit=kept, add_special_tokens=passage.add_special_tokens
     )
-    return _checked(Encoded(ids, segments if any(segments) else ()), limit, param)
+    return _checked(Encoded(ids, segments if any(segments) else (), cut), limit, param)
 
 
 def role_passage(text: str, role: Role, rules: TextRules) -> Passage:
@@ -98,5 +101,7 @@ def _checked(encoded: Encoded, limit: int, param: str) -> Encoded:
         raise ClientError(f"{param} must hold at least one token", param=param)
     if count > limit:
         what = f"{param} has {count} tokens and the model takes {limit} (--max-model-len)"
-        raise ContextLengthError(f"{what}; shorten it or send truncate_prompt_tokens: -1", param=param)
+        raise ContextLengthError(
+            f"{what}; shorten it or send truncate_prompt_tokens: -1 (Ollama: truncate: true)", param=param
+        )
     return encoded

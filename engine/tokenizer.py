@@ -70,21 +70,22 @@ class Tokenizer:
 
     def encode_within(
         self, text: str, pair: str | None = None, *, limit: int | None = None, add_special_tokens: bool = True
-    ) -> tuple[list[int], list[int]]:
-        """(ids, segment of each) of a text or of two that are read together, as the model's own template joins them.
-        Of what exceeds `limit` tokens the end is cut off: a pair's second text first."""
+    ) -> tuple[list[int], list[int], int]:
+        """(ids, segment of each, tokens that were cut off) of a text or of two that are read together, as the model's own
+        template joins them. Of what exceeds `limit` tokens the end is cut off: a pair's second text first."""
         backend = self._backend
         parts = [backend.encode(_checked_text(t), add_special_tokens=False) for t in (text, pair) if t is not None]
+        lost = 0
         if limit is not None:
             over = sum(map(len, parts)) - limit
             over += backend.num_special_tokens_to_add(pair is not None) if add_special_tokens else 0
             for part in reversed(parts):
                 cut = min(max(over, 0), len(part))
                 part.truncate(len(part) - cut)
-                over -= cut
+                over, lost = over - cut, lost + cut
         second = parts[1] if pair is not None else None
         joined = backend.post_process(parts[0], second, add_special_tokens)
-        return list(joined.ids), list(joined.type_ids)
+        return list(joined.ids), list(joined.type_ids), lost
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """`encode` of many texts, on all cores."""

@@ -147,7 +147,8 @@ def test_embed(embedder, client):
     request = gateway.group.requests[-1]
     assert (request.pooling.dimensions, request.pooling.normalize, request.priority) == (2, False, 4)
     assert 9 < request.deadline_s < 10.5
-    client.call("Embed", {"inputs": [{"text": "x" * 5000}], "truncate_prompt_tokens": -1})
+    reply = client.call("Embed", {"inputs": [{"text": "x" * 5000}], "truncate_prompt_tokens": -1})
+    assert reply.usage.truncated_tokens == 904
     assert len(gateway.group.requests[-1].prompt_token_ids) == 4096
 
 

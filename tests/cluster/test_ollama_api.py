@@ -348,6 +348,7 @@ def test_client_embed(gateway, client):
         assert post(gateway, "/api/embed", model="bytes").json()["embeddings"] == []
         long = post(gateway, "/api/embed", model="bytes", input="x" * 5000)
         assert long.json()["prompt_eval_count"] == 4096
+        assert "904 tokens" in long.headers["x-kvasir-warning"]
         assert post(gateway, "/api/embed", model="bytes", input="x" * 5000, truncate=False).status_code == 400
     finally:
         gateway.group.info = _with(gateway.group.info, tasks=("generate",))

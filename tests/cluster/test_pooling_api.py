@@ -157,11 +157,16 @@ def test_too_long_is_refused_with_counts_and_cut_when_asked(gateway):
     error = wrong(embed(gateway, ["a", long]))
     assert error["code"] == "context_length_exceeded"
     assert "input[1] has 5000 tokens and the model takes 4096" in error["message"]
-    body = embed(gateway, ["a", long], truncate_prompt_tokens=-1).json()
+    reply = embed(gateway, ["a", long], truncate_prompt_tokens=-1)
+    assert reply.headers["x-kvasir-warning"] == "904 tokens of the prompt were cut off"
+    body = reply.json()
     assert [item["embedding"][0] for item in body["data"]] == [1, 4096]
     assert body["usage"]["prompt_tokens"] == 4097
-    assert embed(gateway, [1, 2, 3], truncate_prompt_tokens=2).json()["data"][0]["embedding"][0] == 2
+    reply = embed(gateway, [1, 2, 3], truncate_prompt_tokens=2)
+    assert reply.json()["data"][0]["embedding"][0] == 2
+    assert reply.headers["x-kvasir-warning"].startswith("1 tokens")
     assert list(gateway.group.requests[-1].prompt_token_ids) == [1, 2]
+    assert "x-kvasir-warning" not in embed(gateway, [1, 2, 3], truncate_prompt_tokens=3).headers
 
 
 def test_prompts_of_the_model(gateway, monkeypatch):
@@ -279,7 +284,9 @@ def test_rerank_options(reader):
 
 
 def test_pairs_are_cut_at_the_document(reader):
-    post(reader, "/rerank", query="qqq", documents=["abcdef"], truncate_prompt_tokens=5)
+    reply = post(reader, "/rerank", query="qqq", documents=["abcdef", "ab"], truncate_prompt_tokens=5)
+    assert reply.headers["x-kvasir-warning"].startswith("4 tokens")
+    reply = post(reader, "/rerank", query="qqq", documents=["abcdef"], truncate_prompt_tokens=5)
     assert bytes(reader.group.requests[-1].prompt_token_ids) == b"qqqab"
     error = wrong(post(reader, "/rerank", query="q", documents=["a", "b" * 5000]))
     assert error["param"] == "documents[1]"

@@ -117,7 +117,7 @@ def test_bert_has_its_frame_and_its_word_pieces(metadata: Callable[[str], Metada
     assert tokenizer.encode("Hello World") == [101, 7592, 2088, 102]
     assert tokenizer.encode("ünaffable") == [101, 14477, 20961, 3468, 102]
     assert tokenizer.decode(tokenizer.encode("unaffable word")) == "unaffable word"
-    assert tokenizer.encode_within("a", "b", limit=None) == ([101, 1037, 102, 1038, 102], [0, 0, 0, 1, 1])
+    assert tokenizer.encode_within("a", "b", limit=None) == ([101, 1037, 102, 1038, 102], [0, 0, 0, 1, 1], 0)
     assert tokenizer.encode("[MASK]", add_special_tokens=False) == [103]
 
 
