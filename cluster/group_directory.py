@@ -183,7 +183,7 @@ class GroupDirectory:
 
 def _alike(one: GroupClient, other: GroupClient) -> bool:
     """What one has begun the other would go on with in the same way."""
-    return one.info is not None and other.info is not None and one.info.version == other.info.version
+    return one.member.version == other.member.version
 
 
 async def _leave(client: GroupClient, router: Router) -> None:

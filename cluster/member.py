@@ -92,6 +92,8 @@ class Member:
         """Where peers fetch its blocks, if it serves any."""
         self._role: Role = "both"
         self.hasher: Hasher | None = None
+        self.version = b""
+        """What it has begun, only others of this version go on with."""
         self.stats = Stats()
         self.group = directory.join()
         """Its number in the directory, and among the standings."""
@@ -116,6 +118,7 @@ class Member:
     def welcome(self, info: ModelInfo, incarnation: str) -> None:
         """A connection; load and a snapshot of its blocks follow."""
         self.hasher, self.block_size, self._max_num_seqs = self._hashers.of(info), info.block_size, info.max_num_seqs
+        self.version = info.version
         self.standings.changes += 1
         self._told_at, self.serves = None, bool(self.kv_address)
         self._token_bytes = info.block_bytes / info.block_size

@@ -17,8 +17,9 @@ from __future__ import annotations
 import math
 import random
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal
 
 import numpy as np
@@ -27,7 +28,7 @@ from kvasir.cluster.choices import OTHERS, Choices
 from kvasir.cluster.directory import BlockDirectory
 from kvasir.cluster.fetch import Holdings, fetches
 from kvasir.cluster.member import Member, Pace, Reservation
-from kvasir.cluster.prompt_keys import Hasher, Hashers
+from kvasir.cluster.prompt_keys import Hashers
 from kvasir.cluster.standings import REQUESTS, SERVES, Floats, Ints, Standings
 from kvasir.engine.block_ids import NOBODY, GroupCosts, group_costs
 from kvasir.engine.blocks import Tier
@@ -103,20 +104,30 @@ class Route:
 
 
 class Asked:
-    """What is the same for all requests that may go to the same groups."""
+    """What is the same for all requests that may go to the same groups. lenders: whoever may give them blocks."""
 
-    def __init__(self, members: Sequence[Member], changes: int) -> None:
+    def __init__(self, members: Sequence[Member], lenders: Iterable[Member], changes: int) -> None:
         self.members, self.changes = members, changes
         numbers = [member.group for member in members]
         self.numbers: Ints = np.array(numbers, np.int64)
         in_line = bool(numbers) and numbers == [*range(numbers[0], numbers[0] + len(numbers))]
         self.at: slice | Ints = slice(numbers[0], numbers[0] + len(numbers)) if in_line else self.numbers
         """The same: a view is had sooner than a copy."""
-        self.alike = [member for member in members if member.hasher is members[0].hasher]
-        """Of the first one's kind."""
-        self.others = [member for member in members if member.hasher is not members[0].hasher]
+        kinds: dict[bytes, list[Member]] = {}
+        for member in members:
+            kinds.setdefault(_salt(member), []).append(member)
+        self.kinds = [Asked(alike, lenders, changes) for alike in kinds.values()] if len(kinds) > 1 else []
+        """Those of each version apart, where there are several."""
+        salt = next(iter(kinds), b"")
+        like = (member.hasher for member in (*members, *lenders) if salt and _salt(member) == salt)
+        self.hashers = [*dict.fromkeys(hasher for hasher in like if hasher is not None)]
+        """By which groups of their version know blocks: one for each block size."""
         self.roles = any(member.role == "prefill" for member in members)
         """Some only compute prompts."""
+
+
+def _salt(member: Member) -> bytes:
+    return member.hasher.salt if member.hasher is not None else b""
 
 
 class Router:
@@ -134,7 +145,7 @@ class Router:
         """Once it is compiled."""
         self._lenders: dict[int, Member] = {}
         """Groups that serve blocks to others, by number."""
-        self._asked = Asked([], 0)
+        self._asked = Asked([], (), 0)
         """The candidates of the last request, mostly those of the next one."""
         self._sessions: OrderedDict[str, Member] = OrderedDict()
         self._turn = 0
@@ -158,7 +169,7 @@ class Router:
         are fetched. Raises OverloadedError when none can serve it in time."""
         length = len(request.prompt_token_ids) + len(request.resume_token_ids)
         if members != self._asked.members or self._asked.changes != self._standings.changes:
-            self._asked = Asked([*members], self._standings.changes)
+            self._asked = Asked([*members], self._lenders.values(), self._standings.changes)
         choices = self._choices(request, self._asked, length, source)
         why, choices, place = self._by_role(choices, request, length, self._sessions.get(session) if session else None)
         limit = min(SLACK * self.max_ttft_s or math.inf, request.deadline_s or math.inf)
@@ -198,28 +209,25 @@ class Router:
         return self.policy in ("prefix", "cost")
 
     def _choices(self, request: Request, asked: Asked, length: int, source: Member | None) -> Choices:
-        standings, hasher = self._standings.table[:, asked.at], asked.members[0].hasher
+        standings = self._standings.table[:, asked.at]
         if not self._looks:
             return Choices.blank(asked.members, standings, length)
-        if asked.others:
-            mine, others = (
-                self._choices(request, Asked(part, 0), length, source) for part in (asked.alike, asked.others)
-            )
-            return mine.beside(others)
-        if hasher is None:
+        if asked.kinds:
+            return reduce(Choices.beside, (self._choices(request, kind, length, source) for kind in asked.kinds))
+        if not asked.hashers:
             return Choices.blank(asked.members, standings, length)
-        return self._held(asked, standings, hasher, request, length, source)
+        return self._held(asked, standings, request, length, source)
 
-    def _held(
-        self, asked: Asked, standings: Floats, hasher: Hasher, request: Request, length: int, source: Member | None
-    ) -> Choices:
+    def _held(self, asked: Asked, standings: Floats, request: Request, length: int, source: Member | None) -> Choices:
         """What each has cached, and what it costs to have the rest."""
-        size = hasher.block_size
-        found = self.directory.found(hasher.prompt(request))
-        found *= size
-        source_tokens = (length - 1) // size * size  # it has just computed them, and may not have told yet
+        found, *more = [self.directory.found(one.prompt(request)) * one.block_size for one in asked.hashers]
+        for tokens in more:  # blocks of another size are others, so that each group has its own alone
+            found += tokens
+        source_tokens = 0
         if source is not None and self._lenders.get(source.group) is not source:
             source = None
+        elif source is not None:  # it has just computed them, and may not have told yet
+            source_tokens = (length - 1) // source.block_size * source.block_size
         self._costs = self._costs or group_costs(np.array([1.0, *(saved for _, saved in SAVED)]), OTHERS)
         if self._costs is not None:
             return self._weighed(self._costs, asked, standings, found, length, source_tokens, source)
@@ -274,9 +282,12 @@ class Router:
         if not whole:
             why, place = self._choose(choices, at_home)
             return why, choices, place
-        decoders, prefillers = choices.only(whole), choices.only(places)
+        decoders = choices.only(whole)
         why, place = self._choose(decoders, at_home)
-        if not request.resume_token_ids and request.pooling is None:
+        version = decoders.members[place].version
+        places = [one for one in places if choices.members[one].version == version]  # no other could hand over
+        if places and not request.resume_token_ids and request.pooling is None:
+            prefillers = choices.only(places)
             costs = prefillers.costs(self._pace.rate or 1.0)
             first = int(costs.argmin())
             if costs[first] < self._alone(decoders, place, length):

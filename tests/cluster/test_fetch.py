@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kvasir.cluster.block_journal import BlockJournal
 from kvasir.cluster.fetch import MAX_PEERS
 from kvasir.cluster.router import Router
+from kvasir.engine.block_ids import loading
 from kvasir.engine.blocks import chain_start, content_ids, salted, token_bytes
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.request import PoolingParams, Request, SamplingParams
@@ -30,18 +31,21 @@ def prompt(number, length=1000):
 class Fleet:
     """Groups that serve blocks, behind a router."""
 
-    def __init__(self, count, *, serving=True, policy="cost", roles=()):
+    def __init__(self, count, *, serving=True, policy="cost", roles=(), sizes=()):
+        """sizes: of the first groups' blocks, 16 by default."""
+        self.infos = [dataclasses.replace(INFO, block_size=size, block_bytes=BYTES * size) for size in sizes]
+        self.infos += [INFO] * (count - len(sizes))
         self.router = Router(policy, draw=random.Random(0))
         kv = [(f"host:{n}", f"secret {n}") if serving else ("", "") for n in range(count)]
         self.members = [self.router.join(f"g{n}", kv[n]) for n in range(count)]
         for number, member in enumerate(self.members):
-            self.welcome(member, f"life {number}")
+            self.welcome(member, f"life {number}", self.infos[number])
             self.load(number)
         for member, role in zip(self.members, roles, strict=False):
             member.role = role
 
-    def welcome(self, member, life):
-        member.welcome(INFO, life)
+    def welcome(self, member, life, info=INFO):
+        member.welcome(info, life)
         member.rate = 10_000.0
         self.tell(member, BlockJournal(life).snapshot())
 
@@ -55,7 +59,8 @@ class Fleet:
         self.members[number].report(Stats(**{**measured, **stats}), 0, 0.0)
 
     def hold(self, number, tokens):
-        ids = content_ids(chain_start(INFO.salt, "", None, False), token_bytes(tokens), 16)
+        info = self.infos[number]
+        ids = content_ids(chain_start(info.salt, "", None, False), token_bytes(tokens), info.block_size)
         keys = [int.from_bytes(one[:8], "little") for one in ids]
         self.router.directory.change(self.members[number].group, "device", keys, ())
 
@@ -189,6 +194,26 @@ def test_prices_are_right_whatever_is_held(data):
     )
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_groups_of_other_block_sizes_lend_and_fetch(compiled, monkeypatch):
+    """Each is known by its own blocks, all counts are of tokens."""
+    if not compiled:
+        monkeypatch.setattr("kvasir.engine.block_ids._compiled", lambda: None)
+    elif loading().result() is None:
+        pytest.skip("there is no C++ compiler")
+    fleet = Fleet(3, sizes=(32, 16, 64))
+    fleet.hold(0, prompt(1))
+    fleet.hold(1, prompt(1)[:640])
+    route = fleet.place(prompt(1), among=[2])
+    assert [(peer.address, peer.tokens) for peer in route.peers] == [("host:0", 992), ("host:1", 640)]
+    assert (route.cached_tokens, route.fetched_tokens, route.best_tokens) == (0, 992, 0)
+    assert fleet.place(prompt(1), among=[1]).fetched_tokens == 352
+    here = fleet.place(prompt(1))
+    assert (fleet.number(here), here.cached_tokens, here.peers) == (0, 992, ())
+    moved = fleet.place(prompt(2), among=[1, 2], source=fleet.members[0])
+    assert [(peer.tokens, peer.ordered) for peer in moved.peers] == [(992, True)]
+
+
 # -- roles
 
 
@@ -203,6 +228,16 @@ def test_long_prompts_are_computed_by_a_prefill_group_and_short_ones_where_they_
     assert (fleet.number(route) in (1, 2), route.facts()["role"]) == (True, "decode")
     fleet.hold(1, prompt(2, 8000)[:7900])
     assert fleet.number(fleet.place(prompt(2, 8000))) == 1
+
+
+def test_who_computes_prompts_hands_over_to_other_block_sizes_and_to_no_other_version():
+    fleet = Fleet(2, roles=("prefill", "decode"), sizes=(32, 16))
+    fleet.load(1, running=20)
+    route = fleet.place(prompt(1, 8000))
+    assert (fleet.number(route), route.why) == (0, "split")
+    route.reservation.settle()
+    fleet.welcome(fleet.members[0], "next life", dataclasses.replace(INFO, version=b"new", salt=b"new" * 5))
+    assert fleet.number(fleet.place(prompt(1, 8000))) == 1
 
 
 def test_a_queue_at_the_prefill_groups_sends_prompts_to_the_others():

@@ -23,19 +23,22 @@ from tests.engine.test_peers import Proxy
 class Pair:
     """Two groups of a small model in this process, that serve blocks to each other."""
 
-    def __init__(self, model, way="auto", through=lambda engine, address: address):
-        """through: where others find what an engine serves at `address`."""
+    def __init__(self, model, way="auto", through=lambda engine, address: address, sizes=(16, 16)):
+        """through: where others find what an engine serves at `address`; sizes: of their blocks."""
         self.config = EngineConfig(
             model=model, dtype="float32", max_model_len=512, kv_cache_memory_bytes=2**22, num_threads=1, kv_transfer=way
         )
-        self.through = through
+        self.through, self.sizes = through, sizes
 
     async def __aenter__(self):
         from kvasir.engine.engine import Engine
 
         self.directory = GroupDirectory({"m": "m"})
         self.services = [GroupService(Tracing()) for _ in range(2)]
-        self.engines = [Engine(self.config, service.deliver) for service in self.services]
+        self.engines = [
+            Engine(dataclasses.replace(self.config, block_size=size), service.deliver)
+            for size, service in zip(self.sizes, self.services, strict=True)
+        ]
         endpoints = []
         for service, engine in zip(self.services, self.engines, strict=True):
             engine.start()
@@ -169,11 +172,11 @@ def test_below_the_crossover_it_computes(data):
     run(main())
 
 
-@pytest.mark.parametrize("how", ["drain", "prefill"])
+@pytest.mark.parametrize(("how", "sizes"), [("drain", (16, 16)), ("prefill", (32, 16))])
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0, "seed": 5, "n": 2, "logprobs": 1}])
-def test_eight_streams_move_and_every_token_is_what_it_was(data, how, sampling):
+def test_eight_streams_move_and_every_token_is_what_it_was(data, how, sizes, sampling):
     async def main():
-        async with Pair(str(data("model-stories260k/hf"))) as pair:
+        async with Pair(str(data("model-stories260k/hf")), sizes=sizes) as pair:
             moves = []
             failover = Failover(
                 lambda request, begun: pair.directory.place("m", request, begun),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,10 +32,12 @@ def test_the_same_costs(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     trunk = [draw.randrange(1000) for _ in range(400)]
     for number, member in enumerate(members):
-        member.welcome(INFO, str(number))
+        info = replace(INFO, block_size=draw.choice((16, 16, 32)))
+        member.welcome(info, str(number))
         member.rate = draw.choice((0.0, 5000.0, draw.uniform(100, 10_000)))
         for tier in TIERS:
-            ids = content_ids(chain_start(INFO.salt, "", None, False), token_bytes(trunk[: draw.randrange(400)]), 16)
+            start, tokens = chain_start(info.salt, "", None, False), token_bytes(trunk[: draw.randrange(400)])
+            ids = content_ids(start, tokens, info.block_size)
             router.directory.change(member.group, tier, key_list(ids) if draw.random() < 0.5 else (), ())
         queued = draw.choice((0, draw.randrange(20_000)))
         stats = Stats(queued_prefill_tokens=queued, prefills=1 if queued else 0, decode_blocks=draw.randrange(9000))
@@ -49,7 +52,7 @@ def test_the_same_costs(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
         request = Request(request_id="r", prompt_token_ids=tokens, sampling=SamplingParams())
         some = draw.sample(members, draw.randint(1, len(members))) if draw.random() < 0.5 else members
         source = draw.choice([None, *members])
-        asked = Asked(some, 0)
+        asked = Asked(some, router._lenders.values(), 0)
         one = router._choices(request, asked, len(tokens), source)
         assert one.priced is not None
         with monkeypatch.context() as patch:
