@@ -36,10 +36,10 @@ class ModelFiles:
     def config(self) -> dict[str, Any]:
         """config.json, or what it would say, with the overrides of the command line."""
         engine = self._engine
-        if self._gguf is not None:
+        if self.gguf is not None:
             from kvasir.engine.gguf_config import config
 
-            found = dict(config(self._gguf))
+            found = dict(config(self.gguf))
         elif engine.config_format == "mistral" or not (self.path / "config.json").is_file():
             found = from_params(hub.read_json(self.path / "params.json"), self.path)
         else:
@@ -50,8 +50,8 @@ class ModelFiles:
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Ids that end a sequence."""
-        if self._gguf is not None:
-            return gguf_eos_token_ids(self._gguf.metadata)
+        if self.gguf is not None:
+            return gguf_eos_token_ids(self.gguf.metadata)
         return hub.eos_token_ids(self.path) or own_eos_token_ids(self.path)
 
     def default_sampling(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class ModelFiles:
         return open_checkpoint(self.path, self._engine.load_format)
 
     @cached_property
-    def _gguf(self) -> GGUF | None:
+    def gguf(self) -> GGUF | None:
         return read_gguf(self.path) if is_gguf(self.path) else None
 
 

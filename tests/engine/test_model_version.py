@@ -7,12 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from kvasir.engine.config import EngineConfig
+from kvasir.engine.gguf import read_gguf
 from kvasir.engine.llm import LLM
 from kvasir.engine.model_files import ModelFiles
-from kvasir.engine.model_version import model_version
+from kvasir.engine.model_version import _weights, model_version
 
 
 def version(model: Path, *types: str, **options: Any) -> bytes:
@@ -46,6 +50,42 @@ def test_weights_overrides_types_and_seeds_do(llama: Path, tuned: Path) -> None:
     found += [version(llama, hf_overrides={"rms_norm_eps": eps}) for eps in (0.1, 0.2)]
     found += [version(llama, load_format="dummy", seed=seed) for seed in (0, 1)]
     assert len({*found}) == len(found)
+
+
+def write(path: Path, tensors: dict[str, Any]) -> None:
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    elif path.suffix == ".gguf":
+        writer = gguf.GGUFWriter(str(path), "llama")
+        for name, tensor in tensors.items():
+            writer.add_tensor(name, tensor)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    else:
+        path.write_bytes(b"".join(tensor.tobytes() for tensor in tensors.values()))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "gguf", "bin"])
+def test_one_tensor_that_was_trained_further_is_noticed(tmp_path: Path, kind: str) -> None:
+    """However small, among large ones; of a file that doesn't tell where they lie, one of some size."""
+    path = tmp_path / f"model.{kind}"
+    sizes = [300_000 if n % 3 else 5 for n in range(9)]
+    tensors = {f"t{n}": np.full(size, n, np.float32) for n, size in enumerate(sizes)}
+    write(path, tensors)
+    known, trained = [weights(path)], [name for name in tensors if kind != "bin" or tensors[name].size > 5]
+    for name in trained:
+        write(path, tensors | {name: tensors[name] + 0.5})
+        known.append(weights(path))
+    write(path, tensors)
+    assert weights(path) == known[0]
+    assert len(set(known)) == 1 + len(trained)
+
+
+def weights(path: Path) -> str:
+    is_gguf = path.suffix == ".gguf"
+    return repr(_weights(path if is_gguf else path.parent, read_gguf(path) if is_gguf else None))
 
 
 def test_an_engine_tells_it_and_hashes_with_it(llama: Path, tuned: Path) -> None:
