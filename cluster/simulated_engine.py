@@ -78,6 +78,12 @@ class SimulatedEngine:
         self._on_blocks = on_blocks
 
     def _loop(self) -> None:
+        try:
+            self._run()
+        except BaseException as error:  # whoever watches the group ends it
+            self.failure = error
+
+    def _run(self) -> None:
         while not self._stopping:
             self.heartbeat = time.monotonic()
             self._take_in()

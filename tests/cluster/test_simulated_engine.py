@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from waiting import until_async
+from waiting import until, until_async
 
 from kvasir.cluster.group_directory import GroupDirectory
 from kvasir.cluster.group_service import GroupService
@@ -86,3 +86,15 @@ def test_many_requests_continuations_aborts_and_refusals():
         await end(groups, directory)
 
     asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_what_ends_the_loop_is_the_failure():
+    def deliver(events):
+        raise RuntimeError("nobody listens")
+
+    engine = SimulatedEngine(FAST, deliver)
+    engine.start()
+    engine.submit(request("r", [1] * 20, max_tokens=1))
+    until(lambda: engine.failure is not None)
+    assert str(engine.failure) == "nobody listens"
+    engine.shutdown()

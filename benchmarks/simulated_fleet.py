@@ -1,0 +1,109 @@
+"""A real gateway before simulated groups, in one process, until Ctrl-C: HTTP, router, directory and the binary streams are those
+of `kvasir serve`; groups take as long for a step as `--step` says, and always say the same letter.
+
+    .venv/bin/python benchmarks/simulated_fleet.py --groups 16 --port 8000
+    .venv/bin/python benchmarks/simulated_fleet.py --model skald --step 0.003 4e-5 2e-4 1e-8   # as replay.py --fit says
+    .venv/bin/python benchmarks/replay.py TRACE --url http://127.0.0.1:8000 --limit 200
+
+Without --model, prompts are token ids and answers are counted, not shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import uvicorn
+
+from kvasir.cluster.config import GatewayConfig
+from kvasir.cluster.desk import Desk
+from kvasir.cluster.gateway import close_app, create_app
+from kvasir.cluster.group_directory import GroupDirectory
+from kvasir.cluster.group_service import GroupService
+from kvasir.cluster.http_protocol import server_config
+from kvasir.cluster.metrics import Metrics
+from kvasir.cluster.served_model import ServedModel
+from kvasir.cluster.simulated_engine import SimulatedEngine
+from kvasir.cluster.simulated_group import Shape, StepTime
+from kvasir.cluster.sockets import bound_socket
+from kvasir.cluster.telemetry import Tracing
+from kvasir.engine.config import EngineConfig
+
+POLL_S, WATCH_S = 0.01, 0.5
+
+
+@contextlib.asynccontextmanager
+async def fleet(model: ServedModel, groups: int, shape: Shape) -> AsyncIterator[tuple[Desk, list[SimulatedEngine]]]:
+    """Groups that a gateway's desk has reached."""
+    engines, services = list[SimulatedEngine](), list[GroupService]()
+    directory, tracing = GroupDirectory(dict.fromkeys(model.names, model.name)), Tracing()
+    try:
+        endpoints = []
+        for _ in range(groups):
+            services.append(GroupService(tracing))
+            engines.append(SimulatedEngine(shape, services[-1].deliver))
+            engines[-1].start()
+            endpoints.append(await services[-1].start(engines[-1], "127.0.0.1"))
+        directory.update(model.name, endpoints)
+        while not all(client.alive for client in directory.clients(model.name)):
+            await asyncio.sleep(POLL_S)
+        yield Desk([model], directory, Metrics(), tracing), engines
+    finally:
+        await directory.close()
+        for service in services:
+            await service.stop()
+        for engine in engines:
+            engine.shutdown()
+
+
+async def serve(model: ServedModel, groups: int, shape: Shape, port: int) -> None:
+    """Until it is interrupted. Raises what a group's loop raised."""
+    config = GatewayConfig(state_path=":memory:")
+    async with fleet(model, groups, shape) as (desk, engines):
+        app = create_app(desk, config)
+        server, sock = uvicorn.Server(server_config(app, config)), bound_socket("127.0.0.1", port, shared=False)
+        running = asyncio.create_task(server.serve([sock]))
+        while not (server.started or running.done()):
+            await asyncio.sleep(POLL_S)
+        print(f"{groups} simulated groups: http://127.0.0.1:{sock.getsockname()[1]}", flush=True)
+        try:
+            while not (await asyncio.wait([running], timeout=WATCH_S))[0]:
+                if (failure := next((one.failure for one in engines if one.failure), None)) is not None:
+                    server.should_exit = True
+                    await running
+                    raise failure
+        finally:
+            await close_app(app)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--groups", type=int, default=16)
+    parser.add_argument("--port", type=int, default=0, help="0: a free one")
+    parser.add_argument("--model", help="whose tokenizer and chat template the gateway has")
+    parser.add_argument("--block-size", type=int, default=Shape().block_size)
+    parser.add_argument(
+        "--kv-tokens", type=int, default=Shape().num_blocks * Shape().block_size, help="a group's cache"
+    )
+    parser.add_argument("--budget", type=int, default=Shape().budget, help="tokens of a step")
+    parser.add_argument("--step", type=float, nargs=4, metavar="S", help="base, prefill, stream, context; see StepTime")
+    args = parser.parse_args()
+    names = ("base_s", "prefill_s", "stream_s", "context_s")
+    shape = Shape(
+        step_time=StepTime(**dict(zip(names, args.step, strict=True))) if args.step else StepTime(),
+        block_size=args.block_size,
+        num_blocks=args.kv_tokens // args.block_size,
+        budget=args.budget,
+    )
+    model = (
+        ServedModel.load(EngineConfig(model=args.model))
+        if args.model
+        else ServedModel(names=("simulated",), tokenizer=None)
+    )
+    asyncio.run(serve(model, args.groups, shape, args.port))
+
+
+if __name__ == "__main__":
+    main()
