@@ -111,10 +111,13 @@ class BlockDirectory:
 
     def replace(self, group: int, tier: Tier, keys: Collection[Key]) -> None:
         """The group holds exactly these in a tier."""
-        held, wanted = self._held[group][tier], set(keys)
-        if self._compiled is not None:
-            held = {*self._compiled.held(TIERS.index(tier), group)}
-        self.change(group, tier, wanted - held, held - wanted)
+        if self._compiled is None:
+            held, wanted = self._held[group][tier], set(keys)
+            self.change(group, tier, wanted - held, held - wanted)
+            return
+        before = self._room
+        self._room = self._compiled.replace(TIERS.index(tier), group, keys, before)
+        self._sizes[tier] += before - self._room
 
     def found(self, prompt: Prompt) -> Ints:
         """[tier, group]: how many of the prompt's first blocks the group holds without a gap, in this tier and those before."""

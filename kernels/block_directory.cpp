@@ -19,11 +19,13 @@ constexpr int TIERS = 3, ID = 16, WAYS = 8;
 constexpr int64_t PORTION = 64;
 constexpr uint64_t SPREAD = 0x9e3779b97f4a7c15;
 
-// key -> bits of groups, in slots of 1 + width words. Open addressing; key 0 is taken for 1.
+// key -> bits of groups, in slots of 1 + width words; a set of keys, where width is 0. Open addressing; key 0 is taken for 1.
 struct Table {
-  int width = 1, log2 = 6;
+  int width, log2 = 6;
   int64_t used = 0;
-  std::vector<uint64_t> slots = std::vector<uint64_t>(2 << 6);
+  std::vector<uint64_t> slots;
+
+  explicit Table(int words = 1) : width(words), slots((1 + words) << log2) {}
 
   uint64_t *slot(int64_t place) { return slots.data() + place * (1 + width); }
   int64_t mask() const { return (int64_t(1) << log2) - 1; }
@@ -37,8 +39,8 @@ struct Table {
   }
 
   void reshape(int to_log2, int to_width) {
-    Table next;
-    next.width = to_width, next.log2 = to_log2, next.used = used;
+    Table next(to_width);
+    next.log2 = to_log2, next.used = used;
     next.slots.assign((int64_t(1) << to_log2) * (1 + to_width), 0);
     for (int64_t place = 0; place <= mask(); place++)
       if (const uint64_t *from = slot(place); *from)
@@ -46,26 +48,27 @@ struct Table {
     std::swap(*this, next);
   }
 
-  bool add(uint64_t key, int group) {
+  // The key's slot, from now on if it wasn't there.
+  uint64_t *claim(uint64_t key) {
     if (used * 3 > mask() * 2) reshape(log2 + 1, width);
     uint64_t *found = find(key);
-    uint64_t &bits = found[1 + group / 64], bit = uint64_t(1) << group % 64;
-    if (bits & bit) return false;
     if (!*found) *found = key, used++;
-    bits |= bit;
-    return true;
+    return found;
   }
 
-  bool drop(uint64_t key, int group) {
-    uint64_t *found = find(key);
-    uint64_t &bits = found[1 + group / 64], bit = uint64_t(1) << group % 64;
-    if (!*found || !(bits & bit)) return false;
-    bits &= ~bit;
-    for (int word = 1; word <= width; word++)
-      if (found[word]) return true;
+  void release(uint64_t *found) {
     close((found - slots.data()) / (1 + width));
     used--;
-    return true;
+  }
+
+  void add(uint64_t key, int group) { claim(key)[1 + group / 64] |= uint64_t(1) << group % 64; }
+
+  void drop(uint64_t key, int group) {
+    uint64_t *found = find(key);
+    found[1 + group / 64] &= ~(uint64_t(1) << group % 64);
+    for (int word = 1; word <= width; word++)
+      if (found[word]) return;
+    release(found);
   }
 
   // The slot becomes free: what follows it moves up as far as it may.
@@ -105,12 +108,39 @@ struct Memory {
 
 struct Directory {
   Table tiers[TIERS];
+  std::vector<Table> held[TIERS]; // by group, so that nobody who looks for what one holds walks over what all do
   Memory memory;
   std::vector<uint64_t> keys; // of the hash of tokens
   uint8_t before[ID];
   Memory::Ids last; // of a block too long to be remembered
 
   int64_t most_words() const { return int64_t(keys.size()) - 3; }
+
+  bool add(int tier, int group, uint64_t key) {
+    Table &own = held[tier][group];
+    const int64_t before = own.used;
+    own.claim(key);
+    if (own.used == before) return false;
+    tiers[tier].add(key, group);
+    return true;
+  }
+
+  bool drop(int tier, int group, uint64_t key) {
+    Table &own = held[tier][group];
+    uint64_t *found = own.find(key);
+    if (!*found) return false;
+    own.release(found);
+    tiers[tier].drop(key, group);
+    return true;
+  }
+
+  // There are tables for the group.
+  void admit(int64_t group) {
+    if (group >= 64 * tiers[0].width)
+      for (Table &each : tiers) each.reshape(each.log2, int(group / 64 + 1));
+    for (std::vector<Table> &each : held)
+      if (group >= int64_t(each.size())) each.resize(group + 1, Table(0));
+  }
 };
 
 uint64_t key_of(const uint8_t *id) {
@@ -186,24 +216,28 @@ EXPORT void directory_free(Directory *self) { delete self; }
 // What a group stored and evicted, room: how many more may be held -> the room that is left
 EXPORT int64_t directory_change(Directory *self, int64_t tier, int64_t group, const uint64_t *stored, int64_t stored_count,
                                 const uint64_t *evicted, int64_t evicted_count, int64_t room) {
-  Table &table = self->tiers[tier];
-  if (group >= 64 * table.width)
-    for (Table &each : self->tiers) each.reshape(each.log2, int(group / 64 + 1));
-  for (int64_t n = 0; n < evicted_count; n++) room += table.drop(evicted[n] ? evicted[n] : 1, int(group));
-  for (int64_t n = 0; n < stored_count && room > 0; n++) room -= table.add(stored[n] ? stored[n] : 1, int(group));
+  self->admit(group);
+  for (int64_t n = 0; n < evicted_count; n++) room += self->drop(int(tier), int(group), evicted[n] ? evicted[n] : 1);
+  for (int64_t n = 0; n < stored_count && room > 0; n++) room -= self->add(int(tier), int(group), stored[n] ? stored[n] : 1);
   return room;
 }
 
-// The keys that a group holds in a tier, as many as there is room for -> how many there are
-EXPORT int64_t directory_held(Directory *self, int64_t tier, int64_t group, uint64_t *keys, int64_t room) {
-  Table &table = self->tiers[tier];
-  int64_t count = 0;
-  for (int64_t place = 0; place <= table.mask() && group < 64 * table.width; place++)
-    if (table.slot(place)[1 + group / 64] >> group % 64 & 1) {
-      if (count < room) keys[count] = *table.slot(place);
-      count++;
-    }
-  return count;
+// A group holds exactly these, room: how many more may be held -> the room that is left
+EXPORT int64_t directory_replace(Directory *self, int64_t tier, int64_t group, const uint64_t *keys, int64_t count, int64_t room) {
+  self->admit(group);
+  Table &own = self->held[tier][group], wanted(0);
+  int log2 = wanted.log2; // at once: keys in the order of a larger table's slots would crowd the beginning of one that grows
+  while (count * 3 > (int64_t(2) << log2)) log2++;
+  wanted.reshape(log2, 0);
+  for (int64_t n = 0; n < count; n++) wanted.claim(keys[n] ? keys[n] : 1);
+  std::vector<uint64_t> gone;
+  for (int64_t place = 0; place <= own.mask(); place++)
+    if (const uint64_t key = *own.slot(place); key && !*wanted.find(key)) gone.push_back(key);
+  for (uint64_t key : gone) room += self->drop(int(tier), int(group), key);
+  if (!own.used) own = Table(0); // it gives its memory back
+  if (own.log2 < log2) own.reshape(log2, 0);
+  for (int64_t n = 0; n < count && room > 0; n++) room -= self->add(int(tier), int(group), keys[n] ? keys[n] : 1);
+  return room;
 }
 
 EXPORT int64_t directory_size(Directory *self, int64_t tier) { return self->tiers[tier].used; }

@@ -21,7 +21,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "directory_new": ((c_char_p, c_int64, c_int64), c_void_p),
     "directory_free": ((c_void_p,), None),
     "directory_change": ((c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64), c_int64),
-    "directory_held": ((c_void_p, c_int64, c_int64, c_void_p, c_int64), c_int64),
+    "directory_replace": ((c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64), c_int64),
     "directory_size": ((c_void_p, c_int64), c_int64),
     "directory_prefixes": ((c_void_p, c_char_p, py_object, c_int64, c_int64, c_int64, c_void_p), c_bool),
 }
@@ -51,12 +51,11 @@ class Holders:
         found: int = self._library.directory_change(self._address, tier, group, *lists, room)
         return found
 
-    def held(self, tier: int, group: int) -> array[int]:
-        """Keys of a group's blocks."""
-        count = self._library.directory_held(self._address, tier, group, None, 0)
-        keys = array("Q", bytes(8 * count))
-        self._library.directory_held(self._address, tier, group, *keys.buffer_info())
-        return keys
+    def replace(self, tier: int, group: int, keys: Iterable[int], room: int) -> int:
+        """A group holds exactly these, but for those that find no room -> the room that is left."""
+        all_of = _keys(keys)
+        found: int = self._library.directory_replace(self._address, tier, group, *all_of.buffer_info(), room)
+        return found
 
     def size(self, tier: int) -> int:
         """Blocks that somebody holds."""

@@ -183,9 +183,11 @@ def test_what_groups_hold_of_prompts_is_what_brute_force_finds(compiled, seed, m
             any(tiers[tier] for tiers in held.values()) for tier in TIERS
         ]
     assert (directory._compiled is not None) == compiled
+    for group in held:
+        directory.leave(group)
+    assert directory.num_holdings == 0
     if compiled:
-        for group, tiers in held.items():
-            assert [{*directory._compiled.held(n, group)} for n in range(3)] == [tiers[tier] for tier in TIERS]
+        assert [directory._compiled.size(tier) for tier in range(3)] == [0, 0, 0]
 
 
 def test_blocks_of_another_size_are_others(compiled):
@@ -273,6 +275,49 @@ def test_feeds_converge_whatever_the_network_does(seed, monkeypatch):
                 IDS.index(c) for c in life.held
             }
     assert feed.in_step
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_feeds_of_many_groups_in_all_tiers_converge(compiled, seed, monkeypatch):
+    """Which come and go, while messages are lost and reordered."""
+    monkeypatch.setattr("kvasir.cluster.block_journal.MAX_IDS", 7)
+    monkeypatch.setattr("kvasir.cluster.directory.ASK_AGAIN", 3)
+    draw, directory, groups = random.Random(seed), BlockDirectory(), {}
+    tokens = [[chain, *range(100 * chain, 100 * chain + 12)] for chain in range(1, 5)]
+    prompts = [PromptKeys(Hasher(START, 1), one, START, len(one)) for one in tokens]
+    chains = [content_ids(START, token_bytes(one), 1) for one in tokens]
+    ids = [content for chain in chains for content in chain]
+    monkeypatch.setattr("kvasir.cluster.prompt_keys.BLOCKS", 1)  # without gaps that Python's tables don't see
+    directory.found(prompts[0])
+    for turn in range(120):
+        calm = turn > 100
+        if len(groups) < 66 and not calm:
+            number, journal = directory.join(), BlockJournal(str(turn))
+            feed = BlockFeed(directory, number)
+            feed.begin(str(turn))
+            groups[number] = (feed, journal, {tier: set() for tier in TIERS}, deque(journal.snapshot()))
+        if draw.random() < 0.05 and not calm:
+            directory.leave(number := draw.choice([*groups]))
+            del groups[number]
+        for feed, journal, held, wire in groups.values():
+            if draw.random() < 0.3:
+                changes = {content: draw.random() < 0.7 for content in draw.sample(ids, draw.randrange(20))}
+                journal.take(tier := draw.choice(TIERS), changes)
+                held[tier] = {content for content in ids if changes.get(content, content in held[tier])}
+                wire.extend(journal.flush())
+            while wire:
+                message, luck = wire.popleft(), 1.0 if calm else draw.random()
+                if luck < 0.2:
+                    wire.extend([message] if luck < 0.1 else ())
+                elif feed.take(message):
+                    wire.extend([*journal.flush(), *journal.snapshot()])
+    assert sum(feed.in_step for feed, *_ in groups.values()) > len(groups) // 2
+    for prompt, chain in zip(prompts, chains, strict=True):
+        found = directory.found(prompt)
+        for number, (feed, _, held, _) in groups.items():
+            for row in range(3 if feed.in_step else 0):
+                known = set().union(*(held[tier] for tier in TIERS[: row + 1]))
+                assert found[row, number] == next((n for n, one in enumerate(chain) if one not in known), len(chain))
 
 
 def test_a_gap_asks_once_and_then_again_after_a_while(monkeypatch):
