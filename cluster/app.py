@@ -66,13 +66,14 @@ def run(config: ClusterConfig, *, address: str | None = None, make_engine: MakeE
     """
     address = address or os.environ.get("RAY_ADDRESS")
     reserved = contextlib.ExitStack()
+    config = with_absolute_paths(config)
     if address is None:
         config = _prepare(config, reserved)
     try:
         reserved.enter_context(_neutral_folder())
         _start_ray(config, address)
         _check_room(config, own=address is None)
-        _deploy(config, "127.0.0.1" if address is None else None, make_engine)
+        _deploy(config, make_engine, own_ray=address is None)
         addresses = wait_until_ready(APP)
     except BaseException:
         reserved.close()
@@ -166,7 +167,6 @@ def failure_text(status: Any) -> str:
 
 def _prepare(config: ClusterConfig, reserved: contextlib.ExitStack) -> ClusterConfig:
     """Find what is wrong before anything is started, fetch models that have to be fetched, and hold the ports."""
-    config = with_absolute_paths(config)
     for engine in config.models:
         ModelFiles(engine)
     gateway = config.gateway
@@ -290,7 +290,7 @@ def _check_room(config: ClusterConfig, *, own: bool) -> None:
     from kvasir.cluster.application import room
 
     has: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    asked = room(config)
+    asked = room(config, own_ray=own)
     lacking = {kind: count for kind, count in asked.items() if count > has.get(kind, 0)}
     if not lacking:
         return
@@ -320,7 +320,8 @@ def _lean_ray() -> Iterator[None]:
             setattr(Node, name, method)
 
 
-def _deploy(config: ClusterConfig, group_host: str | None, make_engine: MakeEngine | None) -> None:
+def _deploy(config: ClusterConfig, make_engine: MakeEngine | None, *, own_ray: bool) -> None:
+    import ray
     from ray import serve
 
     from kvasir.cluster.application import application, serve_logging
@@ -328,7 +329,9 @@ def _deploy(config: ClusterConfig, group_host: str | None, make_engine: MakeEngi
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled", logging_config=serve_logging(config.gateway.log_level))
-    app = application(config, os.environ, make_engine=make_engine or load_engine, group_host=group_host)
+    here = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # what 127.0.0.1 means to who typed it
+    make_engine = make_engine or load_engine
+    app = application(config, os.environ, make_engine=make_engine, own_ray=own_ray, home=f"node:{here}")
     target = serve.RunTarget(app, name=APP, route_prefix=None)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -13,13 +14,15 @@ from ray import serve
 from ray.serve import Application, Deployment
 
 from kvasir.cluster import telemetry
-from kvasir.cluster.auth import KEY_VARIABLES
+from kvasir.cluster.auth import KEY_VARIABLES, is_local
 from kvasir.cluster.config import ClusterConfig
-from kvasir.cluster.gateway_replica import Gateway
+from kvasir.cluster.gateway_replica import HUB, Gateway
 from kvasir.cluster.group import Group, bundles
 from kvasir.cluster.rank_actor import MakeEngine, RankSetup, load_engine
 from kvasir.engine.config import EngineConfig, Role
 from kvasir.engine.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 COMMON: dict[str, Any] = {
     "max_constructor_retry_count": 1,
@@ -30,6 +33,8 @@ COMMON: dict[str, Any] = {
 """A start that fails is told at once, not tried 20 times; health is asked often."""
 NETWORK = ("NCCL_", "TORCH_NCCL_", "TORCH_SYMM_MEM_", "GLOO_", "UCX_", "FI_")
 """How the variables begin of libraries that move tensors between ranks."""
+HEAD = "node:__internal_head__"
+"""Ray's resource of the head node."""
 
 
 def serve_logging(level: str) -> dict[str, Any]:
@@ -42,32 +47,40 @@ def application(
     environ: Mapping[str, str],
     *,
     make_engine: MakeEngine = load_engine,
-    group_host: str | None = None,
+    own_ray: bool = False,
+    home: str = HEAD,
 ) -> Application:
-    """`group_host`: the address on which groups listen for gateways; default: their node's."""
+    """`own_ray`: Ray is ours alone, on this machine. `home`: resource of the node on which gateways that only their own
+    node can reach belong."""
     kinds = [(name, role) for name, _, role in config.deployments]
     if len(set(kinds)) < len(kinds):
         names = ", ".join(name for name, _ in kinds)
         raise ConfigError(f"two models have the same name: {names}", param="served_model_name")
     otel = telemetry.otel_environment(environ)
     keys = {name: environ[name] for name in KEY_VARIABLES if name in environ}
-    gpus, level = _gpus(config), config.gateway.log_level
-    drain_s = config.gateway.drain_timeout_s
-    setup = RankSetup(make_engine, otel, level, group_host, drain_s, network_variables(environ))
-    groups = [
-        group_deployment(name, engine, gpus, level, role=role, drain_s=drain_s).bind(
-            with_disk(engine), name, gpus, setup
-        )
-        for name, engine, role in config.deployments
-    ]
+    hub = {name: value for name, value in environ.items() if name.startswith(HUB)}
+    level, drain_s = config.gateway.log_level, config.gateway.drain_timeout_s
+    group_host = "127.0.0.1" if own_ray else None
+    setup = RankSetup(make_engine, otel, level, group_host, drain_s, network_variables(environ) | hub)
+    groups = []
+    for name, engine, role in config.deployments:
+        gpus = gpus_per_rank(engine, config, own_ray)
+        if not own_ray and engine.device == "auto" and not gpus:  # a rank that lands beside a GPU would take it, though
+            log.warning("%s: this cluster has no GPU now, so it runs on CPUs; --device cuda waits for GPUs", name)
+            engine = replace(engine, device="cpu")
+        group = group_deployment(name, engine, gpus, level, role=role, drain_s=drain_s)
+        groups.append(group.bind(with_disk(engine), name, gpus, setup))
+    actor: dict[str, Any] = {"num_cpus": 0.1}  # not 0: it mustn't land on a head node that takes no work
+    if is_local(config.gateway.host) and not own_ray:
+        actor = {"num_cpus": 0, "resources": {home: 0.001}}
     gateway: Deployment = serve.deployment(Gateway).options(  # type: ignore[attr-defined]
         num_replicas=config.gateway.num_gateways,
-        ray_actor_options={"num_cpus": 0.1},  # not 0: it mustn't land on a head node that takes no work
+        ray_actor_options=actor,
         graceful_shutdown_timeout_s=config.gateway.drain_timeout_s + 5,
         logging_config=serve_logging(level),
         **COMMON,
     )
-    return gateway.bind(config, otel | keys, *groups)
+    return gateway.bind(config, hub | otel | keys, *groups)
 
 
 def network_variables(environ: Mapping[str, str]) -> dict[str, str]:
@@ -100,22 +113,26 @@ def group_deployment(
     return deployment
 
 
-def room(config: ClusterConfig) -> Counter[str]:
+def room(config: ClusterConfig, *, own_ray: bool) -> Counter[str]:
     """What all groups ask of the cluster together."""
-    gpus, asked = _gpus(config), Counter[str]()
+    asked = Counter[str]()
     for engine in config.engines:
-        for bundle in bundles(engine, gpus) * engine.data_parallel_size:
+        for bundle in bundles(engine, gpus_per_rank(engine, config, own_ray)) * engine.data_parallel_size:
             asked.update(bundle)  # shares of a GPU add up, too
     return asked
 
 
-def _gpus(config: ClusterConfig) -> float:
-    """GPUs per rank: one each; a share when there are fewer than ranks; none where there are none."""
-    wanting = sum(engine.ranks * engine.data_parallel_size for engine in config.engines if engine.device != "cpu")
+def gpus_per_rank(engine: EngineConfig, config: ClusterConfig, own_ray: bool) -> float:
+    """A GPU for each rank; alone on a machine a share when there are fewer than ranks. None for the CPU, and for `auto` where
+    there are none. A cluster may be no more than its head yet: `cuda` doesn't ask what is there."""
+    if engine.device == "cpu":
+        return 0.0
     known: dict[str, float] = ray.cluster_resources() if ray.is_initialized() else {}  # type: ignore[no-untyped-call]
     there = known.get("GPU", 0.0)
+    if not own_ray:
+        return 1.0 if there or engine.device == "cuda" else 0.0
     if any(engine.device == "cuda" for engine in config.engines):
         there = max(there, 1.0)
     if there and any(engine.ranks > 1 for engine in config.engines):
         return 1.0  # ranks that exchange tensors by NCCL can't share a GPU
-    return min(1.0, there / wanting) if wanting else 0.0
+    return min(1.0, there / sum(one.ranks * one.data_parallel_size for one in config.engines if one.device != "cpu"))

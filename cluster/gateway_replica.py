@@ -37,6 +37,8 @@ from kvasir.engine.errors import UnavailableError
 ASK_TIMEOUT_S = 5.0
 ASK_PAUSE_S = 1.0
 """How often at most the other gateways are asked who they are."""
+HUB = "HF_"
+"""How the variables of huggingface_hub begin: token, cache, endpoint, offline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,12 @@ class Addresses:
     grpc: str | None
     ollama: str | None = None
     """A second address of the HTTP server."""
+
+
+def enter(environ: Mapping[str, str]) -> None:
+    """Take over variables of who deployed; what this node itself has for the hub goes before, as on ranks."""
+    own = {name: value for name, value in os.environ.items() if name.startswith(HUB)}
+    os.environ.update({**environ, **own})
 
 
 class _Server(uvicorn.Server):
@@ -68,7 +76,7 @@ class Gateway:
         from kvasir.cluster.recordings import Recordings
         from kvasir.cluster.served_model import ServedModel
 
-        os.environ.update(environ)
+        enter(environ)
         telemetry.log_to_stderr(config.gateway.log_level)
         self._config = config.gateway
         self._tracing = telemetry.Tracing.from_environment(environ)
