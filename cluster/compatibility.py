@@ -114,12 +114,6 @@ KV_CACHE_DTYPES = {
 SHORT = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-dp": "--data-parallel-size"}
 SHORT |= {"-q": "--quantization"}
 
-SWITCHES = {
-    "disable_fastapi_docs",
-    *(name for name, one in SPELLINGS.items() if isinstance(one, Always) and one.values in (TRUE, FALSE)),
-}
-"""Those that take no value on the command line."""
-
 ENVIRONMENT: dict[str, tuple[str, Callable[[str], Any]]] = {
     "VLLM_LOGGING_LEVEL": ("log_level", str.lower),
     "VLLM_CPU_KVCACHE_SPACE": ("kv_cache_memory_bytes", _gib),

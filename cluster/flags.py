@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kvasir.cluster.compatibility import SHORT, SPELLINGS, SWITCHES
+from kvasir.cluster.compatibility import FALSE, SHORT, SPELLINGS, TRUE, Always, Renamed
 from kvasir.cluster.options import GROUPS, Option, options
 
 
@@ -176,9 +176,17 @@ def _add_options(parser: argparse.ArgumentParser, chosen: list[Option]) -> None:
             flags = (*_short(option.flag), option.flag)
             group.add_argument(*flags, dest=option.name, default=argparse.SUPPRESS, **_shape(option))
     for name in SPELLINGS:
-        switch: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if name in SWITCHES else {}
+        switch: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if _is_switch(name) else {}
         flags = (*_short(_flag(name)), _flag(name))
         parser.add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **switch)
+
+
+def _is_switch(spelling: str) -> bool:
+    """Whether it takes no value, since it is another name of an option that takes none, or is on or off for good."""
+    meaning = SPELLINGS[spelling]
+    if isinstance(meaning, Renamed):
+        return options()[meaning.to].kind is bool
+    return isinstance(meaning, Always) and meaning.values in (TRUE, FALSE)
 
 
 def _short(flag: str) -> list[str]:

@@ -186,7 +186,7 @@ def _layouts(spec: Spec, gpus: int) -> Iterator[Place]:
 
 def _share(config: EngineConfig, spec: Spec, place: Place, stage: int) -> Share:
     mesh = Mesh(Place(place.tp, place.pp, stage * place.tp + place.tp - 1))
-    expert = config.enable_expert_parallel and spec.experts is not None
+    expert = config.enable_expert_parallel and spec.experts is not None and place.tp > 1
     return share_of(spec, mesh, expert_parallel=expert, partition=config.pipeline_layer_partition)
 
 

@@ -178,6 +178,12 @@ def share_of(
         )
     if expert_parallel and spec.experts is None:
         raise ConfigError("--enable-expert-parallel: this model has no experts", param="enable_expert_parallel")
+    if expert_parallel and place.tp == 1:
+        raise ConfigError(
+            "--enable-expert-parallel deals out experts over tensor-parallel ranks, and there is one; add"
+            " --tensor-parallel-size N (-tp N)",
+            param="tensor_parallel_size",
+        )
     if expert_parallel and spec.experts and place.tp > spec.experts.count:
         count = spec.experts.count
         raise ConfigError(
@@ -185,7 +191,7 @@ def share_of(
             param="tensor_parallel_size",
         )
     layers = stages(spec, place.pp, partition)[place.stage]
-    return Share(spec, mesh, layers, expert_parallel and place.tp > 1)
+    return Share(spec, mesh, layers, expert_parallel)
 
 
 def stages(spec: Spec, count: int, partition: Sequence[int] = ()) -> list[range]:

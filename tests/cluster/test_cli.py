@@ -27,6 +27,7 @@ from kvasir.cluster import app
 from kvasir.cluster import doctor as doctor_module
 from kvasir.cluster.bench_serve import Stream, summary
 from kvasir.cluster.cli import _cluster_config, _normal, _parser, main
+from kvasir.cluster.compatibility import CompatibilityWarning
 
 KVASIR = [sys.executable, "-m", "kvasir.cluster.cli"]
 
@@ -91,6 +92,16 @@ def test_underscores_and_short_flags() -> None:
     assert config.engines[0].max_model_len == 2000  # type: ignore[attr-defined]
     assert config.engines[0].enable_prefix_caching is False  # type: ignore[attr-defined]
     assert config.gateway.api_key == ("a", "b")  # type: ignore[attr-defined]
+
+
+def test_other_names_of_switches_are_switches() -> None:
+    with pytest.warns(CompatibilityWarning):
+        config = parsed("--expert-parallel", "skald-draft", "--disable-fastapi-docs")
+    assert config.engines[0].enable_expert_parallel is True  # type: ignore[attr-defined]
+    assert config.engines[0].model == "skald-draft"  # type: ignore[attr-defined]
+    assert config.gateway.enable_docs is False  # type: ignore[attr-defined]
+    with pytest.warns(CompatibilityWarning):
+        assert parsed("--no-expert-parallel").engines[0].enable_expert_parallel is False  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,9 @@ def test_more_ranks_than_experts() -> None:
     spec = dataclasses.replace(SPEC, layers=(Layer(experts=True),), experts=Experts(count=3, per_token=2, ffn=8))
     with pytest.raises(ConfigError, match="there are 3 experts, so 1 to 3 work"):
         shares(spec, 4, expert_parallel=True)
+    for pp in (1, 2):  # -dp 8 --enable-expert-parallel, as vLLM has it: our copies share no experts
+        with pytest.raises(ConfigError, match=r"add --tensor-parallel-size N \(-tp N\)"):
+            shares(dataclasses.replace(spec, layers=spec.layers * 2), 1, pp, expert_parallel=True)
 
 
 def test_every_group_of_layers_has_as_many_in_each_stage() -> None:
