@@ -142,7 +142,17 @@ def _operator_routes(desk: Desk, other_metrics: OtherMetrics) -> list[Route]:
     async def show_version(request: Request) -> Response:
         return _json({"version": version("kvasir")})
 
-    pages = {"/health": alive, "/health/ready": ready, "/metrics": scrape, "/version": show_version}
+    async def serving(request: Request) -> Response:
+        """As Serve's own proxies answer, whom KubeRay asks which pods get traffic. It looks for this word."""
+        return Response("draining", 503) if desk.draining else Response("success", media_type="text/plain")
+
+    pages = {
+        "/-/healthz": serving,
+        "/health": alive,
+        "/health/ready": ready,
+        "/metrics": scrape,
+        "/version": show_version,
+    }
     return [Route(path, page, methods=["GET"]) for path, page in pages.items()]
 
 

@@ -18,7 +18,7 @@ from kvasir.cluster.call import ROUTE_HEADER, request_id_from
 from kvasir.cluster.error_shapes import error_body
 from kvasir.engine.errors import ClientError, KvasirError, ServerError
 
-OPEN_PATHS = frozenset({"/", "/health", "/health/ready", "/openapi.json", "/docs"})
+OPEN_PATHS = frozenset({"/", "/-/healthz", "/health", "/health/ready", "/openapi.json", "/docs"})
 """Routes that need no key; every other does, those included that don't exist."""
 _JSON = (b"content-type", b"application/json")
 _MAX_WARNING = 400

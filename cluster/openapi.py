@@ -194,6 +194,7 @@ _OTHERS: dict[tuple[str, str], Operation] = {
     ("/api/blobs/{digest}", "post"): Operation(says="Not supported.", refused=True),
     ("/api/blobs/{digest}", "head"): Operation(says="There are none.", refused=True),
     ("/", "get"): Operation(says="How Ollama's clients see that it runs.", other=(TEXT,), open=True),
+    ("/-/healthz", "get"): Operation(says="`success`, for KubeRay, until it drains.", other=(TEXT,), open=True),
     ("/health", "get"): _health("Every model has a living group."),
     ("/health/ready", "get"): _health("Every model answers."),
     ("/metrics", "get"): Operation(says="Prometheus' metrics.", other=(TEXT,)),
@@ -275,7 +276,7 @@ def error_schema(path: str) -> str:
 
 
 _TAGS = {
-    "Server": ("/health", "/metrics", "/version", "/openapi", "/docs", "/v1/groups", "/v1/streams"),
+    "Server": ("/-/healthz", "/health", "/metrics", "/version", "/openapi", "/docs", "/v1/groups", "/v1/streams"),
     "Ranking": ("/rerank", "/v1/rerank", "/v2/rerank", "/score", "/v1/score", "/classify", "/v1/classify"),
     "Tokens": ("/tokenize", "/v1/tokenize", "/detokenize", "/v1/detokenize"),
 }

@@ -29,6 +29,8 @@ from kvasir.cluster.role_options import by_role
 from kvasir.engine.config import EngineConfig, Role
 from kvasir.engine.errors import ConfigError
 
+BUILD = "kvasir.cluster.app:build"
+"""What a file for `serve deploy` names to have Kvasir."""
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 GROUPS = {
     "model": ("model", "tokenizer", "revision", "tokenizer_revision", "served_model_name", "chat_template",
@@ -167,7 +169,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: {error.strerror}", param="config") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}", param="config") from error
-    return _mapping(found if found is not None else {}, f"--config {path}")
+    found = _mapping(found if found is not None else {}, f"--config {path}")
+    return _of_serve(found, path) if "applications" in found else found
+
+
+SERVE_KEYS = {"proxy_location", "applications"}, {"name", "import_path", "route_prefix", "args"}
+"""What a file of Serve's may say, and an application in it, that `kvasir serve` does anyway, or takes."""
+
+
+def _of_serve(file: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The options in a file for `serve deploy`: `args` of its one application, ours. ConfigError for what only Serve can do."""
+    apps = file["applications"]
+    if not isinstance(apps, list) or len(apps) != 1 or not isinstance(apps[0], Mapping):
+        raise ConfigError(f"--config {path}: applications must be a list of one, Kvasir's", param="config")
+    if (target := apps[0].get("import_path")) != BUILD:
+        raise ConfigError(f"--config {path}: import_path must be {BUILD}, got {target!r:.60}", param="config")
+    for given, known in zip((file, apps[0]), SERVE_KEYS, strict=True):
+        if unknown := sorted(map(str, given.keys() - known)):
+            raise ConfigError(f"--config {path}: {unknown[0]!r} works with `serve deploy` alone", param="config")
+    return _mapping(apps[0].get("args") or {}, f"--config {path}: args")
 
 
 def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:

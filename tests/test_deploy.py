@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
-from kvasir.cluster.options import parse_spec, read_yaml
+from kvasir.cluster.app import build
+from kvasir.cluster.options import BUILD, parse_spec, read_yaml
 
 DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
 CLUSTERS = sorted((DEPLOY / "ray").glob("*.yaml"))
@@ -24,6 +26,10 @@ CLUSTERS = sorted((DEPLOY / "ray").glob("*.yaml"))
 def schema() -> Any:
     path = Path(ray.__file__).parent / "autoscaler" / "ray-schema.json"
     return json.loads(path.read_text())
+
+
+SDKS = {"aws": "boto3", "gcp": "google-api-python-client"}
+"""What Ray's autoscaler, which runs in .venv on the head, makes nodes with."""
 
 
 def applications(text: str) -> list[dict[str, Any]]:
@@ -37,7 +43,18 @@ def applications(text: str) -> list[dict[str, Any]]:
 def test_clusters_are_what_ray_up_takes(path: Path, schema: Any) -> None:
     config = yaml.safe_load(path.read_text())
     jsonschema.validate(config, schema)
-    validate_config(prepare_config(config))
+    prepared = prepare_config(config)  # with Ray's own commands where ours say nothing
+    validate_config(prepared)
+    kinds = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    for line in (line for kind in kinds for line in prepared[f"{kind}_commands"]):
+        assert not re.search(r"(?<!\.venv/bin/)\bpip3? install", line), f"the system's pip may refuse: {line}"
+        assert "FI_PROVIDER=efa" not in line or "InterfaceType: efa" in path.read_text()
+    setup = [*prepared["head_setup_commands"]]
+    venv = next(i for i, line in enumerate(setup) if "python3 -m venv .venv" in line)
+    if sdk := SDKS.get(path.stem):
+        assert any(sdk in line and ".venv/bin/pip install -c constraints.txt" in line for line in setup[venv + 1 :])
+        assert any("apt-get install" in line and "python3-venv" in line for line in setup[:venv])
+        assert any("python3-venv" in line for line in prepared["worker_setup_commands"])
     assert config["file_mounts"], "nodes get Kvasir from this checkout"
     if "available_node_types" in config:
         assert config["head_node_type"] in config["available_node_types"]
@@ -54,7 +71,9 @@ def test_specs_are_what_serve_and_our_options_take(name: str) -> None:
     (application,) = applications((DEPLOY / name).read_text())
     config = parse_spec(application["args"])
     assert config.engines
-    assert application["import_path"] == "kvasir.cluster.app:build"
+    assert application["import_path"] == f"{build.__module__}:{build.__name__}" == BUILD
+    assert all(engine.device == "cuda" for engine in config.engines) or name == "specs/skald.yaml"
+    assert parse_spec(read_yaml(DEPLOY / name)) == config, "the same by `kvasir serve --config`"
 
 
 def test_the_cluster_s_models() -> None:
@@ -65,7 +84,7 @@ def test_the_cluster_s_models() -> None:
 
 
 def test_kubernetes_says_the_same() -> None:
-    resource = yaml.safe_load((DEPLOY / "kubernetes/rayservice.yaml").read_text())
+    resource, service = yaml.safe_load_all((DEPLOY / "kubernetes/rayservice.yaml").read_text())
     assert (resource["kind"], resource["apiVersion"]) == ("RayService", "ray.io/v1")
     (application,) = applications(resource["spec"]["serveConfigV2"])
     arguments = application["args"]
@@ -74,7 +93,22 @@ def test_kubernetes_says_the_same() -> None:
     for group in (head, workers):
         (container,) = group["template"]["spec"]["containers"]
         assert os.path.dirname(keys) in {mount["mountPath"] for mount in container["volumeMounts"]}
+        assert {(port["name"], port["containerPort"]) for port in container["ports"]} >= {
+            ("serve", 8000),
+            ("grpc", 9000),
+        }
+        assert "readinessProbe" not in container, (
+            "KubeRay's own asks for a gateway: without one a pod must get no traffic"
+        )
+        labels = group["template"]["metadata"]["labels"]
+        assert service["spec"]["selector"] == labels | {"ray.io/serve": "true"}
     (engine,) = parse_spec(arguments | {"api_key": "k"}).engines
+    assert engine.device == "cuda"
+    assert (
+        {port["port"] for port in service["spec"]["ports"]}
+        == {arguments["port"], arguments["grpc_port"]}
+        == {8000, 9000}
+    )
     assert engine.ranks == int(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
 
 

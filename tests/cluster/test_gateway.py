@@ -36,7 +36,7 @@ def test_every_route_needs_a_key_but_an_explicit_list(live_gateway):
     with live_gateway(KEYS) as gateway, httpx.Client(base_url=gateway.url) as client:
         routes = walk(create_app(gateway.desk, KEYS))
         assert len(routes) >= 12
-        open_paths = {"/", "/health", "/health/ready", "/openapi.json", "/docs"}
+        open_paths = {"/", "/-/healthz", "/health", "/health/ready", "/openapi.json", "/docs"}
         for method, path in [
             *routes,
             ("POST", "/v1/no"),
@@ -145,6 +145,7 @@ def test_health(live_gateway):
     with live_gateway() as gateway:
         assert httpx.get(gateway.url + "/health").json() == {"status": "ok"}
         assert httpx.get(gateway.url + "/health/ready").json() == {"status": "ok"}
+        assert httpx.get(gateway.url + "/-/healthz").text == "success"
         probes = len(gateway.group.requests)
         assert probes == 1
         assert httpx.get(gateway.url + "/health/ready").status_code == 200
@@ -181,6 +182,7 @@ def test_draining(live_gateway):
             assert refused.headers["retry-after"] == "5"
             assert httpx.get(gateway.url + "/health/ready").status_code == 503
             assert httpx.get(gateway.url + "/health").status_code == 200
+            assert httpx.get(gateway.url + "/-/healthz").status_code == 503
             assert gateway.desk.running == 1
             gateway.group.step_s = 0.001
             assert [line for line in lines if line][-1] == "data: [DONE]"

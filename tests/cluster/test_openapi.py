@@ -134,7 +134,8 @@ CALLS: list[tuple[str, str, Any]] = [
     ("post", "/api/embeddings", {"prompt": "Hi"}),
     ("post", "/api/show", {"model": "bytes"}),
     *(("get", path, None) for path in ("/v1/models", "/v1/models/bytes", "/v1/chat/completions", "/v1/files", "/v1/batches")),
-    *(("get", path, None) for path in ("/api/tags", "/api/ps", "/api/version", "/version", "/health", "/health/ready")),
+    *(("get", path, None) for path in ("/api/tags", "/api/ps", "/api/version", "/version")),
+    *(("get", path, None) for path in ("/health", "/health/ready", "/-/healthz")),
 ]  # fmt: skip
 
 

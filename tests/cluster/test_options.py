@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from kvasir.cluster.compatibility import SPELLINGS, CompatibilityWarning
-from kvasir.cluster.options import from_environment, options, parse_engine, parse_spec, read_yaml
+from kvasir.cluster.options import BUILD, from_environment, options, parse_engine, parse_spec, read_yaml
 from kvasir.engine.errors import ConfigError
 
 FLAGS_OF_VLLM = """
@@ -179,6 +180,26 @@ def test_yaml_files(tmp_path: Path, text: str | None, says: str) -> None:
         path.write_text(text)
     with pytest.raises(ConfigError, match=says):
         read_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("more", "own", "says"),
+    [
+        ({"http_options": {"port": 1}}, {}, "'http_options' works with `serve deploy` alone"),
+        ({}, {"deployments": []}, "'deployments' works with `serve deploy` alone"),
+        ({}, {"import_path": "other:app"}, "import_path must be kvasir.cluster.app:build, got 'other:app'"),
+        ({"applications": []}, {}, "a list of one"),
+        ({}, {"args": [1]}, "option: value"),
+    ],
+)
+def test_files_of_serve(tmp_path: Path, more: dict[str, Any], own: dict[str, Any], says: str) -> None:
+    """What only Serve can do with such a file isn't left out silently."""
+    app = {"name": "kvasir", "import_path": BUILD, "route_prefix": None, "args": {"max-model-len": "1k"}}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump({"proxy_location": "Disabled", "applications": [app]}))
+    assert read_yaml(tmp_path / "x.yaml") == {"max_model_len": "1k"}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump({"applications": [app | own]} | more))
+    with pytest.raises(ConfigError, match=says):
+        read_yaml(tmp_path / "x.yaml")
 
 
 def test_an_empty_yaml_file_is_fine(tmp_path: Path) -> None:
