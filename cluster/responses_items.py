@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -81,13 +80,8 @@ def _message(out: list[Json], item: Item, at: str) -> None:
 
 def _call(out: list[Json], item: Item, at: str) -> None:
     """A call of a tool belongs to the message before it, if the model wrote that."""
-    given = _string(item, "arguments", at)
-    try:
-        arguments = json.loads(given)
-    except (ValueError, RecursionError):
-        arguments = given  # as the model wrote it
-    call_id = _string(item, "call_id", at)
-    call = {"id": call_id, "type": "function", "function": {"name": _string(item, "name", at), "arguments": arguments}}
+    call_id, function = _string(item, "call_id", at), {name: _string(item, name, at) for name in ("name", "arguments")}
+    call = {"id": call_id, "type": "function", "function": function}
     _turn(out).setdefault("tool_calls", []).append(call)
 
 

@@ -14,6 +14,7 @@ from kvasir.engine.template_sandbox import compile_template, render_template
 
 _CUT = "\ue000continue-here\ue001"
 _CONTENT = ("probe one", "probe two")
+_CUT_CALL = '{"probe": "on'
 _PROBE_S = 2.0
 _ROLES = frozenset({"system", "developer", "tool"})
 
@@ -153,7 +154,7 @@ class _Template:
             raise ClientError(f"{at}.tool_calls must be a list of objects with a function", param="messages")
         for call in calls:
             function = _function(call)
-            function["arguments"] = self._arguments(function.get("arguments"), at)
+            function["arguments"] = self._arguments(function.get("arguments"))
         return message
 
     def _content(self, content: Any, at: str) -> str | list[dict[str, str]]:
@@ -166,12 +167,17 @@ class _Template:
         texts = [_part_text(part, at) for part in content]
         return _parts(texts) if self._reads_parts else "\n".join(texts)
 
-    def _arguments(self, arguments: Any, at: str) -> Any:
-        if isinstance(arguments, str) and not self._wants_json_arguments:
-            return _object(arguments, at)
-        if self._wants_json_arguments and not isinstance(arguments, str):
-            return json.dumps(arguments if arguments is not None else {}, ensure_ascii=False)
-        return {} if arguments is None else arguments
+    def _arguments(self, arguments: Any) -> Any:
+        """What isn't a JSON object, such as a call that was cut short, stays as the model wrote it, or goes into one."""
+        if arguments is None:
+            arguments = {}
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        if self._wants_json_arguments:
+            return text
+        found = _loaded(text.strip() or "{}") if isinstance(arguments, str) else arguments
+        if isinstance(found, dict):
+            return found
+        return text if self._reads_text_arguments else {"INVALID_JSON": text}
 
     @cached_property
     def _reads_parts(self) -> bool:
@@ -203,6 +209,11 @@ class _Template:
     def _wants_json_arguments(self) -> bool:
         """The template can't take an object as a tool call's arguments, but can take its JSON text."""
         return not self._probe(_probe_call({"probe": 1})) and "probe" in self._probe(_probe_call('{"probe": 1}'))
+
+    @cached_property
+    def _reads_text_arguments(self) -> bool:
+        """A text as a tool call's arguments comes out as it is."""
+        return _CUT_CALL in self._probe(_probe_call(_CUT_CALL))
 
     def _probe(self, messages: Sequence[Message]) -> str:
         try:
@@ -266,14 +277,12 @@ def _function(call: Any) -> Any:
     return call.get("function", call) if isinstance(call, dict) else None
 
 
-def _object(text: str, at: str) -> dict[str, Any]:
+def _loaded(text: str) -> Any:
+    """None when it isn't JSON."""
     try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise ClientError(f"{at}: a tool call's arguments aren't valid JSON: {error}", param="messages") from error
-    if not isinstance(value, dict):
-        raise ClientError(f"{at}: a tool call's arguments must be a JSON object", param="messages")
-    return value
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _probe_call(arguments: Union[str, dict[str, Any]]) -> list[Message]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import httpx
 import pytest
-from fake_gateway import LiveGateway
+from fake_gateway import END, LiveGateway
 from responses_calls import post, prompt_of
 
-TEMPLATE = """{%- for m in messages %}
+TEMPLATE = """{%- if tools %}{{ tools | tojson }}{% endif %}
+{%- for m in messages %}
 {%- if m.role in ("system", "user", "assistant") %}{{ m.role[0] }}:{{ m.content }}
 {%- for call in m.tool_calls or [] %}({{ call.id }} {{ call.function.name }}
 {%- for name, value in call.function.arguments.items() %} {{ name }}={{ value }}{% endfor %}){% endfor %}|
@@ -83,3 +84,20 @@ def test_refusals_are_read(strict, message, text):
 def test_refusals_that_are_none(strict, message):
     reply = chat(strict, USER, {"role": "assistant", **message})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "messages")
+
+
+def test_a_call_that_was_cut_short_may_be_followed(strict, byte_model):
+    """As the model began it; a client that sends no messages hears of its own fields."""
+    cut = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Os'
+    with LiveGateway(byte_model, chat_template=TEMPLATE, tool_call_parser="hermes") as live:
+        live.group.script = lambda request, index: [*cut.encode()]
+        tools = [{"type": "function", "name": "get_weather", "parameters": {"type": "object"}}]
+        first = post(live, tools=tools, max_output_tokens=len(cut)).json()
+        assert (first["status"], first["output"][0]["arguments"]) == ("incomplete", '{"city": "Os')
+        live.group.script = lambda request, index: [*b"Yes", END]
+        result = {"type": "function_call_output", "call_id": first["output"][0]["call_id"], "output": "11"}
+        assert post(live, previous_response_id=first["id"], input=[result]).status_code == 200
+        assert b'get_weather INVALID_JSON={"city": "Os)' in prompt_of(live)
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"city": "Os'}}
+    assert chat(strict, USER, {"role": "assistant", "tool_calls": [call]}, USER).status_code == 200
+    assert prompt_of(strict) == b'u:Hi|a:(c1 f INVALID_JSON={"city": "Os)|u:Hi|'

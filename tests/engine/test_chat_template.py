@@ -159,13 +159,18 @@ WANTS_PARTS = "template_vlm2vec.jinja"  # transformers passes the string on, whi
 WANTS_JSON = "meetkai-functionary-medium-v3.2.jinja"  # transformers passes arguments as objects, on which it fails
 
 
+def _called(arguments: str) -> list[dict[str, Any]]:
+    call = {"id": "call12345", "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
+    return [ASK, _said("assistant", "", tool_calls=[call]), RESULT]
+
+
 def _whole(messages: list[dict[str, Any]], text: str) -> bool:
     """All that was said is in `text`, but for what may be left out: the model's own words, such as its thoughts."""
     return all(message["content"].strip() in text for message in messages if message["role"] != "assistant")
 
 
 def test_real_templates_render_as_in_transformers(data: Callable[[str], Path], theirs: Reference) -> None:
-    """But that a message isn't lost, nor refused where it could be read."""
+    """But that nothing is lost, nor refused where it could be read: messages, and calls that were cut short."""
     same = continued = 0
     for path in _real_templates(data):
         source = path.read_text(encoding="utf-8")
@@ -182,6 +187,9 @@ def test_real_templates_render_as_in_transformers(data: Callable[[str], Path], t
                     continue
                 assert found == reference, (path.name, name)
                 same += found is not None
+        said, cut = (_ours(source, _called(text), None) for text in ('{"city": "Oslo"}', '{"city": "Os'))
+        assert (said is None) == (cut is None), path.name
+        assert not said or "Oslo" not in said or "Os" in str(cut), path.name
         for text in ("Sure, the", "Sure, the ", " twice: Sure, the"):
             messages = [TALK[0], {"role": "assistant", "content": text}]
             found = _ours(source, messages, None, add_generation_prompt=False, continue_final_message=True)
@@ -326,10 +334,19 @@ def test_tool_calls_as_openai_sends_them() -> None:
     for arguments in ('{"a": "é"}', {"a": "é"}):
         call = {**CALL, "function": {"name": "f", "arguments": arguments}}
         assert _render(joined, [TALK[0], {"role": "assistant", "tool_calls": [call]}]) == '={"a": "é"}'
-    for bad in ("{", "[1]"):
+    shows = "{% for c in messages[1].tool_calls or [] %}{{ c.function.arguments.items() | list }}{% endfor %}"
+    either = (
+        "{% for c in messages[1].tool_calls or [] %}{% set a = c.function.arguments %}"
+        "{{ a if a is string else a | tojson }}{% endfor %}"
+    )
+    for bad in ('{"city": "Os', "[1]", "no", [1]):  # as a model wrote it that was cut short
         call = {**CALL, "function": {"name": "f", "arguments": bad}}
-        with pytest.raises(ClientError, match=r"messages\[1\]: a tool call's arguments"):
-            _render(source, [TALK[0], {"role": "assistant", "tool_calls": [call]}])
+        talk, text = [TALK[0], {"role": "assistant", "tool_calls": [call]}], bad if isinstance(bad, str) else "[1]"
+        assert _render(shows, talk) == f"[('INVALID_JSON', {text!r})]"
+        assert _render(either, talk) == text
+        assert _render(joined, talk) == f"={text}"
+    call = {**CALL, "function": {"name": "f", "arguments": " "}}
+    assert _render(either, [TALK[0], {"role": "assistant", "tool_calls": [call]}]) == "{}"
     assert (
         _render("{{ 'tool_calls' in messages[0] }}", [{"role": "assistant", "content": "", "tool_calls": None}])
         == "False"
