@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hmac
 import json
 import logging
 import queue
@@ -33,13 +32,14 @@ from kvasir.engine.frames import (
     SILENCE_S,
     Kind,
     decode_tickets,
-    receive,
     send,
     tune,
 )
 from kvasir.engine.processes import stopped
+from kvasir.engine.stranger import HELLO_S, Stranger, StrangerError
 
-MAX_HELLO = 4096
+MORE_STRANGERS = 32
+"""So many connections may wait for their hello to be read besides the ranks'; one more, and the oldest is turned away."""
 UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
 """What a connection says whose messages nobody acknowledged for SILENCE_S: it may be sooner than the look at the clock."""
 VERDICT_S = 0.5
@@ -102,6 +102,7 @@ class Hub:
         self._listener = socket.create_server((host, 0), backlog=size)
         self._board: Poster | None = None
         self._peers: dict[int, Peer] = {}
+        self._strangers: list[Stranger] = []
         self._changed = threading.Condition()
         self.fetched: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         self._spoiled: queue.SimpleQueue[Sequence[int] | None] = queue.SimpleQueue()
@@ -228,11 +229,28 @@ class Hub:
     # -- the hub's thread
 
     def _watch(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:  # the thread's border: without it nobody would see a rank die
+            log.exception("rank 0 can't hear the other ranks any more")
+            self._fail(RankError(f"rank 0 can't hear the other ranks any more: {type(error).__name__}: {error}"))
+        finally:
+            for peer in self._peers.values():
+                peer.connection.close()
+            for stranger in self._strangers:
+                stranger.connection.close()
+            self._selector.close()
+            self._listener.close()
+            self._spoiled.put(None)
+
+    def _serve(self) -> None:
         looked = 0.0
         while not self._closing:
             for key, _ in self._selector.select(LOOK_S):
                 if key.fileobj is self._listener:
                     self._accept()
+                elif isinstance(key.data, Stranger):
+                    self._greet(key.data)
                 else:
                     self._read(key.data)
             if time.monotonic() - looked >= LOOK_S:  # not for each result: whoever waits for it wants to run now
@@ -240,31 +258,43 @@ class Hub:
                 self._look()
             if self._suspect is not None and time.monotonic() - self._suspect[0] > VERDICT_S:
                 self._fail(RankError(self._suspect[1]))
-        for peer in self._peers.values():
-            peer.connection.close()
-        self._selector.close()
-        self._listener.close()
-        self._spoiled.put(None)
 
     def _accept(self) -> None:
-        connection, address = self._listener.accept()
-        connection.settimeout(5.0)
         try:
-            kind, content = receive(connection, MAX_HELLO)
-            said = json.loads(content) if kind == "hello" else {}
-            known = hmac.compare_digest(str(said.get("token")).encode(), self.token.encode())
-            rank = said.get("rank")
-            if not known or not isinstance(rank, int) or not 0 < rank < self.size or rank in self._peers:
-                raise ValueError("this is no rank of the group")
-        except (OSError, ValueError, EOFError):
-            connection.close()
+            connection, address = self._listener.accept()
+        except OSError:  # it is gone already, or files have run out
             return
-        tune(connection)
-        peer = Peer(rank, address[0], int(said["pid"]), connection)
-        self._selector.register(connection, selectors.EVENT_READ, peer)
+        connection.setblocking(False)
+        stranger = Stranger(address[0], connection)
+        self._strangers.append(stranger)
+        self._selector.register(connection, selectors.EVENT_READ, stranger)
+        if len(self._strangers) > self.size + MORE_STRANGERS:  # a rank says hello at once
+            self._turn_away(self._strangers[0])
+
+    def _greet(self, stranger: Stranger) -> None:
+        if stranger not in self._strangers:  # turned away since its words came
+            return
+        try:
+            if (said := stranger.hello(self.token)) is None:
+                return
+            rank, pid = said
+            if not 0 < rank < self.size or rank in self._peers:
+                raise StrangerError(f"there is no rank {rank}, or it is here")
+        except StrangerError:
+            self._turn_away(stranger)
+            return
+        self._strangers.remove(stranger)
+        tune(stranger.connection)
+        peer = Peer(rank, stranger.host, pid, stranger.connection)
+        self._selector.modify(stranger.connection, selectors.EVENT_READ, peer)
         with self._changed:
             self._peers[rank] = peer
             self._changed.notify_all()
+
+    def _turn_away(self, stranger: Stranger) -> None:
+        self._strangers.remove(stranger)
+        self._selector.unregister(stranger.connection)
+        stranger.connection.close()
 
     def _read(self, peer: Peer) -> None:
         try:
@@ -335,8 +365,10 @@ class Hub:
         self._fail(RankError(f"{peer} has said nothing for {SILENCE_S:.0f} s: it hangs, or its node is gone"))
 
     def _look(self) -> None:
-        """Whether a rank stands still, or lets the others wait."""
+        """Whether a rank stands still, or lets the others wait; or a stranger its hello."""
         now = time.monotonic()
+        for stranger in [each for each in self._strangers if now - each.since > HELLO_S]:
+            self._turn_away(stranger)
         if (late := self.overdue()) is not None:
             self._fail(RankError(late))
         for peer in self._peers.values():

@@ -29,7 +29,7 @@ from kvasir.engine.control import Hub, RankError
 from kvasir.engine.errors import ConfigError, UnavailableError, UnsupportedError
 from kvasir.engine.event import Event
 from kvasir.engine.executor import GroupExecutor, executor_of, places
-from kvasir.engine.frames import encode_tickets
+from kvasir.engine.frames import HEAD, KINDS, encode_tickets
 from kvasir.engine.llm import LLM
 from kvasir.engine.request import Request, SamplingParams, StructuredOutput
 from kvasir.engine.spoke import Spoke
@@ -346,23 +346,108 @@ def test_a_rank_that_loads_its_libraries_for_long_is_named_and_waited_for(
             spoke.close()
 
 
-@pytest.mark.parametrize(
-    "said", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 64, b'\x14\x00\x00\x00\x00{"token": "no", "r": 1}']
-)
+def hello(said: bytes) -> bytes:
+    return HEAD.pack(len(said), KINDS.index("hello")) + said
+
+
+def connected(hub: Hub) -> socket.socket:
+    host, _, port = hub.address.rpartition(":")
+    return socket.create_connection((host, int(port)), 30)
+
+
+STRANGE = [
+    b"",
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"\xff" * 64,
+    HEAD.pack(2, KINDS.index("step")) + b"{}",
+    *map(
+        hello,
+        (b"", b"[]", b'"x"', b"7", b"{}", b"[" * 500, b"\xff", b'{"token": "no", "r": 1}', b'{"token": "\\ud800"}'),
+    ),
+    hello(b"[" * 4000),
+]
+
+
+@pytest.mark.parametrize("said", STRANGE)
 def test_strangers_are_turned_away(said: bytes) -> None:
     hub = Hub("127.0.0.1", 2)
     try:
-        host, _, port = hub.address.rpartition(":")
-        connection = socket.create_connection((host, int(port)), 5)
-        with connection, contextlib.suppress(OSError):  # it may already be closed
+        with connected(hub) as connection, contextlib.suppress(OSError):  # it may already be closed
             connection.sendall(said)
             connection.shutdown(socket.SHUT_WR)
             assert connection.recv(1) == b""
         spoke = Spoke(hub.address, hub.token, 1, os.getpid(), gone=lambda: None)
-        assert hub.meet(5) == {0: "127.0.0.1", 1: "127.0.0.1"}
+        assert hub.meet(30) == {0: "127.0.0.1", 1: "127.0.0.1"}
     finally:
         hub.close()
     spoke.close()
+
+
+@pytest.mark.parametrize("change", [{"rank": 0}, {"rank": 2}, {"rank": "1"}, {"pid": None}, {}])
+def test_who_knows_the_token_and_is_no_rank_is_turned_away(change: dict[str, Any]) -> None:
+    hub = Hub("127.0.0.1", 2)
+    spoke = Spoke(hub.address, hub.token, 1, os.getpid(), gone=lambda: None)
+    try:
+        hub.meet(30)
+        with connected(hub) as connection:
+            connection.sendall(hello(json.dumps({"token": hub.token, "rank": 1, "pid": 1, **change}).encode()))
+            assert connection.recv(1) == b""
+        assert hub.failure is None
+    finally:
+        hub.close()
+        spoke.close()
+
+
+def test_strangers_that_dawdle_delay_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is silent, one says its hello byte by byte: results are heard beside them, and their time is limited as a whole."""
+    monkeypatch.setattr(control, "HELLO_S", float("inf"))
+    hub = Hub("127.0.0.1", 2)
+    heard = threading.Event()
+    hub.on_result = lambda frame: heard.set()
+    spoke = Spoke(hub.address, hub.token, 1, os.getpid(), gone=lambda: None)
+    try:
+        with connected(hub) as silent, connected(hub) as slow:
+            for byte in hello(b"{" + b" " * 8)[:-1]:
+                slow.sendall(bytes([byte]))
+                heard.clear()
+                spoke.send("result", b"x")
+                assert heard.wait(60)
+            assert until(lambda: len(hub._strangers) == 2)
+            monkeypatch.setattr(control, "HELLO_S", 0.1)
+            assert (silent.recv(1), slow.recv(1)) == (b"", b"")
+        assert hub.failure is None
+    finally:
+        hub.close()
+        spoke.close()
+
+
+def test_a_crowd_of_strangers_keeps_no_rank_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest are turned away."""
+    monkeypatch.setattr(control, "HELLO_S", float("inf"))
+    monkeypatch.setattr(control, "MORE_STRANGERS", 1)
+    hub = Hub("127.0.0.1", 2)
+    with contextlib.ExitStack() as stack:
+        stack.callback(hub.close)
+        crowd = [stack.enter_context(connected(hub)) for _ in range(6)]
+        assert [connection.recv(1) for connection in crowd[:3]] == [b""] * 3
+        spoke = Spoke(hub.address, hub.token, 1, os.getpid(), gone=lambda: None)
+        stack.callback(spoke.close)
+        hub.meet(30)
+        assert len(hub._strangers) <= 3
+
+
+def test_whatever_stops_the_control_thread_is_the_end_of_the_group() -> None:
+    """Nobody would see a rank die any more, or hear a result."""
+    hub = Hub("127.0.0.1", 2)
+    spoke = Spoke(hub.address, hub.token, 1, os.getpid(), gone=lambda: None)
+    try:
+        hub.meet(30)
+        spoke.send("fetched", b"?")
+        assert until(lambda: hub.failure is not None)
+        assert "can't hear the other ranks any more: error: unpack requires" in str(hub.failure)
+    finally:
+        hub.close()
+        spoke.close()
 
 
 def test_places_go_by_node() -> None:
