@@ -115,6 +115,8 @@ class Group:
         """Serve replaces the replica when this raises."""
         if self._failed_starts > MAX_RESTARTS:
             raise RuntimeError(f"rank 0 of {self._name!r} can't be started: {self._why}")
+        if self._watcher is not None and self._watcher.done() and not self._watcher.cancelled():
+            raise RuntimeError(f"nobody watches the ranks of {self._name!r} any more") from self._watcher.exception()
 
     async def __del__(self) -> None:
         """Serve ends this replica."""
@@ -138,14 +140,13 @@ class Group:
             self._processes = [await self._started(0, self._rank)]
             failure = await self._start_followers() if spread(self._config) else None
             result = failure or await self._rank.start.remote()
-        except RayActorError as error:
-            result = Failure(_died(error))
-        except UnstartedError as error:
-            result = Failure(str(error))
+            if not isinstance(result, Failure):
+                await self._rank.set_role.remote(self._role)
+        except Exception as error:  # whatever it is: they are started again, and nobody else would do that
+            result = _failure(error)
         if isinstance(result, Failure):
             self._kill()
             return result
-        await self._rank.set_role.remote(self._role)
         self._endpoint = result
         return None
 
@@ -204,8 +205,8 @@ class Group:
             return Failure("rank 0 was stopped (SIGSTOP)")
         try:
             return run.result()
-        except RayActorError as error:
-            return Failure(_died(error))
+        except Exception as error:  # whatever it is
+            return _failure(error)
 
     async def _restart(self, failure: Failure | None) -> None:
         """Until the ranks serve again."""
@@ -274,6 +275,16 @@ def by_node(count: int) -> list[int]:
     nodes = ray.util.placement_group_table(group)["bundles_to_node_id"]
     first = {node: min(i for i in range(count) if nodes[i] == node) for node in nodes.values()}
     return sorted(range(count), key=lambda bundle: (first[nodes[bundle]], bundle))
+
+
+def _failure(error: Exception) -> Failure:
+    """What went wrong with a rank's process, or on the way to it."""
+    if isinstance(error, RayActorError):
+        return Failure(_died(error))
+    if isinstance(error, UnstartedError):
+        return Failure(str(error))
+    log.error("the coordinator failed", exc_info=error)
+    return Failure(f"{type(error).__name__}: {error}", logged=True)
 
 
 def _died(error: RayActorError) -> str:

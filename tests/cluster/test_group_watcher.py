@@ -1,0 +1,89 @@
+"""The coordinator's watcher over ranks that aren't real: whatever goes wrong, ranks are started again or Serve is told."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from ray.exceptions import ActorUnschedulableError, RayActorError
+from waiting import until_async
+
+from kvasir.cluster import group
+from kvasir.cluster.rank_actor import Failure
+from kvasir.engine.config import EngineConfig
+
+
+class Group(group.Group):
+    """Whose ranks serve already."""
+
+    def __new__(cls, ranks):
+        self = object.__new__(cls)
+        self._name, self._config, self._role = "m", EngineConfig(), "both"
+        self._options, self._arguments, self._processes = {}, (), [("node", 0)]
+        self._followers, self._runs = {}, {}
+        self._rank, self._endpoint, self._why, self._failed_starts = ranks, "first", "", 0
+        self._watcher = asyncio.get_running_loop().create_task(self._watch())
+        return self
+
+    def __init__(self, ranks):
+        pass
+
+    def __del__(self):
+        pass
+
+
+def ranks(monkeypatch, **calls):
+    """Rank 0s that do by turns what is named here, an answer or an error, and serve when no more is named."""
+    calls = {"run": [Failure("first death")], **calls}
+    usual = {"start": "second", "set_role": None, "where": ("node", 0)}
+
+    async def call(name):
+        answer = calls[name].pop(0) if calls.get(name) else usual.get(name)
+        if name == "run" and answer is None:
+            await asyncio.Event().wait()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def method(name):
+        return SimpleNamespace(remote=lambda *_: asyncio.ensure_future(call(name)))
+
+    actors = SimpleNamespace(**{name: method(name) for name in ("run", "start", "set_role", "where")})
+    actors.options = lambda **_: SimpleNamespace(remote=lambda *_: actors)
+    context = SimpleNamespace(get_node_id=lambda: "node")
+    fake = SimpleNamespace(remote=lambda _: actors, kill=lambda _: None, get_runtime_context=lambda: context)
+    monkeypatch.setattr(group, "ray", fake)
+    monkeypatch.setattr(group, "on_bundle", lambda _: {})
+    monkeypatch.setattr(group, "stopped", lambda _: False)
+    monkeypatch.setattr(group, "RESTART_PAUSE_S", (0.001, 0.001))
+    return actors
+
+
+@pytest.mark.parametrize("error", [RayActorError(), ActorUnschedulableError("no node"), OSError("no memory")])
+@pytest.mark.parametrize("call", ["run", "where", "start", "set_role"])
+def test_whatever_fails_ranks_are_started_again(monkeypatch, call, error):
+    actors = ranks(monkeypatch, **{call: [error, error]})
+
+    async def main():
+        coordinator = Group(actors)
+        await until_async(lambda: coordinator._endpoint == "second" and not coordinator._failed_starts)
+        await coordinator.check_health()
+        coordinator._watcher.cancel()
+
+    asyncio.run(main())
+
+
+def test_serve_is_told_when_nobody_watches(monkeypatch):
+    actors = ranks(monkeypatch)
+
+    async def main():
+        coordinator = Group(actors)
+        await coordinator.check_health()
+        monkeypatch.setattr(group.ray, "kill", lambda _: 1 / 0)
+        await until_async(coordinator._watcher.done)
+        with pytest.raises(RuntimeError, match="nobody watches the ranks of 'm' any more") as caught:
+            await coordinator.check_health()
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+    asyncio.run(main())
