@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import queue
 import secrets
 import selectors
@@ -48,6 +49,11 @@ LOOK_S = BEAT_S / 2
 """How often rank 0 looks whether another is there."""
 WAKING_S = 600.0
 """A rank that has connected has so long for loading its libraries: seconds, but from a slow disk on a busy machine minutes."""
+LOADING_SILENCE_S = 60.0
+"""Like SILENCE_S of a rank that loads: libraries, drivers too, may hold all its threads up meanwhile."""
+BUSY = "its disk, its network or its cores are busy"
+NOTE_S = 30.0
+"""How often the log says whose loading is waited for."""
 log = logging.getLogger(__name__)
 
 
@@ -67,6 +73,7 @@ class Peer:
     """Around each frame: steps and grammars come from different threads."""
     heard: float = field(default_factory=time.monotonic)
     awake: bool = False  # has loaded its libraries
+    gathered: int = 0  # how often it has waited for the others
     ready: bool = False
     stopped_since: float | None = None
     buffer: bytearray = field(default_factory=bytearray)
@@ -108,7 +115,7 @@ class Hub:
         self._spoiled: queue.SimpleQueue[Sequence[int] | None] = queue.SimpleQueue()
         self._selector = selectors.DefaultSelector()
         self._closing = False
-        self._watching = False
+        self._gathered = 0
         self._suspect: tuple[float, str] | None = None
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ)
@@ -131,20 +138,30 @@ class Hub:
             )
         return {0: self.host} | {rank: peer.host for rank, peer in self._peers.items()}
 
-    def all_awake(self, note_s: float) -> None:
-        """Wait until every rank has loaded its libraries; every `note_s` it is logged which haven't. Before that nobody may wait
-        for them in an exchange, whose limit counts."""
-        begin = time.monotonic()
-        while not self._until(lambda: not self._asleep(), min(note_s, begin + WAKING_S - time.monotonic())):
-            late, names = time.monotonic() - begin, ", ".join(self._asleep())
-            if late >= WAKING_S:
-                raise RankError(
-                    f"{names} didn't load its libraries within {WAKING_S:.0f} s: its disk or its cores are busy"
-                )
-            log.warning("%s has been loading its libraries for %.0f s: its disk or its cores are busy", names, late)
+    def all_awake(self) -> None:
+        """Wait until every rank has loaded its libraries. Before that nobody may wait for them in an exchange, whose limit
+        counts; and they needn't say that they live."""
+        self._all(lambda peer: peer.awake, "loading its libraries", WAKING_S)
 
-    def _asleep(self) -> list[str]:
-        return [str(peer) for _, peer in sorted(self._peers.items()) if not peer.awake]
+    def assemble(self) -> None:
+        """Wait until every rank has come to the same place in loading, which may take one of them minutes longer than another
+        and has no limit while it says that it lives; then all go on."""
+        self._gathered += 1
+        self._all(lambda peer: peer.gathered >= self._gathered, "loading its share")
+        for peer in self._peers.values():
+            self._tell(peer, "go")
+
+    def _all(self, done: Callable[[Peer], bool], doing: str, limit_s: float = math.inf) -> None:
+        """Wait until it is so of every rank; every NOTE_S it is logged of which it isn't. RankError after `limit_s`."""
+        begin = time.monotonic()
+        while not self._until(
+            lambda: all(map(done, self._peers.values())), min(NOTE_S, begin + limit_s - time.monotonic())
+        ):
+            late = time.monotonic() - begin
+            names = ", ".join(str(peer) for _, peer in sorted(self._peers.items()) if not done(peer))
+            if late >= limit_s:
+                raise RankError(f"{names} has been {doing} for {late:.0f} s, and is waited for no longer: {BUSY}")
+            log.warning("%s has been %s for %.0f s: %s", names, doing, late, BUSY)
 
     def welcome(self, rank: int, said: Mapping[str, Any]) -> None:
         """Tell one rank its place, and where the board is."""
@@ -153,19 +170,18 @@ class Hub:
             with contextlib.suppress(OSError):
                 self._board = Poster(self.size)
         board = self._board.where if self._board is not None and peer.host == self.host else None
-        send(peer.connection, "welcome", json.dumps({**said, "board": board}).encode())
+        self._tell(peer, "welcome", json.dumps({**said, "board": board}).encode())
 
     def all_ready(self) -> None:
-        """Wait until every rank has loaded its share; from then on silence is death."""
-        self._until(lambda: all(peer.ready for peer in self._peers.values()), None)
-        self._watching = True
+        """Wait until every rank has loaded its share; from then on SILENCE_S of silence are death."""
+        self._all(lambda peer: peer.ready, "loading its share")
 
     def serve(self, host: str, secret: str) -> list[str]:
         """Have every rank lend blocks to who knows `secret`, those of this node on `host` -> where, by rank. Before the first
         step."""
         for peer in self._peers.values():
             said = {"host": host if peer.host == self.host else None, "secret": secret}
-            send(peer.connection, "serve", json.dumps(said).encode())
+            self._tell(peer, "serve", json.dumps(said).encode())
         self._until(lambda: all(peer.serves is not None for peer in self._peers.values()), None)
         return [self._peers[rank].serves or "" for rank in range(1, self.size)]
 
@@ -175,15 +191,17 @@ class Hub:
         board = self._board if readers else None
         posted = board is not None and board.post(frame, readers, lambda: self.failure is None)
         for peer in self._peers.values():
-            if posted and peer.reads:
-                continue
-            try:
-                with peer.lock:
-                    send(peer.connection, "step", frame)
-            except OSError as error:
-                if error.errno in UNREACHABLE:
-                    self._silent(peer)
-                raise self.verdict(f"{peer} can't be reached: {error}") from error
+            if not (posted and peer.reads):
+                self._tell(peer, "step", frame)
+
+    def _tell(self, peer: Peer, kind: Kind, content: bytes = b"") -> None:
+        try:
+            with peer.lock:
+                send(peer.connection, kind, content)
+        except OSError as error:
+            if error.errno in UNREACHABLE:
+                self._silent(peer)
+            raise self.verdict(f"{peer} can't be reached: {error}") from error
 
     def grammar(self, rank: int, frame: bytes) -> None:
         """Say to one rank which grammar it needs, or needs no more. One that is gone isn't told."""
@@ -246,6 +264,7 @@ class Hub:
     def _serve(self) -> None:
         looked = 0.0
         while not self._closing:
+            asked = time.monotonic()
             for key, _ in self._selector.select(LOOK_S):
                 if key.fileobj is self._listener:
                     self._accept()
@@ -255,7 +274,7 @@ class Hub:
                     self._read(key.data)
             if time.monotonic() - looked >= LOOK_S:  # not for each result: whoever waits for it wants to run now
                 looked = time.monotonic()
-                self._look()
+                self._look(asked)
             if self._suspect is not None and time.monotonic() - self._suspect[0] > VERDICT_S:
                 self._fail(RankError(self._suspect[1]))
 
@@ -338,6 +357,10 @@ class Hub:
             with self._changed:
                 peer.awake = True
                 self._changed.notify_all()
+        elif kind == "here":
+            with self._changed:
+                peer.gathered += 1
+                self._changed.notify_all()
         elif kind == "ready":
             with self._changed:
                 peer.ready, peer.reads = True, content == BOARD
@@ -361,19 +384,21 @@ class Hub:
             time.sleep(0.01)
         self._fail(RankError(f"{peer} died: {ended or how}"))
 
-    def _silent(self, peer: Peer) -> None:
-        self._fail(RankError(f"{peer} has said nothing for {SILENCE_S:.0f} s: it hangs, or its node is gone"))
+    def _silent(self, peer: Peer, limit_s: float = SILENCE_S) -> None:
+        self._fail(RankError(f"{peer} has said nothing for {limit_s:.0f} s: it hangs, or its node is gone"))
 
-    def _look(self) -> None:
-        """Whether a rank stands still, or lets the others wait; or a stranger its hello."""
+    def _look(self, asked: float) -> None:
+        """Whether a rank stands still, or lets the others wait; or a stranger its hello. All that had come when `asked` is read:
+        this process's own loading may hold this thread up."""
         now = time.monotonic()
         for stranger in [each for each in self._strangers if now - each.since > HELLO_S]:
             self._turn_away(stranger)
         if (late := self.overdue()) is not None:
             self._fail(RankError(late))
         for peer in self._peers.values():
-            if self._watching and now - peer.heard > SILENCE_S:
-                self._silent(peer)
+            limit_s = SILENCE_S if peer.ready else LOADING_SILENCE_S
+            if peer.awake and asked - peer.heard > limit_s:
+                self._silent(peer, limit_s)
             if peer.host == self.host and stopped(peer.pid):
                 peer.stopped_since = peer.stopped_since or now
                 if now - peer.stopped_since >= BEAT_S:

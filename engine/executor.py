@@ -161,6 +161,7 @@ class GroupExecutor:
         hub.on_failure = self._free
         try:
             self._mesh = _meet(config, hub, own_gpus)
+            self._mesh.assemble = hub.assemble
             self.loaded = load(config, self._mesh)
             grammars = grammars_of(self.loaded)
             self.rank = rank_of(config, self.loaded, grammars)
@@ -340,7 +341,7 @@ def _meet(config: EngineConfig, hub: Hub, own_gpus: bool) -> Mesh:
     """Rank 0's place among those that have connected."""
     timeout = config.collective_timeout
     found = places(config, hub.meet(timeout), own_gpus=own_gpus)
-    hub.all_awake(timeout)
+    hub.all_awake()
     store, port = host_store(hub.host, config.ranks, timeout)
     for place in found[1:]:
         said = {name: getattr(place, name) for name in ("tp", "pp", "local_ranks", "device_index")}

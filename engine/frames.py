@@ -22,6 +22,8 @@ Kind = Literal[
     "serving",
     "grammar",
     "spoiled",
+    "here",
+    "go",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 HEAD = struct.Struct("<IB")

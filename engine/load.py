@@ -86,6 +86,9 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
     partition, dealt = config.pipeline_layer_partition, config.enable_expert_parallel
     share = share_of(spec, mesh, expert_parallel=dealt, partition=partition)
     size = weight_bytes(spec, dtype, device, share) if ours else _fallback_bytes(config, files, dtype)
+    kept = resolve_cache_dtype(config, dtype)
+    mesh.assemble()  # one may have fetched files or compiled
+    _agree(mesh, dtype, kept)
     plan = plan_memory(config, share, dtype=dtype, device=device, weight_bytes=size)
     pooling = pooling_of(files.config, spec, files.path)
     decoder: Decoder | Fallback
@@ -94,8 +97,6 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
     else:
         decoder, pooler = _fallback(config, files, spec, dtype, device), None
     decoder.attend_by(config.attention_backend)
-    kept = resolve_cache_dtype(config, dtype)
-    _agree(mesh, dtype, kept)
     cache = KVCache(share.spec, plan.num_blocks, config.block_size, kept, device, plan.layout, share.layers)
     obstacle = indeterminate(decoder)
     if config.deterministic and obstacle:
@@ -119,6 +120,7 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
         tasks=tasks_of(spec, pooling) if ours else ("generate",),
         labels=pooling.labels.names if pooling.labels else (),
     )
+    mesh.assemble()  # weights may lie farther from one than from another
     tiers = open_tiers(config, files, share, cache)
     exchange = partial(open_exchange, config, info.version, share, cache, tiers)
     return Loaded(decoder, cache, info, pooler, files.tokenizer, tiers, exchange)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -120,6 +120,8 @@ class Mesh:
         """torch's ProcessGroups of all ranks, and of those of this stage."""
         self.invariant = False
         """Whatever it costs, a row's sums and products have the same bits whatever rows are beside it (--deterministic)."""
+        self.assemble: Callable[[], None] = lambda: None
+        """Waits until every rank calls it, for as long as that takes: the limit of an exchange behind it is for the exchange."""
         self.traffic = Traffic()
         self._store = c10d.HashStore() if store is None else store
         self._sending: deque[tuple[Any, Tensor]] = deque()

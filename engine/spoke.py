@@ -50,6 +50,12 @@ class Spoke:
         with self._lock:
             send(self._connection, kind, content)
 
+    def assemble(self) -> None:
+        """Wait until every rank calls this: see `Hub.assemble`. EOFError when rank 0 is gone."""
+        self.send("here")
+        kind, _ = self.receive()
+        assert kind == "go"
+
     def ready(self, where: str | None = None, size: int = 0) -> None:
         """This rank has loaded its share. From now on it reads steps of `size` ranks from the board at `where`, if it can."""
         from kvasir.engine.board import Reader

@@ -61,6 +61,7 @@ def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
     device = resolve_device(config, place.device_index)
     one_shot = not config.disable_custom_all_reduce
     mesh = join(place, store, device, spoke.host, config.collective_timeout, token, one_shot=one_shot)
+    mesh.assemble = spoke.assemble
     loaded = load(config, mesh)
     rank = rank_of(config, loaded, grammars := grammars_of(loaded))
     server = GrammarServer(grammars, lambda frame: spoke.send("grammar", frame))

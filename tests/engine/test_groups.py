@@ -24,13 +24,15 @@ import pytest
 from waiting import until
 
 from kvasir.engine import control
+from kvasir.engine import load as loading
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.control import Hub, RankError
 from kvasir.engine.errors import ConfigError, UnavailableError, UnsupportedError
 from kvasir.engine.event import Event
 from kvasir.engine.executor import GroupExecutor, executor_of, places
-from kvasir.engine.frames import HEAD, KINDS, encode_tickets
+from kvasir.engine.frames import HEAD, KINDS, Kind, encode_tickets, send
 from kvasir.engine.llm import LLM
+from kvasir.engine.mesh import Mesh
 from kvasir.engine.request import Request, SamplingParams, StructuredOutput
 from kvasir.engine.spoke import Spoke
 from kvasir.kernels.native import library
@@ -67,6 +69,32 @@ def pids(llm: LLM) -> dict[int, int]:
 
 def gone(pid: int) -> bool:
     return until(lambda: not os.path.exists(f"/proc/{pid}"))
+
+
+def test_no_exchange_begins_before_all_are_there(stories: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files, compilers and weights may take one rank minutes longer than another: while they load, ranks meet on the control
+    channel before they meet in an exchange, which has a limit."""
+    order: list[str] = []
+
+    def noted(name: str, call: Any) -> Any:
+        return lambda *args, **kwargs: (order.append(name), call(*args, **kwargs))[1]
+
+    for name in ("ModelFiles", "library", "_weights"):
+        monkeypatch.setattr(loading, name, noted(name, getattr(loading, name)))
+    mesh = Mesh()
+    monkeypatch.setattr(mesh, "least", noted("exchange", mesh.least))
+    mesh.assemble = noted("meet", mesh.assemble)
+    loaded = loading.load(EngineConfig(**stories, kv_disk_path="auto", kv_disk_size=1 << 20), mesh)
+    assert loaded.tiers is not None
+    loaded.tiers.close()
+    parts = ["ModelFiles", "library", "meet", *["exchange"] * 2, "_weights", "meet", *["exchange"] * 2]
+    assert order == parts
+
+
+def test_ranks_meet_while_they_load(group: LLM) -> None:
+    executor = group.engine._executor
+    assert isinstance(executor, GroupExecutor)
+    assert [peer.gathered for peer in executor._hub._peers.values()] == [2] * (executor._hub.size - 1)
 
 
 def test_documented_tokens(group: LLM, data: Callable[[str], Path]) -> None:
@@ -320,30 +348,104 @@ def test_a_rank_that_doesnt_come_is_named() -> None:
     spoke.close()
 
 
-def test_a_rank_that_loads_its_libraries_for_long_is_named_and_waited_for(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("wait", "say", "doing"),
+    [
+        (Hub.all_awake, "awake", "loading its libraries"),
+        (Hub.assemble, "here", "loading its share"),
+        (Hub.all_ready, "ready", "loading its share"),
+    ],
+)
+def test_a_rank_that_loads_for_long_is_named_and_waited_for(
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    wait: Callable[[Hub], None],
+    say: Kind,
+    doing: str,
 ) -> None:
     """No exchange begins before, whose limit would count meanwhile."""
+    monkeypatch.setattr(control, "NOTE_S", 0.05)
     hub = Hub("127.0.0.1", 3)
     spokes = [Spoke(hub.address, hub.token, rank, os.getpid(), gone=lambda: None) for rank in (1, 2)]
     try:
         hub.meet(20)
-        spokes[0].send("awake")
+        spokes[0].send(say)
         with ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(hub.all_awake, 0.05)
-            named = re.compile(r"rank 2 \(pid \d+ on 127.0.0.1\) has been loading its libraries for")
+            waiting = pool.submit(wait, hub)
+            named = re.compile(rf"rank 2 \(pid \d+ on 127.0.0.1\) has been {doing} for \d+ s: its disk, its network or")
             assert until(lambda: any(named.match(record.getMessage()) for record in caplog.records))
             assert not waiting.done()
-            spokes[1].send("awake")
+            spokes[1].send(say)
             waiting.result(20)
-        hub._peers[1].awake = False
-        monkeypatch.setattr(control, "WAKING_S", 0.0)
-        with pytest.raises(RankError, match=r"^rank 1 \(pid \d+ on 127.0.0.1\) didn't load its libraries within 0 s"):
-            hub.all_awake(600)  # a long --collective-timeout doesn't make it longer
     finally:
         hub.close()
         for spoke in spokes:
             spoke.close()
+
+
+def test_libraries_arent_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "WAKING_S", 0.0)
+    hub = Hub("127.0.0.1", 2)
+    spoke = Spoke(hub.address, hub.token, 1, os.getpid(), gone=lambda: None)
+    try:
+        hub.meet(20)
+        with pytest.raises(
+            RankError, match=r"^rank 1 \(pid \d+ on 127.0.0.1\) has been loading its libraries for 0 s, and"
+        ):
+            hub.all_awake()
+    finally:
+        hub.close()
+        spoke.close()
+
+
+def test_ranks_go_on_together() -> None:
+    hub = Hub("127.0.0.1", 3)
+    spokes = [Spoke(hub.address, hub.token, rank, os.getpid(), gone=lambda: None) for rank in (1, 2)]
+    order: list[str] = []
+
+    def come(assemble: Callable[[], None]) -> None:
+        for turn in range(3):
+            time.sleep(random.random() / 50)
+            order.append(f"here {turn}")
+            assemble()
+            order.append(f"on {turn}")
+
+    try:
+        hub.meet(20)
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(come, (hub.assemble, *(spoke.assemble for spoke in spokes))))
+        for turn in range(3):
+            last_here = max(at for at, what in enumerate(order) if what == f"here {turn}")
+            assert last_here < order.index(f"on {turn}")
+    finally:
+        hub.close()
+        for spoke in spokes:
+            spoke.close()
+
+
+def test_a_rank_that_falls_silent_while_it_loads_is_given_up() -> None:
+    """It froze on a node whose system goes on: its connection stands."""
+    hub = Hub("127.0.0.1", 3)
+    spoke = Spoke(hub.address, hub.token, 1, os.getpid(), gone=lambda: None)
+    try:
+        spoke.send("awake")
+        with connected(hub) as connection:
+            connection.sendall(hello(json.dumps({"token": hub.token, "rank": 2, "pid": os.getpid()}).encode()))
+            hub.meet(20)
+            hub._peers[2].heard -= 2 * control.LOADING_SILENCE_S
+            time.sleep(4 * control.LOOK_S)
+            assert hub.failure is None  # its libraries may hold up whatever it would say
+            send(connection, "awake", b"")
+            hub.all_awake()
+            hub._peers[2].heard -= 2 * control.SILENCE_S
+            time.sleep(4 * control.LOOK_S)
+            assert hub.failure is None
+            hub._peers[2].heard -= control.LOADING_SILENCE_S
+            with pytest.raises(RankError, match=r"^rank 2 .* has said nothing for 60 s: it hangs, or its node is gone"):
+                hub.all_ready()
+    finally:
+        hub.close()
+        spoke.close()
 
 
 def hello(said: bytes) -> bytes:
