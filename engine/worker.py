@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from kvasir.engine.load import Loaded
     from kvasir.engine.spoke import Spoke
 
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 ECHOES = ("closed by peer", "reset by peer", "is gone", "imed out")
 """What an exchange says when another rank is to blame: no traceback is worth printing then."""
 
@@ -124,8 +127,17 @@ def _explained(error: BaseException) -> dict[str, Any]:
     return {"why": f"{type(error).__name__}: {error}{at}", "final": False}
 
 
+def _woken_by_orphaning() -> None:
+    """Linux continues this process when the one that started it ends: should it stand still (SIGSTOP) it sees so, and ends, too.
+    That happens as well when the thread that started it ends, and changes nothing then."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
+    if prctl is not None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
+
+
 def main() -> None:
     """The process of a local rank; `processes` starts it."""
+    _woken_by_orphaning()
     said = json.load(sys.stdin)
     try:
         run(config_of(said["config"]), said["address"], said["token"], said["rank"], gone=lambda: os._exit(1))

@@ -318,6 +318,20 @@ def test_ranks_end_with_their_rank_0(stories: dict[str, Any], number: int) -> No
     assert all(gone(pid) for pid in others)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody continues it")
+def test_a_rank_that_stands_still_ends_with_its_rank_0(stories: dict[str, Any]) -> None:
+    with subprocess.Popen([sys.executable, "-c", SCRIPT, json.dumps(stories)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        (other,) = [int(pid) for pid in process.stdout.readline().split()]
+        os.kill(other, signal.SIGSTOP)
+        process.kill()  # before it sees that
+    try:
+        assert gone(other)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(other, signal.SIGKILL)
+
+
 def test_a_fault_of_the_configuration_is_told_as_one(stories: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"9: this model has 8 heads, so 1 to 8 work"):
         LLM(**stories, tensor_parallel_size=9)
