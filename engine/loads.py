@@ -19,7 +19,7 @@ from kvasir.engine.step import Lent, Moves, Pull
 from kvasir.engine.tables import Tables
 
 FETCH_S = 10.0
-"""A sequence waits no longer for its blocks. While a fetch is overdue nothing else is asked of the tiers."""
+"""A sequence waits no longer for its blocks. While a fetch is overdue nothing is asked of the tiers but what is in memory."""
 TRIES = 2
 """So often the tiers are asked for a sequence that gets no further, because others take its cached blocks meanwhile."""
 
@@ -32,6 +32,7 @@ class TierIndex(Protocol):
         """Blocks that one fetch may bring."""
 
     def knows(self, content: ContentId) -> bool: ...
+    def has_at_hand(self, content: ContentId) -> bool: ...
     def forget(self, contents: Iterable[ContentId]) -> None: ...
 
 
@@ -103,7 +104,7 @@ class Loads:
 
     def _seek_below(self, sequence: Sequence, most: int, now: float) -> bool:
         tiers, tables = self._tiers, self._tables
-        if tiers is None or self._overdue:
+        if tiers is None:
             return False
         have = tables.reach(sequence, most, self._pool.knows)
         further = have > sequence.sought
@@ -250,7 +251,7 @@ class Loads:
         # what came from a peer was written by the last step, and may have had to leave since
         fresh += (place for place in self._late if self._pool.match([place[1]]) == [place[0]])
         self._late = pulled
-        saves = {content: block for block, content in [*fresh, *self._saves] if not self._tiers.knows(content)}
+        saves = {content: block for block, content in [*fresh, *self._saves] if not self._below(content)}
         self._saves = []
         return [(block, content) for content, block in saves.items()]
 
@@ -258,8 +259,11 @@ class Loads:
         return max(1, tiers.most_fetched // len(self._tables.layout.groups))
 
     def _known(self, content: ContentId) -> bool:
+        return self._pool.knows(content) or self._below(content)
+
+    def _below(self, content: ContentId) -> bool:
         assert self._tiers is not None
-        return self._pool.knows(content) or self._tiers.knows(content)
+        return self._tiers.has_at_hand(content) if self._overdue else self._tiers.knows(content)
 
     def _hold(self, blocks: list[int], held: list[int]) -> None:
         self._pool.hold(blocks)

@@ -1,18 +1,18 @@
-"""Tiers: a rank's blocks below its cache: host memory, then a disk. Two threads of their own do all the work.
+"""Tiers: a rank's blocks below its cache: host memory, then a disk. Each has a thread that writes and one that reads.
 
 What a step saves is copied aside and written behind; what a fetch asks for is read and checked before any step needs it.
-So no step ever waits for a tier, and a block that a tier hasn't got, or no longer, or wrongly, is computed.
+So no step ever waits for a tier, host memory never for the disk, and a block that a tier hasn't got, or no longer, or wrongly,
+is computed.
 """
 
 from __future__ import annotations
 
-import queue
+import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from kvasir.engine.aside import Aside, room_for
@@ -20,50 +20,75 @@ from kvasir.engine.blocks import Changes, ContentId, Tier
 from kvasir.engine.cache import KVCache
 from kvasir.engine.disk import Disk
 from kvasir.engine.host import Host
+from kvasir.engine.lane import Lane, view
 from kvasir.engine.step import Moves
 
+logger = logging.getLogger(__name__)
+
 STAGED_BYTES = 1 << 29
-"""Host memory for blocks on their way up; as much again for those on their way down."""
+"""Host memory for blocks on their way up; as much again for those on their way down. Every tier has an equal part."""
 SCAN_S = 2.0
 """A start waits no longer for the disk to say what it holds; what it says later is found later."""
 FLUSH_S = 20.0
 """An end waits no longer for what is still to be written."""
 
 
+class Fetches:
+    """Those that one thread answers in their order, changed under the tiers' lock."""
+
+    def __init__(self) -> None:
+        self.asked: dict[int, Sequence[ContentId]] = {}
+        """ticket -> contents, of those that nobody reads yet."""
+        self.reading: int | None = None
+        """The ticket that is being read, None when nobody waits for it any more."""
+        self.staged: dict[int, Tensor] = {}
+        """ticket -> what came."""
+
+    def room(self, size: int, most: int) -> bool:
+        """Whether there is room for what the oldest brings, blocks of `size` bytes."""
+        if not self.asked:
+            return False
+        wanted = len(next(iter(self.asked.values()))) * size
+        held = sum(staged.numel() for staged in self.staged.values())
+        return not held or held + wanted <= most
+
+
 class Tiers:
     """The rank's thread calls `apply` and `close`; `knows`, `forget` and `counts` any thread.
 
-    on_fetched(ticket, count) is called in a thread of ours for every fetch that wasn't ended before.
+    on_fetched(ticket, count) is called for every fetch, in a thread of ours or, of those that ended unread, in the rank's.
     """
 
     def __init__(self, cache: KVCache, host: Host | None, disk: Disk | None) -> None:
         self._cache, self._host, self._disk = cache, host, disk
         self._tiers: list[Host | Disk] = [tier for tier in (host, disk) if tier is not None]
-        self._shelves = [tier.shelf for tier in self._tiers]
         self._bytes = cache.bytes_per_block
         self._aside = Aside(cache.arena.device)
         self.on_fetched: Callable[[int, int], None] = lambda ticket, count: None
-        self._behind: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._forgotten: set[ContentId] = set()
-        """Of no use, but not dropped yet; each change is one that no other thread can see half of."""
-        self._saving = 0
-        """Bytes that are still to be written; changed under _changed, like all that follows."""
         self._changed = threading.Condition()
-        self._asked: dict[int, Sequence[ContentId]] = {}
-        self._staged: dict[int, Tensor] = {}
-        self._closing = False
+        """Fetches and _closing change under it."""
+        self._closing = self._failed = False
         self._scanned = threading.Event()
-        self._threads = [
-            threading.Thread(target=work, name=name, daemon=True)
-            for work, name in ((self._write, "kvasir-write-behind"), (self._read, "kvasir-read-ahead"))
+        self._lanes = [Lane(tier) for tier in self._tiers]
+        self._lanes[-1].put(self._scan)
+        self._fetches = [Fetches() for _ in self._tiers]
+        """Of the first tier what it has whole, of the last all else."""
+        readers = [
+            threading.Thread(target=self._read, args=(fetches,), name="kvasir-read-ahead", daemon=True)
+            for fetches in self._fetches
         ]
-        for thread in self._threads:
+        for thread in readers:
             thread.start()
+        self._threads = [*readers, *(lane.thread for lane in self._lanes)]
+
+    @property
+    def _part(self) -> int:
+        return STAGED_BYTES // len(self._tiers)
 
     @property
     def most_fetched(self) -> int:
         """Blocks that one fetch may bring."""
-        return max(1, STAGED_BYTES // self._bytes)
+        return max(1, self._part // self._bytes)
 
     def wait_until_scanned(self) -> None:
         """Until what earlier processes left is known, or SCAN_S have passed."""
@@ -71,18 +96,22 @@ class Tiers:
 
     def knows(self, content: ContentId) -> bool:
         """A tier holds the block, or did so a moment ago."""
-        return content not in self._forgotten and any(content in shelf for shelf in self._shelves)
+        return any(lane.knows(content) for lane in self._lanes)
+
+    def has_at_hand(self, content: ContentId) -> bool:
+        """The same of host memory, which never keeps anyone waiting."""
+        return self._host is not None and self._lanes[0].knows(content)
 
     def forget(self, contents: Iterable[ContentId]) -> None:
         """These blocks are of no use: unknown from now on, so that whoever computes them saves them again."""
         contents = tuple(contents)
-        self._forgotten.update(contents)
-        self._behind.put(partial(self._drop, contents))
+        for lane in self._lanes:
+            lane.forget(contents)
 
     def listen(self) -> None:
         """Note what the tiers store and evict from now on, for `drain`."""
-        for shelf in self._shelves:
-            shelf.listen()
+        for tier in self._tiers:
+            tier.shelf.listen()
 
     def drain(self) -> Iterator[tuple[Tier, Changes]]:
         """(tier, what changed in it since the last time), of those where anything did."""
@@ -102,72 +131,71 @@ class Tiers:
 
     def apply(self, moves: Moves) -> None:
         """A step's part, behind what it saves. Only copies within memory are done at once."""
+        staged = {ticket: rows for fetches in self._fetches for ticket, rows in fetches.staged.copy().items()}
         for ticket in dict.fromkeys(ticket for ticket, _, _ in moves.loads):
             mine = [(number, block) for found, number, block in moves.loads if found == ticket]
-            if ticket in self._staged:
-                self._cache.put([block for _, block in mine], self._staged[ticket], [number for number, _ in mine])
+            if ticket in staged:
+                self._cache.put([block for _, block in mine], staged[ticket], [number for number, _ in mine])
         with self._changed:
-            for ticket in moves.ended:
-                self._asked.pop(ticket, None)
-                self._staged.pop(ticket, None)
-            self._asked |= moves.fetches
+            unread = [ticket for ticket in moves.ended if self._end(ticket)]
+            for ticket, contents in moves.fetches:
+                at_hand = all(map(self.has_at_hand, contents))
+                self._fetches[0 if at_hand else -1].asked[ticket] = contents
             self._changed.notify_all()
+        for ticket in unread:
+            self.on_fetched(ticket, 0)
         for count, contents in moves.used:
-            split = len(contents) - count
-            self._behind.put(partial(self._use, contents[:split], again=False))
-            self._behind.put(partial(self._use, contents[split:], again=True))
+            for lane in self._lanes:
+                lane.put(partial(self._use, lane.tier, count, contents))
+
+    def _end(self, ticket: int) -> bool:
+        """Nobody waits for it any more. True: it hadn't been begun, and nobody will."""
+        unread = False
+        for fetches in self._fetches:
+            unread |= fetches.asked.pop(ticket, None) is not None
+            fetches.staged.pop(ticket, None)
+            if fetches.reading == ticket:
+                fetches.reading = None
+        return unread
 
     def close(self) -> None:
         """Write what is left to be written, then end."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._behind.put(None)
+        for lane in self._lanes:
+            lane.end()
+        until = time.monotonic() + FLUSH_S
         for thread in self._threads:
-            thread.join(FLUSH_S)
+            thread.join(max(0, until - time.monotonic()))
         if self._disk is not None and not any(thread.is_alive() for thread in self._threads):
             self._disk.close()
 
     def save(self, saves: Sequence[tuple[int, ContentId]]) -> None:
-        """Copy blocks aside; when those before them aren't written yet, some are left out."""
+        """Copy blocks aside; a tier for which those before them still wait is left out of some."""
+        rooms = [lane.room(len(saves), self._bytes, self._part) for lane in self._lanes]
+        saves = saves[: max(rooms)]
         if not saves:
             return
-        with self._changed:
-            room = max(0, STAGED_BYTES - self._saving) // self._bytes
-            saves = saves[:room]
-            self._saving += len(saves) * self._bytes
-        if saves:
-            held, arrived = self._aside.copy(self._cache.read([block for block, _ in saves]))
-            self._behind.put(partial(self._keep, [content for _, content in saves], held, arrived))
+        held, arrived = self._aside.copy(self._cache.read([block for block, _ in saves]))
+        contents = [content for _, content in saves]
+        for lane, room in zip(self._lanes, rooms, strict=True):
+            if room:
+                lane.write(contents[:room], held[:room], arrived)
 
-    # -- the writing thread
+    # -- the writing threads
 
-    def _write(self) -> None:
-        if self._disk is not None:
-            self._disk.scan()
-        self._scanned.set()
-        while (work := self._behind.get()) is not None:
-            work()
+    def _scan(self) -> None:
+        try:
+            if self._disk is not None:
+                self._disk.scan()
+        finally:
+            self._scanned.set()
 
-    def _keep(self, contents: Sequence[ContentId], held: Tensor, arrived: torch.cuda.Event | None) -> None:
-        """held[n, bytes] uint8 in host memory, once it has arrived."""
-        if arrived is not None:
-            arrived.synchronize()
-        for content, row in zip(contents, held, strict=True):
-            for tier in self._tiers:
-                tier.write(content, _view(row))
-        with self._changed:
-            self._saving -= held.numel()
-
-    def _use(self, contents: Sequence[ContentId], *, again: bool) -> None:
-        for tier in self._tiers:
-            tier.use(contents, again=again)
-
-    def _drop(self, contents: Iterable[ContentId]) -> None:
-        for content in contents:
-            for tier in self._tiers:
-                tier.forget(content)
-        self._forgotten.difference_update(contents)
+    def _use(self, tier: Host | Disk, count: int, contents: Sequence[ContentId]) -> None:
+        split = len(contents) - count
+        tier.use(contents[:split], again=False)
+        tier.use(contents[split:], again=True)
 
     # -- any thread
 
@@ -175,43 +203,55 @@ class Tiers:
         """For another group, from the uppermost tier that has the block. False: it isn't there."""
         return any(tier.read(content, into) for tier in self._tiers)
 
-    # -- the reading thread
+    # -- the reading threads
 
-    def _read(self) -> None:
-        while (found := self._next()) is not None:
+    def _read(self, fetches: Fetches) -> None:
+        while (found := self._next(fetches)) is not None:
             ticket, contents = found
-            staged = room_for(len(contents), self._bytes, self._cache.arena.device)
-            count = 0
-            while count < len(contents) and ticket in self._asked and self._fetch(contents[count], staged[count]):
-                count += 1
+            last = self._fetches[-1]
+            count, staged = 0, None
+            try:
+                staged = room_for(len(contents), self._bytes, self._cache.arena.device)
+                disk = self._disk if fetches is last else None
+                while (
+                    count < len(contents)
+                    and fetches.reading == ticket
+                    and self._fetch(contents[count], staged[count], disk)
+                ):
+                    count += 1
+            except Exception:  # the thread's border: what a fetch doesn't bring is computed
+                if not self._failed:
+                    logger.exception(
+                        "KV blocks can't be read from below the cache, they are computed instead; said once"
+                    )
+                self._failed = True
             with self._changed:
-                if self._asked.pop(ticket, None) is not None:
-                    self._staged[ticket] = staged
-            self.on_fetched(ticket, count)
+                wanted, fetches.reading = fetches.reading == ticket, None
+                left_memory = wanted and count < len(contents) and fetches is not last
+                if left_memory:  # since it was asked: the disk may have it
+                    last.asked[ticket] = contents
+                    self._changed.notify_all()
+                elif wanted and staged is not None:
+                    fetches.staged[ticket] = staged
+            if not left_memory:
+                self.on_fetched(ticket, count)
 
-    def _next(self) -> tuple[int, Sequence[ContentId]] | None:
+    def _next(self, fetches: Fetches) -> tuple[int, Sequence[ContentId]] | None:
         """The oldest fetch, once there is room for what it brings; None: the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or (bool(self._asked) and self._has_room()))
-            return None if self._closing else next(iter(self._asked.items()))
+            self._changed.wait_for(lambda: self._closing or fetches.room(self._bytes, self._part))
+            if self._closing:
+                return None
+            fetches.reading = next(iter(fetches.asked))
+            return fetches.reading, fetches.asked.pop(fetches.reading)
 
-    def _has_room(self) -> bool:
-        wanted = len(next(iter(self._asked.values()))) * self._bytes
-        held = sum(staged.numel() for staged in self._staged.values())
-        return not held or held + wanted <= STAGED_BYTES
-
-    def _fetch(self, content: ContentId, into: Tensor) -> bool:
+    def _fetch(self, content: ContentId, into: Tensor, disk: Disk | None) -> bool:
         """From the uppermost tier that has the block; host memory gets what comes from the disk."""
-        data = _view(into)
+        data = view(into)
         if self._host is not None and self._host.read(content, data):
             return True
-        if self._disk is None or not self._disk.read(content, data):
+        if disk is None or not disk.read(content, data):
             return False
         if self._host is not None:
             self._host.write(content, data)
         return True
-
-
-def _view(row: Tensor) -> memoryview:
-    array: Any = row.numpy()
-    return memoryview(array)

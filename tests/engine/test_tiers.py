@@ -20,6 +20,8 @@ from small_models import FAMILIES
 from waiting import until
 
 from kvasir.engine.cache import KVCache
+from kvasir.engine.disk import Disk
+from kvasir.engine.disk_folder import claim
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.host import Host
 from kvasir.engine.llm import LLM
@@ -200,13 +202,14 @@ def test_what_is_forgotten_is_unknown_at_once(llama: Path, filled: tuple[Path, l
         tiers, written = llm.engine._tiers, threading.Event()
         assert tiers is not None
         (content, *_) = tiers._disk.shelf  # type: ignore[union-attr]
-        tiers._behind.put(lambda: written.wait(60) and None)
+        (lane,) = tiers._lanes
+        lane.put(lambda: written.wait(60))
         tiers.forget([content])
         assert not tiers.knows(content)
         written.set()
         until(lambda: content not in tiers._disk.shelf)  # type: ignore[union-attr]
         assert ask(llm)[0] == filled[1]
-        until(lambda: tiers.knows(content) and not tiers._forgotten)
+        until(lambda: tiers.knows(content) and not lane._forgotten)
 
 
 def test_an_unplugged_disk(llama: Path, filled: tuple[Path, list[int]], disk: Path) -> None:
@@ -237,6 +240,24 @@ def test_a_disk_that_hangs(
         go.set()
         _wait_for(lambda: not llm.engine._scheduler._loads._overdue)
         assert ask(llm) == (filled[1], 144)
+
+
+def test_host_memory_answers_while_the_disk_is_overdue(
+    llama: Path, filled: tuple[Path, list[int]], disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvasir.engine.loads.FETCH_S", 0.3)
+    with LLM(str(llama), **options(disk, kv_offloading_size=0.01)) as llm:
+        tiers, go = llm.engine._tiers, threading.Event()
+        assert tiers is not None
+        assert tiers._disk is not None
+        monkeypatch.setattr(tiers._disk, "read", lambda *said: go.wait(60) and False)
+        assert ask(llm) == (filled[1], 0)
+        assert llm.engine._scheduler._loads._overdue
+        _wait_for(lambda: stats(llm)["host_stored"] >= 18)
+        llm.engine.pool.reset()
+        monkeypatch.setattr("kvasir.engine.loads.FETCH_S", 60.0)
+        assert ask(llm) == (filled[1], 144)
+        go.set()
 
 
 def test_a_full_disk(llama: Path, filled: tuple[Path, list[int]], tmp_path: Path) -> None:
@@ -381,8 +402,6 @@ def _wait_for(condition: Callable[[], bool]) -> None:
 def test_a_rank_without_a_disk_leaves_none_to_the_others(
     llama: Path, filled: tuple[Path, list[int]], tmp_path: Path
 ) -> None:
-    from kvasir.engine.disk_folder import claim
-
     given = options(tmp_path, tensor_parallel_size=2)
     LLM(str(llama), **given).shutdown()
     (folder,) = tmp_path.iterdir()
@@ -425,7 +444,7 @@ def test_what_a_block_holds_comes_back_into_another(tiers: tuple[KVCache, Tiers,
     found.apply(Moves(loads=[(7, 0, 5), (7, 1, 2)], ended=[7]))
     assert torch.equal(cache.read([2, 5]), before)
     assert not cache.read([0, 1, 3, 4]).any()
-    assert not found._staged
+    assert not any(fetches.staged for fetches in found._fetches)
     found.forget([b"a"])
     _wait_for(lambda: not found.knows(b"a"))
 
@@ -457,10 +476,115 @@ def test_fetches_wait_for_room_and_for_nothing_that_ended(
     _wait_for(lambda: answers == [(1, 2)])
     time.sleep(0.05)
     assert answers == [(1, 2)]
-    found.apply(Moves(ended=[2]))
-    _wait_for(lambda: answers == [(1, 2), (3, 1)])
+    found.apply(Moves(ended=[2]))  # which is answered, too: else it would count as overdue for ever
+    _wait_for(lambda: answers == [(1, 2), (2, 0), (3, 1)])
     found.apply(Moves(ended=[1]))
-    _wait_for(lambda: answers == [(1, 2), (3, 1), (4, 1)])
+    _wait_for(lambda: answers == [(1, 2), (2, 0), (3, 1), (4, 1)])
+
+
+@pytest.fixture
+def hanging(tmp_path: Path) -> Iterator[tuple[KVCache, Tiers, list[tuple[int, int]], threading.Event]]:
+    """Host memory and a disk that holds b"d" * 16 and hangs until the event."""
+    cache = KVCache(SPEC, 6, 4, torch.float32, torch.device("cpu"))
+    own = claim(tmp_path, "ab" * 16, 0)
+    assert own is not None
+    go = threading.Event()
+
+    class Hanging(Disk):
+        def write(self, content: bytes, data: memoryview) -> bool:
+            return go.wait(60) and super().write(content, data)
+
+        def read(self, content: bytes, into: memoryview) -> bool:
+            return go.wait(60) and super().read(content, into)
+
+    disk = Hanging(own, b"m" * 16, cache.bytes_per_block, 1 << 20)
+    found = Tiers(cache, Host(cache.bytes_per_block, 1 << 20), disk)
+    found.wait_until_scanned()
+    assert Disk.write(disk, b"d" * 16, memoryview(bytes(cache.bytes_per_block)))
+    answers: list[tuple[int, int]] = []
+    found.on_fetched = lambda *said: answers.append(said)
+    yield cache, found, answers, go
+    go.set()
+    found.close()
+
+
+Hanging = tuple[KVCache, Tiers, list[tuple[int, int]], threading.Event]
+
+
+def test_host_memory_is_filled_and_read_while_the_disk_hangs(hanging: Hanging) -> None:
+    _, found, answers, go = hanging
+    found.apply(Moves(fetches=[(1, [b"d" * 16]), (2, [b"d" * 16])]))
+    names = [bytes([number]) * 16 for number in range(6)]
+    for number, name in enumerate(names):
+        found.save([(number, name)])
+    _wait_for(lambda: all(map(found.has_at_hand, names)))
+    found.apply(Moves(fetches=[(3, names)]))
+    _wait_for(lambda: answers == [(3, 6)])
+    found.apply(Moves(ended=[1, 2, 3]))
+    assert answers == [(3, 6), (2, 0)]  # the second wasn't begun
+    assert not found.has_at_hand(b"d" * 16)
+    go.set()
+    _wait_for(lambda: found.counts()["disk_stored"] == 7)
+    _wait_for(lambda: answers == [(3, 6), (2, 0), (1, 0)] or answers == [(3, 6), (2, 0), (1, 1)])
+    found.apply(Moves(fetches=[(4, [*names, b"d" * 16])]))
+    _wait_for(lambda: answers[-1] == (4, 7))
+
+
+def test_what_left_host_memory_while_it_was_asked_for_comes_from_the_disk(
+    hanging: Hanging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, found, answers, go = hanging
+    go.set()
+    monkeypatch.setattr(found, "has_at_hand", lambda content: True)
+    found.apply(Moves(fetches=[(1, [b"d" * 16])]))
+    _wait_for(lambda: answers == [(1, 1)])
+
+
+def test_a_tier_that_hangs_is_told_no_more_than_a_limit(hanging: Hanging, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, found, _, go = hanging
+    monkeypatch.setattr("kvasir.engine.lane.MOST_WAITING", 20)
+    monkeypatch.setattr("kvasir.engine.tiers.STAGED_BYTES", 6 * cache.bytes_per_block)
+    host, disk = found._lanes
+    for number in range(100):
+        found.save([(0, number.to_bytes(16, "big"))])
+        found.apply(Moves(used=[(1, [b"d" * 16] * 5)]))
+        found.forget([b"e" * 16])
+        _wait_for(lambda: not host.waiting and not host._work.qsize())
+        assert disk.waiting <= 3 * cache.bytes_per_block
+        assert disk._work.qsize() <= 20
+    assert found.counts()["host_stored"] == 100
+    go.set()
+    _wait_for(lambda: found.counts()["disk_stored"] == 1 + 3 and not disk.waiting)
+    assert not disk._forgotten
+
+
+def test_a_lane_and_a_fetch_outlive_what_they_could_not_do(
+    tiers: tuple[KVCache, Tiers, list[tuple[int, int]]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _, found, answers = tiers
+    assert found._host is not None
+    (lane,) = found._lanes
+    with monkeypatch.context() as patch:
+        for name in ("write", "read", "forget"):
+            patch.setattr(found._host, name, _broken)
+        for number in range(3):
+            found.save([(number, b"lost")])
+            found.forget([b"lost"])
+            found.apply(Moves(fetches=[(number, [b"lost"])], ended=[number - 1]))
+            _wait_for(lambda number=number: answers[-1:] == [(number, 0)])  # type: ignore[misc]
+        _wait_for(lambda: not lane.waiting and not lane._forgotten)
+    assert 0 < caplog.text.count("can't be kept below the cache") <= 1
+    assert caplog.text.count("can't be read from below the cache") == 1
+    found.save([(1, b"kept")])
+    _wait_for(lambda: found.knows(b"kept"))
+    found.apply(Moves(fetches=[(7, [b"kept"])]))
+    _wait_for(lambda: answers[-1] == (7, 1))
+
+
+def _broken(*_: object) -> bool:
+    raise MemoryError("whatever it is")
 
 
 def test_where_auto_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -115,6 +115,8 @@ class FakeTiers:
         self.draw = random.Random(seed)
         self.reliable = seed is None
         self.held: dict[bytes, list[object]] = {}
+        self.at_hand: set[bytes] = set()
+        """What lies in memory, of what is held."""
         self.asked: dict[int, list[bytes]] = {}
         self.staged: dict[int, list[list[object]]] = {}
         self.spoiled: set[int] = set()
@@ -126,6 +128,9 @@ class FakeTiers:
     def knows(self, content: bytes) -> bool:
         return content in self.held
 
+    def has_at_hand(self, content: bytes) -> bool:
+        return self.knows(content) and content in self.at_hand
+
     def forget(self, contents: Iterable[bytes]) -> None:
         for content in contents:
             self.held.pop(content, None)
@@ -134,6 +139,8 @@ class FakeTiers:
         for block, content in saves:
             self.saved.append(content)
             self.held[content] = [slots[block * size + i] for i in range(size)]
+            if not self.reliable and self.draw.random() < 0.5:
+                self.at_hand.add(content)
             if not self.reliable and self.draw.random() < 0.2:
                 self.held.pop(self.draw.choice(list(self.held)))
 
