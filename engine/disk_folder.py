@@ -22,8 +22,8 @@ FINGERPRINT = re.compile("[0-9a-f]{32}")
 NUMBER = re.compile("0|[1-9][0-9]{0,5}")
 """Of a copy or a rank."""
 PART = re.compile("[0-9a-f]{2}")
-BLOCK = re.compile(r"[0-9a-f]{32}(\.part)?")
-"""A block's file, or one that isn't complete; its first digits are its folder's name."""
+BLOCK = re.compile(r"([0-9a-f]{2}){16,24}(\.part)?")
+"""A block's file, or one that isn't complete; its first digits are its folder's name. Groups of layers add to a content id."""
 MOST_COPIES = 1024
 LINGER_S = 2.0
 """So long a rank that was killed may take to let go of its folder."""

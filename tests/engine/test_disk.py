@@ -180,6 +180,21 @@ def test_what_was_written_is_there_after_a_restart(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / MARK.hex() / "0" / "0").stat().st_mode) == 0o700
 
 
+def test_blocks_of_groups_of_layers_are_there_after_a_restart_too(tmp_path: Path) -> None:
+    """Their names are longer."""
+    names = [content(1), content(1) + b"1", content(1) + b"8 bytes!"]
+    disk = opened(tmp_path)
+    assert all(disk.write(name, data(1)) for name in names)
+    disk.close()
+    disk = opened(tmp_path)
+    assert {*disk.shelf} == {*names}
+    assert all(disk.read(name, memoryview(bytearray(BYTES))) for name in names)
+    disk.close()
+    other = opened(tmp_path, 1, mark=b"o" * 16)
+    assert other.write(content(1), data(1))
+    assert not (tmp_path / MARK.hex()).exists()
+
+
 def test_the_order_of_use_outlives_the_process(tmp_path: Path) -> None:
     disk = opened(tmp_path, 4)
     for number in range(4):
