@@ -72,6 +72,10 @@ class Disk:
                     os.unlink(entry.path)
         self._limit = self._most(len(found) * self.size)
         self._claim.look()
+        if self.size > self._limit // self._claim.running:
+            small = "--kv-disk-size: no KV blocks are kept in %s: the part of a rank and copy is %d bytes of %s, a block takes %d"
+            whole = self._capacity if self._capacity is not None else "10 % of what is free"
+            logger.warning(small, self._claim.folder, self._limit // self._claim.running, whole, self.size)
         with self._lock:
             self.shelf.capacity = self._limit // self._claim.running
             left = [gone for _, content in sorted(found) for gone in self.shelf.put(content, self.size)]

@@ -28,17 +28,37 @@ WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py"}
 def open_tiers(config: EngineConfig, files: ModelFiles, share: Share, cache: KVCache) -> Tiers | None:
     """The tiers that the configuration asks for; all ranks call it at once. None: there are none, or no prefix caching."""
     if not (config.enable_prefix_caching and share.full.causal):
+        why = "the model isn't causal" if config.enable_prefix_caching else "there is no prefix caching"
+        if share.mesh.place.rank == 0 and (asked := _asked(config)):
+            logger.warning("%s: no effect, no KV blocks outlive a request: %s", ", ".join(asked), why)
         return None
-    host_bytes = int((config.kv_offloading_size or 0) * 2**30) // config.ranks
+    host_bytes = int(config.kv_offloading_size * 2**30) // config.ranks
     host = None
     if host_bytes >= cache.bytes_per_block:
         host = Host(cache.bytes_per_block, host_bytes, pinned=cache.arena.is_cuda)
+    elif config.kv_offloading_size:
+        small = (
+            "--kv-offloading-size %s: no KV blocks are kept in host memory: a rank's part is %d bytes, a block has %d"
+        )
+        logger.warning(small, config.kv_offloading_size, host_bytes, cache.bytes_per_block)
     disk = _open_disk(config, files, share, cache)
     return None if host is None and disk is None else Tiers(cache, host, disk)
 
 
+def _asked(config: EngineConfig) -> list[str]:
+    """The flags of tiers that somebody has set, other than to none or as `kvasir serve` does."""
+    flags = {
+        "--kv-offloading-size": config.kv_offloading_size,
+        "--kv-disk-path": config.kv_disk_path not in (None, "auto"),
+        "--kv-disk-size": config.kv_disk_size,
+    }
+    return [flag for flag, is_set in flags.items() if is_set]
+
+
 def _open_disk(config: EngineConfig, files: ModelFiles, share: Share, cache: KVCache) -> Disk | None:
     """This rank's folder of rank 0's copy; when one rank can't have its own, none has one."""
+    if config.kv_disk_path is None and config.kv_disk_size and share.mesh.place.rank == 0:
+        logger.warning("--kv-disk-size %d: no effect without --kv-disk-path", config.kv_disk_size)
     if config.kv_disk_path is None or config.kv_disk_size == 0:
         return None
     place, mark = share.mesh.place, fingerprint(config, files, cache)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,12 +21,14 @@ from small_models import FAMILIES
 from waiting import until
 
 from kvasir.engine.cache import KVCache
+from kvasir.engine.config import EngineConfig
 from kvasir.engine.disk import Disk
 from kvasir.engine.disk_folder import claim
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.host import Host
 from kvasir.engine.llm import LLM
-from kvasir.engine.open_tiers import disk_root
+from kvasir.engine.mesh import Mesh, Place
+from kvasir.engine.open_tiers import disk_root, open_tiers
 from kvasir.engine.request import Request, SamplingParams
 from kvasir.engine.spec import Layer, Spec
 from kvasir.engine.step import Moves
@@ -316,6 +319,7 @@ def test_tenants_do_not_see_each_others_blocks(llama: Path, disk: Path) -> None:
 GENERATE = """
 import json, sys
 from kvasir.engine.llm import LLM
+from kvasir.engine.mesh import Mesh, Place
 from kvasir.engine.request import Request, SamplingParams
 model, options, prompt = json.loads(sys.argv[1])
 llm = LLM(model, **options)
@@ -612,6 +616,34 @@ def _no_home(path: Path) -> Path:
     if str(path).startswith("~"):
         raise RuntimeError("Could not determine home directory.")
     return path
+
+
+@pytest.mark.parametrize(
+    ("given", "causal", "words"),
+    [
+        ({"kv_offloading_size": 1e-7}, True, "--kv-offloading-size 1e-07: no KV blocks are kept in host memory"),
+        ({"kv_disk_path": "{tmp}", "kv_disk_size": 100}, True, "--kv-disk-size: no KV blocks are kept in {tmp}"),
+        ({"kv_disk_size": 100}, True, "--kv-disk-size 100: no effect without --kv-disk-path"),
+        ({"kv_disk_path": "{tmp}", "enable_prefix_caching": False}, True, "--kv-disk-path: no effect"),
+        ({"kv_offloading_size": 1.0, "kv_disk_size": 9}, False, "--kv-offloading-size, --kv-disk-size: no effect"),
+        ({"kv_disk_path": "auto", "enable_prefix_caching": False}, True, ""),  # as `kvasir serve` has it anyway
+        ({"kv_disk_path": "auto"}, False, ""),
+        ({}, True, ""),
+    ],
+)
+def test_tiers_that_keep_nothing_say_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, given: dict[str, Any], causal: bool, words: str
+) -> None:
+    given = {name: value.format(tmp=tmp_path) if isinstance(value, str) else value for name, value in given.items()}
+    share: Any = SimpleNamespace(full=SimpleNamespace(causal=causal), mesh=Mesh(Place()))
+    files: Any = SimpleNamespace(path=tmp_path, config={})
+    cache = KVCache(SPEC, 6, 4, torch.float32, torch.device("cpu"))
+    found = open_tiers(EngineConfig(model="m", **given), files, share, cache)
+    if found is not None:
+        found.wait_until_scanned()
+        found.close()
+    assert words.format(tmp=tmp_path) in caplog.text
+    assert len(caplog.records) == bool(words)
 
 
 @pytest.mark.parametrize(("name", "value"), [("kv_offloading_size", -1.0), ("kv_disk_size", -1)])
