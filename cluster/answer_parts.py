@@ -135,6 +135,10 @@ class AnswerReader:
         """How many have begun."""
         self.said = False
         """The answer has text, or a call."""
+        self.cut = False
+        """Once finished: the text ended inside the last call."""
+        self._arguments: list[str] = []
+        """Of the last call."""
         self._beside = ""
         self._parts: list[Part] = []
         self._tools, self._thoughts, self._begun = tools, thoughts, begun
@@ -150,8 +154,10 @@ class AnswerReader:
 
     def finish(self) -> list[Part]:
         """What was held back."""
+        calls, closed = self.calls, _closed(self._arguments)
         self.scanner.end()
-        parts = self._go()
+        parts = self._go()  # some readers close what is open
+        self.cut = self.calls > 0 and not (closed if self.calls == calls else _closed(self._arguments))
         if not self.calls:  # white space alone is an answer, too
             self._texts["content"].begun = True
         for kind in KINDS:
@@ -173,6 +179,7 @@ class AnswerReader:
         self.scanner.drop()
         self._flush("content")
         self._parts.append(Part("call", name, self.calls))
+        self._arguments = []
         self.calls += 1
         self.said = True
 
@@ -197,6 +204,7 @@ class AnswerReader:
     def arguments(self, text: str) -> None:
         """JSON text of the last call's arguments."""
         self._parts.append(Part("arguments", text, self.calls - 1))
+        self._arguments.append(text)
 
     def properties(self, name: str) -> Mapping[str, Any]:
         """Schemas of a tool's parameters by their names, as far as it says them."""
@@ -281,6 +289,8 @@ class CalledTool:
 
     name: str
     arguments: str = ""
+    number: int = 0
+    """Among those of its answer."""
 
 
 @dataclass(slots=True)
@@ -290,6 +300,8 @@ class ReadAnswer:
     content: str = ""
     reasoning: str = ""
     calls: list[CalledTool] = field(default_factory=list)
+    cut: bool = False
+    """It ends inside the last call."""
 
     def add(self, parts: Sequence[Part]) -> None:
         """More of it."""
@@ -299,9 +311,21 @@ class ReadAnswer:
             elif part.kind == "reasoning":
                 self.reasoning += part.text
             elif part.kind == "call":
-                self.calls.append(CalledTool(part.text))
+                self.calls.append(CalledTool(part.text, number=part.call))
             else:
                 self.calls[part.call].arguments += part.text
+
+
+def _closed(arguments: Sequence[str]) -> bool:
+    """These pieces are an object to its end."""
+    scanner, text = Scanner(), "".join(arguments).lstrip()
+    scanner.feed(text)
+    scanner.end()
+    try:
+        next(scanner.value(lambda _: None))
+    except StopIteration as found:
+        return bool(found.value) and text.startswith("{")
+    return False
 
 
 def _joined(parts: Sequence[Part]) -> list[Part]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import orjson
 
+from kvasir.cluster.answer_parts import Part
 from kvasir.cluster.anthropic_schema import MessagesAsk
 from kvasir.cluster.error_shapes import anthropic_error
 from kvasir.cluster.generation import Generation
-from kvasir.cluster.reading import AnswerStream, read_whole
+from kvasir.cluster.reading import AnswerStream, called
 from kvasir.engine.errors import KvasirError
 from kvasir.engine.transcript import Delta, Output
 
@@ -19,6 +21,10 @@ Json = dict[str, Any]
 
 _TEXT = {"type": "text_delta", "text": ""}
 _STOPS = {"stop": "end_turn", "length": "max_tokens"}
+_BLOCKS = {"content": "text", "reasoning": "thinking", "call": "tool_use", "arguments": "tool_use"}
+"""Part of an answer -> the block that it belongs to."""
+_SIGNATURE = "a3Zhc2ly"
+"""Of thoughts: some clients send them back only if they have one. It says nothing, and nobody checks it."""
 
 
 class MessagesReply:
@@ -42,19 +48,27 @@ class MessagesReply:
         return out
 
     def closing(self) -> bytes:
-        output = self._output
-        stop = {"stop_reason": _stop_reason(output, bool(self._answer.ids)), "stop_sequence": _stop_sequence(output)}
-        end = event("message_delta", {"delta": stop, "usage": self._usage(), **self._timing()})
+        end = event("message_delta", {"delta": self._stop(), "usage": self._usage(), **self._timing()})
         return (b"" if self._begun else self._begin()) + self._blocks.close() + end + event("message_stop", {})
 
     def whole(self) -> Json:
+        parts = self._answer.parts(self._output.text, last=True)
+        blocks = groupby(parts, lambda part: (_BLOCKS[part.kind], part.call))
+        content = [self._block(list(some)) for _, some in blocks]
+        return self._message(content) | self._stop() | {"usage": self._usage(), **self._timing()}
+
+    def _block(self, parts: Sequence[Part]) -> Json:
+        first, text = parts[0], "".join(part.text for part in parts if part.kind != "call")
+        if first.kind == "content":
+            return {"type": "text", "text": text, "citations": None}
+        return _thinking(text, _SIGNATURE) if first.kind == "reasoning" else self._use(first, _input(text))
+
+    def _stop(self) -> Json:
+        """Why it ended."""
         output = self._output
-        read = read_whole(self._generation.reading, output.text)
-        content: list[Json] = [_thinking(read.reasoning)] if read.reasoning else []
-        content += [{"type": "text", "text": read.content, "citations": None}] if read.content else []
-        content += [self._use(call.name, number, _input(call.arguments)) for number, call in enumerate(read.calls)]
-        stop = {"stop_reason": _stop_reason(output, bool(read.calls)), "stop_sequence": _stop_sequence(output)}
-        return self._message(content) | stop | {"usage": self._usage(), **self._timing()}
+        sequence = output.stop_reason if isinstance(output.stop_reason, str) else None
+        reason = "stop_sequence" if sequence else _STOPS[output.finish_reason or "stop"]
+        return {"stop_reason": "tool_use" if called(self._answer, output) else reason, "stop_sequence": sequence}
 
     def _parts(self, delta: Delta) -> bytes:
         out = b""
@@ -64,14 +78,14 @@ class MessagesReply:
             elif part.kind == "reasoning":
                 out += self._blocks.thinking(part.text)
             elif part.kind == "call":
-                out += self._blocks.use(self._use(part.text, part.call, {}, self._answer.ids[part.call]))
+                out += self._blocks.use(self._use(part, {}))
             else:
                 out += self._blocks.input(part.text)
         return out
 
-    def _use(self, name: str, number: int, arguments: Json, call_id: str | None = None) -> Json:
-        found = call_id or self._generation.reading.call_id(name, number)
-        return {"type": "tool_use", "id": found.replace("call_", "toolu_"), "name": name, "input": arguments}
+    def _use(self, call: Part, arguments: Json) -> Json:
+        call_id = self._answer.ids[call.call].replace("call_", "toolu_")
+        return {"type": "tool_use", "id": call_id, "name": call.text, "input": arguments}
 
     @property
     def _output(self) -> Output:
@@ -115,7 +129,7 @@ class _Blocks:
         return out + self._head + orjson.dumps(text) + b"}}\n\n"
 
     def thinking(self, text: str) -> bytes:
-        return self._delta(_thinking(""), {"type": "thinking_delta", "thinking": text})
+        return self._delta(_thinking("", ""), {"type": "thinking_delta", "thinking": text})
 
     def use(self, block: Json) -> bytes:
         """A call begins."""
@@ -130,8 +144,12 @@ class _Blocks:
         """The end of the open block, if there is one."""
         if self._open is None:
             return b""
+        out = b""
+        if self._open == "thinking":
+            delta = {"type": "signature_delta", "signature": _SIGNATURE}
+            out = event("content_block_delta", {"index": self._index, "delta": delta})
         self._open = None
-        return event("content_block_stop", {"index": self._index})
+        return out + event("content_block_stop", {"index": self._index})
 
     def _delta(self, block: Json, delta: Json) -> bytes:
         """`delta` of the open block, or of a new one that begins as `block`."""
@@ -161,24 +179,14 @@ def failed(error: KvasirError) -> bytes:
     return b"event: error\ndata: " + orjson.dumps(anthropic_error(error)) + b"\n\n"
 
 
-def _thinking(text: str) -> Json:
-    return {"type": "thinking", "thinking": text, "signature": ""}
+def _thinking(text: str, signature: str) -> Json:
+    return {"type": "thinking", "thinking": text, "signature": signature}
 
 
 def _input(arguments: str) -> Json:
     """As an object; text that was cut short stays one, under a name that says so."""
     try:
-        found = orjson.loads(arguments)
+        found = orjson.loads(arguments or "{}")
     except ValueError:
         found = None
     return found if isinstance(found, dict) else {"INVALID_JSON": arguments}
-
-
-def _stop_reason(output: Output, calls: bool) -> str:
-    if calls and output.finish_reason == "stop":
-        return "tool_use"
-    return "stop_sequence" if _stop_sequence(output) else _STOPS[output.finish_reason or "stop"]
-
-
-def _stop_sequence(output: Output) -> str | None:
-    return output.stop_reason if isinstance(output.stop_reason, str) else None

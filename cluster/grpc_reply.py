@@ -10,7 +10,7 @@ from kvasir.cluster.generation import Generation
 from kvasir.cluster.openai_logprobs import token_text
 from kvasir.cluster.openai_reply import going_on, prompt_text
 from kvasir.cluster.openai_schema import Ask
-from kvasir.cluster.reading import AnswerStream
+from kvasir.cluster.reading import AnswerStream, called
 from kvasir.engine.event import TokenLogprob
 from kvasir.engine.tokenizer import Tokenizer
 from kvasir.engine.transcript import Delta
@@ -58,9 +58,8 @@ class GenerateReplies:
             ids = self._generation.requests[0].prompt_token_ids
             reply.prompt_logprobs.extend(_logprobs(tokenizer, ids, delta.prompt_logprobs))
         if delta.finish_reason:
-            called = delta.index in self.answers and bool(self.answers[delta.index].ids)
-            called = called and delta.finish_reason == "stop"
-            reply.finish_reason = pb.FINISH_REASON_TOOL_CALLS if called else _FINISH[delta.finish_reason]
+            waits = called(self.answers.get(delta.index), delta)
+            reply.finish_reason = pb.FINISH_REASON_TOOL_CALLS if waits else _FINISH[delta.finish_reason]
         if isinstance(delta.stop_reason, str):
             reply.stop_string = delta.stop_reason
         elif delta.stop_reason is not None:

@@ -15,7 +15,7 @@ from kvasir.cluster.answer_parts import CalledTool, Part, ReadAnswer
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.ollama_schema import OllamaAsk
 from kvasir.cluster.openai_logprobs import ChatLogprobs
-from kvasir.cluster.reading import AnswerStream, read_whole
+from kvasir.cluster.reading import AnswerStream, cut_short
 from kvasir.engine.transcript import Delta
 
 Json = dict[str, Any]
@@ -47,8 +47,8 @@ class OllamaReply:
         return _line(self._part(ReadAnswer()) | self._end())
 
     def whole(self) -> Json:
-        output = self._generation.transcripts[0].outputs[0]
-        read = read_whole(self._generation.reading, output.text)
+        output, read = self._generation.transcripts[0].outputs[0], ReadAnswer()
+        read.add(self._answer.parts(output.text, last=True))
         return self._part(read, Delta(0, output.text, output.token_ids, output.logprobs)) | self._end()
 
     def _lines(self, delta: Delta) -> bytes:
@@ -83,8 +83,9 @@ class OllamaReply:
 
     def _part(self, read: ReadAnswer, delta: Delta | None = None) -> Json:
         found = envelope(self._ask.model or self._generation.model.name)
-        calls = [call for call in (_call(call) for call in read.calls) if call]
-        text = read.content + "".join(call.arguments for call in read.calls if not _call(call))
+        called = [(call, self._call(call)) for call in read.calls]
+        calls = [shown for _, shown in called if shown]
+        text = read.content + "".join(call.arguments for call, shown in called if not shown)
         said: Json = {"thinking": read.reasoning} if read.reasoning else {}
         if self._kind == "generate":
             found |= {"response": text, **said}
@@ -93,6 +94,18 @@ class OllamaReply:
             found |= {"message": {"role": "assistant", "content": text, **said}}
         scores = self._logprobs.json(delta.token_ids, delta.logprobs) if delta else None
         return found | {"logprobs": scores["content"]} if scores else found
+
+    def _call(self, call: CalledTool) -> Json | None:
+        """With its arguments as an object, which Ollama's clients read; None: they were cut short."""
+        output, ids = self._generation.transcripts[0].outputs[0], self._answer.ids
+        try:
+            arguments = orjson.loads(call.arguments)
+        except ValueError:
+            return None
+        if not isinstance(arguments, dict) or (call.number == len(ids) - 1 and cut_short(self._answer, output)):
+            return None
+        function = {"index": call.number, "name": call.name, "arguments": arguments}
+        return {"id": ids[call.number], "type": "function", "function": function}
 
     def _end(self) -> Json:
         transcript, request = self._generation.transcripts[0], self._generation.requests[0]
@@ -111,15 +124,6 @@ class OllamaReply:
             "eval_count": usage.completion_tokens,
             "eval_duration": _nanoseconds(at.first_token, at.finished),
         }
-
-
-def _call(call: CalledTool) -> Json | None:
-    """With its arguments as an object, which Ollama's clients read; None: they were cut short."""
-    try:
-        arguments = orjson.loads(call.arguments)
-    except ValueError:
-        return None
-    return {"function": {"name": call.name, "arguments": arguments}} if isinstance(arguments, dict) else None
 
 
 def loaded(kind: Kind, ask: OllamaAsk, model: str) -> Json:

@@ -12,12 +12,12 @@ from typing import Any, Protocol
 
 import orjson
 
-from kvasir.cluster.answer_parts import Part
+from kvasir.cluster.answer_parts import Part, ReadAnswer
 from kvasir.cluster.call import Conversation
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.openai_logprobs import ChatLogprobs, CompletionLogprobs, prompt_logprobs_json
 from kvasir.cluster.openai_schema import Ask
-from kvasir.cluster.reading import AnswerStream, read_whole
+from kvasir.cluster.reading import AnswerStream, called, read_whole, thought_tokens
 from kvasir.cluster.service_fields import tier_served
 from kvasir.engine.transcript import Delta, Output, Usage
 
@@ -79,28 +79,30 @@ class ChatReply:
                 out += self._frames.content(delta.index, delta.text, delta.token_ids if self._ids else None)
             if delta.finish_reason:
                 end: Json = {"index": delta.index, "delta": {}, "logprobs": None}
-                calls = delta.index in self._answers and bool(self._answers[delta.index].ids)
-                end |= {"finish_reason": _finish_reason(delta, calls), "stop_reason": delta.stop_reason}
+                reason = _finish_reason(self._answers.get(delta.index), delta)
+                end |= {"finish_reason": reason, "stop_reason": delta.stop_reason}
                 out += self._frames.chunk(end)
         return out
 
     def closing(self) -> bytes:
-        return self._frames.closing(self._generation, self._generation.usage)
+        thoughts = ["".join(answer.thoughts) for answer in self._answers.values()]
+        return self._frames.closing(self._generation, self._usage(thoughts) if self._ask.include_usage else {})
 
     def whole(self) -> Json:
-        transcript = self._generation.transcripts[0]
-        choices = []
+        transcript, reading = self._generation.transcripts[0], self._generation.reading
+        choices, thoughts = list[Json](), list[str]()
         for output in transcript.outputs:
-            message = self._message(output.index, output.text)
+            found = ReadAnswer(output.text) if reading.plain else read_whole(reading, output.text)
+            message = self._message(output.index, found)
+            thoughts.append(found.reasoning)
             choice: Json = {"index": output.index, "message": message}
             choice["logprobs"] = self._logprobs.json(output.token_ids, output.logprobs)
-            reason = _finish_reason(output, "tool_calls" in message)
-            choice |= {"finish_reason": reason, "stop_reason": output.stop_reason}
+            choice |= {"finish_reason": _finish_reason(found, output), "stop_reason": output.stop_reason}
             if self._ask.return_token_ids:
                 choice["token_ids"] = output.token_ids
             choices.append(choice)
         answer = {**self._envelope, "object": "chat.completion", "choices": choices, **self._extra()}
-        return answer | {"usage": usage_json(self._generation.usage)} | _timing(self._ask, self._generation)
+        return answer | {"usage": self._usage(thoughts)} | _timing(self._ask, self._generation)
 
     def _begin(self) -> bytes:
         """The role, and what comes once: one chunk per choice."""
@@ -112,12 +114,9 @@ class ChatReply:
             out += self._frames.chunk(choice, self._extra() if index == 0 else {})
         return out
 
-    def _message(self, index: int, text: str) -> Json:
+    def _message(self, index: int, found: ReadAnswer) -> Json:
         """A whole answer. Calls that were streamed keep their ids."""
         reading, streamed = self._generation.reading, self._answers.get(index)
-        if reading.plain:
-            return {"role": self._role, "content": self._opening + text, "refusal": None}
-        found = read_whole(reading, text)
         content = self._opening + found.content
         message: Json = {"role": self._role, "content": content or None if found.calls else content, "refusal": None}
         if found.reasoning and self._ask.include_reasoning:
@@ -132,6 +131,12 @@ class ChatReply:
                 for number, call in enumerate(found.calls)
             ]
         return message
+
+    def _usage(self, thoughts: Sequence[str]) -> Json:
+        """thoughts: of each continuation."""
+        tokenizer = self._generation.model.tokenizer
+        count = sum(thought_tokens(tokenizer, text) for text in thoughts)
+        return usage_json(self._generation.usage) | {"completion_tokens_details": {"reasoning_tokens": count}}
 
     def _parts(self, delta: Delta) -> bytes:
         """One chunk for each part; what was asked for of the tokens goes with the first, or alone."""
@@ -198,7 +203,7 @@ class CompletionReply:
         return out
 
     def closing(self) -> bytes:
-        return self._frames.closing(self._generation, self._usage())
+        return self._frames.closing(self._generation, usage_json(self._usage()))
 
     def whole(self) -> Json:
         choices = []
@@ -284,12 +289,12 @@ class _Frames:
         beside = b"," + orjson.dumps(extra)[1:-1] if extra else b""
         return self._head + orjson.dumps(choice) + b"]" + beside + self._tail[1:]
 
-    def closing(self, generation: Generation, usage: Usage) -> bytes:
+    def closing(self, generation: Generation, usage: Json) -> bytes:
         """A chunk without choices for what was asked for, and the end. Who asks for the counts is told the times, too: as
         in the header of a whole answer."""
         if not (self._ask.include_usage or self._ask.return_timing):
             return DONE
-        extra = {"usage": usage_json(usage)} if self._ask.include_usage else {}
+        extra = {"usage": usage} if self._ask.include_usage else {}
         return self._head + b"]," + orjson.dumps(extra | {"timing": generation.timing.json()})[1:] + b"\n\n" + DONE
 
 
@@ -315,8 +320,8 @@ def _reasoning(text: str) -> Json:
     return {"reasoning": text, "reasoning_content": text}
 
 
-def _finish_reason(end: Delta | Output, calls: bool) -> str | None:
-    return "tool_calls" if calls and end.finish_reason == "stop" else end.finish_reason
+def _finish_reason(answer: ReadAnswer | AnswerStream | None, end: Delta | Output) -> str | None:
+    return "tool_calls" if called(answer, end) else end.finish_reason
 
 
 def usage_json(usage: Usage) -> Json:

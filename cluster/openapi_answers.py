@@ -50,7 +50,10 @@ def _deleted(kind: str) -> Json:
 
 _USAGE = _object(
     {"prompt_tokens": _INT, "completion_tokens": _INT, "total_tokens": _INT},
-    {"prompt_tokens_details": _or_null(_object({"cached_tokens": _INT}))},
+    {
+        "prompt_tokens_details": _or_null(_object({"cached_tokens": _INT})),
+        "completion_tokens_details": _object({"reasoning_tokens": _INT}),
+    },
 )
 _FINISH: Json = {"enum": ["stop", "length", "tool_calls", None]}
 _STOP: Json = {"type": ["string", "integer", "null"]}
@@ -85,7 +88,13 @@ _DURATIONS: Json = dict.fromkeys(
     "logprobs": _list(_ANY),
 }
 _OLLAMA: Json = {"model": _TEXT, "created_at": {"type": "string", "format": "date-time"}, "done": _BOOL}
-_OLLAMA_CALL = _object({"function": _object({"name": _TEXT, "arguments": {"type": "object"}})})
+_OLLAMA_CALL = _object(
+    {
+        "id": _TEXT,
+        "type": _is("function"),
+        "function": _object({"index": _INT, "name": _TEXT, "arguments": {"type": "object"}}),
+    }
+)
 _ANTHROPIC_USAGE = _object({"input_tokens": _INT, "output_tokens": _INT})
 _DETAILS = _object(
     dict.fromkeys(("parent_model", "format", "family", "parameter_size", "quantization_level"), _TEXT)

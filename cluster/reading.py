@@ -15,6 +15,7 @@ from kvasir.engine.errors import UnsupportedError
 from kvasir.engine.request import StructuredOutput
 from kvasir.engine.thoughts import Thoughts
 from kvasir.engine.tokenizer import Tokenizer
+from kvasir.engine.transcript import Delta, Output
 
 _TAIL = 24
 """Tokens of the prompt's end that show whether it has begun the thoughts."""
@@ -119,6 +120,7 @@ def read_whole(found: Reading, text: str) -> ReadAnswer:
     answer, reader = ReadAnswer(), found.reader()
     answer.add(reader.feed(text))
     answer.add(reader.finish())
+    answer.cut = reader.cut
     return answer
 
 
@@ -129,6 +131,13 @@ class AnswerStream:
         self._reading, self._reader = found, found.reader()
         self.ids: list[str] = []
         """Of the calls so far."""
+        self.thoughts: list[str] = []
+        """Pieces of them so far."""
+
+    @property
+    def cut(self) -> bool:
+        """Behind the last part: the text ended inside the last call."""
+        return self._reader.cut
 
     def parts(self, text: str, *, last: bool) -> list[Part]:
         """What `text` brings; `last`: nothing follows."""
@@ -138,7 +147,26 @@ class AnswerStream:
         for part in parts:
             if part.kind == "call":
                 self.ids.append(self._reading.call_id(part.text, part.call))
+            elif part.kind == "reasoning":
+                self.thoughts.append(part.text)
         return parts
+
+
+def thought_tokens(tokenizer: Tokenizer | None, thoughts: str) -> int:
+    """How many tokens they are, without the marks around them."""
+    return len(tokenizer.encode(thoughts, add_special_tokens=False)) if tokenizer is not None and thoughts else 0
+
+
+def cut_short(answer: ReadAnswer | AnswerStream, end: Delta | Output) -> bool:
+    """Its last call has no end, and not because the model left it so: something else ended the text, as a stop string."""
+    return answer.cut and (end.finish_reason != "stop" or end.stop_reason is not None)
+
+
+def called(answer: ReadAnswer | AnswerStream | None, end: Delta | Output) -> bool:
+    """The model ended with calls, and waits for their results."""
+    if answer is None or end.finish_reason != "stop" or cut_short(answer, end):
+        return False
+    return bool(answer.calls if isinstance(answer, ReadAnswer) else answer.ids)
 
 
 def thoughts_begun(prompt: str, thoughts: ThoughtFormat) -> tuple[bool, bool]:

@@ -17,7 +17,7 @@ from kvasir.cluster.answer_parts import Part
 from kvasir.cluster.carried import carry
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.openai_logprobs import ChatLogprobs
-from kvasir.cluster.reading import AnswerStream
+from kvasir.cluster.reading import AnswerStream, cut_short, thought_tokens
 from kvasir.cluster.responses_schema import ResponseAsk
 from kvasir.cluster.served_model import ServedModel
 from kvasir.cluster.service_fields import tier_served
@@ -137,11 +137,12 @@ class ResponseReply:
             scores = scores if part.kind != "content" else []
         return out
 
-    def _grow(self, part: Part, scores: list[Json]) -> list[bytes]:
+    def _grow(self, part: Part, scores: list[Json], status: str = "completed") -> list[bytes]:
+        """status: of the open item, where the part begins another."""
         assert self._answer is not None
         out: list[bytes] = []
         if part.kind == "call" or self._item is None or self._item.kind != KINDS[part.kind]:
-            out += self._close("completed")
+            out += self._close(status)
             index = len(self.response["output"])
             if part.kind == "call":
                 self._item = _Call(index, part.text, self._answer.ids[part.call])
@@ -166,34 +167,26 @@ class ResponseReply:
         """Fill in what is known at the end."""
         assert self._generation is not None
         assert self._answer is not None
-        cut = self._output.finish_reason == "length"
+        parts = self._answer.parts("", last=True)
+        full = self._output.finish_reason == "length"
+        cut = full or cut_short(self._answer, self._output)
         status = "incomplete" if cut else "completed"
         out: list[bytes] = []
-        for part in self._answer.parts("", last=True):
-            out += self._grow(part, [])
+        for part in parts:
+            out += self._grow(part, [], status)
         if self._item is None and not self.response["output"]:
             out += self._grow(Part("content", ""), [])
         out += self._close(status)
+        thoughts = thought_tokens(self._generation.model.tokenizer, "".join(self._answer.thoughts))
         self.response |= {
             "status": status,
             "completed_at": None if cut else int(time.time()),
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-            "usage": usage_json(self._generation.usage, self._thought_tokens()),
+            "incomplete_details": {"reason": "max_output_tokens"} if full else None,
+            "usage": usage_json(self._generation.usage, thoughts),
         }
         if self._ask.return_timing:
             self.response["timing"] = self._generation.timing.json()
         return out
-
-    def _thought_tokens(self) -> int:
-        """How many tokens the thoughts are."""
-        texts = [
-            part["text"]
-            for item in self.response["output"]
-            if item["type"] == "reasoning"
-            for part in (*item["content"], *item["summary"])
-        ]
-        tokenizer = self._generation.model.tokenizer if self._generation is not None else None
-        return sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in texts) if tokenizer else 0
 
     def _events(self, events: Sequence[tuple[str, Json]]) -> list[bytes]:
         return [self._event(kind, **fields) for kind, fields in events]

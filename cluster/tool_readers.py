@@ -332,10 +332,10 @@ def gemma(end: str, quote: str) -> Read:
     def read(answer: AnswerReader, mark: str) -> Steps[bool]:
         if mark == end:  # one too many
             return True
-        text, _ = yield from answer.scanner.collect([end])
+        text, found = yield from answer.scanner.collect([end])
         head, brace, rest = text.strip().partition("{")
         try:
-            arguments = Literals(brace + rest, (quote, "'")).mapping() if brace else {}
+            arguments = Literals(brace + rest, (quote, "'")).mapping() if brace or found is None else {}
         except ValueError:
             return False
         name = head.partition(":")[2].strip() if head.startswith("call:") else ""

@@ -95,6 +95,7 @@ def read(form, text, schemas=None, *, cuts=(), opening="", thoughts=None, begun=
     for start, end in pairwise([0, *sorted(cuts), len(text)]):
         answer.add(reader.feed(text[start:end]))
     answer.add(reader.finish())
+    answer.cut = reader.cut
     return answer
 
 

@@ -70,6 +70,7 @@ def test_chat_stream(gateway):
     assert usage["choices"] == []
     assert usage["usage"] == {
         "prompt_tokens": 5, "completion_tokens": 15, "total_tokens": 20, "prompt_tokens_details": {"cached_tokens": 2},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }  # fmt: skip
     assert len({c["id"] for c in chunks}) == 1
     assert {c["object"] for c in chunks} == {"chat.completion.chunk"}

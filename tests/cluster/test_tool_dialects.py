@@ -245,3 +245,156 @@ def test_responses(thinker, closing):
     assert again.output_text == "</think>It rains."
     prompt = bytes(i for i in thinker.group.requests[-1].prompt_token_ids if i < 256)
     assert b"rain" in prompt
+
+
+XML_CALL = "<tool_call>\n<function=get_weather>\n<parameter=city>\nBergen\n</parameter>\n</function>\n</tool_call>"
+CLAUDE_TOOLS = [{"name": "get_weather", "input_schema": WEATHER}]
+RESPONSE_TOOLS = [{"type": "function", "name": "get_weather", "parameters": WEATHER, "strict": True}]
+RAIN = [{"role": "user", "content": "Rain?"}]
+
+
+@pytest.fixture(params=[CALL, XML_CALL], ids=["hermes", "qwen3_coder"])
+def caller(request, thinker, live_gateway):
+    """A gateway whose model calls, in a format whose arguments are written as they come, and in one that closes them."""
+    if request.param == CALL:
+        says(thinker, SAID)
+        yield thinker
+        return
+    with live_gateway(tool_call_parser="qwen3_coder", reasoning_parser="think") as gateway:
+        says(gateway, SAID.replace(CALL, XML_CALL))
+        yield gateway
+
+
+@pytest.mark.parametrize(("stop", "ends"), [("gen", "stop"), ("\n</tool_call>", "tool_calls"), ("Rain", "tool_calls")])
+def test_openai_stop_strings_in_calls(caller, closing, stop, ends):
+    """What a stop string cuts short is no finished call: stop says so, and one behind the call leaves it whole."""
+    client = closing(openai.OpenAI(base_url=caller.url + "/v1", api_key="none"))
+    ask = {"model": "bytes", "messages": RAIN, "tools": [TOOL], "stop": [stop]}
+    (choice,) = client.chat.completions.create(**ask).choices
+    assert (choice.finish_reason, len(choice.message.tool_calls)) == (ends, 1)
+    chunks = [c.choices[0] for c in client.chat.completions.create(**ask, stream=True)]
+    assert chunks[-1].finish_reason == ends
+    assert chunks[-1].model_extra["stop_reason"] == (stop if stop != "Rain" else None)
+
+
+@pytest.mark.parametrize(("stop", "ends"), [("gen", "stop_sequence"), ("\n</tool_call>", "tool_use")])
+def test_anthropic_stop_sequences_in_calls(caller, closing, stop, ends):
+    client = closing(anthropic.Anthropic(base_url=caller.url, api_key="none"))
+    ask = {"model": "bytes", "max_tokens": 500, "messages": RAIN, "tools": CLAUDE_TOOLS, "stop_sequences": [stop]}
+    message = client.messages.create(**ask)
+    with client.messages.stream(**ask) as stream:
+        streamed = stream.get_final_message()
+    for found in (message, streamed):
+        assert (found.stop_reason, found.stop_sequence, found.content[-1].type) == (ends, stop, "tool_use")
+
+
+@pytest.mark.parametrize(("stop", "status"), [("gen", "incomplete"), ("\n</tool_call>", "completed")])
+def test_responses_with_stop_strings_in_calls(caller, closing, stop, status):
+    client = closing(openai.OpenAI(base_url=caller.url + "/v1", api_key="none"))
+    ask = {"model": "bytes", "input": "Rain?", "tools": RESPONSE_TOOLS, "extra_body": {"stop": [stop]}}
+    whole = client.responses.create(**ask)
+    events = list(client.responses.create(**ask, stream=True))
+    done = [event.item for event in events if event.type == "response.output_item.done"]
+    assert events[-1].type == f"response.{status}"
+    for found in (whole, events[-1].response):
+        assert (found.status, found.incomplete_details, bool(found.completed_at)) == (
+            status,
+            None,
+            status == "completed",
+        )
+        assert [item.status for item in found.output] == ["completed", "completed", status]
+    assert [item.status for item in done] == ["completed", "completed", status]
+
+
+@pytest.mark.parametrize(
+    ("stop", "ends"), [("gen", pb.FINISH_REASON_STOP), ("\n</tool_call>", pb.FINISH_REASON_TOOL_CALLS)]
+)
+def test_grpc_stop_strings_in_calls(caller, stop, ends):
+    ask = pb.ChatRequest(messages=[pb.Message(role="user", content="Rain?")], sampling=pb.Sampling(stop=[stop]))
+    ask.tools.add(name="get_weather")
+    with grpc.insecure_channel(caller.grpc_address) as channel:
+        replies = list(InferenceStub(channel).Chat(ask))
+    assert [(one.finish_reason, one.stop_string) for one in replies if one.finish_reason] == [(ends, stop)]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(("stop", "calls"), [("gen", 0), ("\n</tool_call>", 1)])
+def test_ollama_stop_strings_in_calls(caller, closing, stop, calls, streamed):
+    """A call that is cut short is shown as text, as far as it goes."""
+    client = closing(ollama.Client(host=caller.url))
+    found = client.chat(model="bytes", messages=RAIN, tools=[TOOL], options={"stop": [stop]}, stream=streamed)
+    parts = [*found] if streamed else [found]
+    assert sum(len(part.message.tool_calls or ()) for part in parts) == calls
+    assert "".join(part.message.content or "" for part in parts).count('{"city"') == 1 - calls
+
+
+BETWEEN = f"Before {CALL}\nAfter {CALL}{CALL}\n\nthe end \n"
+
+
+@pytest.mark.parametrize(
+    "text", [f"<think>\nHm.\n</think>\n\n{BETWEEN}", BETWEEN, "<think>Hm. \n</think> \n", " \n", CALL]
+)
+def test_anthropic_streams_what_it_says_whole(thinker, closing, text):
+    says(thinker, text)
+    client = closing(anthropic.Anthropic(base_url=thinker.url, api_key="none"))
+    ask = {"model": "bytes", "max_tokens": 500, "messages": RAIN, "tools": CLAUDE_TOOLS}
+    message = client.messages.create(**ask)
+    with client.messages.stream(**ask) as stream:
+        streamed = stream.get_final_message()
+    shown, again = ([block.to_dict() | {"id": ""} for block in found.content] for found in (message, streamed))
+    assert [{**block, "citations": None} for block in again] == [{**block, "citations": None} for block in shown]
+    if BETWEEN in text:
+        kinds = ["text", "tool_use", "text", "tool_use", "tool_use", "text"]
+        assert [block.type for block in message.content if block.type != "thinking"] == kinds
+        texts = [block.text.strip() for block in message.content if block.type == "text"]
+        assert texts == ["Before", "After", "the end"]
+
+
+def test_anthropic_signs_thoughts(thinker, closing):
+    """Some clients drop thoughts that aren't signed; any signature comes back."""
+    says(thinker, SAID)
+    client = closing(anthropic.Anthropic(base_url=thinker.url, api_key="none"))
+    ask = {"model": "bytes", "max_tokens": 500, "messages": RAIN, "tools": CLAUDE_TOOLS}
+    thought, *_ = client.messages.create(**ask).content
+    events = [event for event in client.messages.create(**ask, stream=True) if getattr(event, "index", None) == 0]
+    assert [event.delta.type for event in events[1:-1]][-2:] == ["thinking_delta", "signature_delta"]
+    assert events[-2].delta.signature == thought.signature != ""
+    assert events[0].content_block.signature == ""
+    for signature in (thought.signature, "another's"):
+        said = [*RAIN, {"role": "assistant", "content": [thought.to_dict() | {"signature": signature}]}, *RAIN]
+        assert client.messages.create(**ask | {"messages": said}).stop_reason == "tool_use"
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_openai_counts_tokens_of_thoughts(thinker, closing, shown):
+    """Those of all choices, whether they are shown or not; as responses do."""
+    says(thinker, SAID)
+    client = closing(openai.OpenAI(base_url=thinker.url + "/v1", api_key="none"))
+    ask = {"model": "bytes", "messages": RAIN, "n": 2, "extra_body": {"include_reasoning": shown}}
+    usage = client.chat.completions.create(**ask).usage
+    assert usage.completion_tokens_details.reasoning_tokens == 2 * len("A city.")
+    *_, last = client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True})
+    assert last.usage == usage
+    says(thinker, "No thought.")
+    assert client.chat.completions.create(**ask).usage.completion_tokens_details.reasoning_tokens == 0
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_ollama_numbers_calls(thinker, closing, streamed):
+    """What a client sends back of them, by hand or by its own, is taken."""
+    says(thinker, f"{CALL}\n{CALL}")
+    ask = {"model": "bytes", "messages": RAIN, "tools": [TOOL], "stream": streamed}
+    lines = [json.loads(line) for line in httpx.post(thinker.url + "/api/chat", json=ask).text.splitlines()]
+    calls = [call for line in lines for call in line["message"].get("tool_calls", ())]
+    function = {"name": "get_weather", "arguments": {"city": "Bergen"}}
+    assert [call["function"] for call in calls] == [{"index": 0, **function}, {"index": 1, **function}]
+    assert {call["type"] for call in calls} == {"function"}
+    assert len({call["id"] for call in calls}) == 2
+    client = closing(ollama.Client(host=thinker.url))
+    for said in (
+        {"role": "assistant", "tool_calls": calls},
+        client.chat(model="bytes", messages=RAIN, tools=[TOOL]).message,
+    ):
+        results = [{"role": "tool", "tool_name": "get_weather", "content": "rain"}] * 2
+        answer = client.chat(model="bytes", messages=[*RAIN, said, *results], tools=[TOOL]).message
+        assert [call.function.arguments for call in answer.tool_calls] == [{"city": "Bergen"}] * 2

@@ -177,6 +177,26 @@ def test_a_call_in_each_format(form):
         assert read(form, text + SAMPLES[form], schemas={"get_weather": WEATHER}).content == text
 
 
+@pytest.mark.parametrize("form", SAMPLES)
+def test_a_call_that_is_cut_short_is_known(form):
+    """Wherever the text ends: a call that isn't said to be cut is the whole one, and cuts are said to be ones."""
+    text, whole = SAMPLES[form], {"city": "Bergen", "days": 2}
+    for end in range(len(text)):
+        answer = read(form, text[:end], schemas={"get_weather": WEATHER})
+        given = [json.JSONDecoder().raw_decode(call.arguments)[0] for call in answer.calls if not answer.cut]
+        assert given in ([], [whole]), text[:end]
+        assert read(form, text[:end], schemas={"get_weather": WEATHER}, cuts=range(1, end)) == answer
+    called = read(form, text[: text.index("Bergen") + 3], schemas={"get_weather": WEATHER})
+    assert called.cut == bool(called.calls)
+    assert not read(form, text, schemas={"get_weather": WEATHER}).cut
+
+
+def test_a_call_that_lacks_nothing_but_its_end_is_whole():
+    """Also where the reader knows it only by the text's end."""
+    answer = read("gemma4", SAMPLES["gemma4"].removesuffix("<tool_call|>"), schemas={"get_weather": WEATHER})
+    assert (calls_of(answer), answer.cut) == ([("get_weather", {"city": "Bergen", "days": 2})], False)
+
+
 def test_values_are_typed_by_the_schema():
     """What looks like a number is text where the tool says so."""
     schema = {"properties": {"zip": {"type": "string"}, "on": {"type": "boolean"}, "tags": {"type": "array"}, "x": {}}}

@@ -45,4 +45,5 @@ def read(form, text, *, thoughts=None, begun=False, schemas=None, cuts=()):
     for start, end in itertools.pairwise(edges):
         answer.add(reader.feed(text[start:end]))
     answer.add(reader.finish())
+    answer.cut = reader.cut
     return answer
