@@ -42,6 +42,17 @@ def test_memory_is_what_ranks_really_hold(tp: int, pp: int) -> None:
     assert found.kv_per_token == max(cache.arena.nbytes for cache in caches) / 512
 
 
+def test_layouts_of_one_rank_beside_whole_experts() -> None:
+    """--enable-expert-parallel is refused where there is one tensor-parallel rank; `kvasir plan` shows such layouts as they run
+    without it."""
+    spec = dataclasses.replace(SPEC, layers=(Layer(experts=True),) * 6, experts=Experts(count=4, per_token=2, ffn=8))
+    dealt = dataclasses.replace(CONFIG, enable_expert_parallel=True)
+    one, other = (
+        plan(config, spec, torch.bfloat16, SMALL, Place(), 1, streams=4, length=512) for config in (CONFIG, dealt)
+    )
+    assert one == other
+
+
 def storage(module: torch.nn.Module) -> int:
     """Bytes of all tensors of a module, parameters or not, each memory once. What is packed counts as its matrix's size."""
     found = {}
