@@ -173,7 +173,9 @@ def plan(args: argparse.Namespace) -> int:
     """Say how a model would lie on GPUs."""
     from kvasir.cluster.model_commands import plan as plan_model
 
-    return plan_model(_engine_config(args), args.gpu, args.gpus, streams=args.streams, as_json=args.json)
+    return plan_model(
+        _engine_config(args), args.gpu, args.gpus, args.gpus_per_node, streams=args.streams, as_json=args.json
+    )
 
 
 def doctor(args: argparse.Namespace) -> int:

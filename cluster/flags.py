@@ -47,6 +47,13 @@ def plan_flags(parser: argparse.ArgumentParser) -> None:
     _model_argument(parser)
     parser.add_argument("--gpus", type=_count, metavar="N", default=1, help="how many (default: 1)")
     parser.add_argument(
+        "--gpus-per-node",
+        type=_count,
+        metavar="N",
+        default=8,
+        help="those that a fast link joins; others exchange at 400 Gbit/s (default: 8)",
+    )
+    parser.add_argument(
         "--gpu",
         metavar="NAME",
         default="H100-80GB",

@@ -50,7 +50,7 @@ def show(engine: EngineConfig, *, batch: int, template: bool, as_json: bool) -> 
     return 0
 
 
-def plan(engine: EngineConfig, gpu: str, gpus: int, *, streams: int, as_json: bool) -> int:
+def plan(engine: EngineConfig, gpu: str, gpus: int, per_node: int, *, streams: int, as_json: bool) -> int:
     """Print every layout of so many GPUs, the best first."""
     import torch
 
@@ -64,7 +64,9 @@ def plan(engine: EngineConfig, gpu: str, gpus: int, *, streams: int, as_json: bo
     length = engine.max_model_len or min(spec.max_len, LENGTH)
     dtype = DTYPES.get(engine.dtype, torch.bfloat16)
     here = gpu.lower() == "cpu"
-    device = cpu_device(gpus, spec, streams, dtype, engine.num_threads) if here else find_device(gpu)
+    device = (
+        cpu_device(gpus, spec, streams, dtype, engine.num_threads) if here else replace(find_device(gpu), node=per_node)
+    )
     found = plans(engine, spec, dtype, device, gpus, streams=streams, length=length)
     if as_json:
         print(json.dumps([asdict(one) for one in found], indent=1))
@@ -96,8 +98,22 @@ def plan(engine: EngineConfig, gpu: str, gpus: int, *, streams: int, as_json: bo
         print("No layout has room for one sequence: use more or larger GPUs, or lower --max-model-len.")
         return 1
     best = found[0]
-    print(f"kvasir serve {engine.model} -tp {best.tp} -pp {best.pp} -dp {best.dp}")
+    if best.tp * best.pp > device.node:
+        print(f"Its ranks are on several nodes of {device.node} GPUs (--gpus-per-node): start it with --address.")
+    print(" ".join(("kvasir serve", engine.model, f"-tp {best.tp} -pp {best.pp} -dp {best.dp}", *_given(engine, best))))
     return 0
+
+
+def _given(engine: EngineConfig, best: Plan) -> Iterable[str]:
+    """What was said of the model, as flags."""
+    default = EngineConfig()
+    for name in ("dtype", "kv_cache_dtype", "max_model_len", "max_num_seqs", "gpu_memory_utilization"):
+        if (value := getattr(engine, name)) != getattr(default, name):
+            yield f"--{name.replace('_', '-')} {value}"
+    if engine.enable_expert_parallel and best.tp > 1:
+        yield "--enable-expert-parallel"
+    if engine.pipeline_layer_partition:
+        yield "--pipeline-layer-partition " + ",".join(map(str, engine.pipeline_layer_partition))
 
 
 def _layout(one: Plan, *, best: bool) -> tuple[str, ...]:

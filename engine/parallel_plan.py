@@ -7,7 +7,7 @@ what is measured on real devices lies above. By what was measured of a CPU (`cpu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -20,10 +20,14 @@ from kvasir.engine.memory import activation_bytes, resolve_cache_dtype, token_bu
 from kvasir.engine.mesh import Mesh, Place
 from kvasir.engine.planning import piece
 from kvasir.engine.share import Share, share_of, stages
-from kvasir.engine.spec import Spec
+from kvasir.engine.spec import Layer, Spec
 from kvasir.engine.weights import weight_bytes
 
 GB = 10**9
+WIRE, WIRE_LATENCY = 50e9, 25e-6
+"""Between GPUs of two nodes: bytes per second of a 400 Gbit/s card, one way, and seconds that an exchange takes anyway."""
+Sizes = dict[tuple[int, bool, Layer], int]
+"""(tensor-parallel ranks, whether experts are dealt out whole, kind of layer) -> bytes of its weights."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,10 @@ class Device:
     """Seconds that an exchange takes whatever its size."""
     message: float | None = None
     """The same of what one stage hands to the next; None: the same."""
+    message_link: float | None = None
+    """Bytes per second of that; None: `link`."""
+    node: int = 8
+    """So many are on one node."""
     layer: float = 0.0
     """Seconds that a layer takes besides its products and attention, whatever its size."""
     row: float = 0.0
@@ -58,6 +66,17 @@ class Device:
     """So many were at work at once when it was measured."""
     alone: Device | None = None
     """What one of them does while the others wait: they share the memory's bandwidth. None: the same."""
+
+    def placed(self, place: Place) -> Device:
+        """The same where ranks of this layout that exchange something are on different nodes. Copies are dealt out so that as
+        few as possible are; ranks of a stage are neighbours."""
+        if self.kind == "cpu":
+            return self
+        slow, late = min(self.link, WIRE), max(self.latency, WIRE_LATENCY)
+        found = self
+        if place.tp > self.node or self.node % place.tp:
+            found = replace(found, link=slow, latency=late)
+        return replace(found, message=late, message_link=slow) if place.size > self.node else found
 
     def product(self, read: float, active: float, rows: float) -> float:
         """Seconds for `rows` rows times `read` bytes of weights, of which each row meets `active`."""
@@ -118,11 +137,20 @@ def plans(
     config: EngineConfig, spec: Spec, dtype: torch.dtype, device: Device, gpus: int, *, streams: int, length: int
 ) -> list[Plan]:
     """Every layout of so many GPUs that this model can have, the best first: those that fit, by tokens per second, and
-    of those that hardly differ the one with the shorter step."""
-    found = [
-        plan(config, spec, dtype, device, place, gpus // place.size, streams=streams, length=length)
-        for place in _layouts(spec, gpus)
-    ]
+    of those that hardly differ the one with the shorter step. ConfigError when there is none."""
+    found: list[Plan] = []
+    refused: ConfigError | None = None
+    known: Sizes = {}
+    for place in _layouts(spec, gpus):
+        dp = gpus // place.size
+        try:
+            found.append(plan(config, spec, dtype, device, place, dp, streams=streams, length=length, known=known))
+        except (
+            ConfigError
+        ) as error:  # so many ranks don't go with --enable-expert-parallel or --pipeline-layer-partition
+            refused = error
+    if not found and refused:
+        raise refused
     return sorted(found, key=lambda p: (not p.fits, -round(p.tokens_s, -len(str(int(p.tokens_s))) + 2), p.step_s))
 
 
@@ -136,10 +164,13 @@ def plan(
     *,
     streams: int,
     length: int,
+    known: Sizes | None = None,
 ) -> Plan:
-    """One layout."""
+    """One layout; `known` grows by what is found out of layers."""
+    device = device.placed(place)
     held = [_share(config, spec, place, stage) for stage in range(place.pp)]
-    sizes = [_weights(share, dtype) for share in held]
+    known = {} if known is None else known
+    sizes = [_weights(share, dtype, known) for share in held]
     shape = layout(spec, length, stages(spec, place.pp, config.pipeline_layer_partition))
     kept = resolve_cache_dtype(config, dtype)
     block = max(KVCache.block_bytes(share.spec, config.block_size, kept, shape.height) for share in held)
@@ -186,12 +217,23 @@ def _layouts(spec: Spec, gpus: int) -> Iterator[Place]:
 
 def _share(config: EngineConfig, spec: Spec, place: Place, stage: int) -> Share:
     mesh = Mesh(Place(place.tp, place.pp, stage * place.tp + place.tp - 1))
-    expert = config.enable_expert_parallel and spec.experts is not None and place.tp > 1
+    expert = config.enable_expert_parallel and (place.tp > 1 or spec.experts is None)  # which is refused
     return share_of(spec, mesh, expert_parallel=expert, partition=config.pipeline_layer_partition)
 
 
-def _weights(share: Share, dtype: torch.dtype) -> int:
-    return weight_bytes(share.full, dtype, torch.device("meta"), share)
+def _weights(share: Share, dtype: torch.dtype, known: Sizes) -> int:
+    """Layers of a kind are made once: hundreds of experts take a second each time."""
+
+    def size(layers: range) -> int:
+        return weight_bytes(share.full, dtype, torch.device("meta"), replace(share, layers=layers))
+
+    outside = total = size(share.layers[:0])
+    for number in share.layers:
+        kind = share.mesh.place.tp, share.expert_parallel, share.full.layers[number]
+        if kind not in known:
+            known[kind] = size(range(number, number + 1)) - outside
+        total += known[kind]
+    return total
 
 
 def _times(
@@ -258,7 +300,7 @@ def _stages(
 
 def _hand_over(share: Share, device: Device, rows: float) -> float:
     message = device.latency if device.message is None else device.message
-    return message + rows * share.full.hidden * 2 / device.link
+    return message + rows * share.full.hidden * 2 / (device.message_link or device.link)
 
 
 def _stage(share: Share, size: int, device: Device, rows: float, cached: float, wanted: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,16 @@ def test_layouts_of_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert {(each["tp"], each["pp"]) for each in found if not each["sequences"]} == {(1, 1)}, "93 GB don't fit on one"
     best = found[0]
     assert f"-tp {best['tp']} -pp {best['pp']} -dp {best['dp']}" in shown(capsys, *asked).splitlines()[-1]
+
+
+def test_what_was_said_of_the_model_is_in_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", folder(tmp_path, MIXTRAL), "--gpus", "16", "--gpus-per-node", "2", "--enable-expert-parallel"]
+    *_, apart, command = shown(capsys, *asked, "--kv-cache-dtype", "fp8", "--max-model-len", "8192").splitlines()
+    assert "--max-model-len 8192" in command
+    assert "--kv-cache-dtype fp8" in command
+    sizes = dict(re.findall(r"-(tp|pp) (\d+)", command))
+    assert ("--enable-expert-parallel" in command) == (sizes["tp"] != "1")
+    assert ("several nodes of 2 GPUs" in apart) == (int(sizes["tp"]) * int(sizes["pp"]) > 2)
 
 
 def test_layouts_of_this_machine(

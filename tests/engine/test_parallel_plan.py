@@ -17,7 +17,7 @@ from kvasir.engine.cpu_device import BEFORE, CHUNK, ROWS, cpu_device, device_of,
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.layout import layout
 from kvasir.engine.mesh import Mesh, Place
-from kvasir.engine.parallel_plan import GB, Device, find_device, plan, plans
+from kvasir.engine.parallel_plan import GB, WIRE, WIRE_LATENCY, Device, find_device, plan, plans
 from kvasir.engine.share import share_of, stages
 from kvasir.engine.spec import Experts, Layer, Rope, Spec
 from kvasir.engine.weights import load_decoder, random_decoder, weight_bytes
@@ -122,6 +122,35 @@ def test_every_layout_once_and_the_best_first() -> None:
     assert {(p.tp, p.pp, p.dp) for p in found} == {(1, 1, 4), (1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1)}
     assert found[0].tokens_s >= found[-1].tokens_s
     assert (found[0].tp, found[0].traffic) == (1, 0.0), "what fits on one device needs no exchange"
+
+
+def test_nodes_are_far_from_each_other() -> None:
+    """What a sum or a hand-over takes goes by the link that it needs."""
+    gpu = dataclasses.replace(SMALL, node=4)
+    assert gpu.placed(Place(4, 1)) == gpu
+    sums = gpu.placed(Place(8, 1))
+    assert (sums.link, sums.latency) == (WIRE, WIRE_LATENCY)
+    assert gpu.placed(Place(3, 1)).link == WIRE  # the second copy's ranks are on two nodes
+    stages_apart = gpu.placed(Place(4, 2))
+    assert (stages_apart.link, stages_apart.message_link, stages_apart.message) == (gpu.link, WIRE, WIRE_LATENCY)
+    near, far = (
+        plan(CONFIG, SPEC, torch.bfloat16, dataclasses.replace(SMALL, node=n), Place(8, 1), 1, streams=64, length=512)
+        for n in (8, 4)
+    )
+    assert far.step_s > near.step_s
+    assert dataclasses.replace(gpu, kind="cpu").placed(Place(8, 1)).link == gpu.link
+
+
+def test_layouts_that_a_model_can_t_have_are_left_out() -> None:
+    config = EngineConfig(enable_expert_parallel=True)
+    spec = dataclasses.replace(SPEC, experts=Experts(4, 2, 64), layers=(Layer(Rope(1e4, 8), experts=True),) * 6)
+    found = plans(config, spec, torch.bfloat16, SMALL, 8, streams=8, length=512)
+    assert {one.tp for one in found} == {1, 2, 4}
+    with pytest.raises(ConfigError, match="this model has no experts"):
+        plans(config, SPEC, torch.bfloat16, SMALL, 4, streams=8, length=512)
+    parted = EngineConfig(pipeline_layer_partition=(2, 4))
+    found = plans(parted, SPEC, torch.bfloat16, SMALL, 4, streams=8, length=512)
+    assert {one.pp for one in found} == {2}
 
 
 def test_what_doesnt_fit_comes_last_and_has_no_speed() -> None:
