@@ -30,6 +30,8 @@ CPU_SHARE = 0.4
 """Of the RAM that is free beside the weights: the machine has other things to do."""
 PENALTY_BYTES = 5
 """For each token of each seat: its count and whether the prompt holds it, as `Sampler` keeps them from the first penalty on."""
+UNCALLED = ("shrink", "expand")
+"""Ops that no step calls: adapters are refused."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CACHE_DTYPES = DTYPES | {
     "int8": torch.int8,
@@ -199,7 +201,7 @@ def kernel_backends() -> Iterator[Taken]:
     """Of every op, and of products with weights of every type, on every type of device that is here and calls them."""
     for device in ("cpu", *["cuda"] * torch.cuda.is_available()):
         for name, found in every_op().items():
-            if name == "stacked_experts" and device not in STACKED:
+            if name in UNCALLED or (name == "stacked_experts" and device not in STACKED):
                 continue
             first, *others = found.choices(device)
             yield Taken(device, name, first, found.why(device), tuple(others))

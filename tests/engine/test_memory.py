@@ -12,7 +12,7 @@ from kvasir.engine import memory
 from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ConfigError
-from kvasir.engine.memory import PENALTY_BYTES, plan_memory, resolve_device, resolve_dtype
+from kvasir.engine.memory import PENALTY_BYTES, kernel_backends, plan_memory, resolve_device, resolve_dtype
 from kvasir.engine.request import SamplingParams
 from kvasir.engine.sampler import Sampler
 from kvasir.engine.shaping import shaping_bytes
@@ -126,6 +126,14 @@ def test_what_penalties_keep_is_what_is_planned() -> None:
     assert sampler.counts is not None
     assert sampler.in_prompt is not None
     assert sampler.counts.nbytes + sampler.in_prompt.nbytes == 3 * 40 * PENALTY_BYTES
+
+
+def test_only_ops_that_steps_call_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = {(taken.device, taken.op) for taken in kernel_backends()}
+    assert {("cpu", "attention"), ("cuda", "attention"), ("cuda", "stacked_experts")} <= found
+    assert ("cpu", "stacked_experts") not in found
+    assert not {op for _, op in found} & {"shrink", "expand"}
 
 
 def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
