@@ -35,6 +35,8 @@ from kvasir.kernels.ragged import Ragged
 from kvasir.kernels.sample import draw, greedy
 
 BLOCK, DTYPE = 16, torch.bfloat16
+FAR = 0.03
+"""A difference, by the largest value, that no rounding to bfloat16 makes."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,17 @@ def measure(
         yield Found(name, case.name, backend, t, case.bytes_ / t / 1e9, case.operations / t / 1e12, floor / t)
 
 
+def wrong(case: Case, device: torch.device) -> str:
+    """How far attention is from its definition, where that is too far; empty: it isn't, or nobody waits for the definition."""
+    if case.op is not attention or not case.definition:
+        return ""
+    got, want = (
+        f(*case.args, **case.options).float() for f in (attention.implementation(device.type), attention.reference)
+    )
+    off = float((got - want).abs().max() / want.abs().max())  # of long contexts all values are small
+    return "" if off <= FAR else f"{case.name}: off by {off:.3f} of the largest value"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
@@ -247,6 +260,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     device, begin, found = torch.device(args.device), time.monotonic(), []
+    faults = []
     clock = Clock(device)
     limits = ceilings(clock, device)
     print(f"ceilings: {limits[0] / 1e9:.1f} GB/s copied, {limits[1] / 1e12:.2f} TFLOP/s")
@@ -265,6 +279,8 @@ def main() -> None:
                 if time.monotonic() - begin > args.seconds:
                     print(f"stopped after {args.seconds:g} s (--seconds)")
                     break
+                if fault := wrong(case, device):
+                    faults.append(f"{name} {fault}")
                 for line in measure(case, clock, limits, device, args.repeat):
                     found.append(asdict(line) | {"model": name})
                     if args.json:  # whoever stops this keeps what was measured
@@ -275,6 +291,8 @@ def main() -> None:
                         f" {line.tflop_s:8.2f} {line.share:8.2f}",
                         flush=True,
                     )
+    if faults:
+        raise SystemExit("\n".join(("attention is not as its definition says:", *faults)))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from kvasir.kernels.keys_triton import keys_step, merge
 from kvasir.kernels.quantise import Cache
 from kvasir.kernels.quantise_triton import Stored, converts_float8, stored
 from kvasir.kernels.ragged import Ragged
-from kvasir.kernels.tile_triton import LOG2E, dense, power_of_two, tile_of
+from kvasir.kernels.tile_triton import LOG2E, dense, power_of_two, target, tile_of
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """How far values of size 1 may be from the definition's: weights are rounded to the cache's type before they meet the values."""
@@ -36,7 +36,7 @@ FIXED_PARTS = 1 << 20
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the work is cut: by head dim and type alone, never by what is in the batch."""
+    """How the work is cut: by head dim, types and GPU alone, never by what is in the batch."""
 
     lines: int
     keys: int
@@ -44,18 +44,54 @@ class Tiles:
     stages: int
 
 
-def tiles(value_dim: int, itemsize: int, *, few: bool, deterministic: bool, latent: bool = False) -> Tiles:
-    """`few` rows, whose tiles are small, or many; `deterministic` has one kind for both, so that a row's sums are the same."""
-    wide = value_dim > 128
+@dataclass(frozen=True)
+class Kinds:
+    """For few rows, whose tiles are small, for many, and one for both, with which a row's sums are the same: `deterministic`."""
+
+    few: Tiles
+    many: Tiles
+    same: Tiles
+
+
+def _all(tile: Tiles) -> Kinds:
+    return Kinds(tile, tile, tile)
+
+
+HOPPER = {
+    "narrow": Kinds(few=Tiles(16, 64, 4, 3), many=Tiles(128, 64, 8, 3), same=Tiles(64, 64, 8, 2)),
+    "wide": Kinds(few=Tiles(16, 32, 4, 3), many=Tiles(64, 32, 8, 2), same=Tiles(32, 32, 8, 2)),
+    "latent": Kinds(few=Tiles(16, 32, 8, 2), many=Tiles(32, 32, 8, 2), same=Tiles(16, 32, 8, 2)),
+    "narrow float32": _all(Tiles(16, 32, 4, 1)),
+    "wide float32": _all(Tiles(16, 16, 16, 1)),
+    "latent float32": _all(Tiles(16, 16, 8, 1)),
+}
+"""By heads (narrow: up to 128) and type; none of them spills registers, as tests/kernels/compile_triton.py says."""
+AMPERE = HOPPER | {
+    "narrow": Kinds(few=Tiles(16, 64, 4, 3), many=Tiles(64, 64, 8, 3), same=Tiles(32, 64, 8, 2)),
+    "narrow 8-bit": Kinds(few=Tiles(16, 64, 4, 3), many=Tiles(64, 32, 8, 3), same=Tiles(32, 64, 8, 2)),
+    "wide 8-bit": Kinds(few=Tiles(16, 32, 4, 3), many=Tiles(32, 32, 8, 2), same=Tiles(32, 32, 8, 2)),
+}
+"""Here registers hold the operands of products, too, and 8 bits are widened in them. Other caches in 8 bits: as their heads."""
+CDNA = HOPPER | {
+    "narrow 8-bit": Kinds(few=Tiles(16, 64, 4, 3), many=Tiles(64, 32, 4, 2), same=Tiles(32, 32, 4, 2)),
+    "wide 8-bit": Kinds(few=Tiles(16, 32, 4, 3), many=Tiles(32, 32, 4, 2), same=Tiles(32, 32, 4, 2)),
+    "latent": _all(Tiles(16, 32, 4, 1)),
+    "wide float32": _all(Tiles(16, 16, 4, 1)),
+    "latent float32": _all(Tiles(16, 16, 4, 1)),
+}
+"""AMD's: with more than 4 warps each has half as many registers."""
+
+
+def tiles(value_dim: int, itemsize: int, cache_itemsize: int, *, latent: bool) -> Kinds:
+    """For the GPU that kernels are compiled for; interpreted: any."""
+    found = target()
+    table = HOPPER
+    if found is not None:
+        table = CDNA if found.backend == "hip" else AMPERE if found.arch < 90 else HOPPER
+    kind = "latent" if latent else "wide" if value_dim > 128 else "narrow"
     if itemsize == 4:
-        return Tiles(16, 16 if wide else 32, 8 if wide else 4, 1)
-    if latent:
-        return Tiles(16 if few or deterministic else 32, 32, 8, 2)
-    if deterministic:
-        return Tiles(32 if wide else 64, 32 if wide else 64, 8, 2)
-    if few:
-        return Tiles(16, 32 if wide else 64, 4, 3)
-    return Tiles(64 if wide else 128, 32 if wide else 64, 8, 2 if wide else 3)
+        return table[f"{kind} float32"]
+    return table.get(f"{kind} 8-bit", table[kind]) if cache_itemsize == 1 else table[kind]
 
 
 @triton.jit
@@ -323,8 +359,9 @@ class _Call:
         self._launch(tile, count, FEW_ROWS + 1, 1 << 30, 0, FIXED_PARTS if self.deterministic else MOST_PARTS)
 
     def _tiles(self, *, few: bool) -> Tiles:
-        value, itemsize = self.shape["VALUE"], self.rows[0].dtype.itemsize
-        return tiles(value, itemsize, few=few, deterministic=self.deterministic, latent=bool(self.shape["LATENT"]))
+        sizes = (tensor.dtype.itemsize for tensor in (self.rows[0], self.caches[0].values))
+        kinds = tiles(self.shape["VALUE"], *sizes, latent=bool(self.shape["LATENT"]))
+        return kinds.same if self.deterministic else kinds.few if few else kinds.many
 
     def _launch(
         self,
@@ -342,7 +379,7 @@ class _Call:
         _attention[(count, k.values.shape[2], parts)](
             q, k.values, v.values, k.scales, v.scales, out, kept, sums, *self.places, *self.per_head,
             *self.numbers, sequences, least, most, per, parts, most_parts, *q.stride()[:2], *k.strides, *v.strides, width,
-            FORMAT=k.format_, NATIVE=converts_float8(q.device),
+            FORMAT=k.format_, NATIVE=converts_float8(),
             **self.shape, **self.cut, CUT=kept is not None, MERGE=self.deterministic and kept is None,
             M=tile.lines, N=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
             enable_fp_fusion=not self.deterministic,

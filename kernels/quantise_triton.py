@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvasir.kernels.quantise import Cache, Quantised
+from kvasir.kernels.tile_triton import target
 
 FORMATS = {torch.int8: 1, torch.float8_e4m3fn: 2, torch.float8_e5m2: 3}
 """Numbers that kernels know types by; 0: floats, without scales."""
@@ -40,9 +41,10 @@ def stored(cache: Cache) -> Stored:
     return Stored(cache.values if format_ == 1 else cache.values.view(torch.uint8), cache.scales, format_)
 
 
-def converts_float8(device: torch.device) -> bool:
+def converts_float8() -> bool:
     """Whether the GPU does so by itself: NVIDIA's from compute capability 8.9 on."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+    found = target()
+    return found is not None and found.backend == "cuda" and found.arch >= 89
 
 
 @triton.jit

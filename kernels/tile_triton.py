@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # said once, or Triton warns that its default will change
@@ -9,10 +10,22 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # said once, or Triton w
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """Bodies run on the CPU, for tests: Triton's interpreter multiplies bfloat16 as if it were integers."""
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+def target() -> GPUTarget | None:
+    """What kernels are compiled for now; None: they are interpreted."""
+    return None if INTERPRETED.value else _target(driver.active.get_current_device())
+
+
+@functools.cache
+def _target(_device: int) -> GPUTarget:
+    return driver.active.get_current_target()
 
 
 def power_of_two(n: int, least: int = 1) -> int:

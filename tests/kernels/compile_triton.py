@@ -42,7 +42,7 @@ from kvasir.kernels.moe import Routing
 from kvasir.kernels.quantise import Cache, Quantised
 from kvasir.kernels.ragged import Ragged
 
-BF16 = torch.bfloat16
+BF16, FLOAT32, E4M3, E5M2 = torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2
 
 
 class Driver:
@@ -78,11 +78,13 @@ def cache(heads: int, dim: int, dtype: torch.dtype) -> Cache:
     return numbers if dtype.itemsize > 1 else Quantised(numbers, torch.zeros(2, heads, 16).transpose(1, 2))
 
 
-def attend(dim: int, heads: int, kv_heads: int, kind: torch.dtype = BF16, **facts: Any) -> None:
+def attend(
+    dim: int, heads: int, kv_heads: int, kind: torch.dtype = BF16, *, type_: torch.dtype = BF16, **facts: Any
+) -> None:
     """A mix of long decodes and a chunk."""
     step = ragged([(8000, 1), (300, 300)])
     keys, latent = cache(kv_heads, dim, kind), "value_dim" in facts
-    q = torch.zeros(301, heads, dim, dtype=BF16)
+    q = torch.zeros(301, heads, dim, dtype=type_)
     attention_triton.attention(q, keys, None if latent else cache(kv_heads, dim, kind), step, scale=0.1, **facts)
 
 
@@ -96,7 +98,7 @@ def rows(hidden: int, ffn: int, heads: int, kv_heads: int, dim: int) -> None:
     blocks_triton.gather_blocks(torch.zeros(2, 4, 4096, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
     qkv = torch.zeros(8, heads + 2 * kv_heads, dim, dtype=BF16).split_with_sizes([heads, kv_heads, kv_heads], 1)
     angles = torch.zeros(8, 1, dim, dtype=BF16), torch.zeros(8, 1, dim, dtype=BF16)
-    for kind in (BF16, torch.int8, torch.float8_e4m3fn):
+    for kind in (BF16, torch.int8, E4M3):
         caches = cache(kv_heads, dim, kind), cache(kv_heads, dim, kind)
         cache_triton.turn_and_write(*qkv, angles, *caches, ragged([(9, 1)] * 8), interleaved=False)
 
@@ -141,11 +143,20 @@ CASES: dict[str, Callable[[], None]] = {
     "D 128": lambda: attend(128, 32, 8),
     "D 256": lambda: attend(256, 16, 8, window=4096, softcap=50.0),
     "latent": lambda: attend(576, 128, 1, value_dim=512),
-    "fp8": lambda: attend(128, 32, 8, torch.float8_e4m3fn),
+    "fp8": lambda: attend(128, 32, 8, E4M3),
+    "fp8 D 256": lambda: attend(256, 16, 8, E4M3),
+    "fp8 latent": lambda: attend(576, 128, 1, E4M3, value_dim=512),
+    "e5m2": lambda: attend(128, 32, 8, E5M2),
     "int8": lambda: attend(128, 32, 8, torch.int8),
+    "float32": lambda: attend(128, 32, 8, FLOAT32, type_=FLOAT32),
+    "float32 D 256": lambda: attend(256, 16, 8, FLOAT32, type_=FLOAT32),
+    "float32 latent": lambda: attend(576, 128, 1, FLOAT32, type_=FLOAT32, value_dim=512),
+    "ALiBi": lambda: attend(128, 32, 32, slopes=torch.zeros(32)),
+    "sparse": lambda: attend(128, 32, 8, sparse=(64, 16, 8, 1, 0)),
     "deterministic 128": lambda: attend(128, 32, 8, deterministic=True),
     "deterministic 256": lambda: attend(256, 16, 8, deterministic=True),
     "deterministic latent": lambda: attend(576, 128, 1, value_dim=512, deterministic=True),
+    "deterministic fp8": lambda: attend(128, 32, 8, E4M3, deterministic=True),
     "rows": lambda: rows(4096, 14336, 32, 8, 128),
     "sample": lambda: sample(128_256),
     "experts": lambda: mixture(2048, 1024, 256, 4, scoring="sigmoid", groups=8, groups_used=4, group_score="top2"),
@@ -154,12 +165,12 @@ CASES: dict[str, Callable[[], None]] = {
     "products": lambda: products(4096, 14336, 16),
 }
 FEW = {
-    "cuda:80": ["D 256"],
-    "cuda:90": ["D 128", "rows"],
+    "cuda:80": ["D 128", "sample"],
+    "cuda:90": ["fp8", "rows"],
     "cuda:100": ["D 64", "experts", "adapters"],
-    "hip:gfx942": ["D 128", "sample", "products"],
+    "hip:gfx942": ["latent", "products"],
 }
-"""What is compiled unless all is asked for: each kernel for some GPU, and attention for each."""
+"""What is compiled unless all is asked for: each kernel for some GPU, and attention for each, where registers are scarcest."""
 
 
 def steps(small: bool) -> Iterator[tuple[str, Callable[[], None]]]:

@@ -17,10 +17,11 @@ import torch
 pytest.importorskip("triton")
 
 from interpreted import row_by_row
+from triton.backends.compiler import GPUTarget
 
-from kvasir.kernels import attention_triton
+from kvasir.kernels import attention_triton, quantise_triton
 from kvasir.kernels.attention import attention
-from kvasir.kernels.attention_triton import TOLERANCE
+from kvasir.kernels.attention_triton import TOLERANCE, tiles
 from kvasir.kernels.quantise import LARGEST, Quantised
 from kvasir.kernels.ragged import Ragged
 
@@ -112,6 +113,41 @@ def test_a_long_context(paged: Callable[..., Any], device: torch.device, monkeyp
     monkeypatch.setattr(attention_triton, "MOST_PARTS", 4)
     batch = paged([(1100, 1), (64, 1)], 128, 2, 1, 64, torch.bfloat16)
     compare(batch, device, scale=0.125)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="takes 18 s in the interpreter; benchmarks/gpu.sh runs it")
+def test_a_hundred_thousand_tokens(
+    paged: Callable[..., Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32: such means are small, and a part that is missing shows."""
+    monkeypatch.setattr(attention_triton, "SPAN", 512)
+    compare(paged([(100_000, 1)], 16, 1, 1, 64, torch.float32), device, scale=0.125)
+
+
+@pytest.mark.parametrize("dim", [64, 256])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_tiles_are_a_gpus_own(dim: int, itemsize: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AMD's compute units and NVIDIA's before Hopper have others; each kind of heads has some in every table."""
+    targets = GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64), None
+    found = []
+    for target in targets:
+        monkeypatch.setattr(attention_triton, "target", lambda target=target: target)
+        found.append([tiles(dim, itemsize, size, latent=latent) for size in (1, 4) for latent in (False, True)])
+    ampere, hopper, cdna, interpreted = found
+    assert hopper == interpreted
+    assert cdna != hopper
+    assert (ampere == hopper) is (itemsize == 4)
+
+
+def test_who_converts_float8(monkeypatch: pytest.MonkeyPatch) -> None:
+    for target, expected in (
+        (GPUTarget("cuda", 80, 32), False),
+        (GPUTarget("cuda", 89, 32), True),
+        (GPUTarget("hip", "gfx942", 64), False),
+        (None, False),
+    ):
+        monkeypatch.setattr(quantise_triton, "target", lambda target=target: target)
+        assert quantise_triton.converts_float8() is expected
 
 
 @pytest.mark.parametrize("longest", [257, 513, 770])
