@@ -5,7 +5,8 @@ of `kvasir serve`; groups take as long for a step as `--step` says, and always s
     .venv/bin/python benchmarks/simulated_fleet.py --model skald --step 0.003 4e-5 2e-4 1e-8   # as replay.py --fit says
     .venv/bin/python benchmarks/replay.py TRACE --url http://127.0.0.1:8000 --limit 200
 
-Without --model, prompts are token ids and answers are counted, not shown.
+Without --model, prompts are token ids, and a stream says nothing before its end, for its tokens have no text: times to the
+first token and between tokens want a --model.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ def main() -> None:
         if args.model
         else ServedModel(names=("simulated",), tokenizer=None)
     )
-    asyncio.run(serve(model, args.groups, shape, args.port))
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(serve(model, args.groups, shape, args.port))
 
 
 if __name__ == "__main__":
