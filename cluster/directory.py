@@ -5,6 +5,7 @@ A block is known by half of its content id, 64 bits: a false match costs one req
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Protocol
@@ -16,6 +17,8 @@ from kvasir.cluster.standings import Ints
 from kvasir.engine.block_ids import Holders, holders
 from kvasir.engine.blocks import ContentId, Tier
 from kvasir.proto import group_pb2 as pb
+
+log = logging.getLogger(__name__)
 
 Key = int
 """The first half of a content id."""
@@ -63,6 +66,7 @@ class BlockDirectory:
         """Numbers that groups had so far."""
         self._room = max_holdings
         self._max = max_holdings
+        self._told_full = False
 
     @property
     def num_holdings(self) -> int:
@@ -94,6 +98,20 @@ class BlockDirectory:
         else:
             self._change(group, tier, stored, evicted)
         self._sizes[tier] += before - self._room
+        self._tell_full()
+
+    def _tell_full(self) -> None:
+        """Once, and again when an eighth was free meanwhile."""
+        if self._room > self._max // 8:
+            self._told_full = False
+        elif self._room <= 0 and not self._told_full:
+            self._told_full = True
+            told = ", ".join(f"{size:,} in {tier}" for tier, size in self._sizes.items())
+            log.warning(
+                "%s blocks of groups are known (%s), no more fit: requests find less of what is cached",
+                f"{self._max:,}",
+                told,
+            )
 
     def _change(self, group: int, tier: Tier, stored: Iterable[Key], evicted: Iterable[Key]) -> None:
         held, masks, bit, room = self._held[group][tier], self._masks[tier], 1 << group, self._room
@@ -118,6 +136,7 @@ class BlockDirectory:
         before = self._room
         self._room = self._compiled.replace(TIERS.index(tier), group, keys, before)
         self._sizes[tier] += before - self._room
+        self._tell_full()
 
     def found(self, prompt: Prompt) -> Ints:
         """[tier, group]: how many of the prompt's first blocks the group holds without a gap, in this tier and those before."""

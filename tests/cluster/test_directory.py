@@ -102,11 +102,14 @@ def test_worse_tiers_continue_what_the_device_holds():
     assert prefixes(directory, ([one] for one in wanted), "disk") == {one: 2, two: 1}
 
 
-def test_memory_is_bounded():
+def test_memory_is_bounded(caplog):
     directory = BlockDirectory(max_holdings=100)
     one, two = directory.join(), directory.join()
     directory.change(one, "device", range(1000), ())
     directory.change(two, "host", range(50), ())
+    assert [record.getMessage() for record in caplog.records] == [
+        "100 blocks of groups are known (100 in device, 0 in host, 0 in disk), no more fit: requests find less of what is cached"
+    ]
     assert directory.num_holdings == 100
     directory.change(one, "device", (), range(60))
     directory.change(two, "host", range(500, 550), ())
