@@ -61,7 +61,9 @@ class MessagesReply:
         first, text = parts[0], "".join(part.text for part in parts if part.kind != "call")
         if first.kind == "content":
             return {"type": "text", "text": text, "citations": None}
-        return _thinking(text, _SIGNATURE) if first.kind == "reasoning" else self._use(first, _input(text))
+        if first.kind == "reasoning":
+            return _thinking("" if self._ask.hides_thoughts else text, _SIGNATURE)
+        return self._use(first, _input(text))
 
     def _stop(self) -> Json:
         """Why it ended."""
@@ -76,7 +78,7 @@ class MessagesReply:
             if part.kind == "content":
                 out += self._blocks.text(part.text)
             elif part.kind == "reasoning":
-                out += self._blocks.thinking(part.text)
+                out += self._blocks.thinking("" if self._ask.hides_thoughts else part.text)
             elif part.kind == "call":
                 out += self._blocks.use(self._use(part, {}))
             else:
@@ -129,6 +131,8 @@ class _Blocks:
         return out + self._head + orjson.dumps(text) + b"}}\n\n"
 
     def thinking(self, text: str) -> bytes:
+        if not text:
+            return b"" if self._open == "thinking" else self._begin(_thinking("", ""))
         return self._delta(_thinking("", ""), {"type": "thinking_delta", "thinking": text})
 
     def use(self, block: Json) -> bytes:

@@ -67,6 +67,8 @@ class MessagesAsk:
     call: Call
     conversation: Conversation
     stream: bool = False
+    hides_thoughts: bool = False
+    """Their blocks come without a text."""
     return_timing: bool = False
     """Where the time went is told in the answer."""
     warnings: tuple[str, ...] = ()
@@ -104,7 +106,8 @@ def parse_messages(body: Body) -> MessagesAsk:
         thinking_budget=_budget(thinking),
     )
     asked = {name: fields[name] for name in ("stream", "return_timing") if name in fields}
-    return MessagesAsk(call=call, conversation=found, warnings=warnings, **asked)
+    hides = thinking.get("display") == "omitted"
+    return MessagesAsk(call=call, conversation=found, hides_thoughts=hides, warnings=warnings, **asked)
 
 
 def parse_count(body: Body) -> MessagesAsk:
@@ -175,6 +178,8 @@ def _variables(thinking: Any) -> Json:
     if kind not in ("enabled", "adaptive", "disabled"):
         text = f"thinking must be an object whose type is enabled, adaptive or disabled; got {thinking!r:.60}"
         raise ClientError(text, param="thinking")
+    if (display := thinking.get("display")) not in (None, "summarized", "omitted"):
+        raise ClientError(f"thinking.display must be summarized or omitted, got {display!r:.60}", param="thinking")
     return thinking_variables(None, kind != "disabled")
 
 
@@ -204,7 +209,7 @@ def _overlooked(fields: Mapping[str, Any]) -> tuple[str, ...]:
     given: list[tuple[str, Body, tuple[str, ...]]] = [
         *((f"tools[{number}]", tool, _TOOL) for number, tool in enumerate(fields.get("tools") or ())),
         ("tool_choice", fields.get("tool_choice") or {}, ("type", "name", "disable_parallel_tool_use")),
-        ("thinking", fields.get("thinking") or {}, ("type", "budget_tokens")),
+        ("thinking", fields.get("thinking") or {}, ("type", "budget_tokens", "display")),
     ]
     return tuple(
         f"{at}.{name}" for at, each, known in given for name, v in each.items() if name not in known and v is not None

@@ -262,7 +262,8 @@ def _call(call: Mapping[str, Any], at: str) -> dict[str, Any]:
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ClientError(f"{at}.tool_calls must be objects with a function that has a name", param="messages")
-    return {"id": call.get("id"), "type": "function", "function": {"arguments": {}, **function}}
+    said = {name: value for name, value in function.items() if name != "index"}  # which templates would show the model
+    return {"id": call.get("id"), "type": "function", "function": {"arguments": {}, **said}}
 
 
 def _given(fields: Mapping[str, Any]) -> Body:

@@ -84,8 +84,8 @@ class RankSetup:
     """Address on which to listen for gateways; default: the node's."""
     drain_timeout_s: float = 0.0
     """How long what runs may take to go elsewhere, or to end, when the group ends."""
-    network: Mapping[str, str] = field(default_factory=dict)
-    """NCCL_* and others; what is set on a node itself goes before."""
+    network: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """NCCL_*, HF_TOKEN and others; what is set on a node itself goes before."""
 
     def enter(self) -> None:
         """First of all in a rank's process: NCCL reads the environment when it is loaded."""

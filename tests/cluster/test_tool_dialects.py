@@ -152,6 +152,12 @@ def test_anthropic(thinker, closing):
         streamed = stream.get_final_message()
     assert [block.type for block in streamed.content] == ["thinking", "text", "tool_use"]
     assert (streamed.stop_reason, streamed.content[2].input) == ("tool_use", {"city": "Bergen"})
+    ask["thinking"] = {"type": "enabled", "budget_tokens": 1024, "display": "omitted"}
+    with client.messages.stream(**ask) as stream:
+        hidden = stream.get_final_message()
+    for found in (client.messages.create(**ask), hidden):
+        assert [block.type for block in found.content] == ["thinking", "text", "tool_use"]
+        assert (found.content[0].thinking, bool(found.content[0].signature)) == ("", True)
     client.messages.create(**ask | {"tool_choice": {"type": "any", "disable_parallel_tool_use": True}})
     form = json.loads(sampling_of(thinker).structured_outputs.structural_tag)["format"]
     assert (form["type"], form["stop_after_first"]) == ("tags_with_separator", True)
