@@ -13,6 +13,7 @@ from typing import Protocol
 from kvasir.engine.codec import decode_result, encode_step
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.control import Hub
+from kvasir.engine.decoder import Decoder
 from kvasir.engine.errors import ConfigError, UnavailableError
 from kvasir.engine.exchange import Exchange
 from kvasir.engine.grammar import Grammars, GrammarSource
@@ -28,6 +29,7 @@ from kvasir.engine.rank import Rank
 from kvasir.engine.remote_grammars import RemoteGrammars
 from kvasir.engine.step import Result, Step
 from kvasir.engine.tiers import Tiers
+from kvasir.engine.warm_up import warm_up
 
 LOCALHOST = "127.0.0.1"
 
@@ -320,6 +322,9 @@ def rank_of(config: EngineConfig, loaded: Loaded, grammars: Grammars) -> Rank:
         processors=Processors(config.logits_processors),
     )
     rank.forward = graphs_of(config, loaded.decoder, loaded.cache, loaded.info.max_model_len)
+    compiles = loaded.decoder.device.type != "cpu" and rank.place.size == 1 and "generate" in loaded.info.tasks
+    if compiles and isinstance(loaded.decoder, Decoder):
+        warm_up(loaded.decoder, loaded.cache, loaded.info.max_model_len)
     return rank
 
 

@@ -1,0 +1,60 @@
+"""Kernels are compiled before the first request comes: Triton compiles one where it is first launched, from an empty cache in
+seconds. So steps with several kinds of sequences run on a rank of their own, over the same model and cache: whatever they leave in
+its blocks is never read.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from kvasir.engine.cache import KVCache
+from kvasir.engine.decoder import Decoder
+from kvasir.engine.rank import Rank
+from kvasir.engine.request import SamplingParams
+from kvasir.engine.step import NewSequence, Slice, Step
+
+logger = logging.getLogger(__name__)
+
+KINDS = (
+    SamplingParams(temperature=0, logprobs=1),
+    SamplingParams(temperature=0.7),
+    SamplingParams(top_k=40, top_p=0.9),
+    SamplingParams(top_p=0.9),
+    SamplingParams(presence_penalty=0.1, frequency_penalty=0.1, repetition_penalty=1.1, logit_bias={0: 1.0}),
+    SamplingParams(min_p=0.05),
+)
+"""How the sequences draw: the last one's kernel would do for those without any filter, too, so it has a step less."""
+LONG, SHORT, STEPS = 600, 2, 3
+"""Tokens of the first prompt, whose keys are cut into parts; of the others; and steps, of which the first computes them."""
+
+
+def warm_up(decoder: Decoder, cache: KVCache, max_model_len: int) -> None:
+    """Of a model on one rank: others would wait for each other in exchanges, which have a limit."""
+    begin = time.monotonic()
+    groups, size = len(cache.layout.groups), cache.block_size
+    few = -(-(SHORT + STEPS) // size)
+    room = (cache.num_blocks // groups - few * (len(KINDS) - 1)) * size - STEPS
+    lengths = [min(LONG, max_model_len - STEPS, room), *[SHORT] * (len(KINDS) - 1)]
+    if min(lengths) < 1:
+        return
+    new = [
+        NewSequence(seat, [token % decoder.spec.vocab for token in range(length)], length, kind, seat, ())
+        for seat, (length, kind) in enumerate(zip(lengths, KINDS, strict=True))
+    ]
+    blocks, used = [], 0
+    for seat, length in enumerate(lengths):
+        count = -(-(length + STEPS) // size)
+        for group in range(groups):
+            blocks.append((seat, group, [*range(used, used + count)]))
+            used += count
+    places = [*enumerate(lengths)]
+    rank = Rank(decoder, cache, max_num_seqs=len(KINDS), max_model_len=max_model_len)
+    first = Step(0, new=new, blocks=blocks, slices=[Slice(seat, 0, n, True) for seat, n in places])
+    later = [
+        Step(1 + turn, copies=((0, 0),), slices=[Slice(seat, n + turn, 1, True) for seat, n in rows])
+        for turn, rows in enumerate((places, places[:-1]))
+    ]
+    for outcome in [rank.launch(step) for step in (first, *later)]:
+        outcome.result()
+    logger.info("kernels are compiled and loaded after %.1f s", time.monotonic() - begin)

@@ -1,0 +1,89 @@
+"""What a GPU's kernels are compiled by, before the first request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kvasir.engine import executor, sampler, warm_up
+from kvasir.engine.cache import KVCache
+from kvasir.engine.config import EngineConfig
+from kvasir.engine.layout import layout
+from kvasir.engine.spec import Latent, Layer, Rope, Spec
+from kvasir.engine.weights import random_decoder
+
+CPU = torch.device("cpu")
+FACTS: dict[str, Any] = {"vocab": 50, "hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn": 48, "eps": 1e-5}
+ROPE = Rope(10000.0, 8)
+SPECS = {
+    "dense": Spec(**FACTS, max_len=2000, layers=(Layer(ROPE),) * 2),
+    "windows": Spec(**FACTS, max_len=2000, layers=(Layer(ROPE), Layer(ROPE, window=40))),
+    "latent": Spec(**FACTS | {"kv_heads": 1}, max_len=2000, latent=Latent(16, 8, 8, 8), layers=(Layer(ROPE),)),
+}
+
+
+def calls(patch: pytest.MonkeyPatch, module: Any, name: str) -> list[set[str]]:
+    """What each call of this function gives by name, but for None."""
+    found: list[set[str]] = []
+    real: Callable[..., Any] = getattr(module, name)
+
+    def noted(*args: Any, **given: Any) -> Any:
+        found.append({key for key, value in given.items() if value is not None})
+        return real(*args, **given)
+
+    patch.setattr(module, name, noted)
+    return found
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_every_kind_of_draw_and_of_attention_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = SPECS[name]
+    decoder = random_decoder(spec, torch.float32, CPU)
+    cache = KVCache(spec, 200, 16, torch.float32, CPU, layout(spec, 2000))
+    seen = {each: calls(monkeypatch, sampler, each) for each in ("draw", "greedy", "penalise", "score")}
+    lengths: list[list[int]] = []
+    hidden = decoder.hidden
+
+    def noted(tokens: Any, ragged: Any, *args: Any) -> Any:
+        lengths.append(ragged.host_lengths.tolist())
+        return hidden(tokens, ragged, *args)
+
+    monkeypatch.setattr(decoder, "hidden", noted)
+    warm_up.warm_up(decoder, cache, 2000)
+    filters = {frozenset(given - {"most"}) for given in seen["draw"]}
+    assert filters == {frozenset(each) for each in ((), ("top_p",), ("top_k", "top_p"), ("min_p",))}
+    assert all(seen.values())
+    assert [max(step) for step in lengths] == [600, 601, 602]
+    assert all(min(step) < 10 for step in lengths)
+
+
+@pytest.mark.parametrize(("blocks", "length"), [(6, 2000), (200, 20), (1, 2000)])
+def test_a_small_cache_is_enough_or_nothing_is_done(blocks: int, length: int) -> None:
+    spec = SPECS["dense"]
+    cache = KVCache(spec, blocks, 16, torch.float32, CPU)
+    warm_up.warm_up(random_decoder(spec, torch.float32, CPU), cache, length)
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "tasks", "wanted"),
+    [("cuda", 1, ("generate",), True), ("cpu", 1, ("generate",), False), ("cuda", 2, ("generate",), False),
+     ("cuda", 1, ("embed",), False)],
+)  # fmt: skip
+def test_where_it_is_done(
+    device: str, ranks: int, tasks: tuple[str, ...], wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, told = SPECS["dense"], []
+    decoder = random_decoder(spec, torch.float32, CPU)
+    decoder.device = torch.device(device)
+    rank = SimpleNamespace(place=SimpleNamespace(size=ranks))
+    monkeypatch.setattr(executor, "Rank", lambda *_, **__: rank)
+    monkeypatch.setattr(executor, "graphs_of", lambda *_: decoder)
+    monkeypatch.setattr(executor, "warm_up", lambda *given: told.append(given[2]))
+    info = SimpleNamespace(max_model_len=77, tasks=tasks)
+    loaded: Any = SimpleNamespace(decoder=decoder, cache=None, info=info, pooler=None, tiers=None)
+    executor.rank_of(EngineConfig(), loaded, None)  # type: ignore[arg-type]
+    assert told == [77] * wanted
