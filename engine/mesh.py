@@ -8,6 +8,7 @@ hidden states (Huang et al. 2018, arXiv:1811.06965).
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvasir.engine.agreement import agreed
+from kvasir.engine.errors import ConfigError
 from kvasir.engine.hand_over import HandOver, hand_over
 from kvasir.engine.links import Links
 from kvasir.engine.node_links import NodeLinks
@@ -319,8 +321,18 @@ def process_group(store: Any, rank: int, size: int, device: torch.device, host: 
     gloo = c10d.ProcessGroupGloo._Options()
     gloo._timeout = timeout
     gloo._threads = 1  # more of them wait for each other on a busy machine: 4 ms instead of 0.3 for one sum in ten
-    gloo._devices = [c10d.ProcessGroupGloo.create_device(hostname=host)]
+    gloo._devices = gloo_devices(host)
     return c10d.ProcessGroupGloo(store, rank, size, gloo)
+
+
+def gloo_devices(host: str) -> list[Any]:
+    """The interfaces of GLOO_SOCKET_IFNAME, as torch's own start of gloo reads it; by default that of this node's address."""
+    create = c10d.ProcessGroupGloo.create_device
+    named = [name.strip() for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name.strip()]
+    known = [name for _, name in socket.if_nameindex()]
+    if unknown := [name for name in named if name not in known]:
+        raise ConfigError(f"GLOO_SOCKET_IFNAME: there is no {unknown[0]} here, only {', '.join(known)}")
+    return [create(interface=name) for name in named] or [create(hostname=host)]
 
 
 def host_store(host: str, size: int, timeout_s: float) -> tuple[Any, int]:

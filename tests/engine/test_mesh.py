@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvasir.engine import mesh as mesh_module
 from kvasir.engine import rows, symmetric
+from kvasir.engine.errors import ConfigError
 from kvasir.engine.links import Links
 from kvasir.engine.mesh import Mesh, Place, join, process_group
 from kvasir.engine.rows import DealtRows, WholeRows, rows_of
@@ -94,6 +95,20 @@ def test_a_tally_of_all_ranks(on_ranks: OnRanks, tp: int, pp: int) -> None:
 
     wanted = [10, 21][: tp * pp]
     assert on_ranks(tp, pp, work) == [[*wanted, 0]] * (tp * pp)
+
+
+def test_gloo_s_interface_may_be_named(on_ranks: OnRanks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo, nosuch0")
+    with pytest.raises(ConfigError, match="GLOO_SOCKET_IFNAME: there is no nosuch0 here, only "):
+        mesh_module.gloo_devices("127.0.0.1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert len(mesh_module.gloo_devices("192.0.2.1")) == 1  # an address that isn't here
+
+    def work(mesh: Mesh) -> Any:
+        mesh.one_shot = None
+        return mesh.reduce(torch.ones(2, 2)).tolist()
+
+    assert on_ranks(2, 1, work) == [[[2.0, 2.0]] * 2] * 2
 
 
 def test_sums_that_were_turned_off() -> None:
