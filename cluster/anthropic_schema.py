@@ -102,7 +102,7 @@ def parse_messages(body: Body) -> MessagesAsk:
             "structured_outputs": "output_format" if "output_format" in fields else "output_config",
         },
         tools=_use(fields, found.tools),
-        thinks=thinking.get("type") in ("enabled", "adaptive"),
+        thinks=thinking.get("type") == "enabled",  # adaptive leaves it to the model
         thinking_budget=_budget(thinking),
     )
     asked = {name: fields[name] for name in ("stream", "return_timing") if name in fields}

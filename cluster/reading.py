@@ -104,7 +104,8 @@ def constraints(call: Call, found: Reading, tokenizer: Tokenizer, held: HeldCall
         thoughts = found.tools.thoughts if found.use is None else found.tools.thoughts_before_calls
     if (call.thinks or call.thinking_budget is not None) and thoughts is None:
         text = "this model has no thoughts that are told from its answer (its chat template knows none, or this request"
-        raise UnsupportedError(f"{text} turns them off; see --reasoning-parser)", param="thinking")
+        param = "thinking" if call.thinks else "thinking_token_budget"
+        raise UnsupportedError(f"{text} turns them off; see --reasoning-parser)", param=param)
     if (
         thoughts is not None
         and (wanted is not None or call.thinking_budget is not None)

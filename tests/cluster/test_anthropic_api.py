@@ -227,6 +227,11 @@ _VALUES = st.recursive(
 )
 
 
+def test_thoughts_that_are_left_to_a_model_without_any(gateway):
+    assert send(gateway, thinking={"type": "adaptive"}).status_code == 200
+    assert send(gateway, thinking={"type": "adaptive", "display": "all"}).status_code == 400
+
+
 def test_nothing_of_tools_is_overlooked(gateway):
     tool = {"name": "look", "input_schema": {"type": "object"}}
     reply = send(

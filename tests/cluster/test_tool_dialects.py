@@ -134,6 +134,7 @@ def test_models_without_thoughts_cant_limit_them(gateway):
     reply = httpx.post(gateway.url + "/v1/chat/completions", json=ask)
     assert reply.status_code == 400
     assert "thoughts" in reply.json()["error"]["message"]
+    assert reply.json()["error"]["param"] == "thinking_token_budget"
 
 
 def test_anthropic(thinker, closing):
