@@ -55,6 +55,7 @@ METHODS |= {"POST /v1/embeddings": "Inference.Embed", "POST /v2/rerank": "Infere
 NOT_OVER_GRPC = {
     "GET /health": "grpc.health.v1 says it",
     "GET /health/ready": "grpc.health.v1 says it",
+    "GET /-/healthz": "KubeRay asks it",
     "GET /metrics": "Prometheus's format is HTTP's",
     "GET /version": "for who looks at the server with a browser",
     "GET /openapi.json": "describes HTTP; reflection describes gRPC",

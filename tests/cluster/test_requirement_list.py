@@ -93,7 +93,7 @@ thinking_token_budget         9                          D R D R R R
 reasoning_effort              "low"                      D R R R R R
 repetition_detection          {"a":1}                    R R R R R R
 priority                      3                          D D D W W D
-cache_salt                    "s"                        D D D W W D
+cache_salt                    "s"                        D D D D D D
 session_id                    "s"                        D D W W W R
 request_id                    "r"                        D D D W W R
 vllm_xargs                    {"a":1}                    R R R R R R
@@ -359,7 +359,7 @@ def test_a_refusal_says_what_to_use(dialect, name, use):
 
 
 RANGES = {
-    "temperature": (-0.1, "warm"), "top_p": (0, 1.1), "top_k": (-2, 0.5), "min_p": (-0.1, 1.1), "n": (0, 16385),
+    "temperature": (-0.1, "warm"), "top_p": (-0.1, 1.1), "top_k": (-2, 0.5), "min_p": (-0.1, 1.1), "n": (0, 16385),
     "frequency_penalty": (-2.1, 2.1), "presence_penalty": (-2.1, 2.1), "repetition_penalty": (0, "x"), "seed": ("x", 0.5),
     "max_tokens": (-1, 0.5), "best_of": (0, "x"), "logprobs": (-1, 21), "prompt_logprobs": (-2, 21), "stop": (5, [5]),
     "skip_special_tokens": ("yes", 1), "use_beam_search": ("yes", 1), "guided_choice": ([], "a"), "min_tokens": (-1, 0.5),
