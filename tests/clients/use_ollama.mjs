@@ -21,7 +21,7 @@ for await (const part of await client.chat({ model, messages: sum, options, stre
 assert.equal(text, whole.message.content);
 
 const called = await client.chat({ model, messages: weather, tools: [tool], options });
-assert.deepEqual(called.message.tool_calls[0].function, { name: "get_weather", arguments: { city: "Bergen" } });
+assert.deepEqual(called.message.tool_calls[0].function, { index: 0, name: "get_weather", arguments: { city: "Bergen" } });
 
 const schema = { type: "object", properties: { age: { type: "integer" } }, required: ["age"], additionalProperties: false };
 const formed = await client.chat({ model, messages: sum, format: schema, options: { seed: 3 } });
