@@ -354,7 +354,7 @@ class _Get(threading.Thread):
                 way = "tcp" if local and connection.family != socket.AF_UNIX else offer.way
                 send(connection, encode_get(Get(offer.lend, self._part, whole, way)))
                 count = channel_of(way, self._puller.device, "").borrow(connection, wanted)
-        except Exception as error:
+        except Exception as error:  # the thread's border: whoever waits for this is told
             self.error, count = error, self._at
         if count == whole:
             self.blocks, self.slabs = offer.stop, len(self._forms)
