@@ -243,7 +243,7 @@ class Group:
 
 
 def _kill_stopped(pid: int) -> None:
-    if stopped(pid):
+    if stopped(pid, "Tt"):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 

@@ -296,18 +296,22 @@ class Hub:
         try:
             if (said := stranger.hello(self.token)) is None:
                 return
-            rank, pid = said
-            if not 0 < rank < self.size or rank in self._peers:
-                raise StrangerError(f"there is no rank {rank}, or it is here")
+            known = self._peers.get(said.rank)
+            if said.stopped and known is not None and known.pid == said.pid:
+                self._turn_away(stranger)
+                self._fail(RankError(f"{known} was stopped (SIGSTOP)"))
+                return
+            if said.stopped or not 0 < said.rank < self.size or known is not None:
+                raise StrangerError(f"there is no rank {said.rank}, or it is here")
         except StrangerError:
             self._turn_away(stranger)
             return
         self._strangers.remove(stranger)
         tune(stranger.connection)
-        peer = Peer(rank, stranger.host, pid, stranger.connection)
+        peer = Peer(said.rank, stranger.host, said.pid, stranger.connection)
         self._selector.modify(stranger.connection, selectors.EVENT_READ, peer)
         with self._changed:
-            self._peers[rank] = peer
+            self._peers[peer.rank] = peer
             self._changed.notify_all()
 
     def _turn_away(self, stranger: Stranger) -> None:

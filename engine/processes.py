@@ -55,10 +55,11 @@ def _has_file(stream: object) -> bool:
     return True
 
 
-def stopped(pid: int) -> bool:
-    """The process of this node stands still because of a signal (Linux)."""
+def stopped(pid: int, states: str = "T") -> bool:
+    """The process of this node stands still because of a signal (Linux); with "Tt", because of a debugger, too, which may go on
+    in a moment."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return False
-    return stat.rpartition(")")[2].split()[:1] in (["T"], ["t"])
+    return stat.rpartition(")")[2].split()[:1] in [[state] for state in states]

@@ -21,6 +21,15 @@ class StrangerError(Exception):
     """This is no rank of the group."""
 
 
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Of a rank, or `stopped`: of who watches it, because it stands still."""
+
+    rank: int
+    pid: int
+    stopped: bool
+
+
 @dataclass(eq=False)
 class Stranger:
     """Its connection, which doesn't block."""
@@ -30,8 +39,8 @@ class Stranger:
     since: float = field(default_factory=time.monotonic)
     buffer: bytearray = field(default_factory=bytearray)
 
-    def hello(self, token: str) -> tuple[int, int] | None:
-        """(rank, process id) of who knows the token; None: it hasn't said all of it yet. Never waits."""
+    def hello(self, token: str) -> Hello | None:
+        """Of who knows the token; None: it hasn't said all of it yet. Never waits."""
         while missing := self._missing():
             try:
                 data = self.connection.recv(missing)
@@ -54,7 +63,7 @@ class Stranger:
         return HEAD.size + int(size) - len(self.buffer)
 
 
-def _identity(hello: bytes | bytearray, token: str) -> tuple[int, int]:
+def _identity(hello: bytes | bytearray, token: str) -> Hello:
     try:
         said = json.loads(hello)
         shown = str(said["token"]).encode() if isinstance(said, dict) else b""
@@ -65,4 +74,4 @@ def _identity(hello: bytes | bytearray, token: str) -> tuple[int, int]:
     rank, pid = said.get("rank"), said.get("pid")
     if not isinstance(rank, int) or not isinstance(pid, int):
         raise StrangerError("it doesn't say who it is")
-    return rank, pid
+    return Hello(rank, pid, said.get("stopped") is True)

@@ -32,8 +32,11 @@ def run(config: EngineConfig, address: str, token: str, rank: int, *, gone: Call
     """Serve as this rank until rank 0 is done (returns) or gone (`gone` is called, in another thread). What fails here is
     told to rank 0 and raised."""
     from kvasir.engine.spoke import Spoke
+    from kvasir.engine.watcher import Watcher
 
     spoke = Spoke(address, token, rank, os.getpid(), gone=gone)
+    beside = spoke.host == address.rpartition(":")[0]  # rank 0, which looks at its node's processes itself
+    watcher = None if beside else Watcher(address, token, rank)
     try:
         _serve(config, spoke, rank, token)
     except EOFError:
@@ -43,6 +46,8 @@ def run(config: EngineConfig, address: str, token: str, rank: int, *, gone: Call
         raise
     finally:
         spoke.close()
+        if watcher is not None:
+            watcher.close()
 
 
 def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
