@@ -320,19 +320,25 @@ class Engine:
             messages, self._inbox = self._inbox, deque()
             now = time.time()
             ready, events = self._compiling.take(now)
-        messages.extend(ready)
+        for request, submitted in ready:  # before the messages, one of which may end it
+            events += self._add(request, submitted)
         for message in messages:
             if isinstance(message, Request):
-                try:
-                    self._scheduler.add(message, now)
-                except KvasirError as error:
-                    events.append(Failed(message.request_id, error.code, error.message, param=error.param))
+                events += self._add(message, now)
             else:
                 whole = message[1] is None  # one continuation alone isn't there before the grammar is
                 if whole and (held := self._compiling.pop(message[0])) is not None:
                     self._scheduler.add(held, now)
                 events += self._scheduler.abort(*message, now=now)
         return events
+
+    def _add(self, request: Request, submitted: float) -> list[Event]:
+        """Its deadline counts from when it was submitted."""
+        try:
+            self._scheduler.add(request, submitted)
+        except KvasirError as error:
+            return [Failed(request.request_id, error.code, error.message, param=error.param)]
+        return []
 
     def _hand_out(self, events: list[Event]) -> None:
         if not events:

@@ -18,6 +18,7 @@ class Compiling:
     def __init__(self, grammars: GrammarSource) -> None:
         self._grammars = grammars
         self._held: dict[str, tuple[Request, Grammar, float]] = {}
+        """Each with the time of its submission."""
         self._wanted: dict[str, StructuredOutput] = {}
 
     def __len__(self) -> int:
@@ -25,10 +26,9 @@ class Compiling:
 
     def add(self, request: Request, wanted: StructuredOutput, now: float) -> Grammar:
         """The request waits for its grammar, up to its own deadline. The grammar stays until the request's `end`."""
-        limit = WAIT_LIMIT_S if request.deadline_s is None else min(WAIT_LIMIT_S, request.deadline_s)
         grammar = self._grammars.hold(wanted)
         self._wanted[request.request_id] = wanted
-        self._held[request.request_id] = (request, grammar, now + limit)
+        self._held[request.request_id] = (request, grammar, now)
         return grammar
 
     def end(self, request_id: str) -> None:
@@ -41,25 +41,25 @@ class Compiling:
         held = self._held.pop(request_id, None)
         return held and held[0]
 
-    def take(self, now: float) -> tuple[list[Request], list[Event]]:
-        """(requests whose grammars are ready, the ends of those whose grammars can't be)."""
-        ready: list[Request] = []
+    def take(self, now: float) -> tuple[list[tuple[Request, float]], list[Event]]:
+        """(requests whose grammars are ready, each with the time of its submission; the ends of those whose can't be)."""
+        ready: list[tuple[Request, float]] = []
         events: list[Event] = []
-        for request, grammar, limit in list(self._held.values()):
-            outcome = _outcome(request, grammar, limit, now)
+        for request, grammar, submitted in list(self._held.values()):
+            outcome = _outcome(request, grammar, submitted, now)
             if outcome is None:
                 continue
             del self._held[request.request_id]
             if isinstance(outcome, Failed):
                 events.append(outcome)
             else:
-                ready.append(outcome)
+                ready.append((outcome, submitted))
         return ready, events
 
 
-def _outcome(request: Request, grammar: Grammar, limit: float, now: float) -> Request | Failed | None:
+def _outcome(request: Request, grammar: Grammar, submitted: float, now: float) -> Request | Failed | None:
     """None: it isn't known yet."""
-    name = request.request_id
+    name, limit = request.request_id, WAIT_LIMIT_S if request.deadline_s is None else min(WAIT_LIMIT_S, request.deadline_s)
     if grammar.future.done():
         error = grammar.future.exception()
         if error is None:
@@ -70,7 +70,7 @@ def _outcome(request: Request, grammar: Grammar, limit: float, now: float) -> Re
     if grammar.begun is not None and now >= grammar.begun + COMPILE_LIMIT_S:
         text = f"structured output: compiling took over {COMPILE_LIMIT_S:.0f} s; simplify the grammar or schema"
         return Failed(name, "invalid_request_error", text, param="structured_outputs")
-    if now < limit:
+    if now < submitted + limit:
         return None
     if request.deadline_s is not None and request.deadline_s <= WAIT_LIMIT_S:
         return Failed(name, "deadline_exceeded", "the deadline passed while the grammar was compiled")

@@ -18,8 +18,10 @@ from kvasir.engine.config import EngineConfig
 from kvasir.engine.engine import Engine, Loaded
 from kvasir.engine.errors import ClientError, ContextLengthError, OverloadedError, UnavailableError
 from kvasir.engine.event import Event, Failed, Finished, Token
+from kvasir.engine.grammar import Grammar
+from kvasir.engine.grammar_queue import Compiling
 from kvasir.engine.info import ModelInfo
-from kvasir.engine.request import Request, SamplingParams
+from kvasir.engine.request import Request, SamplingParams, StructuredOutput
 from kvasir.engine.weights import random_decoder
 
 CPU = torch.device("cpu")
@@ -221,6 +223,34 @@ def wait_until_free(engine: Engine, timeout_s: float = 1) -> None:
         time.sleep(0.005)
     assert engine.pool.num_used == 0
     assert engine.pool.check() == []
+
+
+def test_what_comes_while_a_grammar_is_compiled(make: Callable[..., Engine]) -> None:
+    """An abort that meets the grammar's end isn't lost, and the deadline goes on."""
+
+    class Slow:
+        def __init__(self) -> None:
+            self.grammar = Grammar()
+
+        def hold(self, wanted: StructuredOutput) -> Grammar:
+            return self.grammar
+
+    slow, engine = Slow(), make(start=False)
+    engine._compiling = Compiling(slow)  # type: ignore[arg-type]
+    wanted = StructuredOutput(regex="a")
+    engine.submit(request("aborted", structured_outputs=wanted))
+    engine.submit(request("late", structured_outputs=wanted, deadline_s=5.0))
+    submitted = time.time()
+    time.sleep(0.02)
+    slow.grammar.future.set_result(None)
+    engine.abort("aborted")
+    (end,) = engine._take_in()
+    assert isinstance(end, Finished)
+    assert (end.request_id, end.reason) == ("aborted", "abort")
+    (failed,) = engine._scheduler.expire(submitted + 5.0)
+    assert isinstance(failed, Failed)
+    assert (failed.request_id, failed.code) == ("late", "deadline_exceeded")
+    assert not engine._scheduler.has_work
 
 
 def test_deadlines_hold_for_running_and_waiting_requests(make: Callable[..., Engine], client: Client) -> None:
