@@ -29,6 +29,15 @@ def activation(c: Mapping[str, Any], *keys: str, default: str = "silu") -> Activ
     return ACTIVATIONS[name]
 
 
+def only(c: Mapping[str, Any], key: str, *values: object, within: str = "") -> None:
+    """ConfigError unless the field says one of these, or nothing."""
+    if (given := c.get(key)) is not None and given not in values:
+        listed = " or ".join(map(repr, values))
+        raise ConfigError(
+            f"config.json: {within and within + '.'}{key} {given!r} is not supported; it must be {listed}"
+        )
+
+
 def head_dim(c: Mapping[str, Any]) -> int:
     """`head_dim`, or what the heads divide the model's width into."""
     return int(c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"])
@@ -40,11 +49,13 @@ def lm_head(c: Mapping[str, Any]) -> bool:
     return "classifier_from_token" in c or not name.endswith(("Model", "ForSequenceClassification"))
 
 
-def text(c: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The text model's part of a model that also sees or hears; its class and tying count from outside."""
+def text(c: Mapping[str, Any], *kinds: str) -> Mapping[str, Any]:
+    """The text model's part of a model that also sees or hears, of one of these `kinds`, the first by default; its class and
+    tying count from outside."""
     inner = c.get("text_config")
     if not inner:
         return c
+    only(inner, "model_type", *kinds, within="text_config")
     outer = {key: c[key] for key in ("architectures", "tie_word_embeddings") if key in c}
     return {**inner, **outer}
 
@@ -80,6 +91,10 @@ def rope_fields(c: Mapping[str, Any], kind: str | None = None) -> Mapping[str, A
 def rope(c: Mapping[str, Any], *, kind: str | None = None, dim: int | None = None, interleaved: bool = False) -> Rope:
     """The rope of a layer of this kind; `dim` of a head's dimensions turn, by default as partial_rotary_factor says."""
     p = rope_fields(c, kind)
+    if nested := [key for key, value in p.items() if isinstance(value, Mapping)]:
+        raise ConfigError(
+            f"config.json: ropes that differ by kind of layer ({', '.join(nested)}) are not supported here"
+        )
     turning = dim or int(head_dim(c) * p["partial_rotary_factor"])
     return Rope(p["rope_theta"], turning, interleaved, scaling(c, p))
 

@@ -296,7 +296,7 @@ def joined(norm: Norm | None, x: Tensor, y: Tensor | None, scale: float) -> tupl
 
 
 def _factors(scale: QueryScale, positions: Tensor, dtype: torch.dtype) -> Angles:
-    count = positions.double() + 1
+    count = positions.double() + scale.first
     if scale.kind == "log":
         factor = (count.log() / torch.tensor(scale.length).double().log()).clamp_(min=1)
     else:

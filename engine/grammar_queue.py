@@ -59,7 +59,8 @@ class Compiling:
 
 def _outcome(request: Request, grammar: Grammar, submitted: float, now: float) -> Request | Failed | None:
     """None: it isn't known yet."""
-    name, limit = request.request_id, WAIT_LIMIT_S if request.deadline_s is None else min(WAIT_LIMIT_S, request.deadline_s)
+    name = request.request_id
+    limit = WAIT_LIMIT_S if request.deadline_s is None else min(WAIT_LIMIT_S, request.deadline_s)
     if grammar.future.done():
         error = grammar.future.exception()
         if error is None:

@@ -25,6 +25,9 @@ WEIGHTS = {
 ELSEWHERE = ("original/*", "onnx/*", "openvino/*", "*/checkpoint-*")
 """Copies of the same weights that some repositories carry."""
 
+FURTHER_PART = re.compile(r"-0*([2-9]|[1-9]\d+)-of-\d+\.gguf$")
+"""Of a model in several GGUF files all but the first."""
+
 _SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -131,7 +134,7 @@ def _checked(folder: Path) -> Path:
     """The folder if it holds a model, or the one GGUF file in it."""
     if (folder / "config.json").is_file() or (folder / "params.json").is_file():
         return folder
-    files = sorted(file for file in folder.glob("*.gguf") if not re.search(r"-0*[2-9]\d*-of-\d+\.gguf$", file.name))
+    files = sorted(file for file in folder.glob("*.gguf") if not FURTHER_PART.search(file.name))
     if len(files) == 1:
         return files[0]
     if files:
@@ -223,7 +226,7 @@ def _fetch_gguf(source: _Source, file: str) -> Path:
     pattern = file.replace(".gguf", "*.gguf") if file.endswith(".gguf") else f"*{file}*.gguf"
     folder = source.fetch((pattern, pattern.lower(), pattern.upper().replace(".GGUF", ".gguf")))
     found = sorted(path for path in folder.rglob("*.gguf") if file.removesuffix(".gguf").lower() in path.name.lower())
-    firsts = [path for path in found if not re.search(r"-0*([2-9]|[1-9]\d+)-of-\d+\.gguf$", path.name)]
+    firsts = [path for path in found if not FURTHER_PART.search(path.name)]
     if len(firsts) == 1:
         return firsts[0]
     names = ", ".join(path.name for path in firsts) or "none"

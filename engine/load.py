@@ -67,6 +67,8 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
     files = ModelFiles(config)
     ours = module_name(files.config) in supported()
     spec = load_spec(files.config) if ours else _fallback_spec(config, files)
+    if ours:
+        _check_rope(config, spec)
     if config.max_model_len is None and (trained := read_text_rules(files.path).max_len):
         spec = dataclasses.replace(spec, max_len=min(spec.max_len, trained))
     device = resolve_device(config, mesh.place.device_index)
@@ -136,6 +138,15 @@ def _agree(mesh: Mesh, *dtypes: torch.dtype) -> None:
             " name one with --dtype",
             param="dtype",
         )
+
+
+def _check_rope(config: EngineConfig, spec: Spec) -> None:
+    """ConfigError when the model has nothing that --rope-theta or --rope-scaling could change."""
+    turns = any(layer.rope is not None for layer in spec.layers)
+    for param, given in (("rope_theta", config.rope_theta), ("rope_scaling", config.rope_scaling)):
+        if given and not turns:
+            flag = param.replace("_", "-")
+            raise ConfigError(f"--{flag}: this model has no rotary positions; leave the flag out", param=param)
 
 
 def check_attention(config: EngineConfig, device: torch.device) -> None:

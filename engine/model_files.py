@@ -134,6 +134,13 @@ def from_params(params: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             "beta_slow": yarn.get("alpha", 1),
             **({} if yarn.get("apply_scale", True) else {"attention_factor": 1.0}),
         }
+    if scale := params.get("llama_4_scaling"):
+        key = "original_max_position_embeddings"
+        rope = found.get("rope_scaling", {"rope_type": "default", key: scale[key]})
+        if rope[key] != scale[key]:
+            text = f"{folder / 'params.json'}: yarn and llama_4_scaling must have the same {key}"
+            raise ConfigError(text, param="model")
+        found["rope_scaling"] = {**rope, "llama_4_scaling_beta": scale["beta"]}
     return found
 
 

@@ -91,11 +91,12 @@ class Rope:
 @dataclass(frozen=True)
 class QueryScale:
     """Queries grow with their position p from 0: log: log(p + 1) / log(length), at least 1 (Qwen 1); floor:
-    1 + factor * log(1 + floor((p + 1) / length)) (Llama 4)."""
+    1 + factor * log(1 + floor((p + first) / length)) (Llama 4; Ministral 3 counts positions from 0)."""
 
     kind: Literal["log", "floor"]
     length: int
     factor: float = 1.0
+    first: int = 1
 
 
 @dataclass(frozen=True)

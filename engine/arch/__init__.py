@@ -11,8 +11,15 @@ from typing import Any, cast
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.spec import Spec
 
-ALIASES = {"RefinedWeb": "falcon", "RefinedWebModel": "falcon", "Yi": "llama", "yi": "llama", "PhiMoE": "phimoe"}
-"""model_type in older files -> the file here."""
+ALIASES = {
+    "RefinedWeb": "falcon",
+    "RefinedWebModel": "falcon",
+    "Yi": "llama",
+    "yi": "llama",
+    "PhiMoE": "phimoe",
+    "ministral3": "mistral",
+}
+"""Other model_types -> the file here: those of older files, and one that differs in a fact."""
 
 
 @dataclass(frozen=True)

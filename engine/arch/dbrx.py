@@ -32,7 +32,8 @@ def spec(c: Mapping[str, Any]) -> Spec:
         raise ConfigError("config.json: moe_normalize_expert_weights other than 1 is not supported")
     hidden, heads, width = c["d_model"], c["n_heads"], ffn["ffn_hidden_size"]
     common = {"hidden_size": hidden, "num_attention_heads": heads, "max_position_embeddings": c["max_seq_len"]}
-    turning = rope({**common, "rope_theta": attn.get("rope_theta", 10000.0)})
+    given = {key: c[key] for key in ("rope_parameters", "rope_scaling") if key in c}
+    turning = rope({**common, **given, "rope_theta": attn.get("rope_theta", 10000.0)})
     return Spec(
         vocab=c["vocab_size"],
         hidden=hidden,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvasir.engine.arch import llama, qwen2_moe
-from kvasir.engine.config_json import rope, rope_fields, stretch
+from kvasir.engine.config_json import only, rope, rope_fields, stretch
 from kvasir.engine.spec import Experts, Latent, Layer, Spec
 
 ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV2Model", "DeepseekV2ForSequenceClassification")
@@ -24,6 +24,9 @@ NAMES = qwen2_moe.NAMES | {
 
 def spec(c: Mapping[str, Any]) -> Spec:
     """Experts of the best groups alone are chosen, where topk_method says so."""
+    only(c, "topk_method", "greedy", "group_limited_greedy")
+    only(c, "scoring_func", "softmax")
+    only(c, "norm_topk_prob", False)
     limited = c.get("topk_method") == "group_limited_greedy"
     return build(
         c,

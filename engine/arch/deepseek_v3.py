@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvasir.engine.arch import deepseek_v2
+from kvasir.engine.config_json import only
 from kvasir.engine.spec import Spec
 
 ARCHITECTURES = ("DeepseekV3ForCausalLM", "DeepseekV3Model", "DeepseekV3ForSequenceClassification")
@@ -13,6 +14,8 @@ ARCHITECTURES = ("DeepseekV3ForCausalLM", "DeepseekV3Model", "DeepseekV3ForSeque
 
 def spec(c: Mapping[str, Any]) -> Spec:
     """A group is as good as its best two experts."""
+    only(c, "topk_method", "noaux_tc")
+    only(c, "scoring_func", "sigmoid")
     return deepseek_v2.build(
         c,
         scoring="sigmoid",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvasir.engine.arch import llama
-from kvasir.engine.config_json import activation
+from kvasir.engine.config_json import activation, only
 from kvasir.engine.spec import Spec
 
 ARCHITECTURES = ("GemmaForCausalLM", "GemmaModel", "GemmaForSequenceClassification")
@@ -14,6 +14,8 @@ ARCHITECTURES = ("GemmaForCausalLM", "GemmaModel", "GemmaForSequenceClassificati
 
 def spec(c: Mapping[str, Any], **changes: Any) -> Spec:
     """The first configurations say hidden_act "gelu", but the models were trained with the tanh approximation."""
+    if "causal" not in changes:
+        only(c, "use_bidirectional_attention", False)
     facts: dict[str, Any] = {
         "activation": activation(c, "hidden_activation", default="gelu_pytorch_tanh"),
         "norm_offset": 1.0,

@@ -14,4 +14,4 @@ ARCHITECTURES = ("Gemma3ForConditionalGeneration",)
 
 def spec(c: Mapping[str, Any]) -> Spec:
     """The facts of its text_config."""
-    return gemma3_text.spec(text(c), ignored=(r"vision_tower\.", r"multi_modal_projector\."))
+    return gemma3_text.spec(text(c, "gemma3_text"), ignored=(r"vision_tower\.", r"multi_modal_projector\."))

@@ -25,7 +25,7 @@ DEFAULTS = {
 def spec(c: Mapping[str, Any], **changes: Any) -> Spec:
     """Gemma 2's facts without soft caps. Hub files give the scaling of the full layers alone, and a second theta."""
     c = {**DEFAULTS, **c}
-    if "rope_parameters" not in c:
+    if not c.get("rope_parameters"):
         full = {**(c.get("rope_scaling") or {}), "rope_theta": c["rope_theta"]}
         sliding = {"rope_theta": c["rope_local_base_freq"]}
         c["rope_parameters"] = {"full_attention": full, "sliding_attention": sliding}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kvasir.engine.arch import llama
-from kvasir.engine.config_json import layer_kinds, rope
+from kvasir.engine.config_json import layer_kinds, only, rope
 from kvasir.engine.fused import per_expert
 from kvasir.engine.spec import Experts, Layer, Spec
 
@@ -18,6 +18,7 @@ DEFAULTS = {"rope_theta": 150000.0, "rope_scaling": {**YARN, "original_max_posit
 
 def spec(c: Mapping[str, Any]) -> Spec:
     """The router's softmax is over the chosen experts alone."""
+    only(c, "swiglu_alpha", 1.702)
     c = {**DEFAULTS, **c}
     turning = rope(c)
     names = ["full_attention" if i % 2 else "sliding_attention" for i in range(c["num_hidden_layers"])]

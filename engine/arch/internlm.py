@@ -14,8 +14,9 @@ ARCHITECTURES = ("InternLMForCausalLM",)
 def spec(c: Mapping[str, Any]) -> Spec:
     """`bias` is attention's. Dynamic NTK scaling stands in `rotary`."""
     rotary = c.get("rotary") or {}
-    if rotary.get("type") == "dynamic":
-        c = {**c, "rope_scaling": {"type": "dynamic", "factor": rotary.get("scaling_factor", 1.0)}}
+    scaled = c.get("rope_scaling") or {}
+    if rotary.get("type") == "dynamic" and not {"type", "rope_type"} & scaled.keys():
+        c = {**c, "rope_scaling": {**scaled, "type": "dynamic", "factor": rotary.get("scaling_factor", 1.0)}}
     if rotary.get("base"):
         c = {**c, "rope_theta": rotary["base"]}
     bias = bool(c.get("bias", True))

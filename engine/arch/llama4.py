@@ -14,4 +14,4 @@ ARCHITECTURES = ("Llama4ForConditionalGeneration",)
 
 def spec(c: Mapping[str, Any]) -> Spec:
     """The facts of its text_config."""
-    return llama4_text.spec(text(c), ignored=(r"vision_model\.", r"multi_modal_projector\."))
+    return llama4_text.spec(text(c, "llama4_text"), ignored=(r"vision_model\.", r"multi_modal_projector\."))

@@ -1,4 +1,4 @@
-"""Mistral Small 3.1 and later: a Mistral that also sees; here its text model."""
+"""Mistral Small 3.1 and later, Ministral 3: a Mistral that also sees; here its text model."""
 
 from __future__ import annotations
 
@@ -14,4 +14,4 @@ ARCHITECTURES = ("Mistral3ForConditionalGeneration",)
 
 def spec(c: Mapping[str, Any]) -> Spec:
     """The facts of its text_config."""
-    return mistral.spec(text(c), ignored=(r"vision_tower\.", r"multi_modal_projector\."))
+    return mistral.spec(text(c, "mistral", "ministral3"), ignored=(r"vision_tower\.", r"multi_modal_projector\."))

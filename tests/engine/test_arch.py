@@ -72,6 +72,15 @@ def test_rope_in_both_spellings(spelling: dict[str, Any], rope: Rope) -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config .quant_method 'gptq'"),
         ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 4}, "layer_types .'chunked_attention'"),
         ({"model_type": "qwen2", "layer_types": ["full_attention"] * 3}, "layer_types has 3 entries for 4 layers"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "differ by kind of layer .full_attention"),
+        ({"model_type": "deepseek_v2", "norm_topk_prob": True}, "norm_topk_prob True is not supported; .*be False"),
+        ({"model_type": "deepseek_v2", "scoring_func": "sigmoid"}, "scoring_func 'sigmoid'"),
+        ({"model_type": "deepseek_v2", "topk_method": "noaux_tc"}, "topk_method 'noaux_tc' .*'greedy' or 'group"),
+        ({"model_type": "deepseek_v3", "scoring_func": "softmax"}, "scoring_func 'softmax'"),
+        ({"model_type": "deepseek_v3", "topk_method": "greedy"}, "topk_method 'greedy'"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+        ({"model_type": "gpt_oss", "swiglu_alpha": 1.0}, "swiglu_alpha 1.0"),
+        ({"model_type": "mistral3", "text_config": {"model_type": "mistral4"}}, "text_config.model_type 'mistral4'"),
     ],
 )
 def test_refuses_by_name(changes: dict[str, Any], message: str) -> None:

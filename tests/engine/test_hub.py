@@ -73,10 +73,11 @@ def test_what_was_tried_is_said(bundled: Path, name: str) -> None:
 
 
 def test_the_gguf_file_of_a_folder(tmp_path: Path) -> None:
-    for name in ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf"):
+    names = [f"m-{part:05d}-of-00012.gguf" for part in range(1, 13)]
+    for name in names:
         (tmp_path / name).touch()
-    assert hub.locate(str(tmp_path)) == tmp_path / "m-00001-of-00002.gguf"
-    assert hub.locate(str(tmp_path / "m-00002-of-00002.gguf")) == tmp_path / "m-00002-of-00002.gguf"
+    assert hub.locate(str(tmp_path)) == tmp_path / names[0]
+    assert hub.locate(str(tmp_path / names[1])) == tmp_path / names[1]
 
 
 @pytest.mark.parametrize("offline", [True, False])

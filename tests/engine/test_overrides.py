@@ -18,7 +18,7 @@ from kvasir.engine.errors import ConfigError
 from kvasir.engine.llm import LLM
 from kvasir.engine.model_files import ModelFiles
 from kvasir.engine.request import SamplingParams
-from kvasir.engine.spec import Yarn
+from kvasir.engine.spec import Linear, QueryScale, Yarn
 from kvasir.engine.weights import load_decoder
 
 Make = Callable[..., tuple[Path, Any]]
@@ -70,6 +70,66 @@ def test_several_ropes_can_t_be_scaled_by_one_flag(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"rope_parameters": ropes}))
     with pytest.raises(ConfigError, match="several ropes; use --hf-overrides"):
         _ = ModelFiles(EngineConfig(model=str(tmp_path), rope_theta=1e6)).config
+
+
+def test_gemma_s_sliding_layers_keep_their_rope(tmp_path: Path) -> None:
+    """In files that give the full layers' scaling alone, and the sliding ones' theta apart."""
+    config = {**LLAMA, "model_type": "gemma3_text", "rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window": 8}
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "layer_types": ["sliding_attention", "full_attention"]})
+    )
+
+    def ropes(**options: Any) -> list[Any]:
+        layers = load_spec(ModelFiles(EngineConfig(model=str(tmp_path), **options)).config).layers
+        return [layer.rope and (layer.rope.theta, layer.rope.scaling) for layer in layers]
+
+    assert ropes() == [(1e4, None), (1e6, None)]
+    assert ropes(rope_theta=5e5) == [(1e4, None), (5e5, None)]
+    linear = {"rope_type": "linear", "factor": 8.0}
+    assert ropes(rope_scaling=linear) == [(1e4, None), (1e6, Linear(8.0))]
+
+
+@pytest.mark.parametrize("model_type", ["dbrx", "internlm", "qwen"])
+def test_flags_win_over_ropes_of_another_spelling(model_type: str, tmp_path: Path) -> None:
+    own = {
+        "dbrx": {
+            "d_model": 64,
+            "n_heads": 4,
+            "n_layers": 1,
+            "max_seq_len": 64,
+            "attn_config": {"rope_theta": 1e4},
+            "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 6, "moe_top_k": 3},
+        },
+        "internlm": {"rotary": {"base": 1e4, "type": "dynamic", "scaling_factor": 2.0}},
+        "qwen": {"use_dynamic_ntk": True, "seq_length": 64, "rotary_emb_base": 1e4},
+    }
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **own[model_type], "model_type": model_type}))
+    linear = {"rope_type": "linear", "factor": 8.0}
+    options: dict[str, Any] = {"model": str(tmp_path), "rope_theta": 3e4, "rope_scaling": linear}
+    rope = load_spec(ModelFiles(EngineConfig(**options)).config).layers[0].rope
+    assert rope is not None
+    assert (rope.theta, rope.scaling) == (3e4, Linear(8.0))
+
+
+@pytest.mark.parametrize("option", [{"rope_theta": 1e6}, {"rope_scaling": YARN}])
+def test_a_model_without_rope_refuses_flags_of_it(option: dict[str, Any], tmp_path: Path) -> None:
+    shape = {"vocab_size": 97, "n_embd": 64, "n_head": 4, "n_layer": 1}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **shape}))
+    with pytest.raises(ConfigError, match=r"--rope-.*no rotary positions"):
+        LLM(str(tmp_path), load_format="dummy", skip_tokenizer_init=True, **option)
+
+
+def test_ministral_3_by_params_json(tmp_path: Path) -> None:
+    """Mistral's own layout says it as config.json does."""
+    shape = {"dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "vocab_size": 97, "rope_theta": 1e6}
+    scale = {"original_max_position_embeddings": 32, "beta": 0.1}
+    (tmp_path / "params.json").write_text(json.dumps({**shape, "llama_4_scaling": scale}))
+    (layer, _) = load_spec(ModelFiles(EngineConfig(model=str(tmp_path))).config).layers
+    assert layer.query_scale == QueryScale("floor", 32, 0.1, first=0)
+    yarn = {"factor": 16, "original_max_position_embeddings": 64}
+    (tmp_path / "params.json").write_text(json.dumps({**shape, "llama_4_scaling": scale, "yarn": yarn}))
+    with pytest.raises(ConfigError, match="same original_max_position_embeddings"):
+        _ = ModelFiles(EngineConfig(model=str(tmp_path))).config
 
 
 @pytest.mark.parametrize(
