@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator, Coroutine
@@ -178,7 +179,7 @@ class Background:
             end = Part(number, event("response.failed", number, response=body))
             await self._store.finish(stored.id, body, [end])
             return
-        ask = parse_response(stored.private["ask"])
+        ask = dataclasses.replace(parse_response(stored.private["ask"]), items=stored.private["items"])
         try:
             earlier = await said_before(self._store, ask, stored.principal, 0.0)
             ask = await fitted(self._desk, ask, earlier)

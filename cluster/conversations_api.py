@@ -11,6 +11,7 @@ import orjson
 from starlette.routing import Route
 
 from kvasir.cluster.caller import Lookup
+from kvasir.cluster.named_items import named_items
 from kvasir.cluster.openai_fields import CHAT_HONOURED, Check
 from kvasir.cluster.openai_schema import sort_fields
 from kvasir.cluster.pages import Page
@@ -35,7 +36,8 @@ class Conversations:
 
     async def create(self, lookup: Lookup, body: Json) -> Json:
         fields = _fields(body, _CREATE)
-        items = input_items(fields["items"], "items") if fields.get("items") else []
+        given = input_items(fields["items"], "items") if fields.get("items") else []
+        items = await named_items(self._store, given, lookup.principal)
         now, name = int(time.time()), f"conv_{uuid.uuid4().hex}"
         made = {"id": name, "object": "conversation", "created_at": now, "metadata": fields.get("metadata", {})}
         stored = Stored(id=name, kind=_KIND, principal=lookup.principal, expires=now + self._ttl_s, body=made)
@@ -63,7 +65,7 @@ class Conversations:
         """More items."""
         stored = await self._stored(lookup)
         fields = _fields(body, {"items": _ITEMS})
-        items = input_items(fields.get("items"), "items")
+        items = await named_items(self._store, input_items(fields.get("items"), "items"), lookup.principal)
         await add_items(self._store, stored.id, items, time.time() + self._ttl_s)
         return Page(len(items), None, newest_first=False).json(items)
 

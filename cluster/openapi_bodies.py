@@ -220,7 +220,7 @@ _CHAT_CLOSER: Json = {
 _ITEM: Json = {
     "type": "object",
     "properties": {
-        "type": {"enum": ["message", *sorted(responses_items.READ - {"message"})]},
+        "type": {"enum": ["message", *sorted(responses_items.READ - {"message"}), responses_items.REFERENCE]},
         "role": {"enum": ["user", "assistant", "system", "developer"]},
         "content": {"type": ["string", "array"]},
         **dict.fromkeys(("id", "call_id", "name", "arguments", "encrypted_content"), _TEXT),

@@ -18,7 +18,7 @@ from kvasir.cluster.generation import Generation
 from kvasir.cluster.pages import Page
 from kvasir.cluster.responses_compact import compact
 from kvasir.cluster.responses_fit import fitted
-from kvasir.cluster.responses_history import add_to_conversation, history, said_before
+from kvasir.cluster.responses_history import add_to_conversation, history, resolved, said_before
 from kvasir.cluster.responses_reply import ResponseReply
 from kvasir.cluster.responses_schema import ResponseAsk
 from kvasir.cluster.service_fields import in_session
@@ -71,6 +71,7 @@ class Responses:
     async def begun(self, ask: ResponseAsk, caller: Caller) -> AsyncIterator[Begun]:
         """Begin to answer. Raises a KvasirError when that can't be done, or not now."""
         expires = time.time() + self._ttl_s
+        ask = await resolved(self._store, ask, caller.principal)
         earlier = await said_before(self._store, ask, caller.principal, expires)
         ask = await fitted(self._desk, ask, earlier)
         model = self._desk.model(ask.call.model)
@@ -94,6 +95,7 @@ class Responses:
 
     async def count_input(self, ask: ResponseAsk, principal: str) -> Answer:
         """How many tokens the model would read."""
+        ask = await resolved(self._store, ask, principal)
         ask = await fitted(self._desk, ask, await said_before(self._store, ask, principal, 0.0))
         (conversation,) = ask.call.prompts
         assert isinstance(conversation, Conversation)

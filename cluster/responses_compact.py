@@ -15,7 +15,7 @@ from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.reading import read_whole
 from kvasir.cluster.responses_fit import fitted
-from kvasir.cluster.responses_history import said_before
+from kvasir.cluster.responses_history import resolved, said_before
 from kvasir.cluster.responses_reply import usage_json
 from kvasir.cluster.responses_schema import ResponseAsk
 from kvasir.cluster.service_fields import in_session
@@ -33,6 +33,7 @@ _WISH = (
 
 async def compact(desk: Desk, store: Store, ask: ResponseAsk, caller: Caller) -> Answer:
     """The items that stand for what `ask` follows and holds."""
+    ask = await resolved(store, ask, caller.principal)
     earlier = [*await said_before(store, ask, caller.principal, 0.0), *ask.items]
     limit = desk.info(desk.model(ask.call.model)).max_model_len
     most = min(MAX_SUMMARY, max(1, limit // 4))

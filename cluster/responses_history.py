@@ -1,10 +1,12 @@
-"""What was said before a response: the items of all responses that it follows."""
+"""What was said before a response: the items of all responses that it follows, and those that it names."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from kvasir.cluster.conversations_api import add_items, conversation_items
+from kvasir.cluster.named_items import named_items
 from kvasir.cluster.responses_schema import ResponseAsk
 from kvasir.cluster.store import NotFoundError, Store, Stored
 from kvasir.engine.errors import ClientError
@@ -17,6 +19,11 @@ async def said_before(store: Store, ask: ResponseAsk, principal: str, expires: f
     if ask.conversation is not None:
         return await conversation_items(store, ask.conversation, principal, expires)
     return await history(store, ask.previous, principal, expires)
+
+
+async def resolved(store: Store, ask: ResponseAsk, principal: str) -> ResponseAsk:
+    """`ask` with the items that it names by their ids alone. Raises NotFoundError."""
+    return dataclasses.replace(ask, items=await named_items(store, ask.items, principal))
 
 
 async def add_to_conversation(store: Store, ask: ResponseAsk, response: Json, expires: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from kvasir.cluster.carried import carried
@@ -12,6 +12,8 @@ from kvasir.engine.errors import ClientError, UnsupportedError
 Json = dict[str, Any]
 Item = Mapping[str, Any]
 
+REFERENCE = "item_reference"
+"""Type of an item that stands for a stored one."""
 _ROLES = ("user", "assistant", "system", "developer")
 _TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 """Type of a content part -> the field that holds its text."""
@@ -24,15 +26,18 @@ def input_items(given: Any, param: str = "input") -> list[Json]:
     if not isinstance(given, list) or not given or not all(isinstance(item, dict) for item in given):
         raise ClientError(f"{param} must be a text or a list of items, not empty; got {given!r:.60}", param=param)
     items = [_item(item, f"{param}[{number}]") for number, item in enumerate(given)]
-    messages(items, None)
+    messages(items, None, unread=(REFERENCE,))
     return items
 
 
-def messages(items: Sequence[Item], instructions: str | None) -> list[Json]:
-    """The conversation: instructions first; what one turn of the model brought is one message."""
+def messages(items: Sequence[Item], instructions: str | None, *, unread: Collection[str] = ()) -> list[Json]:
+    """The conversation: instructions first; what one turn of the model brought is one message. `unread`: types that are
+    left out."""
     out: list[Json] = [{"role": "system", "content": instructions}] if instructions else []
     for number, item in enumerate(items):
         kind, at = item["type"], f"input[{number}]"
+        if kind in unread:
+            continue
         if kind not in _READERS:
             known = ", ".join(_READERS)
             raise UnsupportedError(f"{at}: items of type {kind!r:.60} aren't read here; known: {known}", param="input")
@@ -42,13 +47,12 @@ def messages(items: Sequence[Item], instructions: str | None) -> list[Json]:
 
 def _item(given: Json, at: str) -> Json:
     """With type and id, and the content of a message as parts."""
-    kind = given.get("type", "message" if "role" in given else None)
-    if not isinstance(kind, str):
-        raise ClientError(f"{at}.type must be a string, got {kind!r:.60}", param="input")
-    item = {"type": kind, **{name: value for name, value in given.items() if value is not None}}
+    said = {name: value for name, value in given.items() if value is not None}
+    item = {"type": "message" if "role" in said else REFERENCE if [*said] == ["id"] else None, **said}
+    kind = _string(item, "type", at)
     for name in ("id", "status", "phase"):
-        if not isinstance(item.get(name, ""), str):
-            raise ClientError(f"{at}.{name} must be a string, got {item[name]!r:.60}", param="input")
+        if name in item or (name == "id" and kind == REFERENCE):
+            _string(item, name, at)
     item.setdefault("id", f"{_PREFIXES.get(kind, 'item')}_{uuid.uuid4().hex}")
     if kind == "message":
         part = {"type": "output_text" if item.get("role") == "assistant" else "input_text"}

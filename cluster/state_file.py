@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
 
+from kvasir.cluster import stored_items
 from kvasir.engine.errors import ConfigError
 
 VERSION = 1
@@ -51,7 +52,8 @@ def _prepared(path: str) -> sqlite3.Connection:
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version not in (0, VERSION):
             raise sqlite3.DatabaseError(f"it has version {version} of the state, this program writes {VERSION}")
-        db.executescript(f"{_SCHEMA}PRAGMA user_version = {VERSION};")
+        fill = "" if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'item'").fetchone() else stored_items.FILL
+        db.executescript(f"{_SCHEMA}BEGIN IMMEDIATE;{stored_items.SCHEMA}{fill}COMMIT;PRAGMA user_version = {VERSION};")
     except BaseException:
         db.close()
         raise

@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 import orjson
 
 from kvasir.cluster.state_file import MEMORY, default_path, opened
+from kvasir.cluster.stored_items import items_of
 from kvasir.engine.errors import ClientError, ConfigError, ServerError
 
 log = logging.getLogger(__name__)
@@ -179,6 +180,10 @@ class Store:
     async def room(self, size: int) -> None:
         """Raises FullError unless `size` more bytes of files may be kept."""
         await self._run(self._room, size)
+
+    async def items(self, ids: Sequence[str], principal: str) -> dict[str, Json]:
+        """Items of stored responses and conversations, by id: those that there are."""
+        return await self._run(items_of, self._db, ids, principal)
 
     async def keep(self, object_ids: Sequence[str], until: float) -> None:
         """They expire no earlier than `until`."""

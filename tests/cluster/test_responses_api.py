@@ -108,7 +108,7 @@ def test_what_says_nothing_of_reasoning_is_no_constraint(gateway):
         ({"input": []}, "input"),
         ({"input": None}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
-        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input"),
+        ({"input": [{"type": "item_reference"}]}, "input"),
         ({"input": [{"role": "robot", "content": "x"}]}, "input"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"tools": [{"type": "function", "name": ""}]}, "tools"),
