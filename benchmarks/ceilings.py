@@ -1,4 +1,4 @@
-"""What the machine gives, measured beside everything else: bytes and operations per second."""
+"""What the machine gives, measured beside everything else: bytes and operations per second; and how long a call takes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,26 @@ def ceilings(clock: Clock = time.perf_counter) -> tuple[float, float]:
     many = huge_pages.empty(1 << 26, dtype=torch.float32).fill_(1)
     read = median(many.sum, clock)
     return many.nbytes / read, max(rate(torch.bfloat16, clock), rate(torch.float32, clock))
+
+
+def gpu_ceilings() -> tuple[float, float]:
+    """By a copy, and by a large product in bfloat16."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    runs: tuple[Callable[[], object], ...] = (lambda: target.copy_(source), lambda: F.linear(a, b))
+    copied, multiplied = (statistics.median(timed_on_gpu(run) for _ in range(11)) for run in runs)
+    return 2 * source.nbytes / copied, 2.0 * len(a) ** 3 / multiplied
+
+
+def timed_on_gpu(run: Callable[[], object]) -> float:
+    """By the GPU's own clock."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def rate(dtype: torch.dtype, clock: Clock) -> float:

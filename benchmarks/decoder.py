@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -26,6 +28,8 @@ from kvasir.kernels.ragged import Ragged
 CPU = torch.device("cpu")
 ROPE = Rope(10000.0, dim=64)
 BLOCK = 16
+STEPS = f"{'ms, p50':>8} {'p99':>8} | {'ours':>8} {'p99':>8}"
+"""Heads of the columns that `Speed.late` fills: the plain loop's steps, and ours."""
 SHAPES = {
     "1B": {"hidden": 2048, "ffn": 8192, "heads": 32, "kv_heads": 8, "depth": 16},
     "125M": {"hidden": 576, "ffn": 1536, "heads": 9, "kv_heads": 3, "depth": 30},
@@ -136,10 +140,23 @@ class Paged:
 
 @dataclass
 class Speed:
-    """Tokens per second."""
+    """Tokens per second, and how long each decoding step took in seconds."""
 
     prefill: float
     decode: float
+    steps: Sequence[float]
+
+    def late(self) -> str:
+        """Median and 99th percentile of a step in ms."""
+        times = sorted(self.steps)
+        return f"{statistics.median(times) * 1e3:8.1f} {times[int(0.99 * (len(times) - 1))] * 1e3:8.1f}"
+
+
+def fastest(runs: Sequence[tuple[Speed, list[int]]]) -> tuple[Speed, list[int]]:
+    """The fastest of several runs, the steps of all, and the ids of the first."""
+    speeds = [speed for speed, _ in runs]
+    steps = [seconds for speed in speeds for seconds in speed.steps]
+    return Speed(max(s.prefill for s in speeds), max(s.decode for s in speeds), steps), runs[0][1]
 
 
 def measure(run: Callable[[Tensor, int], Tensor], batch: int, prompt: int, outputs: int) -> tuple[Speed, list[int]]:
@@ -148,19 +165,19 @@ def measure(run: Callable[[Tensor, int], Tensor], batch: int, prompt: int, outpu
     begin = time.perf_counter()
     token = run(tokens, 0).argmax(-1, keepdim=True)
     middle = time.perf_counter()
-    ids = [int(token[0])]
+    ids, ends = [int(token[0])], [middle]
     for i in range(outputs):
         token = run(token, prompt + i).argmax(-1, keepdim=True)
         ids.append(int(token[0]))
-    end = time.perf_counter()
-    return Speed(batch * prompt / (middle - begin), batch * outputs / (end - middle)), ids
+        ends.append(time.perf_counter())
+    steps = [end - start for start, end in pairwise(ends)]
+    return Speed(batch * prompt / (middle - begin), batch * outputs / sum(steps), steps), ids
 
 
 def best(run: Callable[[Tensor, int], Tensor], batch: int, args: argparse.Namespace) -> tuple[Speed, list[int]]:
     """The faster of --repeat runs (after one on short prompts, to warm up)."""
     measure(run, batch, 16, 1)
-    runs = [measure(run, batch, args.prompt, args.outputs) for _ in range(args.repeat)]
-    return Speed(max(s.prefill for s, _ in runs), max(s.decode for s, _ in runs)), runs[0][1]
+    return fastest([measure(run, batch, args.prompt, args.outputs) for _ in range(args.repeat)])
 
 
 def compare(model: str, args: argparse.Namespace) -> None:
@@ -176,7 +193,7 @@ def compare(model: str, args: argparse.Namespace) -> None:
         same = next((i for i, (x, y) in enumerate(zip(ids_a, ids_b, strict=True)) if x != y), len(ids_a))
         print(
             f"{model:>5} {batch:>5} | {a.prefill:9.1f} {b.prefill:9.1f} {b.prefill / a.prefill:6.2f}"
-            f" | {a.decode:9.1f} {b.decode:9.1f} {b.decode / a.decode:6.2f} | {same}/{len(ids_a)}",
+            f" | {a.decode:9.1f} {b.decode:9.1f} {b.decode / a.decode:6.2f} | {a.late()} | {b.late()} | {same}/{len(ids_a)}",
             flush=True,
         )
 
@@ -188,7 +205,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128, help="tokens in each prompt")
     parser.add_argument("--outputs", type=int, default=32, help="tokens decoded for each")
     parser.add_argument("--budget", type=int, default=256, help="rows in a step of our prefill")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeat", type=int, default=1, help="runs, of which the fastest counts")
     args = parser.parse_args()
@@ -197,7 +214,9 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, {args.dtype}, {args.threads} threads; tokens/s; ids: greedy ones until they differ"
     )
-    print(f"model batch | {'prefill':>9} {'ours':>9} {'ratio':>6} | {'decode':>9} {'ours':>9} {'ratio':>6} | ids")
+    print(
+        f"model batch | {'prefill':>9} {'ours':>9} {'ratio':>6} | {'decode':>9} {'ours':>9} {'ratio':>6} | {STEPS} | ids"
+    )
     for model in args.model:
         compare(model, args)
 

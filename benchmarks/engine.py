@@ -7,7 +7,8 @@
     .venv/bin/python benchmarks/engine.py --startup                        seconds until LLM("skald") can be used
 
 Prefill: prompt tokens over the time until every sequence has its first token. Decode: the tokens after that moment over
-the time until all have ended. Ratios above 1 mean that the engine is faster than the loop.
+the time until all have ended. Ratios above 1 mean that the engine is faster than the loop. A step's time is that between two
+deliveries of tokens while all decode: median and 99th percentile.
 """
 
 from __future__ import annotations
@@ -22,11 +23,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from decoder import CPU, SHAPES, Plain, Speed, measure, spec_of  # the plain loop, a script beside this one
+from decoder import (
+    CPU,
+    SHAPES,
+    STEPS,
+    Plain,
+    Speed,
+    fastest,
+    measure,
+    spec_of,
+)  # the plain loop, a script beside this one
 from refusals import refuse, refuse_others
 
 from kvasir.engine.blocks import BlockPool
@@ -82,7 +93,9 @@ class Bench:
             first.setdefault(name, at)
         middle, end = max(first.values()), arrived[-1][0]
         after = sum(at > middle for at, _, _ in arrived)
-        speed = Speed(sum(map(len, prompts)) / (middle - begin), after / (end - middle))
+        deliveries = sorted({at for at, _, _ in arrived if at >= middle})
+        steps = [end - start for start, end in pairwise(deliveries)]
+        speed = Speed(sum(map(len, prompts)) / (middle - begin), after / (end - middle), steps)
         return speed, [token for _, name, token in arrived if name.endswith("/0")]
 
 
@@ -102,9 +115,8 @@ def prompts_of(batch: int, length: int, vocab: int = 32000) -> list[list[int]]:
 
 
 def best(run: Callable[[], tuple[Speed, list[int]]], repeat: int) -> tuple[Speed, list[int]]:
-    """The fastest of several runs."""
-    runs = [run() for _ in range(repeat)]
-    return Speed(max(s.prefill for s, _ in runs), max(s.decode for s, _ in runs)), runs[0][1]
+    """Of several runs."""
+    return fastest([run() for _ in range(repeat)])
 
 
 def compare(model: str, args: argparse.Namespace) -> None:
@@ -125,7 +137,7 @@ def compare(model: str, args: argparse.Namespace) -> None:
         same = next((i for i, (x, y) in enumerate(zip(ids_a, ids_b, strict=True)) if x != y), len(ids_a))
         print(
             f"{model:>6} {batch:>5} | {a.prefill:9.1f} {b.prefill:9.1f} {b.prefill / a.prefill:6.2f}"
-            f" | {a.decode:9.1f} {b.decode:9.1f} {b.decode / a.decode:6.2f} | {same}/{len(ids_a)}",
+            f" | {a.decode:9.1f} {b.decode:9.1f} {b.decode / a.decode:6.2f} | {a.late()} | {b.late()} | {same}/{len(ids_a)}",
             flush=True,
         )
     bench.engine.shutdown()
@@ -137,7 +149,8 @@ def speeds(args: argparse.Namespace) -> None:
     if args.model is None:
         print(f"{args.dtype}: plain loop, engine, engine / loop; how many greedy ids are equal")
         print(
-            f" model batch | {'prefill':>9} {'engine':>9} {'ratio':>6} | {'decode':>9} {'engine':>9} {'ratio':>6} | ids"
+            f" model batch | {'prefill':>9} {'engine':>9} {'ratio':>6} | {'decode':>9} {'engine':>9} {'ratio':>6}"
+            f" | {STEPS} | ids"
         )
         for model in args.random:
             compare(model, args)
@@ -147,10 +160,12 @@ def speeds(args: argparse.Namespace) -> None:
     bench = Bench(EngineConfig(model=args.model, **facts))
     vocab = bench.engine.info.vocab_size
     bench.run(prompts_of(1, 16, vocab), 1)
-    print(f"batch | {'prefill':>9} | {'decode':>9}   ({args.model}, {bench.engine.info.dtype})")
+    print(
+        f"batch | {'prefill':>9} | {'decode':>9} | {'ms, p50':>8} {'p99':>8}   ({args.model}, {bench.engine.info.dtype})"
+    )
     for batch in args.batch:
         speed, _ = best(lambda: bench.run(prompts_of(batch, args.prompt, vocab), args.outputs), args.repeat)  # noqa: B023
-        print(f"{batch:5} | {speed.prefill:9.1f} | {speed.decode:9.1f}", flush=True)
+        print(f"{batch:5} | {speed.prefill:9.1f} | {speed.decode:9.1f} | {speed.late()}", flush=True)
     bench.engine.shutdown()
 
 
@@ -292,7 +307,9 @@ def main() -> None:
     parser.add_argument("--answers", type=int, nargs="+", default=[128, 256, 512], help="output lengths of --kv-waste")
     parser.add_argument("--budget", type=int, default=256, help="tokens in a step (--max-num-batched-tokens)")
     parser.add_argument(
-        "--dtype", choices=["bfloat16", "float32"], help="of the weights; by default bfloat16, or the model's own"
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        help="of the weights; by default bfloat16, or the model's own",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of both sides")
     parser.add_argument("--repeat", type=int, default=1, help="runs, of which the fastest counts (costs: the median)")

