@@ -32,6 +32,8 @@ from kvasir.engine.tiers import Tiers
 from kvasir.engine.warm_up import warm_up
 
 LOCALHOST = "127.0.0.1"
+ABORT_S = 1.0
+"""So long it is waited for what a group that is given up has on its device: a kernel that waits for another rank may never end."""
 
 
 class Executor(Protocol):
@@ -90,12 +92,12 @@ class Lane:
         """Any thread, in the order of the steps."""
         self._done.put(result)
 
-    def close(self) -> None:
+    def close(self, limit_s: float | None = None) -> None:
         """Wait for the step that is being executed; those behind it never are, and who waits for one is told."""
         self._closing = True
         self._steps.put(None)
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(limit_s)
         self._done.put(UnavailableError("the engine was shut down"))
 
     def _work(self) -> None:
@@ -186,11 +188,13 @@ class GroupExecutor:
         """Steps that were begun and whose results this rank hasn't learnt."""
         self._landing: set[int] = set()
         """Steps behind which each rank says what of a peer's blocks didn't come in time."""
+        self._launching: float | None = None
+        """Since when this rank launches a step."""
         self._handed_on = self._answered = 0
         self._moved = time.monotonic()
         """When the last step was handed on, or answered: the next stage's exchanges with this rank don't wait for it."""
+        hub.overdue = self._overdue
         if not self._samples:
-            hub.overdue = self._overdue
             sampling = (config.pipeline_parallel_size - 1) * config.tensor_parallel_size
             remote = self.grammars = RemoteGrammars(self.grammars.words, lambda frame: hub.grammar(sampling, frame))
             hub.on_grammar, hub.on_result = remote.told, self._receive
@@ -209,39 +213,42 @@ class GroupExecutor:
         self._lane.launch(step)
 
     def collect(self) -> Result:
-        result = self._lane.collect()
+        try:
+            result = self._lane.collect()
+        except RuntimeError as error:
+            raise self._hub.verdict(_symptom(error, self._config)) from error
         if result.step in self._landing:
             self._landing.discard(result.step)
             result = replace(result, spoiled=sorted(self._hub.spoiled()))
         return result
 
     def close(self) -> None:
-        self._lane.close()
+        self._lane.close(None if self._hub.failure is None else ABORT_S)
         self._hub.close()
         if (rank := getattr(self, "rank", None)) is not None and rank.exchange is not None:
             rank.exchange.close()
         if self._tiers is not None:
             self._tiers.close()  # meanwhile the others write what they have left
         self._kill()
-        self._mesh.close()
+        _apart(self._mesh.close)
 
     def _execute(self, step: Step) -> Outcome | None:
-        """What the lane does. The others hear what was sampled before they get a step that follows it."""
+        """What the lane does. Others whose devices don't get what was sampled hear it before they get a step that follows it."""
         news: list[Result] = []
-        while self._unknown == self.depth or not self._arrived.empty():
+        while not self.rank.promises and (self._unknown == self.depth or not self._arrived.empty()):
             news.append(self._learn(self._arrived.get()))
         self._hub.step(encode_step(step, news))
         self._unknown += 1
-        try:
-            outcome = self.rank.launch(step)
-        except RuntimeError as error:
-            raise self._hub.verdict(_symptom(error, self._config)) from error
+        self._launching = time.monotonic()
+        outcome = self.rank.launch(step)
+        self._launching = None
         if _lands(step):
             self._hub.spoil(outcome.spoiled)
         if not self._samples:
             self._moved, self._handed_on = time.monotonic(), self._handed_on + 1
             return None
-        self._arrived.put(outcome)
+        if not self.rank.promises:
+            self._arrived.put(outcome)
         return outcome
 
     def _learn(self, found: Outcome | Result | BaseException) -> Result:
@@ -263,17 +270,21 @@ class GroupExecutor:
         self._lane.put(result)
 
     def _overdue(self) -> str | None:
-        """A step that this rank is done with has no result: a later stage hangs."""
-        late = time.monotonic() - self._moved > self._config.collective_timeout
-        return _hangs(self._config) if late and self._handed_on > self._answered else None
+        """A step that this rank is done with has no result: a later stage hangs. Or it is never done with one: a launch waits
+        for nothing but the device, whose kernels wait for another rank's."""
+        since = self._moved if self._handed_on > self._answered else None
+        if self.rank.lags and (launching := self._launching) is not None:
+            since = launching
+        late = since is not None and time.monotonic() - since > self._config.collective_timeout
+        return _hangs(self._config) if late else None
 
     def _free(self) -> None:
         """The group failed: whoever waits for the rank that is gone, this process included, gets an error."""
-        self._kill()
-        self._mesh.abort()
-        if not self._mesh.place.samples and self._hub.failure is not None:
+        if self._hub.failure is not None:
             self._arrived.put(self._hub.failure)
             self._lane.put(self._hub.failure)
+        self._kill()
+        _apart(self._mesh.abort)
 
 
 def executor_of(config: EngineConfig) -> Executor:
@@ -353,6 +364,13 @@ def _meet(config: EngineConfig, hub: Hub, own_gpus: bool) -> Mesh:
         hub.welcome(place.rank, {"place": said, "store": [hub.host, port]})
     device, one_shot = resolve_device(config, found[0].device_index), not config.disable_custom_all_reduce
     return join(found[0], store, device, hub.host, timeout, hub.token, one_shot=one_shot)
+
+
+def _apart(work: Callable[[], None]) -> None:
+    """In a thread that nobody waits for longer than ABORT_S."""
+    thread = threading.Thread(target=work, name="kvasir-abort", daemon=True)
+    thread.start()
+    thread.join(ABORT_S)
 
 
 def _lands(step: Step) -> bool:

@@ -27,6 +27,7 @@ from kvasir.engine.errors import ConfigError
 from kvasir.engine.hand_over import HandOver, hand_over
 from kvasir.engine.links import Links
 from kvasir.engine.node_links import NodeLinks
+from kvasir.engine.outcome import Copy, Patience
 from kvasir.engine.symmetric import shared_sum
 from kvasir.kernels.node_sums import Meeting
 
@@ -114,8 +115,11 @@ class Mesh:
         inward: HandOver | None = None,
         onward: HandOver | None = None,
         store: Any = None,
+        patience: Patience | None = None,
     ) -> None:
         self.place, self.links, self.device, self.one_shot = place, links, device, one_shot
+        self.patience = patience
+        """With this rank's device, whose kernels wait for other ranks'; None: there are none."""
         self.inward, self.onward = inward, onward
         """From the stage before and to the next one, on this node."""
         self.world, self.tensor = world, tensor
@@ -206,6 +210,13 @@ class Mesh:
             work.wait()
         return parts
 
+    def tell(self, x: Tensor) -> Tensor:
+        """x of the stage's first rank, on every rank in the place of what it has."""
+        if self.tensor is not None:
+            self.traffic.note(x, self.place.tp_rank == 0)
+            self.tensor.broadcast(x, 0).wait()
+        return x
+
     def send(self, x: Tensor) -> None:
         """x[T, M] to this rank's like in the next stage, which takes it while this one goes on."""
         x = x.contiguous()
@@ -234,7 +245,7 @@ class Mesh:
             options.reduceOp = c10d.ReduceOp.MIN
             found = found.to(self.device)
             self.world.allreduce([found], options).wait()
-        return [int(value) for value in found]
+        return Copy(found, self.patience).values
 
     def tally(self, name: str, more: int = 0) -> int:
         """What ranks have added to this number, `more` by this one now. Nobody has to take part."""
@@ -246,7 +257,10 @@ class Mesh:
         self._store.delete_key(name)
 
     def abort(self) -> None:
-        """Any thread: whatever waits for another rank gets an error."""
+        """Any thread: whatever waits for another rank gets an error, but for kernels that look at nothing but its memory. What
+        waits for those does."""
+        if self.patience is not None:
+            self.patience.end()
         for group in (self.inward, self.onward, self.links, self.tensor, self.world):
             if group is not None:
                 group.abort()
@@ -288,7 +302,9 @@ def join(
     cpu, ends = device.type == "cpu", partial(neighbour, store, place, host, timeout_s)
     inward = ends(gives=False) if cpu and not place.first else None
     onward = ends(gives=True) if cpu and not place.last else None
-    return Mesh(place, world, tensor, links, device, direct if one_shot else None, inward, onward, store)
+    return Mesh(
+        place, world, tensor, links, device, direct if one_shot else None, inward, onward, store, Patience(timeout_s)
+    )
 
 
 def neighbour(store: Any, place: Place, host: str, timeout_s: float, *, gives: bool) -> HandOver | None:
@@ -316,7 +332,7 @@ def process_group(store: Any, rank: int, size: int, device: torch.device, host: 
     timeout = timedelta(seconds=timeout_s)
     if device.type == "cuda":
         nccl = c10d.ProcessGroupNCCL.Options()
-        nccl._timeout = timeout
+        nccl._timeout = 2 * timeout  # then torch ends this process: by that time who waits has been told (`Patience`)
         return c10d.ProcessGroupNCCL(store, rank, size, nccl)
     gloo = c10d.ProcessGroupGloo._Options()
     gloo._timeout = timeout

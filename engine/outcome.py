@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -17,11 +19,35 @@ from kvasir.engine.step import Candidate, Result
 Scores = Sequence["TokenLogprob | None"]
 
 
+NAP_S = 50e-6
+"""How often it is looked whether a device is done: a thread that spins takes Python's lock from the one that launches."""
+
+
+class Patience:
+    """Waits for a device whose kernels may wait for another rank: for `limit_s`, and no longer once the group is given up."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s, self._over = limit_s, threading.Event()
+
+    def end(self) -> None:
+        """Any thread: whoever waits gets an error."""
+        self._over.set()
+
+    def wait(self, arrived: torch.cuda.Event) -> None:
+        """RuntimeError when that is in vain."""
+        begin = time.monotonic()
+        while not arrived.query():  # type: ignore[no-untyped-call]
+            if self._over.wait(NAP_S):
+                raise RuntimeError("another rank is gone, or gave up: the device isn't waited for any longer")
+            if time.monotonic() - begin > self._limit_s:
+                raise RuntimeError(f"timed out: the device isn't done after {self._limit_s:g} s (--collective-timeout)")
+
+
 class Copy:
     """A tensor on its way to the host: whoever reads `values` waits for it, the device for nobody."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._host, self._arrived = tensor, None
+    def __init__(self, tensor: Tensor, patience: Patience | None = None) -> None:
+        self._host, self._arrived, self._patience = tensor, None, patience
         if tensor.is_cuda:
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)
@@ -31,7 +57,9 @@ class Copy:
     @cached_property
     def values(self) -> list[Any]:
         """As nested lists."""
-        if self._arrived is not None:
+        if self._arrived is not None and self._patience is not None:
+            self._patience.wait(self._arrived)
+        elif self._arrived is not None:
             self._arrived.synchronize()
         found: list[Any] = self._host.tolist()
         return found

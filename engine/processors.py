@@ -83,10 +83,10 @@ class Processing:
                 failed[row] = f"a logits processor failed: {type(error).__name__}: {error}"
         return logits, failed
 
-    def remember(self, seats: Ints, token_ids: Tensor) -> None:
+    def remember(self, seats: Ints, token_ids: Callable[[], Sequence[int]]) -> None:
         """The tokens that were sampled."""
         if self._seats and not self._seats.keys().isdisjoint(taken := seats.tolist()):
-            for seat, token in zip(taken, token_ids.tolist(), strict=True):
+            for seat, token in zip(taken, token_ids(), strict=True):
                 if seat in self._seats:
                     self._seats[seat][1].append(token)
 

@@ -63,19 +63,28 @@ class Rank:
         self.place = decoder.mesh.place
         self.max_logits = max(max_num_seqs, LEAST_LOGITS)
         self.batch = Batch(max_num_seqs, max_model_len, cache.block_size, decoder.device, len(cache.layout.groups))
-        self.sampler = Sampler(max_num_seqs, decoder.spec.vocab, decoder.device) if self.place.samples else None
+        self.mesh = decoder.mesh
+        vocab, patience = decoder.spec.vocab, self.mesh.patience
+        self.sampler = Sampler(max_num_seqs, vocab, decoder.device, patience) if self.place.samples else None
         self.lags = decoder.device.type != "cpu"
         """What is sampled lies on the device until the next step begins; on a CPU the host has it at once."""
         self._awaited: dict[int, Ints] = {}
         """step -> seats whose next token it samples; GONE: another sequence has taken it since"""
         self._unread: deque[Outcome] = deque()
-        """Of one rank alone: the last steps, whose tokens the host hasn't read."""
+        """Where this rank `promises`: the last steps, whose tokens the host hasn't read."""
         self._top_prompt: dict[int, int] = {}
         """seat -> how many likeliest tokens its prompt logprobs list"""
 
+    @property
+    def promises(self) -> bool:
+        """Every rank's device has what is sampled: a step may follow it before any host knows it. Not over several stages, of
+        which the first is far ahead of the last."""
+        return self.lags and self.place.pp == 1
+
     @torch.inference_mode()
     def launch(self, step: Step) -> Outcome:
-        """Apply the step's differences, compute its rows, sample. Ranks that don't sample have an empty result.
+        """Apply the step's differences, compute its rows, sample. What is sampled is all that ranks that don't sample know of a
+        result, if they know that.
 
         The host waits for no device here: the tokens of the step before lie there alone until the next one begins. Only
         rules that look at tokens on the host (windows, barred texts, grammars, processors) wait for theirs, and vectors
@@ -122,27 +131,33 @@ class Rank:
                 continue
             sampling.append(rows.seats)
             logits = self._forward(rows)
-            if logits is None or not self.place.samples:
-                continue
-            for part, where, ids in rows.scored:
-                outcome.prompt_scores.append((part.seat, self._score(logits[where], part.seat, ids)))
-            assert self.sampler is not None
-            for part, where, ids in rows.replayed:
-                first = max(part.start + 1, int(self.batch.prompt_lengths[part.seat]))
-                self.sampler.replay(part.seat, logits[where], ids, first)
-            if len(rows.sampled):
-                outcome.parts.append(self._sample(self.sampler, logits, rows))
+            if logits is not None and self.sampler is not None:
+                self._look_back(self.sampler, logits, rows, outcome)
+                if len(rows.sampled):
+                    outcome.parts.append(self._sample(self.sampler, logits, rows))
+            elif self.promises and len(rows.sampled):
+                tokens = torch.empty(len(rows.sampled), dtype=torch.int64, device=self.batch.device)
+                self._promise(rows, tokens)
+                outcome.parts.append(Part(Copy(tokens, self.mesh.patience), list))
         if (self.lags or self.place.size > 1) and any(map(len, sampling)):
             self._awaited[step.id] = np.concatenate(sampling)
-            if self.place.size == 1:
+            if self.promises:
                 self._unread.append(outcome)
+
+    def _look_back(self, sampler: Sampler, logits: Tensor, rows: Rows, outcome: Outcome) -> None:
+        """At tokens that are known: those whose scores are wanted, and those that the sampler sees again."""
+        for part, where, ids in rows.scored:
+            outcome.prompt_scores.append((part.seat, self._score(logits[where], part.seat, ids)))
+        for part, where, ids in rows.replayed:
+            first = max(part.start + 1, int(self.batch.prompt_lengths[part.seat]))
+            sampler.replay(part.seat, logits[where], ids, first)
 
     def run(self, step: Step) -> Result:
         """`launch`, and wait for the result."""
         return self.launch(step).result()
 
     def learn(self, step: int, token_ids: Sequence[int]) -> None:
-        """Append the tokens that a step sampled to their sequences: told to each of several ranks."""
+        """Append the tokens that a step sampled to their sequences: told to ranks that don't `promise`."""
         seats = self._awaited.pop(step, None)
         if seats is not None:
             self.batch.append(seats, token_ids)
@@ -192,18 +207,23 @@ class Rank:
         if len(rows.sampled) < len(logits):
             logits = logits[send(rows.sampled, logits.device)]
         tokens = sampler.sample(logits, rows.seats, rows.positions)
-        sampled = Copy(tokens)
-        if self.place.size == 1 and self.lags:
-            self.batch.promise(rows.seats, tokens)
+        sampled = Copy(tokens, self.mesh.patience)
+        if self.promises:
+            self._promise(rows, tokens)
         elif self.place.size == 1:
             self.batch.append(rows.seats, sampled.values)
         ended = sampler.constraints.advance(rows.seats, lambda: sampled.values)
-        sampler.remember(rows.seats, tokens)
+        sampler.remember(rows.seats, tokens, lambda: sampled.values)
         scores = sampler.score_sampled(logits, rows.seats, tokens)
         return Part(sampled, scores, ended, sampler.stuck, sampler.offers)
 
+    def _promise(self, rows: Rows, tokens: Tensor) -> None:
+        """What was sampled, or is about to come here, follows its sequences."""
+        self.batch.promise(rows.seats, self.mesh.tell(tokens))
+
     def _score(self, logits: Tensor, seat: int, predicted: Ints) -> Callable[[], list[TokenLogprob]]:
-        return scoring(logits, send(predicted, logits.device), [self._top_prompt[seat]] * len(predicted))
+        top = [self._top_prompt[seat]] * len(predicted)
+        return scoring(logits, send(predicted, logits.device), top, self.mesh.patience)
 
 
 def portions(slices: Sequence[Slice], limit: int) -> Iterator[Sequence[Slice]]:

@@ -14,7 +14,7 @@ from kvasir.engine.batch import Ints, send
 from kvasir.engine.constraint import Constraint
 from kvasir.engine.event import TokenLogprob
 from kvasir.engine.masks import Constraints
-from kvasir.engine.outcome import Copy
+from kvasir.engine.outcome import Copy, Patience
 from kvasir.engine.processors import Process, Processing
 from kvasir.engine.shaping import Shaping
 from kvasir.engine.step import Candidate, NewSequence
@@ -42,10 +42,11 @@ HUGE = 1e8
 
 
 class Sampler:
-    """Parameters lie in one array per kind, indexed by seat, so that a step gathers them without a loop."""
+    """Parameters lie in one array per kind, indexed by seat, so that a step gathers them without a loop. patience: with the
+    device, of a rank of several."""
 
-    def __init__(self, max_num_seqs: int, vocab: int, device: torch.device) -> None:
-        self.max_num_seqs, self.vocab, self.device = max_num_seqs, vocab, device
+    def __init__(self, max_num_seqs: int, vocab: int, device: torch.device, patience: Patience | None = None) -> None:
+        self.max_num_seqs, self.vocab, self.device, self._patience = max_num_seqs, vocab, device, patience
         self.values = {name: np.full(max_num_seqs, value, np.float64) for name, value in NEUTRAL.items()}
         self.seeds = np.zeros(max_num_seqs, np.uint64)
         self.logprobs = np.full(max_num_seqs, -1, np.int64)
@@ -140,13 +141,13 @@ class Sampler:
             adjusted, _ = self._ruled(logits[row : row + 1], seats, position)
             chosen = self._tensor(np.array([token]))
             self.shaping.replay(adjusted, seats, chosen, *self._plain_filters(seats))
-            self.remember(seats, chosen)
+            self.remember(seats, chosen, lambda token=token: [token])  # type: ignore[misc]
             self.constraints.advance(seats, lambda token=token: [token])  # type: ignore[misc]
 
-    def remember(self, seats: Ints, token_ids: Tensor) -> None:
-        """Count new tokens of the seats whose rules look back."""
-        self.trails.remember(seats, token_ids)
-        self.processing.remember(seats, token_ids)
+    def remember(self, seats: Ints, token_ids: Tensor, on_host: Callable[[], Sequence[int]]) -> None:
+        """Count new tokens of the seats whose rules look back. on_host: the same tokens, which may have to be waited for."""
+        self.trails.remember(seats, on_host)
+        self.processing.remember(seats, on_host)
         rows = self._rows(seats, self.counted)
         if rows and self.counts is not None:
             self.counts[self._tensor(seats[rows]), token_ids[self._tensor(np.array(rows))]] += 1
@@ -158,10 +159,10 @@ class Sampler:
         if not len(rows):
             return list
         if len(rows) == len(seats):
-            found = scoring(logits, token_ids, top.tolist())
+            found = scoring(logits, token_ids, top.tolist(), self._patience)
         else:
             index = self._tensor(rows)
-            found = scoring(logits[index], token_ids[index], top[rows].tolist())
+            found = scoring(logits[index], token_ids[index], top[rows].tolist(), self._patience)
 
         def scores() -> list[TokenLogprob | None]:
             asked = dict(zip(rows.tolist(), found(), strict=True))
@@ -179,14 +180,14 @@ class Sampler:
             cold = cold.copy()
             cold[self._rows(seats, self.beams) + list(barred)] = False
         logits, best = self._constrain(logits, seats, cold)
-        most = Copy(logits[self._tensor(np.array(barred))].amax(-1)) if barred else None
+        most = Copy(logits[self._tensor(np.array(barred))].amax(-1), self._patience) if barred else None
         self.stuck = lambda: failed | ({} if most is None else _stuck(barred, most.values))
         return logits, best
 
     def _offer(self, raw: Tensor, logits: Tensor, seats: Ints) -> dict[int, Callable[[], list[Candidate]]]:
         """What the rows of beams offer: log probabilities under the `raw` distribution, moved as the logits were."""
         return {
-            row: offering(raw[row], logits[row], self.beams[seat], int(self.logprobs[seat]))
+            row: offering(raw[row], logits[row], self.beams[seat], int(self.logprobs[seat]), self._patience)
             for row, seat in enumerate(seats.tolist())
             if seat in self.beams
         }
@@ -297,10 +298,12 @@ class Sampler:
         return send(array, self.device)
 
 
-def scoring(logits: Tensor, token_ids: Tensor, top: Sequence[int]) -> Callable[[], list[TokenLogprob]]:
+def scoring(
+    logits: Tensor, token_ids: Tensor, top: Sequence[int], patience: Patience | None
+) -> Callable[[], list[TokenLogprob]]:
     """Scores of token_ids[R] under logits[R, V], each with its own number of likeliest tokens: asked for when the device has
     them."""
-    copies = [Copy(found) for found in score(logits, token_ids, max(top))]
+    copies = [Copy(found, patience) for found in score(logits, token_ids, max(top))]
 
     def scores() -> list[TokenLogprob]:
         own, rank, ids, values = (copy.values for copy in copies)
@@ -312,14 +315,16 @@ def scoring(logits: Tensor, token_ids: Tensor, top: Sequence[int]) -> Callable[[
     return scores
 
 
-def offering(raw: Tensor, logits: Tensor, most: int, likeliest: int) -> Callable[[], list[Candidate]]:
+def offering(
+    raw: Tensor, logits: Tensor, most: int, likeliest: int, patience: Patience | None
+) -> Callable[[], list[Candidate]]:
     """The likeliest tokens of a beam's row logits[V], `most` of them, with scores under raw[V] and `likeliest` others beside each
     (-1: none): asked for when the device has them."""
     values, ids = logits.topk(most)
-    numbers, scores = Copy(ids), Copy(values - raw.logsumexp(-1))
+    numbers, scores = Copy(ids, patience), Copy(values - raw.logsumexp(-1), patience)
     reported = None
     if likeliest >= 0:
-        reported = scoring(raw.expand(most, -1), ids, [likeliest] * most)
+        reported = scoring(raw.expand(most, -1), ids, [likeliest] * most, patience)
 
     def offers() -> list[Candidate]:
         beside: Sequence[TokenLogprob | None] = [None] * most if reported is None else reported()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -69,10 +69,10 @@ class Trails:
             logits = allow(logits, self._tensor(rows), self._tensor(np.stack([words for _, words in masks])))
         return logits, sorted({row for row, _ in barred} | {row for row, _ in masks})
 
-    def remember(self, seats: Ints, token_ids: Tensor) -> None:
+    def remember(self, seats: Ints, token_ids: Callable[[], Sequence[int]]) -> None:
         """The tokens that were sampled."""
         if self._seats and not self._seats.keys().isdisjoint(taken := seats.tolist()):
-            for seat, token in zip(taken, token_ids.tolist(), strict=True):
+            for seat, token in zip(taken, token_ids(), strict=True):
                 if seat in self._seats:
                     self._seats[seat].tokens.append(token)
 

@@ -88,11 +88,11 @@ def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
             step, results = decode_step(content)
             for result in results:
                 rank.learn(result.step, result.token_ids)
-            found = rank.run(step)
+            outcome = rank.launch(step)
             if step.moves is not None and step.moves.landing:
-                spoke.send("spoiled", encode_tickets(found.spoiled))
+                spoke.send("spoiled", encode_tickets(outcome.spoiled))
             if place.samples:
-                spoke.send("result", encode_result(found))
+                spoke.send("result", encode_result(outcome.result()))
     except EOFError:
         if rank.exchange is not None:
             rank.exchange.close()
@@ -146,12 +146,12 @@ def main() -> None:
     said = json.load(sys.stdin)
     try:
         run(config_of(said["config"]), said["address"], said["token"], said["rank"], gone=lambda: os._exit(1))
-    except KvasirError:  # rank 0 says it
-        sys.exit(1)
-    except RuntimeError as error:
-        if not any(words in str(error) for words in ECHOES):
-            raise
-        sys.exit(1)
+    except Exception as error:
+        echo = isinstance(error, RuntimeError) and any(words in str(error) for words in ECHOES)
+        if not (isinstance(error, KvasirError) or echo):  # rank 0 says it
+            traceback.print_exc()
+            sys.stderr.flush()
+        os._exit(1)  # the interpreter's own end would wait for the device, which may wait for another rank
 
 
 if __name__ == "__main__":

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
+from kvasir.engine.codec import decode_step
+from kvasir.engine.event import Event, Failed, Finished, Token
+from kvasir.engine.executor import GroupExecutor
 from kvasir.engine.llm import LLM
-from kvasir.engine.request import SamplingParams, StructuredOutput
+from kvasir.engine.outcome import Copy, Patience
+from kvasir.engine.rank import Rank
+from kvasir.engine.request import Request, SamplingParams, StructuredOutput
 from kvasir.engine.step import Result, Step
 
 MIX = (
@@ -83,3 +93,163 @@ def test_chunks_of_one_prompt_are_in_both_stages_at_once(data: Callable[[str], P
     finally:
         llm.shutdown()
     assert happened[:7] == ["0", "16", "32", "result", "48", "result", "result"]
+
+
+LAGGING = "from kvasir.engine.rank import Rank\nRank.lags = property(lambda rank: True, lambda rank, _: None)\n"
+"""What is sampled is read a step later on every rank, as on GPUs."""
+COMMON: dict[str, Any] = {"dtype": "float32", "block_size": 8, "num_threads": 1, "max_num_batched_tokens": 48}
+Make = Callable[..., LLM]
+
+
+@pytest.fixture
+def lagging(data: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    """`lagging(**options)`: a group of two tensor-parallel ranks that launches a step before the last one's tokens are known."""
+    (tmp_path / "sitecustomize.py").write_text(LAGGING)
+    monkeypatch.syspath_prepend(tmp_path)  # for the other rank
+    monkeypatch.setattr(Rank, "lags", property(lambda rank: True, lambda rank, _: None), raising=False)
+    made: list[LLM] = []
+
+    def make(**options: Any) -> LLM:
+        llm = LLM(str(data("model-stories260k/hf")), **COMMON, tensor_parallel_size=2, **options)
+        made.append(llm)
+        executor = group(llm)
+        executor.ahead = executor._lane._apart = True
+        executor.rank.sampler.constraints._apart = True  # type: ignore[union-attr]
+        return llm
+
+    yield make
+    for llm in made:
+        llm.shutdown()
+
+
+def group(llm: LLM) -> GroupExecutor:
+    executor = llm.engine._executor
+    assert isinstance(executor, GroupExecutor)
+    return executor
+
+
+def gathered(llm: LLM) -> list[Event]:
+    """All events from now on."""
+    events: list[Event] = []
+    llm.engine._deliver = events.extend
+    return events
+
+
+def test_ranks_take_tokens_where_they_lie(lagging: Make, data: Callable[[str], Path]) -> None:
+    """A step is sent before the last one's tokens are known, and the outputs are one rank's: all kinds of sampling, branches,
+    beams, grammars, stops, preempted ones, hits in the prefix cache."""
+    prompts = ["Once upon a time there was a little girl. " * 3 + word for word in ("She", "Tom", "a", "The") * 2]
+    llm = lagging(kv_cache_memory_bytes=1 << 18)
+    executor, early = group(llm), 0
+    step, batch = executor._hub.step, executor.rank.batch
+
+    def sent(frame: bytes) -> None:
+        nonlocal early
+        assert decode_step(frame)[1] == []
+        early += bool((batch.known < batch.lengths).any())
+        step(frame)
+
+    executor._hub.step = sent  # type: ignore[method-assign]
+    found = words(said(llm, prompts))
+    assert early > 20
+    assert llm.engine.stats().preemptions > 0
+    assert llm.engine.pool.check() == []
+    one = LLM(str(data("model-stories260k/hf")), **COMMON)
+    assert found == words(said(one, prompts))
+    one.shutdown()
+
+
+def words(said: list[Any]) -> list[Any]:
+    """Without scores: sums over ranks are rounded otherwise than one rank's."""
+    return [[(tokens, text, why) for tokens, text, _, why in outputs] for _, outputs in said]
+
+
+def test_streams_are_cancelled_while_two_steps_fly(lagging: Make) -> None:
+    """Whoever is left gets what it would have got alone; each ends once."""
+    llm = lagging(kv_cache_memory_bytes=1 << 20)
+    sampling = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    prompts = [[1, 2, 3 + number] for number in range(6)]
+    wanted = [llm.generate([prompt], sampling, use_tqdm=False)[0].outputs[0].token_ids for prompt in prompts]
+    events = gathered(llm)
+    for number, prompt in enumerate(prompts):
+        llm.engine.submit(Request(request_id=f"c{number}", prompt_token_ids=prompt, sampling=sampling))
+    assert until(lambda: len(events) > 30)
+    for number in (1, 3, 5):
+        llm.engine.abort(f"c{number}")
+    assert until(lambda: sum(isinstance(event, Finished) for event in events) == 6)
+    for number, tokens in enumerate(wanted):
+        own = [event for event in events if event.request_id == f"c{number}"]
+        got = [token for event in own if isinstance(event, Token) for token in event.token_ids]
+        assert got == list(tokens)[: len(got)]
+        assert isinstance(own[-1], Finished)
+        assert own[-1].reason == ("abort" if number % 2 else "length")
+    assert llm.engine.pool.check() == []
+    assert llm.engine.pool.num_used == 0
+
+
+def test_a_rank_that_dies_under_two_steps_is_told_to_each_stream_once(lagging: Make) -> None:
+    llm = lagging(kv_cache_memory_bytes=1 << 20)
+    events, executor = gathered(llm), group(llm)
+    sampling = SamplingParams(temperature=1, seed=1, max_tokens=450, ignore_eos=True)
+    for number in range(3):
+        llm.engine.submit(Request(request_id=f"d{number}", prompt_token_ids=[1, 2, 3], sampling=sampling))
+    assert until(lambda: len(events) > 30)
+    (peer,) = executor._hub._peers.values()
+    os.kill(peer.pid, signal.SIGKILL)
+    assert until(lambda: llm.engine.failure is not None)
+    ends = [event for event in events if not isinstance(event, Token)]
+    assert sorted(event.request_id for event in ends) == ["d0", "d1", "d2"]
+    assert all(isinstance(end, Failed) and "rank 1" in end.message and "SIGKILL" in end.message for end in ends)
+
+
+class Never:
+    """A device's event that is never reached: a kernel waits for another rank."""
+
+    def query(self) -> bool:
+        return False
+
+
+def test_a_device_that_is_never_done_is_given_up(lagging: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stream is told within the limit, and the other rank's process ends."""
+    llm = lagging(kv_cache_memory_bytes=1 << 20)
+    events, executor = gathered(llm), group(llm)
+    (peer,) = executor._hub._peers.values()
+    patience = Patience(0.2)
+    executor.rank.mesh.patience = patience
+
+    def stuck(copy: Copy, tensor: Any, patience: Any = None) -> None:
+        copy._host, copy._arrived, copy._patience = tensor, Never(), patience  # type: ignore[assignment]
+
+    monkeypatch.setattr(Copy, "__init__", stuck)
+    # the second one's rules look at tokens on the host while a step is launched
+    for number, sampling in enumerate((MIX[0], MIX[6])):
+        llm.engine.submit(Request(request_id=f"h{number}", prompt_token_ids=[1, 2, 3], sampling=sampling))
+    assert until(lambda: llm.engine.failure is not None)
+    assert [type(event) for event in events] == [Failed, Failed]
+    assert all("--collective-timeout" in event.message for event in events if isinstance(event, Failed))
+    assert until(lambda: not os.path.exists(f"/proc/{peer.pid}"))
+    assert until(lambda: not llm.engine._thread.is_alive())
+
+
+def test_a_launch_that_never_ends_is_given_up(lagging: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not all that waits for a device can be interrupted."""
+    llm = lagging(kv_cache_memory_bytes=1 << 20)
+    events, executor, ever = gathered(llm), group(llm), threading.Event()
+    limited = replace(executor._config, collective_timeout=0.2)
+    monkeypatch.setattr(executor, "_config", limited)
+    monkeypatch.setattr(executor.rank, "launch", lambda step: ever.wait())
+    llm.engine.submit(Request(request_id="h", prompt_token_ids=[1, 2, 3], sampling=MIX[0]))
+    try:
+        assert until(lambda: not llm.engine._thread.is_alive())
+        (event,) = events
+        assert isinstance(event, Failed)
+        assert "longer than 0.2 s (--collective-timeout)" in event.message
+    finally:
+        ever.set()
+
+
+def test_who_waits_for_a_device_is_told_that_its_group_is_given_up() -> None:
+    patience = Patience(60)
+    threading.Timer(0.01, patience.end).start()
+    with pytest.raises(RuntimeError, match="another rank is gone"):
+        patience.wait(Never())  # type: ignore[arg-type]

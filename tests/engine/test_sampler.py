@@ -34,7 +34,7 @@ def step(sampler: Sampler, seats: list[int], sequences: list[list[int]], vocab: 
     positions = np.array([len(tokens) for tokens in sequences])
     logits = torch.stack([logits_at(int(p), vocab) for p in positions])
     tokens = sampler.sample(logits, np.array(seats), positions)
-    sampler.remember(np.array(seats), tokens)
+    sampler.remember(np.array(seats), tokens, tokens.tolist)
     for sequence, token in zip(sequences, tokens.tolist(), strict=True):
         sequence.append(token)
 

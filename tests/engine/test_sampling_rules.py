@@ -186,7 +186,7 @@ def test_equals_a_naive_sampler_over_interruptions(cases: list[tuple[dict[str, A
         positions = np.array([len(tokens) for tokens in sequences])
         logits = torch.stack([logits_at(int(p)) for p in positions])
         tokens = sampler.sample(logits, np.array(seats), positions)
-        sampler.remember(np.array(seats), tokens)
+        sampler.remember(np.array(seats), tokens, tokens.tolist)
         for i, token in enumerate(tokens.tolist()):
             expected = models[i].step()
             assert token == expected or models[i].close, (cases[i], turn)
@@ -206,7 +206,7 @@ def test_mirostat_reaches_its_target(version: int, target: float) -> None:
     for _ in range(600):
         logits = logits_at(len(tokens)) * 0.8
         token = sampler.sample(logits[None], np.array([0]), np.array([len(tokens)]))
-        sampler.remember(np.array([0]), token)
+        sampler.remember(np.array([0]), token, token.tolist)
         tokens.append(int(token))
         found.append(-float(logits.log_softmax(-1)[int(token)]) / math.log(2))
     assert np.mean(found[100:]) == pytest.approx(target, abs=0.3)
