@@ -91,7 +91,7 @@ def encode_step(step: Step, results: Sequence[Result] = ()) -> bytes:
     for result in results:
         out.array([result.step], I64)
         out.array(result.token_ids)
-    out.array([step.id], I64)
+    out.array([step.id, step.record], I64)
     out.array(step.freed)
     out.json([_new(new) for new in step.new])
     for new in step.new:
@@ -111,7 +111,7 @@ def decode_step(data: bytes | memoryview) -> tuple[Step, list[Result]]:
     """The same on the other side."""
     read = Reader(data)
     results = [Result(read.array(I64)[0], read.array()) for _ in range(read.array()[0])]
-    number, freed = read.array(I64)[0], read.array()
+    (number, record), freed = read.array(I64), read.array()
     new = [_sequence(said, read.array(), read.array()) for said in read.json() or ()]
     heads, flat = read.array(), read.array()
     blocks, at = [], 0
@@ -126,7 +126,7 @@ def decode_step(data: bytes | memoryview) -> tuple[Step, list[Result]]:
         for seat, start, count, flag in zip(spans[::3], spans[1::3], spans[2::3], flags, strict=True)
     ]
     moves = replace(_read_moves(read), **_read_exchanges(read))
-    return Step(number, freed, new, blocks, copies, slices, None if moves == Moves() else moves), results
+    return Step(number, freed, new, blocks, copies, slices, None if moves == Moves() else moves, bool(record)), results
 
 
 def _write_moves(out: Writer, moves: Moves) -> None:

@@ -295,10 +295,19 @@ class Engine:
         self._hand_out(events)
         if self._on_blocks is not None:
             self._tell_blocks(self._on_blocks)
-        if step is None:
+        if step is None and not self._record():
             with self._wake:
                 if not self._inbox and not self._asks and not self._stopping:
                     self._wake.wait(LOADING_S if self._scheduler.loading else IDLE_S)
+
+    def _record(self) -> bool:
+        """Where no request waits, a CUDA graph that is lacking: who comes meanwhile waits for no second one. False: there was
+        nothing to do."""
+        if self._flying or self._scheduler.has_work or not self._executor.rank.lacks_graphs:
+            return False
+        self._executor.launch(Step(self._scheduler.stats().steps, record=True))
+        self._executor.collect()
+        return True
 
     def _take_back(self) -> list[Event]:
         """The oldest step's result, when it is there."""

@@ -49,6 +49,8 @@ class Executor(Protocol):
     """Compiled where tokens are sampled."""
     fetched: queue.SimpleQueue[tuple[int, int]]
     """(ticket, count): what a rank has read of what a step's fetch asked for."""
+    rank: Rank
+    """The one of this process."""
 
     def serve_blocks(self, host: str, secret: str, on_ask: OnAsk) -> tuple[Exchange, list[str]] | None:
         """Before the first step: exchange blocks with other groups -> (rank 0's part, where each rank lends). None: the
@@ -333,7 +335,7 @@ def rank_of(config: EngineConfig, loaded: Loaded, grammars: Grammars) -> Rank:
         processors=Processors(config.logits_processors),
     )
     rank.forward = graphs_of(config, loaded.decoder, loaded.cache, loaded.info.max_model_len)
-    compiles = loaded.decoder.device.type != "cpu" and rank.place.size == 1 and "generate" in loaded.info.tasks
+    compiles = loaded.decoder.device.type != "cpu" and "generate" in loaded.info.tasks
     if compiles and isinstance(loaded.decoder, Decoder):
         warm_up(loaded.decoder, loaded.cache, loaded.info.max_model_len)
     return rank

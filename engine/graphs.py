@@ -1,8 +1,8 @@
 """CUDA graphs: a decoding step recorded once for each of a few sizes, and replayed without Python between its kernels.
 
 A step of T rows, one for each sequence, takes the next larger size. What fills it up repeats the shortest sequence, row for row:
-it writes what is written anyway, and nobody reads its logits. Sizes are captured one by one, after steps that could have
-used them: the server answers first, and the sizes that are used most come first.
+it writes what is written anyway, and nobody reads its logits. Sizes are captured one by one, while no request waits or after
+steps that could have used them: the server answers first. Tensor-parallel ranks do so in the same steps, all of them or none.
 """
 
 from __future__ import annotations
@@ -52,21 +52,28 @@ def graphs_of(config: EngineConfig, decoder: Decoder | Fallback, cache: KVCache,
     """The decoder as steps call it: by graphs where they can be had."""
     if config.enforce_eager or decoder.device.type != "cuda":
         return decoder
-    if obstacle := unrecordable(decoder):
-        logger.info("no CUDA graphs: %s; every kernel of a step is launched by Python", obstacle)
+
+    def agree(yes: bool) -> bool:
+        return decoder.mesh.least(yes) == [1]
+
+    obstacle = unrecordable(decoder)
+    if not agree(not obstacle):
+        why = obstacle or "another rank has none"
+        logger.info("no CUDA graphs: %s; every kernel of a step is launched by Python", why)
         return decoder
     sizes = sizes_of(config.max_num_seqs, config.max_cudagraph_capture_size)
     longest = min(max_model_len, config.max_seq_len_to_capture or max_model_len)
-    return Graphs(decoder, cache, sizes, longest, CudaCapture(decoder.device), lambda: free_bytes(decoder.device))
+    device = decoder.device
+    return Graphs(decoder, cache, sizes, longest, CudaCapture(device), lambda: free_bytes(device), agree)
 
 
 def unrecordable(decoder: Decoder | Fallback) -> str:
     """Why its steps can't be recorded; empty: they can."""
-    device, size = decoder.device.type, decoder.mesh.place.size
+    device, stages = decoder.device.type, decoder.mesh.place.pp
     if not isinstance(decoder, Decoder):
         return "the model runs by transformers' own code"
-    if size > 1:
-        return f"the model is on {size} ranks, whose exchanges aren't recorded"
+    if stages > 1:
+        return f"the model is on {stages} stages, whose exchanges aren't recorded"
     chosen = decoder.attention_backend
     if (attention.choices(device)[0] if chosen == "auto" else chosen) == "plain":
         return "attention by its definition waits for the device"
@@ -122,7 +129,7 @@ class Static:
 
 
 class Graphs:
-    """Calls the decoder; where a recording fits, it is replayed."""
+    """Calls the decoder; where a recording fits, it is replayed. agree: whether it is so on every rank."""
 
     def __init__(
         self,
@@ -132,16 +139,22 @@ class Graphs:
         longest: int,
         capture: Capture,
         free: Callable[[], int],
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
         self.sizes, self.longest = sizes, longest
         self.captured: dict[int, Static] = {}
-        self._decoder, self._cache, self._capture, self._free = decoder, cache, capture, free
+        self._decoder, self._cache, self._capture, self._free, self._agree = decoder, cache, capture, free, agree
         self._stopped = False
+        self._row: tuple[Tensor, Ragged] | None = None
+        """One row of the last step: to compute it again changes nothing as long as nothing else is."""
 
     def __call__(self, tokens: Tensor, ragged: Ragged, cache: KVCache, rows: Tensor) -> Tensor | None:
         """As the decoder: float32 logits[R, V], here valid until the next call."""
         size = self._size(tokens, ragged, cache, rows)
         static = None if size is None else self.captured.get(size)
+        if size is not None and self._lacks:
+            at = shortest(ragged)
+            self._row = tokens[at : at + 1], row_of(ragged, at)
         if size is None or static is None:
             logits = self._decoder(tokens, ragged, cache, rows)
             if size is not None and not self._stopped:
@@ -160,9 +173,28 @@ class Graphs:
             return None
         return self.sizes[bisect.bisect_left(self.sizes, count)]
 
+    @property
+    def lacking(self) -> int | None:
+        """The smallest size that isn't recorded and can be now."""
+        sizes = (size for size in self.sizes if size not in self.captured)
+        return next(sizes, None) if self._row is not None and self._lacks else None
+
+    @property
+    def _lacks(self) -> bool:
+        return not self._stopped and len(self.captured) < len(self.sizes)
+
+    def forget(self) -> None:
+        """Blocks change."""
+        self._row = None
+
+    def record(self) -> None:
+        """What is `lacking`."""
+        if (size := self.lacking) is not None and self._row is not None:
+            self._record(size, *self._row)
+
     def _record(self, size: int, tokens: Tensor, ragged: Ragged) -> None:
         """Of the step that has just run: running it again changes nothing."""
-        if self._free() < LEAST_FREE_BYTES:
+        if not self._agree(self._free() >= LEAST_FREE_BYTES):
             self._stop(f"less than {LEAST_FREE_BYTES >> 20} MiB are free on the device")
             return
         pad = shortest(ragged)
@@ -177,20 +209,37 @@ class Graphs:
             for part in (held, *held.others):
                 part.plans.clear()  # of the step before
             logits = self._decoder(tokens_in, held, self._cache, rows)
-            assert logits is not None, "graphs are for ranks that have the whole model"
+            assert logits is not None, "graphs are for ranks that have all layers"
             return logits
 
+        found, why = None, "another rank can't record this size"
         try:
-            replay, logits = self._capture(run)
+            found = self._capture(run)
         except RuntimeError as error:  # something in it waits for the device
-            self._stop(f"{error}".split("\n")[0])
+            why = f"{error}".split("\n")[0]
+        if not self._agree(found is not None) or found is None:
+            self._stop(why)
             return
-        self.captured[size] = Static(tokens_in, rows, held, replay, logits)
+        self.captured[size] = Static(tokens_in, rows, held, *found)
         logger.info("captured a CUDA graph of %d rows (%d of %d)", size, len(self.captured), len(self.sizes))
 
     def _stop(self, why: str) -> None:
         self._stopped = True
         logger.warning("no further CUDA graphs, after %d: %s", len(self.captured), why)
+
+
+def row_of(ragged: Ragged, at: int) -> Ragged:
+    """Row `at` of single rows."""
+    return Ragged(
+        positions=ragged.positions[at : at + 1],
+        slots=ragged.slots[at : at + 1],
+        starts=ragged.starts[:2],
+        lengths=ragged.lengths[at : at + 1],
+        table=ragged.table[at : at + 1],
+        host_starts=ragged.host_starts[:2],
+        host_lengths=ragged.host_lengths[at : at + 1],
+        others=tuple(row_of(other, at) for other in ragged.others),
+    )
 
 
 def shortest(ragged: Ragged) -> int:

@@ -11,7 +11,8 @@ import logging
 import os
 import socket
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -91,6 +92,32 @@ class Traffic:
         """It was sent so many times in each of so many calls."""
         self.calls += calls
         self.bytes += tensor.nbytes * times * calls
+
+
+class Nobody:
+    """In the place of a process group: exchanges are over at once, and zeros are what other ranks have."""
+
+    def allreduce(self, tensors: Sequence[Tensor], options: Any = None) -> Nobody:
+        return self
+
+    def broadcast(self, tensor: Tensor, root: int) -> Nobody:
+        return self
+
+    def send(self, tensors: Sequence[Tensor], rank: int, tag: int) -> Nobody:
+        return self
+
+    def recv(self, tensors: Sequence[Tensor], rank: int, tag: int) -> Nobody:
+        tensors[0].zero_()
+        return self
+
+    def _filled(self, into: Tensor, given: Tensor) -> Nobody:
+        into.zero_()
+        return self
+
+    _allgather_base = _reduce_scatter_base = _filled
+
+    def wait(self) -> None:
+        """There is nothing to wait for."""
 
 
 class OneShot(Protocol):
@@ -236,6 +263,18 @@ class Mesh:
         else:
             self.world.recv([x], self.place.rank - self.place.tp, 0).wait()
         return x
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Meanwhile this rank computes without the others: what its exchanges give means nothing, and is finite."""
+        kept = self.world, self.tensor, self.links, self.one_shot, self.inward, self.onward
+        if self.place.size > 1:
+            self.world = self.tensor = Nobody()
+            self.links = self.one_shot = self.inward = self.onward = None
+        try:
+            yield
+        finally:
+            self.world, self.tensor, self.links, self.one_shot, self.inward, self.onward = kept
 
     def least(self, *values: int) -> list[int]:
         """The least that any rank says, value by value."""

@@ -19,7 +19,7 @@ from kvasir.engine.decoder import Decoder
 from kvasir.engine.event import TokenLogprob
 from kvasir.engine.exchange import Exchange
 from kvasir.engine.grammar import Grammars
-from kvasir.engine.graphs import Forward
+from kvasir.engine.graphs import Forward, Graphs
 from kvasir.engine.outcome import Copy, Outcome, Part
 from kvasir.engine.pooler import Pooler
 from kvasir.engine.processors import Processors
@@ -38,7 +38,7 @@ GONE = -1
 class Rank:
     """A decoder, its KV cache, and the state of max_num_seqs seats.
 
-    Of several ranks each runs its share of every step; one of them samples, and the others `learn` what.
+    Of several ranks each runs its share of every step; one of them samples, and the others are sent or `learn` what.
     """
 
     def __init__(
@@ -94,6 +94,8 @@ class Rank:
             oldest = self._unread.popleft()
             self.batch.learn(self._awaited.pop(oldest.step), oldest.token_ids)
         outcome = Outcome(step.id)
+        if isinstance(self.forward, Graphs) and (step.slices or step.copies or step.moves):
+            self.forward.forget()
         self._move(step)
         self.batch.apply(step)
         for new in step.new:
@@ -104,7 +106,14 @@ class Rank:
             self._compute(step, outcome)
         if self.exchange is not None:
             outcome.spoiled = self.exchange.arrivals.settle()
+        if step.record and isinstance(self.forward, Graphs):
+            self.forward.record()
         return outcome
+
+    @property
+    def lacks_graphs(self) -> bool:
+        """A step may `record` one."""
+        return isinstance(self.forward, Graphs) and self.forward.lacking is not None
 
     def _move(self, step: Step) -> None:
         """Blocks change hands while a step is planned, so all that is read of them is read before it is overwritten: what is

@@ -128,6 +128,8 @@ class Step:
     """(source block, target block): copy-on-write, done before the forward, and between the moves' saves and loads."""
     slices: Sequence[Slice] = ()
     moves: Moves | None = None
+    record: bool = False
+    """Then record a CUDA graph that is still lacking: no request waits."""
 
 
 @dataclass(frozen=True, slots=True)

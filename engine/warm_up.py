@@ -1,6 +1,6 @@
 """Kernels are compiled before the first request comes: Triton compiles one where it is first launched, from an empty cache in
 seconds. So steps with several kinds of sequences run on a rank of their own, over the same model and cache: whatever they leave in
-its blocks is never read.
+its blocks is never read. Ranks of a group do so each for itself: one may compile for longer than an exchange may take.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LONG, SHORT, STEPS = 600, 2, 3
 
 
 def warm_up(decoder: Decoder, cache: KVCache, max_model_len: int) -> None:
-    """Of a model on one rank: others would wait for each other in exchanges, which have a limit."""
+    """Of this rank's part of the model."""
     begin = time.monotonic()
     groups, size = len(cache.layout.groups), cache.block_size
     few = -(-(SHORT + STEPS) // size)
@@ -55,6 +55,7 @@ def warm_up(decoder: Decoder, cache: KVCache, max_model_len: int) -> None:
         Step(1 + turn, copies=((0, 0),), slices=[Slice(seat, n + turn, 1, True) for seat, n in rows])
         for turn, rows in enumerate((places, places[:-1]))
     ]
-    for outcome in [rank.launch(step) for step in (first, *later)]:
-        outcome.result()
+    with decoder.mesh.apart():
+        for outcome in [rank.launch(step) for step in (first, *later)]:
+            outcome.result()
     logger.info("kernels are compiled and loaded after %.1f s", time.monotonic() - begin)

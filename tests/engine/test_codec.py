@@ -78,6 +78,7 @@ STEPS = st.builds(
     copies=st.lists(st.tuples(SMALL, SMALL), max_size=4),
     slices=st.lists(st.builds(Slice, SMALL, SMALL, SMALL, *[st.booleans()] * 4), max_size=6),
     moves=st.none() | MOVES,
+    record=st.booleans(),
 )
 NUMBERS = st.floats(allow_nan=False)
 SCORES = st.builds(TokenLogprob, NUMBERS, SMALL, st.lists(st.tuples(SMALL, NUMBERS), max_size=3).map(tuple))

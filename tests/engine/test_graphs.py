@@ -8,21 +8,26 @@ import weakref
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from waiting import until
 
 from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.graphs import CudaCapture, Graphs, fill, graphs_of, sizes_of, unrecordable
+from kvasir.engine.llm import LLM
 from kvasir.engine.load import check_attention
 from kvasir.engine.mesh import Mesh, Place
 from kvasir.engine.rank import Rank
 from kvasir.engine.request import SamplingParams
+from kvasir.engine.share import share_of
 from kvasir.engine.spec import Experts, Layer, Rope, Spec
 from kvasir.engine.step import NewSequence, Slice, Step
 from kvasir.engine.weights import random_decoder
@@ -94,22 +99,37 @@ def eager(decoder: Decoder) -> Callable[[Tensor, Ragged, KVCache, Tensor], Tenso
     return run
 
 
+def made(mesh: Mesh | None = None) -> Decoder:
+    """A rank's part of a model whose tokens differ."""
+    share = share_of(SPEC, mesh) if mesh is not None else None
+    decoder = random_decoder(SPEC, torch.float32, CPU, seed=1, pack=False, share=share)
+    for parameter in decoder.parameters():
+        parameter.data.mul_(8)
+    decoder.pack()
+    return decoder
+
+
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
-    made = random_decoder(SPEC, torch.float32, CPU, seed=1, pack=False)
-    for parameter in made.parameters():
-        parameter.data.mul_(8)
-    made.pack()
-    return made
+    return made()
 
 
-def decode(decoder: Decoder, record: Recorder | None, free: int = 1 << 40, longest: int = 64) -> list[tuple[int, ...]]:
-    """Tokens of 20 steps of five sequences, the last of which ends early, so that sizes change."""
-    cache = KVCache(SPEC, 40, 4, torch.float32, CPU)
+def decode(
+    decoder: Decoder, record: Recorder | None, free: int = 1 << 40, longest: int = 64, idle: int = 0
+) -> list[tuple[int, ...]]:
+    """Tokens of 20 steps of five sequences, the last of which ends early, so that sizes change; behind the second step so many
+    in which nobody waits."""
+    mesh, share = decoder.mesh, decoder.share
+    cache = KVCache(share.spec, 40, 4, torch.float32, CPU, layers=share.layers)
     cache.arena.zero_()
     rank = Rank(decoder, cache, max_num_seqs=8, max_model_len=64)
+    rank.lags = mesh.place.size > 1
     if record is not None:
-        rank.forward = Graphs(eager(decoder), cache, [1, 2, 4, 8], longest, record, lambda: free)
+
+        def agree(yes: bool) -> bool:
+            return mesh.least(yes) == [1]
+
+        rank.forward = Graphs(eager(decoder), cache, [1, 2, 4, 8], longest, record, lambda: free, agree)
     prompts = [[4, 8, 15], [16, 23, 42, 1, 2, 3, 5], [7], [9, 9, 9], [1, 2, 3, 4, 5, 6]]
     blocks, given = iter(range(40)), []
     new, slices = [], []
@@ -122,6 +142,8 @@ def decode(decoder: Decoder, record: Recorder | None, free: int = 1 << 40, longe
         seats = range(5 if step < 8 else 3 if step < 14 else 1)
         slices = [Slice(seat, len(prompts[seat]) + step - 1, 1, sample=True) for seat in seats]
         found.append(tuple(rank.run(Step(step, slices=slices)).token_ids))
+        for _ in range(idle if step == 1 else 0):
+            rank.run(Step(step, record=True))
     return found
 
 
@@ -190,6 +212,94 @@ def test_what_waits_for_the_device_is_given_up(decoder: Decoder, caplog: pytest.
     assert decode(decoder, record) == decode(decoder, None)
     assert record.captured == 1
     assert "not permitted" in caplog.text
+
+
+OnRanks = Callable[[int, int, Callable[[Mesh], Any]], list[Any]]
+
+
+@pytest.mark.parametrize("idle", [0, 4])
+def test_tensor_parallel_ranks_record_in_the_same_steps(on_ranks: OnRanks, idle: int) -> None:
+    """Exchanges are part of what is replayed; sizes are those that steps have, or one by one while nobody waits."""
+
+    def work(mesh: Mesh) -> Any:
+        decoder, record = made(mesh), Recorder()
+        return decode(decoder, None), decode(decoder, record, idle=idle), record.captured, record.replayed
+
+    for plain, found, captured, replayed in on_ranks(2, 1, work):
+        assert found == plain
+        assert len(set(found)) > 5
+        assert (captured, replayed) == ((4, 18) if idle else (3, 16))
+
+
+class Fails(Recorder):
+    """From its second recording on."""
+
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        done = super().__call__(run)
+        if self.captured > 1:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return done
+
+
+@pytest.mark.parametrize(("lacks", "captured", "replayed"), [("memory", 0, 0), ("recorder", 2, 6)])
+def test_a_rank_that_cannot_record_stops_all(
+    on_ranks: OnRanks, lacks: str, captured: int, replayed: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What one of them has recorded meanwhile isn't used."""
+
+    def work(mesh: Mesh) -> Any:
+        decoder, last = made(mesh), mesh.place.rank == 1
+        record = Fails() if last and lacks == "recorder" else Recorder()
+        free = 0 if last and lacks == "memory" else 1 << 40
+        return decode(decoder, None), decode(decoder, record, free), record.captured, record.replayed
+
+    for plain, found, *counts in on_ranks(2, 1, work):
+        assert found == plain
+        assert counts == [captured, replayed]
+    ends = [record.getMessage() for record in caplog.records if "no further CUDA graphs" in record.getMessage()]
+    assert len(ends) == 2
+    assert lacks == "memory" or any("another rank can't record this size" in end for end in ends)
+
+
+def test_sizes_are_recorded_while_nobody_waits(decoder: Decoder) -> None:
+    """The smallest first, over the row of the last step, whose keys and values stay as they are; not once blocks have changed."""
+    cache = KVCache(SPEC, 8, 4, torch.float32, CPU)
+    cache.arena.zero_()
+    rank = Rank(decoder, cache, max_num_seqs=4, max_model_len=16)
+    graphs = Graphs(eager(decoder), cache, [1, 2, 4], 16, Recorder(), lambda: 1 << 40)
+    rank.forward = graphs
+    new = NewSequence(0, [4, 8], 2, GREEDY, seed=0, stop_token_ids=frozenset())
+    rank.run(Step(0, new=[new], blocks=[(0, 0, [1])], slices=[Slice(0, 0, 2, sample=True)], record=True))
+    assert not rank.lacks_graphs  # that was no step of single rows
+    rank.run(Step(1, slices=[Slice(0, 2, 1, sample=True)]))
+    held = cache.arena.clone()
+    rank.run(Step(1, record=True))
+    assert list(graphs.captured) == [1, 2]
+    assert rank.lacks_graphs
+    torch.testing.assert_close(cache.arena.view(torch.float32), held.view(torch.float32), atol=1e-6, rtol=1e-6)
+    rank.run(Step(2, copies=((1, 2),), record=True))
+    assert not rank.lacks_graphs
+    rank.run(Step(3, slices=[Slice(0, 3, 1, sample=True)]))
+    assert rank.lacks_graphs
+    rank.run(Step(3, record=True))
+    assert list(graphs.captured) == [1, 2, 4]
+    assert not rank.lacks_graphs
+
+
+def test_an_engine_records_what_is_lacking_while_it_is_idle(data: Callable[[str], Path]) -> None:
+    with LLM(str(data("model-stories260k/hf")), num_threads=1, dtype="float32") as llm:
+        rank = llm.engine._executor.rank
+        decoder = rank.decoder
+        assert isinstance(decoder, Decoder)
+        ask = partial(llm.generate, ["Once upon"], SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
+        wanted = ask()[0].outputs[0].token_ids
+        record = Recorder()
+        rank.forward = Graphs(eager(decoder), rank.cache, [1, 2, 4, 8], 64, record, lambda: 1 << 40)
+        assert ask()[0].outputs[0].token_ids == wanted
+        assert until(lambda: record.captured == 4)
+        assert ask()[0].outputs[0].token_ids == wanted
+        assert record.captured == 4
+        assert record.replayed > 11
 
 
 def tensors_of(ragged: Ragged) -> Iterator[Tensor]:
@@ -309,13 +419,19 @@ def test_why_steps_are_not_recorded(
     assert "attention by its definition" in unrecordable(plain)
     dealt = copy(decoder)
     dealt.mesh = Mesh(Place(2, 1, 0))
+    assert "experts" not in unrecordable(dealt)
     dealt.device = torch.device("cuda")
+    monkeypatch.setattr(dealt.mesh, "least", lambda yes: [0])
+    staged = copy(dealt)
+    staged.mesh = Mesh(Place(1, 2, 0))
     with caplog.at_level("INFO"):
-        assert graphs_of(EngineConfig(), dealt, cache, 64) is dealt
-        assert graphs_of(EngineConfig(enforce_eager=True), dealt, cache, 64) is dealt
+        for each in (dealt, staged):
+            assert graphs_of(EngineConfig(), each, cache, 64) is each
+            assert graphs_of(EngineConfig(enforce_eager=True), each, cache, 64) is each
+    end = "; every kernel of a step is launched by Python"
     assert [record.getMessage() for record in caplog.records] == [
-        "no CUDA graphs: the model is on 2 ranks, whose exchanges aren't recorded;"
-        " every kernel of a step is launched by Python"
+        f"no CUDA graphs: another rank has none{end}",
+        f"no CUDA graphs: the model is on 2 stages, whose exchanges aren't recorded{end}",
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,8 @@ from kvasir.engine import executor, sampler, warm_up
 from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.layout import layout
+from kvasir.engine.mesh import Mesh
+from kvasir.engine.share import share_of
 from kvasir.engine.spec import Latent, Layer, Rope, Spec
 from kvasir.engine.weights import random_decoder
 
@@ -69,21 +72,43 @@ def test_a_small_cache_is_enough_or_nothing_is_done(blocks: int, length: int) ->
 
 
 @pytest.mark.parametrize(
-    ("device", "ranks", "tasks", "wanted"),
-    [("cuda", 1, ("generate",), True), ("cpu", 1, ("generate",), False), ("cuda", 2, ("generate",), False),
-     ("cuda", 1, ("embed",), False)],
-)  # fmt: skip
-def test_where_it_is_done(
-    device: str, ranks: int, tasks: tuple[str, ...], wanted: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    ("device", "tasks", "wanted"),
+    [("cuda", ("generate",), True), ("cpu", ("generate",), False), ("cuda", ("embed",), False)],
+)
+def test_where_it_is_done(device: str, tasks: tuple[str, ...], wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, told = SPECS["dense"], []
     decoder = random_decoder(spec, torch.float32, CPU)
     decoder.device = torch.device(device)
-    rank = SimpleNamespace(place=SimpleNamespace(size=ranks))
-    monkeypatch.setattr(executor, "Rank", lambda *_, **__: rank)
+    monkeypatch.setattr(executor, "Rank", lambda *_, **__: SimpleNamespace())
     monkeypatch.setattr(executor, "graphs_of", lambda *_: decoder)
     monkeypatch.setattr(executor, "warm_up", lambda *given: told.append(given[2]))
     info = SimpleNamespace(max_model_len=77, tasks=tasks)
     loaded: Any = SimpleNamespace(decoder=decoder, cache=None, info=info, pooler=None, tiers=None)
     executor.rank_of(EngineConfig(), loaded, None)  # type: ignore[arg-type]
     assert told == [77] * wanted
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
+def test_a_rank_waits_for_no_other(tp: int, pp: int, on_ranks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other runs what is its own; what they exchange afterwards is as ever."""
+    spec, turn = SPECS["dense"], threading.Lock()
+    monkeypatch.setattr("kvasir.engine.decoder.stack_of", lambda *_: None)  # kernels of GPUs are launched one by one
+    drawn = calls(monkeypatch, sampler, "draw")
+
+    def work(mesh: Mesh) -> Any:
+        share = share_of(spec, mesh)
+        decoder, layers = random_decoder(spec, torch.float32, CPU, share=share), 0
+        cache = KVCache(share.spec, 200, 16, torch.float32, CPU, layers=share.layers)
+
+        def ran(*_: Any) -> None:
+            nonlocal layers
+            layers += 1
+
+        for block in decoder.blocks.values():
+            block.register_forward_hook(ran)
+        with turn:
+            warm_up.warm_up(decoder, cache, 2000)
+        return layers, mesh.least(mesh.place.rank), mesh.reduce(torch.ones(2, 2)).sum().item()
+
+    assert on_ranks(tp, pp, work) == [(3 * 2 // pp, [0], 4.0 * tp)] * (tp * pp)
+    assert drawn
