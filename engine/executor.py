@@ -227,8 +227,10 @@ class GroupExecutor:
     def close(self) -> None:
         self._lane.close(None if self._hub.failure is None else ABORT_S)
         self._hub.close()
-        if (rank := getattr(self, "rank", None)) is not None and rank.exchange is not None:
-            rank.exchange.close()
+        if (rank := getattr(self, "rank", None)) is not None:
+            rank.forward = rank.decoder  # NCCL waits for the end of graphs that have recorded its exchanges
+            if rank.exchange is not None:
+                rank.exchange.close()
         if self._tiers is not None:
             self._tiers.close()  # meanwhile the others write what they have left
         self._kill()

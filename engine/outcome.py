@@ -34,13 +34,17 @@ class Patience:
         self._over.set()
 
     def wait(self, arrived: torch.cuda.Event) -> None:
-        """RuntimeError when that is in vain."""
+        """RuntimeError when that is in vain, or the device was freed by giving up: what it has then means nothing."""
         begin = time.monotonic()
-        while not arrived.query():  # type: ignore[no-untyped-call]
-            if self._over.wait(NAP_S):
-                raise RuntimeError("another rank is gone, or gave up: the device isn't waited for any longer")
+        while True:
+            done: bool = arrived.query()  # type: ignore[no-untyped-call]
+            if self._over.is_set():
+                raise RuntimeError("another rank is gone, or gave up: what the device has means nothing")
+            if done:
+                return
             if time.monotonic() - begin > self._limit_s:
                 raise RuntimeError(f"timed out: the device isn't done after {self._limit_s:g} s (--collective-timeout)")
+            self._over.wait(NAP_S)
 
 
 class Copy:

@@ -253,3 +253,7 @@ def test_who_waits_for_a_device_is_told_that_its_group_is_given_up() -> None:
     threading.Timer(0.01, patience.end).start()
     with pytest.raises(RuntimeError, match="another rank is gone"):
         patience.wait(Never())  # type: ignore[arg-type]
+    freed = type("Freed", (), {"query": lambda _: True})()  # since exchanges that are aborted end the kernels
+    with pytest.raises(RuntimeError, match="another rank is gone"):
+        patience.wait(freed)
+    Patience(60).wait(freed)
