@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -103,13 +104,14 @@ Make = Callable[..., LLM]
 
 @pytest.fixture
 def lagging(data: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
-    """`lagging(**options)`: a group of two tensor-parallel ranks that launches a step before the last one's tokens are known."""
-    (tmp_path / "sitecustomize.py").write_text(LAGGING)
-    monkeypatch.syspath_prepend(tmp_path)  # for the other rank
+    """`lagging(**options)`: a group of two tensor-parallel ranks that launches a step before the last one's tokens are known;
+    the other rank runs the code `other` first."""
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(Rank, "lags", property(lambda rank: True, lambda rank, _: None), raising=False)
     made: list[LLM] = []
 
-    def make(**options: Any) -> LLM:
+    def make(other: str = "", **options: Any) -> LLM:
+        (tmp_path / "sitecustomize.py").write_text(LAGGING + other)
         llm = LLM(str(data("model-stories260k/hf")), **COMMON, tensor_parallel_size=2, **options)
         made.append(llm)
         executor = group(llm)
@@ -229,6 +231,33 @@ def test_a_device_that_is_never_done_is_given_up(lagging: Make, monkeypatch: pyt
     assert all("--collective-timeout" in event.message for event in events if isinstance(event, Failed))
     assert until(lambda: not os.path.exists(f"/proc/{peer.pid}"))
     assert until(lambda: not llm.engine._thread.is_alive())
+
+
+STUCK = """
+import kvasir.engine.rank as module
+
+class Stuck(module.Copy):
+    def __init__(self, tensor, patience):
+        super().__init__(tensor, type(patience)(0.2))
+        self._arrived = self
+
+    def query(self):
+        return False
+
+module.Copy = Stuck
+"""
+
+
+def test_another_rank_whose_device_is_never_done_says_so_and_ends(lagging: Make) -> None:
+    llm = lagging(STUCK, kv_cache_memory_bytes=1 << 20)
+    events, executor = gathered(llm), group(llm)
+    (peer,) = executor._hub._peers.values()
+    llm.engine.submit(Request(request_id="h", prompt_token_ids=[1, 2, 3], sampling=MIX[0]))
+    assert until(lambda: llm.engine.failure is not None)
+    last = events[-1]
+    assert isinstance(last, Failed)
+    assert re.search(r"rank 1 .* failed: RuntimeError: timed out: .* 0.2 s .--collective-timeout", last.message)
+    assert until(lambda: not os.path.exists(f"/proc/{peer.pid}"))
 
 
 def test_a_launch_that_never_ends_is_given_up(lagging: Make, monkeypatch: pytest.MonkeyPatch) -> None:
