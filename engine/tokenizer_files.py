@@ -104,11 +104,22 @@ def _settings(folder: Path) -> _Settings:
     return _Settings(folder, config, special, added)
 
 
+_ADDED_FLAGS = ("special", "lstrip", "rstrip", "normalized", "single_word")
+
+
 def _tokenizer_json(path: Path, settings: _Settings) -> Loaded:
+    """The added tokens of the small files count, as in transformers: some tokenizer.json is older than they are."""
     try:
-        return Loaded(tokenizers.Tokenizer.from_file(str(path)), settings.special)
+        backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises Exception itself for a malformed file
         raise ConfigError(f"{path} can't be read: {error}", param="tokenizer") from error
+    there = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    for _, entry in sorted(settings.added.items()):
+        flags = {name: bool(entry[name]) for name in _ADDED_FLAGS if name in entry}
+        token = there.get(entry["content"])
+        if token is None or any(getattr(token, name) != value for name, value in flags.items()):
+            backend.add_tokens([tokenizers.AddedToken(entry["content"], **flags)])
+    return Loaded(backend, settings.special)
 
 
 def _tekken(path: Path, settings: _Settings) -> Loaded:

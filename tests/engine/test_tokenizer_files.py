@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.gguf import read_gguf
@@ -108,6 +109,21 @@ def test_gpt2s_pair_of_files(data: Callable[[str], Path], fixtures: Callable[[st
     _write(tmp_path, tokenizer_config={})
     with pytest.raises(ConfigError, match=r"needs vocab.json beside it"):
         Tokenizer.load(tmp_path)
+
+
+def test_added_tokens_that_tokenizer_json_lacks(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.add_tokens(["<call>", "<end>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    think = {"content": "<think>", "special": False, "normalized": False}
+    _write(tmp_path, added_tokens={"<call>": 3, "<more>": 6})
+    _write(
+        tmp_path, tokenizer_config={"added_tokens_decoder": {"4": {"content": "<end>", "special": True}, "5": think}}
+    )
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.encode("a<think>b<call><end><more>") == [0, 5, 1, 3, 4, 6]
+    assert {i for i, text in tokenizer.added_tokens.items() if not tokenizer.decode([i])} == {4}
 
 
 def test_roberta_reads_pairs(tmp_path: Path) -> None:
