@@ -112,11 +112,15 @@ class NamedCheckpoint:
         tensor = self.files.get(name)
         if name.endswith("_blocks") and (scales := f"{name.removesuffix('_blocks')}_scales") in self.files:
             return mxfp4(name, tensor, self.files.get(scales)).transpose(-1, -2)
+        scale = next((name + s for s in SCALES if name + s in self.files), None)
         if tensor.dtype in FP8:
-            scale = next((name + s for s in SCALES if name + s in self.files), None)
             if scale is None:
                 raise ConfigError(f"{name} is FP8, but the checkpoint lacks its scales ({name}_scale_inv)")
             return fp8(name, tensor, self.files.get(scale))
+        if scale is not None or not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            scaled = f" with scales ({scale})" if scale else ""
+            raise ConfigError(f"{name} is {kind}{scaled}: weights that are quantised so are not supported")
         return tensor
 
 

@@ -131,6 +131,21 @@ def test_mistral_s_own_layout(checkpoint: Make, tmp_path: Path, family: str) -> 
     assert ours == theirs
 
 
+def test_weights_quantised_otherwise_are_refused(checkpoint: Make, tmp_path: Path) -> None:
+    """Where config.json doesn't say so: as plain numbers they would be wrong."""
+    folder, name = checkpoint("Llama")[0], "model.layers.0.mlp.up_proj.weight"
+    spec, tensors = load_spec(json.loads((folder / "config.json").read_text())), load_file(folder / "model.safetensors")
+    small = (tensors[name] * 100).to(torch.int8)
+    for changed, says in (
+        ({name: small}, "up_proj.weight is int8: .*not supported"),
+        ({name: small, f"{name}_scale": torch.ones(112, 1)}, "int8 with scales"),
+        ({f"{name}_scale": torch.ones(112, 1)}, "float32 with scales"),
+    ):
+        save_file(tensors | changed, tmp_path / "model.safetensors")
+        with pytest.raises(ConfigError, match=says):
+            load_decoder(tmp_path, spec, dtype=torch.float32, device=CPU)
+
+
 def test_fp8_with_block_scales(checkpoint: Make, tmp_path: Path) -> None:
     """As DeepSeek-V3 is published: squares of 128 numbers share a scale."""
     torch.manual_seed(0)
