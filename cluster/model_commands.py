@@ -72,11 +72,13 @@ def plan(engine: EngineConfig, gpu: str, gpus: int, per_node: int, *, streams: i
         print(json.dumps([asdict(one) for one in found], indent=1))
         return 0
     kept = "" if engine.kv_cache_dtype == "auto" else f", KV cache in {engine.kv_cache_dtype},"
+    dealt = any(one.whole_experts for one in found)
     heads = (
         "",
         "tensor",
         "stages",
         "copies",
+        *(["experts"] if dealt else []),
         "weights",
         "KV/token",
         "context",
@@ -89,7 +91,7 @@ def plan(engine: EngineConfig, gpu: str, gpus: int, per_node: int, *, streams: i
     print(
         f"{engine.model} in {str(dtype).removeprefix('torch.')}{kept} on {gpus} x {gpu}; {streams} streams of {length} tokens:\n"
     )
-    print(_table(heads, (_layout(one, best=one is found[0] and one.fits) for one in found)))
+    print(_table(heads, (_layout(one, best=one is found[0] and one.fits, dealt=dealt) for one in found)))
     if here:
         print(f"\nPer rank, by what {gpus} of them were just measured to do at once on this machine.")
     else:
@@ -110,20 +112,21 @@ def _given(engine: EngineConfig, best: Plan) -> Iterable[str]:
     for name in ("dtype", "kv_cache_dtype", "max_model_len", "max_num_seqs", "gpu_memory_utilization"):
         if (value := getattr(engine, name)) != getattr(default, name):
             yield f"--{name.replace('_', '-')} {value}"
-    if engine.enable_expert_parallel and best.tp > 1:
+    if best.whole_experts:
         yield "--enable-expert-parallel"
     if engine.pipeline_layer_partition:
         yield "--pipeline-layer-partition " + ",".join(map(str, engine.pipeline_layer_partition))
 
 
-def _layout(one: Plan, *, best: bool) -> tuple[str, ...]:
+def _layout(one: Plan, *, best: bool, dealt: bool) -> tuple[str, ...]:
+    ranks = str(one.tp), str(one.pp), str(one.dp), *((["whole" if one.whole_experts else "sliced"]) if dealt else [])
     sizes = f"{one.weights / 1e9:.1f} GB", f"{one.kv_per_token / 1e3:.1f} kB"
     if not one.fits:
-        return "", str(one.tp), str(one.pp), str(one.dp), *sizes, str(one.context), "don't fit", "", "", "", ""
+        return "", *ranks, *sizes, str(one.context), "don't fit", "", "", "", ""
     times = f"{one.step_s * 1e3:.1f} ms", f"{one.prompt_s * 1e3:.0f} ms"
     speed = *times, f"{one.tokens_s:.0f}", f"{one.traffic / 1e3:.0f} kB"
     mark = "*" if best else ""
-    return mark, str(one.tp), str(one.pp), str(one.dp), *sizes, str(one.context), str(one.sequences), *speed
+    return mark, *ranks, *sizes, str(one.context), str(one.sequences), *speed
 
 
 def _row(family: Family) -> tuple[str, str, str]:

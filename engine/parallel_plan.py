@@ -6,6 +6,7 @@ what is measured on real devices lies above. By what was measured of a CPU (`cpu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -113,6 +114,8 @@ class Plan:
     tp: int
     pp: int
     dp: int
+    whole_experts: bool
+    """Experts are dealt out (--enable-expert-parallel), not a slice of each."""
     weights: int
     kv_per_token: float
     context: int
@@ -137,18 +140,18 @@ def plans(
     config: EngineConfig, spec: Spec, dtype: torch.dtype, device: Device, gpus: int, *, streams: int, length: int
 ) -> list[Plan]:
     """Every layout of so many GPUs that this model can have, the best first: those that fit, by tokens per second, and
-    of those that hardly differ the one with the shorter step. ConfigError when there is none."""
+    of those that hardly differ the one with the shorter step. Experts are dealt out whole and in slices, unless whole ones are
+    asked for. ConfigError when there is none."""
     found: list[Plan] = []
     refused: ConfigError | None = None
     known: Sizes = {}
     for place in _layouts(spec, gpus):
         dp = gpus // place.size
-        try:
-            found.append(plan(config, spec, dtype, device, place, dp, streams=streams, length=length, known=known))
-        except (
-            ConfigError
-        ) as error:  # so many ranks don't go with --enable-expert-parallel or --pipeline-layer-partition
-            refused = error
+        for one in _dealings(config, spec, place):
+            try:
+                found.append(plan(one, spec, dtype, device, place, dp, streams=streams, length=length, known=known))
+            except ConfigError as error:  # so many ranks don't go with whole experts or --pipeline-layer-partition
+                refused = error
     if not found and refused:
         raise refused
     return sorted(found, key=lambda p: (not p.fits, -round(p.tokens_s, -len(str(int(p.tokens_s))) + 2), p.step_s))
@@ -190,6 +193,7 @@ def plan(
         place.tp,
         place.pp,
         dp,
+        held[0].expert_parallel,
         max(sizes),
         kv,
         room.longest(blocks, spec.max_len) if blocks else 0,
@@ -213,6 +217,12 @@ def _layouts(spec: Spec, gpus: int) -> Iterator[Place]:
     for tp, pp in product(range(1, gpus + 1), repeat=2):
         if gpus % (tp * pp) == 0 and tp <= spec.heads and pp <= len(spec.layers):
             yield Place(tp, pp)
+
+
+def _dealings(config: EngineConfig, spec: Spec, place: Place) -> Sequence[EngineConfig]:
+    if spec.experts is None or place.tp == 1 or config.enable_expert_parallel:
+        return (config,)
+    return config, replace(config, enable_expert_parallel=True)
 
 
 def _share(config: EngineConfig, spec: Spec, place: Place, stage: int) -> Share:
@@ -313,13 +323,23 @@ def _stage(share: Share, size: int, device: Device, rows: float, cached: float, 
         mixtures = sum(spec.layers[number].experts for number in share.layers)
         expert = mixtures * 3 * spec.hidden * facts.ffn * 2 / tp
         idle = (1 - facts.per_token / facts.count) ** rows
-        dense -= facts.count * expert
-        seconds += device.product(facts.count * (1 - idle) * expert, facts.per_token * expert, rows)
+        read, met, here = facts.count * (1 - idle), rows * facts.per_token, facts.count
+        if share.expert_parallel:  # the others wait for the rank whose experts are asked for most
+            here = len(share.experts) * tp
+            read, met = min(float(here), _busiest(read, idle, tp)), _busiest(met, 1 - 1 / tp, tp)
+        dense -= here * expert
+        seconds += device.product(read * expert, met / rows * expert, rows)
     seconds += device.product(dense, dense, rows) + _logits(share, device, wanted)
     if tp > 1:
         row = 2 * (tp - 1) / tp * spec.hidden * 2
         seconds += _sums(share) * (device.latency + rows * row / device.link)
     return seconds
+
+
+def _busiest(total: float, variance: float, ranks: int) -> float:
+    """`total` things, each on one of the ranks by chance: about what all of them had if each had as many as the one with most."""
+    mean = total / ranks
+    return ranks * (mean + math.sqrt(2 * math.log(ranks) * mean * variance))
 
 
 def _logits(share: Share, device: Device, wanted: float) -> float:

@@ -153,6 +153,25 @@ def test_layouts_that_a_model_can_t_have_are_left_out() -> None:
     assert {one.pp for one in found} == {2}
 
 
+def test_experts_whole_and_in_slices() -> None:
+    """Both are listed, whole ones alone where they are asked for. By chance one rank has more of the experts that a step reads
+    than another, which tells with few streams and hardly with many."""
+    spec = dataclasses.replace(SPEC, experts=Experts(64, 4, 64), layers=(Layer(Rope(1e4, 8), experts=True),) * 6)
+    slow = Device(GB, 1e9, 1e15, 1e11)
+    slower = []
+    for streams in (1, 256):
+        found = plans(CONFIG, spec, torch.bfloat16, slow, 4, streams=streams, length=16)
+        assert {(p.tp, p.pp, p.whole_experts) for p in found} == {
+            (1, 1, False), (1, 2, False), (1, 4, False),
+            (2, 1, False), (2, 2, False), (4, 1, False), (2, 1, True), (2, 2, True), (4, 1, True),
+        }  # fmt: skip
+        sliced, whole = sorted((p for p in found if p.tp == 4), key=lambda p: p.whole_experts)
+        assert sliced.weights == whole.weights
+        slower.append(whole.step_s / sliced.step_s)
+    assert slower[0] > 1.5
+    assert 1 <= slower[1] < 1.1
+
+
 def test_what_doesnt_fit_comes_last_and_has_no_speed() -> None:
     tiny = Device(60_000_000, 1e12, 1e14, 1e11)  # activations of 8192 rows and logits take most of it
     found = plans(CONFIG, SPEC, torch.bfloat16, tiny, 2, streams=8, length=2048)
