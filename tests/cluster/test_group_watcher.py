@@ -55,7 +55,7 @@ def ranks(monkeypatch, **calls):
     fake = SimpleNamespace(remote=lambda _: actors, kill=lambda _: None, get_runtime_context=lambda: context)
     monkeypatch.setattr(group, "ray", fake)
     monkeypatch.setattr(group, "on_bundle", lambda _: {})
-    monkeypatch.setattr(group, "stopped", lambda _: False)
+    monkeypatch.setattr(group, "stopped", lambda *_: False)
     monkeypatch.setattr(group, "RESTART_PAUSE_S", (0.001, 0.001))
     return actors
 
