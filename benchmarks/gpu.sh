@@ -5,7 +5,8 @@
 #
 #   benchmarks/gpu.sh            # on cuda
 #   DEVICE=cpu benchmarks/gpu.sh # the same on a CPU, to try the script itself in 4 minutes: fewer tests, small models
-#   OUT=folder                   # figures as JSON go there, too; stages.jsonl says how every stage ended
+#   OUT=folder                   # figures as JSON go there, too; stages.jsonl says how every stage ended; backends.json is to
+#                                # become kernels/backends.json, by which ops take the backend that was fastest on such a GPU
 #   TESTS="tests/kernels"        # what is tested; default: Triton's kernels
 #   SECONDS_IN_ALL=530           # what is begun later is left out, and said so
 #
@@ -22,7 +23,7 @@ out=${OUT:-$site/out} table=()
 mkdir -p "$out"
 : >"$out/stages.jsonl"
 export PYTHONPATH=$site:$PWD/tests/support PYTHONDONTWRITEBYTECODE=1 TRITON_INTERPRET=0
-tests=${TESTS:-$(echo tests/kernels/test_triton_{attention,experts,linear,rows,sample,strides}.py)} shape=1B sequences="1 8 32 128" models=() tokens=() few=() work=(--batch 1 32 --prompt 512 --outputs 64)
+tests=${TESTS:-$(echo tests/kernels/test_{triton_{attention,experts,linear,rows,sample,strides},torch_operators}.py)} shape=1B sequences="1 8 32 128" models=(--table "$out/backends.json") tokens=() few=() work=(--batch 1 32 --prompt 512 --outputs 64)
 if [ "$device" != cuda ]; then
   export TRITON_INTERPRET=1 # Triton's kernels on a CPU
   tests=${TESTS:-tests/kernels/test_triton_sample.py} shape=10M sequences="1 4" models=(--model tiny "tiny latent" --repeat 1)

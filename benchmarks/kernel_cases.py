@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -111,6 +111,8 @@ class Case:
     ways: dict[str, Run]
     bytes_: float
     operations: float = 0.0
+    kind: str = ""
+    """Of call, as the op tells them apart; empty: it is no op."""
 
 
 class Place:
@@ -170,12 +172,12 @@ class Place:
         waits: bool = True,
         **options: Any,
     ) -> Case:
-        """By all backends that can be had here; by plain torch only if somebody `waits` for it, or there is nothing else."""
-        kind = self.device.type
-        names = op.choices(kind)
+        """By all backends that can do it here; by plain torch only if somebody `waits` for it, or there is nothing else."""
+        device = self.device.type
+        names = [name for name in op.choices(device) if not op.obstacle(name, device, *args, **options)]
         wanted = [name for name in names if name != "plain" or waits or len(names) == 1]
-        ways = {name: partial(op.backend(name, kind), *args, **options) for name in wanted}
-        return Case(op.reference.__name__, shape, ways, moved, work)
+        ways = {name: partial(op.backend(name, device), *args, **options) for name in wanted}
+        return Case(op.reference.__name__, shape, ways, moved, work, op.kind(*args, **options))
 
 
 def attention_cases(model: Model, sizes: Sizes, place: Place) -> Iterator[Case]:
@@ -278,7 +280,7 @@ def expert_cases(model: Model, sizes: Sizes, place: Place) -> Iterator[Case]:
         given = x, index, weight
         case = place.case(stacked_experts, shape, *given, up, down, moved=moved, work=work, activation="silu")
         ways = {way: partial(run, *given) for way, run in together.items()}
-        yield Case(case.op, shape, ways | case.ways, moved, work)
+        yield replace(case, ways=ways | case.ways)
 
 
 def _together(up: Tensor, down: Tensor) -> dict[str, Callable[..., Tensor]]:

@@ -4,6 +4,7 @@
     .venv/bin/python benchmarks/kernels.py --model 8B 70B/TP8 Mixtral/TP2 DeepSeek/TP8    what doesn't fit is left out, and said so
     .venv/bin/python benchmarks/kernels.py --only attention --cpu-time    one thread, its own time: for busy machines
     python benchmarks/kernels.py --device cuda --json kernels.json
+    python benchmarks/kernels.py --device cuda --table backends.json      what is to become kernels/backends.json
 
 Ceilings, measured anew for each kind of op and model: of a CPU bytes per second of a float32 sum in huge pages, of a GPU those
 of a copy; operations per second of a large bfloat16 product. An op's share is of the larger of its two floors: bytes it must
@@ -18,15 +19,21 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from ceilings import ceilings, gpu_ceilings, timed, timed_on_gpu
 from kernel_cases import DTYPE, FAMILIES, MODELS, Case, Place, Run, cases
 from refusals import refuse
+from torch import Tensor
 
 from kvasir.engine.memory import keep_freed_memory
+from kvasir.kernels.measured import Measured, kind_of_gpu, means, table
 from kvasir.kernels.native import native
+from kvasir.kernels.op import has_triton
 
 USUAL = {"cpu": ["125M", "1B", "64 experts"], "cuda": ["8B", "70B/TP8", "Mixtral/TP2", "DeepSeek/TP8"]}
 PLAIN = 3
@@ -41,6 +48,7 @@ class Found:
 
     model: str
     op: str
+    kind: str
     shape: str
     backend: str
     seconds: float
@@ -72,17 +80,32 @@ def measure(model: str, case: Case, machine: Machine, limits: tuple[float, float
     floor = max(case.bytes_ / bandwidth, case.operations / rate)
     for name, all_ in times.items():
         t = statistics.median(all_[1:])
-        yield Found(model, case.op, case.shape, name, t, case.bytes_ / t / 1e9, case.operations / t / 1e12, floor / t)
+        rates = case.bytes_ / t / 1e9, case.operations / t / 1e12
+        yield Found(model, case.op, case.kind, case.shape, name, t, *rates, floor / t)
 
 
-def wrong(model: str, case: Case) -> str:
-    """How far attention is from its definition, where that is too far; empty: it isn't, or nobody waits for the definition."""
-    if case.op != "attention" or "plain" not in case.ways:
-        return ""
-    first = next(iter(case.ways))
-    got, want = (case.ways[way]().float() for way in (first, "plain"))  # type: ignore[attr-defined]
-    off = float((got - want).abs().max() / want.abs().max())  # of long contexts all values are small
-    return "" if off <= FAR else f"{model} {case.shape}: {first} is off by {off:.3f} of the largest value"
+def wrong(model: str, case: Case) -> Iterator[str]:
+    """How far attention and experts are from their definitions, where that is too far and somebody waits for the definition."""
+    if case.op not in ("attention", "stacked_experts") or "plain" not in case.ways:
+        return
+    want: Tensor = case.ways["plain"]().float()  # type: ignore[attr-defined]
+    for name, way in case.ways.items():
+        got: Tensor = way().float()  # type: ignore[attr-defined]
+        off = float((got - want).abs().max() / want.abs().max())  # of long contexts all values are small
+        if not off <= FAR:  # NaN is wrong, too
+            yield f"{case.op}, {model} {case.shape}: {name} is off by {off:.3f} of the largest value"
+
+
+def write_table(path: Path, found: list[dict[str, Any]]) -> None:
+    """kernels/backends.json as it is, with what was found on this GPU."""
+    figures = [
+        (line["op"], line["kind"], line["backend"], f"{line['model']} {line['shape']}", line["seconds"] * 1e6)
+        for line in found
+        if line["kind"]
+    ]
+    versions = torch.__version__, version("triton") if has_triton() else "-"
+    here = Measured(date.today().isoformat(), torch.cuda.get_device_name(), *versions, means(figures))
+    path.write_text(json.dumps(table() | {kind_of_gpu(): asdict(here)}, indent=1, sort_keys=True) + "\n")
 
 
 def main() -> None:
@@ -96,9 +119,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3600.0, help="no further case is begun after so long")
     parser.add_argument("--cpu-time", action="store_true", help="one thread, and its own time instead of the clock's")
     parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--table", type=Path, help="also write here by which backends ops run fastest on this GPU")
     args = parser.parse_args()
     if args.device == "cuda":
         refuse(parser, args, "with --device cuda", "threads", "cpu_time")
+    else:
+        refuse(parser, args, "without --device cuda", "table")
     if args.cpu_time:
         refuse(parser, args, "with --cpu-time", "threads")
     torch.manual_seed(0)
@@ -112,13 +138,15 @@ def main() -> None:
     print(f"torch {torch.__version__}, {DTYPE}, {where}")
     print(f"{'op':16} {'shape':44} {'backend':10} {'us':>10} {'GB/s':>8} {'TFLOP/s':>8} {'of floor':>8}")
     with torch.inference_mode():
-        faults = run(args, machine, Place(torch.device(args.device)))
+        found, faults = run(args, machine, Place(torch.device(args.device)))
     if faults:
-        raise SystemExit("\n".join(("attention is not as its definition says:", *faults)))
+        raise SystemExit("\n".join(("not as the definition says:", *faults)))
+    if args.table:
+        write_table(args.table, found)
 
 
-def run(args: argparse.Namespace, machine: Machine, place: Place) -> list[str]:
-    """Lines as they are found; what attention got wrong."""
+def run(args: argparse.Namespace, machine: Machine, place: Place) -> tuple[list[dict[str, Any]], list[str]]:
+    """Lines as they are found; they all, and what is wrong."""
     begin, found, faults = time.monotonic(), [], []
     for family in args.only:
         for model in args.model or USUAL[args.device]:
@@ -127,9 +155,8 @@ def run(args: argparse.Namespace, machine: Machine, place: Place) -> list[str]:
             for case in cases(family, model, place):
                 if time.monotonic() - begin > args.seconds:
                     print(f"stopped after {args.seconds:g} s (--seconds)")
-                    return faults
-                if fault := wrong(model, case):
-                    faults.append(fault)
+                    return found, faults
+                faults += wrong(model, case)
                 for line in measure(model, case, machine, limits, args.repeat):
                     found.append(asdict(line) | {"ceilings": limits})
                     print(
@@ -139,7 +166,7 @@ def run(args: argparse.Namespace, machine: Machine, place: Place) -> list[str]:
                     )
                 if args.json:  # whoever stops this keeps what was measured
                     args.json.write_text(json.dumps(found, indent=1))
-    return faults
+    return found, faults
 
 
 if __name__ == "__main__":

@@ -97,10 +97,10 @@ def _kernels() -> Iterator[Finding]:
     for taken in kernel_backends():
         alike.setdefault((taken.device, taken.backend, taken.why), []).append(taken.op)
         if taken.op == "attention":
-            text = f"auto (which is {taken.backend}), {', '.join((taken.backend, *taken.others))}"
+            text = f"auto (which is {taken.backend}), {', '.join(taken.choices)}"
             yield Finding("ok", "backend", f"{taken.device}: --attention-backend {text}")
     for (device, backend, why), names in alike.items():
-        yield Finding("ok", "backend", f"{device}: {backend} for {', '.join(names)} ({why})")
+        yield Finding("ok", "backend", f"{device}: {', '.join(names)}: {backend} ({why})")
 
 
 def _huge_pages() -> Iterator[Finding]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Union
+from typing import Any, Union
 
 import torch
 from torch import Tensor, nn
 
+from kvasir.engine.cache import KVCache
 from kvasir.engine.layers import Linear, Norm, empty
 from kvasir.engine.share import Share
 from kvasir.engine.spec import Latent, Layer, QueryScale, Rope, Spec
@@ -18,7 +19,7 @@ from kvasir.kernels.cache import turn_and_write, write
 from kvasir.kernels.huge_pages import Room
 from kvasir.kernels.linear import HeadsWeight, PackedHeads, Tiled, linear_heads, packed_heads
 from kvasir.kernels.norm import rms_norm, sum_of_squares
-from kvasir.kernels.quantise import Cache
+from kvasir.kernels.quantise import Cache, numbers
 from kvasir.kernels.ragged import Ragged
 from kvasir.kernels.rope import Angles, rotate
 
@@ -31,6 +32,19 @@ def module(share: Share, layer: Layer, dtype: torch.dtype, device: torch.device)
     if share.spec.latent is not None:
         return LatentAttention(share.spec, share.spec.latent, layer, dtype, device)
     return Attention(share, layer, dtype, device)
+
+
+def refusal(backend: str, share: Share, dtype: torch.dtype, device: torch.device, cache: KVCache) -> str:
+    """Why some layer of this rank can't be computed by these kernels; empty: all can. `cache` is one as theirs, on meta."""
+    meta = torch.device("meta")
+    distinct = {share.spec.layers[number]: number for number in share.layers}
+    for layer, number in distinct.items():
+        keys, values = cache.layer(number)
+        q = torch.empty(1, share.spec.heads, numbers(keys).shape[-1], dtype=dtype, device=meta)
+        facts = module(share, layer, dtype, meta).facts()
+        if obstacle := attention.obstacle(backend, device.type, q, keys, values, None, **facts):
+            return obstacle
+    return ""
 
 
 def attend_by(backend: str, device: torch.device, modules: Iterable[nn.Module], *, deterministic: bool = False) -> None:
@@ -84,22 +98,17 @@ class Attention(nn.Module):
         q = self._placed(*self._normed(q, k), v, positional, ragged, k_cache, v_cache)
         if layer.query_scale is not None:
             q = q * positional[layer.query_scale][0]
-        y = self.attend(
-            q,
-            k_cache,
-            v_cache,
-            ragged,
-            scale=self.scale,
-            window=layer.window,
-            chunk=layer.chunk,
-            softcap=spec.attn_softcap,
-            causal=spec.causal,
-            sinks=self.sinks,
-            slopes=self.slopes,
-            sparse=self.sparse,
-        )
+        y = self.attend(q, k_cache, v_cache, ragged, **self.facts())
         out: Tensor = self.o(y.flatten(1))
         return out
+
+    def facts(self) -> dict[str, Any]:
+        """What shapes its attention, in the operator's words."""
+        spec, layer = self.spec, self.layer
+        return {
+            "scale": self.scale, "window": layer.window, "chunk": layer.chunk, "softcap": spec.attn_softcap,
+            "causal": spec.causal, "sinks": self.sinks, "slopes": self.slopes, "sparse": self.sparse,
+        }  # fmt: skip
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q[T, H, D] and k[T, K, D] behind their norms."""
@@ -176,9 +185,13 @@ class LatentAttention(nn.Module):
         to_key, to_value = self.expansion()
         q = torch.cat((linear_heads(q, to_key), turning[:, :-1]), -1)
         write(torch.cat((self.kv_a_norm(compressed)[:, None], turning[:, -1:]), -1), None, k_cache, None, ragged)
-        y = self.attend(q, k_cache, None, ragged, scale=self.scale, window=self.layer.window, value_dim=latent.kv_rank)
+        y = self.attend(q, k_cache, None, ragged, **self.facts())
         out: Tensor = self.o(linear_heads(y, to_value).reshape(rows, -1))
         return out
+
+    def facts(self) -> dict[str, Any]:
+        """What shapes its attention, in the operator's words."""
+        return {"scale": self.scale, "window": self.layer.window, "value_dim": self.latent.kv_rank}
 
     def expansion(self) -> tuple[HeadsWeight, HeadsWeight]:
         """What is applied to queries[T, H, nope] and to outputs[T, H, rank]."""

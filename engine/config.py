@@ -75,8 +75,9 @@ class EngineConfig:
     max_num_seqs: int = 256
     """Most sequences in one step."""
     attention_backend: Literal["auto", "triton", "native", "torch", "plain"] = "auto"
-    """Kernels of attention: Triton's (GPUs), compiled C++ (native) or torch's operators (CPUs), or the definition (plain:
-    slow); auto: the best for the device. `kvasir doctor` shows what there is."""
+    """Kernels of attention: Triton's (GPUs), compiled C++ (native: CPUs), torch's operators (torch: on GPUs FlashAttention, for
+    models that it can run), or the definition (plain: slow). auto: what was measured to be the fastest on such a GPU, or the
+    default of the device. `kvasir doctor` shows what there is, and what was measured."""
     enforce_eager: bool = False
     """Launch every step kernel by kernel, without CUDA graphs. So do models on several ranks, and those that transformers'
     own code runs."""

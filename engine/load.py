@@ -13,6 +13,7 @@ from zlib import crc32
 import torch
 
 from kvasir.engine.arch import load_spec, module_name, supported
+from kvasir.engine.attention import refusal
 from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.cores import usable_cores
@@ -89,6 +90,11 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
     share = share_of(spec, mesh, expert_parallel=dealt, partition=partition)
     size = weight_bytes(spec, dtype, device, share) if ours else _fallback_bytes(config, files, dtype)
     kept = resolve_cache_dtype(config, dtype)
+    if ours:
+        check_layers(config, share, dtype, device, kept)
+    elif config.attention_backend == "torch" and device.type == "cuda":
+        text = "--attention-backend torch can't run a model that runs by transformers' own code, of which it's unknown what it needs"
+        raise ConfigError(text, param="attention_backend")
     mesh.assemble()  # one may have fetched files or compiled
     _agree(mesh, dtype, kept)
     plan = plan_memory(config, share, dtype=dtype, device=device, weight_bytes=size)
@@ -155,6 +161,18 @@ def check_attention(config: EngineConfig, device: torch.device) -> None:
         attention.backend(config.attention_backend, device.type)
     except ValueError as error:
         raise ConfigError(f"--attention-backend: {error}", param="attention_backend") from None
+
+
+def check_layers(
+    config: EngineConfig, share: Share, dtype: torch.dtype, device: torch.device, kept: torch.dtype
+) -> None:
+    """ConfigError where --attention-backend, which the device has, can't do what the model needs. auto always can."""
+    if config.attention_backend == "auto":
+        return
+    cache = KVCache(share.spec, 1, config.block_size, kept, torch.device("meta"), None, share.layers)
+    if obstacle := refusal(config.attention_backend, share, dtype, device, cache):
+        flag = f"--attention-backend {config.attention_backend}"
+        raise ConfigError(f"{flag} can't run this model: {obstacle}; leave it out", param="attention_backend")
 
 
 def check_ranks(config: EngineConfig) -> None:

@@ -188,13 +188,13 @@ def activation_bytes(config: EngineConfig, spec: Spec, dtype: torch.dtype, devic
 
 @dataclass(frozen=True)
 class Taken:
-    """Which backend an op has on a type of device, why, and which others can be had; `plain` is the definition."""
+    """Which backend an op has on a type of device, why, and which can be had; `plain` is the definition."""
 
     device: str
     op: str
     backend: str
     why: str
-    others: tuple[str, ...]
+    choices: tuple[str, ...]
 
 
 def kernel_backends() -> Iterator[Taken]:
@@ -203,8 +203,7 @@ def kernel_backends() -> Iterator[Taken]:
         for name, found in every_op().items():
             if name in UNCALLED or (name == "stacked_experts" and device not in STACKED):
                 continue
-            first, *others = found.choices(device)
-            yield Taken(device, name, first, found.why(device), tuple(others))
+            yield Taken(device, name, found.taken(device), found.why(device), tuple(found.choices(device)))
         for kind, dtype in DTYPES.items():
             yield Taken(device, f"linear of {kind}", *multiplied_by(dtype, torch.device(device)), ())
 

@@ -6,6 +6,8 @@ A cache is [N, P, K, D] to its readers and lies in memory as [N, K, P, D], so th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,11 +19,17 @@ Sparse = tuple[int, int, int, int, int]
 """(positions per block, blocks that are always seen, stride of the others, by how many blocks the next head's are shifted,
 number of the first head): see `_sparse`."""
 
+FEW_ROWS = 8
+"""What counts as few rows of a sequence, beside all of a prompt's."""
 MOST_WORK_BYTES = 1 << 28
 """What an implementation may take on the device besides its result."""
 
 
-@op("native", "cpu", "triton")
+def _few(q: Tensor, k_cache: Cache, v_cache: Cache | None, ragged: Ragged, **_: Any) -> bool:
+    return len(q) <= FEW_ROWS * len(ragged.lengths)
+
+
+@op("native", "cpu", "triton", "torch", few=_few)
 def attention(
     q: Tensor,
     k_cache: Cache,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,15 @@ from kvasir.kernels.ragged import Ragged
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """How far values of size 1 may be from the definition's: bfloat16 weights are rounded before they meet the values."""
+
+
+def unfit(
+    q: Tensor, k_cache: Cache, v_cache: Cache | None, ragged: Ragged | None, *, sparse: Sparse | None = None, **_: Any
+) -> str:
+    """Why such a call is left to torch; empty: it isn't."""
+    if sparse is not None:
+        return "its rows don't skip what only blocks of a stride see (block-sparse layers)"
+    return "" if q.dtype in TYPES and q.shape[-1] % 2 == 0 else f"it takes no heads of {q.shape[-1]} in {q.dtype}"
 
 
 def attention(
@@ -35,8 +45,7 @@ def attention(
 ) -> Tensor:
     """As the definition says; keys that only blocks of a stride see and odd head dims are left to torch."""
     compiled, cache = library(), cache_of(k_cache, v_cache)
-    suits = cache is not None and q.dtype in TYPES and q.shape[-1] % 2 == 0 and q.stride(-1) == 1
-    if compiled is None or cache is None or sparse is not None or not suits:
+    if compiled is None or cache is None or q.stride(-1) != 1 or unfit(q, k_cache, v_cache, ragged, sparse=sparse):
         return attention_cpu.attention(
             q,
             k_cache,

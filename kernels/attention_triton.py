@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvasir.kernels.attention import MOST_WORK_BYTES, Sparse
+from kvasir.kernels.attention import FEW_ROWS, MOST_WORK_BYTES, Sparse
 from kvasir.kernels.keys_triton import keys_step, merge
 from kvasir.kernels.quantise import Cache
 from kvasir.kernels.quantise_triton import Stored, converts_float8, stored
@@ -23,10 +23,8 @@ from kvasir.kernels.tile_triton import LOG2E, dense, power_of_two, target, tile_
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """How far values of size 1 may be from the definition's: weights are rounded to the cache's type before they meet the values."""
-FEW_ROWS = 8
-"""Sequences with at most as many rows have their keys cut into parts."""
 SPAN = 512
-"""Keys in a part, at least."""
+"""Keys in a part, at least, into which those of sequences of at most FEW_ROWS are cut."""
 MOST_PARTS = 32
 """Beyond as many parts they grow instead, which bounds the grid of a CUDA graph; earlier where all parts of all sequences took
 more than MOST_WORK_BYTES."""

@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvasir.kernels.groups import Groups, few_rows
 from kvasir.kernels.tile_triton import dense, dot, power_of_two
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Which of R rows belong to which group: order[R] lists them group by group, ends[G] where each group ends in it."""
-
-    order: Tensor
-    ends: Tensor
-
-    @staticmethod
-    def of(group: Tensor, count: int) -> Groups:
-        """Of group[R]; rows of none have a number outside 0..count - 1, and come last."""
-        own = torch.where((group < 0) | (group >= count), count, group)
-        found, order = own.sort(stable=True)
-        ends = torch.searchsorted(found, torch.arange(count, device=group.device, dtype=found.dtype), right=True)
-        return Groups(order, ends)
 
 
 @triton.jit
@@ -108,7 +90,7 @@ def grouped(
     rows, (count, outputs, inputs) = len(groups.order), weights.shape
     if not rows:
         return out
-    few = not deterministic and rows <= 32 * count
+    few = not deterministic and few_rows(rows, count)
     wide = x.dtype.itemsize == 4
     m, n, k = (16, 32 if wide else 64, 32 if wide else 128) if few else (32 if wide else 64, 64, 32 if wide else 64)
     n, k = min(n, power_of_two(outputs, 16)), min(k, power_of_two(inputs, 16))

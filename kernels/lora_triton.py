@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvasir.kernels.grouped_triton import Groups, grouped
+from kvasir.kernels.grouped_triton import grouped
+from kvasir.kernels.groups import Groups
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """For results of size 4: products are added up in another order."""

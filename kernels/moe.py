@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kvasir.kernels.activation import gated, plain
+from kvasir.kernels.groups import few_rows
 from kvasir.kernels.op import op
 
 
@@ -101,7 +103,11 @@ def _run(run: Callable[[int, Tensor], Tensor | None], expert: int, rows: Tensor)
     return torch.zeros_like(rows) if found is None else found
 
 
-@op("triton")
+def _few(x: Tensor, index: Tensor, weight: Tensor, up: Tensor, *_: Any, **__: Any) -> bool:
+    return few_rows(index.numel(), len(up))
+
+
+@op("triton", "torch", few=_few)
 def stacked_experts(
     x: Tensor,
     index: Tensor,

@@ -10,7 +10,8 @@ from torch import Tensor
 from kvasir.kernels import moe as plain
 from kvasir.kernels.activation import gated
 from kvasir.kernels.activation import plain as ungated
-from kvasir.kernels.grouped_triton import Groups, grouped
+from kvasir.kernels.grouped_triton import grouped
+from kvasir.kernels.groups import Groups
 from kvasir.kernels.moe import Routing
 from kvasir.kernels.tile_triton import dense, power_of_two
 

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import fields, replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,15 @@ from kvasir.engine.decoder import Decoder
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.graphs import CudaCapture, Graphs, fill, graphs_of, sizes_of, unrecordable
 from kvasir.engine.llm import LLM
-from kvasir.engine.load import check_attention
+from kvasir.engine.load import check_attention, check_layers
 from kvasir.engine.mesh import Mesh, Place
 from kvasir.engine.rank import Rank
 from kvasir.engine.request import SamplingParams
 from kvasir.engine.share import share_of
-from kvasir.engine.spec import Experts, Layer, Rope, Spec
+from kvasir.engine.spec import BlockSparse, Experts, Latent, Layer, Rope, Spec
 from kvasir.engine.step import NewSequence, Slice, Step
 from kvasir.engine.weights import random_decoder
+from kvasir.kernels import attention_torch
 from kvasir.kernels.attention import attention
 from kvasir.kernels.moe import stacked_experts
 from kvasir.kernels.ragged import Ragged
@@ -440,6 +441,7 @@ def test_each_engine_has_its_own_backend_of_attention(decoder: Decoder, monkeypa
     other = random_decoder(SPEC, torch.float32, CPU, seed=1)
     plain, calls = attention.reference, []
 
+    @wraps(plain)
     def counted(*args: Any, **facts: Any) -> Tensor:
         calls.append(args)
         return plain(*args, **facts)
@@ -456,3 +458,46 @@ def test_each_engine_has_its_own_backend_of_attention(decoder: Decoder, monkeypa
     assert not calls
     with pytest.raises(ConfigError, match="--attention-backend: there is no triton backend on cpu here"):
         check_attention(EngineConfig(attention_backend="triton"), CPU)
+
+
+BY_TORCH = EngineConfig(attention_backend="torch", block_size=256)
+
+
+@pytest.mark.parametrize(
+    ("config", "facts", "kept", "why"),
+    [
+        (
+            BY_TORCH,
+            {"sinks": True},
+            torch.bfloat16,
+            "torch can't run this model: it knows no attention sinks; leave it out",
+        ),
+        (BY_TORCH, {"alibi": 1.0}, torch.bfloat16, "it knows no ALiBi"),
+        (BY_TORCH, {"latent": Latent(16, 8, 8, 8)}, torch.bfloat16, "it takes no latent"),
+        (BY_TORCH, {"layers": (Layer(), Layer(chunk=8))}, torch.bfloat16, "it knows no chunks"),
+        (BY_TORCH, {}, torch.int8, "--kv-cache-dtype"),
+        (replace(BY_TORCH, block_size=16), {}, torch.bfloat16, "--block-size"),
+        (BY_TORCH, {"layers": (Layer(), Layer(window=8))}, torch.bfloat16, None),
+        (replace(BY_TORCH, attention_backend="triton", block_size=16), {"sinks": True}, torch.int8, None),
+    ],
+    ids=str,
+)
+def test_what_a_forced_backend_lacks_is_said_at_the_start(
+    config: EngineConfig, facts: dict[str, Any], kept: torch.dtype, why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the layers of the model, without weights or a GPU."""
+    monkeypatch.setattr(attention_torch, "absent", lambda: "")
+    monkeypatch.setattr(attention_torch, "has_flash3", lambda: False)
+    refused = (
+        contextlib.nullcontext() if why is None else pytest.raises(ConfigError, match=f"--attention-backend.*{why}")
+    )
+    with refused:
+        check_layers(config, share_of(replace(SPEC, **facts)), torch.bfloat16, torch.device("cuda"), kept)
+
+
+def test_the_compiled_kernels_are_forced_or_refused() -> None:
+    """Block-sparse layers would run in torch."""
+    config, sparse = EngineConfig(attention_backend="native"), Layer(sparse=BlockSparse(8, 1, 2))
+    check_layers(config, share_of(SPEC), torch.float32, CPU, torch.float32)
+    with pytest.raises(ConfigError, match=r"--attention-backend native can't run this model: .*block-sparse"):
+        check_layers(config, share_of(replace(SPEC, layers=(sparse,))), torch.float32, CPU, torch.float32)
