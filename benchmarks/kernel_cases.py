@@ -206,11 +206,17 @@ def _attention(model: Model, mix: tuple[int, int, int], place: Place, kinds: lis
     work = 2.0 * pairs * model.heads * (model.dim + (model.latent or model.dim))
     waits = pairs < PATIENCE and length * model.heads * model.dim * 16 < place.free()
     for kind in kinds:
-        kept = [k, v] if kind == DTYPE else [None if t is None else Quantised(*quantise(t, kind)) for t in (k, v)]
+        kept = [k, v] if kind == DTYPE else [None if t is None else _quantised(t, kind) for t in (k, v)]
         moved = heads * (model.dim * kind.itemsize + (4 if kind in LARGEST else 0)) + 2.0 * q.nbytes
         said = name if len(kinds) == 1 else f"{name}, {str(kind).removeprefix('torch.')}"
         options = {"scale": model.dim**-0.5, "value_dim": model.latent}
         yield place.case(attention, said, q, *kept, step, moved=moved, work=work, waits=waits, **options)
+
+
+def _quantised(cache: Tensor, kind: torch.dtype) -> Quantised:
+    """Scales lie in memory as the rows do, like the engine's."""
+    values, scales = quantise(cache.transpose(1, 2), kind)
+    return Quantised(values.transpose(1, 2), scales.transpose(1, 2))
 
 
 def product_cases(model: Model, sizes: Sizes, place: Place) -> Iterator[Case]:
