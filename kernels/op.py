@@ -110,7 +110,8 @@ class Op(Generic[P, R]):
             kinds = [_compared(kind, by, best.get(kind)) for kind, by in found.us[name].items()]
             yield f"measured {found.date} on {found.gpu} with torch {found.torch}, triton {found.triton}: {', '.join(kinds)}"
         if "torch" in written:
-            yield f"torch's: {self._absent('torch') or self._sibling('torch').LIMITS}"
+            absent = self._absent("torch")
+            yield f"torch's can't be had: {absent}" if absent else f"torch's does {self._sibling('torch').LIMITS}"
 
     def implementation(self, device: str) -> Callable[P, R]:
         """What runs on this type of device. The sibling module (`attention_cpu`...) is imported on first use."""

@@ -107,7 +107,7 @@ def test_without_a_measurement_the_default_is_taken(partial: ModuleType, monkeyp
     both = op("triton", "torch", few=few)(double)
     assert runs(both, 1) == runs(both, 1, 2, 3) == both.taken("cuda") == "triton"
     assert both.choices("cuda") == ["triton", "plain", "torch"]
-    assert both.why("cuda") == "not measured on this GPU: the default; torch's: positive numbers"
+    assert both.why("cuda") == "not measured on this GPU: the default; torch's does positive numbers"
     with monkeypatch.context() as without:
         without.setattr(module, "has_triton", lambda: False)
         alone = op("triton", "torch")(double)
@@ -133,7 +133,7 @@ def test_the_fastest_is_taken_by_kind_of_call(partial: ModuleType, monkeypatch: 
     assert both.taken("cuda") == "torch for few rows, triton for many rows"
     assert both.why("cuda") == (
         "measured 2026-12-01 on NVIDIA H200 with torch 2.13.0, triton 3.6.0: few rows: torch 10.0 us, against 12.0 us (triton),"
-        " many rows: triton 80.0 us, against 70.0 us (plain), 95.0 us (torch); torch's: positive numbers"
+        " many rows: triton 80.0 us, against 70.0 us (plain), 95.0 us (torch); torch's does positive numbers"
     )
     measured(monkeypatch, double={"any": {"triton": 2.0, "torch": 1.0}})
     alike = op("triton", "torch")(double)
@@ -147,7 +147,7 @@ def test_what_was_fastest_but_is_absent_isn_t_taken(partial: ModuleType, monkeyp
         absent.setattr(partial, "absent", lambda: "torch is too old")
         both = op("triton", "torch")(double)
         assert runs(both, 1) == both.taken("cuda") == "triton"
-        assert both.why("cuda").endswith("torch's: torch is too old")
+        assert both.why("cuda").endswith("torch's can't be had: torch is too old")
         with pytest.raises(ValueError, match="no torch backend on cuda here, only triton, plain: torch is too old"):
             both.backend("torch", "cuda")
     monkeypatch.setattr(module, "FORCED", "reference")
