@@ -93,7 +93,7 @@ def load(config: EngineConfig, mesh: Mesh | None = None) -> Loaded:
     if ours:
         check_layers(config, share, dtype, device, kept)
     elif config.attention_backend == "torch" and device.type == "cuda":
-        text = "--attention-backend torch can't run a model that runs by transformers' own code, of which it's unknown what it needs"
+        text = "--attention-backend torch lacks what a model that runs by transformers' code may need; leave it out"
         raise ConfigError(text, param="attention_backend")
     mesh.assemble()  # one may have fetched files or compiled
     _agree(mesh, dtype, kept)
