@@ -145,6 +145,8 @@ class Graphs:
         self.captured: dict[int, Static] = {}
         self._decoder, self._cache, self._capture, self._free, self._agree = decoder, cache, capture, free, agree
         self._stopped = False
+        self._logits: Tensor | None = None
+        """[largest size, V] for all sizes, of which one is replayed at a time: for each alone they would take a gigabyte."""
         self._row: tuple[Tensor, Ragged] | None = None
         """One row of the last step: to compute it again changes nothing as long as nothing else is."""
 
@@ -210,7 +212,9 @@ class Graphs:
                 part.plans.clear()  # of the step before
             logits = self._decoder(tokens_in, held, self._cache, rows)
             assert logits is not None, "graphs are for ranks that have all layers"
-            return logits
+            if self._logits is None:  # nothing is recorded yet
+                self._logits = logits.new_empty(self.sizes[-1], logits.shape[1])
+            return self._logits[:size].copy_(logits)
 
         found, why = None, "another rank can't record this size"
         try:

@@ -284,6 +284,7 @@ def test_sizes_are_recorded_while_nobody_waits(decoder: Decoder) -> None:
     assert rank.lacks_graphs
     rank.run(Step(3, record=True))
     assert list(graphs.captured) == [1, 2, 4]
+    assert len({static.logits.data_ptr() for static in graphs.captured.values()}) == 1
     assert not rank.lacks_graphs
 
 
