@@ -87,6 +87,8 @@ class Connection(HttpToolsProtocol):
         """Where in a request the next byte belongs."""
         self._head = 0
         """Bytes since the last request ended."""
+        self._framing = 0
+        """Bytes since a piece of the body came: chunks' sizes and extensions, and trailers."""
         self._arrived = 0
         self._due = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -119,15 +121,21 @@ class Connection(HttpToolsProtocol):
         if self._place != "body":
             self._head += len(data)
             self._wait()
+        else:
+            self._framing += len(data)
         self._arrived += len(data)
         super().data_received(data)
-        if self._place != "body" and self._head > MAX_HEAD_BYTES:
+        if (self._framing if self._place == "body" else self._head) > MAX_HEAD_BYTES:
             self._too_large()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._place = "head"
         self._wait()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._place == "head":  # what comes behind the body is no header, and gives nobody a key (RFC 9110, 6.5.1)
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         if self._deaf:
@@ -139,10 +147,11 @@ class Connection(HttpToolsProtocol):
             self._refuse(TooFarAheadError(text))
         else:
             super().on_headers_complete()
-            self._place = "body"
+            self._place, self._framing = "body", 0
             self.flow.resume_reading()  # else nobody would see that the client left
 
     def on_body(self, body: bytes) -> None:
+        self._framing = 0
         if not self._deaf:
             super().on_body(body)
 
@@ -200,7 +209,8 @@ class Connection(HttpToolsProtocol):
             self._refuse(RequestTimeoutError(text))
 
     def _too_large(self) -> None:
-        text = f"the request's line and headers have more than {MAX_HEAD_BYTES} bytes"
+        what = "trailers" if self._place == "body" else "line and headers"
+        text = f"the request's {what} have more than {MAX_HEAD_BYTES} bytes"
         self._refuse(HeadTooLargeError(text))
 
     def _refuse(self, error: KvasirError) -> None:

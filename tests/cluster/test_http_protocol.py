@@ -74,6 +74,29 @@ def test_a_head_without_end_is_cut_off(gateway):
         assert answer(sock)[0] in (431, 0)  # what was unread when it closed may take the answer with it
 
 
+def test_trailers_give_no_key(live_gateway):
+    """Nor anything else: an answer was begun before they came."""
+    with live_gateway(GatewayConfig(api_key=("secret",))) as live, connect(live) as sock:
+        chunk = b"%x\r\n%b\r\n0\r\n" % (len(BODY), BODY)
+        head = HEAD + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+        sock.sendall(head + chunk + b"Authorization: Bearer secret\r\n\r\n")
+        assert answer(sock)[0] == 401
+
+
+@pytest.mark.parametrize("endless", [b"0\r\nX-Endless: ", b"1;endless="])
+def test_what_is_between_the_pieces_of_a_body_is_bounded(gateway, endless):
+    with connect(gateway) as sock:
+        sock.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + endless)
+        sent = 0
+        try:
+            while sent < 64 * MAX_HEAD_BYTES:
+                sent += sock.send(b"a" * 4096)
+        except (ConnectionResetError, BrokenPipeError):
+            pass
+        assert sent < 64 * MAX_HEAD_BYTES
+        assert answer(sock)[0] in (431, 0)
+
+
 def test_large_heads_within_the_limit(gateway):
     with connect(gateway) as sock:
         fill = b"X-Long: " + b"a" * (MAX_HEAD_BYTES // 2) + b"\r\n"
