@@ -37,7 +37,8 @@ class GatewayConfig:
     ssl_certfile: str | None = None
     """TLS certificate chain (PEM)."""
     allowed_origins: tuple[str, ...] = ()
-    """Origins that browsers may call from (CORS); default: none."""
+    """Origins that browsers may call from (CORS); default: none. A server that needs no key answers to their names, too: on
+    localhost it refuses others that anybody could have made lead to it."""
     max_body_bytes: int = 32 * 2**20
     """Largest request body; a larger one is refused with 413."""
     receive_timeout_s: float = 60.0

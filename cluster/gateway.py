@@ -32,6 +32,7 @@ from kvasir.cluster.health import Health
 from kvasir.cluster.http_front import HANDLERS, Front
 from kvasir.cluster.ollama_models import ollama_routes
 from kvasir.cluster.openai_api import Completions, Detokenize, Models, Tokenize
+from kvasir.cluster.origins import Origins
 from kvasir.cluster.pooling_api import PoolingEndpoint
 from kvasir.cluster.recordings import STREAM_ID
 from kvasir.cluster.responses_api import responses_routes
@@ -72,7 +73,8 @@ def create_app(
     )
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
-    app.add_middleware(Front, keys=load_keys(config, os.environ))
+    keys = load_keys(config, os.environ)
+    app.add_middleware(Front, keys=keys, origins=Origins(config, keys))
     if config.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

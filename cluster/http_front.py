@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kvasir.cluster.auth import ApiKeys
 from kvasir.cluster.call import ROUTE_HEADER, request_id_from
 from kvasir.cluster.error_shapes import error_body
+from kvasir.cluster.origins import Origins
 from kvasir.engine.errors import ClientError, KvasirError, ServerError
 
 OPEN_PATHS = frozenset({"/", "/-/healthz", "/health", "/health/ready", "/openapi.json", "/docs"})
@@ -53,11 +54,12 @@ class ClientGoneError(Exception):
 
 
 class Front:
-    """The middleware around all routes: request id in and out, API keys."""
+    """The middleware around all routes: request id in and out, API keys, and which pages may call where none is needed."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, origins: Origins) -> None:
         self._app = app
         self._keys = keys
+        self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -76,6 +78,7 @@ class Front:
 
         try:
             state["request_id"] = request_id_from(headers.get("x-request-id"), "X-Request-ID")
+            self._origins.check(scope["method"], headers)
             if scope["path"] not in OPEN_PATHS:
                 state["principal"] = self._keys.check(headers.get("authorization"), headers.get("x-api-key"))
         except KvasirError as error:

@@ -264,6 +264,8 @@ def test_curl_needs_no_content_type_but_browsers_do(gateway):
     form = {"Content-Type": "application/x-www-form-urlencoded"}
     assert httpx.post(gateway.url + "/api/generate", content=body, headers=form).json()["response"] == TEXT
     reply = httpx.post(gateway.url + "/api/generate", content=body, headers=form | {"Origin": "http://elsewhere"})
+    assert reply.status_code == 403
+    reply = httpx.post(gateway.url + "/api/generate", content=body, headers=form | {"Origin": gateway.url})
     assert reply.status_code == 415
 
 
