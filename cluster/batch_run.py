@@ -76,7 +76,7 @@ class BatchRun:
             async for number, raw in lines(self._store, self._body["input_file_id"]):
                 try:
                     line = self._line(number, raw, seen)
-                    models.add(line.body.get("model") or "")
+                    models.add(_name(line))
                 except ClientError as error:
                     errors.append({**error_json(error), "line": number})
                 if len(seen) > MAX_LINES:
@@ -167,7 +167,7 @@ class BatchRun:
     def _model(self, line: Line) -> str:
         """The model that a line is for; any name where there is none, so that answering it says so."""
         try:
-            return self._desk.model(line.body.get("model") or "").name
+            return self._desk.model(_name(line)).name
         except ClientError:
             return self._desk.models[0].name
 
@@ -250,6 +250,12 @@ class BatchRun:
             for part in found:
                 yield part
             number = found[-1].number
+
+
+def _name(line: Line) -> str:
+    """Of the model that a line is for; empty where that is no name: answering the line says so."""
+    name = line.body.get("model")
+    return name if isinstance(name, str) else ""
 
 
 def _not_done(tasks: set[asyncio.Task[None]]) -> set[asyncio.Task[None]]:

@@ -98,6 +98,13 @@ def test_upload_larger_than_the_room(live_gateway):
         assert (reply.status_code, reply.json()["error"]["code"]) == (413, "storage_full")
 
 
+@pytest.mark.parametrize("name", [["bytes"], {"name": "bytes"}, 3])
+def test_a_model_that_is_no_name_fails_its_line_alone(client, name):
+    done = ended(client, start(client, line("a"), line("b", model=name)))
+    assert (done.status, done.request_counts.completed, done.request_counts.failed) == ("completed", 1, 1)
+    assert entries(client, done.error_file_id)["b"]["error"]["param"] == "model"
+
+
 def test_batch(gateway, client):
     batch = start(client, line("a"), "", line("b", temperature=-1), line("c", n=2), metadata={"what": "test"})
     assert (batch.status, batch.metadata, batch.expires_at - batch.created_at) == (
