@@ -161,13 +161,24 @@ def parse_engine(values: Mapping[str, Any]) -> EngineConfig:
     return _engine(values)
 
 
+class _Loader(yaml.SafeLoader):
+    """Takes no key twice: the first value would be ignored."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [_name(key.value) for key, _ in node.value if isinstance(key.value, str) and key.value != "<<"]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is given twice", node.start_mark)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. ConfigError when it isn't one."""
     try:
-        found = yaml.safe_load(path.read_text())
+        found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}", param="config") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}", param="config") from error
     found = _mapping(found if found is not None else {}, f"--config {path}")
     return _of_serve(found, path) if "applications" in found else found
@@ -222,6 +233,8 @@ def _gateway(spec: Mapping[str, Any]) -> GatewayConfig:
     spec = translate(spec, warn=False)
     known = [(_known(name), value) for name, value in spec.items()]
     own = {option.field: option.parse(value) for option, value in known if not option.of_engine}
+    if own.get("api_key") == () and spec["api_key"] != []:  # as of a variable that isn't set: nobody wants no key then
+        raise ConfigError("--api-key is empty; give a key, or leave it out to serve without one", param="api_key")
     return _checked_gateway(GatewayConfig(**own))
 
 

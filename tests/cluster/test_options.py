@@ -173,11 +173,21 @@ def test_variables_that_do_nothing_are_named() -> None:
     assert len(found) == 1
 
 
-@pytest.mark.parametrize(("text", "says"), [("a: [", "is not YAML"), ("- a", "option: value"), (None, "No such file")])
-def test_yaml_files(tmp_path: Path, text: str | None, says: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"a: [", "is not YAML"),
+        (b"a: \xff", "is not YAML"),
+        (b"- a", "option: value"),
+        (b"port: 1\nport: 2\n", "port is given twice"),
+        (b"grpc-port: 1\ngrpc_port: 2\n", "grpc_port is given twice"),
+        (None, "No such file"),
+    ],
+)
+def test_yaml_files(tmp_path: Path, text: bytes | None, says: str) -> None:
     path = tmp_path / "x.yaml"
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text)
     with pytest.raises(ConfigError, match=says):
         read_yaml(path)
 
@@ -200,6 +210,13 @@ def test_files_of_serve(tmp_path: Path, more: dict[str, Any], own: dict[str, Any
     (tmp_path / "x.yaml").write_text(yaml.safe_dump({"applications": [app | own]} | more))
     with pytest.raises(ConfigError, match=says):
         read_yaml(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("given", ["", " , ", [""]])
+def test_an_empty_key_is_not_no_key(given: Any) -> None:
+    with pytest.raises(ConfigError, match="--api-key is empty"):
+        parse_spec({"api_key": given})
+    assert not parse_spec({"api_key": []}).gateway.api_key
 
 
 def test_an_empty_yaml_file_is_fine(tmp_path: Path) -> None:
