@@ -23,8 +23,11 @@ DEFAULTS = {
 
 
 def spec(c: Mapping[str, Any], **changes: Any) -> Spec:
-    """Gemma 2's facts without soft caps. Hub files give the scaling of the full layers alone, and a second theta."""
+    """Gemma 2's facts without soft caps. Hub files give the scaling of the full layers alone, and a second theta. A window
+    that looks both ways (EmbeddingGemma) is as wide as they say in all."""
     c = {**DEFAULTS, **c}
+    if c.get("use_bidirectional_attention"):
+        c["sliding_window"] = c["sliding_window"] // 2 + 1
     if not c.get("rope_parameters"):
         full = {**(c.get("rope_scaling") or {}), "rope_theta": c["rope_theta"]}
         sliding = {"rope_theta": c["rope_local_base_freq"]}

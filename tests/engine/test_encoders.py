@@ -29,6 +29,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "jina-v3": ("JinaEmbeddingsV3", {}),
     "qwen2-bidirectional": ("Qwen2", {"is_causal": False}),
     "mistral-embedder": ("Mistral", {"sliding_window": 9}),
+    "embedding-gemma": (
+        "Gemma3Text",
+        {"norm": 0.0, "use_bidirectional_attention": True, "sliding_window": 9, "num_hidden_layers": 7, "head_dim": 16},
+    ),
 }
 
 
