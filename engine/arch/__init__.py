@@ -62,6 +62,9 @@ def load_spec(config: Mapping[str, Any]) -> Spec:
         raise ConfigError(f"config.json: quantization_config (quant_method {method!r}) is not supported")
     architecture = importlib.import_module(f"{__name__}.{kind}")
     try:
-        return cast("Spec", architecture.spec(config))
+        spec = cast("Spec", architecture.spec(config))
     except KeyError as missing:
         raise ConfigError(f"config.json: {missing.args[0]} is missing (model_type {kind!r})") from None
+    if config.get("is_causal") is False and (spec.causal or spec.latent is not None):
+        raise ConfigError(f"config.json: is_causal false is not supported for model_type {kind!r}")
+    return spec

@@ -37,6 +37,6 @@ def spec(c: Mapping[str, Any], **changes: Any) -> Spec:
         "attn_softcap": c.get("attn_logit_softcapping"),
         "logit_softcap": c.get("final_logit_softcapping"),
         "layers": gemma2.layers(c, c.get("sliding_window_pattern") or 6),
-        "causal": not c.get("use_bidirectional_attention", False),
+        "causal": c.get("is_causal", True) and not c.get("use_bidirectional_attention"),
     }
     return gemma2.spec(c, **facts | changes)

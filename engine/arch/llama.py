@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from kvasir.engine.config_json import activation, head_dim, lm_head, max_len, rope, same
@@ -40,6 +41,7 @@ def spec(c: Mapping[str, Any], **changes: Any) -> Spec:
         "ffn": c["intermediate_size"],
         "eps": c.get("rms_norm_eps", 1e-6),
         "max_len": max_len(c),
+        "causal": bool(c.get("is_causal", True)),
         "activation": activation(c),
         "qkv_bias": bias,
         "o_bias": bias,
@@ -50,4 +52,8 @@ def spec(c: Mapping[str, Any], **changes: Any) -> Spec:
     }
     if "layers" not in changes:
         facts["layers"] = same(c, Layer(rope=rope(c)))
-    return Spec(**facts | changes)
+    facts |= changes
+    if not c.get("is_causal", True):  # a window that looks both ways says how far
+        wider = (replace(layer, window=layer.window and layer.window + 1) for layer in facts["layers"])
+        facts["layers"] = tuple(wider)
+    return Spec(**facts)

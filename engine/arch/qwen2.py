@@ -14,7 +14,7 @@ ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen2Model", "Qwen2ForSequenceClassificati
 
 def spec(c: Mapping[str, Any]) -> Spec:
     """Llama's facts; only the projections into attention have a bias."""
-    return llama.spec(c, qkv_bias=True, o_bias=False, layers=layers(c), causal=c.get("is_causal", True))
+    return llama.spec(c, qkv_bias=True, o_bias=False, layers=layers(c))
 
 
 def layers(c: Mapping[str, Any]) -> tuple[Layer, ...]:

@@ -79,6 +79,7 @@ def test_rope_in_both_spellings(spelling: dict[str, Any], rope: Rope) -> None:
         ({"model_type": "deepseek_v3", "scoring_func": "softmax"}, "scoring_func 'softmax'"),
         ({"model_type": "deepseek_v3", "topk_method": "greedy"}, "topk_method 'greedy'"),
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+        ({"model_type": "qwen", "is_causal": False}, "is_causal false is not supported for model_type 'qwen'"),
         ({"model_type": "gpt_oss", "swiglu_alpha": 1.0}, "swiglu_alpha 1.0"),
         ({"model_type": "mistral3", "text_config": {"model_type": "mistral4"}}, "text_config.model_type 'mistral4'"),
     ],

@@ -28,6 +28,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "nomic-bert": ("NomicBert", {}),
     "jina-v3": ("JinaEmbeddingsV3", {}),
     "qwen2-bidirectional": ("Qwen2", {"is_causal": False}),
+    "qwen3-bidirectional": ("Qwen3", {"is_causal": False, "head_dim": 16}),
+    "llama-bidirectional": ("Llama", {"is_causal": False}),
+    "mistral-bidirectional": ("Mistral", {"is_causal": False, "sliding_window": 9}),
+    "gemma2-bidirectional": ("Gemma2", {"norm": 0.0, "is_causal": False, "sliding_window": 9, "head_dim": 16}),
     "mistral-embedder": ("Mistral", {"sliding_window": 9}),
     "embedding-gemma": (
         "Gemma3Text",
