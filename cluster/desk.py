@@ -60,6 +60,7 @@ class Desk:
         self.models = tuple(models)
         self.directory = directory
         self.metrics = metrics
+        metrics.watch(directory)
         self.recordings = recordings or Recordings()
         """Answers that are streamed, by their ids."""
         self._tenant = tenant

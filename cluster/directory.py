@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 from array import array
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from kvasir.cluster.block_journal import TIERS
+from kvasir.cluster.block_tables import Key, Keys, Tables
 from kvasir.cluster.standings import Ints
 from kvasir.engine.block_ids import Holders, holders
 from kvasir.engine.blocks import ContentId, Tier
@@ -20,15 +22,17 @@ from kvasir.proto import group_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-Key = int
-"""The first half of a content id."""
 MAX_HOLDINGS = 16_000_000
-"""Blocks times groups that hold them, about 100 bytes each; beyond it further blocks stay unknown."""
+"""Blocks times groups that hold them, about 100 bytes each."""
+DEVICES_ALONE = 16
+"""Of so many one: what devices' blocks alone may take, so that they find room at once."""
+SLICE = 1000
+"""Keys that are looked at in one go: about a millisecond."""
 ASK_AGAIN = 64
 """Messages after which a snapshot that didn't come is asked for once more."""
 
 
-def keys_of(ids: bytes) -> array[Key]:
+def keys_of(ids: bytes) -> Keys:
     """Keys of concatenated content ids."""
     return array("Q", ids)[::2]
 
@@ -49,188 +53,242 @@ class Prompt(Protocol):
     def __iter__(self) -> Iterator[Sequence[Key]]: ...
 
 
+class _Change(NamedTuple):
+    """What is still to be taken in of what a group said."""
+
+    tier: int
+    keys: Keys
+    stored: bool
+    """Else evicted."""
+    first: int = 0
+    """Those before are done with."""
+
+
 class BlockDirectory:
     """Groups are numbered by `join`. Every lookup costs one access to a table a block, however many groups there are. The tables
-    are Python's dictionaries, or those of compiled code from the first question on for which that is there.
+    are Python's, or those of compiled code as soon as that is there.
+
+    More than `max_holdings` don't fit. Then what others hold on disks goes for blocks on devices, then what they hold in host
+    memory, and a group of which something is missing `lacks` it once there is room again.
+
+    later(work): has it called soon; so much at a time is done that nobody waits long, and what a group said last may not be known
+    yet. None: all is done at once.
     """
 
-    def __init__(self, max_holdings: int = MAX_HOLDINGS) -> None:
-        self._masks: dict[Tier, dict[Key, int]] = {tier: {} for tier in TIERS}
-        """Bit g: group g holds the block in this tier."""
-        self._held: dict[int, dict[Tier, set[Key]]] = {}
-        self._compiled: Holders | None = None
-        """What the two above hold, once it is there."""
-        self._sizes = dict.fromkeys(TIERS, 0)
-        """Blocks times groups that hold them, by tier."""
+    def __init__(
+        self, max_holdings: int = MAX_HOLDINGS, later: Callable[[Callable[[], None]], object] | None = None
+    ) -> None:
+        self._tables: Tables | Holders = Tables(len(TIERS))
+        self._groups: set[int] = set()
         self._places = 0
         """Numbers that groups had so far."""
-        self._room = max_holdings
-        self._max = max_holdings
+        self._room = self.max_holdings = max_holdings
+        self.dropped = dict.fromkeys(TIERS, 0)
+        """Blocks times groups for which there was no room."""
+        self._lacking: set[int] = set()
+        """Groups of which some of these are."""
         self._told_full = False
+        self._later, self._is_due = later, False
+        self._pending: dict[int, deque[_Change]] = {}
+        """By group, what is to be taken in, in order."""
+        self._leaving: dict[tuple[int, int], None] = {}
+        """(tier, group) in whose tables something is leaving, in order."""
 
     @property
     def num_holdings(self) -> int:
         """Blocks times groups that hold them."""
-        return self._max - self._room
+        return self.max_holdings - self._room
+
+    def sizes(self) -> dict[Tier, int]:
+        """The same by tier, without what is leaving."""
+        return {
+            tier: sum(self._tables.held(number, group) for group in self._groups) for number, tier in enumerate(TIERS)
+        }
 
     def join(self) -> int:
         """A number for a new group, the smallest free one."""
-        group = next(number for number in range(len(self._held) + 1) if number not in self._held)
-        self._held[group] = {tier: set() for tier in TIERS}
+        taken = self._groups | {group for _, group in self._leaving}
+        group = next(number for number in range(len(taken) + 1) if number not in taken)
+        self._groups.add(group)
         self._places = max(self._places, group + 1)
         return group
 
     def leave(self, group: int) -> None:
         """The group holds nothing any more, and its number is free."""
         self.clear(group)
-        del self._held[group]
+        self._groups.discard(group)
+        self._lacking.discard(group)
 
     def clear(self, group: int) -> None:
         """The group holds nothing."""
         for tier in TIERS:
-            self.replace(group, tier, ())
+            self.replace(group, tier)
 
     def change(self, group: int, tier: Tier, stored: Iterable[Key], evicted: Iterable[Key]) -> None:
         """What the group stored in a tier, and what went from it."""
-        before = self._room
-        if self._compiled is not None:
-            self._room = self._compiled.change(TIERS.index(tier), group, stored, evicted, before)
-        else:
-            self._change(group, tier, stored, evicted)
-        self._sizes[tier] += before - self._room
-        self._tell_full()
+        self._adopt()
+        number = TIERS.index(tier)
+        self._put(group, _Change(number, _array(evicted), False), _Change(number, _array(stored), True))
 
-    def _tell_full(self) -> None:
-        """Once, and again when an eighth was free meanwhile."""
-        if self._room > self._max // 8:
-            self._told_full = False
-        elif self._room <= 0 and not self._told_full:
-            self._told_full = True
-            told = ", ".join(f"{size:,} in {tier}" for tier, size in self._sizes.items())
-            log.warning(
-                "%s blocks of groups are known (%s), no more fit: requests find less of what is cached",
-                f"{self._max:,}",
-                told,
-            )
-
-    def _change(self, group: int, tier: Tier, stored: Iterable[Key], evicted: Iterable[Key]) -> None:
-        held, masks, bit, room = self._held[group][tier], self._masks[tier], 1 << group, self._room
-        for key in evicted:
-            if key in held:
-                held.discard(key)
-                room += 1
-                _drop(masks, key, bit)
-        for key in stored:
-            if key not in held and room > 0:
-                held.add(key)
-                room -= 1
-                masks[key] = masks.get(key, 0) | bit
-        self._room = room
-
-    def replace(self, group: int, tier: Tier, keys: Collection[Key]) -> None:
+    def replace(self, group: int, tier: Tier, *portions: Collection[Key]) -> None:
         """The group holds exactly these in a tier."""
-        if self._compiled is None:
-            held, wanted = self._held[group][tier], set(keys)
-            self.change(group, tier, wanted - held, held - wanted)
-            return
-        before = self._room
-        self._room = self._compiled.replace(TIERS.index(tier), group, keys, before)
-        self._sizes[tier] += before - self._room
-        self._tell_full()
+        self._adopt()
+        number = TIERS.index(tier)
+        if (pending := self._pending.pop(group, None)) is not None:
+            self._put(group, *(one for one in pending if one.tier != number))
+        self._condemn(number, group)
+        self._put(group, *(_Change(number, _array(keys), True) for keys in portions))
 
     def found(self, prompt: Prompt) -> Ints:
         """[tier, group]: how many of the prompt's first blocks the group holds without a gap, in this tier and those before."""
-        if self._compiled is None and (compiled := holders()) is not None:
-            self._adopt(compiled)
-        if self._compiled is not None:
+        self._adopt()
+        if isinstance(self._tables, Holders):
             ask = prompt.start, prompt.token_ids, prompt.blocks, prompt.block_size
-            return self._compiled.prefixes(*ask, self._places)
-        rows = [self.prefixes(prompt)]
-        for tier in TIERS[1:]:
-            rows.append(self.prefixes(prompt, tier) if self.has_tier(tier) else rows[-1])
+            return self._tables.prefixes(*ask, self._places)
+        rows = [self._tables.prefixes(prompt, 1, self._places)]
+        for number in range(1, len(TIERS)):
+            known = self._tables.size(number)
+            rows.append(self._tables.prefixes(prompt, number + 1, self._places) if known else rows[-1])
         return np.array(rows, np.int64)
-
-    def _adopt(self, compiled: Holders) -> None:
-        for group, tiers in self._held.items():
-            for number, tier in enumerate(TIERS):
-                compiled.change(number, group, tiers[tier], (), len(tiers[tier]))
-        self._held = {group: {tier: set() for tier in TIERS} for group in self._held}
-        self._masks = {tier: {} for tier in TIERS}
-        self._compiled = compiled
-
-    def prefixes(self, portions: Iterable[Sequence[Key]], worst: Tier = "device") -> list[int]:
-        """`found` in Python, by group in tiers up to `worst`. Asks for portions only as long as somebody has all before.
-
-        Who holds a block of a portion is taken to hold those of it that come before: pools evict tails before heads, and to
-        look at all of 500 blocks takes 130 us (the dictionaries don't fit into a processor's cache).
-        """
-        look, found = self._holders(worst), [0] * self._places
-        alive, count = -1, 0
-        for portion in portions:
-            if not count:
-                alive = look(portion[0], 0)
-            gone = alive & ~look(portion[-1], 0)
-            alive ^= gone
-            while gone:
-                place, lost = _first_loss(look, portion, gone)
-                _note(found, lost, count + place)
-                gone ^= lost
-            if not alive:
-                return found
-            count += len(portion)
-        if count:
-            _note(found, alive, count)
-        return found
-
-    def _holders(self, worst: Tier) -> Callable[[Key, int], int]:
-        """(key, 0) -> bits of the groups that hold it in tiers up to `worst`."""
-        first, *others = [self._masks[tier] for tier in TIERS[: TIERS.index(worst) + 1]]
-        look: Callable[[Key, int], int] = first.get
-        for table in others:
-            if table:
-                look = _either(look, table.get)
-        return look
 
     def has_tier(self, tier: Tier) -> bool:
         """Some group holds something there."""
-        return self._sizes[tier] > 0
+        return self._tables.size(TIERS.index(tier)) > 0
 
+    def lacks(self, group: int) -> bool:
+        """Blocks of the group found no room, and some would now; said once."""
+        if group not in self._lacking or self._room <= self.max_holdings // 8 or group in self._pending:
+            return False
+        self._lacking.discard(group)
+        return True
 
-_BITS = [tuple(bit for bit in range(8) if byte >> bit & 1) for byte in range(256)]
-"""Of each byte: the bits that are set. Groups are mostly lost many at a time, where a common beginning ends."""
+    # -- what is taken in, little by little
 
+    def _adopt(self) -> None:
+        """Compiled code, once that is there."""
+        if isinstance(self._tables, Tables) and (compiled := holders()) is not None:
+            known = self._tables.take()
+            self._tables, self._room, self._leaving = compiled, self.max_holdings, {}
+            for tier, group, keys in known:
+                before = self._pending.pop(group, deque())
+                self._put(group, _Change(tier, _array(keys), True), *before)
 
-def _drop(masks: dict[Key, int], key: Key, bit: int) -> None:
-    mask = masks.get(key, 0) & ~bit
-    if mask:
-        masks[key] = mask
-    else:
-        masks.pop(key, None)
+    def _put(self, group: int, *changes: _Change) -> None:
+        """At once, if there isn't much and nothing before."""
+        pending = self._pending.setdefault(group, deque())
+        idle = not pending
+        pending.extend(one for one in changes if one.keys)
+        if idle and sum(len(one.keys) for one in pending) <= SLICE:
+            while pending:
+                self._take(group, pending)
+        if not pending:
+            del self._pending[group]
+        self._go_on()
 
+    def _condemn(self, tier: int, group: int) -> None:
+        self._tables.condemn(tier, group)
+        if self._tables.leaving(tier, group):
+            self._leaving[tier, group] = None
 
-def _either(one: Callable[[Key, int], int], other: Callable[[Key, int], int]) -> Callable[[Key, int], int]:
-    return lambda key, default: one(key, default) | other(key, default)
+    def _go_on(self) -> None:
+        """See that what is to be done is done."""
+        if self._room > self.max_holdings // 8:
+            self._told_full = False
+        if self._later is None:
+            while self._work():
+                pass
+        elif not self._is_due and (self._pending or self._leaving):
+            self._is_due = True
+            self._later(self._slice)
 
+    def _slice(self) -> None:
+        self._is_due = False
+        self._work()
+        self._go_on()
 
-def _first_loss(look: Callable[[Key, int], int], portion: Sequence[Key], gone: int) -> tuple[int, int]:
-    """(place of the first block that not all of `gone` hold, those that don't); none of them holds the last one."""
-    low, high, lost = 0, len(portion) - 1, gone
-    while low < high:
-        middle = (low + high) // 2
-        if now := gone & ~look(portion[middle], 0):
-            high, lost = middle, now
+    def _work(self) -> bool:
+        """A slice of it. False: there was nothing to be done."""
+        for group, pending in self._pending.items():
+            self._take(group, pending)
+            if not pending:
+                del self._pending[group]
+            return True
+        return self._sweep(SLICE)
+
+    def _take(self, group: int, pending: deque[_Change]) -> None:
+        """A slice of the first of what is pending, one key at least."""
+        change = pending.popleft()
+        if change.stored:
+            first = change.first + self._store(group, change)
         else:
-            low = middle + 1
-    return low, lost
+            self._room += self._tables.evict(change.tier, group, change.keys, change.first, SLICE)
+            first = change.first + SLICE
+        if first < len(change.keys):
+            pending.appendleft(change._replace(first=first))
+
+    def _store(self, group: int, change: _Change) -> int:
+        """A slice; how many keys it was."""
+        tier, keys, _, first = change
+        spare = self.max_holdings // DEVICES_ALONE if tier else 0
+        stored = self._tables.store(tier, group, keys, first, max(0, self._room - spare), SLICE)
+        self._room -= stored.added
+        if stored.done:
+            return stored.done
+        if self._make_room(tier):
+            return 0
+        lost = self._tables.store(tier, group, keys, first, 0, SLICE, passing=True)
+        self._lose(tier, group, lost.lost)
+        return lost.done
+
+    def _make_room(self, tier: int) -> bool:
+        if tier == 0 and not self._leaving:
+            self._give_way()
+        return self._sweep(SLICE)
+
+    def _give_way(self) -> None:
+        """Of the lowest tier in which something is known, the group with most of it."""
+        for tier in range(len(TIERS) - 1, 0, -1):
+            held = {group: self._tables.held(tier, group) for group in self._groups}
+            group = max(held, key=held.__getitem__)
+            if held[group]:
+                self._condemn(tier, group)
+                self._lose(tier, group, held[group])
+                return
+
+    def _sweep(self, most: int) -> bool:
+        """So much of what is leaving goes. False: there was nothing."""
+        for tier, group in self._leaving:
+            self._room += self._tables.sweep(tier, group, most)
+            if not self._tables.leaving(tier, group):
+                del self._leaving[tier, group]
+            return True
+        return False
+
+    def _lose(self, tier: int, group: int, count: int) -> None:
+        """That is told once, and again when an eighth was free meanwhile."""
+        if count:
+            self.dropped[TIERS[tier]] += count
+            self._lacking.add(group)
+        if count and not self._told_full:
+            self._told_full = True
+            told = ", ".join(f"{size:,} in {name}" for name, size in self.sizes().items())
+            log.warning(
+                "%s blocks of groups are known (%s), no more fit: requests find less of what is cached",
+                f"{self.num_holdings:,}",
+                told,
+            )
 
 
-def _note(found: list[int], mask: int, count: int) -> None:
-    if mask & (mask - 1) == 0:
-        found[mask.bit_length() - 1] = count
-    elif count:
-        for start, byte in enumerate(mask.to_bytes(-(-mask.bit_length() // 8), "little")):
-            for bit in _BITS[byte]:
-                found[8 * start + bit] = count
+def _array(keys: Iterable[Key]) -> Keys:
+    return keys if isinstance(keys, array) else array("Q", keys)
+
+
+class _Part(NamedTuple):
+    """Of a snapshot."""
+
+    number: int
+    parts: int
+    tiers: Sequence[tuple[Tier, Keys]]
 
 
 class BlockFeed:
@@ -242,7 +300,7 @@ class BlockFeed:
         self._number: int | None = None
         """The last change that was taken in; None: a snapshot is needed."""
         self._last = 0
-        self._parts: dict[int, pb.Blocks] = {}
+        self._parts: dict[int, _Part] = {}
         self._ignored = 0
 
     @property
@@ -284,16 +342,21 @@ class BlockFeed:
             if message.number < max(one.number for one in self._parts.values()):
                 return
             self._parts = {}
-        self._parts[message.part] = message
+        tiers = [(_tier(blocks), keys_of(blocks.stored)) for blocks in message.tiers]
+        self._parts[message.part] = _Part(message.number, message.parts, tiers)
         if len(self._parts) == message.parts:
-            self._replace(self._parts.values())
+            told = [one for part in self._parts.values() for one in part.tiers]
+            for tier in TIERS:
+                self._directory.replace(self._group, tier, *(keys for name, keys in told if name == tier))
             self._number = self._last = message.number
             self._parts = {}
 
-    def _replace(self, parts: Collection[pb.Blocks]) -> None:
-        for tier in TIERS:
-            told = [blocks.stored for part in parts for blocks in part.tiers if blocks.tier == tier]
-            self._directory.replace(self._group, tier, keys_of(b"".join(told)))
+    def lacks(self) -> bool:
+        """A snapshot has to be asked for: some of the group's blocks found no room, and there is some now."""
+        if self._number is None or not self._directory.lacks(self._group):
+            return False
+        self._number, self._parts, self._ignored = None, {}, 0
+        return True
 
 
 def _tier(blocks: pb.TierBlocks) -> Tier:

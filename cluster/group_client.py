@@ -208,6 +208,8 @@ class GroupClient:
             self._heartbeat = self._seen - message.load.heartbeat_age_s
             self.member.report(self.stats, message.load.counted, self._seen)
             self._change(self.draining or message.load.draining, wire.decode_role(message.load.role))
+            if self.member.lacks_blocks():
+                line.send(pb.GatewayMessage(resync=pb.Resync()))
         elif kind == "blocks":
             if self.member.blocks(message.blocks):
                 line.send(pb.GatewayMessage(resync=pb.Resync()))

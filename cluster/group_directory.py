@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from kvasir.cluster.directory import BlockDirectory
 from kvasir.cluster.group_client import GroupClient, Placement
 from kvasir.cluster.member import Member
 from kvasir.cluster.router import Policy, Router
@@ -58,7 +59,7 @@ class GroupDirectory:
     ) -> None:
         self._limit = max_stream_buffer
         self._names = dict(models)
-        routers = {name: Router(policy, max_ttft_s=max_ttft_s) for name in models.values()}
+        routers = {name: Router(policy, max_ttft_s=max_ttft_s, later=_soon) for name in models.values()}
         self._models = {name: _Model(name, {}, router) for name, router in routers.items()}
         self._leaving: dict[asyncio.Task[None], GroupClient] = {}
 
@@ -105,6 +106,10 @@ class GroupDirectory:
         """All groups of one model, or of all, the living and the dead."""
         models = self._models.values() if model is None else [self._known(model)]
         return [client for known in models for client in known.clients.values()]
+
+    def blocks(self) -> dict[str, BlockDirectory]:
+        """Model -> which of its groups hold which blocks."""
+        return {name: known.router.directory for name, known in self._models.items()}
 
     def models(self) -> list[ModelInfo]:
         """One per model that has a living group."""
@@ -179,6 +184,10 @@ class GroupDirectory:
                 known.why = error.message
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(wakeup.wait(), POLL_S[bool(known.alive)])
+
+
+def _soon(work: Callable[[], None]) -> None:
+    asyncio.get_running_loop().call_soon(work)
 
 
 def _alike(one: GroupClient, other: GroupClient) -> bool:

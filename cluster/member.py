@@ -143,6 +143,10 @@ class Member:
         """The group's blocks; True when a snapshot has to be asked for."""
         return self._feed.take(message)
 
+    def lacks_blocks(self) -> bool:
+        """A snapshot has to be asked for: the directory had no room for all of its blocks, and has some now."""
+        return self._feed.lacks()
+
     def leave(self) -> None:
         """The group is no more."""
         self._directory.leave(self.group)

@@ -106,6 +106,10 @@ class Metrics:
         """This gateway's own series, in Prometheus' text format."""
         return generate_latest(self._registry)
 
+    def watch(self, directory: GroupDirectory) -> None:
+        """Say from now on what this gateway knows of its groups' blocks."""
+        self._registry.register(_Directories(directory))
+
     @staticmethod
     def render_groups(directory: GroupDirectory, models: Sequence[str]) -> bytes:
         """What the groups of `models` last said about themselves."""
@@ -238,6 +242,26 @@ class CallRecord:
         """One of its vectors is there."""
         self._series.vector(event)
         self._series.complete(time.monotonic() - self._started, 0, "stop")
+
+
+class _Directories(Collector):
+    """Which blocks of which groups a gateway knows: what is held elsewhere, too, counts once for each group."""
+
+    def __init__(self, directory: GroupDirectory) -> None:
+        self._directory = directory
+
+    def collect(self) -> Iterable[Metric]:
+        held = Metric("kvasir:directory_blocks", "Blocks times groups that are known to hold them.", "gauge")
+        room = Metric("kvasir:directory_room_blocks", "How many more could be known.", "gauge")
+        text = "The same that aren't known, or not any longer, for want of room."
+        dropped = Metric("kvasir:directory_blocks_dropped", text, "counter")
+        for model, blocks in self._directory.blocks().items():
+            labels = {"model_name": model}
+            room.add_sample(room.name, labels, blocks.max_holdings - blocks.num_holdings)
+            for tier, size in blocks.sizes().items():
+                held.add_sample(held.name, labels | {"tier": tier}, size)
+                dropped.add_sample(f"{dropped.name}_total", labels | {"tier": tier}, blocks.dropped[tier])
+        return [held, room, dropped]
 
 
 class _GroupStats(Collector):

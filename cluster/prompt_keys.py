@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from kvasir.cluster.directory import Key
+from kvasir.cluster.block_tables import Key
 from kvasir.engine.block_ids import hashed, words
 from kvasir.engine.blocks import ID_BYTES, ContentId, chain_start
 from kvasir.engine.info import ModelInfo

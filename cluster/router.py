@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import random
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Literal
@@ -133,12 +133,20 @@ def _salt(member: Member) -> bytes:
 class Router:
     """Routes one model's requests. Not thread-safe: one loop calls it. `now` is that loop's clock.
 
-    max_ttft_s: a request whose first token is predicted later than this everywhere is refused; 0: none is.
+    max_ttft_s: a request whose first token is predicted later than this everywhere is refused; 0: none is. later: as of
+    BlockDirectory.
     """
 
-    def __init__(self, policy: Policy = "cost", *, max_ttft_s: float = 0.0, draw: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy = "cost",
+        *,
+        max_ttft_s: float = 0.0,
+        draw: random.Random | None = None,
+        later: Callable[[Callable[[], None]], object] | None = None,
+    ) -> None:
         self.policy, self.max_ttft_s = policy, max_ttft_s
-        self.directory = BlockDirectory()
+        self.directory = BlockDirectory(later=later)
         self._draw = draw or random.Random()
         self._hashers, self._pace, self._standings = Hashers(), Pace(), Standings()
         self._costs: GroupCosts | None = None

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 
 from kvasir.engine.blocks import ContentId, content_ids, token_bytes
 from kvasir.kernels.block_directory import Holders as Holders
+from kvasir.kernels.block_directory import Stored as Stored
 from kvasir.kernels.block_ids import BlockIds, load
 from kvasir.kernels.group_costs import NOBODY as NOBODY
 from kvasir.kernels.group_costs import Floats

@@ -2,6 +2,7 @@
 // without torch. Calls of one directory come from one thread.
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -16,12 +17,12 @@ extern "C" void tokens_ahead(_object *list, int64_t first, int64_t stop);
 namespace {
 
 constexpr int TIERS = 3, ID = 16, WAYS = 8;
-constexpr int64_t PORTION = 64;
+constexpr int64_t PORTION = 64, EMPTY_SLOTS = 32;
 constexpr uint64_t SPREAD = 0x9e3779b97f4a7c15;
 
 // key -> bits of groups, in slots of 1 + width words; a set of keys, where width is 0. Open addressing; key 0 is taken for 1.
 struct Table {
-  int width, log2 = 6;
+  int width, log2 = 3, share = 512; // share: of 1024 slots, so many may be used
   int64_t used = 0;
   std::vector<uint64_t> slots;
 
@@ -40,35 +41,12 @@ struct Table {
 
   void reshape(int to_log2, int to_width) {
     Table next(to_width);
-    next.log2 = to_log2, next.used = used;
+    next.log2 = to_log2, next.used = used, next.share = share;
     next.slots.assign((int64_t(1) << to_log2) * (1 + to_width), 0);
     for (int64_t place = 0; place <= mask(); place++)
       if (const uint64_t *from = slot(place); *from)
         std::memcpy(next.find(*from), from, 8 * (1 + (width < to_width ? width : to_width)));
     std::swap(*this, next);
-  }
-
-  // The key's slot, from now on if it wasn't there.
-  uint64_t *claim(uint64_t key) {
-    if (used * 3 > mask() * 2) reshape(log2 + 1, width);
-    uint64_t *found = find(key);
-    if (!*found) *found = key, used++;
-    return found;
-  }
-
-  void release(uint64_t *found) {
-    close((found - slots.data()) / (1 + width));
-    used--;
-  }
-
-  void add(uint64_t key, int group) { claim(key)[1 + group / 64] |= uint64_t(1) << group % 64; }
-
-  void drop(uint64_t key, int group) {
-    uint64_t *found = find(key);
-    found[1 + group / 64] &= ~(uint64_t(1) << group % 64);
-    for (int word = 1; word <= width; word++)
-      if (found[word]) return;
-    release(found);
   }
 
   // The slot becomes free: what follows it moves up as far as it may.
@@ -83,6 +61,45 @@ struct Table {
   }
 };
 
+// Keys dealt out to tables that grow each at its own time, so that nobody waits for more than one of them. None, at first.
+struct Parts {
+  std::vector<Table> tables;
+  int64_t used = 0;
+
+  Parts() = default;
+  Parts(int count, int width) : tables(count, Table(width)) {
+    for (int n = 0; n < count; n++) tables[n].share = 460 + 222 * n / count;
+  }
+
+  Table &of(uint64_t key) { return tables[key * SPREAD >> 20 & (tables.size() - 1)]; }
+
+  // The key's slot, with room for `width` words, from now on if it wasn't there; work: plus the keys that were moved for it.
+  uint64_t *claim(uint64_t key, int width, int64_t *work) {
+    Table &table = of(key);
+    const bool full = table.used * 1024 >= int64_t(table.share) << table.log2;
+    if (full || table.width < width) {
+      *work += table.used;
+      table.reshape(table.log2 + full, table.width < width ? width : table.width);
+    }
+    uint64_t *found = table.find(key);
+    if (!*found) *found = key, table.used++, used++;
+    return found;
+  }
+
+  bool has(uint64_t key) { return used && *of(key).find(key); }
+
+  // False: it wasn't there.
+  bool release(uint64_t key) {
+    if (!used) return false;
+    Table &table = of(key);
+    uint64_t *found = table.find(key);
+    if (!*found) return false;
+    table.close((found - table.slots.data()) / (1 + table.width));
+    table.used--, used--;
+    return true;
+  }
+};
+
 // Portions of prompts that were seen, in sets of which each takes turns: what their ids depend on -> the ids.
 struct Memory {
   struct Probe {
@@ -92,7 +109,7 @@ struct Memory {
     uint8_t bytes[PORTION * ID];
   };
   std::vector<Probe> probes;
-  std::vector<Ids> ids;
+  std::unique_ptr<Ids[]> ids; // 8 MB that are touched as they are needed
   std::vector<uint8_t> turns;
 
   // Where they are, or (false) where they belong.
@@ -106,9 +123,16 @@ struct Memory {
   }
 };
 
+// What a group holds in a tier. What is leaving has its bits still, and goes little by little.
+struct Held {
+  Parts own{16, 0}, leaving;
+  size_t part = 0; // of those that are leaving: all before are empty, and the slots of this one up to `place`
+  int64_t place = 0;
+};
+
 struct Directory {
-  Table tiers[TIERS];
-  std::vector<Table> held[TIERS]; // by group, so that nobody who looks for what one holds walks over what all do
+  Parts tiers[TIERS] = {{256, 1}, {256, 1}, {256, 1}};
+  std::vector<Held> held[TIERS]; // by group, so that nobody who looks for what one holds walks over what all do
   Memory memory;
   std::vector<uint64_t> keys; // of the hash of tokens
   uint8_t before[ID];
@@ -116,30 +140,20 @@ struct Directory {
 
   int64_t most_words() const { return int64_t(keys.size()) - 3; }
 
-  bool add(int tier, int group, uint64_t key) {
-    Table &own = held[tier][group];
-    const int64_t before = own.used;
-    own.claim(key);
-    if (own.used == before) return false;
-    tiers[tier].add(key, group);
-    return true;
+  Held &of(int64_t tier, int64_t group) {
+    for (std::vector<Held> &each : held)
+      if (group >= int64_t(each.size())) each.resize(group + 1);
+    return held[tier][group];
   }
 
-  bool drop(int tier, int group, uint64_t key) {
-    Table &own = held[tier][group];
-    uint64_t *found = own.find(key);
-    if (!*found) return false;
-    own.release(found);
-    tiers[tier].drop(key, group);
-    return true;
-  }
-
-  // There are tables for the group.
-  void admit(int64_t group) {
-    if (group >= 64 * tiers[0].width)
-      for (Table &each : tiers) each.reshape(each.log2, int(group / 64 + 1));
-    for (std::vector<Table> &each : held)
-      if (group >= int64_t(each.size())) each.resize(group + 1, Table(0));
+  // The group's bit, which is set.
+  void drop(int64_t tier, int64_t group, uint64_t key) {
+    Table &table = tiers[tier].of(key);
+    uint64_t *found = table.find(key);
+    found[1 + group / 64] &= ~(uint64_t(1) << group % 64);
+    for (int word = 1; word <= table.width; word++)
+      if (found[word]) return;
+    tiers[tier].release(key);
   }
 };
 
@@ -172,25 +186,32 @@ const uint8_t *ids_of(Directory &self, const uint8_t *tokens, int64_t count, int
   for (int64_t n = 0; n < count; n++, next += bytes / 4) {
     if (next + bytes / 4 <= end) tokens_ahead(list, next, next + bytes / 4);
     if (!found.second) block_ids(n ? ids + (n - 1) * ID : self.before, tokens + n * bytes, 1, bytes, ids + n * ID);
-    for (Table &table : self.tiers)
-      if (table.used) __builtin_prefetch(table.slot(table.home(key_of(ids + n * ID))));
+    for (Parts &tier : self.tiers)
+      if (tier.used) {
+        Table &table = tier.of(key_of(ids + n * ID));
+        __builtin_prefetch(table.slot(table.home(key_of(ids + n * ID))));
+      }
   }
   std::memcpy(self.before, ids + (count - 1) * ID, ID);
   return ids;
 }
 
 // alive[tier][width]: who holds all before. False: nobody any more.
-bool walk(Directory &self, const uint8_t *ids, int64_t count, int64_t first, uint64_t *alive, int64_t places, int64_t *found) {
-  const int width = self.tiers[0].width;
+bool walk(Directory &self, const uint8_t *ids, int64_t count, int64_t first, uint64_t *alive, int width, int64_t places,
+          int64_t *found) {
   for (int64_t n = 0; n < count; n++) {
-    const uint64_t *holds[TIERS];
-    for (int tier = 0; tier < TIERS; tier++) holds[tier] = self.tiers[tier].find(key_of(ids + n * ID));
+    const uint64_t key = key_of(ids + n * ID), *holds[TIERS];
+    int words[TIERS];
+    for (int tier = 0; tier < TIERS; tier++) {
+      Table &table = self.tiers[tier].of(key);
+      holds[tier] = table.find(key), words[tier] = table.width;
+    }
     uint64_t any = 0;
     for (int word = 0; word < width; word++) {
       uint64_t bits = 0;
       for (int tier = 0; tier < TIERS; tier++) {
         uint64_t &left = alive[tier * width + word];
-        bits |= holds[tier][1 + word];
+        if (word < words[tier]) bits |= holds[tier][1 + word];
         for (uint64_t gone = left & ~bits; gone; gone &= gone - 1)
           found[tier * places + word * 64 + __builtin_ctzll(gone)] = first + n;
         left &= bits, any |= left;
@@ -207,38 +228,89 @@ bool walk(Directory &self, const uint8_t *ids, int64_t count, int64_t first, uin
 EXPORT void *directory_new(const uint64_t *secrets, int64_t count, int64_t memory) {
   Directory *self = new Directory;
   self->keys.assign(secrets, secrets + count);
-  self->memory.probes.resize(memory), self->memory.ids.resize(memory), self->memory.turns.resize(memory / WAYS);
+  self->memory.probes.resize(memory), self->memory.ids.reset(new Memory::Ids[memory]), self->memory.turns.resize(memory / WAYS);
   return self;
 }
 
 EXPORT void directory_free(Directory *self) { delete self; }
 
-// What a group stored and evicted, room: how many more may be held -> the room that is left
-EXPORT int64_t directory_change(Directory *self, int64_t tier, int64_t group, const uint64_t *stored, int64_t stored_count,
-                                const uint64_t *evicted, int64_t evicted_count, int64_t room) {
-  self->admit(group);
-  for (int64_t n = 0; n < evicted_count; n++) room += self->drop(int(tier), int(group), evicted[n] ? evicted[n] : 1);
-  for (int64_t n = 0; n < stored_count && room > 0; n++) room -= self->add(int(tier), int(group), stored[n] ? stored[n] : 1);
-  return room;
+// What a group stored: of `count` keys those for which there is room, and (pass) over those for which there isn't. It stops at
+// the first without room, else when the work has come to `most` keys -> how many it is done with. came: {keys that take room,
+// and that found none}
+EXPORT int64_t directory_store(Directory *self, int64_t tier, int64_t group, const uint64_t *keys, int64_t count, int64_t room,
+                               bool pass, int64_t most, int64_t *came) {
+  Held &held = self->of(tier, group);
+  int64_t work = 0, n = 0;
+  came[0] = came[1] = 0;
+  for (; n < count && n + work < most; n++) {
+    const uint64_t key = keys[n] ? keys[n] : 1;
+    if (held.leaving.release(key)) {
+      held.own.claim(key, 0, &work);
+      continue;
+    }
+    if (room <= came[0]) {
+      if (held.own.has(key)) continue;
+      if (!pass) break;
+      came[1]++;
+      continue;
+    }
+    const int64_t before = held.own.used;
+    held.own.claim(key, 0, &work);
+    if (held.own.used == before) continue;
+    self->tiers[tier].claim(key, int(group / 64 + 1), &work)[1 + group / 64] |= uint64_t(1) << group % 64;
+    came[0]++;
+  }
+  return n;
 }
 
-// A group holds exactly these, room: how many more may be held -> the room that is left
-EXPORT int64_t directory_replace(Directory *self, int64_t tier, int64_t group, const uint64_t *keys, int64_t count, int64_t room) {
-  self->admit(group);
-  Table &own = self->held[tier][group], wanted(0);
-  int log2 = wanted.log2; // at once: keys in the order of a larger table's slots would crowd the beginning of one that grows
-  while (count * 3 > (int64_t(2) << log2)) log2++;
-  wanted.reshape(log2, 0);
-  for (int64_t n = 0; n < count; n++) wanted.claim(keys[n] ? keys[n] : 1);
-  std::vector<uint64_t> gone;
-  for (int64_t place = 0; place <= own.mask(); place++)
-    if (const uint64_t key = *own.slot(place); key && !*wanted.find(key)) gone.push_back(key);
-  for (uint64_t key : gone) room += self->drop(int(tier), int(group), key);
-  if (!own.used) own = Table(0); // it gives its memory back
-  if (own.log2 < log2) own.reshape(log2, 0);
-  for (int64_t n = 0; n < count && room > 0; n++) room -= self->add(int(tier), int(group), keys[n] ? keys[n] : 1);
-  return room;
+// What went from a group -> how many of them it held
+EXPORT int64_t directory_evict(Directory *self, int64_t tier, int64_t group, const uint64_t *keys, int64_t count) {
+  Held &held = self->of(tier, group);
+  int64_t gone = 0;
+  for (int64_t n = 0; n < count; n++) {
+    const uint64_t key = keys[n] ? keys[n] : 1;
+    if (!held.own.release(key)) continue;
+    self->drop(tier, group, key);
+    gone++;
+  }
+  return gone;
 }
+
+// All that a group holds is leaving: it stays only where it is stored again before `directory_sweep` comes to it.
+EXPORT void directory_condemn(Directory *self, int64_t tier, int64_t group) {
+  Held &held = self->of(tier, group);
+  Parts gone(std::move(held.own)), &fewer = gone.used < held.leaving.used ? gone : held.leaving;
+  Parts &more = &fewer == &gone ? held.leaving : gone;
+  int64_t work = 0;
+  for (Table &table : fewer.tables)
+    for (uint64_t key : table.slots)
+      if (key) more.claim(key, 0, &work);
+  Parts all(std::move(more));
+  held.own = Parts(16, 0), held.leaving = std::move(all), held.part = 0, held.place = 0;
+}
+
+// Up to `most` of what is leaving goes -> how many
+EXPORT int64_t directory_sweep(Directory *self, int64_t tier, int64_t group, int64_t most) {
+  Held &held = self->of(tier, group);
+  Parts &leaving = held.leaving;
+  int64_t gone = 0;
+  for (int64_t looks = 0; leaving.used && gone < most && looks < EMPTY_SLOTS * most; looks++) {
+    Table &table = leaving.tables[held.part];
+    if (const uint64_t key = *table.slot(held.place)) { // what follows moves up, and is never behind us
+      leaving.release(key);
+      self->drop(tier, group, key);
+      gone++;
+    } else if (++held.place > table.mask()) {
+      held.part++, held.place = 0;
+    }
+  }
+  if (!leaving.used) leaving = Parts(), held.part = 0, held.place = 0; // it gives its memory back
+  return gone;
+}
+
+// Blocks that a group holds, or that are leaving
+EXPORT int64_t directory_held(Directory *self, int64_t tier, int64_t group) { return self->of(tier, group).own.used; }
+EXPORT int64_t directory_leaving(Directory *self, int64_t tier, int64_t group) { return self->of(tier, group).leaving.used; }
 
 EXPORT int64_t directory_size(Directory *self, int64_t tier) { return self->tiers[tier].used; }
 
@@ -247,11 +319,11 @@ EXPORT int64_t directory_size(Directory *self, int64_t tier) { return self->tier
 // doesn't fit. The interpreter's lock is held.
 EXPORT bool directory_prefixes(Directory *self, const uint8_t *start, _object *list, int64_t count, int64_t size, int64_t places,
                                int64_t *found) {
-  const int width = self->tiers[0].width;
+  const int width = int((places + 63) / 64);
   const int64_t fit = self->most_words() / size, most = fit < 1 ? 1 : fit < PORTION ? fit : PORTION;
   std::vector<uint64_t> alive(TIERS * width);
   std::vector<uint32_t> words(most * size);
-  for (int64_t group = 0; group < places && group < 64 * width; group++)
+  for (int64_t group = 0; group < places; group++)
     for (int tier = 0; tier < TIERS; tier++) alive[tier * width + group / 64] |= uint64_t(1) << group % 64;
   std::memset(found, 0, 8 * TIERS * places);
   std::memcpy(self->before, start, ID);
@@ -260,9 +332,9 @@ EXPORT bool directory_prefixes(Directory *self, const uint8_t *start, _object *l
     const int64_t from = first * size, to = from + portion * size;
     if (token_words(list, from, to, words.data()) < to - from) return false;
     const uint8_t *ids = ids_of(*self, (const uint8_t *)words.data(), portion, 4 * size, list, to, count * size);
-    if (!walk(*self, ids, portion, first, alive.data(), places, found)) return true;
+    if (!walk(*self, ids, portion, first, alive.data(), width, places, found)) return true;
   }
-  for (int64_t group = 0; group < places && group < 64 * width; group++)
+  for (int64_t group = 0; group < places; group++)
     for (int tier = 0; tier < TIERS; tier++)
       if (alive[tier * width + group / 64] >> group % 64 & 1) found[tier * places + group] = count;
   return true;

@@ -5,9 +5,8 @@ from __future__ import annotations
 import ctypes
 import secrets
 from array import array
-from collections.abc import Iterable
 from ctypes import c_bool, c_char_p, c_int64, c_void_p, py_object
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +19,31 @@ MEMORY = 8192
 CALLS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "directory_new": ((c_char_p, c_int64, c_int64), c_void_p),
     "directory_free": ((c_void_p,), None),
-    "directory_change": ((c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64), c_int64),
-    "directory_replace": ((c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64), c_int64),
+    "directory_store": (
+        (c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_bool, c_int64, c_void_p),
+        c_int64,
+    ),
+    "directory_evict": ((c_void_p, c_int64, c_int64, c_void_p, c_int64), c_int64),
+    "directory_condemn": ((c_void_p, c_int64, c_int64), None),
+    "directory_sweep": ((c_void_p, c_int64, c_int64, c_int64), c_int64),
+    "directory_held": ((c_void_p, c_int64, c_int64), c_int64),
+    "directory_leaving": ((c_void_p, c_int64, c_int64), c_int64),
     "directory_size": ((c_void_p, c_int64), c_int64),
     "directory_prefixes": ((c_void_p, c_char_p, py_object, c_int64, c_int64, c_int64, c_void_p), c_bool),
 }
+
+Keys: TypeAlias = "array[int]"  # of type code Q
+
+
+class Stored(NamedTuple):
+    """What came of keys that a group stored."""
+
+    done: int
+    """So many were looked at."""
+    added: int
+    """Of these, what takes room."""
+    lost: int
+    """And what found none."""
 
 
 class Holders:
@@ -37,6 +56,8 @@ class Holders:
             call.argtypes, call.restype = arguments, result
         self._found, self._found_at = np.empty((TIERS, 0), np.int64), 0
         """Where answers come, and its address, which numpy takes its time to tell."""
+        self._came = (c_int64 * 2)()
+        self._came_at = ctypes.addressof(self._came)
         count = PORTION_TOKENS + 3
         self._address = self._library.directory_new(secrets.token_bytes(8 * count), count, MEMORY)
 
@@ -44,17 +65,37 @@ class Holders:
         if address := getattr(self, "_address", None):
             self._library.directory_free(address)
 
-    def change(self, tier: int, group: int, stored: Iterable[int], evicted: Iterable[int], room: int) -> int:
-        """What went from a group, and what it stored, at most `room` blocks -> the room that is left."""
-        new, old = _keys(stored), _keys(evicted)
-        lists = (*new.buffer_info(), *old.buffer_info())
-        found: int = self._library.directory_change(self._address, tier, group, *lists, room)
+    def store(
+        self, tier: int, group: int, keys: Keys, first: int, room: int, most: int, passing: bool = False
+    ) -> Stored:
+        """A group's keys from `first` on: as many as there is room, and (passing) over those for which there is none; no further
+        once the work has come to `most` keys."""
+        asked = (*_rest(keys, first, len(keys)), room, passing, most)
+        done = self._library.directory_store(self._address, tier, group, *asked, self._came_at)
+        return Stored(done, *self._came)
+
+    def evict(self, tier: int, group: int, keys: Keys, first: int, most: int) -> int:
+        """`most` keys from `first` on went from a group -> how many it held."""
+        gone: int = self._library.directory_evict(self._address, tier, group, *_rest(keys, first, most))
+        return gone
+
+    def condemn(self, tier: int, group: int) -> None:
+        """All that a group holds is leaving: it goes with `sweep`, unless it is stored again before."""
+        self._library.directory_condemn(self._address, tier, group)
+
+    def sweep(self, tier: int, group: int, most: int) -> int:
+        """Up to `most` of what is leaving goes -> how many."""
+        gone: int = self._library.directory_sweep(self._address, tier, group, most)
+        return gone
+
+    def held(self, tier: int, group: int) -> int:
+        """Blocks that a group holds, without those that are leaving."""
+        found: int = self._library.directory_held(self._address, tier, group)
         return found
 
-    def replace(self, tier: int, group: int, keys: Iterable[int], room: int) -> int:
-        """A group holds exactly these, but for those that find no room -> the room that is left."""
-        all_of = _keys(keys)
-        found: int = self._library.directory_replace(self._address, tier, group, *all_of.buffer_info(), room)
+    def leaving(self, tier: int, group: int) -> int:
+        """Blocks of a group that are leaving."""
+        found: int = self._library.directory_leaving(self._address, tier, group)
         return found
 
     def size(self, tier: int) -> int:
@@ -77,5 +118,7 @@ class Holders:
         return self._found.copy()
 
 
-def _keys(keys: Iterable[int]) -> array[int]:
-    return keys if isinstance(keys, array) else array("Q", keys)
+def _rest(keys: Keys, first: int, most: int) -> tuple[int, int]:
+    """(address, count) of those from `first` on."""
+    at, count = keys.buffer_info()
+    return at + 8 * first, min(most, count - first)

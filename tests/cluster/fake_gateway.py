@@ -17,6 +17,7 @@ import tokenizers
 import uvicorn
 
 from kvasir.cluster.config import GatewayConfig
+from kvasir.cluster.directory import BlockDirectory
 from kvasir.cluster.group_client import Placement
 from kvasir.cluster.group_stream import Stream
 from kvasir.cluster.router import Router
@@ -187,6 +188,10 @@ class FakeDirectory:
         self.groups = {group.info.name: group for group in groups}
         self.sessions: list[str] = []
         """Of what was placed."""
+        self._blocks = {name: BlockDirectory() for name in self.groups}
+
+    def blocks(self) -> dict[str, BlockDirectory]:
+        return self._blocks
 
     def find(self, model: str) -> FakeGroup:
         if not self.groups[model].alive:

@@ -20,7 +20,13 @@ IDS = [salted(bytes([number])) for number in range(60)]
 
 def prefixes(directory, portions, worst="device"):
     """Group -> blocks, of those that hold any."""
-    return {group: count for group, count in enumerate(directory.prefixes(portions, worst)) if count}
+    found = directory._tables.prefixes(portions, TIERS.index(worst) + 1, directory._places)
+    return {group: count for group, count in enumerate(found) if count}
+
+
+@pytest.fixture
+def in_python(monkeypatch):
+    monkeypatch.setattr(block_ids, "_compiled", lambda: None)
 
 
 def key(number):
@@ -42,7 +48,7 @@ def brute_force(held, wanted):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_prefixes_are_those_of_brute_force(seed):
+def test_prefixes_are_those_of_brute_force(in_python, seed):
     draw = random.Random(seed)
     directory, held = BlockDirectory(), {}
     for _ in range(400):
@@ -77,7 +83,7 @@ def test_prefixes_are_those_of_brute_force(seed):
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 32])
-def test_portions_make_no_difference_where_there_are_no_gaps(size):
+def test_portions_make_no_difference_where_there_are_no_gaps(in_python, size):
     draw = random.Random(size)
     directory, wanted = BlockDirectory(), keys(range(60))
     held = {directory.join(): wanted[: draw.randrange(61)] for _ in range(30)}
@@ -87,7 +93,7 @@ def test_portions_make_no_difference_where_there_are_no_gaps(size):
     assert found == {group: len(stored) for group, stored in held.items() if stored}
 
 
-def test_worse_tiers_continue_what_the_device_holds():
+def test_worse_tiers_continue_what_the_device_holds(in_python):
     directory = BlockDirectory()
     one, two = directory.join(), directory.join()
     wanted = keys(range(6))
@@ -125,12 +131,14 @@ class Asked:
 
     block_size = 1
 
-    def __init__(self, tokens):
+    def __init__(self, tokens, portion=5):
+        self.portion = portion
         self.start, self.blocks, self.token_ids = START, len(tokens), tokens
         self.keys = key_list(content_ids(START, token_bytes(tokens), 1))
 
     def __iter__(self):
-        return (self.keys[first : first + 5] for first in range(0, self.blocks, 5))
+        size = self.portion
+        return (self.keys[first : first + size] for first in range(0, self.blocks, size))
 
 
 @pytest.fixture(params=[True, False], ids=["compiled", "python"])
@@ -185,12 +193,12 @@ def test_what_groups_hold_of_prompts_is_what_brute_force_finds(compiled, seed, m
         assert [directory.has_tier(tier) for tier in TIERS] == [
             any(tiers[tier] for tiers in held.values()) for tier in TIERS
         ]
-    assert (directory._compiled is not None) == compiled
+    assert isinstance(directory._tables, block_ids.Holders) == compiled
     for group in held:
         directory.leave(group)
     assert directory.num_holdings == 0
     if compiled:
-        assert [directory._compiled.size(tier) for tier in range(3)] == [0, 0, 0]
+        assert [directory._tables.size(tier) for tier in range(3)] == [0, 0, 0]
 
 
 def test_blocks_of_another_size_are_others(compiled):
@@ -213,6 +221,133 @@ def test_room_is_bounded_in_compiled_tables(compiled):
     directory.change(group, "device", prompt.keys, ())
     assert directory.num_holdings == 100
     assert directory.found(prompt)[:, group].tolist() == [100, 100, 100]
+
+
+class Held:
+    """What groups hold, by tier, and whether a directory that has little room may say so."""
+
+    def __init__(self, draw, directory):
+        self.draw, self.directory = draw, directory
+        self.groups = {directory.join(): {tier: set() for tier in TIERS} for _ in range(5)}
+
+    def change(self, keys):
+        group, tier = self.draw.choice([*self.groups]), self.draw.choice(TIERS)
+        known = self.groups[group][tier]
+        stored = {*keys[: self.draw.randrange(len(keys))]} if self.draw.random() < 0.6 else set()
+        evicted = {key for key in known if self.draw.random() < 0.2} - stored
+        self.directory.change(group, tier, stored, evicted)
+        self.groups[group][tier] = (known | stored) - evicted
+        return tier
+
+    def ask(self):
+        for group, tiers in self.groups.items():
+            if self.directory.lacks(group):
+                for tier in TIERS:
+                    self.directory.replace(group, tier, [*tiers[tier]][::2], [*tiers[tier]][1::2])
+
+    def exact(self, prompt, group):
+        """As `found` for one group."""
+        for row in range(len(TIERS)):
+            below = set().union(*(self.groups[group][tier] for tier in TIERS[: row + 1]))
+            yield next((n for n, key in enumerate(prompt.keys) if key not in below), prompt.blocks)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_full_directory_keeps_what_lies_on_devices(compiled, seed):
+    """What it says is true, what it keeps for devices stays free, and when there is room again all becomes known."""
+    draw, directory = random.Random(seed), BlockDirectory(max_holdings=96)
+    prompts = [Asked([number, *range(30)], portion=1) for number in range(3)]
+    held, full = Held(draw, directory), 0
+    for _ in range(300):
+        before, room = dict(directory.dropped), 96 - directory.num_holdings
+        tier = held.change(draw.choice(prompts).keys)
+        assert directory.num_holdings == sum(directory.sizes().values()) <= 96
+        if directory.dropped["device"] > before["device"]:
+            full += 1
+            assert directory.sizes() == {"device": 96, "host": 0, "disk": 0}
+        if tier != "device" and room >= 6:
+            assert directory.num_holdings <= 90
+        held.ask()
+        prompt = draw.choice(prompts)
+        found = directory.found(prompt)
+        for group in held.groups:
+            exact = [*held.exact(prompt, group)]
+            assert all(one <= other for one, other in zip(found[:, group], exact, strict=True))
+            assert group in directory._lacking or [*found[:, group]] == exact
+    assert full
+    assert all(directory.dropped.values())
+    for group, tiers in held.groups.items():
+        for tier in TIERS:
+            tiers[tier] = {*draw.choice(prompts).keys[:5]}
+            directory.change(group, tier, tiers[tier], {key for one in prompts for key in one.keys} - tiers[tier])
+    held.ask()
+    assert directory.num_holdings == 5 * 3 * 5
+    for prompt in prompts:
+        found = directory.found(prompt)
+        assert all([*found[:, group]] == [*held.exact(prompt, group)] for group in held.groups)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_little_is_done_at_a_time(compiled, seed, monkeypatch):
+    """However much groups say, a gateway's loop goes on meanwhile; in the end all is known."""
+    monkeypatch.setattr("kvasir.cluster.directory.SLICE", 7)
+    draw, later, held = random.Random(seed), deque(), {}
+    directory = BlockDirectory(max_holdings=10_000, later=later.append)
+    prompts = [Asked([number, *range(90)], portion=1) for number in range(4)]
+
+    def work():
+        before = directory.num_holdings
+        later.popleft()()
+        assert abs(directory.num_holdings - before) <= 7
+        assert len(later) <= 1
+
+    for _ in range(400):
+        action, before = draw.random(), directory.num_holdings
+        if action < 0.1 or not held:
+            held[directory.join()] = {tier: set() for tier in TIERS}
+        elif action < 0.14:
+            directory.leave(group := draw.choice([*held]))
+            del held[group]
+        else:
+            group, tier, keys = draw.choice([*held]), draw.choice(TIERS), draw.choice(prompts).keys
+            end, gone = draw.randrange(len(keys)), {*draw.sample(keys, 9)}
+            if action < 0.5:
+                directory.replace(group, tier, keys[: end // 2], keys[end // 2 : end])
+                held[group][tier] = {*keys[:end]}
+            else:
+                directory.change(group, tier, [*{*keys[:end]} - gone], [*gone])
+                held[group][tier] = (held[group][tier] | {*keys[:end]}) - gone
+        assert abs(directory.num_holdings - before) <= 7
+        while later and draw.random() < 0.8:
+            work()
+    while later:
+        work()
+    assert directory.sizes() == {tier: sum(len(tiers[tier]) for tiers in held.values()) for tier in TIERS}
+    assert directory.num_holdings == sum(directory.sizes().values())
+    for prompt in prompts:
+        found = directory.found(prompt)
+        for group, tiers in held.items():
+            for row in range(len(TIERS)):
+                below = set().union(*(tiers[tier] for tier in TIERS[: row + 1]))
+                exact = next((n for n, key in enumerate(prompt.keys) if key not in below), prompt.blocks)
+                assert found[row, group] == exact
+
+
+def test_what_found_no_room_is_asked_for_again(compiled):
+    directory = BlockDirectory(max_holdings=16)
+    one, two = directory.join(), directory.join()
+    feed, journal = BlockFeed(directory, two), BlockJournal("x")
+    feed.begin("x")
+    directory.change(one, "device", range(1, 15), ())
+    journal.take("device", dict.fromkeys(IDS[:4], True))
+    assert [feed.take(message) for message in (*journal.flush(), *journal.snapshot())] == [False, False]
+    assert directory.num_holdings == 16
+    assert not feed.lacks()
+    directory.change(one, "device", (), range(1, 15))
+    assert [feed.lacks(), feed.lacks(), feed.in_step] == [True, False, False]
+    assert [feed.take(message) for message in journal.snapshot()] == [False]
+    assert directory.sizes()["device"] == 4
+    assert not feed.lacks()
 
 
 @pytest.mark.parametrize("wrong", [-1, 2**32, 2**64, "x", None])
@@ -242,7 +377,7 @@ class Life:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_feeds_converge_whatever_the_network_does(seed, monkeypatch):
+def test_feeds_converge_whatever_the_network_does(in_python, seed, monkeypatch):
     monkeypatch.setattr("kvasir.cluster.block_journal.MAX_IDS", 7)
     monkeypatch.setattr("kvasir.cluster.directory.ASK_AGAIN", 3)
     draw = random.Random(seed)
@@ -323,7 +458,7 @@ def test_feeds_of_many_groups_in_all_tiers_converge(compiled, seed, monkeypatch)
                 assert found[row, number] == next((n for n, one in enumerate(chain) if one not in known), len(chain))
 
 
-def test_a_gap_asks_once_and_then_again_after_a_while(monkeypatch):
+def test_a_gap_asks_once_and_then_again_after_a_while(in_python, monkeypatch):
     monkeypatch.setattr("kvasir.cluster.directory.ASK_AGAIN", 4)
     directory = BlockDirectory()
     feed, journal = BlockFeed(directory, directory.join()), BlockJournal("x")

@@ -11,10 +11,12 @@ import pytest
 from waiting import until_async
 
 from kvasir.cluster import group_client, group_service, message_stream, wire
-from kvasir.cluster.directory import key_list
+from kvasir.cluster.directory import BlockDirectory
 from kvasir.cluster.group_client import GroupClient
 from kvasir.cluster.group_directory import GroupDirectory
-from kvasir.engine.blocks import salted
+from kvasir.cluster.prompt_keys import Hasher, PromptKeys
+from kvasir.cluster.router import Router
+from kvasir.engine.blocks import content_ids, salted, token_bytes
 from kvasir.engine.errors import ClientError, ContextLengthError, ModelNotFoundError, UnavailableError
 from kvasir.engine.event import Failed, Finished, Token, TokenLogprob
 from kvasir.engine.request import Request, SamplingParams
@@ -526,7 +528,7 @@ def test_directory_lets_a_leaving_group_finish(group_of_fakes):
             assert directory.find("m").endpoint.address == new.endpoint.address
             assert isinstance(await _last(stream), Finished)
             await until_async(lambda: not old.service._links)
-            await until_async(lambda: len(directory._models["m"].router.directory._held) == 1)
+            await until_async(lambda: len(directory._models["m"].router.directory._groups) == 1)
             await directory.close()
 
     run(main())
@@ -574,11 +576,17 @@ def test_directory_follows(group_of_fakes):
     run(main())
 
 
+def eight_blocks():
+    """(their ids, the prompt)"""
+    start, tokens = salted("start"), [*range(8)]
+    return content_ids(start, token_bytes(tokens), 1), PromptKeys(Hasher(start, 1), tokens, start, 8)
+
+
 def test_blocks_and_load_reach_the_router(group_of_fakes):
-    ids = [salted(bytes([number])) for number in range(8)]
+    ids, prompt = eight_blocks()
 
     def held(client):
-        return client.member._directory.prefixes([one] for one in key_list(ids))[client.member.group]
+        return client.member._directory.found(prompt)[0, client.member.group]
 
     async def main():
         async with group_of_fakes() as group:
@@ -587,7 +595,7 @@ def test_blocks_and_load_reach_the_router(group_of_fakes):
             await until_async(lambda: held(client) == 3)
             late = await connect(group)
             await until_async(lambda: held(late) == 3)
-            group.engine.on_blocks("device", {ids[2]: False, ids[3]: True})
+            group.engine.on_blocks("device", {ids[2]: False})
             await until_async(lambda: held(client) == held(late) == 2)
             stream = await client.submit(request(max_tokens=10**6))
             await until_async(lambda: late.stats.running == 1)
@@ -599,7 +607,7 @@ def test_blocks_and_load_reach_the_router(group_of_fakes):
 
 
 def test_a_missed_change_is_made_good(group_of_fakes):
-    ids = [salted(bytes([number])) for number in range(8)]
+    ids, prompt = eight_blocks()
 
     async def main():
         async with group_of_fakes() as group:
@@ -611,7 +619,27 @@ def test_a_missed_change_is_made_good(group_of_fakes):
                 group.engine.on_blocks("device", {ids[number]: True})
                 await asyncio.sleep(2 * wire.PUBLISH_PERIOD_S)
             directory = client.member._directory
-            await until_async(lambda: directory.prefixes([one] for one in key_list(ids))[client.member.group] == 3)
+            await until_async(lambda: directory.found(prompt)[0, client.member.group] == 3)
+            await client.close()
+
+    run(main())
+
+
+def test_what_a_directory_had_no_room_for_is_asked_for_again(group_of_fakes):
+    ids, prompt = eight_blocks()
+
+    async def main():
+        async with group_of_fakes() as group:
+            router, directory = Router(), BlockDirectory(max_holdings=16)
+            router.directory = directory
+            other, member = router.join("other"), router.join("group")
+            directory.change(other.group, "device", range(1, 17), ())
+            client = GroupClient(group.endpoint, member=member)
+            client.start()
+            group.engine.on_blocks("device", dict.fromkeys(ids, True))
+            await until_async(lambda: directory.dropped["device"] == 8)
+            directory.change(other.group, "device", (), range(1, 17))
+            await until_async(lambda: directory.found(prompt)[0, member.group] == 8)
             await client.close()
 
     run(main())

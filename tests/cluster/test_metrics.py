@@ -98,6 +98,20 @@ def test_the_groups_stats(live):
     assert not any(name == "vllm:num_requests_running" for name, *_ in found)
 
 
+def test_what_is_known_of_blocks(live):
+    """Even of groups that hold nothing."""
+    (directory,) = live.desk.directory.blocks().values()
+    other = directory.join()
+    directory.change(other, "disk", range(1, 8), ())
+    directory.dropped["host"] = 3
+    found = samples(live)
+    for tier, blocks, dropped in (("device", 0, 0), ("host", 0, 3), ("disk", 7, 0)):
+        labels = {"model_name": "bytes", "tier": tier}
+        assert value(found, "kvasir:directory_blocks", **labels) == blocks
+        assert value(found, "kvasir:directory_blocks_dropped_total", **labels) == dropped
+    assert value(found, "kvasir:directory_room_blocks", model_name="bytes") == directory.max_holdings - 7
+
+
 def test_a_client_that_leaves_is_counted(live):
     live.group.step_s = 0.02
     with httpx.stream("POST", live.url + "/v1/completions", json={"prompt": "Hi", "stream": True}) as reply:
