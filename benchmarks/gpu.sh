@@ -23,9 +23,10 @@ out=${OUT:-$site/out} table=()
 mkdir -p "$out"
 : >"$out/stages.jsonl"
 export PYTHONPATH=$site:$PWD/tests/support PYTHONDONTWRITEBYTECODE=1 TRITON_INTERPRET=0
-tests=${TESTS:-$(echo tests/kernels/test_{triton_{attention,experts,linear,rows,sample,strides},torch_operators}.py)} shape=1B sequences="1 8 32 128" models=(--table "$out/backends.json") tokens=() few=() work=(--batch 1 32 --prompt 512 --outputs 64)
+tests=${TESTS:-$(echo tests/kernels/test_{triton_{attention,experts,linear,rows,sample,strides},torch_operators}.py)} shape=1B sequences="1 8 32 128" into=(--table "$out/backends.json") models=() tokens=() few=() work=(--batch 1 32 --prompt 512 --outputs 64)
 if [ "$device" != cuda ]; then
   export TRITON_INTERPRET=1 # Triton's kernels on a CPU
+  into=()
   tests=${TESTS:-tests/kernels/test_triton_sample.py} shape=10M sequences="1 4" models=(--model tiny "tiny latent" --repeat 1)
   tokens=(--input-len 32 --output-len 8) few=(--prompts 6 --longest 120) work=(--batch 1 --prompt 32 --outputs 8)
 fi
@@ -79,7 +80,7 @@ name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.p
 print(f"{name}; Python {platform.python_version()}, torch {torch.__version__}")
 PY
 stage "greedy tokens on $device against the CPU, float32" 90 env KVASIR_CHECK_GRAPHS=1 "$python" benchmarks/device_parity.py --device "$device"
-stage "kernels" 120 "$python" benchmarks/kernels.py --device "$device" "${models[@]}" --seconds 90 --json "$out/kernels.json"
+stage "kernels" 120 "$python" benchmarks/kernels.py --device "$device" "${models[@]}" "${into[@]}" --seconds 90 --json "$out/kernels.json"
 engine skald skald skald
 stage "a random $shape" 60 "$python" benchmarks/checkpoint.py "$shape" "$site/$shape"
 engine "random $shape" "$shape" "$site/$shape" --sequences $sequences
@@ -88,7 +89,7 @@ engine "random $shape, --deterministic" "$shape-deterministic" "$site/$shape" --
 engine "random $shape, without CUDA graphs" "$shape-eager" "$site/$shape" --sequences $sequences --enforce-eager
 stage "a process group of one" 30 "$python" benchmarks/sums.py --device "$device" --ranks 1
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-[ "$device" = cuda ] && [ "$gpus" -lt 2 ] || stage "sums over all GPUs (two ranks on a CPU) by each way" 45 "$python" benchmarks/sums.py --device "$device"
+[ "$device" = cuda ] && [ "$gpus" -lt 2 ] || stage "sums over all GPUs (two ranks on a CPU) by each way" 45 "$python" benchmarks/sums.py --device "$device" "${into[@]}"
 check "tests of kernels" 150 $tests
 stage "beside transformers, where it is installed" 100 \
   "$python" benchmarks/peers/compare.py --device "$device" --model "$shape" --folder "$site" --batching --long 0 "${work[@]}" \

@@ -19,8 +19,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +29,8 @@ from refusals import refuse
 from torch import Tensor
 
 from kvasir.engine.memory import keep_freed_memory
-from kvasir.kernels.measured import Measured, kind_of_gpu, means, table
+from kvasir.kernels.measured import means, save
 from kvasir.kernels.native import native
-from kvasir.kernels.op import has_triton
 
 USUAL = {"cpu": ["125M", "1B", "64 experts"], "cuda": ["8B", "70B/TP8", "Mixtral/TP2", "DeepSeek/TP8"]}
 PLAIN = 3
@@ -96,18 +93,6 @@ def wrong(model: str, case: Case) -> Iterator[str]:
             yield f"{case.op}, {model} {case.shape}: {name} is off by {off:.3f} of the largest value"
 
 
-def write_table(path: Path, found: list[dict[str, Any]]) -> None:
-    """kernels/backends.json as it is, with what was found on this GPU."""
-    figures = [
-        (line["op"], line["kind"], line["backend"], f"{line['model']} {line['shape']}", line["seconds"] * 1e6)
-        for line in found
-        if line["kind"]
-    ]
-    versions = torch.__version__, version("triton") if has_triton() else "-"
-    here = Measured(date.today().isoformat(), torch.cuda.get_device_name(), *versions, means(figures))
-    path.write_text(json.dumps(table() | {kind_of_gpu(): asdict(here)}, indent=1, sort_keys=True) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=USUAL, default="cpu")
@@ -142,7 +127,12 @@ def main() -> None:
     if faults:
         raise SystemExit("\n".join(("not as the definition says:", *faults)))
     if args.table:
-        write_table(args.table, found)
+        figures = [
+            (line["op"], line["kind"], line["backend"], f"{line['model']} {line['shape']}", line["seconds"] * 1e6)
+            for line in found
+            if line["kind"]
+        ]
+        save(args.table, us=means(figures))
 
 
 def run(args: argparse.Namespace, machine: Machine, place: Place) -> tuple[list[dict[str, Any]], list[str]]:

@@ -143,6 +143,10 @@ def _gpu() -> Iterator[Finding]:
         facts = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         yield Finding("ok", "gpu", f"{index}: {facts.name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")
+    if (count := torch.cuda.device_count()) > 1:
+        from kvasir.engine.symmetric import border
+
+        yield Finding("ok", "sums", f"over {count} GPUs: {border(count)}")
 
 
 def _machine() -> Iterator[Finding]:

@@ -16,7 +16,7 @@ def agreed(
 ) -> tuple[T | None, str]:
     """(what all ranks can `make`, "") or (None, why not). Each tells its host, then whether it could, and reads what the
     others say."""
-    hosts = _told(store, "host", rank, size, host, timeout_s)
+    hosts = told(store, "host", rank, size, host, timeout_s)
     if len(set(hosts)) > 1:
         return None, f"the ranks of a stage are on {len(set(hosts))} nodes"
     made, why = None, ""
@@ -24,11 +24,11 @@ def agreed(
         made = make()
     except OBSTACLES as error:
         why = " ".join(str(error).split())[:200] or type(error).__name__
-    reasons = _told(store, "why", rank, size, why, 2 * timeout_s)
+    reasons = told(store, "why", rank, size, why, 2 * timeout_s)
     return (None, next(filter(None, reasons))) if any(reasons) else (made, "")
 
 
-def _told(store: Any, what: str, rank: int, size: int, said: str, timeout_s: float) -> list[str]:
+def told(store: Any, what: str, rank: int, size: int, said: str, timeout_s: float) -> list[str]:
     """What every rank says."""
     keys = [f"shared {what} {number}" for number in range(size)]
     store.set(keys[rank], said)

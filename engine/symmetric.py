@@ -17,7 +17,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from kvasir.engine.agreement import agreed
+from kvasir.engine.agreement import agreed, told
+from kvasir.kernels.measured import measured
 
 log = logging.getLogger(__name__)
 c10d: Any = torch.distributed  # most of what is used of it has no types
@@ -48,7 +49,8 @@ class SharedSum:
     """A `mesh.OneShot` of GPUs."""
 
     def __init__(self, memory: Memory, size: int) -> None:
-        self.most = BUFFER if memory.multicast else one_shot_bytes(size)
+        default = BUFFER if memory.multicast else one_shot_bytes(size)
+        self.most = min(BUFFER, measured_bytes(size, default))
         self._sum = memory.multimem if memory.multicast else memory.one_shot
 
     def takes(self, x: Tensor) -> bool:
@@ -68,6 +70,23 @@ def one_shot_bytes(size: int) -> int:
     return min(BUFFER, int(SETTLE_S * LINK * size / ((size - 1) * (size - 2))))
 
 
+def measured_bytes(size: int, default: int) -> int:
+    """The largest sum over so many GPUs that isn't NCCL's, if it was measured on the very same GPUs: others may be of the same
+    capability, but have other links."""
+    found = measured()
+    if found is None or found.gpu != torch.cuda.get_device_name():
+        return default
+    return found.sums.get(str(size), default)
+
+
+def border(size: int) -> str:
+    """Up to where sums over so many of this machine's GPUs go through shared memory, and how that is known."""
+    most = measured_bytes(size, -1)
+    if most < 0:
+        return "shared memory up to what the GPUs' links are expected to be good for: not measured on these GPUs"
+    return f"shared memory up to {most} bytes, NCCL beyond: measured"
+
+
 def shared_sum(
     group: Any, store: Any, rank: int, size: int, device: torch.device, host: str, timeout_s: float
 ) -> SharedSum | None:
@@ -82,7 +101,11 @@ def agreed_sum(
     memory, why = agreed(make, store, rank, size, host, timeout_s)
     if memory is None and rank == 0:
         log.warning("sums between GPUs go over NCCL alone, not through shared memory: %s", why)
-    return None if memory is None else SharedSum(memory, size)
+    if memory is None:
+        return None
+    found = SharedSum(memory, size)
+    found.most = min(map(int, told(store, "most", rank, size, str(found.most), timeout_s)))  # GPUs may differ
+    return found
 
 
 class TorchMemory:

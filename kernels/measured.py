@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import importlib.util
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
 from statistics import geometric_mean
+from typing import Any
 
 import torch
 
@@ -23,6 +28,8 @@ class Measured:
     triton: str
     us: Mapping[str, Mapping[str, Mapping[str, float]]]
     """Microseconds by op, kind of call (`Op.kind`) and backend, each the geometric mean over the shapes that all of them did."""
+    sums: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of the largest sum over so many GPUs that was faster through shared memory than over NCCL, as were all smaller."""
 
 
 def table() -> dict[str, dict[str, object]]:
@@ -31,6 +38,16 @@ def table() -> dict[str, dict[str, object]]:
         importlib.resources.files("kvasir.kernels").joinpath("backends.json").read_text()
     )
     return found
+
+
+def save(path: Path, **figures: Mapping[str, Any]) -> None:
+    """`us` or `sums` of this GPU into a file that is to become backends.json; what the file, or else the table, says already
+    stays."""
+    known = json.loads(path.read_text()) if path.exists() else table()
+    versions = {"torch": torch.__version__, "triton": version("triton") if importlib.util.find_spec("triton") else "-"}
+    here = {"date": date.today().isoformat(), "gpu": torch.cuda.get_device_name(), **versions, **figures}
+    known[kind_of_gpu()] = {"us": {}, "sums": {}} | known.get(kind_of_gpu(), {}) | here
+    path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
 def means(figures: Iterable[tuple[str, str, str, str, float]]) -> dict[str, dict[str, dict[str, float]]]:

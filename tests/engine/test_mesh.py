@@ -19,6 +19,7 @@ from kvasir.engine.links import Links
 from kvasir.engine.mesh import Mesh, Place, join, process_group
 from kvasir.engine.rows import DealtRows, WholeRows, rows_of
 from kvasir.engine.symmetric import BUFFER, Memory, SharedSum, agreed_sum, one_shot_bytes
+from kvasir.kernels.measured import Measured
 
 CPU = torch.device("cpu")
 OnRanks = Callable[[int, int, Callable[[Mesh], Any]], list[Any]]
@@ -213,6 +214,25 @@ def test_what_is_too_large_or_odd_goes_over_nccl() -> None:
     assert not two.takes(torch.empty(7, dtype=torch.bfloat16)), "kernels read 16 bytes at once"
     assert not two.takes(torch.empty(8, dtype=torch.float16)), "torch's kernels don't add these"
     assert [one_shot_bytes(size) >> 10 for size in (2, 4, 8)] == [8192, 1464, 418]
+
+
+def test_a_measurement_on_the_same_gpus_says_what_goes_over_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Measured("2026-12-01", "NVIDIA H200", "2.13.0", "3.6.0", {}, {"4": 1 << 16, "8": 1 << 30, "2": 0})
+    monkeypatch.setattr(symmetric, "measured", lambda: found)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    most = {size: SharedSum(FakeMemory(size, multicast=True), size).most for size in (2, 4, 6, 8)}
+    assert most == {2: 0, 4: 1 << 16, 6: BUFFER, 8: BUFFER}
+    assert symmetric.border(4) == "shared memory up to 65536 bytes, NCCL beyond: measured"
+    assert "not measured on these GPUs" in symmetric.border(6)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 PCIe")
+    assert SharedSum(FakeMemory(4), 4).most == one_shot_bytes(4)
+
+
+def test_all_ranks_send_the_same_sums_over_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them was measured, the other not."""
+    most = iter((BUFFER, 1 << 16))
+    monkeypatch.setattr(symmetric, "measured_bytes", lambda size, default: next(most))
+    assert [each and each.most for each in together(2, lambda rank: FakeMemory(2), lambda rank: "a")] == [1 << 16] * 2
 
 
 def test_every_rank_falls_back_where_one_must(caplog: pytest.LogCaptureFixture) -> None:

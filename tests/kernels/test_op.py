@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest.mock import Mock
@@ -8,6 +10,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from kvasir.kernels import measured as measurements
 from kvasir.kernels import op as module
 from kvasir.kernels.measured import Measured, means, table
 from kvasir.kernels.native import Native
@@ -176,6 +179,20 @@ def test_the_table_of_measurements_can_be_read() -> None:
             assert set(by_kind) <= {kind for kinds in module.KINDS for kind in kinds}
             backends = set().union(*by_kind.values())
             assert backends <= {*module.BACKENDS["cuda"], "plain"} & {*ops[name]._backends, "plain"}
+
+
+def test_what_is_measured_is_added_to_what_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By two scripts one after the other, to what is known of another GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(measurements, "kind_of_gpu", lambda: "sm_90")
+    monkeypatch.setattr(measurements, "table", lambda: {"sm_80": {"gpu": "NVIDIA A100"}})
+    us = {"gated": {"any": {"triton": 3.0}}}
+    measurements.save(tmp_path / "backends.json", us=us)
+    measurements.save(tmp_path / "backends.json", sums={"8": 4096})
+    found = json.loads((tmp_path / "backends.json").read_text())
+    assert found["sm_80"] == {"gpu": "NVIDIA A100"}
+    here = Measured(**found["sm_90"])
+    assert (here.gpu, here.torch, here.us, here.sums) == ("NVIDIA H200", torch.__version__, us, {"8": 4096})
 
 
 def test_backends_are_compared_over_the_shapes_that_all_did() -> None:
