@@ -17,7 +17,8 @@ from kvasir.cluster import telemetry
 from kvasir.cluster.auth import KEY_VARIABLES, is_local
 from kvasir.cluster.config import ClusterConfig
 from kvasir.cluster.gateway_replica import HUB, Gateway
-from kvasir.cluster.group import Group, bundles
+from kvasir.cluster.group import Group
+from kvasir.cluster.placement import bundles, shares
 from kvasir.cluster.rank_actor import MakeEngine, RankSetup, load_engine
 from kvasir.engine.config import EngineConfig, Role
 from kvasir.engine.errors import ConfigError
@@ -63,12 +64,13 @@ def application(
     group_host = "127.0.0.1" if own_ray else None
     setup = RankSetup(make_engine, otel, level, group_host, drain_s, network_variables(environ) | hub)
     groups = []
-    for name, engine, role in config.deployments:
-        gpus = gpus_per_rank(engine, config, own_ray)
+    asked = [(engine, gpus_per_rank(engine, config, own_ray)) for _, engine, _ in config.deployments]
+    parts = [1] * len(asked) if own_ray else shares(asked)
+    for (name, engine, role), (_, gpus), share in zip(config.deployments, asked, parts, strict=True):
         if not own_ray and engine.device == "auto" and not gpus:  # a rank that lands beside a GPU would take it, though
             log.warning("%s: this cluster has no GPU now, so it runs on CPUs; --device cuda waits for GPUs", name)
             engine = replace(engine, device="cpu")
-        group = group_deployment(name, engine, gpus, level, role=role, drain_s=drain_s)
+        group = group_deployment(name, engine, gpus, level, role=role, drain_s=drain_s, share=share)
         groups.append(group.bind(with_disk(engine), name, gpus, setup))
     actor: dict[str, Any] = {"num_cpus": 0.1}  # not 0: it mustn't land on a head node that takes no work
     if is_local(config.gateway.host) and not own_ray:
@@ -94,16 +96,24 @@ def with_disk(engine: EngineConfig) -> EngineConfig:
 
 
 def group_deployment(
-    name: str, engine: EngineConfig, gpus: float, log_level: str, *, role: Role = "both", drain_s: float = 0.0
+    name: str,
+    engine: EngineConfig,
+    gpus: float,
+    log_level: str,
+    *,
+    role: Role = "both",
+    drain_s: float = 0.0,
+    share: int = 1,
 ) -> Deployment:
-    """Groups of one model and role: in each a coordinator and, in the same placement group, its ranks; `gpus` per rank.
+    """Groups of one model and role: in each a coordinator and, in the same placement group, its ranks; `gpus` per rank, `share`
+    of which are in one bundle.
     Their role can be changed in Serve's user_config, and without Serve."""
     suffix = "" if role == "both" else f"-{role}"
     deployment: Deployment = serve.deployment(Group).options(  # type: ignore[attr-defined]
         name="Group-" + re.sub(r"[^\w.-]+", "-", name) + suffix,
         user_config={"role": role},
         num_replicas=engine.data_parallel_size,
-        placement_group_bundles=bundles(engine, gpus),
+        placement_group_bundles=bundles(engine, gpus, share),
         placement_group_strategy="PACK",
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=drain_s + 10,

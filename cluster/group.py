@@ -17,9 +17,10 @@ from typing import Any, get_args
 
 import ray
 from ray.exceptions import RayActorError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kvasir.cluster import telemetry
+from kvasir.cluster.placement import note_split, on_bundle, placed, rank_bundles, spread
 from kvasir.cluster.rank_actor import Failure, FollowerActor, RankActor, RankSetup
 from kvasir.cluster.rank_start import UnstartedError, started
 from kvasir.cluster.wire import Endpoint
@@ -151,9 +152,12 @@ class Group:
         return None
 
     async def _start_followers(self) -> Failure | None:
-        address, token = await self._rank.open.remote()
+        opened: tuple[str, str] | Failure = await self._rank.open.remote()
+        if isinstance(opened, Failure):
+            return opened
+        await placed(self._name)
         actor: Any = ray.remote(FollowerActor)
-        for rank, bundle in enumerate(by_node(self._config.ranks)):
+        for rank, bundle in enumerate(rank_bundles(self._config)):
             if rank:
                 follower = actor.options(**self._options | {"max_concurrency": 2}, **on_bundle(bundle))
                 self._followers[rank] = follower.remote(*self._arguments)
@@ -163,11 +167,12 @@ class Group:
             if failure is not None:
                 return failure
             self._processes += await starting
+            note_split(self._name, [node for node, _ in self._processes], self._config.tensor_parallel_size)
         finally:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)  # else its end is logged with a traceback
         for rank, follower in self._followers.items():  # whose limit of time for connecting begins with rank 0's start
-            self._runs[rank] = asyncio.ensure_future(follower.run.remote(rank, address, token))
+            self._runs[rank] = asyncio.ensure_future(follower.run.remote(rank, *opened))
         return None
 
     async def _started(self, rank: int, actor: Any) -> tuple[str, int]:
@@ -246,35 +251,6 @@ def _kill_stopped(pid: int) -> None:
     if stopped(pid, "Tt"):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-def spread(config: EngineConfig) -> bool:
-    """Whether each rank is an actor of its own; else those besides rank 0 are processes of its node."""
-    return config.ranks > 1 and config.distributed_executor_backend in ("auto", "ray")
-
-
-def bundles(config: EngineConfig, gpus: float) -> list[dict[str, float]]:
-    """What a group asks of the cluster: a bundle per rank, or one where all ranks are on a node."""
-    count, size = (config.ranks, 1) if spread(config) else (1, config.ranks)
-    return [{"CPU": float(size), "GPU": gpus * size} if gpus else {"CPU": float(size)} for _ in range(count)]
-
-
-def on_bundle(index: int) -> dict[str, Any]:
-    """Options of an actor in this bundle of the replica's placement group."""
-    group = ray.util.get_current_placement_group()
-    if group is None:
-        return {}
-    return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)}
-
-
-def by_node(count: int) -> list[int]:
-    """Bundles in the order of the ranks: node by node, the one of bundle 0, where the coordinator is, first."""
-    group = ray.util.get_current_placement_group()
-    if group is None:
-        return list(range(count))
-    nodes = ray.util.placement_group_table(group)["bundles_to_node_id"]
-    first = {node: min(i for i in range(count) if nodes[i] == node) for node in nodes.values()}
-    return sorted(range(count), key=lambda bundle: (first[nodes[bundle]], bundle))
 
 
 def _failure(error: Exception) -> Failure:

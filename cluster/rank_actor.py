@@ -20,7 +20,7 @@ from kvasir.cluster.group_service import GroupService, ServedEngine
 from kvasir.cluster.telemetry import Tracing
 from kvasir.cluster.wire import Endpoint
 from kvasir.engine.config import EngineConfig, Role
-from kvasir.engine.errors import KvasirError
+from kvasir.engine.errors import ConfigError, KvasirError
 from kvasir.engine.event import Event
 
 if TYPE_CHECKING:
@@ -103,11 +103,15 @@ class RankActor:
         self._setup = setup
         self._hub: Hub | None = None
 
-    async def open(self) -> tuple[str, str]:
+    async def open(self) -> tuple[str, str] | Failure:
         """Listen for the other ranks: (address, the token that lets them in)."""
         from kvasir.engine.control import Hub
+        from kvasir.engine.interfaces import named_address
 
-        self._hub = Hub(self._host(), self._config.ranks)
+        try:
+            self._hub = Hub(named_address() or self._host(), self._config.ranks)
+        except ConfigError as error:
+            return _failure(error)
         return self._hub.address, self._hub.token
 
     async def check(self) -> Failure | None:

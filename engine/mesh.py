@@ -8,7 +8,6 @@ hidden states (Huang et al. 2018, arXiv:1811.06965).
 from __future__ import annotations
 
 import logging
-import os
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvasir.engine.agreement import agreed
-from kvasir.engine.errors import ConfigError
 from kvasir.engine.hand_over import HandOver, hand_over
+from kvasir.engine.interfaces import gloo_interfaces
 from kvasir.engine.links import Links
 from kvasir.engine.node_links import NodeLinks
 from kvasir.engine.outcome import Copy, Patience
@@ -381,13 +380,9 @@ def process_group(store: Any, rank: int, size: int, device: torch.device, host: 
 
 
 def gloo_devices(host: str) -> list[Any]:
-    """The interfaces of GLOO_SOCKET_IFNAME, as torch's own start of gloo reads it; by default that of this node's address."""
+    """By default the interface of this node's address."""
     create = c10d.ProcessGroupGloo.create_device
-    named = [name.strip() for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name.strip()]
-    known = [name for _, name in socket.if_nameindex()]
-    if unknown := [name for name in named if name not in known]:
-        raise ConfigError(f"GLOO_SOCKET_IFNAME: there is no {unknown[0]} here, only {', '.join(known)}")
-    return [create(interface=name) for name in named] or [create(hostname=host)]
+    return [create(interface=name) for name in gloo_interfaces()] or [create(hostname=host)]
 
 
 def host_store(host: str, size: int, timeout_s: float) -> tuple[Any, int]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 
 import pytest
 import ray
 
-from kvasir.cluster import app, gateway_replica
+from kvasir.cluster import app, gateway_replica, placement
 from kvasir.cluster.application import application, room
 from kvasir.cluster.options import parse_spec
 
@@ -17,9 +18,16 @@ HEAD_ALONE = {"CPU": 2.0, "node:__internal_head__": 1.0}
 
 @pytest.fixture
 def cluster(monkeypatch):
-    def has(resources):
+    def has(*nodes):
+        """Its nodes' resources, all free."""
+        resources = sum(map(Counter, nodes), Counter())
+        known = {str(number): node for number, node in enumerate(nodes)}
         monkeypatch.setattr(ray, "is_initialized", lambda: True)
         monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+        monkeypatch.setattr(
+            ray, "nodes", lambda: [{"NodeID": name, "Alive": True, "Resources": node} for name, node in known.items()]
+        )
+        monkeypatch.setattr(placement, "available_resources_per_node", lambda: known)
 
     return has
 
@@ -36,7 +44,8 @@ def groups(spec, **how):
 def test_cuda_is_a_whole_gpu_per_rank_whatever_has_joined_yet(spec, ranks, there, cluster):
     cluster(there)
     ((bundles, engine, _),) = groups({"device": "cuda", **spec})
-    assert bundles == [{"CPU": 1.0, "GPU": 1.0}] * ranks
+    together = ranks if there.get("GPU", 0) >= ranks else 1
+    assert bundles == [{"CPU": 1.0 * together, "GPU": 1.0 * together}] * (ranks // together)
     assert engine.device == "cuda"
     assert room(parse_spec({"device": "cuda", **spec}), own_ray=False)["GPU"] == ranks * engine.data_parallel_size
 

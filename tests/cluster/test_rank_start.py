@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -78,6 +79,17 @@ def test_whatever_goes_wrong_there_is_told_by_value(monkeypatch):
     assert failure.logged
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the node's own address elsewhere")
+def test_rank_0_listens_on_the_interface_that_is_named(monkeypatch):
+    actor = RankActor(EngineConfig(model="skald", tensor_parallel_size=2), RankSetup(host="192.0.2.1"))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    address, _ = asyncio.run(actor.open())
+    assert address.startswith("127.0.0.1:")
+    actor._hub.close()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
+    assert "there is no nosuch0 here" in asyncio.run(actor.open()).why
+
+
 def test_nobody_waits_for_ranks_that_could_not_hold_the_model(monkeypatch, caplog):
     """They may need minutes to start."""
     told, followers = Failure("this model has 5 layers"), []
@@ -92,8 +104,10 @@ def test_nobody_waits_for_ranks_that_could_not_hold_the_model(monkeypatch, caplo
 
     monkeypatch.setattr(group.ray, "remote", lambda _: Follower)
     monkeypatch.setattr(group, "on_bundle", lambda _: {})
-    monkeypatch.setattr(group, "by_node", range)
+    monkeypatch.setattr(group, "rank_bundles", lambda config: range(config.ranks))
+    monkeypatch.setattr(group, "placed", lambda _: asyncio.sleep(0))
     coordinator = SimpleNamespace(
+        _name="m",
         _config=SimpleNamespace(ranks=3),
         _arguments=(),
         _options={},
