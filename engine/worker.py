@@ -36,8 +36,9 @@ def run(config: EngineConfig, address: str, token: str, rank: int, *, gone: Call
 
     spoke = Spoke(address, token, rank, os.getpid(), gone=gone)
     beside = spoke.host == address.rpartition(":")[0]  # rank 0, which looks at its node's processes itself
-    watcher = None if beside else Watcher(address, token, rank)
+    watcher = None
     try:
+        watcher = None if beside else Watcher(address, token, rank)
         _serve(config, spoke, rank, token)
     except EOFError:
         return
