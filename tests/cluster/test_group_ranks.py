@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -105,17 +106,32 @@ def test_copies_of_a_model(deployed):
     assert len(everyone) == 4
 
 
-def test_any_rank_s_death_is_told_and_mended(deployed):
-    """A rank is killed, then another one stopped: streams fail at once and say why, new ranks serve, the old are gone."""
-    handle = deployed(tensor_parallel_size=2, pipeline_parallel_size=2)
-    for number, why in ((signal.SIGKILL, "died"), (signal.SIGSTOP, "stopped")):
-        where, ranks = endpoints(handle)[0], pids(handle)
+def coordinator_of(rank):
+    """Process id of the coordinator beside rank 0, whose node's raylet has started both."""
+    raylet = int(Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2].split()[1])
+    children = [
+        int(pid) for each in Path(f"/proc/{raylet}/task").iterdir() for pid in (each / "children").read_text().split()
+    ]
+    (found,) = [
+        pid for pid in children if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::ServeReplica:test:Group")
+    ]
+    return found
 
-        async def main(where=where, ranks=ranks, number=number):
+
+def test_any_rank_s_death_is_told_and_mended(deployed, segments):
+    """A rank is killed, then another one stopped, then the coordinator alone is killed: streams fail at once and say why, new ranks
+    serve, the old are gone."""
+    before = segments()
+    handle = deployed(tensor_parallel_size=2, pipeline_parallel_size=2)
+    for number, why in ((signal.SIGKILL, "died"), (signal.SIGSTOP, "stopped"), ("coordinator", "closed")):
+        where, ranks = endpoints(handle)[0], pids(handle)
+        victim = coordinator_of(ranks[0]) if number == "coordinator" else ranks[-1]
+
+        async def main(where=where, victim=victim, number=number):
             client = await connected(where)
             running = [asyncio.ensure_future(tokens(client, [1, 5 + i], LONG)) for i in range(4)]
             await asyncio.sleep(0.3)
-            os.kill(ranks[-1], number)
+            os.kill(victim, signal.SIGKILL if number == "coordinator" else number)
             ends = [last for _, last in await asyncio.gather(*running)]
             await client.close()
             return ends
@@ -125,7 +141,12 @@ def test_any_rank_s_death_is_told_and_mended(deployed):
         assert any(why in end.message or "gone" in end.message for end in ends)
         until(lambda ranks=ranks: not any(os.path.exists(f"/proc/{pid}") for pid in ranks))
         until(lambda where=where: (now := endpoints(handle)) and now[0] != where)
-    assert ends
+    assert placement_groups() == 1
+    until(lambda: segments() <= before)
+
+
+def placement_groups():
+    return len([group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"])
 
 
 def test_every_rank_s_blocks_survive_the_ranks(deployed, tmp_path):
@@ -205,7 +226,7 @@ def test_chaos(deployed, orders, segments):
         assert all(isinstance(end, (KvasirError, Failed)) for end in ends)
         until(lambda ranks=ranks: not any(os.path.exists(f"/proc/{pid}") for pid in ranks))
         until(lambda where=where: (now := endpoints(handle)) and now[0] != where, limit_s=90)
-    assert len([g for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]) == 1
+    assert placement_groups() == 1
     until(lambda: segments() <= before)
 
 
