@@ -199,13 +199,16 @@ WAYS = (*SIGNALS, "raise", "out of memory", "hang")
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_chaos(deployed, orders, segments):
+@pytest.mark.parametrize(
+    ("layout", "ways"), [("tensor_parallel_size", WAYS[::2]), ("pipeline_parallel_size", WAYS[1::2])]
+)
+def test_chaos(deployed, orders, segments, layout, ways):
     """Six deaths, and 25 of ranks in processes (tests/engine/test_groups.py), which begin in a twentieth of the time: any rank,
     at any moment, in any way. Every request ends once, and the group serves again."""
-    handle = deployed(tensor_parallel_size=2, collective_timeout=20.0, log_level=orders.level)
+    handle = deployed(**{layout: 2}, collective_timeout=20.0, log_level=orders.level)
     rng = random.Random(1)
     before = segments()
-    for how in WAYS:
+    for how in ways:
         where = until(lambda: endpoints(handle))[0]
         ranks = pids(handle)
         victim, delay = rng.choice(ranks), rng.random() * 0.4
