@@ -68,6 +68,8 @@ def run(config: ClusterConfig, *, address: str | None = None, make_engine: MakeE
     reserved = contextlib.ExitStack()
     config = with_absolute_paths(config)
     if address is None:
+        if make_engine is None:
+            _check_layouts(config)
         config = _prepare(config, reserved)
     try:
         reserved.enter_context(_neutral_folder())
@@ -99,10 +101,14 @@ class Running:
         self._reserved = reserved
         self._stopping = threading.Event()
 
-    def wait(self) -> None:
-        """Until SIGTERM or SIGINT; a second one ends the process at once."""
+    def catch_signals(self) -> None:
+        """From now on SIGTERM and SIGINT end `wait`, though it is called later; a second one ends the process at once."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+
+    def wait(self) -> None:
+        """Until SIGTERM or SIGINT."""
+        self.catch_signals()
         while not self._stopping.wait(0.5):  # a wait without a limit isn't interrupted by a signal everywhere
             pass
 
@@ -174,6 +180,15 @@ def _prepare(config: ClusterConfig, reserved: contextlib.ExitStack) -> ClusterCo
     grpc_port = _reserve(gateway.host, gateway.grpc_port, reserved) if gateway.grpc_port >= 0 else -1
     ollama_port = _reserve(gateway.host, gateway.ollama_port, reserved) if gateway.ollama_port >= 0 else -1
     return replace(config, gateway=replace(gateway, port=port, grpc_port=grpc_port, ollama_port=ollama_port))
+
+
+def _check_layouts(config: ClusterConfig) -> None:
+    """Raise ConfigError for ranks that a model can't have, before Ray takes its time to start them."""
+    for engine in config.engines:
+        if engine.ranks > 1:
+            from kvasir.engine.load import check_ranks  # torch takes a second
+
+            check_ranks(engine)
 
 
 def with_absolute_paths(config: ClusterConfig) -> ClusterConfig:

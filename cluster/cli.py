@@ -87,6 +87,7 @@ def serve(args: argparse.Namespace) -> int:
     from kvasir.cluster.app import run as run_cluster
 
     running = run_cluster(config, address=args.address)
+    running.catch_signals()
     others = {"gRPC": running.grpc_address, "Ollama": running.ollama_address}
     _banner(config, running.http_address, others, time.monotonic() - started)
     running.wait()

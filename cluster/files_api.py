@@ -93,6 +93,8 @@ class _Upload:
                 raise ClientError("send one file", param="file")
             self._file = NewFile(self._store, self._principal, field.filename or "")
             return
+        if field.name in self._fields:
+            raise ClientError(f"{field.name:.60} is there twice", param=field.name[:60])
         if field.name not in _KNOWN:
             self.warnings.append(field.name[:60])
         if len(self._fields) > len(_KNOWN) + 16:

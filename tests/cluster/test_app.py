@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from waiting import until
 
 from kvasir.cluster import app, telemetry
 from kvasir.cluster.config import ClusterConfig, GatewayConfig
+from kvasir.cluster.gateway_replica import Addresses
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ConfigError
 
@@ -206,6 +208,26 @@ def test_a_port_in_use_is_told_before_anything_starts(byte_model):
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"can't listen on 127.0.0.1:{port}"):
             app.run(config(byte_model, port=port))
+
+
+def test_a_layout_that_a_model_cannot_have_is_told_before_ray_starts(monkeypatch):
+    monkeypatch.setattr(app, "_start_ray", lambda *_: pytest.fail("Ray was started"))
+    engine = EngineConfig(model="skald", pipeline_parallel_size=99)
+    with pytest.raises(ConfigError, match="--pipeline-parallel-size 99: this model has"):
+        app.run(ClusterConfig(engines=(engine,), gateway=GatewayConfig(port=0, grpc_port=0)))
+
+
+def test_a_signal_before_it_waits_ends_it_too():
+    reserved = contextlib.ExitStack()
+    running = app.Running(GatewayConfig(), Addresses("", None), own_ray=True, reserved=reserved)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        running.catch_signals()
+        os.kill(os.getpid(), signal.SIGTERM)
+        running.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_model_that_is_not_there_is_told_before_anything_starts(tmp_path):

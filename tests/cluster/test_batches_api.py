@@ -81,6 +81,7 @@ def test_files(client):
         ({"data": {"purpose": "x" * 5000}, "files": {"file": b""}}, "purpose"),
         ({"data": {"purpose": "batch", "expires_after[anchor]": "created_at", "expires_after[seconds]": "1"},
           "files": {"file": b""}}, "expires_after"),
+        ({"files": [("purpose", (None, "batch")), ("purpose", (None, "batch")), ("file", b"")]}, "purpose"),
         ({"json": {}}, None),
         ({"content": b"--x\r\nnothing", "headers": {"content-type": "multipart/form-data; boundary=x"}}, None),
     ],
