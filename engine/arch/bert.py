@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from kvasir.engine.config_json import activation, same
+from kvasir.engine.config_json import activation, only, same
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.fused import stacked
 from kvasir.engine.spec import Layer, Spec
@@ -42,6 +42,7 @@ NOT_BODY = (r"^(\w+\.)?pooler\.", r"^cls\.", r"^lm_head\.", r"position_ids$")
 
 def spec(c: Mapping[str, Any], **changes: Any) -> Spec:
     """The facts of an encoder with learned positions, or Jina's."""
+    only(c, "is_decoder", False)
     kind = c.get("position_embedding_type") or "absolute"
     if kind not in ("absolute", "alibi"):
         raise ConfigError(f"config.json: position_embedding_type {kind!r} is not supported; absolute and alibi are")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kvasir.engine.arch import bert
-from kvasir.engine.config_json import rope
+from kvasir.engine.config_json import only, rope
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.fused import qkv_rows, stacked
 from kvasir.engine.spec import Dynamic, Layer, Rope, Spec
@@ -24,6 +24,10 @@ NAMES = {
     ".norm1.": ".attn_norm.",
     ".norm2.": ".mlp_norm.",
 }
+REFUSED = (
+    *("prenorm", "parallel_block", "causal", "use_rms_norm", "qkv_proj_bias", "mlp_fc1_bias", "mlp_fc2_bias"),
+    *("rotary_emb_interleaved", "rotary_emb_scale_base", "num_experts"),
+)
 FIELDS = {
     "hidden_size": "n_embd",
     "num_attention_heads": "n_head",
@@ -37,9 +41,12 @@ FIELDS = {
 
 def spec(c: Mapping[str, Any]) -> Spec:
     """Beyond the length it was trained for (2048) theta grows."""
-    for field in ("prenorm", "qkv_proj_bias", "mlp_fc1_bias", "mlp_fc2_bias", "rotary_emb_interleaved", "num_experts"):
+    for field in REFUSED:
         if c.get(field):
             raise ConfigError(f"config.json: {field} is not supported for nomic_bert")
+    only(c, "activation_function", "swiglu")
+    only(c, "hidden_act", "silu")
+    only(c, "rotary_emb_fraction", 1.0)
     c = {**{name: c[old] for name, old in FIELDS.items() if old in c}, **c, "position_embedding_type": "absolute"}
     turning = rope({"rope_theta": c.get("rotary_emb_base", 1000.0), **c})
     trained = c.get("max_trained_positions") or c["max_position_embeddings"]
