@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvasir.cluster.custom_tools import shown_call
 from kvasir.engine.errors import ClientError
 
 Json = dict[str, Any]
@@ -25,6 +26,8 @@ def _message(message: Json, number: int, ids: dict[Any, str]) -> Json:
         message["reasoning_content"] = message["reasoning"]
     own_id = f"call{number:05}"  # nine letters and digits: some templates take no other
     if role == "assistant":
+        if isinstance(calls := message.get("tool_calls"), list):
+            message["tool_calls"] = [shown_call(call, f"{at}.tool_calls[{i}]") for i, call in enumerate(calls)]
         if (call := message.pop("function_call", None)) is not None:
             if not isinstance(call, dict) or not isinstance(call.get("name"), str):
                 text = f"{at}.function_call must be an object with a name, got {call!r:.60}"

@@ -24,6 +24,8 @@ from kvasir.engine.transcript import Delta, Output, Usage
 DONE = b"data: [DONE]\n\n"
 FINGERPRINT = "kvasir"
 NULL = b"null"
+_KINDS = {False: ("function", "arguments"), True: ("custom", "input")}
+"""Whether a call is of a custom tool -> its type, and the field of what was written."""
 
 Json = dict[str, Any]
 Deltas = Sequence[tuple[int, Delta]]
@@ -122,13 +124,10 @@ class ChatReply:
         if found.reasoning and self._ask.include_reasoning:
             message |= _reasoning(found.reasoning)
         if found.calls:
+            ids = streamed.ids if streamed else [reading.call_id(call.name, i) for i, call in enumerate(found.calls)]
             message["tool_calls"] = [
-                {
-                    "id": streamed.ids[number] if streamed else reading.call_id(call.name, number),
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": call.arguments},
-                }
-                for number, call in enumerate(found.calls)
+                _call(call_id, call.name in reading.custom, call.name, call.arguments)
+                for call_id, call in zip(ids, found.calls, strict=True)
             ]
         return message
 
@@ -309,10 +308,17 @@ def _part(part: Part, answer: AnswerStream) -> Json:
         return {"content": part.text}
     if part.kind == "reasoning":
         return _reasoning(part.text)
+    custom = part.call in answer.custom
     if part.kind == "arguments":
-        return {"tool_calls": [{"index": part.call, "function": {"arguments": part.text}}]}
-    function = {"name": part.text, "arguments": ""}
-    return {"tool_calls": [{"index": part.call, "id": answer.ids[part.call], "type": "function", "function": function}]}
+        kind, field = _KINDS[custom]
+        return {"tool_calls": [{"index": part.call, kind: {field: part.text}}]}
+    return {"tool_calls": [{"index": part.call, **_call(answer.ids[part.call], custom, part.text, "")}]}
+
+
+def _call(call_id: str, custom: bool, name: str, text: str) -> Json:
+    """text: its arguments, or a custom tool's input."""
+    kind, field = _KINDS[custom]
+    return {"id": call_id, "type": kind, kind: {"name": name, field: text}}
 
 
 def _reasoning(text: str) -> Json:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvasir.cluster.call import EFFORT_IGNORED, Call, Conversation, Prompt, Text, check_variables, thinking_variables
+from kvasir.cluster.custom_tools import custom_names, shown_tools
 from kvasir.cluster.openai_fields import (
     CHAT_HONOURED,
     CHAT_IGNORED,
@@ -77,7 +78,9 @@ class Ask:
 def parse_chat(body: Mapping[str, Any]) -> Ask:
     """Body of POST /v1/chat/completions. Raises ClientError or UnsupportedError naming the field."""
     fields, warnings = sort_fields(body, CHAT_HONOURED, CHAT_IGNORED, CHAT_REFUSED, INSTEAD)
-    use = tool_use(fields.get("tools"), fields.get("tool_choice"), fields.get("parallel_tool_calls", True))
+    conversation = _conversation(fields)
+    parallel, custom = fields.get("parallel_tool_calls", True), custom_names(fields.get("tools", ()))
+    use = tool_use(conversation.tools, fields.get("tool_choice"), parallel, custom)
     sampling = _sampling(fields)
     limit = fields.get("max_completion_tokens", fields.get("max_tokens"))
     if limit is not None:
@@ -90,7 +93,7 @@ def parse_chat(body: Mapping[str, Any]) -> Ask:
     if "max_completion_tokens" in fields:
         names["max_tokens"] = "max_completion_tokens"
     call = Call(
-        prompts=(_conversation(fields),),
+        prompts=(conversation,),
         sampling=sampling,
         known_as=names,
         tools=use,
@@ -251,7 +254,7 @@ def _conversation(fields: Mapping[str, Any]) -> Conversation:
     continued = fields.get("continue_final_message", False)
     return Conversation(
         messages=template_messages(messages),
-        tools=fields.get("tools") or None,
+        tools=shown_tools(fields.get("tools", ())) or None,
         add_generation_prompt=fields.get("add_generation_prompt", not continued),
         continue_final_message=continued,
         variables=variables,

@@ -57,12 +57,13 @@ _USAGE = _object(
 )
 _FINISH: Json = {"enum": ["stop", "length", "tool_calls", None]}
 _STOP: Json = {"type": ["string", "integer", "null"]}
-_CALL = _object(
-    {"id": _TEXT, "type": _is("function"), "function": _object({"name": _TEXT, "arguments": _TEXT})},
-)
+_CALLED: Json = {"function": {"name": _TEXT, "arguments": _TEXT}, "custom": {"name": _TEXT, "input": _TEXT}}
+_CALL: Json = {
+    "anyOf": [_object({"id": _TEXT, "type": _is(kind), kind: _object(said)}) for kind, said in _CALLED.items()]
+}
 _CALL_PART = _object(
     {"index": _INT},
-    {"id": _TEXT, "type": _is("function"), "function": _object({}, {"name": _TEXT, "arguments": _TEXT})},
+    {"id": _TEXT, "type": {"enum": [*_CALLED]}, **{kind: _object({}, said) for kind, said in _CALLED.items()}},
 )
 _SAID: Json = {"reasoning": _TEXT, "reasoning_content": _TEXT}
 _MESSAGE = _object({"role": _TEXT, "content": _or_null(_TEXT), "refusal": _NULL}, {**_SAID, "tool_calls": _list(_CALL)})

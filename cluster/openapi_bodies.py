@@ -39,19 +39,30 @@ _FUNCTION: Json = {
     "parameters": {"type": "object", "properties": {"type": {"const": "object"}}},
     "strict": {"type": "boolean"},
 }
-_TOOL: Json = {
-    "type": "object",
-    "properties": {
-        "type": {"const": "function"},
-        "function": {"type": "object", "properties": _FUNCTION, "required": ["name"]},
-    },
-    "required": ["type", "function"],
-}
-_FLAT_TOOL: Json = {
-    "type": "object",
-    "properties": {"type": {"const": "function"}, **_FUNCTION},
-    "required": ["type", "name"],
-}
+_REGEX: Json = {"syntax": {"const": "regex"}, "definition": _TEXT}
+
+
+def _custom(form: Json) -> Json:
+    """Fields of a custom tool. form: of a grammar."""
+    grammar = {"type": "object", "properties": {"type": {"const": "grammar"}, **form}, "required": ["type", *form]}
+    text = {
+        "type": "object",
+        "properties": {"type": {"const": "text"}},
+        "required": ["type"],
+        "additionalProperties": False,
+    }
+    return {"name": _FUNCTION["name"], "description": _TEXT, "format": {"anyOf": [text, grammar]}}
+
+
+def _tool(kind: str, fields: Json, *, flat: bool) -> Json:
+    inner: Json = fields if flat else {kind: {"type": "object", "properties": fields, "required": ["name"]}}
+    named = "name" if flat else kind
+    return {"type": "object", "properties": {"type": {"const": kind}, **inner}, "required": ["type", named]}
+
+
+_DEEP_REGEX: Json = {"grammar": {"type": "object", "properties": _REGEX, "required": [*_REGEX]}}
+_TOOL: Json = {"anyOf": [_tool("function", _FUNCTION, flat=False), _tool("custom", _custom(_DEEP_REGEX), flat=False)]}
+_FLAT_TOOL: Json = {"anyOf": [_tool("function", _FUNCTION, flat=True), _tool("custom", _custom(_REGEX), flat=True)]}
 _NAMED_TOOL: Json = {
     "type": "object",
     "properties": {

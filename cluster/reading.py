@@ -9,6 +9,7 @@ from typing import Any
 
 from kvasir.cluster.answer_parts import AnswerReader, Part, ReadAnswer, ThoughtFormat, ToolFormat
 from kvasir.cluster.call import Call
+from kvasir.cluster.custom_tools import CustomInput
 from kvasir.cluster.tool_formats import marks_of
 from kvasir.cluster.tool_use import HeldCalls, ToolUse
 from kvasir.engine.errors import UnsupportedError
@@ -38,6 +39,11 @@ class Reading:
     """Special tokens that are marks: they stay in the text that is read."""
     warnings: tuple[str, ...] = ()
     """What of the tools' schemas the model isn't held to."""
+
+    @property
+    def custom(self) -> frozenset[str]:
+        """Names of custom tools."""
+        return self.use.custom if self.use else frozenset()
 
     @property
     def plain(self) -> bool:
@@ -118,10 +124,9 @@ def constraints(call: Call, found: Reading, tokenizer: Tokenizer, held: HeldCall
 
 def read_whole(found: Reading, text: str) -> ReadAnswer:
     """A whole answer."""
-    answer, reader = ReadAnswer(), found.reader()
-    answer.add(reader.feed(text))
-    answer.add(reader.finish())
-    answer.cut = reader.cut
+    answer, stream = ReadAnswer(), AnswerStream(found)
+    answer.add(stream.parts(text, last=True))
+    answer.cut = stream.cut
     return answer
 
 
@@ -134,6 +139,10 @@ class AnswerStream:
         """Of the calls so far."""
         self.thoughts: list[str] = []
         """Pieces of them so far."""
+        self.custom: set[int] = set()
+        """Numbers of calls of custom tools."""
+        self._input: CustomInput | None = None
+        """Of the last call, if its tool is one."""
 
     @property
     def cut(self) -> bool:
@@ -141,16 +150,38 @@ class AnswerStream:
         return self._reader.cut
 
     def parts(self, text: str, *, last: bool) -> list[Part]:
-        """What `text` brings; `last`: nothing follows."""
+        """What `text` brings; `last`: nothing follows. Calls of custom tools have their input for arguments."""
         parts = self._reader.feed(text) if text else []
         if last:
             parts = [*parts, *self._reader.finish()]
+        if self._reading.custom:
+            parts = self._with_inputs(parts, last)
         for part in parts:
             if part.kind == "call":
                 self.ids.append(self._reading.call_id(part.text, part.call))
             elif part.kind == "reasoning":
                 self.thoughts.append(part.text)
         return parts
+
+    def _with_inputs(self, parts: Sequence[Part], last: bool) -> list[Part]:
+        out: list[Part] = []
+        for part in parts:
+            if part.kind == "call":
+                out += self._end_input(part.call - 1)
+                if part.text in self._reading.custom:
+                    self.custom.add(part.call)
+                    self._input = CustomInput()
+            elif part.kind == "arguments" and self._input is not None:
+                part = Part("arguments", self._input.feed(part.text), part.call)
+            if part.text or part.kind != "arguments":
+                out.append(part)
+        return [*out, *(self._end_input(max(self.custom)) if last and self.custom else ())]
+
+    def _end_input(self, call: int) -> list[Part]:
+        """What is left of the last call's input."""
+        rest = self._input.finish() if self._input is not None else ""
+        self._input = None
+        return [Part("arguments", rest, call)] if rest else []
 
 
 def thought_tokens(tokenizer: Tokenizer | None, thoughts: str) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from kvasir.cluster.carried import carried
+from kvasir.cluster.custom_tools import called_function
 from kvasir.engine.errors import ClientError, UnsupportedError
 
 Json = dict[str, Any]
@@ -109,8 +110,8 @@ def _reasoning(out: list[Json], item: Item, at: str) -> None:
 
 def _custom_call(out: list[Json], item: Item, at: str) -> None:
     """A call whose input is a text."""
-    call_id, given = _string(item, "call_id", at), {"input": _string(item, "input", at)}
-    call = {"id": call_id, "type": "function", "function": {"name": _string(item, "name", at), "arguments": given}}
+    function = called_function(_string(item, "name", at), _string(item, "input", at))
+    call = {"id": _string(item, "call_id", at), "type": "function", "function": function}
     _turn(out).setdefault("tool_calls", []).append(call)
 
 
@@ -156,6 +157,8 @@ _PREFIXES = {
     "message": "msg",
     "function_call": "fc",
     "function_call_output": "fco",
+    "custom_tool_call": "ctc",
+    "custom_tool_call_output": "ctco",
     "reasoning": "rs",
     "compaction": "cmp",
 }

@@ -27,7 +27,7 @@ from kvasir.engine.transcript import Delta, Output, Usage
 Json = dict[str, Any]
 Events = list[tuple[str, Json]]
 """(type, fields) of server-sent events."""
-KINDS = {"content": "message", "reasoning": "reasoning", "call": "function_call", "arguments": "function_call"}
+KINDS = {"content": "message", "reasoning": "reasoning", "call": "call", "arguments": "call"}
 """Part of an answer -> the item that it belongs to."""
 
 _ERRORS = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
@@ -145,7 +145,8 @@ class ResponseReply:
             out += self._close(status)
             index = len(self.response["output"])
             if part.kind == "call":
-                self._item = _Call(index, part.text, self._answer.ids[part.call])
+                call_id, custom = self._answer.ids[part.call], part.call in self._answer.custom
+                self._item = _Call(index, part.text, call_id, custom)
             else:
                 self._item = _Message(index) if part.kind == "content" else _Thoughts(index, self._ask)
             out += self._events(self._item.opening())
@@ -291,34 +292,35 @@ class _Thoughts:
 
 
 class _Call:
-    """An item that calls a tool of the client's."""
+    """An item that calls a tool of the client's: a function, or a custom one."""
 
-    kind = "function_call"
+    kind = "call"
 
-    def __init__(self, index: int, name: str, call_id: str) -> None:
-        self._id = f"fc_{uuid.uuid4().hex}"
+    def __init__(self, index: int, name: str, call_id: str, custom: bool) -> None:
+        self._type, self._field = ("custom_tool_call", "input") if custom else ("function_call", "arguments")
+        self._id = f"{'ctc' if custom else 'fc'}_{uuid.uuid4().hex}"
         self._index, self._place = index, {"item_id": self._id, "output_index": index}
-        self._head = _delta_head("response.function_call_arguments.delta", self._place)
-        self._name, self._call_id, self._arguments = name, call_id, ""
+        self._head = _delta_head(f"response.{self._type}_{self._field}.delta", self._place)
+        self._name, self._call_id, self._text = name, call_id, ""
 
     def opening(self) -> Events:
         return [("response.output_item.added", {"output_index": self._index, "item": self._item("in_progress")})]
 
     def grow(self, number: int, text: str, logprobs: list[Json]) -> bytes:
-        self._arguments += text
+        self._text += text
         return _delta(self._head, number, text) + b"}\n\n"
 
     def closing(self, status: str) -> tuple[Json, Events]:
         item = self._item(status)
-        done = {**self._place, "name": self._name, "arguments": self._arguments}
+        done = {**self._place, "name": self._name, self._field: self._text}
         return item, [
-            ("response.function_call_arguments.done", done),
+            (f"response.{self._type}_{self._field}.done", done),
             ("response.output_item.done", {"output_index": self._index, "item": item}),
         ]
 
     def _item(self, status: str) -> Json:
-        called = {"call_id": self._call_id, "name": self._name, "arguments": self._arguments}
-        return {"type": "function_call", "id": self._id, **called, "status": status}
+        called = {"call_id": self._call_id, "name": self._name, self._field: self._text}
+        return {"type": self._type, "id": self._id, **called, "status": status}
 
 
 def event(kind: str, number: int, **fields: Any) -> bytes:

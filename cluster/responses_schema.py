@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvasir.cluster.call import EFFORT_IGNORED, Call, Conversation, check_variables, thinking_variables
+from kvasir.cluster.custom_tools import custom_names, shown_tools
 from kvasir.cluster.foreign_fields import foreign_constraints
 from kvasir.cluster.openai_fields import (
     CHAT_HONOURED,
@@ -169,8 +170,9 @@ def parse_response(body: Body) -> ResponseAsk:
     """Body of POST /v1/responses. Raises ClientError or UnsupportedError naming the field."""
     fields, warnings = sort_fields(body, HONOURED, IGNORED, REFUSED, INSTEAD)
     _check_together(fields)
-    tools = [_tool(tool, f"tools[{number}]") for number, tool in enumerate(fields.get("tools", ()))]
-    use = tool_use(tools, fields.get("tool_choice"), fields.get("parallel_tool_calls", True))
+    given = [_tool(tool, f"tools[{number}]") for number, tool in enumerate(fields.get("tools", ()))]
+    tools, parallel = shown_tools(given), fields.get("parallel_tool_calls", True)
+    use = tool_use(tools, fields.get("tool_choice"), parallel, custom_names(given))
     effort, unknown = _effort(fields.get("reasoning", {}))
     check_variables(fields.get("chat_template_kwargs", {}), "chat_template_kwargs")
     sampling: Json = {name: fields[name] for name in SAMPLING if name in fields}
@@ -240,12 +242,13 @@ def _check_together(fields: Mapping[str, Any]) -> None:
 
 
 def _tool(tool: Mapping[str, Any], at: str) -> Json:
-    """As chats have it: the function's fields in an object of their own."""
-    if tool.get("type") != "function":
-        kind = tool.get("type")
-        raise UnsupportedError(
-            f'{at}: only tools of type "function", which you run, are supported; got {kind!r:.60}', param="tools"
-        )
+    """As chats have it: its fields in an object of their own."""
+    kind = tool.get("type")
+    if kind == "custom":
+        return {"type": kind, kind: {name: value for name, value in tool.items() if name != "type"}}
+    if kind != "function":
+        known = 'of type "function" or "custom", which you run'
+        raise UnsupportedError(f"{at}: only tools {known}, are supported; got {kind!r:.60}", param="tools")
     names = ("name", "description", "parameters", "strict")
     return {"type": "function", "function": {name: tool[name] for name in names if tool.get(name) is not None}}
 

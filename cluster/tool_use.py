@@ -54,6 +54,8 @@ class ToolUse:
     """The answer is a call."""
     parallel: bool = True
     """It may make several calls in one answer."""
+    custom: frozenset[str] = frozenset()
+    """Those whose calls are shown as a custom tool's."""
 
     @property
     def schemas(self) -> dict[str, Any]:
@@ -104,6 +106,8 @@ class ToolUse:
         return tuple(found)
 
     def _refusal(self, name: str, form: ToolFormat, strict: bool, why: str) -> str:
+        if name in self.custom:
+            return f"the format of tool {name!r} can't be enforced in this model's calls ({form.name}): {why}"
         if form.arguments is not None:
             text = f"tool {name!r} is strict, which can't be enforced in this model's format of calls ({form.name})"
             return f'{text}: {why}; use tool_choice "required" or "none"'
@@ -235,8 +239,11 @@ def _schema(wanted: StructuredOutput) -> Json:
     return {"type": "json_schema", "json_schema": json.loads(wanted.json) if wanted.json else {"type": "object"}}
 
 
-def tool_use(tools: Sequence[Tool] | None, choice: object, parallel: bool = True) -> ToolUse | None:
-    """Checked; None: there are no tools, or none may be called. ClientError names what is wrong."""
+def tool_use(
+    tools: Sequence[Tool] | None, choice: object, parallel: bool = True, custom: frozenset[str] = frozenset()
+) -> ToolUse | None:
+    """Checked; None: there are no tools, or none may be called. ClientError names what is wrong. `custom`: those that are shown
+    as functions, but aren't."""
     names = _distinct([_checked(tool, f"tools[{number}]") for number, tool in enumerate(tools or ())], "tools")
     mode, allowed = _choice(choice)
     if not tools:
@@ -253,6 +260,7 @@ def tool_use(tools: Sequence[Tool] | None, choice: object, parallel: bool = True
         names=tuple(names if allowed is None else allowed),
         required=mode == "required",
         parallel=parallel and not single,
+        custom=custom,
     )
 
 
@@ -267,7 +275,7 @@ def _checked(tool: Tool, at: str) -> str:
     function = tool["function"]
     name, parameters = function.get("name"), function.get("parameters")
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name != name.strip():
-        text = f"{at}.function.name must be 1 to 128 characters without quotes, brackets and control characters"
+        text = f"{at}: a tool's name must be 1 to 128 characters without quotes, brackets and control characters"
         raise ClientError(f"{text}, got {name!r:.60}", param="tools")
     if parameters is not None and not isinstance(parameters, Mapping):
         raise ClientError(f"{at}.function.parameters must be a JSON Schema, got {parameters!r:.60}", param="tools")
@@ -301,15 +309,15 @@ def _choice(choice: object) -> tuple[str, list[str] | None]:
             mode, tools = inner.get("mode", "auto"), inner.get("tools")
             if mode in ("auto", "required") and isinstance(tools, list) and tools:
                 return mode, _distinct([_named(tool) for tool in tools[: MAX_TOOLS + 1]], "tool_choice")
-        elif kind == "function":
+        elif kind in ("function", "custom"):
             return "required", [_named(choice)]
     text = 'tool_choice must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}'
     raise ClientError(f"{text}, got {choice!r:.80}", param="tool_choice")
 
 
 def _named(choice: object) -> str:
-    inner = choice.get("function", choice) if isinstance(choice, Mapping) else None
+    inner = choice.get("function", choice.get("custom", choice)) if isinstance(choice, Mapping) else None
     name = inner.get("name") if isinstance(inner, Mapping) else None
     if not isinstance(name, str):
-        raise ClientError(f"tool_choice must name a function, got {choice!r:.80}", param="tool_choice")
+        raise ClientError(f"tool_choice must name a tool, got {choice!r:.80}", param="tool_choice")
     return name

@@ -1,0 +1,123 @@
+"""Custom tools of OpenAI's, whose input is a text. Chat templates know functions alone, so each is shown as one with a single
+argument; what the model writes there is the input."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvasir.engine.errors import ClientError, UnsupportedError
+
+Json = dict[str, Any]
+
+_INPUT = "input"
+"""The argument."""
+_NEUTRAL: dict[str, tuple[Any, ...]] = {"defer_loading": (None, False), "allowed_callers": (None, ["direct"])}
+"""Fields that say nothing here by these values."""
+_HEAD = re.compile(rf'\s*\{{\s*"{_INPUT}"\s*:\s*"')
+_HEX, _HIGH, _LOW = r"[0-9a-fA-F]", r"\\u[dD][89abAB][0-9a-fA-F]{2}", r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+_WHOLE = re.compile(
+    rf"""(?: [^"\\]+ | \\[^u] | {_HIGH}(?:{_LOW} | (?=[^\\] | \\[^u] | \\u{_HEX}{{0,3}}[^0-9a-fA-F] | (?!{_LOW})\\u{_HEX}{{4}}))
+    | (?!{_HIGH})\\u{_HEX}{{4}} | \\u(?={_HEX}{{0,3}}[^0-9a-fA-F]) )*""",
+    re.VERBOSE | re.DOTALL,
+)
+"""Inside of a JSON string as far as no escape in it goes on behind."""
+_ESCAPES = re.compile(rf"(?:\\u{_HEX}{{4}})+|\\.", re.DOTALL)
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def shown_tools(tools: Sequence[Mapping[str, Any]]) -> list[Json]:
+    """Tools of a chat as its template knows them. ClientError or UnsupportedError names what a custom one can't be."""
+    return [_function(tool, f"tools[{number}]") for number, tool in enumerate(tools)]
+
+
+def custom_names(tools: Sequence[Mapping[str, Any]]) -> frozenset[str]:
+    """Of those that `shown_tools` takes."""
+    return frozenset(tool["custom"]["name"] for tool in tools if tool.get("type") == "custom")
+
+
+def shown_call(call: Any, at: str) -> Any:
+    """A call in a message of a chat as its template knows it."""
+    if not isinstance(call, Mapping) or call.get("type") != "custom":
+        return call
+    custom = call.get("custom")
+    if not isinstance(custom, Mapping) or not all(isinstance(custom.get(name), str) for name in ("name", _INPUT)):
+        raise ClientError(f"{at}.custom must have a name and an input, got {custom!r:.60}", param="messages")
+    return {"id": call.get("id"), "type": "function", "function": called_function(custom["name"], custom[_INPUT])}
+
+
+def called_function(name: str, text: str) -> Json:
+    """The call of a custom tool with that input."""
+    return {"name": name, "arguments": {_INPUT: text}}
+
+
+def _function(tool: Mapping[str, Any], at: str) -> Json:
+    if tool.get("type") != "custom":
+        return dict(tool)
+    given = tool.get("custom")
+    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
+        raise ClientError(f"{at}.custom must be an object with a name, got {given!r:.60}", param="tools")
+    known = ("name", "description", "format")
+    if other := [name for name in given if name not in known and given[name] not in _NEUTRAL.get(name, (None,))]:
+        raise UnsupportedError(f"{at}: {other[0]:.60} of a custom tool isn't supported", param="tools")
+    schema, strict = _schema(given.get("format"), f"{at}.format")
+    parameters = {"type": "object", "properties": {_INPUT: schema}, "required": [_INPUT], "additionalProperties": False}
+    said = {name: given[name] for name in ("name", "description") if given.get(name) is not None}
+    return {"type": "function", "function": {**said, "parameters": parameters, **strict}}
+
+
+def _schema(form: Any, at: str) -> tuple[Json, Json]:
+    """(what the input's text is, whether it must be)."""
+    if form is None or form == {"type": "text"}:
+        return {"type": "string"}, {}
+    grammar = form.get("grammar", form) if isinstance(form, Mapping) and form.get("type") == "grammar" else None
+    if not isinstance(grammar, Mapping) or not isinstance(grammar.get("definition"), str):
+        text = 'must be {"type": "text"}, or of type "grammar" with a syntax and a definition'
+        raise ClientError(f"{at} {text}; got {form!r:.80}", param="tools")
+    if grammar.get("syntax") != "regex":
+        text = f"a grammar of syntax {grammar.get('syntax')!r:.60} can't be enforced inside of a call"
+        raise UnsupportedError(f'{at}: {text}; use "regex", or text', param="tools")
+    definition = grammar["definition"]
+    told = f"A text that matches the regular expression {definition}"
+    return {"type": "string", "description": told, "pattern": f"^(?:{definition})$"}, {"strict": True}
+
+
+class CustomInput:
+    """The input in a call's arguments, however they are cut."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._begun = self._over = False
+
+    def feed(self, arguments: str) -> str:
+        """What more of the arguments brings."""
+        self._held += arguments
+        if not self._begun and (head := _HEAD.match(self._held)):
+            self._held, self._begun = self._held[head.end() :], True
+        if not self._begun or self._over:
+            return ""
+        whole = _WHOLE.match(self._held)
+        assert whole is not None, "it matches nothing, too"
+        self._held, self._over = self._held[whole.end() :], self._held.startswith('"', whole.end())
+        return _SURROGATES.sub("\ufffd", _ESCAPES.sub(_unescaped, whole[0]))
+
+    def finish(self) -> str:
+        """What is said by other arguments than those that were asked for: their whole text, unless the input is in it."""
+        if self._begun:
+            return ""
+        try:
+            given = json.loads(self._held)
+        except (ValueError, RecursionError):
+            return ""  # cut short before the input
+        found = given.get(_INPUT) if isinstance(given, dict) else None
+        return _SURROGATES.sub("\ufffd", found) if isinstance(found, str) else self._held
+
+
+def _unescaped(found: re.Match[str]) -> str:
+    try:
+        text: str = json.loads(f'"{found[0]}"')
+    except ValueError:
+        return found[0]
+    return text

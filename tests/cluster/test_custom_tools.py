@@ -1,0 +1,195 @@
+"""Custom tools: a text goes to the model's function with one argument, and comes back as it is."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+
+import httpx
+import openai
+import pytest
+from fuzzing import examples
+from grammar_walk import accepts, matcher_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from responses_calls import events
+from tool_samples import END, TOOL
+
+from kvasir.cluster.custom_tools import CustomInput, custom_names, shown_tools
+from kvasir.cluster.openai_messages import template_messages
+from kvasir.cluster.responses_items import input_items, messages
+from kvasir.cluster.tool_formats import TOOL_FORMATS
+from kvasir.cluster.tool_use import tool_use
+
+CODE = 'print("hi")\n\\ 😀'
+XML = f"<tool_call>\n<function=run>\n<parameter=input>\n{CODE}\n</parameter>\n</function>\n</tool_call>"
+JSON = f"<tool_call>\n{json.dumps({'name': 'run', 'arguments': {'input': CODE}})}\n</tool_call>"
+OTHER = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Bergen"}}\n</tool_call>'
+FLAT = {"type": "custom", "name": "run", "description": "Runs code."}
+CHAT = {"type": "custom", "custom": {"name": "run", "description": "Runs code."}}
+
+
+def read(pieces):
+    reader = CustomInput()
+    return "".join(map(reader.feed, pieces)) + reader.finish()
+
+
+@given(st.text(st.characters(), max_size=12) | st.text('\\u8dD0e"x{\ud83d\ude00', max_size=12), st.booleans())
+@settings(max_examples=examples(200))
+def test_the_input_is_read_however_it_is_cut(text, escaped):
+    written = json.dumps({"input": text}) if escaped else '{"input":"' + text.replace('"', '\\"')
+    if escaped:
+        assert read([written]) == re.sub("[\ud800-\udfff]", "\ufffd", json.loads(written)["input"])
+    assert read(written) == read([written])
+
+
+def test_the_input_comes_as_it_is_written():
+    reader = CustomInput()
+    assert [*map(reader.feed, ('{"inp', 'ut": "a', "b\\", "n", '" }'))] == ["", "a", "b", "\n", ""]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ('{"x": 1, "input": "a"}', "a"), ('{"code": "a"}', '{"code": "a"}'), ('{"inp', ""), ("", ""),
+        ('{"input": "a\\', "a"), ('{"input": "a\\ud83d', "a"), ('{"input": "a", "x": "b"}', "a"),
+    ],
+)  # fmt: skip
+def test_other_arguments(arguments, said):
+    assert read(arguments) == read([arguments]) == said
+
+
+@pytest.fixture(params=[JSON, XML], ids=["hermes", "qwen3_coder"])
+def runner(request, thinker, live_gateway):
+    """A gateway whose model says something and calls the tool."""
+    with contextlib.ExitStack() as stack:
+        gateway = thinker
+        if request.param == XML:
+            gateway = stack.enter_context(live_gateway(tool_call_parser="qwen3_coder", reasoning_parser="think"))
+        gateway.group.script = lambda *_: [*f"Well.\n{request.param}".encode(), END]
+        yield gateway
+
+
+def test_responses(runner):
+    with openai.OpenAI(base_url=runner.url + "/v1", api_key="none", max_retries=0) as client:
+        ask = {"model": "bytes", "input": "Go.", "tools": [FLAT], "tool_choice": "auto"}
+        found = client.responses.create(**ask)
+        said, call = found.output
+        assert (said.type, call.type, call.name, call.input) == ("message", "custom_tool_call", "run", CODE)
+        assert found.to_dict()["tools"] == [FLAT]
+        sent = events(httpx.post(runner.url + "/v1/responses", json={**ask, "stream": True}, timeout=60).text)
+        deltas = [one["delta"] for one in sent if one["type"] == "response.custom_tool_call_input.delta"]
+        assert "".join(deltas) == CODE
+        (done,) = (one for one in sent if one["type"] == "response.custom_tool_call_input.done")
+        assert (done["input"], done["item_id"]) == (CODE, sent[-1]["response"]["output"][1]["id"])
+        result = {"type": "custom_tool_call_output", "call_id": call.call_id, "output": "done"}
+        client.responses.create(model="bytes", input=[result], previous_response_id=found.id, tools=[FLAT])
+        prompt = bytes(i for i in runner.group.requests[-1].prompt_token_ids if i < 256)
+        assert b"done" in prompt
+
+
+def test_chats(runner):
+    ask = {"model": "bytes", "messages": [{"role": "user", "content": "Go."}], "tools": [CHAT]}
+    url = runner.url + "/v1/chat/completions"
+    choice = httpx.post(url, json=ask, timeout=60).json()["choices"][0]
+    (call,) = choice["message"]["tool_calls"]
+    assert call == {"id": call["id"], "type": "custom", "custom": {"name": "run", "input": CODE}}
+    assert choice["finish_reason"] == "tool_calls"
+    lines = httpx.post(url, json={**ask, "stream": True}, timeout=60).text.split("\n\n")
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    calls = [one for chunk in chunks for one in chunk["choices"][0]["delta"].get("tool_calls", ())]
+    assert calls[0] == {"index": 0, "id": calls[0]["id"], "type": "custom", "custom": {"name": "run", "input": ""}}
+    assert "".join(one["custom"]["input"] for one in calls) == CODE
+    with openai.OpenAI(base_url=runner.url + "/v1", api_key="none", max_retries=0) as client:
+        message = client.chat.completions.create(**ask).choices[0].message
+        assert message.tool_calls[0].custom.input == CODE
+
+
+def test_beside_functions(thinker):
+    thinker.group.script = lambda *_: [*f"{OTHER}\n{JSON}\n{OTHER}".encode(), END]
+    for stream in (False, True):
+        ask = {
+            "model": "bytes",
+            "messages": [{"role": "user", "content": "Go."}],
+            "tools": [TOOL, CHAT],
+            "stream": stream,
+        }
+        reply = httpx.post(thinker.url + "/v1/chat/completions", json=ask, timeout=60)
+        assert ("custom" in reply.text, "function" in reply.text) == (True, True)
+        if not stream:
+            calls = reply.json()["choices"][0]["message"]["tool_calls"]
+            assert [call["type"] for call in calls] == ["function", "custom", "function"]
+            assert calls[1]["custom"]["input"] == CODE
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"type": "custom", "name": "run"},
+        {"type": "allowed_tools", "mode": "required", "tools": [{"type": "custom", "name": "run"}]},
+    ],
+)
+def test_a_forced_one(thinker, choice):
+    form = {"type": "grammar", "syntax": "regex", "definition": "[0-9]+"}
+    ask = {"model": "bytes", "input": "Go.", "tools": [{**FLAT, "format": form}], "tool_choice": choice}
+    assert httpx.post(thinker.url + "/v1/responses", json=ask, timeout=60).status_code == 200
+    tag = json.loads(thinker.group.requests[-1].sampling.structured_outputs.structural_tag)["format"]
+    (content,) = (one["content"] for one in tag["tags"])
+    assert not content["lenient"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "holds"),
+    [
+        ("[0-9]{3}", "123", True), ("[0-9]{3}", "1234", False), ("a|b", "b", True), ("a|b", "ab", False),
+        ("^a$|^b$", "a", True), ("^a$", "^a$", False), ('a\n"', 'a\n"', True), ("a+", "", False),
+    ],
+)  # fmt: skip
+def test_a_regular_expression_is_of_the_whole_input(pattern, text, holds):
+    form = {"type": "grammar", "grammar": {"syntax": "regex", "definition": pattern}}
+    tools = shown_tools([{"type": "custom", "custom": {"name": "run", "format": form}}])
+    matcher = matcher_of(tool_use(tools, "required", custom=frozenset({"run"})), TOOL_FORMATS["hermes"])
+    call = json.dumps({"name": "run", "arguments": {"input": text}})
+    assert accepts(matcher, f"<tool_call>\n{call}\n</tool_call>") is holds
+
+
+@pytest.mark.parametrize(
+    ("tool", "word"),
+    [
+        ({"format": {"type": "grammar", "syntax": "lark", "definition": "start: /a/"}}, "'lark'"),
+        ({"format": {"type": "grammar", "syntax": "regex", "definition": "(?=a)b"}}, "the format of tool 'run'"),
+        ({"format": {"type": "grammar", "syntax": "regex"}}, "definition"),
+        ({"format": {"type": "xml"}}, "format"),
+        ({"format": "text"}, "format"),
+        ({"name": 1}, "name"),
+        ({"name": ""}, "name"),
+        ({"defer_loading": True}, "defer_loading"),
+    ],
+)
+def test_refused_by_name(thinker, tool, word):
+    for path, body in (
+        ("responses", {"input": "Go.", "tools": [{**FLAT, **tool}]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "Go."}],
+                              "tools": [{"type": "custom", "custom": {**CHAT["custom"], **tool}}]}),
+    ):  # fmt: skip
+        reply = httpx.post(f"{thinker.url}/v1/{path}", json={"model": "bytes", **body}, timeout=60)
+        error = reply.json()["error"]
+        assert (reply.status_code, error["param"]) == (400, "tools")
+        assert word in error["message"]
+
+
+def test_what_templates_are_shown():
+    form = {"type": "grammar", "grammar": {"syntax": "regex", "definition": "a+"}}
+    tools = [TOOL, {"type": "custom", "custom": {"name": "run", "format": form}}]
+    plain, custom = shown_tools(tools)
+    assert (plain, custom_names(tools)) == (TOOL, {"run"})
+    assert custom["function"]["strict"]
+    assert custom["function"]["parameters"]["properties"]["input"]["pattern"] == "^(?:a+)$"
+    function = {"name": "run", "arguments": {"input": CODE}}
+    item = {"type": "custom_tool_call", "call_id": "c", "name": "run", "input": CODE}
+    (said,) = messages(input_items([item]), None)
+    assert said["tool_calls"] == [{"id": "c", "type": "function", "function": function}]
+    call = {"id": "c", "type": "custom", "custom": {"name": "run", "input": CODE}}
+    (same,) = template_messages([{"role": "assistant", "tool_calls": [call]}])
+    assert same["tool_calls"] == said["tool_calls"]
