@@ -1,7 +1,8 @@
-"""How each dialect writes an error; the path says which dialect a client speaks."""
+"""How each dialect writes an error; the path says which dialect a client speaks, and where two share one, the headers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from kvasir.engine.errors import KvasirError
@@ -19,13 +20,21 @@ _ANTHROPIC_TYPES = {
 }
 
 
-def error_body(error: KvasirError, path: str = "", request_id: str | None = None) -> Json:
-    """The body of an error response: Ollama's below /api/, Anthropic's at /v1/messages, OpenAI's everywhere else."""
+def error_body(
+    error: KvasirError, path: str = "", request_id: str | None = None, headers: Mapping[str, str] = {}
+) -> Json:
+    """The body of an error response: Ollama's below /api/, Anthropic's at /v1/messages and to its clients who look for models,
+    OpenAI's everywhere else."""
     if path.startswith("/api/"):
         return ollama_error(error)
-    if path == "/v1/messages" or path.startswith("/v1/messages/"):
+    if f"{path}/".startswith("/v1/messages/") or (f"{path}/".startswith("/v1/models/") and of_anthropic(headers)):
         return anthropic_error(error, request_id)
     return openai_error(error)
+
+
+def of_anthropic(headers: Mapping[str, str]) -> bool:
+    """A client of Anthropic's sent them."""
+    return "anthropic-version" in headers or ("x-api-key" in headers and "authorization" not in headers)
 
 
 def openai_error(error: KvasirError) -> Json:

@@ -10,7 +10,7 @@ from kvasir.cluster.generation import Generation
 from kvasir.cluster.openai_logprobs import token_text
 from kvasir.cluster.openai_reply import going_on, prompt_text
 from kvasir.cluster.openai_schema import Ask
-from kvasir.cluster.reading import AnswerStream, called
+from kvasir.cluster.reading import AnswerStream, called, thought_tokens
 from kvasir.engine.event import TokenLogprob
 from kvasir.engine.tokenizer import Tokenizer
 from kvasir.engine.transcript import Delta
@@ -91,6 +91,9 @@ class GenerateReplies:
         reply.usage.cached_tokens = usage.cached_tokens
         reply.usage.completion_tokens = 0 if self._ask.no_output else usage.completion_tokens
         reply.usage.truncated_tokens = self._generation.truncated_tokens
+        tokenizer = self._generation.model.tokenizer
+        thoughts = ("".join(answer.thoughts) for answer in self.answers.values())
+        reply.usage.reasoning_tokens = sum(thought_tokens(tokenizer, text) for text in thoughts)
         if self._ask.return_timing:
             reply.timing.CopyFrom(pb.Timing(**self._generation.timing.json()))
         return reply

@@ -83,6 +83,7 @@ def ask_of_chat(request: pb.ChatRequest) -> Ask:
         echo=request.echo,
         store=request.store,
         metadata=labels,
+        messages=prompt.messages,
         warnings=(*unheard, *(("metadata",) if labels and not request.store else ())),
         **_shape(request),
     )

@@ -82,7 +82,7 @@ class Front:
             if scope["path"] not in OPEN_PATHS:
                 state["principal"] = self._keys.check(headers.get("authorization"), headers.get("x-api-key"))
         except KvasirError as error:
-            await send_error(send_with_id, error, scope["path"], state["request_id"])
+            await send_error(send_with_id, error, scope["path"], state["request_id"], headers)
             return
         with contextlib.suppress(ClientGoneError):
             await self._app(scope, receive, send_with_id)
@@ -149,9 +149,11 @@ async def send_bytes(send: Send, status: int, body: bytes, headers: Iterable[tup
     await send({"type": "http.response.body", "body": body})
 
 
-async def send_error(send: Send, error: KvasirError, path: str, request_id: str | None) -> None:
-    """A whole response in the shape of the path's dialect."""
-    await send_json(send, error.status, error_body(error, path, request_id), _error_headers(error))
+async def send_error(
+    send: Send, error: KvasirError, path: str, request_id: str | None, given: Mapping[str, str]
+) -> None:
+    """A whole response in the client's dialect. given: the request's headers."""
+    await send_json(send, error.status, error_body(error, path, request_id, given), _error_headers(error))
 
 
 def warning_header(names: Iterable[str], truncated_tokens: int = 0) -> list[tuple[bytes, bytes]]:
@@ -172,7 +174,7 @@ def route_header(route: str | None) -> list[tuple[bytes, bytes]]:
 async def on_kvasir_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, KvasirError)
     headers = {name.decode(): value.decode() for name, value in _error_headers(error)}
-    body = error_body(error, request.scope["path"], request.scope["state"]["request_id"])
+    body = error_body(error, request.scope["path"], request.scope["state"]["request_id"], request.headers)
     return Response(orjson.dumps(body), error.status, headers, "application/json")
 
 

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from kvasir.cluster.anthropic_reply import model_card
 from kvasir.cluster.desk import Desk
-from kvasir.cluster.error_shapes import openai_error
+from kvasir.cluster.error_shapes import of_anthropic, openai_error
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.http_front import (
     header_map,
@@ -31,7 +31,6 @@ from kvasir.cluster.stored_chats import Chats, new_answer_id
 from kvasir.cluster.straight import Straight
 from kvasir.engine.errors import KvasirError
 
-_ANTHROPIC = "anthropic-version"
 """A header that all of Anthropic's clients send."""
 
 Body = Mapping[str, Any]
@@ -132,7 +131,7 @@ class Models:
 
     async def list(self, request: Request) -> Response:
         names = [name for model in self._desk.models for name in model.names]
-        if _ANTHROPIC in request.headers:
+        if of_anthropic(request.headers):
             cards = [model_card(name, self._created) for name in names]
             return _json({"data": cards, "has_more": False, "first_id": names[0], "last_id": names[-1]})
         return _json({"object": "list", "data": [self._card(name) for name in names]})
@@ -140,7 +139,7 @@ class Models:
     async def get(self, request: Request) -> Response:
         name = request.path_params["name"]
         self._desk.model(name)
-        return _json(model_card(name, self._created) if _ANTHROPIC in request.headers else self._card(name))
+        return _json(model_card(name, self._created) if of_anthropic(request.headers) else self._card(name))
 
     def _card(self, name: str) -> dict[str, Any]:
         model = self._desk.model(name)

@@ -73,6 +73,8 @@ class Ask:
     """The answer can be fetched again."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Labels of what is stored."""
+    messages: Sequence[Mapping[str, Any]] = ()
+    """Of a chat, as they were sent."""
 
 
 def parse_chat(body: Mapping[str, Any]) -> Ask:
@@ -107,6 +109,7 @@ def parse_chat(body: Mapping[str, Any]) -> Ask:
         logprobs=logprobs,
         echo=fields.get("echo", False),
         include_reasoning=fields.get("include_reasoning", True),
+        messages=fields["messages"],
         **_shape(fields, warnings),
     )
 

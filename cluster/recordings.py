@@ -217,7 +217,10 @@ class Recordings:
         """Raises StreamNotFoundError, for those that belong to another key, too."""
         recording = self._held.get(stream_id)
         if recording is None or recording.owner != self._owner(headers):
-            ways = f"ended over {self.ttl_s:g} s ago (--stream-ttl), was cancelled, never was, or is another API key's"
+            ended = (
+                f"ended, over {self.ttl_s:g} s ago (--stream-ttl) or without {RESUMABLE}: true in its request's headers"
+            )
+            ways = f"{ended}; was cancelled; never was; or is another API key's"
             raise StreamNotFoundError(f"there is no stream {stream_id!r:.80}: it {ways}")
         return recording
 

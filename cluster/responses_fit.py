@@ -18,25 +18,16 @@ async def fitted(desk: Desk, ask: ResponseAsk, earlier: Sequence[Json]) -> Respo
     """`ask` behind the items of an earlier conversation. The fewest oldest items are left out, if that was allowed, so
     that prompt and output fit; what the system said, compactions and the last item stay. A warning tells how many."""
     items = [*earlier, *ask.items]
-    whole = _reading(ask, items)
+    whole = ask.with_items(items)
     if not ask.truncates or await _fits(desk, whole):
         return whole
     low, high = 1, len(items) - 1  # the fewest that have to go; all that may
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if await _fits(desk, _reading(ask, _without(items, middle))) else (middle + 1, high)
+        low, high = (low, middle) if await _fits(desk, ask.with_items(_without(items, middle))) else (middle + 1, high)
     left = _without(items, low)
     told = f"input: {len(items) - len(left)} items that don't fit into the context"
-    return dataclasses.replace(_reading(ask, left), warnings=(*ask.warnings, told))
-
-
-def _reading(ask: ResponseAsk, items: Sequence[Json]) -> ResponseAsk:
-    """`ask` with a prompt made of `items`, which errors call what the client does."""
-    found = ask.with_items(items)
-    (conversation,) = found.call.prompts
-    assert isinstance(conversation, Conversation)
-    prompts = (dataclasses.replace(conversation, source="input"),)
-    return dataclasses.replace(found, call=dataclasses.replace(found.call, prompts=prompts))
+    return dataclasses.replace(ask.with_items(left), warnings=(*ask.warnings, told))
 
 
 def _without(items: Sequence[Json], count: int) -> list[Json]:

@@ -162,7 +162,7 @@ class ResponseAsk:
     def with_items(self, items: Sequence[Json]) -> ResponseAsk:
         """The same with a prompt: all that was said so far."""
         said = messages(items, self.instructions)
-        conversation = Conversation(messages=said, tools=self.tools or None, variables=self.variables)
+        conversation = Conversation(messages=said, tools=self.tools or None, variables=self.variables, source="input")
         return dataclasses.replace(self, call=dataclasses.replace(self.call, prompts=(conversation,)))
 
 

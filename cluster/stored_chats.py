@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 from starlette.routing import Route
 
-from kvasir.cluster.call import Conversation
 from kvasir.cluster.caller import Lookup
 from kvasir.cluster.openai_schema import Ask
 from kvasir.cluster.pages import Page
@@ -41,14 +40,12 @@ class Chats:
 
     def keeping(self, ask: Ask, reply: Whole, principal: str) -> Callable[[], Awaitable[str]]:
         """What keeps an answer if that was asked for, to be called when it is complete: gives its id, or nothing."""
-        (prompt, *_) = ask.call.prompts
-        if not ask.store or not isinstance(prompt, Conversation):
+        if not ask.store:
             return nothing_kept
-        messages = list(prompt.messages)
 
         async def keep() -> str:
             body = {**reply.whole(), "metadata": dict(ask.metadata)}
-            name, expires, private = body["id"], time.time() + self._ttl_s, {"messages": messages}
+            name, expires, private = body["id"], time.time() + self._ttl_s, {"messages": ask.messages}
             await self._store.put(
                 Stored(id=name, kind=_KIND, principal=principal, expires=expires, body=body, private=private)
             )

@@ -202,6 +202,25 @@ def test_client_stream(client):
 def test_client_models(client):
     assert [model.id for model in client.models.list()] == ["bytes", "alias/bytes"]
     assert client.models.retrieve("bytes").display_name == "bytes"
+    with pytest.raises(anthropic.NotFoundError) as caught:
+        client.models.retrieve("zz")
+    assert (caught.value.body["type"], caught.value.body["error"]["type"]) == ("error", "not_found_error")
+    assert "'zz'" in caught.value.body["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "shape"),
+    [
+        ({"x-api-key": "k"}, "anthropic"), ({"anthropic-version": "2023-06-01"}, "anthropic"),
+        ({"authorization": "Bearer k", "x-api-key": "k"}, "openai"), ({}, "openai"),
+    ],
+)  # fmt: skip
+def test_models_in_the_clients_dialect(gateway, headers, shape):
+    missing = httpx.get(f"{gateway.url}/v1/models/some/zz", headers=headers)
+    assert (missing.status_code, "type" in missing.json()) == (404, shape == "anthropic")
+    assert ("object" in httpx.get(f"{gateway.url}/v1/models", headers=headers).json()) is (shape == "openai")
+    other = httpx.get(f"{gateway.url}/v1/batches/zz", headers=headers)
+    assert (other.status_code, "type" in other.json()) == (404, False)
 
 
 def test_client_errors(client):

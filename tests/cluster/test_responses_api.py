@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 
@@ -15,7 +16,10 @@ from responses_calls import TEXT, events, post, prompt_of
 from waiting import until
 
 from kvasir.cluster import responses_schema
+from kvasir.cluster.batch_line import answer
 from kvasir.cluster.carried import carry
+from kvasir.engine.errors import ClientError
+from kvasir.engine.tokenizer import Tokenizer
 
 
 def test_whole(gateway, client):
@@ -93,6 +97,16 @@ def test_items(gateway):
     ]  # fmt: skip
     assert post(gateway, input=items).status_code == 200
     assert prompt_of(gateway) == b"ABCDE"
+
+
+def test_a_batch_names_the_field_that_the_client_sent(gateway, monkeypatch):
+    def refuse(*_, **__):
+        raise ClientError("messages[1].content must be a text", param="messages")
+
+    monkeypatch.setattr(Tokenizer, "render_chat", refuse)
+    with pytest.raises(ClientError) as caught:
+        asyncio.run(answer(gateway.desk, "/v1/responses", {"model": "bytes", "input": "Hi"}))
+    assert (caught.value.param, caught.value.message) == ("input", "input.content must be a text")
 
 
 def test_what_says_nothing_of_reasoning_is_no_constraint(gateway):

@@ -35,6 +35,19 @@ def test_stored_and_fetched(client):
         client.chat.completions.retrieve(kept.id)
 
 
+def test_messages_are_told_as_they_were_sent(client):
+    """A template may know them by other names."""
+    sent = [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+        {"role": "function", "name": "f", "content": "rain"},
+    ]
+    kept = client.chat.completions.create(model="bytes", messages=sent, store=True)
+    told = client.chat.completions.messages.list(kept.id).to_dict()["data"]
+    assert [{name: one[name] for name in given} for one, given in zip(told, sent, strict=True)] == sent
+    assert not any("tool_calls" in one or "tool_call_id" in one for one in told)
+
+
 def test_streamed(client):
     chunks = list(client.chat.completions.create(**CHAT, store=True, stream=True))
     assert client.chat.completions.retrieve(chunks[0].id).choices[0].message.content == TEXT

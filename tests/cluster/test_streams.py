@@ -114,7 +114,8 @@ def test_it_goes_on_without_a_reader(live_gateway):
         text = resume(gateway, stream_id).text
         assert text.count('"text":') >= 100
         assert "data: [DONE]" in text
-        assert resume(gateway, plain).status_code == 404
+        gone = resume(gateway, plain)
+        assert (gone.status_code, "kvasir-resumable: true" in gone.json()["error"]["message"]) == (404, True)
 
 
 def test_nobody_comes_back(live_gateway):

@@ -208,6 +208,7 @@ def test_grpc(thinker):
     assert [call.name for call in calls if call.name] == ["get_weather"]
     assert json.loads("".join(call.arguments for call in calls)) == {"city": "Bergen"}
     assert max(reply.finish_reason for reply in replies) == pb.FINISH_REASON_TOOL_CALLS
+    assert replies[-1].usage.reasoning_tokens == len("A city.")
     form = json.loads(sampling_of(thinker).structured_outputs.structural_tag)["format"]
     assert form["stop_after_first"]
 
