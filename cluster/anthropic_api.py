@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from kvasir.cluster.anthropic_reply import MessagesReply, failed
 from kvasir.cluster.anthropic_schema import MessagesAsk, parse_count, parse_messages
+from kvasir.cluster.context_edits import edited
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.http_front import header_map, read_json, route_header, send_json, until_gone, warning_header
 from kvasir.cluster.reply_stream import SSE, stream, whole
@@ -29,6 +32,7 @@ class Messages:
         )
 
     async def _answer(self, ask: MessagesAsk, request_id: str, headers: Mapping[str, str], send: Straight) -> None:
+        ask = await _edited(self._desk, ask)
         generation = await self._desk.begin(ask.call, request_id, headers)
         extra = [
             *warning_header((*ask.warnings, *_betas(headers), *generation.reading.warnings)),
@@ -53,8 +57,11 @@ class CountTokens:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         ask = parse_count(await read_json(scope, receive, self._max_body_bytes))
-        ids = await self._desk.model(ask.call.model).encode(ask.conversation)
-        await send_json(send, 200, {"input_tokens": len(ids)}, warning_header(ask.warnings))
+        model, shorter = self._desk.model(ask.call.model), await _edited(self._desk, ask)
+        count: dict[str, Any] = {"input_tokens": len(await model.encode(shorter.conversation))}
+        if ask.edits is not None:
+            count["context_management"] = {"original_input_tokens": len(await model.encode(ask.conversation))}
+        await send_json(send, 200, count, warning_header(ask.warnings))
 
 
 def anthropic_routes(desk: Desk, max_body_bytes: int) -> list[Route]:
@@ -63,6 +70,15 @@ def anthropic_routes(desk: Desk, max_body_bytes: int) -> list[Route]:
         Route("/v1/messages", Messages(desk, max_body_bytes), methods=["POST"]),
         Route("/v1/messages/count_tokens", CountTokens(desk, max_body_bytes), methods=["POST"]),
     ]
+
+
+async def _edited(desk: Desk, ask: MessagesAsk) -> MessagesAsk:
+    """`ask` with what the model is to read."""
+    if ask.edits is None:
+        return ask
+    conversation, applied = await edited(desk.model(ask.call.model), ask.conversation, ask.edits)
+    call = dataclasses.replace(ask.call, prompts=(conversation,))
+    return dataclasses.replace(ask, call=call, conversation=conversation, applied=applied)
 
 
 def _betas(headers: Mapping[str, str]) -> tuple[str, ...]:

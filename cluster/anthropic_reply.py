@@ -48,14 +48,14 @@ class MessagesReply:
         return out
 
     def closing(self) -> bytes:
-        end = event("message_delta", {"delta": self._stop(), "usage": self._usage(), **self._timing()})
+        end = event("message_delta", {"delta": self._stop(), "usage": self._usage(), **self._beside()})
         return (b"" if self._begun else self._begin()) + self._blocks.close() + end + event("message_stop", {})
 
     def whole(self) -> Json:
         parts = self._answer.parts(self._output.text, last=True)
         blocks = groupby(parts, lambda part: (_BLOCKS[part.kind], part.call))
         content = [self._block(list(some)) for _, some in blocks]
-        return self._message(content) | self._stop() | {"usage": self._usage(), **self._timing()}
+        return self._message(content) | self._stop() | {"usage": self._usage(), **self._beside()}
 
     def _block(self, parts: Sequence[Part]) -> Json:
         first, text = parts[0], "".join(part.text for part in parts if part.kind != "call")
@@ -102,9 +102,10 @@ class MessagesReply:
     def _message(self, content: list[Json]) -> Json:
         return {"id": self._id, "type": "message", "role": "assistant", "model": self._model, "content": content}
 
-    def _timing(self) -> Json:
-        """If it was asked for."""
-        return {"timing": self._generation.timing.json()} if self._ask.return_timing else {}
+    def _beside(self) -> Json:
+        """What else was asked for."""
+        edits = {} if self._ask.applied is None else {"context_management": {"applied_edits": self._ask.applied}}
+        return {**edits, **({"timing": self._generation.timing.json()} if self._ask.return_timing else {})}
 
     def _usage(self) -> Json:
         """Anthropic counts what came out of the cache apart."""

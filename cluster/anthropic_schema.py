@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvasir.cluster.anthropic_messages import conversation
 from kvasir.cluster.call import Call, Conversation, thinking_variables
+from kvasir.cluster.context_edits import Edit, edits_of
 from kvasir.cluster.foreign_fields import foreign_constraints
 from kvasir.cluster.openai_fields import SAMPLING, Check, Neutral, boolean, integer_from, later, string
 from kvasir.cluster.openai_schema import sort_fields
@@ -29,6 +30,7 @@ _COUNTED: dict[str, Check] = {
     "thinking": later,
     "output_config": later,
     "output_format": later,
+    "context_management": later,
 }
 _MESSAGES: dict[str, Check] = {
     **_COUNTED,
@@ -51,7 +53,6 @@ _IGNORED: Neutral = {
 _REFUSED: Neutral = {
     **foreign_constraints(_MESSAGES),
     "container": (),
-    "context_management": (),
     "mcp_servers": ([],),
     "fallbacks": ([],),
 }
@@ -71,6 +72,10 @@ class MessagesAsk:
     """Their blocks come without a text."""
     return_timing: bool = False
     """Where the time went is told in the answer."""
+    edits: Sequence[Edit] | None = None
+    """What of the conversation the model may not read again."""
+    applied: Sequence[Json] | None = None
+    """Which of them were applied."""
     warnings: tuple[str, ...] = ()
 
 
@@ -107,7 +112,9 @@ def parse_messages(body: Body) -> MessagesAsk:
     )
     asked = {name: fields[name] for name in ("stream", "return_timing") if name in fields}
     hides = thinking.get("display") == "omitted"
-    return MessagesAsk(call=call, conversation=found, hides_thoughts=hides, warnings=warnings, **asked)
+    return MessagesAsk(
+        call=call, conversation=found, hides_thoughts=hides, edits=_edits(fields), warnings=warnings, **asked
+    )
 
 
 def parse_count(body: Body) -> MessagesAsk:
@@ -115,7 +122,11 @@ def parse_count(body: Body) -> MessagesAsk:
     fields, warnings = sort_fields(body, _COUNTED, {**_IGNORED, "cache_control": ()}, _REFUSED)
     found, _ = _conversation(fields)
     call = Call(model=fields.get("model", ""), prompts=(found,))
-    return MessagesAsk(call=call, conversation=found, warnings=warnings)
+    return MessagesAsk(call=call, conversation=found, edits=_edits(fields), warnings=warnings)
+
+
+def _edits(fields: Mapping[str, Any]) -> Sequence[Edit] | None:
+    return edits_of(fields["context_management"]) if "context_management" in fields else None
 
 
 def _conversation(fields: Mapping[str, Any]) -> tuple[Conversation, bool]:

@@ -335,7 +335,7 @@ _OTHERS = {
             "stop_sequence": _or_null(_TEXT),
             "usage": _ANTHROPIC_USAGE,
         },
-        {"timing": ref("Timing")},
+        {"timing": ref("Timing"), "context_management": _object({"applied_edits": _list({"type": "object"})})},
     ),
     "MessageEvent": _object(
         {
@@ -347,7 +347,7 @@ _OTHERS = {
             }
         }
     ),
-    "CountedTokens": _object({"input_tokens": _INT}),
+    "CountedTokens": _object({"input_tokens": _INT}, {"context_management": _object({"original_input_tokens": _INT})}),
     "OllamaGenerated": _object({**_OLLAMA, "response": _TEXT}, {**_DURATIONS, "thinking": _TEXT}),
     "OllamaChat": _object(
         {

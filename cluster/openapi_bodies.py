@@ -9,6 +9,7 @@ from typing import Any
 from kvasir.cluster import (
     anthropic_schema,
     batches_api,
+    context_edits,
     conversations_api,
     decisions_schema,
     groups_api,
@@ -221,6 +222,22 @@ _OPTIONS = Body(
     closer={"logit_bias": _KEY_AND_COUNT},
 )
 _OLLAMA_CLOSER: Json = {"options": _OPTIONS.schema()}
+_ANTHROPIC_CLOSER: Json = {
+    "tool_choice": {"type": "object", "required": ["type"]},
+    "context_management": {
+        "type": "object",
+        "properties": {
+            "edits": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "properties": {"type": {"enum": [*context_edits.KNOWN]}},
+                    "required": ["type"],
+                },
+            }
+        },
+    },
+}
 _POOLING: Json = {"ignored": pooling_schema._IGNORED, "refused": pooling_schema._REFUSED}
 _CHAT_CLOSER: Json = {
     "messages": {"type": "array", "items": _MESSAGE, "minItems": 1},
@@ -364,14 +381,14 @@ BODIES: dict[str, Body] = {
         ignored=anthropic_schema._IGNORED,
         refused=anthropic_schema._REFUSED,
         required=("messages", "max_tokens"),
-        closer={"tool_choice": {"type": "object", "required": ["type"]}},
+        closer=_ANTHROPIC_CLOSER,
     ),
     "CountTokensRequest": Body(
         honoured=anthropic_schema._COUNTED,
         ignored=anthropic_schema._IGNORED,
         refused=anthropic_schema._REFUSED,
         required=("messages",),
-        closer={"tool_choice": {"type": "object", "required": ["type"]}},
+        closer=_ANTHROPIC_CLOSER,
     ),
     "OllamaGenerateRequest": Body(
         honoured=ollama_fields.GENERATE,
