@@ -16,7 +16,7 @@ from kvasir.cluster.openai_fields import CHAT_HONOURED, Check
 from kvasir.cluster.openai_schema import sort_fields
 from kvasir.cluster.pages import Page
 from kvasir.cluster.responses_items import input_items
-from kvasir.cluster.service_fields import check_metadata
+from kvasir.cluster.service_fields import check_metadata, check_nesting
 from kvasir.cluster.store import Kind, NotFoundError, Part, Store, Stored
 from kvasir.cluster.stored_routes import changed_route, found_route
 from kvasir.engine.errors import ClientError
@@ -112,6 +112,7 @@ def conversation_routes(them: Conversations, max_body_bytes: int) -> list[Route]
 
 def _fields(body: Json, honoured: Mapping[str, Check]) -> Json:
     fields, unknown = sort_fields(body, honoured, {}, {})
+    check_nesting(fields)
     if unknown:
         raise ClientError(f"{unknown[0]:.60} is no field of a conversation", param=unknown[0][:60])
     return fields

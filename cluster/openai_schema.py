@@ -32,7 +32,7 @@ from kvasir.cluster.openai_fields import (
     unused,
 )
 from kvasir.cluster.openai_messages import template_messages
-from kvasir.cluster.service_fields import priority
+from kvasir.cluster.service_fields import check_nesting, priority
 from kvasir.cluster.structured_fields import known_as, structured_output
 from kvasir.cluster.tool_use import tool_use
 from kvasir.engine.errors import ClientError, UnsupportedError
@@ -80,6 +80,8 @@ class Ask:
 def parse_chat(body: Mapping[str, Any]) -> Ask:
     """Body of POST /v1/chat/completions. Raises ClientError or UnsupportedError naming the field."""
     fields, warnings = sort_fields(body, CHAT_HONOURED, CHAT_IGNORED, CHAT_REFUSED, INSTEAD)
+    if fields.get("store"):
+        check_nesting(fields)
     conversation = _conversation(fields)
     parallel, custom = fields.get("parallel_tool_calls", True), custom_names(fields.get("tools", ()))
     use = tool_use(conversation.tools, fields.get("tool_choice"), parallel, custom)

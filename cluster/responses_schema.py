@@ -25,7 +25,7 @@ from kvasir.cluster.openai_fields import (
 )
 from kvasir.cluster.openai_schema import sort_fields
 from kvasir.cluster.responses_items import input_items, messages
-from kvasir.cluster.service_fields import check_metadata, check_tier, priority
+from kvasir.cluster.service_fields import check_metadata, check_nesting, check_tier, priority
 from kvasir.cluster.structured_fields import structured_output
 from kvasir.cluster.tool_use import tool_use
 from kvasir.engine.errors import ClientError, UnsupportedError
@@ -170,6 +170,7 @@ def parse_response(body: Body) -> ResponseAsk:
     """Body of POST /v1/responses. Raises ClientError or UnsupportedError naming the field."""
     fields, warnings = sort_fields(body, HONOURED, IGNORED, REFUSED, INSTEAD)
     _check_together(fields)
+    check_nesting(fields)
     given = [_tool(tool, f"tools[{number}]") for number, tool in enumerate(fields.get("tools", ()))]
     tools, parallel = shown_tools(given), fields.get("parallel_tool_calls", True)
     use = tool_use(tools, fields.get("tool_choice"), parallel, custom_names(given))

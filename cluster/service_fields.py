@@ -7,6 +7,7 @@ from typing import Any
 
 from kvasir.cluster.described import described
 from kvasir.engine.errors import ClientError
+from kvasir.engine.schema import check_depth
 
 TIERS = {"auto": 0, "default": 0, "scale": 0, "flex": 100, "priority": -100, "fast": -100, "ultrafast": -100}
 """service_tier -> what is added to the request's priority (lower is served first)."""
@@ -14,6 +15,8 @@ BATCH_PRIORITY = 1_000_000
 """Behind everything that somebody waits for."""
 MAX_LABELS, MAX_LABEL, MAX_VALUE = 16, 64, 512
 """Of metadata: how many, and the length of each name and value."""
+MAX_NESTING = 200
+"""Levels of a field that is kept."""
 
 
 @described(type="string", enum=[*TIERS])
@@ -55,3 +58,9 @@ def check_metadata(name: str, value: Any) -> None:
         if not isinstance(text, str) or len(key) > MAX_LABEL or len(text) > MAX_VALUE:
             limits = f"names of up to {MAX_LABEL} and texts of up to {MAX_VALUE} characters"
             raise ClientError(f"{name} must hold {limits}; got {key!r:.80}: {text!r:.60}", param=name)
+
+
+def check_nesting(fields: Mapping[str, Any]) -> None:
+    """ClientError names the field that is nested too deep to be kept: what writes JSON goes 254 levels down."""
+    for name, value in fields.items():
+        check_depth(value, MAX_NESTING, name, param=name)

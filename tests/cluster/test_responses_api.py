@@ -99,6 +99,25 @@ def test_items(gateway):
     assert prompt_of(gateway) == b"ABCDE"
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("responses", '{"model": "bytes", "input": [{"role": "user", "content": "x", "more": DEEP}]}', "input"),
+        ("responses", '{"model": "bytes", "input": "x", "tools": [{"type": "function", "name": "f", "more": DEEP}]}', "tools"),
+        ("conversations", '{"items": [{"role": "user", "content": "x", "more": DEEP}]}', "items"),
+        ("chat/completions",
+         '{"model": "bytes", "store": true, "messages": [{"role": "user", "content": "x", "more": DEEP}]}', "messages"),
+    ],
+)  # fmt: skip
+def test_what_is_nested_too_deep_to_be_kept(gateway, path, body, param):
+    for levels, status in ((190, 200), (300, 400)):
+        content = body.replace("DEEP", '{"a": ' * levels + "1" + "}" * levels)
+        headers = {"Content-Type": "application/json"}
+        reply = httpx.post(f"{gateway.url}/v1/{path}", content=content, headers=headers, timeout=60)
+        assert reply.status_code == status, reply.text
+    assert reply.json()["error"]["param"] == param
+
+
 def test_a_batch_names_the_field_that_the_client_sent(gateway, monkeypatch):
     def refuse(*_, **__):
         raise ClientError("messages[1].content must be a text", param="messages")
