@@ -146,7 +146,7 @@ def _count(given: Any, kinds: Sequence[str], default: int, at: str, *, least: in
     if given is None:
         return kinds[0], default
     kind, value = (given.get("type"), given.get("value")) if isinstance(given, Mapping) else (None, None)
-    if kind not in kinds or type(value) is not int or value < least:
+    if not isinstance(kind, str) or kind not in kinds or type(value) is not int or value < least:
         text = f"{at} must have a type, {' or '.join(kinds)}, and a value of at least {least}"
         raise ClientError(f"{text}; got {given!r:.80}", param=FIELD)
     return kind, value
