@@ -110,13 +110,17 @@ class Disk:
         self.stored += 1
         return True
 
-    def _make_room(self) -> bool:
-        """For one more block, of what is this copy's part now. False: that is too small."""
+    def fit(self, spare: int = 0) -> None:
+        """Give back what is more than this copy's part now, of which `spare` bytes are to be free."""
         self._claim.look()
         with self._lock:
             self.shelf.capacity = self._limit // self._claim.running
-            left = self.shelf.shrink(max(0, self.shelf.capacity - self.size))
+            left = self.shelf.shrink(max(0, self.shelf.capacity - spare))
         self._unlink(left)
+
+    def _make_room(self) -> bool:
+        """For one more block, of what is this copy's part now. False: that is too small."""
+        self.fit(self.size)
         self._claim.make_room(self.shelf.capacity - self.shelf.used - self.size)
         return self.size <= self.shelf.capacity
 
@@ -165,7 +169,8 @@ class Disk:
         return False
 
     def use(self, contents: Iterable[ContentId], *, again: bool) -> None:
-        """They were used, the last one most recently; the next process will know, too."""
+        """They were used, the last one most recently; the next process will know, too. Others' parts grow meanwhile."""
+        self.fit()
         with self._lock:
             self.shelf.use(contents, again=again)
         for content in contents:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +19,8 @@ from kvasir.engine.host import Host
 
 logger = logging.getLogger(__name__)
 
+IDLE_S = 60.0
+"""A disk that has had nothing to do for so long looks whether it may still hold what it holds."""
 MOST_WAITING = 1000
 """Pieces of work; what comes beyond that, or beyond the bytes that may wait, isn't done: it costs speed, never an answer."""
 
@@ -32,6 +35,8 @@ class Lane:
         self._changing = threading.Lock()
         self._forgotten: set[ContentId] = set()
         """Of no use, but not dropped yet; each change is one that no other thread can see half of."""
+        self._undropped: deque[Iterable[ContentId]] = deque()
+        """Those of them that found too much waiting."""
         self._work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._failed = False
         name = f"kvasir-write-behind-{type(tier).__name__.lower()}"
@@ -57,7 +62,7 @@ class Lane:
         """Unknown from now on."""
         self._forgotten.update(contents)
         if not self.put(partial(self._drop, contents)):
-            self._forgotten.difference_update(contents)
+            self._undropped.append(contents)
 
     def room(self, count: int, size: int, most: int) -> int:
         """How many of `count` blocks of `size` bytes fit, where `most` bytes may wait; they count as waiting then."""
@@ -74,13 +79,23 @@ class Lane:
     # -- the thread
 
     def _run(self) -> None:
-        while (work := self._work.get()) is not None:
+        while (work := self._next()) is not None:
             try:
                 work()
+                while self._undropped:
+                    self._drop(self._undropped.popleft())
             except Exception:  # the thread's border: a piece of work is lost, the tier is not
                 if not self._failed:
                     logger.exception("KV blocks can't be kept below the cache, they are computed instead; said once")
                 self._failed = True
+
+    def _next(self) -> Callable[[], object] | None:
+        while True:
+            try:
+                return self._work.get(timeout=IDLE_S)
+            except queue.Empty:
+                if isinstance(self.tier, Disk):
+                    return self.tier.fit
 
     def _write(self, contents: Sequence[ContentId], held: Tensor, arrived: torch.cuda.Event | None) -> None:
         try:

@@ -42,6 +42,8 @@ from kvasir.engine.step import Lent
 logger = logging.getLogger(__name__)
 
 MOST_CONNECTIONS = 64
+MOST_READING = 8
+"""Connections that read from the tiers at a time; what others ask for of it is not there then."""
 LENT_BYTES = 256 << 20
 """Copied aside and not yet read, in each rank; a lend that is larger goes on as it is read."""
 BEGIN_S = 5.0
@@ -67,6 +69,8 @@ class Lend:
     """None: everyone has read it."""
     places: list[int] = field(default_factory=list)
     """How many portions each reader that came has read."""
+    filling: threading.Lock = field(default_factory=threading.Lock)
+    """Of its readers one completes a portion for all."""
 
 
 class Lender:
@@ -93,7 +97,7 @@ class Lender:
         self._connections: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
         self._closing = False
-        self._filling = threading.Lock()
+        self._reading = threading.BoundedSemaphore(MOST_READING)
         self._aside = Aside(cache.arena.device)
 
     def listen(self, host: str, secret: str, on_ask: OnAsk | None = None) -> str:
@@ -299,7 +303,7 @@ class Lender:
         count = 0
         while count < get.count:
             portion = self._next(get.lend, lend, reader)
-            self._fill(portion, lend.way)
+            self._fill(portion, lend)
             count += len(portion.groups)
             yield portion
 
@@ -315,24 +319,31 @@ class Lender:
             raise ValueError("the lend ended")
         return portion
 
-    def _fill(self, portion: Portion, way: str) -> None:
+    def _fill(self, portion: Portion, lend: Lend) -> None:
         """Wait for what a GPU copies, and read what isn't in the cache from the tiers, once for all readers."""
-        with self._filling:
+        with lend.filling:
             if portion.good >= 0:
                 return
             if portion.arrived is not None:
                 portion.arrived.synchronize()
             if portion.places is not None:
-                count, shared = len(portion.groups), way == "shm"
+                count, shared = len(portion.groups), lend.way == "shm"
                 rows, portion.memory = new_rows(count, portion.form.block_bytes, shared=shared)
                 rows[torch.tensor(portion.places, dtype=torch.long)] = portion.rows.cpu()
                 portion.rows = rows
-            good = len(portion.groups)
+            portion.good = self._read(portion) if portion.below else len(portion.groups)
+
+    def _read(self, portion: Portion) -> int:
+        """From the tiers what isn't in the cache -> how many rows are there. A disk that hangs keeps few waiting."""
+        if not self._reading.acquire(timeout=SLOW_S):
+            return portion.below[0][0]
+        try:
             for place, content in portion.below:
                 if not self._read_below(content, view(portion.rows[place])):
-                    good = place
-                    break
-            portion.good = good
+                    return place
+            return len(portion.groups)
+        finally:
+            self._reading.release()
 
     def _forget_read(self, number: int, lend: Lend) -> None:
         """Portions that every reader has read go, and with the last reader the lend."""

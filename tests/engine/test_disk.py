@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 from kvasir.engine import disk as disk_module
 from kvasir.engine import disk_folder as folder_module
 from kvasir.engine.disk import HEAD, PAUSE_S, Disk
 from kvasir.engine.disk_folder import LOOK_S, RESTART_S, claim
 from kvasir.engine.host import Host
+from kvasir.engine.lane import Lane
 from kvasir.engine.shelf import MOST_TURNS, Shelf
 
 BYTES = 1000
@@ -446,6 +448,23 @@ def test_copies_that_run_share_the_size(tmp_path: Path, monkeypatch: pytest.Monk
     assert not copies[0].write(content(1), data(1))  # a seventh of the size holds no block
     assert len(copies[0].shelf) == 0
     assert None not in others
+
+
+def test_a_copy_that_never_writes_gives_its_part_up_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_module, "LOOK_S", 0)
+    monkeypatch.setattr("kvasir.engine.lane.IDLE_S", 0.01)
+    disk = opened(tmp_path, 6)
+    for number in range(6):
+        assert disk.write(content(number), data(number))
+    others = [opened(tmp_path, 6)]
+    disk.use([content(0)], again=True)
+    assert len(disk.shelf) == 3
+    others.append(opened(tmp_path, 6))
+    lane = Lane(disk)
+    until(lambda: len(disk.shelf) == 2)
+    lane.end()
+    lane.thread.join(60)
+    assert len(files(tmp_path)) == 2
 
 
 def test_copies_find_their_blocks_after_a_restart_and_leave_none_when_they_stay_away(

@@ -557,7 +557,10 @@ def test_a_tier_that_hangs_is_told_no_more_than_a_limit(hanging: Hanging, monkey
         assert disk.waiting <= 3 * cache.bytes_per_block
         assert disk._work.qsize() <= 20
     assert found.counts()["host_stored"] == 100
+    found.forget([b"d" * 16])
+    assert not found.knows(b"d" * 16)
     go.set()
+    _wait_for(lambda: b"d" * 16 not in disk.tier.shelf)
     _wait_for(lambda: found.counts()["disk_stored"] == 1 + 3 and not disk.waiting)
     assert not disk._forgotten
 
