@@ -33,8 +33,9 @@ from kvasir.kernels.measured import means, save
 from kvasir.kernels.native import native
 
 USUAL = {"cpu": ["125M", "1B", "64 experts"], "cuda": ["8B", "70B/TP8", "Mixtral/TP2", "DeepSeek/TP8"]}
-PLAIN = 3
-"""Turns of plain torch, which nobody waits for any longer."""
+PLAIN, PATIENCE_S = 3, 3.0
+"""Turns of plain torch, and seconds of anything else, for which somebody waits: CPUs without instructions for bfloat16 take
+torch's own products minutes."""
 FAR = 0.03
 """A difference, by the largest value, that no rounding to bfloat16 makes."""
 
@@ -71,12 +72,12 @@ def measure(model: str, case: Case, machine: Machine, limits: tuple[float, float
     times: dict[str, list[float]] = {name: [] for name in case.ways}
     for turn in range(repeat + 1):
         for name, run in case.ways.items():
-            if name != "plain" or turn < PLAIN:
+            if turn < PLAIN if name == "plain" else sum(times[name]) < PATIENCE_S:
                 times[name].append(machine.time(run))
     bandwidth, rate = limits
     floor = max(case.bytes_ / bandwidth, case.operations / rate)
     for name, all_ in times.items():
-        t = statistics.median(all_[1:])
+        t = statistics.median(all_[1:] or all_)
         rates = case.bytes_ / t / 1e9, case.operations / t / 1e12
         yield Found(model, case.op, case.kind, case.shape, name, t, *rates, floor / t)
 

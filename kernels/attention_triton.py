@@ -7,7 +7,7 @@ has `span` keys, and a second kernel puts the parts together. Nothing is read on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -64,6 +64,11 @@ HOPPER = {
     "latent float32": _all(Tiles(16, 16, 8, 1)),
 }
 """By heads (narrow: up to 128) and type; none of them spills registers, as tests/kernels/compile_triton.py says."""
+BLACKWELL = HOPPER | {
+    "narrow": replace(HOPPER["narrow"], same=Tiles(64, 32, 8, 2)),
+    "narrow 8-bit": HOPPER["narrow"],
+}
+"""`same` spilled 16 bytes with 64 keys of 16 bits, and 32 with 32 of 8."""
 AMPERE = HOPPER | {
     "narrow": Kinds(few=Tiles(16, 64, 4, 3), many=Tiles(64, 64, 8, 3), same=Tiles(32, 64, 8, 2)),
     "narrow 8-bit": Kinds(few=Tiles(16, 64, 4, 3), many=Tiles(64, 32, 8, 3), same=Tiles(32, 64, 8, 2)),
@@ -84,8 +89,10 @@ def tiles(value_dim: int, itemsize: int, cache_itemsize: int, *, latent: bool) -
     """For the GPU that kernels are compiled for; interpreted: any."""
     found = target()
     table = HOPPER
-    if found is not None:
-        table = CDNA if found.backend == "hip" else AMPERE if found.arch < 90 else HOPPER
+    if found is not None and found.backend == "hip":
+        table = CDNA
+    elif found is not None:
+        table = AMPERE if found.arch < 90 else HOPPER if found.arch < 100 else BLACKWELL
     kind = "latent" if latent else "wide" if value_dim > 128 else "narrow"
     if itemsize == 4:
         return table[f"{kind} float32"]

@@ -167,7 +167,7 @@ CASES: dict[str, Callable[[], None]] = {
 FEW = {
     "cuda:80": ["D 128", "sample"],
     "cuda:90": ["fp8", "rows"],
-    "cuda:100": ["D 64", "experts", "adapters"],
+    "cuda:100": ["deterministic 128", "experts", "adapters"],
     "hip:gfx942": ["latent", "products"],
 }
 """What is compiled unless all is asked for: each kernel for some GPU, and attention for each, where registers are scarcest."""
