@@ -4,7 +4,7 @@
 # OpenTelemetry, no installation. transformers is measured beside it if it is there.
 #
 #   benchmarks/gpu.sh            # on cuda
-#   DEVICE=cpu benchmarks/gpu.sh # the same on a CPU, to try the script itself in 4 minutes: fewer tests, small models
+#   DEVICE=cpu benchmarks/gpu.sh # the same on a CPU, to try the script itself in 5 minutes: fewer tests, small models
 #   OUT=folder                   # figures as JSON go there, too; stages.jsonl says how every stage ended; backends.json is to
 #                                # become kernels/backends.json, by which ops take the backend that was fastest on such a GPU
 #   TESTS="tests/kernels"        # what is tested; default: Triton's kernels
@@ -14,7 +14,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 device=${DEVICE:-cuda} python=${PYTHON:-python3} failed=0 current=
-[ "$device" = cuda ] && in_all=${SECONDS_IN_ALL:-530} || in_all=${SECONDS_IN_ALL:-235}
+[ "$device" = cuda ] && in_all=${SECONDS_IN_ALL:-530} || in_all=${SECONDS_IN_ALL:-295}
 site=$(mktemp -d)
 trap finish EXIT
 trap 'failed=1; kill $(jobs -p) 2>/dev/null; exit 143' INT TERM
@@ -28,7 +28,7 @@ if [ "$device" != cuda ]; then
   export TRITON_INTERPRET=1 # Triton's kernels on a CPU
   into=()
   tests=${TESTS:-tests/kernels/test_triton_sample.py} shape=10M sequences="1 4" models=(--model tiny "tiny latent" --repeat 1)
-  tokens=(--input-len 32 --output-len 8) few=(--prompts 6 --longest 120) work=(--batch 1 --prompt 32 --outputs 8)
+  tokens=(--input-len 32 --output-len 8) few=(--prompts 6 --longest 120) work=(--batch 1 --prompt 32 --outputs 8 --only Kvasir "transformers, generate")
 fi
 
 finish() {
@@ -91,9 +91,9 @@ stage "a process group of one" 30 "$python" benchmarks/sums.py --device "$device
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 [ "$device" = cuda ] && [ "$gpus" -lt 2 ] || stage "sums over all GPUs (two ranks on a CPU) by each way" 45 "$python" benchmarks/sums.py --device "$device" "${into[@]}"
 check "tests of kernels" 150 $tests
-stage "beside transformers, where it is installed" 100 \
+stage "beside transformers, where it is installed" 150 \
   "$python" benchmarks/peers/compare.py --device "$device" --model "$shape" --folder "$site" --batching --long 0 "${work[@]}" \
-  --limit 40 --json "$out/peers.json"
+  --limit 45 --json "$out/peers.json"
 if [ "$device" = cuda ] && command -v compute-sanitizer >/dev/null; then
   checked=$(echo tests/kernels/test_triton_{attention,rows,sample,experts,linear}.py)
   which="head_dims or inside or (turning and (0 or 1)) or (8_bits and 80) or (sums_of_squares and 37 and dtype1)"
