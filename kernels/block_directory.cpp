@@ -201,8 +201,9 @@ bool walk(Directory &self, const uint8_t *ids, int64_t count, int64_t first, uin
           int64_t *found) {
   for (int64_t n = 0; n < count; n++) {
     const uint64_t key = key_of(ids + n * ID), *holds[TIERS];
-    int words[TIERS];
+    int words[TIERS] = {};
     for (int tier = 0; tier < TIERS; tier++) {
+      if (!self.tiers[tier].used) continue; // many small tables that are empty aren't in the processor's cache
       Table &table = self.tiers[tier].of(key);
       holds[tier] = table.find(key), words[tier] = table.width;
     }
