@@ -147,7 +147,7 @@ class Background:
                 await self._store.release([object_id])
         except Exception:
             log.exception("%s failed", object_id)
-            await self._store.change(object_id, _broken, done=True)
+            await self._store.change(object_id, _broken, done=True, ours=True)
 
     async def _watch(self) -> None:
         while True:

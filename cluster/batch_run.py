@@ -89,7 +89,7 @@ class BatchRun:
             errors.append({**error_json(error), "line": None})
         if errors:
             failed = {"status": "failed", "failed_at": _now(), "errors": {"object": "list", "data": errors}}
-            await self._store.change(self._id, lambda body: {**body, **failed}, done=True)
+            await self._store.change(self._id, lambda body: {**body, **failed}, done=True, ours=True)
             return False
         return await self._begin(len(seen), models)
 
@@ -107,7 +107,7 @@ class BatchRun:
         return line
 
     async def _begin(self, total: int, models: set[str]) -> bool:
-        """All lines are fine. False: it was cancelled meanwhile."""
+        """All lines are fine. False: it is gone, or another gateway took it over."""
         here = {name: model.name for model in self._desk.models for name in model.names}
         ours = sorted({here.get(name, "") for name in models} - {""})
         self._stored.private["models"] = ours
@@ -119,7 +119,7 @@ class BatchRun:
             "model": next(iter(models)) if len(models) == 1 else None,
         }
         changed = await self._store.change(
-            self._id, lambda body: {**body, **facts} if body["status"] == "validating" else None
+            self._id, lambda body: {**body, **facts} if body["status"] == "validating" else None, ours=True
         )
         if changed is None:
             return False
@@ -193,7 +193,9 @@ class BatchRun:
     async def _conclude(self, status: str) -> None:
         """Write the files, and the batch as it stays."""
         await self._store.note(self._id, {**self._stored.private, "ends": status})
-        await self._store.change(self._id, lambda body: {**body, "status": "finalizing", "finalizing_at": _now()})
+        begun = {"status": "finalizing", "finalizing_at": _now()}
+        if await self._store.change(self._id, lambda body: {**body, **begun}, ours=True) is None:
+            raise asyncio.CancelledError  # gone, or another gateway took it over
         if status == "expired":
             await self._expire_rest()
         completed, failed = await self._store.counts(self._id)

@@ -116,21 +116,24 @@ class Store:
         """Up to `limit` objects behind the one named `after`."""
         return await self._run(self._list, kind, principal, after, limit, newest_first)
 
-    async def change(self, object_id: str, change: Callable[[Json], Json | None], *, done: bool = False) -> Json | None:
-        """Replace the body by what `change` makes of it, unless that is None; `done`: nobody works on it any longer.
-        Returns the body as it is then; None: the object is gone. No other gateway writes meanwhile."""
-        return await self._run(self._change, object_id, change, done)
+    async def change(
+        self, object_id: str, change: Callable[[Json], Json | None], *, done: bool = False, ours: bool = False
+    ) -> Json | None:
+        """Replace the body by what `change` makes of it, unless that is None; `done`: nobody works on it any longer;
+        `ours`: only what this process works on. Returns the body as it is then; None: the object is gone, or not ours. No
+        other gateway writes meanwhile."""
+        return await self._run(self._change, object_id, change, done, ours)
 
     async def note(self, object_id: str, private: Json) -> None:
-        """Replace what we need besides."""
+        """Replace what we need besides, while this process works on it."""
         await self._run(self._note, object_id, private)
 
     async def finish(self, object_id: str, body: Json, parts: Sequence[Part] = ()) -> bool:
-        """The last parts and the final body at once; False: it isn't open any more, nothing is written."""
+        """The last parts and the final body at once; False: it isn't open any more, or not ours, nothing is written."""
         return await self._run(self._finish, object_id, body, parts)
 
     async def settle(self, object_id: str, change: Callable[[Json], Json]) -> None:
-        """Change the body, and drop the parts: nobody works on it any longer."""
+        """Change the body, and drop the parts: nobody works on it any longer. Nothing happens where it isn't ours."""
         await self._run(self._settle, object_id, change)
 
     async def delete(self, object_id: str, kind: Kind, principal: str) -> None:
@@ -138,7 +141,7 @@ class Store:
         await self._run(self._delete, object_id, kind, principal)
 
     async def append(self, object_id: str, parts: Sequence[Part]) -> bool:
-        """Add parts to an open object; False: it isn't open any more, or gone."""
+        """Add parts to an open object; False: it isn't open any more, or gone, or another process took it over."""
         return await self._run(self._append, object_id, parts)
 
     async def extend(self, object_id: str, data: Sequence[bytes]) -> None:
@@ -255,9 +258,14 @@ class Store:
         sql = f"SELECT {_COLUMNS} FROM object WHERE {where} ORDER BY number {order} LIMIT ?"
         return [_stored(row) for row in self._db.execute(sql, (*values, limit))]
 
-    def _change(self, object_id: str, change: Callable[[Json], Json | None], done: bool) -> Json | None:
+    def _ours(self, object_id: str) -> bool:
+        """Whoever was suspended for longer than a lease may go on with what another took over since."""
+        sql = "SELECT 1 FROM object WHERE id = ? AND open AND owner = ?"
+        return self._db.execute(sql, (object_id, self.owner)).fetchone() is not None
+
+    def _change(self, object_id: str, change: Callable[[Json], Json | None], done: bool, ours: bool) -> Json | None:
         row = self._db.execute("SELECT body FROM object WHERE id = ?", (object_id,)).fetchone()
-        if row is None:
+        if row is None or (ours and not self._ours(object_id)):
             return None
         before: Json = orjson.loads(row[0])
         after = change(before)
@@ -268,7 +276,8 @@ class Store:
         return after
 
     def _note(self, object_id: str, private: Json) -> None:
-        self._db.execute("UPDATE object SET private = ? WHERE id = ?", (orjson.dumps(private), object_id))
+        if self._ours(object_id):
+            self._db.execute("UPDATE object SET private = ? WHERE id = ?", (orjson.dumps(private), object_id))
 
     def _finish(self, object_id: str, body: Json, parts: Sequence[Part]) -> bool:
         if not self._append(object_id, parts):
@@ -280,7 +289,8 @@ class Store:
         return True
 
     def _settle(self, object_id: str, change: Callable[[Json], Json]) -> None:
-        self._change(object_id, change, True)
+        if self._change(object_id, change, True, True) is None:
+            return
         self._db.execute("DELETE FROM part WHERE id = ?", (object_id,))
         sql = "UPDATE object SET size = length(body) + length(private) WHERE id = ?"
         self._db.execute(sql, (object_id,))
@@ -290,7 +300,7 @@ class Store:
         self._db.execute("DELETE FROM object WHERE id = ?", (object_id,))
 
     def _append(self, object_id: str, parts: Sequence[Part]) -> bool:
-        if self._db.execute("SELECT 1 FROM object WHERE id = ? AND open", (object_id,)).fetchone() is None:
+        if not self._ours(object_id):
             return False
         self._add(object_id, parts)
         return True

@@ -93,6 +93,29 @@ def test_leases(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(run())
 
 
+def test_what_another_took_over_is_left_to_it(made: Made) -> None:
+    """Whoever was suspended for longer than a lease goes on before it notices."""
+
+    async def run() -> None:
+        one, other = made(), made()
+        await one.put(thing("a", open=True), [Part(0, b"x")])
+        await one.release(["a"])
+        await other.claim("response", {"m"}, 9)
+        assert not await one.append("a", [Part(0, b"late")])
+        assert not await one.finish("a", {"id": "late"})
+        assert await one.change("a", lambda body: {"id": "late"}, done=True, ours=True) is None
+        await one.settle("a", lambda body: {"id": "late"})
+        await one.note("a", {"models": ["late"]})
+        found = await one.get("a", "response", "me")
+        assert (found.open, found.body, found.private) == (True, {"id": "a"}, {"models": ["m"]})
+        assert await one.parts("a") == [Part(0, b"x")]
+        assert await other.append("a", [Part(1, b"y")])
+        assert await one.change("a", lambda body: {"id": "b"}) == {"id": "b"}, "anybody may cancel"
+        assert await other.finish("a", {"id": "c"})
+
+    asyncio.run(run())
+
+
 def test_expired(made: Made) -> None:
     async def run() -> None:
         store = made()
