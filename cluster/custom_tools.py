@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from kvasir.engine.errors import ClientError, UnsupportedError
@@ -53,15 +53,19 @@ def called_function(name: str, text: str) -> Json:
     return {"name": name, "arguments": {_INPUT: text}}
 
 
+def check_fields(given: Mapping[str, Any], known: Collection[str], at: str, kind: str) -> None:
+    """UnsupportedError names a field of a tool that would change something."""
+    if other := [name for name in given if name not in known and given[name] not in _NEUTRAL.get(name, (None,))]:
+        raise UnsupportedError(f"{at}: {other[0]:.60} of a {kind} isn't supported", param="tools")
+
+
 def _function(tool: Mapping[str, Any], at: str) -> Json:
     if tool.get("type") != "custom":
         return dict(tool)
     given = tool.get("custom")
     if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
         raise ClientError(f"{at}.custom must be an object with a name, got {given!r:.60}", param="tools")
-    known = ("name", "description", "format")
-    if other := [name for name in given if name not in known and given[name] not in _NEUTRAL.get(name, (None,))]:
-        raise UnsupportedError(f"{at}: {other[0]:.60} of a custom tool isn't supported", param="tools")
+    check_fields(given, ("name", "description", "format"), at, "custom tool")
     schema, strict = _schema(given.get("format"), f"{at}.format")
     parameters = {"type": "object", "properties": {_INPUT: schema}, "required": [_INPUT], "additionalProperties": False}
     said = {name: given[name] for name in ("name", "description") if given.get(name) is not None}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvasir.cluster.call import EFFORT_IGNORED, Call, Conversation, check_variables, thinking_variables
-from kvasir.cluster.custom_tools import custom_names, shown_tools
+from kvasir.cluster.custom_tools import check_fields, custom_names, shown_tools
 from kvasir.cluster.foreign_fields import foreign_constraints
 from kvasir.cluster.openai_fields import (
     CHAT_HONOURED,
@@ -251,6 +251,7 @@ def _tool(tool: Mapping[str, Any], at: str) -> Json:
         known = 'of type "function" or "custom", which you run'
         raise UnsupportedError(f"{at}: only tools {known}, are supported; got {kind!r:.60}", param="tools")
     names = ("name", "description", "parameters", "strict")
+    check_fields(tool, ("type", *names), at, kind)
     return {"type": "function", "function": {name: tool[name] for name in names if tool.get(name) is not None}}
 
 

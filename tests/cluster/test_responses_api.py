@@ -103,7 +103,7 @@ def test_items(gateway):
     ("path", "body", "param"),
     [
         ("responses", '{"model": "bytes", "input": [{"role": "user", "content": "x", "more": DEEP}]}', "input"),
-        ("responses", '{"model": "bytes", "input": "x", "tools": [{"type": "function", "name": "f", "more": DEEP}]}', "tools"),
+        ("responses", '{"model": "bytes", "input": "x", "chat_template_kwargs": {"more": DEEP}}', "chat_template_kwargs"),
         ("conversations", '{"items": [{"role": "user", "content": "x", "more": DEEP}]}', "items"),
         ("chat/completions",
          '{"model": "bytes", "store": true, "messages": [{"role": "user", "content": "x", "more": DEEP}]}', "messages"),
@@ -135,6 +135,13 @@ def test_what_says_nothing_of_reasoning_is_no_constraint(gateway):
         assert reply.status_code == 200, reply.text
 
 
+def test_what_says_nothing_of_a_function(gateway):
+    given = {"type": "function", "name": "f", "defer_loading": False, "allowed_callers": ["direct"], "mood": None}
+    for tool in (given, {"type": "function", "name": "f", **dict.fromkeys(("defer_loading", "allowed_callers"))}):
+        reply = httpx.post(gateway.url + "/v1/responses", json={"model": "bytes", "input": "x", "tools": [tool]})
+        assert reply.status_code == 200, reply.text
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -145,6 +152,9 @@ def test_what_says_nothing_of_reasoning_is_no_constraint(gateway):
         ({"input": [{"role": "robot", "content": "x"}]}, "input"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"tools": [{"type": "function", "name": ""}]}, "tools"),
+        ({"tools": [{"type": "function", "name": "f", "defer_loading": True}]}, "tools"),
+        ({"tools": [{"type": "function", "name": "f", "allowed_callers": ["programmatic"]}]}, "tools"),
+        ({"tools": [{"type": "function", "name": "f", "mood": 1}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"reasoning": {"effort": "often"}}, "reasoning.effort"),
         ({"reasoning": {"mood": "low"}}, "reasoning"),
