@@ -3,6 +3,7 @@ of `kvasir serve`; groups take as long for a step as `--step` says, and always s
 
     .venv/bin/python benchmarks/simulated_fleet.py --groups 16 --port 8000
     .venv/bin/python benchmarks/simulated_fleet.py --model skald --step 0.003 4e-5 2e-4 1e-8   # as replay.py --fit says
+    .venv/bin/python benchmarks/simulated_fleet.py --prefill 4 --model skald   # roles, and peers
     .venv/bin/python benchmarks/replay.py TRACE --url http://127.0.0.1:8000 --limit 200
 
 Without --model, prompts are token ids, and a stream says nothing before its end, for its tokens have no text: times to the
@@ -30,23 +31,27 @@ from kvasir.cluster.simulated_engine import SimulatedEngine
 from kvasir.cluster.simulated_group import Shape, StepTime
 from kvasir.cluster.sockets import bound_socket
 from kvasir.cluster.telemetry import Tracing
-from kvasir.engine.config import EngineConfig
+from kvasir.engine.config import EngineConfig, Role
 
 POLL_S, WATCH_S = 0.01, 0.5
 
 
 @contextlib.asynccontextmanager
-async def fleet(model: ServedModel, groups: int, shape: Shape) -> AsyncIterator[tuple[Desk, list[SimulatedEngine]]]:
-    """Groups that a gateway's desk has reached."""
+async def fleet(
+    model: ServedModel, groups: int, shape: Shape, prefill: int
+) -> AsyncIterator[tuple[Desk, list[SimulatedEngine]]]:
+    """Groups that a gateway's desk has reached; `prefill` of them compute prompts for the others."""
     engines, services = list[SimulatedEngine](), list[GroupService]()
     directory, tracing = GroupDirectory(dict.fromkeys(model.names, model.name)), Tracing()
     try:
         endpoints = []
-        for _ in range(groups):
+        for number in range(groups):
+            role: Role = "both" if not prefill else "prefill" if number < prefill else "decode"
             services.append(GroupService(tracing))
-            engines.append(SimulatedEngine(shape, services[-1].deliver))
+            engines.append(SimulatedEngine(shape, services[-1].deliver, role))
             engines[-1].start()
             endpoints.append(await services[-1].start(engines[-1], "127.0.0.1"))
+            services[-1].set_role(role)
         directory.update(model.name, endpoints)
         while not all(client.alive for client in directory.clients(model.name)):
             await asyncio.sleep(POLL_S)
@@ -59,10 +64,10 @@ async def fleet(model: ServedModel, groups: int, shape: Shape) -> AsyncIterator[
             engine.shutdown()
 
 
-async def serve(model: ServedModel, groups: int, shape: Shape, port: int) -> None:
+async def serve(model: ServedModel, groups: int, shape: Shape, prefill: int, port: int) -> None:
     """Until it is interrupted. Raises what a group's loop raised."""
     config = GatewayConfig(state_path=":memory:")
-    async with fleet(model, groups, shape) as (desk, engines):
+    async with fleet(model, groups, shape, prefill) as (desk, engines):
         app = create_app(desk, config)
         server, sock = uvicorn.Server(server_config(app, config)), bound_socket("127.0.0.1", port, shared=False)
         running = asyncio.create_task(server.serve([sock]))
@@ -89,14 +94,24 @@ def main() -> None:
         "--kv-tokens", type=int, default=Shape().num_blocks * Shape().block_size, help="a group's cache"
     )
     parser.add_argument("--budget", type=int, default=Shape().budget, help="tokens of a step")
+    parser.add_argument("--fetch", action="store_true", help="groups fetch blocks from each other")
+    parser.add_argument("--link", type=float, default=Shape().fetch_bytes_per_s / 1e9, help="of each group, GB/s")
+    parser.add_argument("--token-bytes", type=float, default=0.33e6, help="keys and values of a token")
+    parser.add_argument("--prefill", type=int, default=0, help="so many groups compute prompts for the others")
+    parser.add_argument("--prefill-budget", type=int, default=Shape().prefill_budget, help="tokens of their steps")
     parser.add_argument("--step", type=float, nargs=4, metavar="S", help="base, prefill, stream, context; see StepTime")
     args = parser.parse_args()
+    if not 0 <= args.prefill < args.groups:
+        parser.error(f"--prefill is {args.prefill}: of --groups {args.groups} one at least has to decode")
     names = ("base_s", "prefill_s", "stream_s", "context_s")
     shape = Shape(
         step_time=StepTime(**dict(zip(names, args.step, strict=True))) if args.step else StepTime(),
         block_size=args.block_size,
         num_blocks=args.kv_tokens // args.block_size,
         budget=args.budget,
+        prefill_budget=args.prefill_budget,
+        token_bytes=args.token_bytes if args.fetch or args.prefill else 0.0,
+        fetch_bytes_per_s=args.link * 1e9,
     )
     model = (
         ServedModel.load(EngineConfig(model=args.model))
@@ -104,7 +119,7 @@ def main() -> None:
         else ServedModel(names=("simulated",), tokenizer=None)
     )
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve(model, args.groups, shape, args.port))
+        asyncio.run(serve(model, args.groups, shape, args.prefill, args.port))
 
 
 if __name__ == "__main__":

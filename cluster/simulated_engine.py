@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from kvasir.cluster.simulated_group import LETTER, Run, Shape, SimulatedGroup
 from kvasir.engine.blocks import Changes, Tier
+from kvasir.engine.config import Role
 from kvasir.engine.errors import ClientError, ContextLengthError
 from kvasir.engine.event import Event, Finished, FinishReason, Timing, Token
 from kvasir.engine.request import Request
@@ -20,10 +21,14 @@ IDLE_S = 0.05
 
 
 class SimulatedEngine:
-    """Takes requests and delivers events as kvasir.engine.engine.Engine does, at the pace of `shape.step_time`."""
+    """Takes requests and delivers events as kvasir.engine.engine.Engine does, at the pace of `shape.step_time`.
 
-    def __init__(self, shape: Shape, deliver: Callable[[Sequence[Event]], None]) -> None:
+    role: `prefill` has steps of `shape.prefill_budget` tokens; gateways are told of it by the service.
+    """
+
+    def __init__(self, shape: Shape, deliver: Callable[[Sequence[Event]], None], role: Role = "both") -> None:
         self._group = SimulatedGroup("", shape, self._on_tokens)
+        self._group.role = role
         self.info = self._group.info
         self.failure: BaseException | None = None
         self.heartbeat = self.stats_at = time.monotonic()
