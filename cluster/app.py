@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from kvasir.cluster import ray_token
 from kvasir.cluster.config import ClusterConfig, GatewayConfig
 from kvasir.cluster.sockets import bound_socket
 from kvasir.cluster.state_file import MEMORY
@@ -249,6 +250,7 @@ def _start_ray(config: ClusterConfig, address: str | None) -> None:
     importer = threading.Thread(target=importlib.import_module, args=("kvasir.cluster.application",))
     importer.start()
     if address is None:
+        ray_token.keep_private()
         ranks = sum(engine.ranks * engine.data_parallel_size for engine in config.engines)
         cpus = max(os.cpu_count() or 1, PROCESSES, ranks + config.gateway.num_gateways)
         local: dict[str, Any] = {

@@ -235,6 +235,41 @@ def test_a_model_that_is_not_there_is_told_before_anything_starts(tmp_path):
         app.run(config(tmp_path / "nothing", port=0, grpc_port=0))
 
 
+TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS")
+
+
+@pytest.fixture
+def token_file(byte_model, monkeypatch, tmp_path):
+    """start(**environment): as far as Ray; returns where Ray looks for its token."""
+
+    def start(**environment):
+        for name in TOKEN_VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in {"HOME": str(tmp_path), **environment}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(ray, "init", lambda *_, **__: (_ for _ in ()).throw(Exception("not now")))
+        with pytest.raises(app.StartError):
+            app.run(config(byte_model, port=0, grpc_port=-1))
+        return tmp_path / ".ray" / "auth_token"
+
+    return start
+
+
+def test_the_token_of_our_own_ray_is_ours_alone(token_file):
+    path = token_file()
+    token = path.read_text()
+    assert re.fullmatch("[0-9a-f]{64}", token)
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.chmod(0o644)  # as Ray itself writes it
+    assert token_file().read_text() == token
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("variable", TOKEN_VARIABLES)
+def test_a_token_or_a_mode_of_the_user_stays(token_file, variable):
+    assert not token_file(**{variable: "disabled"}).exists()
+
+
 @pytest.mark.parametrize(
     ("address", "what"),
     [(None, "Ray could not be started here"), ("10.0.0.9:6379", "no Ray cluster could be joined at 10")],
