@@ -63,6 +63,8 @@ KIND = b"gRPC"
 """Of streams that Resume goes on with."""
 WATCH_S = 0.25
 """How often those who watch grpc.health.v1 are told of changes."""
+MAX_WATCHES = 1000
+"""Streams that watch one gateway at a time: they need no key."""
 _OPEN = frozenset(
     {
         *(f"/{HEALTH}/{name}" for name in ("Check", "Watch")),
@@ -221,12 +223,17 @@ def _timed(context: Context, request: Any, reply: Pooled, vectors: Vectors) -> P
     return reply
 
 
+_Facts = tuple[bool, frozenset[str]]
+
+
 class HealthService(health_pb2_grpc.HealthServicer):
     """grpc.health.v1. Services: "" (all models), those of this server that generate, and every model by its names."""
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self._health = Health(desk)
+        self._watches = 0
+        self._looks: dict[_Facts, asyncio.Task[None]] = {}
 
     async def Check(self, request: Any, context: Context) -> Any:  # noqa: N802
         found = self._status(request.service)
@@ -241,13 +248,35 @@ class HealthService(health_pb2_grpc.HealthServicer):
         return health_pb2.HealthListResponse(statuses=statuses)  # type: ignore[attr-defined]  # its stubs are older
 
     async def Watch(self, request: Any, context: Context) -> None:  # noqa: N802
+        if self._watches >= MAX_WATCHES:
+            why = f"{MAX_WATCHES} streams watch this server's health already"
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, why)
+        self._watches += 1
         last = None
-        while True:
-            found = self._status(request.service)
-            if found != last:
-                await context.write(health_pb2.HealthCheckResponse(status=found))
-            last = found
+        try:
+            while True:
+                facts, found = self._facts(), self._status(request.service)
+                if found != last:
+                    await context.write(health_pb2.HealthCheckResponse(status=found))
+                last = found
+                await self._other_than(facts)
+        finally:
+            self._watches -= 1
+
+    async def _other_than(self, facts: _Facts) -> None:
+        """Returns when something has changed; all who wait for that share one look at it."""
+        if facts not in self._looks:
+            look = self._looks[facts] = asyncio.ensure_future(self._look(facts))
+            look.add_done_callback(lambda _: self._looks.pop(facts))
+        await asyncio.shield(self._looks[facts])
+
+    async def _look(self, facts: _Facts) -> None:
+        while self._watches and self._facts() == facts:  # a group that hangs is told by the time alone
             await asyncio.sleep(WATCH_S)
+
+    def _facts(self) -> _Facts:
+        """What every status follows from."""
+        return self._desk.draining, frozenset(self._health.dead())
 
     def _status(self, service: str) -> Any:
         names = {name: model.name for model in self._desk.models for name in model.names}

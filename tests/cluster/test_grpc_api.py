@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 
@@ -14,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from waiting import until
 
+from kvasir.cluster import grpc_api
 from kvasir.cluster.config import GatewayConfig
 from kvasir.engine.errors import OverloadedError
 from kvasir.engine.request import NESTED, SamplingParams
@@ -419,6 +421,39 @@ def test_health(live_gateway, connect):
         gateway.group.alive = True
         assert next(watch).status == SERVING
         watch.cancel()
+
+
+def test_streams_that_watch_health_are_few_and_look_together(live_gateway, connect, monkeypatch):
+    monkeypatch.setattr(grpc_api, "MAX_WATCHES", 3)
+    look, looks, twice = grpc_api.HealthService._look, [], []
+
+    async def noted(self, facts):
+        twice.extend([facts] if facts in looks else [])
+        looks.append(facts)
+        await look(self, facts)
+        looks.remove(facts)
+
+    monkeypatch.setattr(grpc_api.HealthService, "_look", noted)
+    with live_gateway() as gateway:
+        stub = health_pb2_grpc.HealthStub(connect(gateway).channel)
+
+        def watch():
+            return stub.Watch(health_pb2.HealthCheckRequest(), timeout=60)
+
+        watches = [watch() for _ in range(3)]
+        assert [next(one).status for one in watches] == [SERVING] * 3
+        assert refused(next, watch()).code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        gateway.group.alive = False
+        assert [next(one).status for one in watches] == [NOT_SERVING] * 3
+        assert looks
+        assert not twice, "one look for all three"
+        watches.pop().cancel()
+
+        def again():
+            with contextlib.suppress(grpc.RpcError):
+                return next(watch()).status == NOT_SERVING
+
+        until(again)
 
 
 def test_large_messages_are_refused(live_gateway, connect):
