@@ -31,10 +31,10 @@ class Page:
         return cls(int(given), query.get("after"), order == "desc")
 
     def of_items(self, items: Sequence[Json]) -> list[Json]:
-        """Of a whole list, oldest first: those of the page and, if there is one, the next. ClientError when there is no
-        item `after`."""
-        ordered = list(reversed(items)) if self.newest_first else list(items)
-        ids = [item["id"] for item in ordered]
+        """Of a whole list, oldest first: those of the page and, if there is one, the next. Of several with one id one is
+        shown, for who asks for what is behind it would be sent in circles. ClientError when there is no item `after`."""
+        each = {item["id"]: item for item in (reversed(items) if self.newest_first else items)}
+        ids, ordered = [*each], [*each.values()]
         if self.after is not None and self.after not in ids:
             raise ClientError(f"there is no item {self.after!r:.100}", param="after")
         start = 0 if self.after is None else ids.index(self.after) + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ def input_items(given: Any, param: str = "input") -> list[Json]:
     if not isinstance(given, list) or not given or not all(isinstance(item, dict) for item in given):
         raise ClientError(f"{param} must be a text or a list of items, not empty; got {given!r:.60}", param=param)
     items = [_item(item, f"{param}[{number}]") for number, item in enumerate(given)]
+    if twice := [one for one, count in Counter(item["id"] for item in items).items() if count > 1]:
+        raise ClientError(f"{param} holds two items whose id is {twice[0]!r:.100}; send each once", param=param)
     messages(items, None, unread=(REFERENCE,))
     return items
 

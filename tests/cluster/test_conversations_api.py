@@ -65,6 +65,7 @@ def test_refusals(gateway, client):
         (f"/{made.id}", {}, "metadata"),
         (f"/{made.id}/items", {}, "items"),
         (f"/{made.id}/items", {"items": []}, "items"),
+        (f"/{made.id}/items", {"items": [{"id": "a", "role": "user", "content": "x"}] * 2}, "items"),
     ):
         reply = httpx.post(f"{gateway.url}/v1/conversations{path}", json=body)
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)

@@ -26,9 +26,10 @@ def test_of_a_response(gateway, client):
     first = client.responses.create(model="bytes", input="one")
     asked = client.responses.input_items.list(first.id).data[0].id
     answered = first.output[0].id
-    given = [reference(asked), {"id": answered}, {"type": None, "id": asked, "status": None}]
+    given = [reference(asked), {"type": None, "id": answered, "status": None}]
     second = client.responses.create(model="bytes", input=[*given, {"role": "user", "content": "two"}])
-    assert prompt_of(gateway) == b"one" + TEXT.encode() + b"onetwo"
+    assert prompt_of(gateway) == b"one" + TEXT.encode() + b"two"
+    assert "two items" in post(gateway, input=[reference(asked), {"id": asked}]).json()["error"]["message"]
     client.responses.delete(first.id)
     assert post(gateway, input=[reference(answered)]).status_code == 200  # the second response holds it, too
     client.responses.delete(second.id)

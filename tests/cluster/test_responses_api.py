@@ -99,6 +99,17 @@ def test_items(gateway):
     assert prompt_of(gateway) == b"ABCDE"
 
 
+def test_pages_come_to_an_end_where_two_turns_have_items_of_one_id(client):
+    first, second = ([{"id": name, "role": "user", "content": "x"} for name in names] for names in ("ab", "ca"))
+    made = client.responses.create(model="bytes", input=first)
+    made = client.responses.create(model="bytes", input=second, previous_response_id=made.id)
+    for order in ("asc", "desc"):
+        pages = client.responses.input_items.list(made.id, order=order, limit=1)
+        found = [item.id for item in itertools.islice(pages, 9)]
+        assert sorted(found, key=len)[:3] == (["a", "b", "c"] if order == "asc" else ["a", "c", "b"])
+        assert len(found) == 4
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
@@ -149,6 +160,7 @@ def test_what_says_nothing_of_a_function(gateway):
         ({"input": None}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
         ({"input": [{"type": "item_reference"}]}, "input"),
+        ({"input": [{"id": "msg_a", "role": "user", "content": "x"}] * 2}, "input"),
         ({"input": [{"role": "robot", "content": "x"}]}, "input"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"tools": [{"type": "function", "name": ""}]}, "tools"),
