@@ -25,6 +25,7 @@ import yaml
 
 from kvasir.cluster.compatibility import ENVIRONMENT, translate, warn_of_variables
 from kvasir.cluster.config import ClusterConfig, GatewayConfig
+from kvasir.cluster.origins import check_origins
 from kvasir.cluster.role_options import by_role
 from kvasir.engine.config import EngineConfig, Role
 from kvasir.engine.errors import ConfigError
@@ -267,6 +268,7 @@ def _checked_gateway(gateway: GatewayConfig) -> GatewayConfig:
         if (number := getattr(gateway, one)) == getattr(gateway, other) and number > 0:
             names = " and ".join(options()[name].flag for name in (one, other))
             raise ConfigError(f"{names} are both {number}; they must differ", param=other)
+    check_origins(gateway.allowed_origins)
     if bool(gateway.ssl_certfile) != bool(gateway.ssl_keyfile):
         raise ConfigError(
             "--ssl-certfile and --ssl-keyfile go together; where one file holds both, name it twice",

@@ -7,12 +7,14 @@ us then, and read everything. And a page may send a form anywhere, without being
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping
-from urllib.parse import urlsplit
+import re
+from collections.abc import Iterable, Mapping
 
 from kvasir.cluster.auth import ApiKeys, is_local
 from kvasir.cluster.config import GatewayConfig
-from kvasir.engine.errors import ClientError
+from kvasir.engine.errors import ClientError, ConfigError
+
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@*]*")
 
 
 class ForbiddenError(ClientError):
@@ -30,7 +32,7 @@ class Origins:
         self._free = bool(keys) or "*" in self._origins
         self._known_by_name = not (self._free or config.insecure) and is_local(config.host)
         """Whoever calls says a name that leads here for certain."""
-        self._names = {_name(urlsplit(origin).netloc) for origin in self._origins}
+        self._names = {_name(_authority(origin)) for origin in self._origins}
 
     def check(self, method: str, headers: Mapping[str, str]) -> None:
         """Raise ForbiddenError unless a call with these headers (lower case) may be answered."""
@@ -42,14 +44,27 @@ class Origins:
             raise ForbiddenError(f"{text} in --allowed-origins, as http://NAME, or set an API key", param="Host")
         if self._free or origin is None or method != "POST" or _asks_first(headers):
             return
-        if origin not in self._origins and urlsplit(origin).netloc != host:
+        if origin not in self._origins and _authority(origin) != host:
             text = f"pages of {origin!r:.80} may not send this here; --allowed-origins names those that may"
             raise ForbiddenError(text, param="Origin")
+
+
+def check_origins(given: Iterable[str]) -> None:
+    """ConfigError for one that no browser would send: it would allow nothing."""
+    for origin in given:
+        if not _ORIGIN.fullmatch(origin):
+            text = "origins as browsers send them, such as https://chat.example or http://localhost:3000, or * for all"
+            raise ConfigError(f"--allowed-origins must be {text}; got {origin!r:.80}", param="allowed_origins")
 
 
 def _asks_first(headers: Mapping[str, str]) -> bool:
     """A browser sends such a body only where CORS allowed it, and other programs may name any origin."""
     return headers.get("content-type", "").partition(";")[0].strip().lower().endswith("json")
+
+
+def _authority(origin: str) -> str:
+    """Host and port."""
+    return origin.partition("://")[2]
 
 
 def _name(host: str) -> str:

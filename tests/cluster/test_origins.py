@@ -43,7 +43,7 @@ def test_names_that_anybody_can_have_made_lead_here(host):
 def test_forms_of_other_pages():
     for config in (GatewayConfig(), GatewayConfig(host="0.0.0.0", insecure=True)):
         origins = Origins(config, NONE)
-        for origin in ("https://evil.example", "null", "http://localhost:3000"):
+        for origin in ("https://evil.example", "null", "http://localhost:3000", "http://[x", ""):
             assert not allows(origins, "POST", host="localhost:8000", origin=origin, content_type=FORM)
             assert not allows(origins, "POST", host="localhost:8000", origin=origin)
             assert allows(origins, "POST", host="localhost:8000", origin=origin, content_type="application/json")
