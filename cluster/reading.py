@@ -166,22 +166,22 @@ class AnswerStream:
     def _with_inputs(self, parts: Sequence[Part], last: bool) -> list[Part]:
         out: list[Part] = []
         for part in parts:
-            if part.kind == "call":
-                out += self._end_input(part.call - 1)
-                if part.text in self._reading.custom:
-                    self.custom.add(part.call)
-                    self._input = CustomInput()
-            elif part.kind == "arguments" and self._input is not None:
+            if part.kind != "arguments":
+                out += self._end_input()
+            elif self._input is not None:
                 part = Part("arguments", self._input.feed(part.text), part.call)
+            if part.kind == "call" and part.text in self._reading.custom:
+                self.custom.add(part.call)
+                self._input = CustomInput()
             if part.text or part.kind != "arguments":
                 out.append(part)
-        return [*out, *(self._end_input(max(self.custom)) if last and self.custom else ())]
+        return [*out, *(self._end_input() if last else ())]
 
-    def _end_input(self, call: int) -> list[Part]:
-        """What is left of the last call's input."""
+    def _end_input(self) -> list[Part]:
+        """What is left of the last call's input, if its tool is a custom one."""
         rest = self._input.finish() if self._input is not None else ""
         self._input = None
-        return [Part("arguments", rest, call)] if rest else []
+        return [Part("arguments", rest, max(self.custom))] if rest else []
 
 
 def thought_tokens(tokenizer: Tokenizer | None, thoughts: str) -> int:

@@ -106,6 +106,16 @@ def test_chats(runner):
         assert message.tool_calls[0].custom.input == CODE
 
 
+def test_other_arguments_and_text_behind_them(thinker):
+    """They are the call's, not an item behind the text."""
+    call = '<tool_call>\n{"name": "run", "arguments": {"code": "a"}}\n</tool_call>'
+    thinker.group.script = lambda *_: [*f"{call}\nDone.".encode(), END]
+    ask = {"model": "bytes", "input": "Go.", "tools": [FLAT]}
+    output = httpx.post(thinker.url + "/v1/responses", json=ask, timeout=60).json()["output"]
+    assert [item["type"] for item in output] == ["custom_tool_call", "message"]
+    assert output[0]["input"] == '{"code": "a"}'
+
+
 def test_beside_functions(thinker):
     thinker.group.script = lambda *_: [*f"{OTHER}\n{JSON}\n{OTHER}".encode(), END]
     for stream in (False, True):
