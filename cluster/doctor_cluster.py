@@ -8,7 +8,7 @@ import socket
 import statistics
 import time
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -100,7 +100,10 @@ class Probes:
 
     def start(self) -> dict[int, str]:
         """What is wrong with nodes that start none, by number."""
-        loads = {number: probe.load.remote() for number, probe in enumerate(self._probes)}
+        return self._load(range(len(self._nodes)))
+
+    def _load(self, numbers: Iterable[int]) -> dict[int, str]:
+        loads = {number: self._probes[number].load.remote() for number in numbers}
         answers = _answers(loads, START_S, f"no process started in {START_S:.0f} s")
         return {number: answer for number, answer in answers.items() if isinstance(answer, str)}
 
@@ -117,9 +120,11 @@ class Probes:
         for pair, where in met.items():
             both = [where] if isinstance(where, str) else [answers[pair, rank] for rank in (0, 1)]
             found[pair] = next((answer for answer in both if isinstance(answer, str)), both[0])
-            for end in pair if isinstance(found[pair], str) else ():
-                ray.kill(self._probes[end])
-                self._probes[end] = self._probe(end)
+        held = [end for pair in pairs if isinstance(found[pair], str) for end in pair]
+        for end in held:
+            ray.kill(self._probes[end])
+            self._probes[end] = self._probe(end)
+        self._load(held)
         return found
 
     def close(self) -> None:
@@ -146,10 +151,13 @@ def look(address: str) -> Iterator[Finding]:
     yield Finding("ok", "cluster", f"{len(names)} node(s): {', '.join(names.values())}")
     yield _room([facts["Resources"] for facts in alive.values()])
     free = available_resources_per_node()  # type: ignore[no-untyped-call]
-    gpus = frozenset(node for node in alive if free.get(node, {}).get("GPU", 0.0) >= 1)
+    ends = [*names] if len(names) > 1 else [*names] * 2
+    gpus = frozenset(node for node in alive if free.get(node, {}).get("GPU", 0.0) >= ends.count(node))
     if busy := [names[node] for node, facts in alive.items() if facts["Resources"].get("GPU") and node not in gpus]:
-        yield Finding("note", "link", f"{', '.join(busy)}: no GPU is free, so its links are tried by gloo, not NCCL")
-    yield from _links(Probes([*names] if len(names) > 1 else [*names] * 2, gpus), list(names.values()))
+        yield Finding(
+            "note", "link", f"{', '.join(busy)}: too few GPUs are free, so its links are tried by gloo, not NCCL"
+        )
+    yield from _links(Probes(ends, gpus), list(names.values()))
     ray.shutdown()
 
 

@@ -98,12 +98,33 @@ def test_no_cluster_is_a_finding():
     assert "no Ray cluster at 127.0.0.1:1" in found.text
 
 
+@pytest.mark.parametrize(("free", "taken"), [([2.0], [0]), ([1.0], []), ([1.0, 0.0], [0]), ([1.0, 1.0], [0, 1])])
+def test_a_node_alone_is_tried_by_two_of_its_gpus(monkeypatch, free, taken):
+    asked = []
+    nodes = [
+        {"NodeID": n, "Alive": True, "NodeManagerAddress": str(n), "Resources": {"GPU": 2.0}} for n in range(len(free))
+    ]
+    monkeypatch.setattr(ray, "init", lambda *_, **__: None)
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    there = {number: {"GPU": count} for number, count in enumerate(free)}
+    monkeypatch.setattr(doctor_cluster, "available_resources_per_node", lambda: there)
+    monkeypatch.setattr(doctor_cluster, "Probes", lambda *given: asked.append(given) or Fakes(lambda pair: False))
+    found = list(look("auto"))
+    ((ends, gpus),) = asked
+    assert (ends, sorted(gpus)) == (list(range(len(free))) if len(free) > 1 else [0, 0], taken)
+    busy = [finding.text for finding in found if finding.state == "note"]
+    assert len(busy) == (len(taken) < len(free))
+
+
 @pytest.mark.ray
 def test_two_ranks_of_one_node(serve_on_ray):
     node = next(node["NodeID"] for node in ray.nodes() if node["Alive"])
     probes = Probes([node, node])
     assert not probes.start()
-    found = probes.exchange([(0, 1)])[0, 1]
+    ray.kill(probes._probes[1])
+    assert isinstance(probes.exchange([(0, 1)])[0, 1], str)
+    found = probes.exchange([(0, 1)])[0, 1]  # both are processes anew
     probes.close()
     assert isinstance(found, Speed), found
     assert found.small_us > 0
