@@ -31,8 +31,6 @@ from kvasir.cluster.stored_chats import Chats, new_answer_id
 from kvasir.cluster.straight import Straight
 from kvasir.engine.errors import KvasirError
 
-"""A header that all of Anthropic's clients send."""
-
 Body = Mapping[str, Any]
 MakeReply = Callable[[Ask, Generation, str, str], Reply]
 
