@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvasir.engine.engine import Engine
 from kvasir.engine.errors import ClientError
-from kvasir.engine.event import Event
+from kvasir.engine.event import Event, Failed, Finished, FinishReason
 from kvasir.engine.llm import Message, Prompt, TextModel, engine_config
 from kvasir.engine.output import RequestOutput
 from kvasir.engine.output_kind import OutputKind, OutputWriter
@@ -18,6 +19,16 @@ from kvasir.engine.tokenizer import Tokenizer
 from kvasir.engine.transcript import Transcript
 
 
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """One request, as long as the engine knows its id."""
+
+    request_id: str
+    left: int
+    """Continuations whose end the engine hasn't delivered."""
+    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+
+
 class AsyncLLM:
     """`async for output in llm.generate(prompt, sampling, request_id)`. Use it from one event loop."""
 
@@ -25,7 +36,8 @@ class AsyncLLM:
         self.config = engine_config(model, options)
         self._text = TextModel(self.config)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._streams: dict[str, asyncio.Queue[Event]] = {}
+        self._streams: dict[str, _Stream] = {}
+        """An end frees the id in the engine's thread, so that no event waits for the event loop under an id that is used again."""
         self.engine = Engine(self.config, self._deliver)
         self.engine.start()
 
@@ -70,22 +82,24 @@ class AsyncLLM:
         writer = OutputWriter(transcript, text, self._text.tokenizer, output_kind)
         if request_id in self._streams:
             raise ClientError(f"request id {request_id!r} is in use", param="request_id")
-        events = self._streams[request_id] = asyncio.Queue()
+        stream = self._streams[request_id] = _Stream(request_id, request.sampling.streams)
         try:
             self.engine.submit(request)
+        except Exception:  # no event follows
+            del self._streams[request_id]
+            raise
+        try:
             while not transcript.finished:
-                batch = [await events.get()]
-                while not events.empty():
-                    batch.append(events.get_nowait())
+                batch = [await stream.events.get()]
+                while not stream.events.empty():
+                    batch.append(stream.events.get_nowait())
                 deltas = transcript.feed(batch)
                 for index in transcript.take_matched():
-                    self.engine.abort(request_id, index, "stop")
+                    self._end(stream, index, "stop")
                 if deltas and (output := writer.write(deltas)) is not None:
                     yield output
         finally:
-            del self._streams[request_id]
-            if not transcript.settled:
-                self.engine.abort(request_id)
+            self._end(stream)
 
     async def abort(self, request_id: str) -> None:
         """End a request: its stream finishes with finish_reason "abort"."""
@@ -99,14 +113,27 @@ class AsyncLLM:
         """End the engine's thread; streams that are left raise UnavailableError."""
         self.engine.shutdown()
 
+    def _end(self, stream: _Stream, index: int | None = None, reason: FinishReason = "abort") -> None:
+        """Unless it has ended: its id may be another's by now."""
+        if self._streams.get(stream.request_id) is stream:
+            self.engine.abort(stream.request_id, index, reason)
+
     def _deliver(self, events: Sequence[Event]) -> None:
         """Engine's thread: one call into the event loop per step."""
+        found: list[tuple[_Stream, Event]] = []
+        for event in events:
+            if (stream := self._streams.get(event.request_id)) is None:
+                continue
+            found.append((stream, event))
+            if isinstance(event, (Finished, Failed)):
+                stream.left = 0 if isinstance(event, Failed) else stream.left - 1
+                if not stream.left:
+                    del self._streams[event.request_id]
         loop = self._loop
         if loop is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(self._dispatch, events)
+            loop.call_soon_threadsafe(_dispatch, found)
 
-    def _dispatch(self, events: Sequence[Event]) -> None:
-        for event in events:
-            stream = self._streams.get(event.request_id)
-            if stream is not None:
-                stream.put_nowait(event)
+
+def _dispatch(found: Sequence[tuple[_Stream, Event]]) -> None:
+    for stream, event in found:
+        stream.events.put_nowait(event)

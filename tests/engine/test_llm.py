@@ -7,6 +7,7 @@ import gc
 import itertools
 import json
 import random
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from kvasir.engine import rank as rank_module
 from kvasir.engine.cache import KVCache
 from kvasir.engine.engine import Engine
 from kvasir.engine.errors import ClientError, ConfigError, ContextLengthError, UnavailableError
+from kvasir.engine.event import Event, Finished
 from kvasir.engine.memory import DTYPES
 from kvasir.engine.output import RequestOutput
 
@@ -446,6 +448,39 @@ def test_async_abort_and_stop(async_llm: AsyncLLM) -> None:
     aborted, stopped = asyncio.run(run())
     assert aborted.outputs[0].finish_reason == "abort"
     assert stopped.outputs[0].stop_reason == "Lily"
+    wait_until_free(async_llm.engine)
+
+
+def test_async_id_is_used_again_before_the_loop_hears_of_its_end(
+    async_llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an end left in the event loop isn't the new stream's, and leaving the old one late doesn't end the new one."""
+    deliver, ended = async_llm.engine._deliver, threading.Semaphore(0)
+
+    def delivered(events: Sequence[Event]) -> None:
+        deliver(events)
+        if any(isinstance(event, Finished) for event in events):
+            ended.release()
+
+    monkeypatch.setattr(async_llm.engine, "_deliver", delivered)
+    endless, brief = SamplingParams(max_tokens=400, ignore_eos=True), SamplingParams(max_tokens=2, ignore_eos=True)
+
+    async def run() -> None:
+        stream = async_llm.generate("Once", endless, "a")
+        await stream.__anext__()
+        await stream.aclose()  # type: ignore[attr-defined]
+        assert ended.acquire(timeout=60)  # the loop stands still
+        assert [output.outputs[0].finish_reason for output in await collect(async_llm, "b", brief, "a")][-1] == "length"
+        assert ended.acquire(timeout=60)
+        stream = async_llm.generate("Once", brief, "a")
+        await stream.__anext__()
+        assert ended.acquire(timeout=60)
+        other = async_llm.generate("b", SamplingParams(max_tokens=50, ignore_eos=True), "a")
+        await other.__anext__()
+        await stream.aclose()  # type: ignore[attr-defined]
+        assert [output.outputs[0].finish_reason async for output in other][-1] == "length"
+
+    asyncio.run(run())
     wait_until_free(async_llm.engine)
 
 
