@@ -93,7 +93,8 @@ class Engine:
         self._groups = len(loaded.cache.layout.groups)
         self._wake = threading.Condition()
         self._inbox: deque[Request | tuple[str, int | None, FinishReason]] = deque()
-        self._accepted: set[str] = set()
+        self._accepted: dict[str, float] = {}
+        """Each with the time of its submission."""
         self._ends: deque[float] = deque(maxlen=64)
         self._stopping = False
         self._stats, self.stats_at = self._scheduler.stats(), 0.0
@@ -178,10 +179,10 @@ class Engine:
                     f"{waiting} requests are waiting, the limit is {self.config.max_queue} (--max-queue); ask again later",
                     retry_after_s=self._retry_after(waiting),
                 )
-            self._accepted.add(request.request_id)
+            submitted = self._accepted[request.request_id] = time.time()
             grammar = None
             if (wanted := request.sampling.structured_outputs) is not None:
-                grammar = self._compiling.add(request, wanted, time.time())
+                grammar = self._compiling.add(request, wanted, submitted)
             else:
                 self._inbox.append(request)
             self._wake.notify()
@@ -333,7 +334,7 @@ class Engine:
             events += self._add(request, submitted)
         for message in messages:
             if isinstance(message, Request):
-                events += self._add(message, now)
+                events += self._add(message, self._accepted[message.request_id])
             else:
                 whole = message[1] is None  # one continuation alone isn't there before the grammar is
                 if whole and (held := self._compiling.pop(message[0])) is not None:
@@ -354,7 +355,7 @@ class Engine:
             return
         for event in events:
             if not self._scheduler.knows(event.request_id) and event.request_id in self._accepted:
-                self._accepted.discard(event.request_id)
+                del self._accepted[event.request_id]
                 self._compiling.end(event.request_id)
                 self._ends.append(time.monotonic())
         self._deliver(events)
@@ -363,7 +364,7 @@ class Engine:
         """Every accepted request ends, whatever state it is in."""
         with self._wake:
             self._stopping = True
-            left, self._accepted = self._accepted, set()
+            left, self._accepted = self._accepted, {}
         if left:
             self._deliver([Failed(request_id, code, message) for request_id in left])
         while self._asks:

@@ -253,6 +253,18 @@ def test_what_comes_while_a_grammar_is_compiled(make: Callable[..., Engine]) -> 
     assert not engine._scheduler.has_work
 
 
+def test_a_deadline_counts_from_the_submission(make: Callable[..., Engine]) -> None:
+    """Not from the engine's next turn, which a long step may hold off."""
+    engine = make(start=False)
+    engine.submit(request("a", deadline_s=5.0))
+    submitted = time.time()
+    time.sleep(0.02)
+    assert engine._take_in() == []
+    (failed,) = engine._scheduler.expire(submitted + 5.0)
+    assert isinstance(failed, Failed)
+    assert (failed.request_id, failed.code) == ("a", "deadline_exceeded")
+
+
 def test_deadlines_hold_for_running_and_waiting_requests(make: Callable[..., Engine], client: Client) -> None:
     engine = make(max_num_seqs=1)
     slow(engine)
