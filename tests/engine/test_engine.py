@@ -226,7 +226,7 @@ def wait_until_free(engine: Engine, timeout_s: float = 1) -> None:
 
 
 def test_what_comes_while_a_grammar_is_compiled(make: Callable[..., Engine]) -> None:
-    """An abort that meets the grammar's end isn't lost, and the deadline goes on."""
+    """An abort that meets the grammar's end isn't lost, one from before the request is; the deadline goes on."""
 
     class Slow:
         def __init__(self) -> None:
@@ -238,6 +238,7 @@ def test_what_comes_while_a_grammar_is_compiled(make: Callable[..., Engine]) -> 
     slow, engine = Slow(), make(start=False)
     engine._compiling = Compiling(slow)  # type: ignore[arg-type]
     wanted = StructuredOutput(regex="a")
+    engine.abort("late")  # one that had the same id
     engine.submit(request("aborted", structured_outputs=wanted))
     engine.submit(request("late", structured_outputs=wanted, deadline_s=5.0))
     submitted = time.time()
@@ -270,7 +271,7 @@ def test_deadlines_hold_for_running_and_waiting_requests(make: Callable[..., Eng
     slow(engine)
     engine.submit(request("running", max_tokens=100, deadline_s=0.3))
     engine.submit(request("waiting", deadline_s=0.1))
-    client.wait(lambda: client.ended("running") and client.ended("waiting"), 2)
+    client.wait(lambda: client.ended("running") and client.ended("waiting"))
     for name in ("running", "waiting"):
         assert isinstance(client.end(name), Failed)
         assert client.end(name).code == "deadline_exceeded"
