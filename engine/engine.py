@@ -182,6 +182,9 @@ class Engine:
             submitted = self._accepted[request.request_id] = time.time()
             grammar = None
             if (wanted := request.sampling.structured_outputs) is not None:
+                late = [m for m in self._inbox if not isinstance(m, Request) and m[0] == request.request_id]
+                for message in late:  # an abort of the request that had this id before
+                    self._inbox.remove(message)
                 grammar = self._compiling.add(request, wanted, submitted)
             else:
                 self._inbox.append(request)
