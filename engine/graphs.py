@@ -57,6 +57,7 @@ def graphs_of(config: EngineConfig, decoder: Decoder | Fallback, cache: KVCache,
         return decoder.mesh.least(yes) == [1]
 
     obstacle = unrecordable(decoder)
+    decoder.mesh.assemble()  # memory of a tier may have taken one longer than another
     if not agree(not obstacle):
         why = obstacle or "another rank has none"
         logger.info("no CUDA graphs: %s; every kernel of a step is launched by Python", why)

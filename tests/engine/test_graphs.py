@@ -423,6 +423,8 @@ def test_why_steps_are_not_recorded(
     dealt.mesh = Mesh(Place(2, 1, 0))
     assert "experts" not in unrecordable(dealt)
     dealt.device = torch.device("cuda")
+    together: list[str] = []  # one may come later than an exchange would wait
+    dealt.mesh.assemble = lambda: together.append("here")
     monkeypatch.setattr(dealt.mesh, "least", lambda yes: [0])
     staged = copy(dealt)
     staged.mesh = Mesh(Place(1, 2, 0))
@@ -430,6 +432,7 @@ def test_why_steps_are_not_recorded(
         for each in (dealt, staged):
             assert graphs_of(EngineConfig(), each, cache, 64) is each
             assert graphs_of(EngineConfig(enforce_eager=True), each, cache, 64) is each
+    assert together
     end = "; every kernel of a step is launched by Python"
     assert [record.getMessage() for record in caplog.records] == [
         f"no CUDA graphs: another rank has none{end}",
