@@ -41,12 +41,15 @@ def table() -> dict[str, dict[str, object]]:
 
 
 def save(path: Path, **figures: Mapping[str, Any]) -> None:
-    """`us` or `sums` of this GPU into a file that is to become backends.json; what the file, or else the table, says already
-    stays."""
-    known = json.loads(path.read_text()) if path.exists() else table()
+    """`us` or `sums` of this GPU into a file that is to become backends.json. What the file, or else the table, says already stays:
+    of another GPU, and of this very one what isn't measured anew."""
+    known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else table()
     versions = {"torch": torch.__version__, "triton": version("triton") if importlib.util.find_spec("triton") else "-"}
-    here = {"date": date.today().isoformat(), "gpu": torch.cuda.get_device_name(), **versions, **figures}
-    known[kind_of_gpu()] = {"us": {}, "sums": {}} | known.get(kind_of_gpu(), {}) | here
+    here = {"date": date.today().isoformat(), "gpu": torch.cuda.get_device_name(), **versions}
+    before = known.get(kind_of_gpu(), {})
+    if before.get("gpu") != here["gpu"]:
+        before = {}
+    known[kind_of_gpu()] = here | {name: before.get(name, {}) | figures.get(name, {}) for name in ("us", "sums")}
     path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 

@@ -182,17 +182,21 @@ def test_the_table_of_measurements_can_be_read() -> None:
 
 
 def test_what_is_measured_is_added_to_what_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By two scripts one after the other, to what is known of another GPU."""
+    """By several scripts one after the other, to what is known of another GPU."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(measurements, "kind_of_gpu", lambda: "sm_90")
     monkeypatch.setattr(measurements, "table", lambda: {"sm_80": {"gpu": "NVIDIA A100"}})
-    us = {"gated": {"any": {"triton": 3.0}}}
-    measurements.save(tmp_path / "backends.json", us=us)
-    measurements.save(tmp_path / "backends.json", sums={"8": 4096})
-    found = json.loads((tmp_path / "backends.json").read_text())
+    us, file = {"gated": {"any": {"triton": 3.0}}}, tmp_path / "backends.json"
+    measurements.save(file, us=us)
+    measurements.save(file, sums={"8": 4096})
+    measurements.save(file, sums={"2": 1024})
+    found = json.loads(file.read_text())
     assert found["sm_80"] == {"gpu": "NVIDIA A100"}
     here = Measured(**found["sm_90"])
-    assert (here.gpu, here.torch, here.us, here.sums) == ("NVIDIA H200", torch.__version__, us, {"8": 4096})
+    assert (here.gpu, here.torch, here.us, here.sums) == ("NVIDIA H200", torch.__version__, us, {"2": 1024, "8": 4096})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    measurements.save(file, us=us)
+    assert json.loads(file.read_text())["sm_90"]["sums"] == {}  # another GPU of the same kind has other links
 
 
 def test_backends_are_compared_over_the_shapes_that_all_did() -> None:
