@@ -130,11 +130,23 @@ def group(llm: LLM) -> GroupExecutor:
     return executor
 
 
-def gathered(llm: LLM) -> list[Event]:
-    """All events from now on."""
+def gathered(llm: LLM, after: int = 0, act: Callable[[], object] = list) -> list[Event]:
+    """All events from now on. Once there are more than `after` it acts, in the engine's thread, which plans no step meanwhile."""
     events: list[Event] = []
-    llm.engine._deliver = events.extend
+
+    def deliver(new: Sequence[Event]) -> None:
+        few = len(events) <= after
+        events.extend(new)
+        if few and len(events) > after:
+            act()
+
+    llm.engine._deliver = deliver
     return events
+
+
+def over(llm: LLM) -> bool:
+    """The engine has failed, and told everyone."""
+    return not llm.engine._thread.is_alive()
 
 
 def test_ranks_take_tokens_where_they_lie(lagging: Make, data: Callable[[str], Path]) -> None:
@@ -154,7 +166,7 @@ def test_ranks_take_tokens_where_they_lie(lagging: Make, data: Callable[[str], P
     executor._hub.step = sent  # type: ignore[method-assign]
     found = words(said(llm, prompts))
     assert early > 20
-    assert llm.engine.stats().preemptions > 0
+    assert until(lambda: llm.engine.stats().preemptions)  # what is told is a little old
     assert llm.engine.pool.check() == []
     one = LLM(str(data("model-stories260k/hf")), **COMMON)
     assert found == words(said(one, prompts))
@@ -172,12 +184,11 @@ def test_streams_are_cancelled_while_two_steps_fly(lagging: Make) -> None:
     sampling = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
     prompts = [[1, 2, 3 + number] for number in range(6)]
     wanted = [llm.generate([prompt], sampling, use_tqdm=False)[0].outputs[0].token_ids for prompt in prompts]
-    events = gathered(llm)
-    for number, prompt in enumerate(prompts):
-        llm.engine.submit(Request(request_id=f"c{number}", prompt_token_ids=prompt, sampling=sampling))
-    assert until(lambda: len(events) > 30)
-    for number in (1, 3, 5):
-        llm.engine.abort(f"c{number}")
+    engine = llm.engine
+    events = gathered(llm, 30, lambda: [engine.abort(f"c{number}") for number in (1, 3, 5)])
+    with engine._wake:  # all begin at once
+        for number, prompt in enumerate(prompts):
+            engine.submit(Request(request_id=f"c{number}", prompt_token_ids=prompt, sampling=sampling))
     assert until(lambda: sum(isinstance(event, Finished) for event in events) == 6)
     for number, tokens in enumerate(wanted):
         own = [event for event in events if event.request_id == f"c{number}"]
@@ -185,20 +196,18 @@ def test_streams_are_cancelled_while_two_steps_fly(lagging: Make) -> None:
         assert got == list(tokens)[: len(got)]
         assert isinstance(own[-1], Finished)
         assert own[-1].reason == ("abort" if number % 2 else "length")
-    assert llm.engine.pool.check() == []
-    assert llm.engine.pool.num_used == 0
+    assert until(lambda: engine.pool.num_used == 0)
+    assert engine.pool.check() == []
 
 
 def test_a_rank_that_dies_under_two_steps_is_told_to_each_stream_once(lagging: Make) -> None:
     llm = lagging(kv_cache_memory_bytes=1 << 20)
-    events, executor = gathered(llm), group(llm)
+    (peer,) = group(llm)._hub._peers.values()
+    events = gathered(llm, 30, lambda: os.kill(peer.pid, signal.SIGKILL))
     sampling = SamplingParams(temperature=1, seed=1, max_tokens=450, ignore_eos=True)
     for number in range(3):
         llm.engine.submit(Request(request_id=f"d{number}", prompt_token_ids=[1, 2, 3], sampling=sampling))
-    assert until(lambda: len(events) > 30)
-    (peer,) = executor._hub._peers.values()
-    os.kill(peer.pid, signal.SIGKILL)
-    assert until(lambda: llm.engine.failure is not None)
+    assert until(lambda: over(llm))
     ends = [event for event in events if not isinstance(event, Token)]
     assert sorted(event.request_id for event in ends) == ["d0", "d1", "d2"]
     assert all(isinstance(end, Failed) and "rank 1" in end.message and "SIGKILL" in end.message for end in ends)
@@ -226,11 +235,10 @@ def test_a_device_that_is_never_done_is_given_up(lagging: Make, monkeypatch: pyt
     # the second one's rules look at tokens on the host while a step is launched
     for number, sampling in enumerate((MIX[0], MIX[6])):
         llm.engine.submit(Request(request_id=f"h{number}", prompt_token_ids=[1, 2, 3], sampling=sampling))
-    assert until(lambda: llm.engine.failure is not None)
+    assert until(lambda: over(llm))
     assert [type(event) for event in events] == [Failed, Failed]
     assert all("--collective-timeout" in event.message for event in events if isinstance(event, Failed))
     assert until(lambda: not os.path.exists(f"/proc/{peer.pid}"))
-    assert until(lambda: not llm.engine._thread.is_alive())
 
 
 STUCK = """
@@ -253,7 +261,7 @@ def test_another_rank_whose_device_is_never_done_says_so_and_ends(lagging: Make)
     events, executor = gathered(llm), group(llm)
     (peer,) = executor._hub._peers.values()
     llm.engine.submit(Request(request_id="h", prompt_token_ids=[1, 2, 3], sampling=MIX[0]))
-    assert until(lambda: llm.engine.failure is not None)
+    assert until(lambda: over(llm))
     last = events[-1]
     assert isinstance(last, Failed)
     assert re.search(r"rank 1 .* failed: RuntimeError: timed out: .* 0.2 s .--collective-timeout", last.message)
@@ -269,7 +277,7 @@ def test_a_launch_that_never_ends_is_given_up(lagging: Make, monkeypatch: pytest
     monkeypatch.setattr(executor.rank, "launch", lambda step: ever.wait())
     llm.engine.submit(Request(request_id="h", prompt_token_ids=[1, 2, 3], sampling=MIX[0]))
     try:
-        assert until(lambda: not llm.engine._thread.is_alive())
+        assert until(lambda: over(llm))
         (event,) = events
         assert isinstance(event, Failed)
         assert "longer than 0.2 s (--collective-timeout)" in event.message
