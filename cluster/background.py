@@ -179,8 +179,8 @@ class Background:
             end = Part(number, event("response.failed", number, response=body))
             await self._store.finish(stored.id, body, [end])
             return
-        ask = dataclasses.replace(parse_response(stored.private["ask"]), items=stored.private["items"])
-        try:
+        try:  # what another version of this program took may be refused by now
+            ask = dataclasses.replace(parse_response(stored.private["ask"]), items=stored.private["items"])
             earlier = await said_before(self._store, ask, stored.principal, 0.0)
             ask = await fitted(self._desk, ask, earlier)
         except ClientError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 import time
 from dataclasses import replace
 
@@ -154,6 +156,25 @@ def test_gateways_share_a_file(live_gateway, tmp_path, monkeypatch):
         until(lambda: httpx.get(f"{one.url}/v1/responses/{left['id']}").json()["status"] == "completed")
         ended = httpx.get(f"{one.url}/v1/responses/{begun['id']}?stream=true").text
         assert events(ended)[-1]["type"] == "response.failed"
+
+
+def test_what_is_refused_by_now_fails(live_gateway, tmp_path, monkeypatch):
+    """Another version of this program took it; it isn't tried for ever."""
+    monkeypatch.setattr("kvasir.cluster.background.WATCH_S", 0.1)
+    config = GatewayConfig(state_path=str(tmp_path / "state.db"))
+    with live_gateway(config) as one:
+        one.group.step_s = 5
+        left = post(one, background=True).json()
+    with contextlib.closing(sqlite3.connect(tmp_path / "state.db")) as db:
+        (private,) = db.execute("SELECT private FROM object WHERE id = ?", (left["id"],)).fetchone()
+        older = json.loads(private) | {"ask": {"model": "bytes", "input": "x", "background": True, "top_p": 7}}
+        db.execute("UPDATE object SET private = ? WHERE id = ?", (json.dumps(older).encode(), left["id"]))
+        db.commit()
+    with live_gateway(config) as other:
+        post(other, background=True)  # from now on it is looked for what others left
+        place = f"{other.url}/v1/responses/{left['id']}"
+        until(lambda: httpx.get(place).json()["status"] == "failed")
+        assert "top_p" in httpx.get(place).json()["error"]["message"]
 
 
 def test_state_that_cannot_be_used(live_gateway, tmp_path, monkeypatch, caplog):
