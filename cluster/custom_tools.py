@@ -28,6 +28,19 @@ _ESCAPES = re.compile(rf"(?:\\u{_HEX}{{4}})+|\\.", re.DOTALL)
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
+def chat_tool(tool: Mapping[str, Any], at: str) -> Json:
+    """A tool of a response as chats have it: its fields in an object of their own."""
+    kind = tool.get("type")
+    if kind == "custom":
+        return {"type": kind, kind: {name: value for name, value in tool.items() if name != "type"}}
+    if kind != "function":
+        known = 'of type "function" or "custom", which you run'
+        raise UnsupportedError(f"{at}: only tools {known}, are supported; got {kind!r:.60}", param="tools")
+    names = ("name", "description", "parameters", "strict")
+    _check_fields(tool, ("type", *names), at, kind)
+    return {"type": "function", "function": {name: tool[name] for name in names if tool.get(name) is not None}}
+
+
 def shown_tools(tools: Sequence[Mapping[str, Any]]) -> list[Json]:
     """Tools of a chat as its template knows them. ClientError or UnsupportedError names what a custom one can't be."""
     return [_function(tool, f"tools[{number}]") for number, tool in enumerate(tools)]
@@ -53,7 +66,7 @@ def called_function(name: str, text: str) -> Json:
     return {"name": name, "arguments": {_INPUT: text}}
 
 
-def check_fields(given: Mapping[str, Any], known: Collection[str], at: str, kind: str) -> None:
+def _check_fields(given: Mapping[str, Any], known: Collection[str], at: str, kind: str) -> None:
     """UnsupportedError names a field of a tool that would change something."""
     if other := [name for name in given if name not in known and given[name] not in _NEUTRAL.get(name, (None,))]:
         raise UnsupportedError(f"{at}: {other[0]:.60} of a {kind} isn't supported", param="tools")
@@ -65,7 +78,7 @@ def _function(tool: Mapping[str, Any], at: str) -> Json:
     given = tool.get("custom")
     if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
         raise ClientError(f"{at}.custom must be an object with a name, got {given!r:.60}", param="tools")
-    check_fields(given, ("name", "description", "format"), at, "custom tool")
+    _check_fields(given, ("name", "description", "format"), at, "custom tool")
     schema, strict = _schema(given.get("format"), f"{at}.format")
     parameters = {"type": "object", "properties": {_INPUT: schema}, "required": [_INPUT], "additionalProperties": False}
     said = {name: given[name] for name in ("name", "description") if given.get(name) is not None}

@@ -114,12 +114,16 @@ def _write_parts(reply: pb.GenerateReply, parts: Sequence[Part], answer: AnswerS
             reply.text += part.text
         elif part.kind == "reasoning":
             reply.reasoning += part.text
-        elif part.kind == "call":
-            reply.tool_calls.add(index=part.call, id=answer.ids[part.call], name=part.text)
-        elif reply.tool_calls and reply.tool_calls[-1].index == part.call:
-            reply.tool_calls[-1].arguments += part.text
         else:
-            reply.tool_calls.add(index=part.call, arguments=part.text)
+            if part.kind == "call":
+                reply.tool_calls.add(index=part.call, id=answer.ids[part.call], name=part.text)
+            elif not reply.tool_calls or reply.tool_calls[-1].index != part.call:
+                reply.tool_calls.add(index=part.call)
+            said = part.text if part.kind == "arguments" else ""
+            if part.call in answer.custom:
+                reply.tool_calls[-1].input += said
+            else:
+                reply.tool_calls[-1].arguments += said
 
 
 def _logprobs(

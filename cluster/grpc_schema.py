@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvasir.cluster.call import EFFORT_IGNORED, Call, Conversation, Prompt, Text, check_variables, thinking_variables
+from kvasir.cluster.custom_tools import chat_tool, custom_names, shown_tools
 from kvasir.cluster.grpc_json import as_json, function, plain, tool_choice
 from kvasir.cluster.grpc_pooling import inputs_of
 from kvasir.cluster.openai_fields import CHAT_HONOURED
+from kvasir.cluster.openai_messages import template_messages
 from kvasir.cluster.openai_schema import Ask
 from kvasir.cluster.service_fields import check_metadata, check_tier, priority
 from kvasir.cluster.tool_use import tool_use
@@ -55,14 +57,15 @@ def ask_of_generate(request: pb.GenerateRequest) -> Ask:
 
 def ask_of_chat(request: pb.ChatRequest) -> Ask:
     """Raises ClientError."""
-    tools = [_tool(tool) for tool in request.tools]
+    tools, custom = _tools(request)
     parallel = request.parallel_tool_calls if request.HasField("parallel_tool_calls") else True
-    use = tool_use(tools, tool_choice(request), parallel)
+    use = tool_use(tools, tool_choice(request), parallel, custom)
     effort = request.reasoning_effort if request.HasField("reasoning_effort") else None
     if effort is not None:
         CHAT_HONOURED["reasoning_effort"]("reasoning_effort", effort)
+    messages = _messages(request.messages)
     prompt = Conversation(
-        messages=_messages(request.messages),
+        messages=template_messages(messages),
         tools=tools or None,
         variables={**thinking_variables(effort), **_variables(request)},
         **_set(request, _CONVERSATION),
@@ -83,7 +86,7 @@ def ask_of_chat(request: pb.ChatRequest) -> Ask:
         echo=request.echo,
         store=request.store,
         metadata=labels,
-        messages=prompt.messages,
+        messages=messages,
         warnings=(*unheard, *(("metadata",) if labels and not request.store else ())),
         **_shape(request),
     )
@@ -146,10 +149,10 @@ def prompt_of_tokenize(request: pb.TokenizeRequest) -> Text | Conversation:
     if request.messages:
         if request.text:
             raise ClientError("send text or messages, not both", param="text")
-        tools = [_tool(tool) for tool in request.tools]
-        tool_use(tools, None)
+        tools, custom = _tools(request)
+        tool_use(tools, None, custom=custom)
         return Conversation(
-            messages=_messages(request.messages),
+            messages=template_messages(_messages(request.messages)),
             tools=tools or None,
             variables=_variables(request),
             **_set(request, _CONVERSATION),
@@ -196,15 +199,23 @@ def _message(message: pb.Message) -> dict[str, Any]:
     if message.reasoning:
         plain["reasoning_content"] = message.reasoning
     if message.tool_calls:
-        plain["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in message.tool_calls
-        ]
+        plain["tool_calls"] = [_call(call) for call in message.tool_calls]
     return plain
 
 
-def _tool(tool: pb.Tool) -> dict[str, Any]:
-    return {
-        "type": "function",
-        "function": {"description": "", "parameters": {}, **function(as_json(tool)), "name": tool.name},
-    }
+def _call(call: pb.ToolCall) -> dict[str, Any]:
+    if call.HasField("input"):
+        return {"id": call.id, "type": "custom", "custom": {"name": call.name, "input": call.input}}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _tools(request: pb.ChatRequest | pb.TokenizeRequest) -> tuple[list[dict[str, Any]], frozenset[str]]:
+    """(as chat templates know them, names of custom ones)."""
+    tools = [chat_tool(_tool(tool), f"tools[{number}]") for number, tool in enumerate(request.tools)]
+    return shown_tools(tools), custom_names(tools)
+
+
+def _tool(message: pb.Tool) -> dict[str, Any]:
+    """A tool of a response."""
+    tool = {"type": "function", "name": "", **function(as_json(message))}
+    return {"description": "", "parameters": {}, **tool} if tool["type"] == "function" else tool

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvasir.cluster.call import EFFORT_IGNORED, Call, Conversation, check_variables, thinking_variables
-from kvasir.cluster.custom_tools import check_fields, custom_names, shown_tools
+from kvasir.cluster.custom_tools import chat_tool, custom_names, shown_tools
 from kvasir.cluster.foreign_fields import foreign_constraints
 from kvasir.cluster.openai_fields import (
     CHAT_HONOURED,
@@ -171,7 +171,7 @@ def parse_response(body: Body) -> ResponseAsk:
     fields, warnings = sort_fields(body, HONOURED, IGNORED, REFUSED, INSTEAD)
     _check_together(fields)
     check_nesting(fields)
-    given = [_tool(tool, f"tools[{number}]") for number, tool in enumerate(fields.get("tools", ()))]
+    given = [chat_tool(tool, f"tools[{number}]") for number, tool in enumerate(fields.get("tools", ()))]
     tools, parallel = shown_tools(given), fields.get("parallel_tool_calls", True)
     use = tool_use(tools, fields.get("tool_choice"), parallel, custom_names(given))
     effort, unknown = _effort(fields.get("reasoning", {}))
@@ -240,19 +240,6 @@ def _check_together(fields: Mapping[str, Any]) -> None:
         raise ClientError("conversation and previous_response_id exclude each other", param="conversation")
     if fields.get("top_logprobs") and LOGPROBS not in fields.get("include", ()):
         raise ClientError(f'top_logprobs needs include to hold "{LOGPROBS}"', param="top_logprobs")
-
-
-def _tool(tool: Mapping[str, Any], at: str) -> Json:
-    """As chats have it: its fields in an object of their own."""
-    kind = tool.get("type")
-    if kind == "custom":
-        return {"type": kind, kind: {name: value for name, value in tool.items() if name != "type"}}
-    if kind != "function":
-        known = 'of type "function" or "custom", which you run'
-        raise UnsupportedError(f"{at}: only tools {known}, are supported; got {kind!r:.60}", param="tools")
-    names = ("name", "description", "parameters", "strict")
-    check_fields(tool, ("type", *names), at, kind)
-    return {"type": "function", "function": {name: tool[name] for name in names if tool.get(name) is not None}}
 
 
 def _effort(reasoning: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:

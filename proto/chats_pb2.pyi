@@ -128,12 +128,14 @@ class ChatMessage(_message.Message):
     def __init__(self, id: _Optional[str] = ..., role: _Optional[str] = ..., content: _Optional[str] = ..., content_parts: _Optional[_Iterable[_Union[_responses_pb2.ContentPart, _Mapping]]] = ..., name: _Optional[str] = ..., reasoning_content: _Optional[str] = ..., tool_calls: _Optional[_Iterable[_Union[ChatToolCall, _Mapping]]] = ..., tool_call_id: _Optional[str] = ...) -> None: ...
 
 class ChatToolCall(_message.Message):
-    __slots__ = ("id", "function")
+    __slots__ = ("id", "function", "custom")
     ID_FIELD_NUMBER: _ClassVar[int]
     FUNCTION_FIELD_NUMBER: _ClassVar[int]
+    CUSTOM_FIELD_NUMBER: _ClassVar[int]
     id: str
     function: CalledFunction
-    def __init__(self, id: _Optional[str] = ..., function: _Optional[_Union[CalledFunction, _Mapping]] = ...) -> None: ...
+    custom: CalledTool
+    def __init__(self, id: _Optional[str] = ..., function: _Optional[_Union[CalledFunction, _Mapping]] = ..., custom: _Optional[_Union[CalledTool, _Mapping]] = ...) -> None: ...
 
 class CalledFunction(_message.Message):
     __slots__ = ("name", "arguments")
@@ -142,6 +144,14 @@ class CalledFunction(_message.Message):
     name: str
     arguments: str
     def __init__(self, name: _Optional[str] = ..., arguments: _Optional[str] = ...) -> None: ...
+
+class CalledTool(_message.Message):
+    __slots__ = ("name", "input")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    INPUT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    input: str
+    def __init__(self, name: _Optional[str] = ..., input: _Optional[str] = ...) -> None: ...
 
 class ListChatMessagesRequest(_message.Message):
     __slots__ = ("id", "limit", "after", "order")

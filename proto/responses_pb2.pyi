@@ -270,7 +270,7 @@ class ConversationName(_message.Message):
     def __init__(self, id: _Optional[str] = ...) -> None: ...
 
 class ResponseEvent(_message.Message):
-    __slots__ = ("type", "sequence_number", "response", "output_index", "content_index", "summary_index", "item_id", "item", "part", "delta", "text", "logprobs", "name", "arguments")
+    __slots__ = ("type", "sequence_number", "response", "output_index", "content_index", "summary_index", "item_id", "item", "part", "delta", "text", "logprobs", "name", "arguments", "input")
     TYPE_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_NUMBER_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_FIELD_NUMBER: _ClassVar[int]
@@ -285,6 +285,7 @@ class ResponseEvent(_message.Message):
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
+    INPUT_FIELD_NUMBER: _ClassVar[int]
     type: str
     sequence_number: int
     response: Response
@@ -299,7 +300,8 @@ class ResponseEvent(_message.Message):
     logprobs: _containers.RepeatedCompositeFieldContainer[TextLogprob]
     name: str
     arguments: str
-    def __init__(self, type: _Optional[str] = ..., sequence_number: _Optional[int] = ..., response: _Optional[_Union[Response, _Mapping]] = ..., output_index: _Optional[int] = ..., content_index: _Optional[int] = ..., summary_index: _Optional[int] = ..., item_id: _Optional[str] = ..., item: _Optional[_Union[Item, _Mapping]] = ..., part: _Optional[_Union[ContentPart, _Mapping]] = ..., delta: _Optional[str] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[TextLogprob, _Mapping]]] = ..., name: _Optional[str] = ..., arguments: _Optional[str] = ...) -> None: ...
+    input: str
+    def __init__(self, type: _Optional[str] = ..., sequence_number: _Optional[int] = ..., response: _Optional[_Union[Response, _Mapping]] = ..., output_index: _Optional[int] = ..., content_index: _Optional[int] = ..., summary_index: _Optional[int] = ..., item_id: _Optional[str] = ..., item: _Optional[_Union[Item, _Mapping]] = ..., part: _Optional[_Union[ContentPart, _Mapping]] = ..., delta: _Optional[str] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[TextLogprob, _Mapping]]] = ..., name: _Optional[str] = ..., arguments: _Optional[str] = ..., input: _Optional[str] = ...) -> None: ...
 
 class FollowResponseRequest(_message.Message):
     __slots__ = ("id", "starting_after")

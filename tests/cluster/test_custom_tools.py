@@ -6,21 +6,25 @@ import contextlib
 import json
 import re
 
+import grpc
 import httpx
 import openai
 import pytest
 from fuzzing import examples
 from grammar_walk import accepts, matcher_of
+from grpc_stubs import Stubs, ask, named, prompt_of, refused, whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from responses_calls import events
 from tool_samples import END, TOOL
 
 from kvasir.cluster.custom_tools import CustomInput, custom_names, shown_tools
+from kvasir.cluster.grpc_schema import ask_of_chat
 from kvasir.cluster.openai_messages import template_messages
 from kvasir.cluster.responses_items import input_items, messages
 from kvasir.cluster.tool_formats import TOOL_FORMATS
 from kvasir.cluster.tool_use import tool_use
+from kvasir.proto import chats_pb2, inference_pb2, responses_pb2
 
 CODE = 'print("hi")\n\\ 😀'
 XML = f"<tool_call>\n<function=run>\n<parameter=input>\n{CODE}\n</parameter>\n</function>\n</tool_call>"
@@ -114,6 +118,88 @@ def test_other_arguments_and_text_behind_them(thinker):
     output = httpx.post(thinker.url + "/v1/responses", json=ask, timeout=60).json()["output"]
     assert [item["type"] for item in output] == ["custom_tool_call", "message"]
     assert output[0]["input"] == '{"code": "a"}'
+
+
+RUN = inference_pb2.Tool(type="custom", name="run", description="Runs code.")
+
+
+def test_responses_over_grpc(runner):
+    with Stubs(runner) as stubs:
+        made = stubs.responses.Create(ask(tools=[RUN], tool_choice="run"), timeout=60)
+        said, call = made.output
+        assert (said.type, call.type, call.name, call.input) == ("message", "custom_tool_call", "run", CODE)
+        sent = list(stubs.responses.CreateStream(ask(tools=[RUN]), timeout=60))
+        deltas = [one.delta for one in sent if one.type == "response.custom_tool_call_input.delta"]
+        (done,) = (one for one in sent if one.type == "response.custom_tool_call_input.done")
+        assert "".join(deltas) == done.input == CODE
+        assert done.item_id == sent[-1].response.output[1].id
+        result = responses_pb2.Item(type="custom_tool_call_output", call_id=call.call_id, output="done")
+        then = responses_pb2.CreateResponseRequest(input=[result], previous_response_id=made.id, tools=[RUN])
+        stubs.responses.Create(then, timeout=60)
+        assert "done" in prompt_of(runner)
+
+
+def test_chats_over_grpc(runner):
+    said = [inference_pb2.Message(role="user", content="Go.")]
+    with Stubs(runner) as stubs:
+        request = inference_pb2.ChatRequest(messages=said, tools=[RUN], tool_choice="run", store=True)
+        replies = list(stubs.inference.Chat(request, timeout=60))
+        parts = [call for reply in replies for call in reply.tool_calls]
+        assert (parts[0].name, bool(parts[0].id), {call.HasField("input") for call in parts}) == ("run", True, {True})
+        assert ("".join(call.input for call in parts), "".join(call.arguments for call in parts)) == (CODE, "")
+        (choice,) = stubs.chats.Get(named(replies[-1].stored_id), timeout=60).choices
+        (kept,) = choice.message.tool_calls
+        assert (kept.custom.name, kept.custom.input, kept.HasField("function")) == ("run", CODE, False)
+        call = inference_pb2.ToolCall(id="c", name="run", input="1 + 1")
+        said.append(inference_pb2.Message(role="assistant", tool_calls=[call]))
+        said.append(inference_pb2.Message(role="tool", tool_call_id="c", content="2"))
+        request = inference_pb2.ChatRequest(messages=said, tools=[RUN], store=True)
+        last = list(stubs.inference.Chat(request, timeout=60))[-1]
+        (shown,) = ask_of_chat(request).call.prompts[0].messages[1]["tool_calls"]
+        assert shown["function"] == {"name": "run", "arguments": {"input": "1 + 1"}}
+        messages = stubs.chats.ListMessages(chats_pb2.ListChatMessagesRequest(id=last.stored_id), timeout=60).data
+        assert messages[1].tool_calls[0].custom == chats_pb2.CalledTool(name="run", input="1 + 1")
+        asked = inference_pb2.TokenizeRequest(messages=said, tools=[RUN])
+        assert stubs.inference.Tokenize(asked, timeout=60).token_ids == runner.group.requests[-1].prompt_token_ids
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"type": "custom", "format": {"type": "grammar", "syntax": "lark", "definition": "start: /a/"}}, "'lark'"),
+        ({"type": "custom", "format": {"type": "xml"}}, "format"),
+        ({"type": "custom", "strict": True}, "strict"),
+        ({"type": "custom", "parameters_json": "{}"}, "parameters"),
+        ({"format": {"type": "text"}}, "format of a function"),
+        ({"type": "web_search"}, "'web_search'"),
+    ],
+)
+def test_refused_over_grpc(thinker, fields, word):
+    tool = inference_pb2.Tool(name="run", **fields)
+    said = [inference_pb2.Message(role="user", content="Go.")]
+    with Stubs(thinker) as stubs:
+        for call, request in (
+            (stubs.responses.Create, ask(tools=[tool])),
+            (stubs.inference.Chat, inference_pb2.ChatRequest(messages=said, tools=[tool])),
+            (stubs.inference.Tokenize, inference_pb2.TokenizeRequest(messages=said, tools=[tool])),
+        ):
+            status, param, details = refused(call, request)
+            assert status == grpc.StatusCode.INVALID_ARGUMENT
+            assert (param, word in details) == ("tools", True)
+
+
+def test_a_regular_expression_over_grpc(thinker):
+    form = inference_pb2.ToolFormat(type="grammar", syntax="regex", definition="[0-9]+")
+    tool = inference_pb2.Tool(type="custom", name="run", format=form)
+    said = [inference_pb2.Message(role="user", content="Go.")]
+    with Stubs(thinker) as stubs:
+        for call, request in (
+            (stubs.responses.Create, ask(tools=[tool], tool_choice="run")),
+            (stubs.inference.Chat, inference_pb2.ChatRequest(messages=said, tools=[tool], tool_choice="run")),
+        ):
+            whole(call(request, timeout=60))
+            tag = json.loads(thinker.group.requests[-1].sampling.structured_outputs.structural_tag)
+            assert "^(?:[0-9]+)$" in json.dumps(tag)
 
 
 def test_beside_functions(thinker):
