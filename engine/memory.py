@@ -28,6 +28,8 @@ from kvasir.kernels.op import every_op
 
 CPU_SHARE = 0.4
 """Of the RAM that is free beside the weights: the machine has other things to do."""
+LEAST_LOGITS = 256
+"""Rows whose logits one forward may give, however few seats there are: those of a scored prompt."""
 PENALTY_BYTES = 5
 """For each token of each seat: its count and whether the prompt holds it, as `Sampler` keeps them from the first penalty on."""
 UNCALLED = ("shrink", "expand")
@@ -178,12 +180,12 @@ def activation_bytes(config: EngineConfig, spec: Spec, dtype: torch.dtype, devic
     row = 6 * spec.hidden + 3 * heads * spec.head_dim + widest
     logits = 4 * spec.vocab * torch.float32.itemsize
     rows = token_budget(config, spec, device)
-    sampled = min(rows, config.max_num_seqs)
+    sampled, wanted = min(rows, config.max_num_seqs), min(rows, max(config.max_num_seqs, LEAST_LOGITS))
     aside = 0
     if device.type == "cuda":
         tables = config.max_num_seqs * spec.vocab * PENALTY_BYTES
         aside = MOST_WORK_BYTES + tables + shaping_bytes(sampled, spec.vocab)
-    return rows * row * dtype.itemsize + sampled * logits + aside
+    return rows * row * dtype.itemsize + wanted * logits + aside
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from kvasir.engine.event import TokenLogprob
 from kvasir.engine.exchange import Exchange
 from kvasir.engine.grammar import Grammars
 from kvasir.engine.graphs import Forward, Graphs
+from kvasir.engine.memory import LEAST_LOGITS
 from kvasir.engine.outcome import Copy, Outcome, Part
 from kvasir.engine.pooler import Pooler
 from kvasir.engine.processors import Processors
@@ -31,7 +32,6 @@ from kvasir.engine.words import Words
 if TYPE_CHECKING:  # transformers, which is slow to import and seldom needed
     from kvasir.engine.fallback import Fallback
 
-LEAST_LOGITS = 256
 GONE = -1
 
 

@@ -13,12 +13,14 @@ from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.memory import PENALTY_BYTES, kernel_backends, plan_memory, resolve_device, resolve_dtype
+from kvasir.engine.rank import Rank
 from kvasir.engine.request import SamplingParams
 from kvasir.engine.sampler import Sampler
 from kvasir.engine.shaping import shaping_bytes
 from kvasir.engine.share import share_of
 from kvasir.engine.spec import Experts, Layer, Spec
 from kvasir.engine.step import NewSequence
+from kvasir.engine.weights import random_decoder
 from kvasir.kernels.attention import MOST_WORK_BYTES
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -34,6 +36,7 @@ SPEC = Spec(
     max_len=8192,
     layers=(Layer(),) * 16,
 )
+SMALL = dataclasses.replace(SPEC, vocab=8, hidden=8, heads=1, kv_heads=1, head_dim=8, ffn=8, layers=(Layer(),))
 BLOCK = KVCache.block_bytes(SPEC, 16, torch.bfloat16)
 
 
@@ -117,6 +120,18 @@ def test_activations() -> None:
         facts = Experts(count=16, per_token=per_token, ffn=SPEC.ffn if per_token > 1 else 8)
         mixture = dataclasses.replace(SPEC, experts=facts)
         assert memory.activation_bytes(config, mixture, torch.bfloat16, CPU) - plain == more
+
+
+def test_logits_of_a_scored_prompt_are_planned() -> None:
+    """One seat's prompt may want more of them than there are seats: as many as a rank lets one forward give."""
+    row = memory.activation_bytes(EngineConfig(max_num_batched_tokens=1), SPEC, torch.bfloat16, CPU)
+    for tokens, seats, wanted in ((2000, 1, 256), (2000, 300, 300), (100, 1, 100)):
+        config = EngineConfig(max_num_batched_tokens=tokens, max_num_seqs=seats)
+        logits = memory.activation_bytes(config, SPEC, torch.bfloat16, CPU) - tokens * (row - 16 * SPEC.vocab)
+        assert logits == wanted * 16 * SPEC.vocab
+        cache = KVCache(SMALL, 2, 16, torch.float32, CPU)
+        rank = Rank(random_decoder(SMALL, torch.float32, CPU), cache, max_num_seqs=seats, max_model_len=16)
+        assert min(tokens, rank.max_logits) == wanted
 
 
 def test_what_penalties_keep_is_what_is_planned() -> None:
