@@ -10,17 +10,25 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kvasir.engine.gguf_facts import Facts
+from kvasir.engine.gguf_rope import rope_scaling
 
 SIGMOID = 2
 """expert_gating_func."""
 
 
 def _llama(f: Facts) -> dict[str, Any]:
-    """Llama, Mistral, Mixtral, Yi, InternLM 3: all are called llama."""
-    if f.get("attention.temperature_scale"):
-        f.fail("attention.temperature_scale (Ministral 3) is not supported")
+    """Llama, Mistral, Mixtral, Yi, InternLM 3: all are called llama. Ministral 3's queries grow by its rope's original length,
+    or by the model's."""
+    window = f.get("attention.sliding_window")
+    scale = f.get("attention.temperature_scale")
     if f.get("expert_count"):
+        if scale:
+            f.fail("attention.temperature_scale is not supported beside experts")
         return {"model_type": "mixtral", "class": "Mixtral"} | _experts(f)
+    if scale:
+        length = f.get("rope.scaling.original_context_length") or f.count("context_length")
+        rope = {"original_max_position_embeddings": length, **(rope_scaling(f) or {}), "llama_4_scaling_beta": scale}
+        return {"model_type": "mistral", "class": "Mistral", "sliding_window": window, "rope_scaling": rope}
     if f.has("blk.0.attn_q.bias") and not f.has("blk.0.attn_output.bias"):
         return {
             "model_type": "internlm3",
@@ -29,7 +37,6 @@ def _llama(f: Facts) -> dict[str, Any]:
             "bias": False,
             "attention_bias": False,
         }
-    window = f.get("attention.sliding_window")
     if window:
         return {"model_type": "mistral", "class": "Mistral", "sliding_window": window}
     return {"model_type": "llama", "class": "Llama"}

@@ -55,12 +55,15 @@ def _numbers(f: Facts, name: str) -> npt.NDArray[np.float32]:
 
 
 def _yarn(f: Facts, factor: float, original: int) -> dict[str, Any]:
-    """DeepSeek's two mscales are equal in every published model; the file has one. gpt-oss rounds no border."""
+    """DeepSeek's two mscales are equal in every published model; the file has one. Mistral's has mscale_all_dim itself, and
+    mscale is 1. gpt-oss rounds no border."""
     made = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     multiplier = f.get("rope.scaling.yarn_log_multiplier")
     if multiplier and f.arch == "deepseek2":
         scale = round(multiplier / LOG_FACTOR, 6)
         made |= {"mscale": scale, "mscale_all_dim": scale}
+    if multiplier and f.arch == "mistral3":
+        made |= {"mscale": 1.0, "mscale_all_dim": multiplier}
     if f.arch == "gpt-oss":
         made["truncate"] = False
     given = ((theirs, f.get(f"rope.scaling.{ours}")) for ours, theirs in YARN_KEYS.items())

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 Config = Mapping[str, Any]
 Tensors = dict[str, Tensor]
 ARCHS = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-PERMUTED = ("llama", "granite", "smollm3", "internlm2", "minicpm")
+PERMUTED = ("llama", "mistral3", "granite", "smollm3", "internlm2", "minicpm")
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -51,6 +51,7 @@ MLA = {
 MANY = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "n_shared_experts": 2}
 DEEP = {**MLA, **MANY, "first_k_dense_replace": 1}
 MSCALES = {"rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}}
+MINISTRAL = {**YARN, "beta_fast": 16.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.125}
 MOE = {"num_local_experts": 5, "num_experts_per_tok": 2}
 GEMMA = {"norm": 0.0, "head_dim": 32, "num_key_value_heads": 1}
 # name -> general.architecture, transformers' class, its configuration
@@ -62,6 +63,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama-linear": ("llama", "Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0}}),
     "llama-yarn": ("llama", "Llama", {"rope_parameters": {**YARN, "beta_fast": 16.0, "attention_factor": 1.25}}),
     "mistral-nemo": ("llama", "Mistral", {"sliding_window": None, "head_dim": 24}),
+    "ministral3": ("mistral3", "Ministral3", {"rope_parameters": MINISTRAL}),
     "mixtral": ("llama", "Mixtral", MOE),
     "llama4": (
         "llama4",
@@ -352,6 +354,10 @@ OWN: dict[str, Callable[[Config], dict[str, Any]]] = {
         "rope.freq_base": None,
     },
     "gemma3": lambda c: {"attention.sliding_window": c["sliding_window"]},
+    "mistral3": lambda c: {
+        "attention.temperature_scale": c["rope_parameters"]["llama_4_scaling_beta"],
+        "rope.scaling.yarn_log_multiplier": c["rope_parameters"]["mscale_all_dim"],
+    },
     "phi3": phi3,
     "phimoe": lambda c: phi3({**c, "sliding_window": None}),
     "command-r": lambda c: {"logit_scale": c["logit_scale"], "rope.scaling.type": "none"},

@@ -187,6 +187,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], Arrange]] = {
     ),
     "mistral": ("llama", {"model_type": "mistral", "sliding_window": 9}, {"attention.sliding_window": 9}, permuted),
     "mistral3": ("mistral3", {"model_type": "llama"}, {}, permuted),
+    "ministral3-plain-rope": (
+        "mistral3",
+        {"model_type": "mistral", "rope_scaling": {"rope_type": "default", "llama_4_scaling_beta": 0.125}},
+        {"attention.temperature_scale": 0.125},
+        permuted,
+    ),
     "llama-fused": ("llama", {"model_type": "llama"}, {}, fused_permuted),
     "mixtral-2023": ("llama", {"model_type": "mixtral", **EXPERTS}, EXPERT_KEYS, permuted),
     "mixtral-fused": ("llama", {"model_type": "mixtral", **EXPERTS}, EXPERT_KEYS, fused_experts),
@@ -335,7 +341,7 @@ def test_a_place_of_another_shape(tmp_path: Path) -> None:
         ({"rope.freq_base": float("nan")}, r"rope\.freq_base must be a number, it is nan"),
         ({"attention.head_count_kv": [2, 1]}, "head_count_kv differs from layer to layer"),
         ({"expert_count": 7}, "must be a positive integer|is missing"),
-        ({"attention.temperature_scale": 0.5}, "Ministral 3"),
+        ({"attention.temperature_scale": 0.5, "expert_count": 4}, "temperature_scale is not supported beside experts"),
     ],
 )
 def test_facts_that_are_missing_or_unknown(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
