@@ -77,7 +77,11 @@ def run(config: ClusterConfig, *, address: str | None = None, make_engine: MakeE
         _start_ray(config, address)
         _check_room(config, own=address is None)
         _deploy(config, make_engine, own_ray=address is None)
-        addresses = wait_until_ready(APP)
+        try:
+            addresses = wait_until_ready(APP)
+        except (KeyboardInterrupt, SystemExit):  # SIGTERM's; a model may be served before the others are
+            _end_application(config.gateway.drain_timeout_s, own_ray=address is None)
+            raise
     except BaseException:
         reserved.close()
         _stop_ray()
@@ -115,13 +119,7 @@ class Running:
 
     def drain_and_stop(self, timeout_s: float | None = None) -> None:
         """Refuse new requests, let running ones finish for `timeout_s` (default: --drain-timeout), end everything."""
-        from ray import serve
-
-        limit = self._drain_timeout_s if timeout_s is None else timeout_s
-        with contextlib.suppress(TimeoutError):
-            _ask_gateways(APP, "drain", limit, timeout_s=limit + 5)
-        if not self._own_ray:
-            serve.delete(APP)
+        _end_application(self._drain_timeout_s if timeout_s is None else timeout_s, own_ray=self._own_ray)
         _stop_ray()
         self._reserved.close()
 
@@ -129,6 +127,19 @@ class Running:
         if self._stopping.is_set():
             os._exit(128 + number)  # Ray's processes end with their parent
         self._stopping.set()
+
+
+def _end_application(drain_s: float, *, own_ray: bool) -> None:
+    """Let what runs at gateways finish for `drain_s`. A Ray of our own ends with us; another one has to be told."""
+    from ray import serve
+
+    there = serve.status().applications.get(APP)
+    gateway = there and there.deployments.get("Gateway")
+    if gateway and gateway.replica_states.get("RUNNING"):  # asked for one that isn't there, Serve waits
+        with contextlib.suppress(TimeoutError):
+            _ask_gateways(APP, "drain", drain_s, timeout_s=drain_s + 5)
+    if not own_ray:
+        serve.delete(APP)
 
 
 def wait_until_ready(app: str) -> Addresses:

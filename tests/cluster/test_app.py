@@ -11,10 +11,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 import ray
+import ray.serve
 from waiting import until
 
 from kvasir.cluster import app, telemetry
@@ -35,6 +37,7 @@ spec = importlib.util.spec_from_file_location("fakes", conftest)
 sys.modules["fakes"] = fakes = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fakes)
 import ray
+import ray.serve
 ray.cloudpickle.register_pickle_by_value(fakes)
 engine = EngineConfig(model=model, served_model_name=(served,))
 gateways = int(os.environ.get("GATEWAYS", "1"))
@@ -228,6 +231,29 @@ def test_a_signal_before_it_waits_ends_it_too():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("gateways", "drained"), [({"RUNNING": 1}, ["drain"]), ({"STARTING": 1}, [])])
+@pytest.mark.parametrize("signalled", [KeyboardInterrupt, SystemExit])
+def test_a_signal_before_all_models_are_served_drains(byte_model, monkeypatch, signalled, gateways, drained):
+    """A gateway that is there may answer for some. Where there is none, asking it would take as long as draining."""
+    done = []
+
+    def interrupted(_):
+        raise signalled
+
+    deployments = {"Gateway": SimpleNamespace(replica_states=gateways)}
+    status = SimpleNamespace(applications={app.APP: SimpleNamespace(deployments=deployments)})
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray.serve, "status", lambda: status)
+    monkeypatch.setattr(app, "wait_until_ready", interrupted)
+    monkeypatch.setattr(app, "_ask_gateways", lambda _, method, *__, **___: done.append(method))
+    monkeypatch.setattr(app, "_stop_ray", lambda: done.append("stop"))
+    for name in ("_start_ray", "_check_room", "_deploy"):
+        monkeypatch.setattr(app, name, lambda *_, **__: None)
+    with pytest.raises(signalled):
+        app.run(config(byte_model, port=0, grpc_port=-1))
+    assert done == [*drained, "stop"]
 
 
 def test_a_model_that_is_not_there_is_told_before_anything_starts(tmp_path):
