@@ -17,7 +17,6 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from kvasir.cluster import telemetry
-from kvasir.cluster.group_client import GroupClient
 from kvasir.cluster.group_directory import GroupDirectory
 from kvasir.engine.event import Finished, Pooled
 from kvasir.engine.request import Request
@@ -265,7 +264,8 @@ class _Directories(Collector):
 
 
 class _GroupStats(Collector):
-    """What the groups last said about themselves. `engine` tells the groups of a model apart."""
+    """What the groups last said about themselves. `engine` is a group's name, the same at all gateways and of no other
+    group: by a number, one whose neighbour was replaced would go on in that one's series, and rates would leap."""
 
     def __init__(self, directory: GroupDirectory, models: Sequence[str]) -> None:
         self._directory = directory
@@ -276,11 +276,11 @@ class _GroupStats(Collector):
         alive = Metric("kvasir:group_alive", "1: the group's step loop turns.", "gauge")
         role = Metric("kvasir:group_role", "What a group is for.", "gauge")
         draining = Metric("kvasir:group_draining", "1: it gives away what runs there.", "gauge")
-        for model, engine, client in self._clients():
-            labels = {"model_name": model, "engine": engine}
+        groups = [(model, client) for model in self._models for client in self._directory.clients(model)]
+        for model, client in groups:
+            labels = {"model_name": model, "engine": client.name}
             alive.add_sample("kvasir:group_alive", labels, float(client.alive))
-            facts = {"group": client.name, "role": client.member.role}
-            role.add_sample("kvasir:group_role", labels | facts, 1.0)
+            role.add_sample("kvasir:group_role", labels | {"role": client.member.role}, 1.0)
             draining.add_sample("kvasir:group_draining", labels, float(client.draining))
             stats = client.stats if client.alive else None
             for name, (_, _, attribute, samples) in _STATS.items():
@@ -291,11 +291,6 @@ class _GroupStats(Collector):
                     sample = name if families[name].type == "gauge" else f"{name}_total"
                     families[name].add_sample(sample, labels | {"tier": tier}, float(getattr(stats, attribute)))
         return [*families.values(), alive, role, draining]
-
-    def _clients(self) -> Iterable[tuple[str, str, GroupClient]]:
-        for model in self._models:
-            for number, client in enumerate(self._directory.clients(model)):
-                yield model, str(number), client
 
 
 def _flat(name: str) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import re
+from types import SimpleNamespace
 
 import httpx
 import pytest
+from fake_gateway import FakeGroup
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvasir.cluster.all_metrics import merged
@@ -83,7 +86,7 @@ def test_counts_and_times(live):
 
 def test_the_groups_stats(live):
     found = samples(live)
-    assert value(found, "vllm:num_requests_running", model_name="bytes", engine="0") == 3
+    assert value(found, "vllm:num_requests_running", model_name="bytes", engine="group-1") == 3
     assert value(found, "vllm:num_requests_waiting") == 1
     assert value(found, "vllm:kv_cache_usage_perc") == 0.25
     assert value(found, "vllm:prefix_cache_queries_total") == 40
@@ -96,6 +99,22 @@ def test_the_groups_stats(live):
     found = samples(live)
     assert value(found, "kvasir:group_alive") == 0
     assert not any(name == "vllm:num_requests_running" for name, *_ in found)
+
+
+def test_a_group_keeps_its_series_when_another_is_replaced():
+    groups = [FakeGroup() for _ in "abc"]
+    for group, name in zip(groups, "abc", strict=True):
+        group.name, group.stats = name, dataclasses.replace(group.stats, prefix_hits=ord(name))
+
+    def hits(*known):
+        text = Metrics.render_groups(SimpleNamespace(clients=lambda _: known), ["bytes"]).decode()
+        return set(
+            re.findall(r'^vllm:prefix_cache_hits_total{engine="(.)",model_name="bytes"} (.*)$', text, re.MULTILINE)
+        )
+
+    a, b, c = groups
+    assert hits(a, b) == hits(b, a) == {("a", "97.0"), ("b", "98.0")}
+    assert hits(b, c) == {("b", "98.0"), ("c", "99.0")}
 
 
 def test_what_is_known_of_blocks(live):

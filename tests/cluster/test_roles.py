@@ -139,8 +139,8 @@ def test_a_role_is_changed_or_it_is_said_why_not(live_gateway, monkeypatch):
 
 def test_metrics_say_who_is_what(gateway):
     text = httpx.get(gateway.url + "/metrics").text
-    assert 'kvasir:group_role{engine="0",group="group-1",model_name="bytes",role="both"} 1.0' in text
-    assert 'kvasir:group_draining{engine="0",model_name="bytes"} 0.0' in text
+    assert 'kvasir:group_role{engine="group-1",model_name="bytes",role="both"} 1.0' in text
+    assert 'kvasir:group_draining{engine="group-1",model_name="bytes"} 0.0' in text
 
 
 class Replicas:
