@@ -135,7 +135,7 @@ def _end_application(drain_s: float, *, own_ray: bool) -> None:
 
     there = serve.status().applications.get(APP)
     gateway = there and there.deployments.get("Gateway")
-    if gateway and gateway.replica_states.get("RUNNING"):  # asked for one that isn't there, Serve waits
+    if gateway and gateway.replica_states.get("RUNNING"):  # type: ignore[call-overload]  # without one Serve waits
         with contextlib.suppress(TimeoutError):
             _ask_gateways(APP, "drain", drain_s, timeout_s=drain_s + 5)
     if not own_ray:
