@@ -275,9 +275,10 @@ class GroupExecutor:
 
     def _overdue(self) -> str | None:
         """A step that this rank is done with has no result: a later stage hangs. Or it is never done with one: a launch waits
-        for nothing but the device, whose kernels wait for another rank's."""
+        for nothing but the device, whose kernels wait for another rank's; or, where none were warmed up, for a compiler."""
         since = self._moved if self._handed_on > self._answered else None
-        if self.rank.lags and (launching := self._launching) is not None:
+        warm = self.rank.lags and "generate" in self.loaded.info.tasks
+        if warm and (launching := self._launching) is not None:
             since = launching
         late = since is not None and time.monotonic() - since > self._config.collective_timeout
         return _hangs(self._config) if late else None
