@@ -390,8 +390,8 @@ def test_doctor(kvasir: Kvasir) -> None:
     findings = json.loads(run.out)
     assert {"python", "cpu", "models", "memory", "threads", "allocator"} <= {finding["about"] for finding in findings}
     assert run.status == (1 if any(finding["state"] == "wrong" for finding in findings) else 0)
-    lines = [re.fullmatch(r"cpu: (\w+) for (.+) \((.+)\)", f["text"]) for f in findings if f["about"] == "backend"]
-    ops = [name for line in lines if line for name in line[2].split(", ")]
+    lines = [re.fullmatch(r"cpu: (.+): \w+ \(.+\)", f["text"]) for f in findings if f["about"] == "backend"]
+    ops = [name for line in lines if line for name in line[1].split(", ")]
     assert {"attention", "turn_and_write", "draw", "route", "linear of bfloat16"} <= set(ops)
     assert len(ops) == len(set(ops))
 

@@ -75,7 +75,8 @@ def test_deltas_of_responses(text):
         (_Message(0), "output_text", [score], {"logprobs": [score]}),
         (_Thoughts(2, plain), "reasoning_text", [], {}),
         (_Thoughts(2, summed), "reasoning_summary_text", [], {}),
-        (_Call(3, "f", "call_1"), "function_call_arguments", [], {}),
+        (_Call(3, "f", "call_1", custom=False), "function_call_arguments", [], {}),
+        (_Call(3, "f", "call_1", custom=True), "custom_tool_call_input", [], {}),
     ]
     for item, name, scores, more in items:
         found = item.grow(7, text, scores)
