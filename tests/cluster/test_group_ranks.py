@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 from ray.serve import RunTarget
+from ray.serve.exceptions import DeploymentUnavailableError
 from waiting import until
 
 from kvasir.cluster import app, application
@@ -47,7 +48,11 @@ def deployed(serve_on_ray, data):
 
 
 def endpoints(handle):
-    answers = handle.broadcast("endpoint").results(timeout_s=60, return_exceptions=True)
+    """Of groups that serve: none, while the only one's coordinator is dead."""
+    try:
+        answers = handle.broadcast("endpoint").results(timeout_s=60, return_exceptions=True)
+    except DeploymentUnavailableError:
+        return []
     return [answer[0] for answer in answers if isinstance(answer, tuple) and answer[0] is not None]
 
 
@@ -188,7 +193,7 @@ def test_what_steers_nccl_reaches_every_rank(monkeypatch):
 
 def test_sizes_that_dont_work_are_told_plainly(deployed, serve_on_ray):
     deployed(wait=False, pipeline_parallel_size=6)
-    until(lambda: serve_on_ray.status().applications["test"].status == "DEPLOY_FAILED", limit_s=90)
+    until(lambda: serve_on_ray.status().applications["test"].status == "DEPLOY_FAILED")
     text = app.failure_text(serve_on_ray.status().applications["test"])
     assert "this model has 5 layers, so 1 to 5 work (see --pipeline-parallel-size)" in text
 
@@ -228,7 +233,7 @@ def test_chaos(deployed, orders, segments, layout, ways):
         ends = asyncio.run(main())
         assert all(isinstance(end, (KvasirError, Failed)) for end in ends)
         until(lambda ranks=ranks: not any(os.path.exists(f"/proc/{pid}") for pid in ranks))
-        until(lambda where=where: (now := endpoints(handle)) and now[0] != where, limit_s=90)
+        until(lambda where=where: (now := endpoints(handle)) and now[0] != where)
     assert placement_groups() == 1
     until(lambda: segments() <= before)
 
