@@ -17,7 +17,7 @@ from ray.serve import RunTarget
 from ray.serve.exceptions import DeploymentUnavailableError
 from waiting import until
 
-from kvasir.cluster import app, application
+from kvasir.cluster import app, application, group_client
 from kvasir.cluster.group_client import GroupClient
 from kvasir.cluster.rank_actor import FollowerActor, RankActor, RankSetup
 from kvasir.engine.config import EngineConfig
@@ -31,8 +31,9 @@ LONG = SamplingParams(temperature=1.0, seed=1, max_tokens=480, ignore_eos=True)
 
 
 @pytest.fixture
-def deployed(serve_on_ray, data):
+def deployed(serve_on_ray, data, monkeypatch):
     """`deployed(tensor_parallel_size=2, ...)`: a handle of the Group of a small trained model, running."""
+    monkeypatch.setattr(group_client, "SILENCE_S", 30.0)  # coordinators may get no processor here for longer
 
     def deploy(wait=True, log_level="info", **options):
         options = {"dtype": "float32", "num_threads": 1, "kv_cache_memory_bytes": 1 << 22} | options
