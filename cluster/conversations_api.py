@@ -37,7 +37,7 @@ class Conversations:
     async def create(self, lookup: Lookup, body: Json) -> Json:
         fields = _fields(body, _CREATE)
         given = input_items(fields["items"], "items") if fields.get("items") else []
-        items = await named_items(self._store, given, lookup.principal)
+        items = await named_items(self._store, given, lookup.principal, "items")
         now, name = int(time.time()), f"conv_{uuid.uuid4().hex}"
         made = {"id": name, "object": "conversation", "created_at": now, "metadata": fields.get("metadata", {})}
         stored = Stored(id=name, kind=_KIND, principal=lookup.principal, expires=now + self._ttl_s, body=made)
@@ -65,7 +65,7 @@ class Conversations:
         """More items."""
         stored = await self._stored(lookup)
         fields = _fields(body, {"items": _ITEMS})
-        items = await named_items(self._store, input_items(fields.get("items"), "items"), lookup.principal)
+        items = await named_items(self._store, input_items(fields.get("items"), "items"), lookup.principal, "items")
         await add_items(self._store, stored.id, items, time.time() + self._ttl_s)
         return Page(len(items), None, newest_first=False).json(items)
 

@@ -63,6 +63,9 @@ def test_of_a_conversation(gateway, client):
     assert post(gateway, input=[reference(first)], store=False).status_code == 200
     client.conversations.delete(other.id)
     client.conversations.items.delete(two, conversation_id=one.id)
+    for place in ("", f"/{one.id}/items"):
+        answer = httpx.post(f"{gateway.url}/v1/conversations{place}", json={"items": [reference("msg_never")]})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (404, "items")
     assert post(gateway, input=[reference(first)]).status_code == 404
     assert post(gateway, input=[reference("msg_never")]).status_code == 404
 
