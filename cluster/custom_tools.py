@@ -96,6 +96,9 @@ def _schema(form: Any, at: str) -> tuple[Json, Json]:
     if grammar.get("syntax") != "regex":
         text = f"a grammar of syntax {grammar.get('syntax')!r:.60} can't be enforced inside of a call"
         raise UnsupportedError(f'{at}: {text}; use "regex", or text', param="tools")
+    known = {"type", "grammar"} if grammar is not form else {"type", "syntax", "definition"}
+    if other := [*({*form} - known), *({*grammar} - {"type", "syntax", "definition"})]:
+        raise UnsupportedError(f"{at}: {other[0]:.60} of a grammar isn't supported", param="tools")
     definition = grammar["definition"]
     told = f"A text that matches the regular expression {definition}"
     return {"type": "string", "description": told, "pattern": f"^(?:{definition})$"}, {"strict": True}

@@ -254,6 +254,7 @@ def test_a_regular_expression_is_of_the_whole_input(pattern, text, holds):
     ("tool", "word"),
     [
         ({"format": {"type": "grammar", "syntax": "lark", "definition": "start: /a/"}}, "'lark'"),
+        ({"format": {"type": "grammar", "syntax": "regex", "definition": "a", "flags": "i"}}, "flags"),
         ({"format": {"type": "grammar", "syntax": "regex", "definition": "(?=a)b"}}, "the format of tool 'run'"),
         ({"format": {"type": "grammar", "syntax": "regex"}}, "definition"),
         ({"format": {"type": "xml"}}, "format"),
