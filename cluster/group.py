@@ -13,13 +13,14 @@ import logging
 import os
 import re
 import signal
+import time
 from typing import Any, get_args
 
 import ray
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from kvasir.cluster import telemetry
+from kvasir.cluster import telemetry, wire
 from kvasir.cluster.placement import note_split, on_bundle, placed, rank_bundles, spread
 from kvasir.cluster.rank_actor import Failure, FollowerActor, RankActor, RankSetup
 from kvasir.cluster.rank_start import UnstartedError, started
@@ -34,6 +35,10 @@ RESTART_PAUSE_S = (0.2, 30.0)
 """First and longest pause before a rank is started again."""
 LOOK_S = 0.25
 """How often the coordinator looks whether rank 0, on its node, stands still."""
+ASK_S = 1.0
+"""How often it asks rank 0 for a sign of life: what holds Python's lock there holds up its own look at its heartbeat, too."""
+MUTE_S = 5.0
+"""Rank 0 has so long to answer once another rank has ended; else as long as its step loop may take for a turn."""
 MAX_RESTARTS = 3
 """Failed starts in a row, after which Serve is asked to replace the replica, perhaps on another node."""
 
@@ -198,16 +203,31 @@ class Group:
         """Replace the rank whenever it ends."""
         while True:
             run = asyncio.ensure_future(self._rank.run.remote())
-            while not run.done() and not stopped(self._processes[0][1]):
-                await asyncio.wait([run], timeout=LOOK_S)
-            failure = await self._end_of(run)
+            mute = asyncio.ensure_future(self._mute())
+            try:
+                while not run.done() and not mute.done() and not stopped(self._processes[0][1]):
+                    await asyncio.wait([run, mute], timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+                failure = await self._end_of(run, mute)
+            finally:
+                mute.cancel()
             self._endpoint = None
             await self._restart(failure)
 
-    async def _end_of(self, run: asyncio.Future[Failure]) -> Failure:
+    async def _mute(self) -> Failure:
+        """Returns when rank 0 runs and answers nothing."""
+        while True:
+            answer, begin = asyncio.ensure_future(self._rank.where.remote()), time.monotonic()
+            while not (await asyncio.wait([answer], timeout=LOOK_S))[0]:
+                late = time.monotonic() - begin
+                if late > (MUTE_S if any(run.done() for run in self._runs.values()) else wire.STALL_S):
+                    return Failure(f"rank 0 has answered nothing for {late:.0f} s: it hangs")
+            answer.exception()  # of a process that is gone `run` tells more
+            await asyncio.sleep(ASK_S)
+
+    async def _end_of(self, run: asyncio.Future[Failure], mute: asyncio.Future[Failure]) -> Failure:
         if not run.done():
             run.cancel()
-            return Failure("rank 0 was stopped (SIGSTOP)")
+            return mute.result() if mute.done() else Failure("rank 0 was stopped (SIGSTOP)")
         try:
             return run.result()
         except Exception as error:  # whatever it is

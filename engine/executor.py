@@ -275,13 +275,14 @@ class GroupExecutor:
 
     def _overdue(self) -> str | None:
         """A step that this rank is done with has no result: a later stage hangs. Or it is never done with one: a launch waits
-        for nothing but the device, whose kernels wait for another rank's; or, where none were warmed up, for a compiler."""
+        for nothing but the device, whose kernels wait for another rank's, or is computed on a CPU, for which the next stage
+        waits no longer either. Where no kernels were warmed up it waits for a compiler, and a CPU's sums have their own limits."""
         since = self._moved if self._handed_on > self._answered else None
-        warm = self.rank.lags and "generate" in self.loaded.info.tasks
-        if warm and (launching := self._launching) is not None:
+        limited = "generate" in self.loaded.info.tasks if self.rank.lags else self._config.pipeline_parallel_size > 1
+        if limited and (launching := self._launching) is not None:
             since = launching
         late = since is not None and time.monotonic() - since > self._config.collective_timeout
-        return _hangs(self._config) if late else None
+        return hangs(self._config) if late else None
 
     def _free(self) -> None:
         """The group failed: whoever waits for the rank that is gone, this process included, gets an error."""
@@ -384,10 +385,11 @@ def _lands(step: Step) -> bool:
 
 def _symptom(error: RuntimeError, config: EngineConfig) -> str:
     if "timed out" in str(error).lower():
-        return _hangs(config)
+        return hangs(config)
     return f"rank 0 failed: {type(error).__name__}: {error}"
 
 
-def _hangs(config: EngineConfig) -> str:
+def hangs(config: EngineConfig) -> str:
+    """What to say of an exchange that was given up."""
     limit = config.collective_timeout
     return f"an exchange between ranks took longer than {limit:g} s (--collective-timeout): a rank or a link hangs"

@@ -43,7 +43,7 @@ def run(config: EngineConfig, address: str, token: str, rank: int, *, gone: Call
     except EOFError:
         return
     except Exception as error:  # whatever it is, rank 0 must hear of it
-        spoke.send("failed", json.dumps(_explained(error)).encode())
+        spoke.send("failed", json.dumps(_explained(error, config)).encode())
         raise
     finally:
         spoke.close()
@@ -124,10 +124,14 @@ def json_of(config: EngineConfig) -> dict[str, Any]:
     return asdict(config)
 
 
-def _explained(error: BaseException) -> dict[str, Any]:
-    """`final`: the configuration is to blame."""
+def _explained(error: BaseException, config: EngineConfig) -> dict[str, Any]:
+    """`final`: the configuration is to blame. An exchange that ended late is another rank's fault, not of a line of ours."""
+    from kvasir.engine.executor import hangs
+
     if isinstance(error, KvasirError):
         return {"why": error.message, "final": True, "param": error.param}
+    if isinstance(error, RuntimeError) and "imed out" in str(error) and "--collective-timeout" not in str(error):
+        return {"why": hangs(config), "final": False}
     where = traceback.extract_tb(error.__traceback__)
     at = f" (at {os.path.basename(where[-1].filename)}:{where[-1].lineno})" if where else ""
     return {"why": f"{type(error).__name__}: {error}{at}", "final": False}

@@ -42,6 +42,8 @@ def ranks(monkeypatch, **calls):
         answer = calls[name].pop(0) if calls.get(name) else usual.get(name)
         if name == "run" and answer is None:
             await asyncio.Event().wait()
+        if asyncio.iscoroutine(answer):
+            answer = await answer
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -69,6 +71,24 @@ def test_whatever_fails_ranks_are_started_again(monkeypatch, call, error):
         coordinator = Group(actors)
         await until_async(lambda: coordinator._endpoint == "second" and not coordinator._failed_starts)
         await coordinator.check_health()
+        coordinator._watcher.cancel()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_rank_0_that_holds_pythons_lock_is_replaced(monkeypatch, ended):
+    """It can't see itself that it hangs, and is waited for less long once another rank has given up waiting for it."""
+    actors = ranks(monkeypatch, run=[], where=[asyncio.Event().wait()])
+    monkeypatch.setattr(group, "LOOK_S", 0.001)
+    monkeypatch.setattr(group, "MUTE_S" if ended else "wire", 0.01 if ended else SimpleNamespace(STALL_S=0.01))
+
+    async def main():
+        coordinator = Group(actors)
+        if ended:
+            coordinator._runs[1] = asyncio.ensure_future(asyncio.sleep(0))
+        await until_async(lambda: coordinator._endpoint == "second")
+        assert "rank 0 has answered nothing for 0 s: it hangs" in coordinator._why
         coordinator._watcher.cancel()
 
     asyncio.run(main())

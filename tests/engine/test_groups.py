@@ -23,13 +23,13 @@ from typing import Any
 import pytest
 from waiting import until
 
-from kvasir.engine import control
+from kvasir.engine import control, worker
 from kvasir.engine import load as loading
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.control import Hub, RankError
 from kvasir.engine.errors import ConfigError, UnavailableError, UnsupportedError
 from kvasir.engine.event import Event
-from kvasir.engine.executor import GroupExecutor, executor_of, places
+from kvasir.engine.executor import GroupExecutor, executor_of, hangs, places
 from kvasir.engine.frames import HEAD, KINDS, Kind, encode_tickets, send
 from kvasir.engine.llm import LLM
 from kvasir.engine.mesh import Mesh
@@ -297,6 +297,38 @@ def test_a_later_stage_that_hangs(stories: dict[str, Any], monkeypatch: pytest.M
     with pytest.raises(UnavailableError, match=r"longer than 1 s .--collective-timeout.: a rank or a link hangs"):
         llm.generate(["Once"], GREEDY, use_tqdm=False)
     assert all(gone(pid) for pid in others.values())
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["before", "behind"])
+def test_a_first_stage_that_hangs(stories: dict[str, Any], monkeypatch: pytest.MonkeyPatch, behind: bool) -> None:
+    """Before it hands on, so that the next stage waits, or behind that, when nobody waits for it but who launches steps."""
+    llm = LLM(**stories, pipeline_parallel_size=2, collective_timeout=60.0)
+    others, executor, ever = pids(llm), llm.engine._executor, threading.Event()
+    assert isinstance(executor, GroupExecutor)
+    monkeypatch.setattr(executor, "_config", replace(executor._config, collective_timeout=1.0))
+    forward = executor.rank.forward
+
+    def stands_still(*args: Any) -> None:
+        if behind:
+            forward(*args)
+        ever.wait(60)
+
+    monkeypatch.setattr(executor.rank, "forward", stands_still)
+    try:
+        with pytest.raises(UnavailableError, match=r"longer than 1 s .--collective-timeout.: a rank or a link hangs"):
+            llm.generate(["Once"], GREEDY, use_tqdm=False)
+    finally:
+        ever.set()
+    assert all(gone(pid) for pid in others.values())
+
+
+def test_an_exchange_that_was_waited_for_in_vain_names_its_limit() -> None:
+    """Whoever waits is not to blame, and no line of its code is."""
+    said = worker._explained(
+        RuntimeError("[buffer.cc:78] Timed out waiting 5000ms for recv"), EngineConfig(collective_timeout=5)
+    )
+    assert said == {"why": hangs(EngineConfig(collective_timeout=5)), "final": False}
+    assert "5 s (--collective-timeout): a rank or a link hangs" in said["why"]
 
 
 SCRIPT = """
