@@ -23,7 +23,7 @@ class StructuredOutput:
     """What the output must look like: exactly one of the first six is set."""
 
     json: str | None = None
-    """A JSON Schema, as JSON text."""
+    """A JSON Schema: JSON text, or an object, which becomes text."""
     json_object: bool = False
     """Any JSON object."""
     regex: str | None = None
@@ -32,10 +32,18 @@ class StructuredOutput:
     grammar: str | None = None
     """A context-free grammar: GBNF (llama.cpp), EBNF or Lark."""
     structural_tag: str | None = None
-    """Tags between which a schema holds, outside of which text is free, as JSON text."""
+    """Tags between which a schema holds, outside of which text is free: JSON text, or an object, which becomes text."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "choice", tuple(self.choice))
+        object.__setattr__(self, "choice", _listed("choice", self.choice))
+        for name in ("json", "structural_tag"):
+            if isinstance(value := getattr(self, name), Mapping):
+                object.__setattr__(self, name, _json_text(name, value))
+        texts = [(name, getattr(self, name)) for name in ("json", "regex", "grammar", "structural_tag")]
+        for name, text in [*texts, *(("choice", choice) for choice in self.choice)]:
+            if text is not None and not isinstance(text, str):
+                raise ClientError(f"{name} must be text, got {text!r:.60}", param="structured_outputs")
+        _flag("json_object", self.json_object)
         kinds = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
         chosen = [name for name in kinds if getattr(self, name) not in (None, False, ())]
         if len(chosen) != 1:
@@ -127,12 +135,8 @@ class SamplingParams:
     """How the output's thoughts are told from the answer, for which alone `structured_outputs` holds."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
-        object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids or ()))
+        for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
+            object.__setattr__(self, name, _listed(name, getattr(self, name)))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         if self.logits_processors:
             object.__setattr__(self, "logits_processors", _as_text(self.logits_processors))
@@ -158,6 +162,12 @@ class SamplingParams:
         return self.n if self.use_beam_search else self.continuations
 
     def _check(self) -> None:
+        for name in FLAGS:
+            _flag(name, getattr(self, name))
+        for name, kind in NESTED.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise ClientError(f"{name} must be a {kind.__name__}, got {value!r:.60}", param=name)
         _whole("n", self.n, 1, MAX_N)
         if self.best_of is not None:
             _whole("best_of", self.best_of, self.n, MAX_N, note=f" (n is {self.n})")
@@ -215,6 +225,7 @@ NESTED: Mapping[str, type[StructuredOutput | Thoughts]] = {
     "thoughts": Thoughts,
 }
 """Fields of SamplingParams that have fields of their own."""
+FLAGS = tuple(name for name, kind in SamplingParams.__annotations__.items() if kind == "bool")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -280,6 +291,28 @@ def _whole(name: str, value: object, low: int, high: int | None, note: str = "")
     limits = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         raise ClientError(f"{name} must be {limits}{note}, got {value!r:.60}", param=name.split()[0])
+
+
+def _flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ClientError(f"{name} must be true or false, got {value!r:.60}", param=name)
+
+
+def _listed(name: str, value: Any) -> tuple[Any, ...]:
+    """A text alone is a list of one, not of its letters; None: nothing."""
+    if isinstance(value, str):
+        return (value,)
+    try:
+        return () if value is None else tuple(value)
+    except TypeError as error:
+        raise ClientError(f"{name} must be a list, got {value!r:.60}", param=name) from error
+
+
+def _json_text(name: str, value: object) -> str:
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ClientError(f"{name} must be JSON: {error}", param="structured_outputs") from error
 
 
 def _as_text(processors: object) -> dict[str, str]:

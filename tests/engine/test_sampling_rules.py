@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvasir.engine.errors import ClientError
-from kvasir.engine.request import SamplingParams
+from kvasir.engine.request import SamplingParams, StructuredOutput
 from kvasir.engine.sampler import Sampler
 from kvasir.engine.step import NewSequence, replays
 from kvasir.engine.trail import Trail
@@ -254,3 +255,28 @@ def test_ranges(field: str, value: Any) -> None:
     with pytest.raises(ClientError, match=field) as refused:
         SamplingParams(**{field: value})
     assert refused.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: SamplingParams(structured_outputs={"regex": "a"}), "structured_outputs must be a StructuredOutput"),
+        (lambda: SamplingParams(ignore_eos="no"), "ignore_eos must be true or false, got 'no'"),
+        (lambda: SamplingParams(stop_token_ids=0), "stop_token_ids must be a list, got 0"),
+        (lambda: SamplingParams(stop=5), "stop must be a list, got 5"),
+        (lambda: StructuredOutput(regex=5), "regex must be text, got 5"),
+        (lambda: StructuredOutput(choice=["a", 2]), "choice must be text, got 2"),
+        (lambda: StructuredOutput(json={"enum": {1}}), "json must be JSON: .*set"),
+        (lambda: StructuredOutput(json_object="yes"), "json_object must be true or false"),
+    ],
+)
+def test_values_of_another_type_are_named(make: Callable[[], object], words: str) -> None:
+    """What Python callers may write, where the wire's types don't hold."""
+    with pytest.raises(ClientError, match=words):
+        make()
+
+
+def test_a_text_alone_is_no_list_of_letters() -> None:
+    assert SamplingParams(bad_words="the", stop="end").bad_words == ("the",)
+    assert StructuredOutput(choice="yes").choice == ("yes",)
+    assert StructuredOutput(json={"type": "object"}).json == '{"type": "object"}'
