@@ -10,9 +10,14 @@ import numpy as np
 from kvasir.cluster.fetch import Holdings
 from kvasir.cluster.member import Member
 from kvasir.cluster.standings import DECODING, PREFILL_TOKENS, PREFILLS, RATE, Amounts, Floats
+from kvasir.engine.block_ids import NOBODY
 
 OTHERS = 2.0
 """A request waits for others' tokens, and they for as many of its own."""
+AFFINITY = 0.8
+"""Share of a prompt that makes a group its home."""
+LIKE = 0.98
+"""Of the most that is cached: who has so much is as good."""
 
 
 @dataclass(slots=True)
@@ -34,6 +39,8 @@ class Choices:
     """Who has them; groups of one version share it."""
     priced: Floats | None = None
     """What `costs` says, if that is known already."""
+    known: tuple[int, int] | None = None
+    """And what `best` and `home` say, NOBODY for None."""
 
     @classmethod
     def blank(cls, members: Sequence[Member], standings: Floats, length: int) -> Choices:
@@ -70,6 +77,21 @@ class Choices:
         rates = np.where(table[RATE], table[RATE], mean)
         found: Floats = (table[DECODING] + OTHERS * before + rest) * (mean / rates)
         return found
+
+    @property
+    def best(self) -> int:
+        """Tokens that are cached where they are most."""
+        return self.known[0] if self.known else int(self.cached.max())
+
+    def home(self, mean: float) -> int | None:
+        """The cheapest of those that have about as much cached as any, if that is nearly all that there is to do."""
+        if self.known:
+            return self.known[1] if self.known[1] != NOBODY else None
+        best = self.best
+        if not best or best < AFFINITY * (best + self.rest.min()):
+            return None
+        places = (self.cached >= LIKE * best).nonzero()[0]
+        return int(places[self.costs(mean)[places].argmin()])
 
     def peers(self, place: int) -> list[tuple[Member, int]]:
         """(group, tokens) from which it should fetch, best first; none when that doesn't pay."""

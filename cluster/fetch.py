@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +22,8 @@ class Holdings:
     """By group's number: tokens that it holds in any tier, if it serves blocks; None: nobody does."""
     lenders: Mapping[int, Member] = field(default_factory=dict)
     """By group's number."""
+    first: Sequence[float] | None = None
+    """Numbers of MAX_PEERS + 1 that hold most, or None: who they are isn't known yet."""
 
     @property
     def most(self) -> int:
@@ -32,8 +34,9 @@ class Holdings:
         """(group, tokens) of those that hold more than the `own` tokens of `member`: most tokens, then least load first."""
         if self.tokens is None:
             return []
-        found = [(group, int(self.tokens[group])) for group in (self.tokens > own).nonzero()[0].tolist()]
-        peers = [(self.lenders[group], count) for group, count in found if group != member.group]
+        groups = (self.tokens > own).nonzero()[0].tolist() if self.first is None else map(int, self.first)
+        found = [(group, int(self.tokens.item(group))) for group in groups if group != member.group]
+        peers = [(self.lenders[group], count) for group, count in found if count > own]
         return sorted(peers, key=lambda one: (-one[1], one[0].requests))[:MAX_PEERS]
 
 

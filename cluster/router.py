@@ -24,7 +24,7 @@ from typing import Literal
 
 import numpy as np
 
-from kvasir.cluster.choices import OTHERS, Choices
+from kvasir.cluster.choices import AFFINITY, LIKE, OTHERS, Choices
 from kvasir.cluster.directory import BlockDirectory
 from kvasir.cluster.fetch import Holdings, fetches
 from kvasir.cluster.member import Member, Pace, Reservation
@@ -39,8 +39,6 @@ Policy = Literal["round-robin", "least-load", "prefix", "cost"]
 
 SAVED: Sequence[tuple[Tier, float]] = (("host", 0.95), ("disk", 0.75))
 """What a cached token saves that has to be brought back to the device, in tokens computed."""
-AFFINITY = 0.8
-"""Share of a prompt that makes a group its home."""
 SLACK = 0.75
 """Share of max_ttft_s that predictions may use up: those that come later take their part of each step."""
 STAY_S = 0.25
@@ -193,7 +191,7 @@ class Router:
         self, why: str, choices: Choices, place: int, length: int, candidates: int, source: Member | None
     ) -> Route:
         member, cached = choices.members[place], int(choices.cached[place])
-        wait, queued, best = choices.wait(place), member.prefill_tokens, int(choices.cached.max())
+        wait, queued, best = choices.wait(place), member.prefill_tokens, choices.best
         peers = choices.peers(place)
         reservation = member.reserve(int(choices.rest[place]), -(-length // member.block_size))
         return Route(
@@ -236,7 +234,9 @@ class Router:
             source = None
         elif source is not None:  # it has just computed them, and may not have told yet
             source_tokens = (length - 1) // source.block_size * source.block_size
-        self._costs = self._costs or group_costs(np.array([1.0, *(saved for _, saved in SAVED)]), OTHERS)
+        self._costs = self._costs or group_costs(
+            np.array([1.0, *(saved for _, saved in SAVED)]), OTHERS, AFFINITY, LIKE
+        )
         if self._costs is not None:
             return self._weighed(self._costs, asked, standings, found, length, source_tokens, source)
         cached = held = found[0, asked.at]
@@ -263,9 +263,10 @@ class Router:
         """The same by compiled code."""
         mean, number = self._pace.rate or 1.0, NOBODY if source is None else source.group
         weighed = costs.weigh(self._standings.table, asked.numbers, found, length, mean, number, source_tokens)
-        holdings = Holdings(weighed.lent, self._lenders) if self._lenders else Holdings()
+        holdings = Holdings(weighed.lent, self._lenders, weighed.lenders) if self._lenders else Holdings()
         parts = weighed.cached, weighed.held, weighed.rest, weighed.fetched
-        return Choices(asked.members, standings, *parts, [holdings] * len(asked.members), weighed.costs)
+        known = weighed.best, weighed.home
+        return Choices(asked.members, standings, *parts, [holdings] * len(asked.members), weighed.costs, known)
 
     def _holdings(self, found: Ints, source: Member | None, source_tokens: int) -> Holdings:
         if not self._lenders:
@@ -327,13 +328,11 @@ class Router:
         return self._cheapest(choices)
 
     def _cheapest(self, choices: Choices) -> tuple[str, int]:
-        costs, cached = choices.costs(self._pace.rate or 1.0), choices.cached
-        if (best := cached.max()) and best >= AFFINITY * (best + choices.rest.min()):
-            places = (cached >= (1 - TIE) * best).nonzero()[0]
-            home = int(places[costs[places].argmin()])
-            if choices.queue(home) <= STAY_S:
-                return "home", home
-        return "cost", self._least(choices, costs, TIE)
+        mean = self._pace.rate or 1.0
+        home = choices.home(mean)
+        if home is not None and choices.queue(home) <= STAY_S:
+            return "home", home
+        return "cost", self._least(choices, choices.costs(mean), TIE)
 
     def _least(self, choices: Choices, costs: Floats, tie: float) -> int:
         """The least; of those that are about equal, the less loaded of two at random."""

@@ -42,10 +42,10 @@ def holders() -> Holders | None:
     return Holders(found.path) if found else None
 
 
-def group_costs(saved: Floats, others: float) -> GroupCosts | None:
+def group_costs(saved: Floats, others: float, affinity: float, like: float) -> GroupCosts | None:
     """What a request costs at each group by compiled code, once that is there."""
     found = _compiled()
-    return GroupCosts(found.path, saved, others) if found else None
+    return GroupCosts(found.path, saved, others, affinity, like) if found else None
 
 
 def _compiled() -> BlockIds | None:

@@ -31,13 +31,22 @@ constexpr int64_t INPUT = 128, ID = 16, AHEAD = 48;
 constexpr uint64_t START[8] = {0x6a09e667f3bcc908, 0xbb67ae8584caa73b, 0x3c6ef372fe94f82b, 0xa54ff53a5f1d36f1,
                                0x510e527fade682d1, 0x9b05688c2b3e6c1f, 0x1f83d9abfb41bd6b, 0x5be0cd19137e2179};
 
-inline Lanes turned(Lanes x, int bits) { return x >> bits | x << (64 - bits); }
+template <int BITS> inline Lanes turned(Lanes x) {
+#if defined(__AVX2__) && !defined(__AVX512VL__) // AVX-512 rotates; where there is neither a shuffle of bytes is slow
+  typedef uint8_t Bytes __attribute__((vector_size(32)));
+  constexpr int N = BITS / 8;
+  Bytes from;
+  for (int at = 0; at < 32; at++) from[at] = at / 8 * 8 + (at + N) % 8;
+  if (BITS % 8 == 0) return (Lanes)__builtin_shuffle((Bytes)x, from);
+#endif
+  return x >> BITS | x << (64 - BITS);
+}
 
-inline void mix(Lanes &a, Lanes &b, Lanes &c, Lanes &d, Lanes words, int first, int second) {
+template <int FIRST, int SECOND> inline void mix(Lanes &a, Lanes &b, Lanes &c, Lanes &d, Lanes words) {
   a += words, a += b; // b comes last
-  d = turned(d ^ a, first);
+  d = turned<FIRST>(d ^ a);
   c += d;
-  b = turned(b ^ c, second);
+  b = turned<SECOND>(b ^ c);
 }
 
 inline Lanes rotated1(Lanes x) { return __builtin_shuffle(x, (Lanes){1, 2, 3, 0}); }
@@ -46,11 +55,11 @@ inline Lanes rotated3(Lanes x) { return __builtin_shuffle(x, (Lanes){3, 0, 1, 2}
 
 template <int... S> inline void round(Lanes &a, Lanes &b, Lanes &c, Lanes &d, const uint64_t *m) {
   constexpr int s[] = {S...};
-  mix(a, b, c, d, (Lanes){m[s[0]], m[s[2]], m[s[4]], m[s[6]]}, 32, 24);
-  mix(a, b, c, d, (Lanes){m[s[1]], m[s[3]], m[s[5]], m[s[7]]}, 16, 63);
+  mix<32, 24>(a, b, c, d, (Lanes){m[s[0]], m[s[2]], m[s[4]], m[s[6]]});
+  mix<16, 63>(a, b, c, d, (Lanes){m[s[1]], m[s[3]], m[s[5]], m[s[7]]});
   a = rotated3(a), c = rotated1(c), d = rotated2(d); // the diagonals; b, for which everything waits, stays where it is
-  mix(a, b, c, d, (Lanes){m[s[14]], m[s[8]], m[s[10]], m[s[12]]}, 32, 24);
-  mix(a, b, c, d, (Lanes){m[s[15]], m[s[9]], m[s[11]], m[s[13]]}, 16, 63);
+  mix<32, 24>(a, b, c, d, (Lanes){m[s[14]], m[s[8]], m[s[10]], m[s[12]]});
+  mix<16, 63>(a, b, c, d, (Lanes){m[s[15]], m[s[9]], m[s[11]], m[s[13]]});
   a = rotated1(a), c = rotated3(c), d = rotated2(d);
 }
 

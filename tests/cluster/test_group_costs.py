@@ -31,13 +31,16 @@ def test_the_same_costs(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     members = [
         router.join(f"g{n}", ("host:1", "s") if draw.random() < 0.7 else ("", "")) for n in range(draw.randint(1, 90))
     ]
-    trunk = [draw.randrange(1000) for _ in range(400)]
+    trunk = [draw.randrange(1000) for _ in range(2000)]
     for number, member in enumerate(members):
         info = replace(INFO, block_size=draw.choice((16, 16, 32)))
         member.welcome(info, str(number))
         member.rate = draw.choice((0.0, 5000.0, draw.uniform(100, 10_000)))
         for tier in TIERS:
-            start, tokens = chain_start(info.salt, "", None, False), token_bytes(trunk[: draw.randrange(400)])
+            start, tokens = (
+                chain_start(info.salt, "", None, False),
+                token_bytes(trunk[: draw.choice((draw.randrange(2000), 1952, 1984))]),
+            )
             ids = content_ids(start, tokens, info.block_size)
             router.directory.change(member.group, tier, key_list(ids) if draw.random() < 0.5 else (), ())
         queued = draw.choice((0, draw.randrange(20_000)))
@@ -49,7 +52,9 @@ def test_the_same_costs(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
             member.lost()
     router._pace.rate = draw.choice((0.0, 4000.0))
     for _ in range(20):
-        tokens = trunk[: draw.randrange(1, 400)] + [draw.randrange(1000) for _ in range(draw.randrange(1, 50))]
+        tokens = trunk[: draw.choice((draw.randrange(1, 2000), 2000))] + [
+            draw.randrange(1000) for _ in range(draw.randrange(1, 50))
+        ]
         request = Request(request_id="r", prompt_token_ids=tokens, sampling=SamplingParams())
         some = draw.sample(members, draw.randint(1, len(members))) if draw.random() < 0.5 else members
         source = draw.choice([None, *members])
@@ -66,6 +71,11 @@ def test_the_same_costs(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
             np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=1e-12)
         np.testing.assert_allclose(one.costs(mean), other.costs(mean), rtol=1e-12)
         assert [one.peers(place) for place in range(len(some))] == [other.peers(place) for place in range(len(some))]
+        assert one.best == other.best
+        homes = one.home(mean), other.home(mean)
+        assert homes[0] == homes[1] or (
+            None not in homes and np.ptp(one.costs(mean)[[*homes]]) < 1e-9 * one.costs(mean).max()
+        ), "another home, and not one of two that cost the same"
         half = [*range(0, len(some), 2)]
         np.testing.assert_allclose(one.only(half).costs(mean), other.only(half).costs(mean), rtol=1e-12)
 
