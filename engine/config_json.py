@@ -19,6 +19,9 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu",
 }
 
+OFF = frozenset({"sliding_window", "attention_chunk_size", "attn_logit_softcapping", "final_logit_softcapping"})
+"""Fields in which null says that there is no such thing, where leaving them out may mean a default."""
+
 
 def activation(c: Mapping[str, Any], *keys: str, default: str = "silu") -> Activation:
     """The first of these fields (`hidden_act` by default) that is there, in our words."""
@@ -27,6 +30,13 @@ def activation(c: Mapping[str, Any], *keys: str, default: str = "silu") -> Activ
     if name not in ACTIVATIONS:
         raise ConfigError(f"config.json: {key} {name!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
+
+
+def stated(c: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says: null is the same as nothing, but in the fields of OFF."""
+    inner = c.get("text_config")
+    found = {key: value for key, value in c.items() if value is not None or key in OFF}
+    return {**found, "text_config": stated(inner)} if isinstance(inner, Mapping) else found
 
 
 def only(c: Mapping[str, Any], key: str, *values: object, within: str = "") -> None:

@@ -83,17 +83,18 @@ def default_sampling(folder: Path) -> dict[str, Any]:
 
 
 def eos_token_ids(folder: Path) -> tuple[int, ...]:
-    """Ids that end a sequence: those of generation_config.json and the tokenizer's eos_token; where neither names one,
-    config.json's. Empty when the model has none."""
+    """Ids that end a sequence: generation_config.json's, or else config.json's, and the tokenizer's eos_token. Empty when
+    the model has none."""
     ids = list(_ids(read_json(folder / "generation_config.json").get("eos_token_id")))
+    if not ids:
+        config = read_json(folder / "config.json")
+        nested = config.get("text_config")
+        ids += _ids(config.get("eos_token_id"))
+        ids += _ids(nested.get("eos_token_id") if isinstance(nested, dict) and not ids else None)
     token = read_json(folder / "tokenizer_config.json").get("eos_token")
     content = token.get("content") if isinstance(token, dict) else token
     if isinstance(content, str):
         ids += _ids(_token_id(folder, content))
-    if not ids:
-        config = read_json(folder / "config.json")
-        nested = config.get("text_config")
-        ids += _ids(config.get("eos_token_id", nested.get("eos_token_id") if isinstance(nested, dict) else None))
     return tuple(dict.fromkeys(ids))
 
 

@@ -30,9 +30,9 @@ def turning(rope: Rope) -> Turning:
 def stretched_turning(rope: Rope, max_len: int) -> Turning:
     """The same for longer sequences, when at most `max_len` tokens are served."""
     match rope.scaling:
-        case Dynamic(factor=factor, original_len=original):
-            longest = max(max_len, original)
-            growth = factor * longest / original - (factor - 1)
+        case Dynamic(factor=factor, original_len=original, doubling=doubling):
+            ratio = max(max_len, original) / original
+            growth = factor * (2 ** math.ceil(math.log2(ratio)) if doubling else ratio) - (factor - 1)
             return Turning(_plain(rope.theta * growth ** (rope.dim / (rope.dim - 2)), rope.dim))
         case LongRope() as scaling:
             return Turning(_plain(rope.theta, rope.dim) / torch.tensor(scaling.long), scaling.long_magnitude)

@@ -31,6 +31,8 @@ class Dynamic:
 
     factor: float
     original_len: int
+    doubling: bool = False
+    """The length counts as the next power of two of `original_len`'s multiples (Qwen 1)."""
 
 
 @dataclass(frozen=True)

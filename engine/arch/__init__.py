@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+from kvasir.engine.config_json import stated
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.spec import Spec
 
@@ -62,7 +63,7 @@ def load_spec(config: Mapping[str, Any]) -> Spec:
         raise ConfigError(f"config.json: quantization_config (quant_method {method!r}) is not supported")
     architecture = importlib.import_module(f"{__name__}.{kind}")
     try:
-        spec = cast("Spec", architecture.spec(config))
+        spec = cast("Spec", architecture.spec(stated(config)))
     except KeyError as missing:
         raise ConfigError(f"config.json: {missing.args[0]} is missing (model_type {kind!r})") from None
     if config.get("is_causal") is False and (spec.causal or spec.latent is not None):

@@ -31,7 +31,7 @@ def spec(c: Mapping[str, Any]) -> Spec:
     dim = int(c.get("kv_channels", hidden // heads) * c.get("rotary_pct", 1.0))
     turning = rope({**c, "rope_theta": c.get("rotary_emb_base", 10000.0)}, dim=dim)
     if c.get("use_dynamic_ntk") and turning.scaling is None:
-        turning = Rope(turning.theta, dim, scaling=Dynamic(2.0, trained))
+        turning = Rope(turning.theta, dim, scaling=Dynamic(2.0, trained, doubling=True))
     log = QueryScale("log", trained) if c.get("use_logn_attn") else None
     return Spec(
         vocab=c["vocab_size"],

@@ -93,6 +93,40 @@ def test_refuses_by_name(changes: dict[str, Any], message: str) -> None:
         load_spec({**LLAMA, **changes})
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", "gemma2", "gemma3_text", "granite", "cohere"])
+def test_null_says_what_leaving_a_field_out_does(kind: str) -> None:
+    """`"is_causal": null` isn't false."""
+    fields = (
+        "is_causal",
+        "rms_norm_eps",
+        "layer_norm_eps",
+        "head_dim",
+        "hidden_act",
+        "tie_word_embeddings",
+        "rope_theta",
+    )
+    factors = ("query_pre_attn_scalar", "residual_multiplier", "logits_scaling", "logit_scale", "rope_local_base_freq")
+    config = {**LLAMA, "model_type": kind, "head_dim": 8, "sliding_window": 32}
+    for field in (*fields, *factors):
+        without = {key: value for key, value in config.items() if key != field}
+        assert load_spec({**config, field: None}) == load_spec(without), field
+
+
+def test_null_in_a_text_model_within_another() -> None:
+    inner = {key: value for key, value in LLAMA.items() if key != "model_type"}
+    spec = load_spec({"model_type": "mistral3", "text_config": {**inner, "model_type": "mistral", "is_causal": None}})
+    assert spec.causal
+
+
+def test_null_switches_windows_and_caps_off() -> None:
+    gemma = {**LLAMA, "model_type": "gemma2", "head_dim": 8}
+    off = {"sliding_window": None, "attn_logit_softcapping": None, "final_logit_softcapping": None}
+    spec = load_spec({**gemma, **off})
+    assert (spec.attn_softcap, spec.logit_softcap, spec.layers[0].window) == (None, None, None)
+    spec = load_spec(gemma)
+    assert (spec.attn_softcap, spec.logit_softcap, spec.layers[0].window) == (50.0, 30.0, 4096)
+
+
 def test_missing_key_is_named() -> None:
     with pytest.raises(ConfigError, match="intermediate_size is missing"):
         load_spec({k: v for k, v in LLAMA.items() if k != "intermediate_size"})

@@ -141,6 +141,9 @@ def test_default_sampling(tmp_path: Path) -> None:
         ({"tokenizer_config": {"eos_token": "E"}, "tokenizer": {"model": {"vocab": [["E", 0.0]]}}}, ()),
         ({"tokenizer_config": {"eos_token": "E"}, "vocab": {"E": 5}}, (5,)),
         ({"tokenizer_config": {"eos_token": None}, "config": {"eos_token_id": 0}}, (0,)),
+        ({"tokenizer_config": {"eos_token": "E"}, "vocab": {"E": 1}, "config": {"eos_token_id": [1, 106]}}, (1, 106)),
+        ({"generation_config": {"temperature": 0.5}, "config": {"eos_token_id": [1, 106]}}, (1, 106)),
+        ({"config": {"eos_token_id": None, "text_config": {"eos_token_id": [1, 106]}}}, (1, 106)),
     ],
 )
 def test_eos_token_ids(tmp_path: Path, files: dict[str, Any], expected: tuple[int, ...]) -> None:

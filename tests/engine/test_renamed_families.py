@@ -20,6 +20,8 @@ from torch import Tensor
 from kvasir.engine.arch import load_spec
 from kvasir.engine.cache import KVCache
 from kvasir.engine.decoder import Decoder
+from kvasir.engine.rope import stretched_turning, turning
+from kvasir.engine.spec import Rope
 from kvasir.engine.weights import load_decoder
 
 CPU = torch.device("cpu")
@@ -89,25 +91,27 @@ def qwen(folder: Path) -> tuple[dict[str, Any], Tensors]:
         for old, new in renamed.items():
             name = name.replace(old, new)
         out[name] = tensor
-    config = {
-        "model_type": "qwen",
-        "architectures": ["QWenLMHeadModel"],
-        "vocab_size": 97,
-        "hidden_size": 64,
-        "intermediate_size": 224,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 3,
-        "layer_norm_epsilon": 1e-6,
-        "seq_length": 256,
-        "max_position_embeddings": 1024,
-        "kv_channels": 16,
-        "rotary_emb_base": 10000,
-        "rotary_pct": 1.0,
-        "use_dynamic_ntk": True,
-        "use_logn_attn": True,
-        "no_bias": True,
-    }
-    return config, out
+    return QWEN, out
+
+
+QWEN = {
+    "model_type": "qwen",
+    "architectures": ["QWenLMHeadModel"],
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 224,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "layer_norm_epsilon": 1e-6,
+    "seq_length": 256,
+    "max_position_embeddings": 1024,
+    "kv_channels": 16,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "use_dynamic_ntk": True,
+    "use_logn_attn": True,
+    "no_bias": True,
+}
 
 
 def minicpm(folder: Path) -> tuple[dict[str, Any], Tensors]:
@@ -154,6 +158,16 @@ def test_qwen_beyond_its_training(tmp_path: Path, in_chunks: Any, checkpoint: Ca
     with torch.no_grad():
         want = model(torch.tensor(PROMPTS[:1])).logits[0]
     assert (in_chunks(decoder, PROMPTS[:1], 16, seed=2)[0] - want).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("longest", [300, 512, 700, 1024])
+def test_qwens_theta_grows_by_doublings(longest: int) -> None:
+    """As its own code has it: by 2 ** ceil(log2(length / seq_length) + 1) - 1."""
+    rope = load_spec({**QWEN, "use_dynamic_ntk": True}).layers[0].rope
+    assert rope is not None
+    alpha = 2 ** math.ceil(math.log2(longest / 256) + 1) - 1
+    plain = turning(Rope(1e4 * alpha ** (16 / 14), 16))
+    assert torch.equal(stretched_turning(rope, longest).frequencies, plain.frequencies)
 
 
 def random_tensors(shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
