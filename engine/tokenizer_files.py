@@ -14,6 +14,7 @@ from kvasir.engine.hub import read_json
 from kvasir.engine.pre_tokenizers import pre_tokenizer
 from kvasir.engine.sentencepiece_model import SentencePiece, read_sentencepiece
 from kvasir.engine.tiktoken_file import rank_pairs, read_ranks, read_tekken
+from kvasir.engine.tokenizer_json import read_tokenizer_json
 from kvasir.engine.tokenizer_models import (
     CONTROL,
     NORMAL,
@@ -23,9 +24,7 @@ from kvasir.engine.tokenizer_models import (
     frame,
     wordpiece,
 )
-
-_MAX_ID = 2**24
-SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+from kvasir.engine.tokenizer_settings import MAX_ID, Settings, read_settings
 
 
 @dataclass(frozen=True)
@@ -36,22 +35,6 @@ class Loaded:
     special: dict[str, str]
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """What the small files beside a vocabulary say."""
-
-    folder: Path
-    config: Mapping[str, Any]
-    special: dict[str, str]
-    added: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Tokens above (or in place of) the vocabulary's, by id."""
-
-    @property
-    def family(self) -> str:
-        """The tokenizer's class without "Fast", "" where none is named."""
-        return str(self.config.get("tokenizer_class") or "").removesuffix("Fast")
-
-
 def load_tokenizer(folder: Path) -> Loaded:
     """The tokenizer in `folder`; ConfigError says which files were looked for, or what is wrong with the one there."""
     path, load = _find(folder)
@@ -60,7 +43,7 @@ def load_tokenizer(folder: Path) -> Loaded:
         text = f"{folder} has no tokenizer (looked for {names}); pass --tokenizer FOLDER or --skip-tokenizer-init"
         raise ConfigError(text, param="tokenizer")
     try:
-        return load(path, _settings(folder))
+        return load(path, read_settings(folder))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} isn't UTF-8 text: {error}", param="tokenizer") from error
 
@@ -70,12 +53,12 @@ def own_eos_token_ids(folder: Path) -> tuple[int, ...]:
     path, load = _find(folder)
     if path is None or load is _tokenizer_json:
         return ()
-    loaded = load(path, _settings(folder))
+    loaded = load(path, read_settings(folder))
     token = loaded.backend.token_to_id(loaded.special.get("eos_token", ""))
     return () if token is None else (token,)
 
 
-def _find(folder: Path) -> tuple[Path | None, Callable[[Path, _Settings], Loaded]]:
+def _find(folder: Path) -> tuple[Path | None, Callable[[Path, Settings], Loaded]]:
     for pattern, load in _FORMATS:
         found = sorted(path for path in folder.glob(pattern) if path.is_file())
         if found:
@@ -83,46 +66,11 @@ def _find(folder: Path) -> tuple[Path | None, Callable[[Path, _Settings], Loaded
     return None, _tokenizer_json
 
 
-def _settings(folder: Path) -> _Settings:
-    config = read_json(folder / "tokenizer_config.json")
-    special: dict[str, str] = {}
-    for source in (read_json(folder / "special_tokens_map.json"), config):
-        for key in SPECIAL_NAMES:
-            value = source.get(key)
-            content = value.get("content") if isinstance(value, dict) else value
-            if isinstance(content, str):
-                special[key] = content
-    added: dict[int, dict[str, Any]] = {
-        i: {"content": token} for token, i in read_json(folder / "added_tokens.json").items()
-    }
-    added |= {int(i) if i.isdigit() else -1: entry for i, entry in config.get("added_tokens_decoder", {}).items()}
-    for i, entry in added.items():
-        content = entry.get("content") if isinstance(entry, dict) else None
-        if not isinstance(i, int) or not 0 <= i < _MAX_ID or not isinstance(content, str):
-            raise ConfigError(f"{folder}: the added token {i!r} ({entry}) must have an id and a content")
-        entry["special"] = entry.get("special", False) or content in special.values()
-    return _Settings(folder, config, special, added)
+def _tokenizer_json(path: Path, settings: Settings) -> Loaded:
+    return Loaded(read_tokenizer_json(path, settings), settings.special)
 
 
-_ADDED_FLAGS = ("special", "lstrip", "rstrip", "normalized", "single_word")
-
-
-def _tokenizer_json(path: Path, settings: _Settings) -> Loaded:
-    """The added tokens of the small files count, as in transformers: some tokenizer.json is older than they are."""
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises Exception itself for a malformed file
-        raise ConfigError(f"{path} can't be read: {error}", param="tokenizer") from error
-    there = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    for _, entry in sorted(settings.added.items()):
-        flags = {name: bool(entry[name]) for name in _ADDED_FLAGS if name in entry}
-        token = there.get(entry["content"])
-        if token is None or any(getattr(token, name) != value for name, value in flags.items()):
-            backend.add_tokens([tokenizers.AddedToken(entry["content"], **flags)])
-    return Loaded(backend, settings.special)
-
-
-def _tekken(path: Path, settings: _Settings) -> Loaded:
+def _tekken(path: Path, settings: Settings) -> Loaded:
     tekken = read_tekken(path.read_bytes())
     backend = tekken.build()
     frame(backend, tekken.special.get("<s>"), None)
@@ -167,7 +115,7 @@ _RANK_FAMILIES = {
 }
 
 
-def _rank_file(path: Path, settings: _Settings) -> Loaded:
+def _rank_file(path: Path, settings: Settings) -> Loaded:
     family = _RANK_FAMILIES.get(settings.family) or (_QWEN if path.name == "qwen.tiktoken" else None)
     if family is None:
         known = ", ".join(_RANK_FAMILIES)
@@ -187,7 +135,7 @@ _SENTENCEPIECE_FRAMES = {**dict.fromkeys(_LLAMA_FAMILIES, (True, False)), "T5Tok
 _FAIRSEQ = "XLMRobertaTokenizer"
 
 
-def _sentencepiece(path: Path, settings: _Settings) -> Loaded:
+def _sentencepiece(path: Path, settings: Settings) -> Loaded:
     data = path.read_bytes()
     if data[:1] != b"\n":  # the key of the first piece
         return _rank_file(path, settings)
@@ -217,7 +165,7 @@ def _model_special(model: SentencePiece) -> dict[str, str]:
     return {name: model.vocabulary.tokens[i] for name, i in ids.items() if i is not None}
 
 
-def _fairseq(model: SentencePiece, settings: _Settings) -> Loaded:
+def _fairseq(model: SentencePiece, settings: Settings) -> Loaded:
     """XLM-R counts fairseq's four special tokens first, then the model's own from its fourth, then <mask>."""
     heads = ("<s>", "<pad>", "</s>", "<unk>")
     old = model.vocabulary
@@ -250,7 +198,7 @@ _MERGE_FAMILIES: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 
-def _merges(path: Path, settings: _Settings) -> Loaded:
+def _merges(path: Path, settings: Settings) -> Loaded:
     """GPT-2's pair of files: vocab.json and merges.txt."""
     if settings.family not in _MERGE_FAMILIES:
         known = ", ".join(filter(None, _MERGE_FAMILIES))
@@ -289,7 +237,7 @@ _BERT_DEFAULT = {
 _BERT_FAMILIES = ("", "BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "PreTrainedTokenizer")
 
 
-def _vocab_txt(path: Path, settings: _Settings) -> Loaded:
+def _vocab_txt(path: Path, settings: Settings) -> Loaded:
     """BERT's list of word pieces, one a line."""
     if settings.family not in _BERT_FAMILIES:
         known = ", ".join(filter(None, _BERT_FAMILIES))
@@ -312,7 +260,7 @@ def _vocab_txt(path: Path, settings: _Settings) -> Loaded:
     return Loaded(backend, {name: token for name, token in special.items() if ids[name] is not None})
 
 
-_FORMATS: Sequence[tuple[str, Callable[[Path, _Settings], Loaded]]] = (
+_FORMATS: Sequence[tuple[str, Callable[[Path, Settings], Loaded]]] = (
     ("tokenizer.json", _tokenizer_json),
     ("tekken.json", _tekken),
     ("*.tiktoken", _rank_file),
@@ -327,7 +275,7 @@ _FORMATS: Sequence[tuple[str, Callable[[Path, _Settings], Loaded]]] = (
 )
 
 
-def _extended(vocabulary: Vocabulary, settings: _Settings, special: Iterable[str] = ()) -> Vocabulary:
+def _extended(vocabulary: Vocabulary, settings: Settings, special: Iterable[str] = ()) -> Vocabulary:
     """`vocabulary` with the added tokens of the small files at their ids; `special` ones are cut out of a text too."""
     tokens, types = list(vocabulary.tokens), list(vocabulary.types) or [NORMAL] * len(vocabulary.tokens)
     size = max([len(tokens), *(i + 1 for i in settings.added)])
@@ -335,16 +283,21 @@ def _extended(vocabulary: Vocabulary, settings: _Settings, special: Iterable[str
     types += [NORMAL] * (size - len(types))
     for i, entry in settings.added.items():
         tokens[i], types[i] = entry["content"], CONTROL if entry["special"] else USER_DEFINED
-    wanted = set(special)
+    there, pad = set(tokens), settings.special.get("pad_token")
+    missing = [token for token in settings.named if token not in there]
+    tokens += missing if settings.rows is None else missing[: max(settings.rows - size, 0)]
+    size, wanted = len(tokens), {*special, *(token for token in settings.named if token != pad)}
+    types += [CONTROL] * (size - len(types))
     types = [CONTROL if token in wanted else kind for token, kind in zip(tokens, types, strict=True)]
     scores = list(vocabulary.scores) + [0.0] * (size - len(vocabulary.scores)) if vocabulary.scores else ()
-    strips = {side: {e["content"] for e in settings.added.values() if e.get(side)} for side in ("lstrip", "rstrip")}
+    entries = {**settings.named, **{entry["content"]: entry for entry in settings.added.values()}}
+    strips = {side: {text for text, entry in entries.items() if entry.get(side)} for side in ("lstrip", "rstrip")}
     left, right = vocabulary.left_strip | strips["lstrip"], vocabulary.right_strip | strips["rstrip"]
     return Vocabulary(tokens, scores, types, left, right)
 
 
 def _by_id(vocab: Mapping[str, Any], path: Path) -> Vocabulary:
-    ids = {i: token for token, i in vocab.items() if isinstance(i, int) and 0 <= i < _MAX_ID}
+    ids = {i: token for token, i in vocab.items() if isinstance(i, int) and 0 <= i < MAX_ID}
     if len(ids) != len(vocab):
         raise ConfigError(f"{path} must map tokens to ids, each id once", param="tokenizer")
     return Vocabulary([ids.get(i, f"[EMPTY_{i}]") for i in range(max(ids) + 1)])
@@ -354,6 +307,6 @@ def _id_of(token: str | None, vocabulary: Vocabulary) -> int | None:
     return None if token is None else vocabulary.ids.get(token)
 
 
-def _unknown_class(path: Path, settings: _Settings, known: str) -> str:
+def _unknown_class(path: Path, settings: Settings, known: str) -> str:
     name = f"the class {settings.family}" if settings.family else "no tokenizer_class in tokenizer_config.json"
     return f"{path} with {name} isn't supported (known: {known}); a tokenizer.json is needed"

@@ -126,6 +126,20 @@ def test_added_tokens_that_tokenizer_json_lacks(tmp_path: Path) -> None:
     assert {i for i, text in tokenizer.added_tokens.items() if not tokenizer.decode([i])} == {4}
 
 
+def test_special_tokens_that_have_no_id_anywhere(tmp_path: Path) -> None:
+    """They come behind the vocabulary, as in transformers, if the model has numbers for them."""
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    named = {"additional_special_tokens": ["<x>", "b", "<y>"], "pad_token": "a"}
+    vocab = {"a": 0, "b": 1, "<|endoftext|>": 2}
+    _write(tmp_path, vocab=vocab, special_tokens_map=named, config={"vocab_size": 4})
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.encode("a<x>b<|endoftext|>") == [0, 3, 1, 2]
+    assert (tokenizer.decode([3, 1, 2]), tokenizer.vocab_size) == ("", 4)
+    _write(tmp_path, tokenizer_config={"additional_special_tokens": "<x>"})
+    with pytest.raises(ConfigError, match="additional_special_tokens must be a list or an object, got '<x>'"):
+        Tokenizer.load(tmp_path)
+
+
 def test_roberta_reads_pairs(tmp_path: Path) -> None:
     _write(
         tmp_path,
