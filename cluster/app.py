@@ -38,6 +38,8 @@ OBJECT_STORE_BYTES = 80 * 2**20
 """Nothing of ours passes through Ray's object store; this is about the least that Ray takes."""
 PROCESSES = 4
 """Serve's controller, a gateway, a group's coordinator and its rank: Ray starts that many workers ahead."""
+NOTE_S = 15.0
+"""How often the log says what isn't placed."""
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DISABLE_WORKER_LOG_PREFIX": "1",  # our processes' lines reach the terminal as they are
@@ -146,15 +148,31 @@ def wait_until_ready(app: str) -> Addresses:
     """Returns when a gateway has every model. Raises StartError when a deployment failed for good."""
     from ray import serve
 
+    noted = time.monotonic()
     while (status := serve.status().applications[app]).status != "RUNNING":
         if status.status == "DEPLOY_FAILED":
             raise StartError(failure_text(status))
+        if time.monotonic() - noted > NOTE_S:
+            noted = time.monotonic()
+            _note_unplaced(app, status)
         time.sleep(0.1)
     while True:
         states: list[tuple[Addresses, dict[str, str]]] = _ask_gateways(app, "state", timeout_s=10.0)
         if states and not any(missing for _, missing in states):
             return states[0][0]
         time.sleep(0.05)
+
+
+def _note_unplaced(app: str, status: Any) -> None:
+    """Say what of the application waits for room, which may never come."""
+    from kvasir.cluster.unplaced import living, no_gateway, unplaced
+
+    texts = unplaced(app)
+    gateway = status.deployments.get("Gateway")
+    if gateway and "to be scheduled" in gateway.message:  # Serve's note, after half a minute
+        texts.append(no_gateway(living()) or gateway.message)
+    for text in texts:
+        logging.getLogger(__name__).warning("%s", text)
 
 
 def _ask_gateways(app: str, method: str, *args: object, timeout_s: float) -> list[Any]:

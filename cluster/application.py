@@ -20,6 +20,7 @@ from kvasir.cluster.gateway_replica import HUB, Gateway
 from kvasir.cluster.group import Group
 from kvasir.cluster.placement import bundles, shares
 from kvasir.cluster.rank_actor import MakeEngine, RankSetup, load_engine
+from kvasir.cluster.unplaced import GATEWAY_CPUS
 from kvasir.engine.config import EngineConfig, Role
 from kvasir.engine.errors import ConfigError
 
@@ -72,7 +73,7 @@ def application(
             engine = replace(engine, device="cpu")
         group = group_deployment(name, engine, gpus, level, role=role, drain_s=drain_s, share=share)
         groups.append(group.bind(with_disk(engine), name, gpus, setup))
-    actor: dict[str, Any] = {"num_cpus": 0.1}  # not 0: it mustn't land on a head node that takes no work
+    actor: dict[str, Any] = {"num_cpus": GATEWAY_CPUS}
     if is_local(config.gateway.host) and not own_ray:
         actor = {"num_cpus": 0, "resources": {home: 0.001}}
     gateway: Deployment = serve.deployment(Gateway).options(  # type: ignore[attr-defined]

@@ -30,6 +30,7 @@ from kvasir.cluster.config import ClusterConfig
 from kvasir.cluster.group_directory import GroupDirectory
 from kvasir.cluster.siblings import Siblings
 from kvasir.cluster.sockets import authority, bound_socket
+from kvasir.cluster.unplaced import unplaced
 from kvasir.cluster.wire import Endpoint
 from kvasir.engine.config import Role
 from kvasir.engine.errors import UnavailableError
@@ -267,7 +268,8 @@ async def _endpoints(group: DeploymentHandle[Any]) -> tuple[list[Endpoint], bool
     try:
         answers = await group.broadcast("endpoint").results_async(timeout_s=ASK_TIMEOUT_S, return_exceptions=True)
     except (TimeoutError, RayError, RayServeException) as error:  # it isn't placed yet, or is being replaced
-        raise UnavailableError(f"its group doesn't answer: {type(error).__name__}") from error
+        waits = await asyncio.to_thread(unplaced, group.app_name, group.deployment_name)
+        raise UnavailableError(waits[0] if waits else f"its group doesn't answer: {type(error).__name__}") from error
     told = [answer for answer in answers if not isinstance(answer, BaseException)]
     if not (found := [endpoint for endpoint, _ in told if endpoint is not None]):
         raise UnavailableError(next((why for _, why in told), "the model is loading"))

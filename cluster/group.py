@@ -21,9 +21,10 @@ from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kvasir.cluster import telemetry, wire
-from kvasir.cluster.placement import note_split, on_bundle, placed, rank_bundles, spread
+from kvasir.cluster.placement import note_split, on_bundle, rank_bundles, spread
 from kvasir.cluster.rank_actor import Failure, FollowerActor, RankActor, RankSetup
 from kvasir.cluster.rank_start import UnstartedError, started
+from kvasir.cluster.unplaced import placed
 from kvasir.cluster.wire import Endpoint
 from kvasir.engine.config import EngineConfig, Role
 from kvasir.engine.errors import ConfigError

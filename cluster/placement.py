@@ -6,9 +6,7 @@ Ray keeps on one node.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,11 +14,9 @@ import ray
 from ray._private.state import available_resources_per_node  # the public one adds all nodes up
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from kvasir.cluster.rank_start import LIMIT_S, NOTE_S, UnstartedError
 from kvasir.engine.config import EngineConfig
 
 log = logging.getLogger(__name__)
-LOOK_S = 0.25
 Resources = Mapping[str, float]
 
 
@@ -60,7 +56,7 @@ def _fit(asked: Iterable[tuple[EngineConfig, float]], nodes: Iterable[Resources]
             return None
         found.append(share)
         for bundle in bundles(config, gpus, share) * copies:
-            node = min((node for node in free if _holds(node, bundle)), key=lambda node: _holds(node, bundle))
+            node = min((node for node in free if holds(node, bundle)), key=lambda node: holds(node, bundle))
             for kind, count in bundle.items():
                 node[kind] -= count
     return found
@@ -71,7 +67,7 @@ def _largest(config: EngineConfig, gpus: float, nodes: Sequence[Resources], rank
     stage = config.tensor_parallel_size
     parts = [size for size in range(stage, 0, -1) if stage % size == 0] if spread(config) else [config.ranks]
     for size in parts:
-        if size * sum(_holds(node, _times(_unit(gpus), size)) for node in nodes) >= ranks:
+        if size * sum(holds(node, _times(_unit(gpus), size)) for node in nodes) >= ranks:
             return size
     return None
 
@@ -84,8 +80,8 @@ def _times(unit: Resources, count: int) -> dict[str, float]:
     return {kind: size * count for kind, size in unit.items()}
 
 
-def _holds(node: Resources, bundle: Resources) -> int:
-    """How many such bundles."""
+def holds(node: Resources, bundle: Resources) -> int:
+    """How many such bundles it has room for."""
     return min(int(node.get(kind, 0.0) / size + 1e-6) for kind, size in bundle.items())
 
 
@@ -95,22 +91,6 @@ def on_bundle(index: int) -> dict[str, Any]:
     if group is None:
         return {}
     return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)}
-
-
-async def placed(name: str, *, look_s: float = LOOK_S, note_s: float = NOTE_S, limit_s: float = LIMIT_S) -> None:
-    """Wait until Ray has placed all bundles of the group again, of which a node that is gone had some; every `note_s` the log says
-    so. UnstartedError after `limit_s`."""
-    group = ray.util.get_current_placement_group()
-    begin = noted = time.monotonic()
-    while group is not None and ray.util.placement_group_table(group)["state"] != "CREATED":
-        await asyncio.sleep(look_s)
-        now = time.monotonic()
-        late = f"Ray hasn't placed the ranks of {name!r} again for {now - begin:.0f} s: no node has room for what a node had"
-        if now - begin > limit_s:
-            raise UnstartedError(f"{late}, and is waited for no longer")
-        if now - noted > note_s:
-            noted = now
-            log.warning("%s. `ray status` knows more", late)
 
 
 def rank_bundles(config: EngineConfig) -> list[int]:

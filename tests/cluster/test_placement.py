@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
 import pytest
 import ray
 
 from kvasir.cluster import placement
-from kvasir.cluster.placement import bundles, by_stage, note_split, placed, shares
-from kvasir.cluster.rank_start import UnstartedError
+from kvasir.cluster.placement import bundles, by_stage, note_split, shares
 from kvasir.engine.config import EngineConfig
 
 GPUS_8 = {"CPU": 64.0, "GPU": 8.0}
@@ -89,15 +87,3 @@ def test_a_stage_that_is_split_is_told(caplog):
         note_split("m", "aabbbc", 2)
     (record,) = caplog.records
     assert record.getMessage().startswith("stage 2 of 'm' (ranks 4 to 5) is on 2 nodes, so its sums cross the network")
-
-
-def test_bundles_of_a_lost_node_are_waited_for(monkeypatch, caplog):
-    states = iter(["RESCHEDULING"] * 3)
-    monkeypatch.setattr(ray.util, "get_current_placement_group", lambda: "group")
-    monkeypatch.setattr(ray.util, "placement_group_table", lambda _: {"state": next(states, "CREATED")})
-    asyncio.run(placed("m", look_s=0.001, note_s=0.0))
-    assert len(caplog.records) == 3
-    assert caplog.records[0].getMessage().startswith("Ray hasn't placed the ranks of 'm' again for ")
-    monkeypatch.setattr(ray.util, "placement_group_table", lambda _: {"state": "RESCHEDULING"})
-    with pytest.raises(UnstartedError, match="no node has room for what a node had, and is waited for no longer"):
-        asyncio.run(placed("m", look_s=0.001, limit_s=0.01))
