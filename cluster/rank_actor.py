@@ -22,6 +22,7 @@ from kvasir.cluster.wire import Endpoint
 from kvasir.engine.config import EngineConfig, Role
 from kvasir.engine.errors import ConfigError, KvasirError
 from kvasir.engine.event import Event
+from kvasir.engine.interfaces import named_address
 
 if TYPE_CHECKING:
     from kvasir.engine.control import Hub
@@ -106,7 +107,6 @@ class RankActor:
     async def open(self) -> tuple[str, str] | Failure:
         """Listen for the other ranks: (address, the token that lets them in)."""
         from kvasir.engine.control import Hub
-        from kvasir.engine.interfaces import named_address
 
         try:
             self._hub = Hub(named_address() or self._host(), self._config.ranks)
@@ -130,7 +130,8 @@ class RankActor:
             self._service = GroupService(self._tracing)
             make = setup.make_engine if self._hub is None else partial(lead_engine, self._hub)
             self._engine = await asyncio.to_thread(make, self._config, self._service.deliver)
-            address, secret = await asyncio.to_thread(self._engine.serve_blocks, self._host())
+            blocks = self._setup.host or named_address() or self._host()
+            address, secret = await asyncio.to_thread(self._engine.serve_blocks, blocks)
             await asyncio.to_thread(self._engine.start)
             endpoint = await self._service.start(self._engine, self._host())
             return replace(endpoint, kv_address=address, kv_secret=secret)

@@ -24,11 +24,17 @@ def gloo_interfaces() -> list[str]:
 
 def named_address() -> str | None:
     """This node's IPv4 address on the first interface that either variable names: rank 0 listens there, so the others' ways to it,
-    and to each other, are of that network. None: neither names one that has an address."""
+    and to each other, are of that network. None: neither names one. ConfigError when those that are named have no such address."""
     if sys.platform != "linux":
         return None
-    found = map(_address, [*gloo_interfaces(), *_nccl_interfaces()])
-    return next((address for address in found if address is not None), None)
+    named = {"GLOO_SOCKET_IFNAME": gloo_interfaces(), "NCCL_SOCKET_IFNAME": _nccl_interfaces()}
+    every = [name for names in named.values() for name in names]
+    address = next((address for address in map(_address, every) if address is not None), None)
+    if every and address is None:
+        variable, names = next((variable, names) for variable, names in named.items() if names)
+        text = f"{variable}: {', '.join(names)} has no IPv4 address here, and ranks meet over IPv4; name an interface that has"
+        raise ConfigError(text)
+    return address
 
 
 def _nccl_interfaces() -> list[str]:

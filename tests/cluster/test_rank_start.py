@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import gc
 import re
+import socket
 import sys
 from types import SimpleNamespace
 
 import pytest
 import ray
 
-from kvasir.cluster import group
+from kvasir.cluster import group, rank_actor
 from kvasir.cluster.rank_actor import Failure, FollowerActor, RankActor, RankSetup
 from kvasir.cluster.rank_start import UnstartedError, started
+from kvasir.cluster.wire import Endpoint
+from kvasir.engine import interfaces
 from kvasir.engine.config import EngineConfig
 
 
@@ -131,3 +134,42 @@ def test_an_actor_for_which_ray_has_no_room(serve_on_ray, caplog):
         asyncio.run(started(rank.where.remote(), "rank 1 of 'm'", note_s=0.1, limit_s=0.5))
     assert notes(caplog)
     ray.kill(rank)
+
+
+@pytest.mark.parametrize(("alone", "wanted"), [(None, "10.1.0.7"), ("127.0.0.1", "127.0.0.1")])
+def test_blocks_are_offered_on_the_network_that_is_named(monkeypatch, alone, wanted):
+    """GLOO_SOCKET_IFNAME: what other nodes' groups fetch goes by it, too. A Ray of our own keeps to this machine."""
+    asked = []
+
+    class Service:
+        deliver = None
+
+        def __init__(self, tracing):
+            pass
+
+        async def start(self, engine, host):
+            return Endpoint(f"{host}:1", "life", "token")
+
+    engine = SimpleNamespace(
+        serve_blocks=lambda host: (asked.append(host), (f"{host}:2", "secret"))[1], start=lambda: None
+    )
+    monkeypatch.setattr(rank_actor, "GroupService", Service)
+    monkeypatch.setattr(rank_actor, "named_address", lambda: "10.1.0.7")
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.7")
+    actor = RankActor(EngineConfig(model="m"), RankSetup(lambda *_: engine, host=alone))
+    endpoint = asyncio.run(actor.start())
+    assert isinstance(endpoint, Endpoint), endpoint
+    assert asked == [wanted]
+    assert endpoint.address == f"{alone or '10.0.0.7'}:1"
+    assert endpoint.kv_address == f"{wanted}:2"
+
+
+def test_a_network_without_an_address_ends_the_start(monkeypatch):
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "ib0")])
+    monkeypatch.setattr(interfaces, "_address", lambda _: None)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    engine = SimpleNamespace(serve_blocks=lambda host: ("", ""), start=lambda: None)
+    actor = RankActor(EngineConfig(model="m"), RankSetup(lambda *_: engine))
+    failure = asyncio.run(actor.start())
+    assert isinstance(failure, Failure)
+    assert failure.why.startswith("GLOO_SOCKET_IFNAME: ib0 has no IPv4 address here")

@@ -38,6 +38,18 @@ def test_the_first_that_is_named(monkeypatch: pytest.MonkeyPatch, gloo: str, ncc
     assert named_address() == found
 
 
+@pytest.mark.parametrize(("variable", "named"), [("GLOO_SOCKET_IFNAME", "ib0"), ("NCCL_SOCKET_IFNAME", "ib")])
+def test_one_that_has_no_ipv4_address_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, variable: str, named: str
+) -> None:
+    """It was left for the node's own address without a word."""
+    monkeypatch.setattr(socket, "if_nameindex", lambda: list(enumerate(HERE)))
+    monkeypatch.setattr(interfaces, "_address", HERE.get)
+    monkeypatch.setenv(variable, named)
+    with pytest.raises(ConfigError, match=f"^{variable}: ib0 has no IPv4 address here"):
+        named_address()
+
+
 def test_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     assert named_address() == "127.0.0.1"
