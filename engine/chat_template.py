@@ -17,6 +17,8 @@ _CONTENT = ("probe one", "probe two")
 _CUT_CALL = '{"probe": "on'
 _PROBE_S = 2.0
 _ROLES = frozenset({"system", "developer", "tool"})
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+"""What clients call a message's reasoning. Templates read the first, gpt-oss's and LFM 2.5's the second."""
 
 Message = Mapping[str, Any]
 
@@ -147,6 +149,11 @@ class _Template:
             raise ClientError(f"{at} must be an object with a role", param="messages")
         message["content"] = self._content(message.get("content"), at)
         calls = message.get("tool_calls")
+        thoughts = next((message[name] for name in _THOUGHTS if isinstance(message.get(name), str)), None)
+        if thoughts is not None:
+            message["reasoning_content"] = thoughts
+            if not (calls and message["content"]):  # gpt-oss's template refuses a call with both
+                message.setdefault("thinking", thoughts)
         if calls is None:
             message.pop("tool_calls", None)  # templates ask whether the key is there
             return message

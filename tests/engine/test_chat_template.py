@@ -95,6 +95,8 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None
         [TOOL],
     ),
     "reasoning": ([ASK, _said("assistant", "4", reasoning_content="2+2"), _said("user", "and?")], None),
+    "reasoning before a call": ([ASK, _said("assistant", "", reasoning="Look.", tool_calls=[PARIS]), RESULT], [TOOL]),
+    "thinking before a call": ([ASK, _said("assistant", "", thinking="Look.", tool_calls=[PARIS]), RESULT], [TOOL]),
     "thoughts": ([ASK, _said("assistant", "<think>\nhm\n</think>\n\n4"), _said("user", "and?")], None),
     "assistant first": ([_said("assistant", "Hi, I am"), ASK], None),
     "two users": ([ASK, ASK], None),
@@ -199,6 +201,15 @@ def test_real_templates_render_as_in_transformers(data: Callable[[str], Path], t
                 continued += found is not None
     assert same >= 3300
     assert continued >= 300
+
+
+def test_a_call_with_words_and_thoughts(data: Callable[[str], Path]) -> None:
+    """gpt-oss's template refuses one, though its model writes such: the words are kept."""
+    source = data("chat-templates/llama.cpp/openai-gpt-oss-120b.jinja").read_text(encoding="utf-8")
+    called = _said("assistant", "I look.", reasoning_content="Hm.", tool_calls=[PARIS])
+    assert "<|channel|>analysis<|message|>I look.<|end|>" in _render(source, [ASK, called, RESULT], [TOOL])
+    called["content"] = ""
+    assert "<|channel|>analysis<|message|>Hm.<|end|>" in _render(source, [ASK, called, RESULT], [TOOL])
 
 
 def test_a_message_that_a_template_leaves_out_is_refused() -> None:
