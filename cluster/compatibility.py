@@ -164,6 +164,11 @@ def translate(spec: Mapping[str, Any], *, warn: bool = True) -> dict[str, Any]:
                 _say(f"{_flag(name)} is not needed: {meaning.why}")
         else:
             raise ConfigError(f"{_flag(name)} {value}: not supported yet; {meaning.why}", param=name)
+    if warn and found.get("enable_expert_parallel") in TRUE and str(found.get("data_parallel_size", 1)) != "1":
+        _say(
+            "--enable-expert-parallel deals out experts over the --tensor-parallel-size ranks of each copy: not over copies, each"
+            " of which (--data-parallel-size) has them all"
+        )
     return found
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvasir.engine.arch import Family, families
 from kvasir.engine.config import EngineConfig
+from kvasir.engine.errors import ConfigError
 from kvasir.engine.hub import bundled_models
 
 if TYPE_CHECKING:  # these load torch, which takes seconds
@@ -17,6 +18,7 @@ if TYPE_CHECKING:  # these load torch, which takes seconds
 
 LENGTH = 4096
 """Tokens of a sequence, when nothing is said and the model allows more."""
+LAYOUT = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend")
 FALLBACK = (
     "Other architectures run by transformers' own code over Kvasir's cache, if their attention can be replaced there:"
     " slower, and a line in the log says so."
@@ -39,6 +41,9 @@ def show(engine: EngineConfig, *, batch: int, template: bool, as_json: bool) -> 
     """Print a model's facts, or its chat template alone."""
     from kvasir.engine.model_facts import model_facts
 
+    _refuse_layout(
+        engine, ("enable_expert_parallel", *LAYOUT), "kvasir show is of a whole model; kvasir plan shows layouts"
+    )
     facts = model_facts(engine, batch)
     if template:
         print(facts.template or f"{facts.model} has no chat template")
@@ -60,6 +65,7 @@ def plan(engine: EngineConfig, gpu: str, gpus: int, per_node: int, *, streams: i
     from kvasir.engine.model_files import ModelFiles
     from kvasir.engine.parallel_plan import find_device, plans
 
+    _refuse_layout(engine, LAYOUT, "kvasir plan shows every layout of --gpus, and which to pick")
     spec = load_spec(ModelFiles(replace(engine, load_format="dummy")).config)
     length = engine.max_model_len or min(spec.max_len, LENGTH)
     dtype = DTYPES.get(engine.dtype, torch.bfloat16)
@@ -104,6 +110,14 @@ def plan(engine: EngineConfig, gpu: str, gpus: int, per_node: int, *, streams: i
         print(f"Its ranks are on several nodes of {device.node} GPUs (--gpus-per-node): start it with --address.")
     print(" ".join(("kvasir serve", engine.model, f"-tp {best.tp} -pp {best.pp} -dp {best.dp}", *_given(engine, best))))
     return 0
+
+
+def _refuse_layout(engine: EngineConfig, names: Iterable[str], why: str) -> None:
+    """ConfigError for the first of these options that is set."""
+    default = EngineConfig()
+    for name in names:
+        if getattr(engine, name) != getattr(default, name):
+            raise ConfigError(f"--{name.replace('_', '-')}: {why}; leave it out", param=name)
 
 
 def _given(engine: EngineConfig, best: Plan) -> Iterable[str]:

@@ -125,7 +125,7 @@ class EngineConfig:
     pipeline_parallel_size: int = 1
     """Stages of consecutive layers; ranks = tensor-parallel size x stages."""
     enable_expert_parallel: bool = False
-    """Deal out experts whole over the tensor-parallel ranks, instead of a slice of each."""
+    """Deal out experts whole over the tensor-parallel ranks of each copy, instead of a slice of each."""
     pipeline_layer_partition: tuple[int, ...] = ()
     """Layers of each stage (20,20,24); default: balanced by what a layer costs."""
     data_parallel_size: int = 1

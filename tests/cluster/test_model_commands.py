@@ -149,6 +149,26 @@ def test_how_a_model_lies_on_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "use more or larger GPUs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        ("plan", ["-tp", "2"]),
+        ("plan", ["-dp", "2"]),
+        ("show", ["--pipeline-parallel-size", "2"]),
+        ("show", ["--enable-expert-parallel"]),
+        ("show", ["--distributed-executor-backend", "mp"]),
+    ],
+)
+def test_a_layout_is_refused_where_it_would_change_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, flag: list[str]
+) -> None:
+    more = ["--gpus", "4"] if command == "plan" else []
+    with pytest.raises(SystemExit) as end:
+        main([command, folder(tmp_path, MIXTRAL), *more, *flag])
+    assert end.value.code == 1
+    assert re.search("--[a-z-]+: kvasir (plan shows every layout|show is of a whole model)", capsys.readouterr().err)
+
+
 def test_layouts_of_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["plan", folder(tmp_path, MIXTRAL), "--gpus", "4", "--gpu", "H100-80GB", "--streams", "8"]
     found = json.loads(shown(capsys, *asked, "--json"))

@@ -117,6 +117,17 @@ def test_mapped_spellings_warn_once_each() -> None:
     assert len(found) == 2
 
 
+def test_experts_are_not_dealt_out_over_copies() -> None:
+    spec = {"model": "m", "enable_expert_parallel": True, "tensor_parallel_size": 2}
+    with pytest.warns(
+        CompatibilityWarning, match=r"of each copy: not over copies, each of which .--data-parallel-size. has"
+    ):
+        parse_spec({**spec, "data_parallel_size": 2})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parse_spec(spec)
+
+
 def test_spellings_of_parallel_layouts() -> None:
     with pytest.warns(CompatibilityWarning, match="--expert-parallel is spelled --enable-expert-parallel"):
         (engine,) = parse_spec({"expert_parallel": True, "disable_custom_all_reduce": True}).engines
