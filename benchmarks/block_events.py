@@ -31,7 +31,7 @@ def run(groups: int, held: int, batch: int, rounds: int) -> tuple[float, float, 
     feeds = [BlockFeed(directory, directory.join()) for _ in range(groups)]
     for number, (journal, ring, feed) in enumerate(zip(journals, rings, feeds, strict=True)):
         journal.take("device", dict.fromkeys(ring, True))
-        journal.flush()
+        deque(journal.flush(), 0)
         feed.begin(str(number))
         for message in journal.snapshot():
             feed.take(message)
@@ -84,7 +84,7 @@ def stops(groups: int, held: int) -> dict[str, float]:
         for number, (journal, ring, feed) in enumerate(zip(journals, rings, feeds, strict=True)):
             new = [os.urandom(16) for _ in range(changed)]
             journal.take("device", dict.fromkeys(ring[:changed], False) | dict.fromkeys(new + ring[changed:], True))
-            journal.flush()
+            deque(journal.flush(), 0)
             feed.begin(str(number))
             frames = [message.SerializeToString() for message in journal.snapshot()]
             calls += [lambda frame=frame, feed=feed: feed.take(pb.Blocks.FromString(frame)) for frame in frames]  # type: ignore[misc]

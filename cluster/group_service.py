@@ -13,7 +13,7 @@ import secrets
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -72,6 +72,10 @@ class _Link:
     """(when, number) of requests that the reported load doesn't hold yet."""
     counted: int = 0
     """The last request that it does hold."""
+    snapshot: Iterator[pb.Blocks] | None = None
+    """On its way, little by little."""
+    behind: list[pb.GroupMessage] = field(default_factory=list)
+    """What happened to blocks meanwhile."""
 
 
 @dataclass(slots=True, eq=False)
@@ -108,7 +112,7 @@ class GroupService:
         self._engine = engine
         engine.listen(self.report_blocks)
         self._server = await self._loop.create_server(self._accept, host, 0)
-        self._reporter = self._loop.create_task(self._report())
+        self._reporters = [self._loop.create_task(report) for report in (self._report(), self._publish())]
         port = self._server.sockets[0].getsockname()[1]
         return Endpoint(authority(host, port), self._incarnation, self._token)
 
@@ -127,7 +131,8 @@ class GroupService:
 
     async def stop(self) -> None:
         """Close every stream."""
-        self._reporter.cancel()
+        for reporter in self._reporters:
+            reporter.cancel()
         self._server.close()
         for link in self._strangers:
             link.stream.abort()
@@ -178,6 +183,7 @@ class GroupService:
             log.error("a gateway's message failed", exc_info=error)
         self._links.discard(link)
         self._strangers.discard(link)
+        link.snapshot = None
         for running in [*link.requests.values()]:
             self._forget(running)
             self._engine.abort(running.request.request_id)
@@ -295,22 +301,39 @@ class GroupService:
         return pb.GroupMessage(load=load)
 
     def _resync(self, link: _Link) -> None:
-        """A snapshot for one gateway, the latest changes for the others."""
-        self._publish_blocks()
-        for blocks in self._journal.snapshot():
+        """A new snapshot for one gateway."""
+        link.snapshot, link.behind = self._journal.snapshot(), []
+        self._send_part(link, link.snapshot)
+
+    def _send_part(self, link: _Link, snapshot: Iterator[pb.Blocks]) -> None:
+        """The next one; the loop has others to serve, too. Behind the last one goes what happened meanwhile."""
+        if link.snapshot is not snapshot:
+            return
+        if (blocks := next(snapshot, None)) is not None:
             self._post(link, pb.GroupMessage(blocks=blocks))
+            self._loop.call_soon(self._send_part, link, snapshot)
+            return
+        link.snapshot, behind, link.behind = None, link.behind, []
+        for message in behind:
+            self._post(link, message)
 
-    def _publish_blocks(self) -> None:
-        for blocks in self._journal.flush():
-            message = pb.GroupMessage(blocks=blocks)
-            for link in [*self._links]:
-                self._post(link, message)
-
-    async def _report(self) -> None:
-        """Tell every gateway load and blocks when they change, the load also when it doesn't; cut off those that don't read."""
+    async def _publish(self) -> None:
+        """Tell every gateway what happens to blocks."""
         while True:
             await asyncio.sleep(wire.PUBLISH_PERIOD_S)
-            self._publish_blocks()
+            for blocks in self._journal.flush():
+                message = pb.GroupMessage(blocks=blocks)
+                for link in [*self._links]:
+                    if link.snapshot is None:
+                        self._post(link, message)
+                    else:
+                        link.behind.append(message)
+                await asyncio.sleep(0)
+
+    async def _report(self) -> None:
+        """Tell every gateway the load when it changes, and when it doesn't; cut off those that don't read."""
+        while True:
+            await asyncio.sleep(wire.PUBLISH_PERIOD_S)
             now, stats = time.monotonic(), self._engine.stats()
             if (
                 self._reported is not None

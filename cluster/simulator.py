@@ -126,7 +126,7 @@ class Simulation:
             group.advance(now)
             stats = group.stats()
             group.journal.take("device", group.pool.drain())
-            messages = group.journal.flush()
+            messages = [*group.journal.flush()]
             for members in self._members:
                 member = members[number]
                 member.report(stats, ALL_COUNTED, now)

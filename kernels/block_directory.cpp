@@ -2,6 +2,7 @@
 // without torch. Calls of one directory come from one thread.
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -125,9 +126,22 @@ struct Memory {
 
 // What a group holds in a tier. What is leaving has its bits still, and goes little by little.
 struct Held {
-  Parts own{16, 0}, leaving;
-  size_t part = 0; // of those that are leaving: all before are empty, and the slots of this one up to `place`
+  Parts own{16, 0};
+  std::deque<Parts> leaving; // each key in one of them
+  size_t part = 0;           // of the first of them: all before are empty, and the slots of this one up to `place`
   int64_t place = 0;
+
+  int64_t left() const {
+    int64_t count = 0;
+    for (const Parts &each : leaving) count += each.used;
+    return count;
+  }
+
+  bool stays(uint64_t key) {
+    for (Parts &each : leaving)
+      if (each.release(key)) return true;
+    return false;
+  }
 };
 
 struct Directory {
@@ -245,7 +259,7 @@ EXPORT int64_t directory_store(Directory *self, int64_t tier, int64_t group, con
   came[0] = came[1] = 0;
   for (; n < count && n + work < most; n++) {
     const uint64_t key = keys[n] ? keys[n] : 1;
-    if (held.leaving.release(key)) {
+    if (held.stays(key)) {
       held.own.claim(key, 0, &work);
       continue;
     }
@@ -280,22 +294,20 @@ EXPORT int64_t directory_evict(Directory *self, int64_t tier, int64_t group, con
 // All that a group holds is leaving: it stays only where it is stored again before `directory_sweep` comes to it.
 EXPORT void directory_condemn(Directory *self, int64_t tier, int64_t group) {
   Held &held = self->of(tier, group);
-  Parts gone(std::move(held.own)), &fewer = gone.used < held.leaving.used ? gone : held.leaving;
-  Parts &more = &fewer == &gone ? held.leaving : gone;
-  int64_t work = 0;
-  for (Table &table : fewer.tables)
-    for (uint64_t key : table.slots)
-      if (key) more.claim(key, 0, &work);
-  Parts all(std::move(more));
-  held.own = Parts(16, 0), held.leaving = std::move(all), held.part = 0, held.place = 0;
+  if (!held.own.used) return;
+  held.leaving.push_back(std::move(held.own));
+  held.own = Parts(16, 0);
 }
 
 // Up to `most` of what is leaving goes -> how many
 EXPORT int64_t directory_sweep(Directory *self, int64_t tier, int64_t group, int64_t most) {
   Held &held = self->of(tier, group);
-  Parts &leaving = held.leaving;
   int64_t gone = 0;
-  for (int64_t looks = 0; leaving.used && gone < most && looks < EMPTY_SLOTS * most; looks++) {
+  for (int64_t looks = 0;; looks++) {
+    for (; !held.leaving.empty() && !held.leaving.front().used; held.part = 0, held.place = 0)
+      held.leaving.pop_front(); // it gives its memory back
+    if (held.leaving.empty() || gone == most || looks == EMPTY_SLOTS * most) return gone;
+    Parts &leaving = held.leaving.front();
     Table &table = leaving.tables[held.part];
     if (const uint64_t key = *table.slot(held.place)) { // what follows moves up, and is never behind us
       leaving.release(key);
@@ -305,13 +317,11 @@ EXPORT int64_t directory_sweep(Directory *self, int64_t tier, int64_t group, int
       held.part++, held.place = 0;
     }
   }
-  if (!leaving.used) leaving = Parts(), held.part = 0, held.place = 0; // it gives its memory back
-  return gone;
 }
 
 // Blocks that a group holds, or that are leaving
 EXPORT int64_t directory_held(Directory *self, int64_t tier, int64_t group) { return self->of(tier, group).own.used; }
-EXPORT int64_t directory_leaving(Directory *self, int64_t tier, int64_t group) { return self->of(tier, group).leaving.used; }
+EXPORT int64_t directory_leaving(Directory *self, int64_t tier, int64_t group) { return self->of(tier, group).left(); }
 
 EXPORT int64_t directory_size(Directory *self, int64_t tier) { return self->tiers[tier].used; }
 

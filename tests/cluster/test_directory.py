@@ -373,7 +373,7 @@ class Life:
             c for c, stored in changes.items() if not stored
         }
         self.journal.take("device", changes)
-        return self.journal.flush()
+        return [*self.journal.flush()]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -413,6 +413,39 @@ def test_feeds_converge_whatever_the_network_does(in_python, seed, monkeypatch):
                 IDS.index(c) for c in life.held
             }
     assert feed.in_step
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_changes_while_a_snapshot_is_made(in_python, seed, monkeypatch):
+    """Its parts are of different moments; what a group says next, as it says it from the first part on, makes up for that."""
+    monkeypatch.setattr("kvasir.cluster.block_journal.MAX_IDS", 3)
+    draw, directory = random.Random(seed), BlockDirectory()
+    life, feed = Life(draw, 0), BlockFeed(directory, directory.join())
+    for _ in range(10):
+        life.step()
+    feed.begin(life.name)
+    behind, parts = [], 0
+    for message in life.journal.snapshot():
+        assert feed.take(message) is False
+        parts += 1
+        behind += life.step()
+    assert parts > 2
+    assert feed.in_step
+    assert not any(feed.take(message) for message in behind)
+    assert {one for one in range(60) if prefixes(directory, [keys([one])])} == {IDS.index(c) for c in life.held}
+
+
+def test_a_journal_does_little_in_one_go(monkeypatch):
+    monkeypatch.setattr("kvasir.cluster.block_journal.MAX_IDS", 100)
+    journal, ids = BlockJournal("x"), [salted(str(number)) for number in range(1000)]
+    journal.take("disk", dict.fromkeys(ids, True))
+    told = journal.flush()
+    assert len(next(told).tiers[0].stored) == 100 * 16
+    assert len(next(journal.flush()).tiers[0].stored) == 100 * 16, "another goes on where the first is"
+    assert sum(len(message.tiers[0].stored) for message in told) == 800 * 16
+    sizes = [len(message.tiers[0].stored) // 16 for message in journal.snapshot()]
+    assert sum(sizes) == 1000
+    assert max(sizes) < 150
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -467,7 +500,7 @@ def test_a_gap_asks_once_and_then_again_after_a_while(in_python, monkeypatch):
 
     def change(number):
         journal.take("device", {IDS[number]: True})
-        return journal.flush()[0]
+        return next(journal.flush())
 
     assert feed.take(change(0)) is False
     change(1)
@@ -480,10 +513,10 @@ def test_the_journal_says_nothing_of_what_came_and_went():
     journal = BlockJournal("x")
     journal.take("device", {IDS[0]: True})
     journal.take("device", {IDS[0]: False, IDS[1]: False})
-    assert journal.flush() == []
+    assert [*journal.flush()] == []
     journal.take("device", {IDS[0]: True})
     (message,) = journal.flush()
     assert (message.number, message.tiers[0].stored, message.tiers[0].evicted) == (1, IDS[0], b"")
     journal.take("device", {IDS[0]: False})
     journal.take("device", {IDS[0]: True})
-    assert journal.flush() == []
+    assert [*journal.flush()] == []
