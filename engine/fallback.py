@@ -119,6 +119,10 @@ def fallback_spec(config: Mapping[str, Any], path: Path, *, trust_remote_code: b
     """The facts of a model that transformers knows and we don't. ConfigError says why it can't run."""
     outer = _transformers_config(config, path, trust_remote_code)
     c = outer.get_text_config()
+    if quantised := config.get("quantization_config"):
+        what = f"quantization_config (quant_method {quantised.get('quant_method')!r})"
+        text = f"config.json: {what} is not supported for models that run by transformers' code"
+        raise ConfigError(text, param="model")
     _refuse_unless_plain(outer, c, trust_remote_code)
     heads = c.num_attention_heads
     return Spec(

@@ -95,6 +95,10 @@ def test_greedy_tokens_equal(case: str, checkpoint: Make) -> None:
         ({"model_type": "zzz", "auto_map": {"AutoConfig": "x.Y"}}, "comes with code of its own: --trust-remote-code"),
         ({"model_type": "mamba"}, "'mamba'.*can't run here"),
         ({"model_type": "stablelm"}, "'stablelm': its attention can't be replaced"),
+        (
+            {"model_type": "olmo", "quantization_config": {"quant_method": "gptq"}},
+            "'gptq'. is not supported for models",
+        ),
         ({"model_type": "t5"}, "'t5' is an encoder with a decoder"),
         ({"model_type": "vit"}, "transformers has no model of it that generates"),
         ({"model_type": "qwen3_next"}, r"qwen3_next' \(linear_attention\)"),
