@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 from kvasir.engine.errors import ClientError, ConfigError
 from kvasir.engine.request import SamplingParams
 
+logger = logging.getLogger(__name__)
 SMALL = ("*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "*.tiktoken", "[0-9]_*/*.bin")
 """Files that say what a model is, layers behind an embedder (2_Dense/pytorch_model.bin) among them; its weights are chosen by
 their format."""
@@ -28,7 +30,25 @@ ELSEWHERE = ("original/*", "onnx/*", "openvino/*", "*/checkpoint-*")
 FURTHER_PART = re.compile(r"-0*([2-9]|[1-9]\d+)-of-\d+\.gguf$")
 """Of a model in several GGUF files all but the first."""
 
-_SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_SAMPLING_FIELDS = {
+    **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")},
+    **{name: name for name in ("presence_penalty", "frequency_penalty")},
+    "max_new_tokens": "max_tokens",
+}
+"""generation_config.json's name -> that of `SamplingParams`."""
+_UNHEEDED = (
+    *(
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "bad_words_ids",
+        "sequence_bias",
+        "no_repeat_ngram_size",
+        "num_beams",
+    ),
+    *("epsilon_cutoff", "eta_cutoff", "top_h", "exponential_decay_length_penalty", "guidance_scale"),
+    *("min_new_tokens", "stop_strings"),
+)
+"""What would change a text there, too, but doesn't here."""
 
 
 def locate(
@@ -68,12 +88,12 @@ def bundled_models() -> dict[str, Path]:
 
 
 def default_sampling(folder: Path) -> dict[str, Any]:
-    """Sampling defaults that generation_config.json asks for, by the names of `SamplingParams`; its max_new_tokens
-    becomes max_tokens. What it doesn't say isn't in the result."""
+    """Sampling defaults that generation_config.json asks for, by the names of `SamplingParams`. What it doesn't say isn't in
+    the result; what it says in vain is logged."""
     config = read_json(folder / "generation_config.json")
-    found = {name: config[name] for name in _SAMPLING_FIELDS if config.get(name) is not None}
-    if config.get("max_new_tokens") is not None:
-        found["max_tokens"] = config["max_new_tokens"]
+    found = {ours: config[name] for name, ours in _SAMPLING_FIELDS.items() if config.get(name) is not None}
+    if unheeded := [name for name in _UNHEEDED if config.get(name) not in (None, 0, 1, [], {})]:
+        logger.warning("%s: %s don't count here", folder / "generation_config.json", ", ".join(unheeded))
     try:
         SamplingParams(**found)
     except ClientError as error:

@@ -107,11 +107,20 @@ def test_a_hub_that_refuses(bundled: Path, monkeypatch: pytest.MonkeyPatch) -> N
         hub.locate("owner/..bad..")
 
 
-def test_default_sampling(tmp_path: Path) -> None:
+def test_default_sampling(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert hub.default_sampling(tmp_path) == {}
     given = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "do_sample": True, "min_p": None, "max_new_tokens": 99}
     _write(tmp_path, generation_config=given)
     assert hub.default_sampling(tmp_path) == {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_tokens": 99}
+    given = {"typical_p": 0.9, "presence_penalty": 1.5}
+    _write(tmp_path, generation_config=given)
+    assert hub.default_sampling(tmp_path) == given
+    assert not caplog.records
+    _write(
+        tmp_path, generation_config={"suppress_tokens": [7], "num_beams": 4, "no_repeat_ngram_size": 0, "top_h": None}
+    )
+    assert hub.default_sampling(tmp_path) == {}
+    assert "generation_config.json: suppress_tokens, num_beams don't count here" in caplog.text
     _write(tmp_path, generation_config={"top_p": 3})
     with pytest.raises(ConfigError, match=r"generation_config.json: top_p must be .*--generation-config none"):
         hub.default_sampling(tmp_path)
