@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from kvasir.cluster.gateway_replica import Addresses
     from kvasir.cluster.rank_actor import MakeEngine
 
+log = logging.getLogger(__name__)
+
 APP = "kvasir"
 OBJECT_STORE_BYTES = 80 * 2**20
 """Nothing of ours passes through Ray's object store; this is about the least that Ray takes."""
@@ -40,6 +43,7 @@ PROCESSES = 4
 """Serve's controller, a gateway, a group's coordinator and its rank: Ray starts that many workers ahead."""
 NOTE_S = 15.0
 """How often the log says what isn't placed."""
+CONNECT_TIMEOUT_S = 10.0
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DISABLE_WORKER_LOG_PREFIX": "1",  # our processes' lines reach the terminal as they are
@@ -78,11 +82,15 @@ def run(config: ClusterConfig, *, address: str | None = None, make_engine: MakeE
         reserved.enter_context(_neutral_folder())
         _start_ray(config, address)
         _check_room(config, own=address is None)
-        _deploy(config, make_engine, own_ray=address is None)
+        others = address is not None and _is_there()
+        if others:
+            log.warning("this cluster serves Kvasir already: it changes to what is asked for here, and ends with this process")
         try:
+            _deploy(config, make_engine, own_ray=address is None)
             addresses = wait_until_ready(APP)
-        except (KeyboardInterrupt, SystemExit):  # SIGTERM's; a model may be served before the others are
-            _end_application(config.gateway.drain_timeout_s, own_ray=address is None)
+        except BaseException as error:
+            if not others:
+                _take_back(error, config.gateway.drain_timeout_s, own_ray=address is None)
             raise
     except BaseException:
         reserved.close()
@@ -131,17 +139,37 @@ class Running:
         self._stopping.set()
 
 
+def _is_there() -> bool:
+    """Whether the cluster has an application of our name."""
+    from ray import serve
+
+    return APP in serve.status().applications
+
+
+def _take_back(error: BaseException, drain_s: float, *, own_ray: bool) -> None:
+    """End what was deployed and didn't become ready."""
+    if not isinstance(error, Exception):  # SIGTERM's, or Ctrl-C's; a model may be served before the others are
+        _end_application(drain_s, own_ray=own_ray)
+    elif not own_ray:
+        _end_application(0.0, own_ray=False)
+
+
 def _end_application(drain_s: float, *, own_ray: bool) -> None:
     """Let what runs at gateways finish for `drain_s`. A Ray of our own ends with us; another one has to be told."""
     from ray import serve
 
     there = serve.status().applications.get(APP)
-    gateway = there and there.deployments.get("Gateway")
+    if there is None:  # it was never begun
+        return
+    gateway = there.deployments.get("Gateway")
     if gateway and gateway.replica_states.get("RUNNING"):  # type: ignore[call-overload]  # without one Serve waits
         with contextlib.suppress(TimeoutError):
             _ask_gateways(APP, "drain", drain_s, timeout_s=drain_s + 5)
     if not own_ray:
-        serve.delete(APP)
+        try:
+            serve.delete(APP)
+        except TimeoutError:
+            log.warning("the application didn't end within a minute; `serve status` knows more")
 
 
 def wait_until_ready(app: str) -> Addresses:
@@ -292,7 +320,12 @@ def _start_ray(config: ClusterConfig, address: str | None) -> None:
         local = {}
         where, change = f"no Ray cluster could be joined at {address}", "check --address and that the cluster runs"
     try:
-        with _lean_ray() if address is None else contextlib.nullcontext():
+        if address is not None:
+            _knock(address)
+        with contextlib.ExitStack() as stack:
+            if address is None:
+                stack.enter_context(_lean_ray())
+                stack.enter_context(_apart())
             ray.init(address or "local", logging_level=logging.ERROR, **local)
     except Exception as error:  # Ray's has no class of its own for a node that is late
         raise StartError(
@@ -300,6 +333,13 @@ def _start_ray(config: ClusterConfig, address: str | None) -> None:
         ) from error
     finally:
         importer.join()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nothing listens: Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
 
 
 @contextlib.contextmanager
@@ -343,9 +383,11 @@ def _check_room(config: ClusterConfig, *, own: bool) -> None:
     wanted = ", ".join(f"{count:g} {kind}" for kind, count in lacking.items())
     there = ", ".join(f"{has.get(kind, 0):g} {kind}" for kind in lacking)
     text = f"the models' ranks ask for {wanted}, the cluster has {there}"
+    if own and "GPU" in lacking and not has.get("GPU"):
+        raise StartError(f"--device cuda: {text}; --device cpu does without")
     if own:
         raise StartError(f"{text}; lower --tensor-parallel-size, --pipeline-parallel-size or --data-parallel-size")
-    logging.getLogger(__name__).warning("%s: waiting for more nodes", text)
+    log.warning("%s: waiting for more nodes", text)
 
 
 @contextlib.contextmanager
@@ -364,6 +406,24 @@ def _lean_ray() -> Iterator[None]:
     finally:
         for name, method in kept.items():
             setattr(Node, name, method)
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """Ray's servers are started in sessions of their own: a signal to our process group (of `kill %1`, of `timeout`) would end
+    them before us, and what runs could neither finish nor be told. Nor is there a public switch for this.
+    """
+    from ray._private import services
+
+    class Popen(services.ConsolePopen):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, start_new_session=True, **options)
+
+    kept, services.ConsolePopen = services.ConsolePopen, Popen
+    try:
+        yield
+    finally:
+        services.ConsolePopen = kept
 
 
 def _deploy(config: ClusterConfig, make_engine: MakeEngine | None, *, own_ray: bool) -> None:

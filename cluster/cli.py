@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from kvasir.cluster import flags
@@ -39,11 +40,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown:
         args.parser.unknown(unknown[0])
     try:
+        _check_home()
         sys.exit(args.command(args) or 0)
     except KvasirError as error:
         _die(error.message)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _check_home() -> None:
+    """What is compiled, fetched and stored is kept there, by Ray and the hub's client, too."""
+    try:
+        Path.home()
+    except RuntimeError:
+        raise ConfigError("HOME isn't set, and this user has no home folder; set it to a folder that can be written") from None
 
 
 def _die(message: str) -> NoReturn:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,16 +18,25 @@ class Parser(argparse.ArgumentParser):
     """Names the nearest flag instead of only refusing an unknown one."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"kvasir: {message}\n")
+        end = "" if message.endswith("?") else "."
+        self.exit(2, f"kvasir: {message}{end} See {self.prog} --help.\n")
 
     def unknown(self, argument: str) -> NoReturn:
         """Refuse what no flag or place was found for."""
         wrong = argument.split("=")[0]
         if not wrong.startswith("-"):
-            self.error(f"one argument too many: {wrong!r}. See {self.prog} --help.")
-        near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
-        hint = f"; did you mean {near[0]}?" if near else "."
-        self.error(f"unknown flag {wrong}{hint} See {self.prog} --help.")
+            self.error(f"one argument too many: {wrong!r}")
+        self.error(f"unknown flag {wrong}{_near(wrong, self._option_string_actions)}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            self.error(f"there is no command {value!r}{_near(value, action.choices)}")
+        super()._check_value(action, value)
+
+
+def _near(wrong: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(wrong, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def serve_flags(parser: argparse.ArgumentParser) -> None:
@@ -202,7 +212,7 @@ def _short(flag: str) -> list[str]:
 
 def _shape(option: Option) -> dict[str, Any]:
     """How argparse is to read an option; values are checked by the option itself, with YAML's."""
-    text = option.help.replace("%", "%%")
+    text = option.help.replace(f" Flag: {option.flag}.", "").replace("%", "%%")
     default = option.default
     if default not in (None, ()) and "default" not in text and option.kind is not bool:
         text += f" (default: {default})"

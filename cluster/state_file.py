@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from kvasir.cluster import stored_items
@@ -38,12 +40,28 @@ def default_path(environ: Mapping[str, str]) -> str:
 
 def opened(path: str) -> sqlite3.Connection:
     try:
-        if path != MEMORY:
-            Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if path == MEMORY:
+            return _prepared(path)
+        folder = Path(path).parent
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with _alone(folder):
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # prompts and answers are in it
-        return _prepared(path)
+            return _prepared(path)
     except (OSError, sqlite3.Error) as error:
         raise ConfigError(f"--state-path {path}: {error}", param="state_path") from error
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Of gateways that start at once one turns on write-ahead logging: SQLite lets two of them wait for each other, until one's
+    timeout."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _prepared(path: str) -> sqlite3.Connection:

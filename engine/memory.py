@@ -296,9 +296,15 @@ def _wanted_len(config: EngineConfig, spec: Spec) -> int:
 def _budget(config: EngineConfig, share: Share, dtype: torch.dtype, device: torch.device, weight_bytes: int) -> Budget:
     activations = activation_bytes(config, share.spec, dtype, device)
     taken = (("weights", weight_bytes), ("activations (estimate)", activations))
-    if config.kv_cache_memory_bytes is not None:
-        return Budget(config.kv_cache_memory_bytes, taken)
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if (size := config.kv_cache_memory_bytes) is not None:
+        free = torch.cuda.mem_get_info(device)[0] if on_gpu else available_ram() // share.mesh.place.local_ranks
+        if size > free:
+            where = "on the GPU" if on_gpu else "of RAM to each rank here"
+            message = f"--kv-cache-memory-bytes {size} ({_human(size)}): {_human(free)} {where} are free"
+            raise ConfigError(message, param="kv_cache_memory_bytes")
+        return Budget(size, taken)
+    if on_gpu:
         free, total = torch.cuda.mem_get_info(device)
         usable = int(total * config.gpu_memory_utilization)
         lines = ((f"GPU memory x {config.gpu_memory_utilization:g}", usable), ("used by others", total - free), *taken)

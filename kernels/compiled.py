@@ -101,7 +101,10 @@ def _alone(lock: Path) -> Iterator[None]:
 
 def _folder() -> Path:
     """Where compiled code is kept: the user's own folder, closed to others."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvasir"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvasir"
+    except RuntimeError as error:  # pathlib's
+        raise NativeError("HOME isn't set, and this user has no home folder to keep compiled code in") from error
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 

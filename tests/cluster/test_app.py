@@ -17,6 +17,7 @@ import httpx
 import pytest
 import ray
 import ray.serve
+from ray._private import services
 from waiting import until
 
 from kvasir.cluster import app, telemetry
@@ -233,27 +234,53 @@ def test_a_signal_before_it_waits_ends_it_too():
             signal.signal(number, handler)
 
 
-@pytest.mark.parametrize(("gateways", "drained"), [({"RUNNING": 1}, ["drain"]), ({"STARTING": 1}, [])])
-@pytest.mark.parametrize("signalled", [KeyboardInterrupt, SystemExit])
-def test_a_signal_before_all_models_are_served_drains(byte_model, monkeypatch, signalled, gateways, drained):
+@pytest.fixture
+def serve_by_hand(byte_model, monkeypatch):
+    """run(error, applications, address): what was done when the start ended with the error. `gateway`: its state then."""
+
+    def run(error, applications, address=None, gateway="STARTING"):
+        done = []
+
+        def deploy(*_, **__):
+            applications.setdefault(app.APP, application(gateway))
+
+        def failed(_):
+            raise error
+
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        monkeypatch.setattr(ray.serve, "status", lambda: SimpleNamespace(applications=applications))
+        monkeypatch.setattr(ray.serve, "delete", lambda name: done.append(f"delete {name}"))
+        monkeypatch.setattr(app, "wait_until_ready", failed)
+        monkeypatch.setattr(app, "_ask_gateways", lambda _, method, *__, **___: done.append(method))
+        monkeypatch.setattr(app, "_stop_ray", lambda: done.append("stop"))
+        monkeypatch.setattr(app, "_deploy", deploy)
+        for name in ("_start_ray", "_check_room"):
+            monkeypatch.setattr(app, name, lambda *_, **__: None)
+        with pytest.raises(type(error)):
+            app.run(config(byte_model, port=0, grpc_port=-1), address=address)
+        return done
+
+    return run
+
+
+def application(state):
+    return SimpleNamespace(deployments={"Gateway": SimpleNamespace(replica_states={state: 1})})
+
+
+@pytest.mark.parametrize("signalled", [KeyboardInterrupt(), SystemExit()])
+def test_a_signal_before_all_models_are_served_drains(serve_by_hand, signalled):
     """A gateway that is there may answer for some. Where there is none, asking it would take as long as draining."""
-    done = []
+    assert serve_by_hand(signalled, {}) == ["stop"]
+    assert serve_by_hand(signalled, {}, gateway="RUNNING") == ["drain", "stop"]
 
-    def interrupted(_):
-        raise signalled
 
-    deployments = {"Gateway": SimpleNamespace(replica_states=gateways)}
-    status = SimpleNamespace(applications={app.APP: SimpleNamespace(deployments=deployments)})
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(ray.serve, "status", lambda: status)
-    monkeypatch.setattr(app, "wait_until_ready", interrupted)
-    monkeypatch.setattr(app, "_ask_gateways", lambda _, method, *__, **___: done.append(method))
-    monkeypatch.setattr(app, "_stop_ray", lambda: done.append("stop"))
-    for name in ("_start_ray", "_check_room", "_deploy"):
-        monkeypatch.setattr(app, name, lambda *_, **__: None)
-    with pytest.raises(signalled):
-        app.run(config(byte_model, port=0, grpc_port=-1))
-    assert done == [*drained, "stop"]
+@pytest.mark.parametrize("error", [app.StartError("no"), KeyboardInterrupt()])
+def test_a_start_that_fails_leaves_a_cluster_as_it_was(serve_by_hand, caplog, error):
+    others = {"theirs": application("RUNNING")}
+    assert serve_by_hand(error, {**others}, "auto") == ["delete kvasir", "stop"]
+    assert not caplog.text
+    assert serve_by_hand(error, {**others, app.APP: application("RUNNING")}, "auto") == ["stop"]
+    assert "this cluster serves Kvasir already" in caplog.text
 
 
 def test_a_model_that_is_not_there_is_told_before_anything_starts(tmp_path):
@@ -296,9 +323,34 @@ def test_a_token_or_a_mode_of_the_user_stays(token_file, variable):
     assert not token_file(**{variable: "disabled"}).exists()
 
 
+def test_where_nothing_listens_ray_is_not_asked(byte_model, monkeypatch):
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("it tries for minutes"))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    with pytest.raises(app.StartError, match=f"no Ray cluster could be joined at {address}\n  why: .*refused"):
+        app.run(config(byte_model, port=0, grpc_port=-1), address=address)
+
+
+@pytest.mark.parametrize(("engine", "change"), [({"device": "cuda"}, "--device cpu"), ({}, "lower --tensor-parallel-size")])
+def test_ranks_for_which_there_is_no_room(monkeypatch, engine, change):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    engine = EngineConfig(**{"model": "skald", "tensor_parallel_size": 2, **engine})
+    with pytest.raises(app.StartError, match=change):
+        app._check_room(ClusterConfig(engines=(engine,)), own=True)
+
+
+def test_ray_s_servers_have_sessions_of_their_own():
+    """A signal to our process group isn't one to them."""
+    with app._apart(), services.ConsolePopen(["sleep", "60"], creationflags=0) as process:
+        try:
+            assert os.getsid(process.pid) == process.pid
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize(
     ("address", "what"),
-    [(None, "Ray could not be started here"), ("10.0.0.9:6379", "no Ray cluster could be joined at 10")],
+    [(None, "Ray could not be started here"), ("auto", "no Ray cluster could be joined at auto")],
 )
 def test_a_ray_that_is_late_is_told_plainly(byte_model, monkeypatch, address, what):
     def late(*_, **__):

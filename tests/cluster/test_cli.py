@@ -117,8 +117,9 @@ def test_other_names_of_switches_are_switches() -> None:
         (["serve", "a", "--model", "b"], 1, "differ"),
         (["serve", "--host", "0.0.0.0"], 1, "--insecure"),
         (["serve", "--config", "nothing.yaml"], 1, "nothing.yaml"),
-        (["swerve"], 2, "swerve"),
-        ([], 2, "COMMAND"),
+        (["swerve"], 2, "there is no command 'swerve'; did you mean serve? See kvasir --help."),
+        (["bench", "pull"], 2, "there is no command 'pull'. See kvasir bench --help."),
+        ([], 2, "COMMAND. See kvasir --help."),
         (["batch", "a", "b", "c"], 2, "one argument too many: 'c'"),
         (["batch", "a", "b", "--quantization", "awq"], 1, "--quantization: quantised weights"),
         (["run", "-pp", "x"], 1, "--pipeline-parallel-size must be a whole number"),
@@ -137,6 +138,16 @@ def test_errors_are_one_plain_block(arguments: list[str], status: int, says: str
     assert run.status == status
     assert says in run.err
     assert "Traceback" not in run.err
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, kvasir: Kvasir) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    run = kvasir("models")
+    assert (run.status, run.out) == (1, "")
+    assert run.err.startswith("kvasir: HOME isn't set")
 
 
 def test_errors_of_a_process(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from kvasir.cluster import state_file
 from kvasir.cluster import store as store_module
 from kvasir.cluster.store import FullError, NotFoundError, Part, Store, Stored
 from kvasir.engine.errors import ConfigError, ServerError
@@ -52,6 +54,19 @@ def test_belongs_to_one(made: Made) -> None:
         assert await store.change("a", lambda body: body) is None
 
     asyncio.run(run())
+
+
+def test_files_are_prepared_by_one_after_the_other(tmp_path: Path) -> None:
+    """SQLite tells the second one that turns on write-ahead logging at once that the file is locked."""
+    path = tmp_path / "state.db"
+    other = threading.Thread(target=lambda: state_file.opened(str(path)).close())
+    with state_file._alone(tmp_path):
+        other.start()
+        other.join(0.2)
+        assert other.is_alive()
+        assert not path.exists()
+    other.join()
+    assert path.exists()
 
 
 def test_parts_die_with_their_object(made: Made, tmp_path: Path) -> None:

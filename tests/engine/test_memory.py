@@ -72,6 +72,12 @@ def test_explicit_size_is_kept_exactly() -> None:
 
 
 @pytest.mark.usefixtures("ram")
+def test_an_explicit_size_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"--kv-cache-memory-bytes .*13.00 GiB.*: 12.00 GiB of RAM .* are free"):
+        plan(EngineConfig(kv_cache_memory_bytes=13 * GIB))
+
+
+@pytest.mark.usefixtures("ram")
 def test_the_models_own_length_is_shrunk_and_said() -> None:
     got = plan(EngineConfig(kv_cache_memory_bytes=100 * BLOCK))
     assert (got.num_blocks, got.max_model_len) == (100, 1600)

@@ -271,6 +271,18 @@ def test_of_processes_that_start_at_once_one_compiles(tmp_path: Path) -> None:
     assert sum("compiled in" in text for text in said) == 1
 
 
+def test_a_user_without_a_home_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("KVASIR_KERNELS", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    found = native.native.__wrapped__()
+    assert found.library is None
+    assert "HOME isn't set" in found.text
+
+
 def test_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVASIR_KERNELS", "torch")
     assert native.native.__wrapped__().text == "not used: KVASIR_KERNELS=torch"
