@@ -84,7 +84,9 @@ def run(config: ClusterConfig, *, address: str | None = None, make_engine: MakeE
         _check_room(config, own=address is None)
         others = address is not None and _is_there()
         if others:
-            log.warning("this cluster serves Kvasir already: it changes to what is asked for here, and ends with this process")
+            log.warning(
+                "this cluster serves Kvasir already: it changes to what is asked for here, and ends with this process"
+            )
         try:
             _deploy(config, make_engine, own_ray=address is None)
             addresses = wait_until_ready(APP)

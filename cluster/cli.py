@@ -53,7 +53,9 @@ def _check_home() -> None:
     try:
         Path.home()
     except RuntimeError:
-        raise ConfigError("HOME isn't set, and this user has no home folder; set it to a folder that can be written") from None
+        raise ConfigError(
+            "HOME isn't set, and this user has no home folder; set it to a folder that can be written"
+        ) from None
 
 
 def _die(message: str) -> NoReturn:

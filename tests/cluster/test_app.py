@@ -331,7 +331,9 @@ def test_where_nothing_listens_ray_is_not_asked(byte_model, monkeypatch):
         app.run(config(byte_model, port=0, grpc_port=-1), address=address)
 
 
-@pytest.mark.parametrize(("engine", "change"), [({"device": "cuda"}, "--device cpu"), ({}, "lower --tensor-parallel-size")])
+@pytest.mark.parametrize(
+    ("engine", "change"), [({"device": "cuda"}, "--device cpu"), ({}, "lower --tensor-parallel-size")]
+)
 def test_ranks_for_which_there_is_no_room(monkeypatch, engine, change):
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
     engine = EngineConfig(**{"model": "skald", "tensor_parallel_size": 2, **engine})
