@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -320,7 +321,8 @@ def _start_ray(config: ClusterConfig, address: str | None) -> None:
         where, change = "Ray could not be started here", "see what else this machine does, then start again"
     else:
         local = {}
-        where, change = f"no Ray cluster could be joined at {address}", "check --address and that the cluster runs"
+        where = f"no Ray cluster could be joined at {address}"
+        change = "check --address, that the cluster runs, and if it asks for a token, that RAY_AUTH_MODE is token here"
     try:
         if address is not None:
             _knock(address)
@@ -417,15 +419,13 @@ def _apart() -> Iterator[None]:
     """
     from ray._private import services
 
-    class Popen(services.ConsolePopen):  # type: ignore[misc]
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, start_new_session=True, **options)
-
-    kept, services.ConsolePopen = services.ConsolePopen, Popen
+    name = "ConsolePopen"
+    kept = getattr(services, name)
+    setattr(services, name, partial(kept, start_new_session=True))
     try:
         yield
     finally:
-        services.ConsolePopen = kept
+        setattr(services, name, kept)
 
 
 def _deploy(config: ClusterConfig, make_engine: MakeEngine | None, *, own_ray: bool) -> None:
