@@ -11,8 +11,8 @@ from typing import Any
 from kvasir.cluster.batch_line import MAX_LINE_BYTES
 from kvasir.cluster.caller import Lookup
 from kvasir.cluster.pages import Page
-from kvasir.cluster.store import NotFoundError, Part, Store, Stored
-from kvasir.engine.errors import ClientError, UnsupportedError
+from kvasir.cluster.store import LEASE_S, NotFoundError, Part, Store, Stored
+from kvasir.engine.errors import ClientError, UnavailableError, UnsupportedError
 
 Json = dict[str, Any]
 PIECE = 2**20
@@ -31,7 +31,8 @@ class FileTooLargeError(ClientError):
 
 
 class FileWriter:
-    """A new file, open until `done`; `drop` in any other case."""
+    """A new file, open until `done`; `drop` in any other case. UnavailableError when what there is of it was dropped by another
+    gateway, which took this one for dead."""
 
     def __init__(self, store: Store, principal: str, purpose: str, filename: str) -> None:
         self.id = f"file-{uuid.uuid4().hex}"
@@ -64,18 +65,18 @@ class FileWriter:
         await self._flush()
         body = {**self._body, "bytes": self.size, "expires_at": self._body["created_at"] + int(live_s)}
         await self._store.keep([self.id], time.time() + live_s)
-        await self._store.finish(self.id, body)
+        _check(await self._store.finish(self.id, body))
         return body
 
     async def drop(self) -> None:
         if self._begun:
-            await self._store.delete(self.id, "file", self._principal)
+            await self._store.abandon(self.id)
 
     async def _flush(self) -> None:
         if not self._begun:
             await self._begin()
         if self._buffer:
-            await self._store.append(self.id, [Part(self._number, bytes(self._buffer))])
+            _check(await self._store.append(self.id, [Part(self._number, bytes(self._buffer))]))
             self._number += 1
             self._buffer.clear()
 
@@ -86,6 +87,13 @@ class FileWriter:
         )  # fmt: skip
         await self._store.put(stored)
         self._begun = True
+
+
+def _check(ours: bool) -> None:
+    """Whether a file is still being written, as the store says."""
+    if not ours:
+        text = f"this gateway was held up for longer than {LEASE_S:g} s, and what had come of the file was dropped; send it again"
+        raise UnavailableError(text)
 
 
 class NewFile:

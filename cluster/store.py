@@ -140,6 +140,10 @@ class Store:
         """Raises NotFoundError."""
         await self._run(self._delete, object_id, kind, principal)
 
+    async def abandon(self, object_id: str) -> None:
+        """Remove what this process works on, and won't finish; nothing happens where it isn't ours."""
+        await self._run(self._abandon, object_id)
+
     async def append(self, object_id: str, parts: Sequence[Part]) -> bool:
         """Add parts to an open object; False: it isn't open any more, or gone, or another process took it over."""
         return await self._run(self._append, object_id, parts)
@@ -298,6 +302,10 @@ class Store:
     def _delete(self, object_id: str, kind: Kind, principal: str) -> None:
         self._get(object_id, kind, principal)
         self._db.execute("DELETE FROM object WHERE id = ?", (object_id,))
+
+    def _abandon(self, object_id: str) -> None:
+        if self._ours(object_id):
+            self._db.execute("DELETE FROM object WHERE id = ?", (object_id,))
 
     def _append(self, object_id: str, parts: Sequence[Part]) -> bool:
         if not self._ours(object_id):

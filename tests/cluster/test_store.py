@@ -14,8 +14,9 @@ import pytest
 
 from kvasir.cluster import state_file
 from kvasir.cluster import store as store_module
+from kvasir.cluster.files import PIECE, FileWriter
 from kvasir.cluster.store import FullError, NotFoundError, Part, Store, Stored
-from kvasir.engine.errors import ConfigError, ServerError
+from kvasir.engine.errors import ConfigError, ServerError, UnavailableError
 
 
 def thing(name: str, **fields: Any) -> Stored:
@@ -127,6 +128,38 @@ def test_what_another_took_over_is_left_to_it(made: Made) -> None:
         assert await other.append("a", [Part(1, b"y")])
         assert await one.change("a", lambda body: {"id": "b"}) == {"id": "b"}, "anybody may cancel"
         assert await other.finish("a", {"id": "c"})
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("end", [lambda file: file.write(b"x" * PIECE), lambda file: file.done(60)])
+def test_a_file_that_was_taken_for_left_is_no_file(made: Made, end: Any) -> None:
+    """Its gateway was suspended, and another one dropped what had come: who sent it is told, and has no id of nothing."""
+
+    async def run() -> None:
+        one, other = made(), made()
+        file = FileWriter(one, "me", "batch", "f")
+        await file.write(b"x" * PIECE)
+        await one.release([file.id])
+        await other.sweep()
+        with pytest.raises(UnavailableError, match="what had come of the file was dropped; send it again"):
+            await end(file)
+        await file.drop()
+        assert await one.listed("file", "me") == []
+
+    asyncio.run(run())
+
+
+def test_a_file_that_is_dropped_is_gone(made: Made) -> None:
+    """Nobody is told that there is no such file, who sent one that is too large, say."""
+
+    async def run() -> None:
+        store = made()
+        file = FileWriter(store, "me", "batch", "f")
+        await file.write(b"x" * (PIECE + 1))
+        await file.drop()
+        await store.room(2**30)
+        assert not await store.append(file.id, [])
 
     asyncio.run(run())
 
