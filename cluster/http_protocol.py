@@ -1,7 +1,7 @@
 """The HTTP server's settings, and its connections: what a request may take before it is a request: a head's size, and the
-time until head and body are there.
+time until head and body are there; and how long an answer may lie unread.
 
-uvicorn limits neither where httptools parses, and a client that never ends its request would be held for ever.
+uvicorn limits none of these where httptools parses, and a client that never ends its request would be held for ever.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 from functools import partial
 from typing import Any, Literal
 
+import httptools
 import orjson
 import uvicorn
 from starlette.types import Message, Receive, Scope, Send
@@ -18,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from kvasir.cluster.call import request_id_from
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.error_shapes import error_body
+from kvasir.cluster.sockets import gone_after, set_options
 from kvasir.cluster.straight import LINE, CycleLine
 from kvasir.engine.errors import ClientError, KvasirError
 
@@ -27,6 +29,7 @@ MAX_AHEAD = 16
 """Requests that wait on one connection for the answers of those before them."""
 SLOWEST_BYTES_S = 64 * 2**10
 """What is larger may take longer: a second for so many bytes."""
+_FRAMING = (b"content-length", b"transfer-encoding")
 _PHRASES = {
     400: "Bad Request",
     408: "Request Timeout",
@@ -107,6 +110,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        set_options(transport.get_extra_info("socket"), gone_after(self._limit_s))
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -124,21 +128,51 @@ class Connection(HttpToolsProtocol):
         else:
             self._framing += len(data)
         self._arrived += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._parse(data)
         if (self._framing if self._place == "body" else self._head) > MAX_HEAD_BYTES:
             self._too_large()
 
+    def _parse(self, data: bytes) -> None:
+        """What is malformed is told the client and not the log, which anybody could fill. An offer to upgrade is ignored (RFC 9110,
+        7.8; Java's clients offer h2c): the parser takes it for granted, and the body for what comes behind the upgrade."""
+        rest = memoryview(data)
+        try:
+            while True:
+                try:
+                    self.parser.feed_data(rest)
+                    return
+                except httptools.HttpParserUpgrade as offer:
+                    if self._deaf:
+                        return
+                    rest = rest[offer.args[0] :]
+                    self._parse_body()
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _parse_body(self) -> None:
+        """Begin with the body of the head that was read, and go on with what comes behind it."""
+        framing = [f"{name.decode()}: {value.decode()}" for name, value in self.headers if name in _FRAMING]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        self.parser.feed_data("\r\n".join(["POST / HTTP/1.1", *framing, "", ""]).encode())
+
     def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._place = "head"
-        self._wait()
+        if self._place != "body":  # see _parse_body
+            super().on_message_begin()
+            self._place = "head"
+            self._wait()
+
+    def on_url(self, url: bytes) -> None:
+        if self._place == "head":
+            super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._place == "head":  # what comes behind the body is no header, and gives nobody a key (RFC 9110, 6.5.1)
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        if self._deaf:
+        if self._deaf or self._place == "body":
             return
         if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > MAX_HEAD_BYTES:
             self._too_large()
@@ -156,6 +190,8 @@ class Connection(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade() and not self._deaf:  # its body is still to come
+            return
         self._place = "between"
         self._head = 0
         self._arrive()

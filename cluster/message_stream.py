@@ -4,7 +4,6 @@ protobuf form. gRPC's streams cost several times as much CPU, and there is a mes
 from __future__ import annotations
 
 import asyncio
-import socket
 import struct
 import time
 from collections.abc import Callable
@@ -12,12 +11,14 @@ from typing import Any, Generic, TypeVar, cast
 
 from google.protobuf.message import Message
 
+from kvasir.cluster.sockets import gone_after, set_options
+
 M = TypeVar("M", bound=Message)
 
 _LENGTH = struct.Struct("<I")
 GONE_S = 10
 """The other end is gone when it hasn't acknowledged anything for so long: a machine that vanished says no goodbye."""
-_SOCKET = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": GONE_S * 1000}
+_SOCKET = {"TCP_NODELAY": 1, **gone_after(GONE_S)}
 
 
 class MessageStream(asyncio.Protocol, Generic[M]):
@@ -68,11 +69,7 @@ class MessageStream(asyncio.Protocol, Generic[M]):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        sock: Any = transport.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in _SOCKET.items():
-            if hasattr(socket, name):  # not all systems have all of them
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        set_options(transport.get_extra_info("socket"), _SOCKET)
 
     def data_received(self, data: bytes) -> None:
         came, at = self._came, 0

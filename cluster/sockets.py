@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
+from typing import Any
 
 from kvasir.engine.errors import ConfigError
 
@@ -26,6 +28,22 @@ def bound_socket(host: str, port: int, *, shared: bool) -> socket.socket:
         sock.close()
         raise ConfigError(f"can't listen on {host}:{port}: {error.strerror or error}", param="port") from error
     return sock
+
+
+def gone_after(limit_s: float) -> dict[str, int]:
+    """Options of a TCP socket whose connection breaks when the other end has acknowledged nothing for so long, be it that it reads
+    nothing of what is sent to it, or that its machine vanished, which says no goodbye."""
+    idle_s = max(1, int(limit_s / 2))
+    probes = {"TCP_KEEPIDLE": idle_s, "TCP_KEEPINTVL": max(1, idle_s // 4), "TCP_KEEPCNT": 3}
+    return {**probes, "TCP_USER_TIMEOUT": max(1, int(limit_s * 1000))}  # in ms; 0 would be for ever
+
+
+def set_options(sock: Any, options: Mapping[str, int]) -> None:
+    """TCP's, by their names, and that the other end is asked now and then whether it is there."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in options.items():
+        if hasattr(socket, name):  # not all systems have all of them
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def authority(host: str, port: int) -> str:

@@ -285,3 +285,59 @@ def _parts(body):
     """The objects of a whole answer, or of a stream."""
     found = [line.removeprefix("data: ") for line in body.split("\n") if line.startswith(("data: {", "{"))]
     return [json.loads(text) for text in found]
+
+
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n"
+CHUNKED = HEAD + OFFER + b"Transfer-Encoding: chunked\r\n\r\n" + b"%x\r\n%b\r\n0\r\nX-Trailer: b\r\n\r\n" % (len(BODY), BODY)
+
+
+@pytest.mark.parametrize("request_", [HEAD + OFFER + LENGTH + b"\r\n" + BODY, CHUNKED], ids=["length", "chunked"])
+@pytest.mark.parametrize("size", [1, 7, 65536])
+def test_an_offer_to_upgrade_is_ignored(gateway, caplog, request_, size):
+    """Java's clients offer h2c with every request: they lost their bodies."""
+    get = b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + OFFER + b"\r\n"
+    whole = request_ + get + request_ + SECOND.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+    with connect(gateway) as sock:
+        for start in range(0, len(whole), size):
+            sock.sendall(whole[start : start + size])
+        text = _rest(sock)
+    assert text.count("HTTP/1.1 200 OK") == text.count("HTTP/1.1 ") == 4
+    assert text.count('"finish_reason":"stop"') == 3
+    assert caplog.records == []
+
+
+def test_a_body_behind_an_offer_is_no_request(gateway):
+    """Whoever is between took it for a body; it would be somebody else's request."""
+    hidden = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with connect(gateway) as sock:
+        sock.sendall(HEAD + OFFER + b"Content-Length: %d\r\n\r\n" % len(hidden) + hidden)
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        text = _rest(sock)
+    assert [part[:3] for part in text.split("HTTP/1.1 ")[1:]] == ["400", "200"]
+
+
+def test_what_is_malformed_is_not_logged(gateway, caplog):
+    """Anybody could fill the log: it needs no key."""
+    for sent in (b"\x16\x03\x01 of TLS\r\n\r\n", b"GET /\xff HTTP/1.1\r\n\r\n", b"CONNECT a:1 HTTP/1.1\r\n\r\n"):
+        with connect(gateway) as sock:
+            sock.sendall(sent)
+            assert answer(sock)[0] == 400
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_reads_nothing_is_cut_off(hasty, streamed):
+    """All that the kernel and we take for it is full, and it acknowledges no more."""
+    hasty.group.script = lambda request, index: [65] * 3000
+    body = json.dumps({"model": "bytes", "prompt": "Hi", "stream": streamed, "logprobs": 5, "max_tokens": 3000}).encode()
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("localhost", int(hasty.url.rsplit(":", 1)[1])))
+        (connection,) = until(lambda: hasty.call(lambda: [*hasty.connections]))
+        theirs = connection.transport.get_extra_info("socket")
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        sock.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        until(lambda: hasty.group.requests)
+        until(lambda: not hasty.connections)
+        until(lambda: not hasty.desk.running and not hasty.group.running)
+        until(lambda: theirs.fileno() == -1)
