@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing, asynccontextmanager, suppress
@@ -17,7 +18,7 @@ from kvasir.cluster.caller import Caller
 from kvasir.cluster.http_front import warning_header
 from kvasir.cluster.recordings import STREAM_ID, Recording, Recordings
 from kvasir.cluster.timing import CallTiming
-from kvasir.engine.errors import KvasirError, ServerError
+from kvasir.engine.errors import KvasirError, OverloadedError, ServerError
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,9 @@ STATUS = {
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 """HTTP status -> gRPC's; others are INTERNAL."""
+
+UNREAD_S = 60.0
+"""A call ends whose client takes no message for so long: else it would hold its request for ever."""
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -73,6 +77,25 @@ async def tell(context: Context, caller: Caller, stream_id: str = "") -> None:
     await context.send_initial_metadata((("x-request-id", caller.request_id), *more))
 
 
+async def send(context: Context, message: Message) -> None:
+    """A message of a streamed answer. Raises OverloadedError when the client doesn't take it."""
+    call, late = asyncio.current_task(), []
+    assert call is not None, "gRPC runs each call as a task"
+
+    def give_up() -> None:
+        late.append(call.cancel())
+
+    limit = asyncio.get_running_loop().call_later(UNREAD_S, give_up)
+    try:
+        await context.write(message)
+    except asyncio.CancelledError:
+        if not late:
+            raise
+        raise OverloadedError(f"the client reads too slowly: it took no message for {UNREAD_S:g} s") from None
+    finally:
+        limit.cancel()
+
+
 async def resume(recordings: Recordings, request: Any, context: Context, kind: bytes, message: type[Message]) -> None:
     """Go on with a stream that holds such messages."""
     recordings.need_here(request.stream_id)
@@ -86,7 +109,7 @@ async def play(recording: Recording, after: int, context: Context, message: type
     async with aclosing(recording.read(after)) as batches:
         async for events in batches:
             for event in events:
-                await context.write(message.FromString(event))
+                await send(context, message.FromString(event))
 
 
 def told(error: Exception) -> KvasirError:

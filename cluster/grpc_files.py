@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 from kvasir.cluster.auth import ApiKeys
 from kvasir.cluster.files import NewFile, check_purpose, expires_after, find_file, pieces
-from kvasir.cluster.grpc_call import Context, calling, set_trailers, tell
+from kvasir.cluster.grpc_call import Context, calling, send, set_trailers, tell
 from kvasir.cluster.grpc_json import as_message, request_body
 from kvasir.cluster.grpc_responses import lookup_of
 from kvasir.cluster.shelf import Shelf
@@ -63,7 +63,7 @@ class Files(FilesServicer):
             stored = await find_file(self._shelf.store, request.id, caller.principal)
             set_trailers(context, request)
             async for piece in pieces(self._shelf.store, stored.id):
-                await context.write(pb.FileContent(data=piece))
+                await send(context, pb.FileContent(data=piece))
 
     async def Delete(self, request: pb.IdRequest, context: Context) -> pb.Deleted:  # noqa: N802
         async with calling(context, self._keys) as caller:

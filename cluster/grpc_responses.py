@@ -13,7 +13,7 @@ from kvasir.cluster.decisions_api import decided
 from kvasir.cluster.decisions_schema import parse_decisions
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
-from kvasir.cluster.grpc_call import Context, as_status, calling, play, resume, set_trailers, tell
+from kvasir.cluster.grpc_call import Context, as_status, calling, play, resume, send, set_trailers, tell
 from kvasir.cluster.grpc_json import as_json, as_message, parsed, request_body, tool_choice
 from kvasir.cluster.recordings import RESUMABLE
 from kvasir.cluster.responses import Begun
@@ -110,7 +110,7 @@ class Responses(ResponsesServicer):
         """The events behind number `after`, those that are there and those to come."""
         async for parts in self._made.background.follow(response_id, after):
             for part in parts:
-                await context.write(_event(part.data))
+                await send(context, _event(part.data))
 
 
 class Conversations(ConversationsServicer):
@@ -198,7 +198,7 @@ async def _stream(begun: Begun, generation: Generation, context: Context) -> Non
         return
     async for events in _events(begun, generation):
         for event in events:
-            await context.write(event)
+            await send(context, event)
 
 
 async def _recorded(begun: Begun, generation: Generation) -> AsyncIterator[Sequence[bytes]]:

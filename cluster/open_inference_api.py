@@ -13,7 +13,7 @@ from kvasir.cluster.all_metrics import OtherMetrics, no_others
 from kvasir.cluster.call import ROUTE_HEADER, request_id_from
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
-from kvasir.cluster.grpc_call import Context, as_status, metadata, told
+from kvasir.cluster.grpc_call import Context, as_status, metadata, send, told
 from kvasir.cluster.health import Health
 from kvasir.cluster.http_front import warning_header
 from kvasir.cluster.open_inference_schema import FINAL, INPUTS, OUTPUTS, TensorAsk, parse_inference, write_outputs
@@ -129,7 +129,7 @@ class OpenInference(GRPCInferenceServiceServicer):
             async with aclosing(self._answers(request, context)) as replies:
                 async for reply in replies:
                     async with writing:
-                        await context.write(reply)
+                        await send(context, reply)
 
         def ended(task: asyncio.Task[None]) -> None:
             tasks.discard(task)
