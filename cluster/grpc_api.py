@@ -21,7 +21,18 @@ from kvasir.cluster.caller import Caller
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
-from kvasir.cluster.grpc_call import Context, abort, as_status, calling, metadata, play, resume, send, set_trailers, tell
+from kvasir.cluster.grpc_call import (
+    Context,
+    abort,
+    as_status,
+    calling,
+    metadata,
+    play,
+    resume,
+    send,
+    set_trailers,
+    tell,
+)
 from kvasir.cluster.grpc_chats import Chats
 from kvasir.cluster.grpc_files import Batches, Files
 from kvasir.cluster.grpc_pooling import (

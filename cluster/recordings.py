@@ -20,6 +20,8 @@ RESUMABLE = "kvasir-resumable"
 """Header, or metadata of a gRPC call."""
 STREAM_ID = "kvasir-stream-id"
 """Header of the answer, or its initial metadata."""
+PIECE_BYTES = 64 * 2**10
+"""About what a reader gets at a time: who reads slowly mustn't have a copy of all."""
 _WORDS = {"true": True, "1": True, "false": False, "0": False, "": False}
 
 
@@ -116,8 +118,8 @@ class Recording:
             while True:
                 self.check(after)
                 if after < self.count:
-                    events = self._events[after - self._lost :]
-                    after = self.count
+                    events = self._piece(after)
+                    after += len(events)
                     yield events
                 elif not self._ended:
                     self._waiting.append(news := asyncio.get_running_loop().create_future())
@@ -128,6 +130,15 @@ class Recording:
                     return
         finally:
             self._leave()
+
+    def _piece(self, after: int) -> Sequence[bytes]:
+        """Some of the events behind number `after`."""
+        first = end = after - self._lost
+        size = 0
+        while end < len(self._events) and size < PIECE_BYTES:
+            size += len(self._events[end])
+            end += 1
+        return self._events[first:end]
 
     def trim(self) -> None:
         """Forget the older half of the events."""

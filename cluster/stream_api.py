@@ -86,4 +86,5 @@ async def _forward(url: str, scope: Scope, send: Send) -> None:
         except aiohttp.ClientError as error:
             if not begun:
                 raise StreamNotFoundError("the gateway that began this stream can't be reached any more") from error
+            return  # the server closes the connection: an end would say that this was all
         await send({"type": "http.response.body", "body": b""})

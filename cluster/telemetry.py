@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -49,6 +50,9 @@ TIME_PER_OUTPUT_TOKEN_METRIC = "gen_ai.server.time_per_output_token"
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 DEFAULTS = {"OTEL_TRACES_SAMPLER": "parentbased_always_on", "OTEL_BSP_SCHEDULE_DELAY": "500"}
 """Every trace whose caller didn't decide otherwise; exported half a second after a span ends."""
+
+SHUTDOWN_S = 3.0
+"""How long the last spans may take. The SDK tries for half a minute where nobody receives them, and processes wait for it."""
 
 
 def otel_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -167,9 +171,11 @@ class Tracing:
                 span.end(_ns(end))
 
     def shutdown(self) -> None:
-        """Export what is left."""
+        """Export what is left, if that is soon done."""
         if self._provider is not None:
-            self._provider.shutdown()
+            last = threading.Thread(target=self._provider.shutdown, daemon=True)
+            last.start()
+            last.join(SHUTDOWN_S)
 
 
 def _check_protocol(environ: Mapping[str, str]) -> None:

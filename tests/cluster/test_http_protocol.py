@@ -288,7 +288,9 @@ def _parts(body):
 
 
 OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\n"
-CHUNKED = HEAD + OFFER + b"Transfer-Encoding: chunked\r\n\r\n" + b"%x\r\n%b\r\n0\r\nX-Trailer: b\r\n\r\n" % (len(BODY), BODY)
+CHUNKED = (
+    HEAD + OFFER + b"Transfer-Encoding: chunked\r\n\r\n" + b"%x\r\n%b\r\n0\r\nX-Trailer: b\r\n\r\n" % (len(BODY), BODY)
+)
 
 
 @pytest.mark.parametrize("request_", [HEAD + OFFER + LENGTH + b"\r\n" + BODY, CHUNKED], ids=["length", "chunked"])
@@ -329,7 +331,9 @@ def test_what_is_malformed_is_not_logged(gateway, caplog):
 def test_a_client_that_reads_nothing_is_cut_off(hasty, streamed):
     """All that the kernel and we take for it is full, and it acknowledges no more."""
     hasty.group.script = lambda request, index: [65] * 3000
-    body = json.dumps({"model": "bytes", "prompt": "Hi", "stream": streamed, "logprobs": 5, "max_tokens": 3000}).encode()
+    body = json.dumps(
+        {"model": "bytes", "prompt": "Hi", "stream": streamed, "logprobs": 5, "max_tokens": 3000}
+    ).encode()
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect(("localhost", int(hasty.url.rsplit(":", 1)[1])))

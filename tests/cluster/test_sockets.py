@@ -30,6 +30,8 @@ def test_who_vanished_is_asked_for() -> None:
     """Before the limit, so that it is over then; both of these can't be tried without a network to cut."""
     with socket.socket() as sock:
         set_options(sock, gone_after(60.0))
-        found = [sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}")) for name in ("USER_TIMEOUT", "KEEPIDLE")]
+        found = [
+            sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}")) for name in ("USER_TIMEOUT", "KEEPIDLE")
+        ]
         assert found == [60000, 30]
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)

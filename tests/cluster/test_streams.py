@@ -17,7 +17,7 @@ from waiting import until
 
 from kvasir.cluster.auth import ApiKeys
 from kvasir.cluster.config import GatewayConfig
-from kvasir.cluster.recordings import EventsGoneError, Recordings, StreamNotFoundError
+from kvasir.cluster.recordings import PIECE_BYTES, EventsGoneError, Recordings, StreamNotFoundError
 from kvasir.engine.errors import ClientError, UnavailableError
 from kvasir.proto import inference_pb2 as pb
 from kvasir.proto.inference_pb2_grpc import InferenceStub
@@ -243,6 +243,21 @@ def test_a_reader_elsewhere_that_goes_away(live_gateway):
         until(lambda: one.group.running == 0)
 
 
+def test_a_stream_that_breaks_elsewhere_breaks_here(live_gateway):
+    """To end it would say that this was all."""
+    with live_gateway() as one, live_gateway() as two:
+        two.others[one.desk.recordings.gateway] = one.url
+        long(one)
+        stream_id, _ = begin(one, max_tokens=300)
+        with httpx.stream("GET", f"{two.url}/v1/streams/{stream_id}", timeout=60) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            one.call(lambda: [connection.transport.abort() for connection in [*one.connections]])
+            with pytest.raises(httpx.RemoteProtocolError):
+                list(lines)
+        httpx.delete(f"{one.url}/v1/streams/{stream_id}")
+
+
 # ---- gRPC
 
 
@@ -453,6 +468,25 @@ def test_memory_is_bounded():
         assert large.size <= 1000
         assert len(await everything(large, 450)) == 50
         assert third.size == 100
+
+    run(main())
+
+
+def test_a_slow_reader_has_no_copy_of_all():
+    """Nor what was dropped meanwhile."""
+
+    async def main():
+        recordings = Recordings(ttl_s=5, max_bytes=10 * PIECE_BYTES)
+        recording = recordings.new({"kvasir-resumable": "1"})
+        recording.open(b"x")
+        event = bytes(PIECE_BYTES // 4)
+        recording.add([event] * 40)
+        reader = recording.read(0)
+        assert [len(await anext(reader)) for _ in range(2)] == [4, 4]
+        recording.add([event])
+        with pytest.raises(EventsGoneError, match="events 9 to 21 are no longer held"):
+            await anext(reader)
+        assert len(await anext(recording.read(40))) == 1
 
     run(main())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -134,3 +135,21 @@ def test_other_protocols_are_refused():
 def test_only_otel_variables_travel():
     environ = {"OTEL_SERVICE_NAME": "s", "AWS_SECRET_ACCESS_KEY": "k"}
     assert telemetry.otel_environment(environ) == {"OTEL_SERVICE_NAME": "s"}
+
+
+def test_who_ends_waits_for_no_receiver(monkeypatch):
+    """One that is down was waited for half a minute, by every process."""
+    monkeypatch.setattr(telemetry, "SHUTDOWN_S", 0.01)
+
+    class Provider:
+        left = threading.Event()
+
+        def get_tracer(self, name):
+            return None
+
+        def shutdown(self):
+            assert self.left.wait(60)
+
+    Tracing(Provider()).shutdown()
+    assert not Provider.left.is_set()
+    Provider.left.set()
