@@ -7,7 +7,7 @@ import asyncio
 import struct
 import time
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 from google.protobuf.message import Message
 

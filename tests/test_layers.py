@@ -24,8 +24,8 @@ OTHERS = {
     "kernels": {"torch", "numpy"},
     "engine": {"torch", "numpy", "safetensors", "tokenizers", "jinja2", "llguidance", "tqdm"},
     "cluster": {
-        "aiohttp", "fastapi", "google", "grpc", "grpc_health", "grpc_reflection", "numpy", "opentelemetry", "orjson",
-        "prometheus_client", "ray", "starlette", "tqdm", "uvicorn", "uvloop", "yaml",
+        "aiohttp", "fastapi", "google", "grpc", "grpc_health", "grpc_reflection", "httptools", "numpy", "opentelemetry",
+        "orjson", "prometheus_client", "ray", "starlette", "tqdm", "uvicorn", "uvloop", "yaml",
     },
 }  # fmt: skip
 """Folder -> packages of others that it may import at the top of a module."""
