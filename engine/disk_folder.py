@@ -48,11 +48,11 @@ class Claim:
         self._idle: dict[Path, Idle] = {}
         self._others: list[Idle] = []
 
-    def files(self) -> list[os.DirEntry[str]]:
-        """Blocks and unfinished ones in the folder; none, where it can't be read."""
-        with contextlib.suppress(OSError):
-            return [*_files(self.folder)]
-        return []
+    def files(self) -> Iterator[os.DirEntry[str]]:
+        """Blocks and unfinished ones in the folder, of which any may be removed; none, where it can't be read."""
+        for part in _folders(self.folder, PART):
+            with contextlib.suppress(OSError):
+                yield from [*_blocks(part)]
 
     def look(self) -> None:
         """Which copies run, and what those left that don't: for that one rank of a group cares."""
@@ -96,6 +96,8 @@ def claim(root: Path, fingerprint: str, rank: int, copy: int | None = None) -> C
             time.sleep(0.01)
         if lock is not None:
             os.utime(folder / LOCK)
+            with contextlib.suppress(OSError):  # not everywhere are there permissions
+                os.chmod(folder, 0o700)  # a copy of it or a hand may have opened it: what people said is in these files
             return Claim(root, fingerprint, number, rank, lock)
     return None
 
@@ -163,11 +165,15 @@ def _runs(copy: Path) -> bool:
 def _files(folder: Path) -> Iterator[os.DirEntry[str]]:
     """Blocks and unfinished ones in a rank's folder."""
     for part in _folders(folder, PART):
-        with os.scandir(part) as entries:
-            for entry in entries:
-                ours = BLOCK.fullmatch(entry.name) and entry.name.startswith(part.name)
-                if ours and entry.is_file(follow_symlinks=False):
-                    yield entry
+        yield from _blocks(part)
+
+
+def _blocks(part: Path) -> Iterator[os.DirEntry[str]]:
+    with os.scandir(part) as entries:
+        for entry in entries:
+            ours = BLOCK.fullmatch(entry.name) and entry.name.startswith(part.name)
+            if ours and entry.is_file(follow_symlinks=False):
+                yield entry
 
 
 def _taken(folder: Path) -> int | None:

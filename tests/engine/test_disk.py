@@ -305,6 +305,30 @@ def test_unfinished_files_are_removed_and_foreign_ones_are_not(tmp_path: Path) -
     assert files(tmp_path) == sorted([file, *foreign])
 
 
+def test_a_folder_that_cannot_be_read_hides_its_own_blocks_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What isn't known takes room that nobody counts, and is never removed."""
+    disk = opened(tmp_path)
+    names = [bytes([number]) * 16 for number in range(8)]
+    assert all(disk.write(name, data(1)) for name in names)
+    disk.close()
+    real = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: _full() if Path(path).name == "03" else real(path))
+    assert {*opened(tmp_path).shelf} == {*names} - {names[3]}
+
+
+def test_a_folder_that_others_could_read_is_private_again(tmp_path: Path) -> None:
+    disk = opened(tmp_path)
+    assert disk.write(content(1), data(1))
+    disk.close()
+    folder = tmp_path / MARK.hex() / "0" / "0"
+    folder.chmod(0o755)
+    disk = opened(tmp_path)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert read(disk, 1)
+
+
 WRITER = """
 import random, sys
 from pathlib import Path
