@@ -24,6 +24,7 @@ from kvasir.cluster.recordings import Recording, Recordings
 from kvasir.cluster.served_model import ServedModel
 from kvasir.cluster.telemetry import RequestSpan, Tracing
 from kvasir.cluster.vectors import PoolingCall, Vectors
+from kvasir.engine.blocks import salted
 from kvasir.engine.errors import (
     ClientError,
     KvasirError,
@@ -155,7 +156,7 @@ class Desk:
         facts = {telemetry.RESPONSE_MODEL: model.name, telemetry.REQUEST_DIMENSIONS: call.params.dimensions}
         span = self._tracing.request(call.operation, call.model or model.name, headers, facts)
         with self._opening(model, span):
-            vectors = await self._vectors(call, model, request_id, _session(headers), span, started)
+            vectors = await self._vectors(call, model, request_id, self._session(headers), span, started)
         self._running.add(vectors)
         try:
             return vectors, await vectors.run()
@@ -189,6 +190,12 @@ class Desk:
         tenant = self._tenant(headers)
         return f"{tenant}:{given}" if tenant else given
 
+    def _session(self, headers: Mapping[str, str]) -> str:
+        """What the client says belongs together, apart from what others do, and however long it is: routers remember many.
+        Empty: nothing."""
+        given = next((headers[name] for name in SESSION_HEADERS if headers.get(name)), "")
+        return salted(self._tenant(headers), given).hex() if given else ""
+
     @contextmanager
     def _opening(self, model: ServedModel, span: RequestSpan) -> Iterator[None]:
         """Around what happens before a call runs: an error there ends its span and is counted."""
@@ -215,7 +222,7 @@ class Desk:
             requests, info, found = await self._requests(call, model, request_id, span)
         record = self.metrics.call(model.name, call.operation, requests, started)
         with span.stage("route") as facts:
-            streams = await _submit(requests, self._failover(model, _session(headers), span))
+            streams = await _submit(requests, self._failover(model, self._session(headers), span))
             facts.update(streams[0].placement.route.facts())
         generation = Generation(
             model,
@@ -368,11 +375,6 @@ async def _token_ids(model: ServedModel, prompt: Prompt, info: ModelInfo) -> Seq
     if not ids:
         raise ClientError("prompt must hold at least one token", param="prompt")
     return ids
-
-
-def _session(headers: Mapping[str, str]) -> str:
-    """What the client says belongs together; empty: nothing."""
-    return next((headers[name] for name in SESSION_HEADERS if headers.get(name)), "")
 
 
 async def _submit(requests: Sequence[Request], failover: Failover) -> list[LastingStream]:

@@ -117,15 +117,6 @@ def test_who_asks_is_told_the_route(live_gateway, path, body):
         assert "kvasir-route" not in httpx.post(gateway.url + path, json={"model": "bytes", **body}).headers
 
 
-@pytest.mark.parametrize(
-    ("headers", "session"), [({}, ""), ({"kvasir-session": "a"}, "a"), ({"X-Session-ID": "b"}, "b")]
-)
-def test_sessions_reach_the_router(live_gateway, headers, session):
-    with live_gateway() as gateway:
-        assert complete(gateway, headers).status_code == 200
-        assert gateway.directory.sessions == [session]
-
-
 def test_one_refusal_of_many_aborts_the_others(live_gateway):
     with live_gateway() as gateway:
         submit = gateway.group.submit

@@ -104,6 +104,32 @@ def test_without_it_all_share(live_gateway):
         assert [request.cache_salt for request in gateway.group.requests] == ["", ""]
 
 
+def test_each_key_has_sessions_of_its_own(live_gateway):
+    """Two that call theirs the same aren't drawn to one group; and what routers remember of a long name is short."""
+    with live_gateway(CONFIG) as gateway:
+
+        def session(key, headers=(), **fields):
+            sent = {"Authorization": f"Bearer {key}"} | dict(headers)
+            reply = httpx.post(gateway.url + "/v1/completions", json=BODY | fields, headers=sent)
+            assert reply.status_code == 200, reply.text
+            return gateway.desk.directory.sessions[-1]
+
+        assert session("one") == ""
+        mine = session("one", {"kvasir-session": "1"})
+        assert session("one", {"X-Session-ID": "1"}) == session("one", prompt_cache_key="1") == mine
+        theirs, long = session("two", {"kvasir-session": "1"}), session("one", prompt_cache_key="x" * 2**20)
+        assert len({mine, theirs, long}) == 3
+        assert max(map(len, (mine, theirs, long))) < 100
+
+
+@pytest.mark.parametrize("field", ["prompt_cache_key", "session_id", "cache_salt"])
+def test_names_are_any_text(gateway, field):
+    """Lone surrogates, too, which JSON can tell and UTF-8 can't."""
+    sent = b'{"model": "bytes", "prompt": "Hi", "%s": "\\ud800"}' % field.encode()
+    reply = httpx.post(gateway.url + "/v1/completions", content=sent, headers={"content-type": "application/json"})
+    assert reply.status_code in (200, 400), reply.text
+
+
 def test_needs_keys():
     with pytest.raises(ConfigError, match="--isolate-keys needs API keys"):
         load_keys(GatewayConfig(isolate_keys=True), {})
