@@ -12,11 +12,11 @@ from kvasir.engine.errors import ClientError, UnsupportedError
 
 Json = dict[str, Any]
 
-_INPUT = "input"
+INPUT = "input"
 """The argument."""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {"defer_loading": (None, False), "allowed_callers": (None, ["direct"])}
 """Fields that say nothing here by these values."""
-_HEAD = re.compile(rf'\s*\{{\s*"{_INPUT}"\s*:\s*"')
+_HEAD = re.compile(rf'\s*\{{\s*"{INPUT}"\s*:\s*"')
 _HEX, _HIGH, _LOW = r"[0-9a-fA-F]", r"\\u[dD][89abAB][0-9a-fA-F]{2}", r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 _WHOLE = re.compile(
     rf"""(?: [^"\\]+ | \\[^u] | {_HIGH}(?:{_LOW} | (?=[^\\] | \\[^u] | \\u{_HEX}{{0,3}}[^0-9a-fA-F] | (?!{_LOW})\\u{_HEX}{{4}}))
@@ -46,9 +46,11 @@ def shown_tools(tools: Sequence[Mapping[str, Any]]) -> list[Json]:
     return [_function(tool, f"tools[{number}]") for number, tool in enumerate(tools)]
 
 
-def custom_names(tools: Sequence[Mapping[str, Any]]) -> frozenset[str]:
-    """Of those that `shown_tools` takes."""
-    return frozenset(tool["custom"]["name"] for tool in tools if tool.get("type") == "custom")
+def custom_grammars(tools: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Name -> Lark grammar, or "", of custom ones among those that `shown_tools` takes."""
+    custom = [tool["custom"] for tool in tools if tool.get("type") == "custom"]
+    grammars = {one["name"]: _grammar(one.get("format"), "") for one in custom}
+    return {name: definition if syntax == "lark" else "" for name, (syntax, definition) in grammars.items()}
 
 
 def shown_call(call: Any, at: str) -> Any:
@@ -56,14 +58,14 @@ def shown_call(call: Any, at: str) -> Any:
     if not isinstance(call, Mapping) or call.get("type") != "custom":
         return call
     custom = call.get("custom")
-    if not isinstance(custom, Mapping) or not all(isinstance(custom.get(name), str) for name in ("name", _INPUT)):
+    if not isinstance(custom, Mapping) or not all(isinstance(custom.get(name), str) for name in ("name", INPUT)):
         raise ClientError(f"{at}.custom must have a name and an input, got {custom!r:.60}", param="messages")
-    return {"id": call.get("id"), "type": "function", "function": called_function(custom["name"], custom[_INPUT])}
+    return {"id": call.get("id"), "type": "function", "function": called_function(custom["name"], custom[INPUT])}
 
 
 def called_function(name: str, text: str) -> Json:
     """The call of a custom tool with that input."""
-    return {"name": name, "arguments": {_INPUT: text}}
+    return {"name": name, "arguments": {INPUT: text}}
 
 
 def _check_fields(given: Mapping[str, Any], known: Collection[str], at: str, kind: str) -> None:
@@ -80,28 +82,36 @@ def _function(tool: Mapping[str, Any], at: str) -> Json:
         raise ClientError(f"{at}.custom must be an object with a name, got {given!r:.60}", param="tools")
     _check_fields(given, ("name", "description", "format"), at, "custom tool")
     schema, strict = _schema(given.get("format"), f"{at}.format")
-    parameters = {"type": "object", "properties": {_INPUT: schema}, "required": [_INPUT], "additionalProperties": False}
+    parameters = {"type": "object", "properties": {INPUT: schema}, "required": [INPUT], "additionalProperties": False}
     said = {name: given[name] for name in ("name", "description") if given.get(name) is not None}
     return {"type": "function", "function": {**said, "parameters": parameters, **strict}}
 
 
 def _schema(form: Any, at: str) -> tuple[Json, Json]:
     """(what the input's text is, whether it must be)."""
-    if form is None or form == {"type": "text"}:
+    syntax, definition = _grammar(form, at)
+    if not syntax:
         return {"type": "string"}, {}
+    if syntax == "lark":
+        return {"type": "string", "description": f"A text that fits the Lark grammar\n{definition}"}, {"strict": True}
+    told = f"A text that matches the regular expression {definition}"
+    return {"type": "string", "description": told, "pattern": f"^(?:{definition})$"}, {"strict": True}
+
+
+def _grammar(form: Any, at: str) -> tuple[str, str]:
+    """(syntax, definition) of a format; of any text both are empty."""
+    if form is None or form == {"type": "text"}:
+        return "", ""
     grammar = form.get("grammar", form) if isinstance(form, Mapping) and form.get("type") == "grammar" else None
     if not isinstance(grammar, Mapping) or not isinstance(grammar.get("definition"), str):
         text = 'must be {"type": "text"}, or of type "grammar" with a syntax and a definition'
         raise ClientError(f"{at} {text}; got {form!r:.80}", param="tools")
-    if grammar.get("syntax") != "regex":
-        text = f"a grammar of syntax {grammar.get('syntax')!r:.60} can't be enforced inside of a call"
-        raise UnsupportedError(f'{at}: {text}; use "regex", or text', param="tools")
+    if (syntax := grammar.get("syntax")) not in ("lark", "regex"):
+        raise ClientError(f'{at}: a grammar\'s syntax must be "lark" or "regex", got {syntax!r:.60}', param="tools")
     known = {"type", "grammar"} if grammar is not form else {"type", "syntax", "definition"}
     if other := [*({*form} - known), *({*grammar} - {"type", "syntax", "definition"})]:
         raise UnsupportedError(f"{at}: {other[0]:.60} of a grammar isn't supported", param="tools")
-    definition = grammar["definition"]
-    told = f"A text that matches the regular expression {definition}"
-    return {"type": "string", "description": told, "pattern": f"^(?:{definition})$"}, {"strict": True}
+    return syntax, grammar["definition"]
 
 
 class CustomInput:
@@ -131,7 +141,7 @@ class CustomInput:
             given = json.loads(self._held)
         except (ValueError, RecursionError):
             return ""  # cut short before the input
-        found = given.get(_INPUT) if isinstance(given, dict) else None
+        found = given.get(INPUT) if isinstance(given, dict) else None
         return _SURROGATES.sub("\ufffd", found) if isinstance(found, str) else self._held
 
 

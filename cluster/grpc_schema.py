@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvasir.cluster.call import EFFORT_IGNORED, Call, Conversation, Prompt, Text, check_variables, thinking_variables
-from kvasir.cluster.custom_tools import chat_tool, custom_names, shown_tools
+from kvasir.cluster.custom_tools import chat_tool, custom_grammars, shown_tools
 from kvasir.cluster.grpc_json import as_json, function, plain, tool_choice
 from kvasir.cluster.grpc_pooling import inputs_of
 from kvasir.cluster.openai_fields import CHAT_HONOURED
@@ -209,10 +209,10 @@ def _call(call: pb.ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def _tools(request: pb.ChatRequest | pb.TokenizeRequest) -> tuple[list[dict[str, Any]], frozenset[str]]:
-    """(as chat templates know them, names of custom ones)."""
+def _tools(request: pb.ChatRequest | pb.TokenizeRequest) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """(as chat templates know them, custom ones' Lark grammars)."""
     tools = [chat_tool(_tool(tool), f"tools[{number}]") for number, tool in enumerate(request.tools)]
-    return shown_tools(tools), custom_names(tools)
+    return shown_tools(tools), custom_grammars(tools)
 
 
 def _tool(message: pb.Tool) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvasir.cluster.call import EFFORT_IGNORED, Call, Conversation, Prompt, Text, check_variables, thinking_variables
-from kvasir.cluster.custom_tools import custom_names, shown_tools
+from kvasir.cluster.custom_tools import custom_grammars, shown_tools
 from kvasir.cluster.openai_fields import (
     CHAT_HONOURED,
     CHAT_IGNORED,
@@ -83,7 +83,7 @@ def parse_chat(body: Mapping[str, Any]) -> Ask:
     if fields.get("store"):
         check_nesting(fields)
     conversation = _conversation(fields)
-    parallel, custom = fields.get("parallel_tool_calls", True), custom_names(fields.get("tools", ()))
+    parallel, custom = fields.get("parallel_tool_calls", True), custom_grammars(fields.get("tools", ()))
     use = tool_use(conversation.tools, fields.get("tool_choice"), parallel, custom)
     sampling = _sampling(fields)
     limit = fields.get("max_completion_tokens", fields.get("max_tokens"))

@@ -40,7 +40,7 @@ _FUNCTION: Json = {
     "parameters": {"type": "object", "properties": {"type": {"const": "object"}}},
     "strict": {"type": "boolean"},
 }
-_REGEX: Json = {"syntax": {"const": "regex"}, "definition": _TEXT}
+_GRAMMAR: Json = {"syntax": {"enum": ["lark", "regex"]}, "definition": _TEXT}
 
 
 def _custom(form: Json) -> Json:
@@ -61,9 +61,9 @@ def _tool(kind: str, fields: Json, *, flat: bool) -> Json:
     return {"type": "object", "properties": {"type": {"const": kind}, **inner}, "required": ["type", named]}
 
 
-_DEEP_REGEX: Json = {"grammar": {"type": "object", "properties": _REGEX, "required": [*_REGEX]}}
-_TOOL: Json = {"anyOf": [_tool("function", _FUNCTION, flat=False), _tool("custom", _custom(_DEEP_REGEX), flat=False)]}
-_FLAT_TOOL: Json = {"anyOf": [_tool("function", _FUNCTION, flat=True), _tool("custom", _custom(_REGEX), flat=True)]}
+_DEEP_GRAMMAR: Json = {"grammar": {"type": "object", "properties": _GRAMMAR, "required": [*_GRAMMAR]}}
+_TOOL: Json = {"anyOf": [_tool("function", _FUNCTION, flat=False), _tool("custom", _custom(_DEEP_GRAMMAR), flat=False)]}
+_FLAT_TOOL: Json = {"anyOf": [_tool("function", _FUNCTION, flat=True), _tool("custom", _custom(_GRAMMAR), flat=True)]}
 _NAMED_TOOL: Json = {
     "type": "object",
     "properties": {

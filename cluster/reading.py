@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,9 +41,9 @@ class Reading:
     """What of the tools' schemas the model isn't held to."""
 
     @property
-    def custom(self) -> frozenset[str]:
-        """Names of custom tools."""
-        return self.use.custom if self.use else frozenset()
+    def custom(self) -> Mapping[str, str]:
+        """Custom tools, by their names."""
+        return self.use.custom if self.use else {}
 
     @property
     def plain(self) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvasir.cluster.call import EFFORT_IGNORED, Call, Conversation, check_variables, thinking_variables
-from kvasir.cluster.custom_tools import chat_tool, custom_names, shown_tools
+from kvasir.cluster.custom_tools import chat_tool, custom_grammars, shown_tools
 from kvasir.cluster.foreign_fields import foreign_constraints
 from kvasir.cluster.openai_fields import (
     CHAT_HONOURED,
@@ -173,7 +173,7 @@ def parse_response(body: Body) -> ResponseAsk:
     check_nesting(fields)
     given = [chat_tool(tool, f"tools[{number}]") for number, tool in enumerate(fields.get("tools", ()))]
     tools, parallel = shown_tools(given), fields.get("parallel_tool_calls", True)
-    use = tool_use(tools, fields.get("tool_choice"), parallel, custom_names(given))
+    use = tool_use(tools, fields.get("tool_choice"), parallel, custom_grammars(given))
     effort, unknown = _effort(fields.get("reasoning", {}))
     check_variables(fields.get("chat_template_kwargs", {}), "chat_template_kwargs")
     sampling: Json = {name: fields[name] for name in SAMPLING if name in fields}

@@ -7,16 +7,18 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 from kvasir.cluster.answer_parts import AnswerReader, ToolFormat, read_answer, text_of
+from kvasir.cluster.custom_tools import INPUT
 from kvasir.cluster.tool_formats import TOOL_FORMATS
 from kvasir.engine.argument_check import check_arguments
 from kvasir.engine.argument_schema import Steps
 from kvasir.engine.argument_style import style_json
 from kvasir.engine.errors import ClientError, UnsupportedError
+from kvasir.engine.lark_text import quoted_lark
 from kvasir.engine.loose_schema import loosened
 from kvasir.engine.request import StructuredOutput
 from kvasir.engine.schema import MAX_DEPTH, check_depth
@@ -27,6 +29,8 @@ _PLAIN = re.compile(r"[a-zA-Z0-9_.-]+")
 """Names that every format can write."""
 _MODES = ("auto", "none", "required")
 _ANY_ID = re.compile(r"\{number\}|\{id\}")
+_GAP = r"[\x20\x0A\x0D\x09]{0,32}"
+"""Whitespace between JSON's marks."""
 _ID_PATTERNS = {"{number}": "[0-9]{1,4}", "{id}": "[a-zA-Z0-9_-]{1,64}"}
 
 Json = dict[str, Any]
@@ -54,8 +58,8 @@ class ToolUse:
     """The answer is a call."""
     parallel: bool = True
     """It may make several calls in one answer."""
-    custom: frozenset[str] = frozenset()
-    """Those whose calls are shown as a custom tool's."""
+    custom: Mapping[str, str] = field(default_factory=dict)
+    """Those whose calls are shown as a custom tool's -> the Lark grammar of its input, or ""."""
 
     @property
     def schemas(self) -> dict[str, Any]:
@@ -118,6 +122,12 @@ class ToolUse:
         )
 
     def _skipped(self, name: str, form: ToolFormat, exact: bool, steps: Steps) -> tuple[str, ...]:
+        if lark := self.custom.get(name):
+            if form.arguments is not None and form.arguments.texts != "json":
+                text = "a Lark grammar holds only where texts stand between quotes"
+                raise UnsupportedError(f'{text}; use tool_choice "required" or "none"', param="tools")
+            quoted_lark(lark)
+            return ()
         if form.arguments is not None:
             return check_arguments(self._parameters(name), form.arguments, exact=exact, steps=steps)
         found = loosened(self._parameters(name), steps)[1]
@@ -196,6 +206,8 @@ class ToolUse:
         return [_tag(begin.replace("NAME", name), self._arguments(form, name), end) for name in self.names]
 
     def _arguments(self, form: ToolFormat, name: str) -> Json:
+        if lark := self.custom.get(name):
+            return _input(form, quoted_lark(lark))
         exact = self.required or bool(self._function(name).get("strict"))
         kind = (
             {"type": "json_schema"} if form.arguments is None else {"type": "arguments", **style_json(form.arguments)}
@@ -231,6 +243,18 @@ def _tag(begin: str, content: Json, end: str) -> Json:
     return {"begin": begin[: found.start()], "content": {"type": "sequence", "elements": parts}, "end": end}
 
 
+def _input(form: ToolFormat, grammar: str) -> Json:
+    """The arguments of a custom tool. grammar: of its input in a JSON string."""
+    around: list[Json]
+    if form.arguments is None:
+        patterns = (rf'\{{{_GAP}"{INPUT}"{_GAP}:{_GAP}"', rf'"{_GAP}\}}')
+        around = [{"type": "regex", "pattern": one} for one in patterns]
+    else:
+        texts = (INPUT.join(form.arguments.key) + '"', '"' + form.arguments.end)
+        around = [{"type": "const_string", "value": one} for one in texts]
+    return {"type": "sequence", "elements": [around[0], {"type": "grammar", "grammar": grammar}, around[1]]}
+
+
 def _schema(wanted: StructuredOutput) -> Json:
     """As a part of a structural tag."""
     if wanted.json is None and not wanted.json_object:
@@ -240,10 +264,9 @@ def _schema(wanted: StructuredOutput) -> Json:
 
 
 def tool_use(
-    tools: Sequence[Tool] | None, choice: object, parallel: bool = True, custom: frozenset[str] = frozenset()
+    tools: Sequence[Tool] | None, choice: object, parallel: bool = True, custom: Mapping[str, str] | None = None
 ) -> ToolUse | None:
-    """Checked; None: there are no tools, or none may be called. ClientError names what is wrong. `custom`: those that are shown
-    as functions, but aren't."""
+    """Checked; None: there are no tools, or none may be called. ClientError names what is wrong. `custom`: of `ToolUse`."""
     names = _distinct([_checked(tool, f"tools[{number}]") for number, tool in enumerate(tools or ())], "tools")
     mode, allowed = _choice(choice)
     if not tools:
@@ -260,7 +283,7 @@ def tool_use(
         names=tuple(names if allowed is None else allowed),
         required=mode == "required",
         parallel=parallel and not single,
-        custom=custom,
+        custom=custom or {},
     )
 
 

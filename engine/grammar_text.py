@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import any_to_lark
 
 from kvasir.engine.errors import ClientError
 from kvasir.engine.request import StructuredOutput
 from kvasir.engine.schema import JSON_RULES, MAX_DEPTH, check_depth, narrowed
-from kvasir.engine.structural_tag import tag_grammar
+from kvasir.engine.structural_tag import context_free, tag_grammar
 
 MAX_BYTES = 1 << 20
 """Of a schema, regex, grammar or all choices."""
@@ -34,7 +33,7 @@ def grammar_text(wanted: StructuredOutput, special: Mapping[str, int]) -> str:
         spec = _parsed(wanted.structural_tag, "structural_tag")
         check_depth(spec, 2 * MAX_DEPTH, "a structural tag")
         return tag_grammar(spec, special)
-    return _context_free(wanted.grammar or "")
+    return LLMatcher.grammar_from_lark(context_free(wanted.grammar or ""))
 
 
 def parse_schema(text: str) -> dict[str, Any]:
@@ -76,12 +75,3 @@ def _number(text: str) -> float | int:
     if not math.isfinite(value):  # json reads NaN, Infinity and what is too large for a float
         raise ValueError(f"{text:.30} is no number")
     return int(value) if value.is_integer() and abs(value) < 2**53 else value
-
-
-def _context_free(text: str) -> str:
-    """GBNF and EBNF are turned into Lark."""
-    try:
-        return LLMatcher.grammar_from_lark(any_to_lark(text))
-    except Exception as error:  # the library raises Exception itself when a rule is missing
-        message = f"structured output: the grammar can't be read: {error}"
-        raise ClientError(message, param="structured_outputs") from error

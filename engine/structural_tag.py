@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llguidance.gbnf_to_lark import any_to_lark
+
 from kvasir.engine.argument_schema import Steps
 from kvasir.engine.argument_style import style_of
 from kvasir.engine.deep_grammar import argument_rules
@@ -56,6 +58,7 @@ class _Writer:
             "json_schema": self._schema,
             "const_string": lambda f: self.rule(self.literal(_text(f, "value"))),
             "regex": lambda f: self.token(f"/{_text(f, 'pattern').replace('/', chr(92) + '/')}/"),
+            "grammar": lambda f: self.rule(f"%lark {{\n{context_free(_text(f, 'grammar'))}\n}}"),
             "any_text": lambda f: self.token(r"/(.|\n)*/"),
             "sequence": lambda f: self.rule(" ".join(self._of(one) for one in _list(f, "elements"))),
             "or": lambda f: self.rule(" | ".join(self._of(one) for one in _list(f, "elements"))),
@@ -170,6 +173,14 @@ class _Writer:
         self._count += 1
         self._rules.append(f"TOKEN_{self._count}: {body}")
         return f"TOKEN_{self._count}"
+
+
+def context_free(text: str) -> str:
+    """GBNF and EBNF are turned into Lark."""
+    try:
+        return str(any_to_lark(text))
+    except Exception as error:  # the library raises Exception itself when a rule is missing
+        raise ClientError(f"structured output: the grammar can't be read: {error}", param=PARAM) from error
 
 
 def _text(form: Any, key: str) -> str:
