@@ -185,8 +185,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return _of_serve(found, path) if "applications" in found else found
 
 
-SERVE_KEYS = {"proxy_location", "applications"}, {"name", "import_path", "route_prefix", "args"}
-"""What a file of Serve's may say, and an application in it, that `kvasir serve` does anyway, or takes."""
+SERVE_KEYS: tuple[dict[str, Any], ...] = (
+    {"proxy_location": "Disabled", "applications": ...},
+    {"name": "kvasir", "import_path": BUILD, "route_prefix": None, "args": ...},
+)
+"""What a file of Serve's may say, and an application in it: what `kvasir serve` does anyway, and what it takes (...)."""
 
 
 def _of_serve(file: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -194,11 +197,13 @@ def _of_serve(file: Mapping[str, Any], path: Path) -> dict[str, Any]:
     apps = file["applications"]
     if not isinstance(apps, list) or len(apps) != 1 or not isinstance(apps[0], Mapping):
         raise ConfigError(f"--config {path}: applications must be a list of one, Kvasir's", param="config")
-    if (target := apps[0].get("import_path")) != BUILD:
-        raise ConfigError(f"--config {path}: import_path must be {BUILD}, got {target!r:.60}", param="config")
-    for given, known in zip((file, apps[0]), SERVE_KEYS, strict=True):
-        if unknown := sorted(map(str, given.keys() - known)):
+    for given, known in zip((file, {"import_path": None, **apps[0]}), SERVE_KEYS, strict=True):
+        if unknown := sorted(map(str, given.keys() - known.keys())):
             raise ConfigError(f"--config {path}: {unknown[0]!r} works with `serve deploy` alone", param="config")
+        for key, value in given.items():
+            if known[key] not in (..., value):
+                wanted = json.dumps(known[key]).strip('"')
+                raise ConfigError(f"--config {path}: {key} must be {wanted}, got {value!r:.60}", param="config")
     return _mapping(apps[0].get("args") or {}, f"--config {path}: args")
 
 

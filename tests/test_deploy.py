@@ -16,6 +16,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
 from kvasir.cluster.app import build
+from kvasir.cluster.cli import _cluster_config, _parser
+from kvasir.cluster.config import ClusterConfig
 from kvasir.cluster.options import BUILD, parse_spec, read_yaml
 
 DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
@@ -73,7 +75,12 @@ def test_specs_are_what_serve_and_our_options_take(name: str) -> None:
     assert config.engines
     assert application["import_path"] == f"{build.__module__}:{build.__name__}" == BUILD
     assert all(engine.device == "cuda" for engine in config.engines) or name == "specs/skald.yaml"
-    assert parse_spec(read_yaml(DEPLOY / name)) == config, "the same by `kvasir serve --config`"
+    assert by_command_line(DEPLOY / name) == config
+
+
+def by_command_line(path: Path) -> ClusterConfig:
+    """What `kvasir serve --config` makes of it."""
+    return _cluster_config(_parser().parse_args(["serve", "--config", str(path)]))
 
 
 def test_the_cluster_s_models() -> None:
@@ -83,7 +90,7 @@ def test_the_cluster_s_models() -> None:
     assert second.ranks == 1
 
 
-def test_kubernetes_says_the_same() -> None:
+def test_kubernetes_says_the_same(tmp_path: Path) -> None:
     resource, service = yaml.safe_load_all((DEPLOY / "kubernetes/rayservice.yaml").read_text())
     assert (resource["kind"], resource["apiVersion"]) == ("RayService", "ray.io/v1")
     (application,) = applications(resource["spec"]["serveConfigV2"])
@@ -102,7 +109,11 @@ def test_kubernetes_says_the_same() -> None:
         )
         labels = group["template"]["metadata"]["labels"]
         assert service["spec"]["selector"] == labels | {"ray.io/serve": "true"}
-    (engine,) = parse_spec(arguments | {"api_key": "k"}).engines
+    config = parse_spec(arguments | {"api_key": "k"})
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(resource["spec"]["serveConfigV2"].replace(f"api_key_file: {keys}", "api_key: k"))
+    assert by_command_line(spec) == config
+    (engine,) = config.engines
     assert engine.device == "cuda"
     assert (
         {port["port"] for port in service["spec"]["ports"]}
