@@ -19,6 +19,8 @@ class PreTokenizer:
     """The facts of one kind."""
 
     patterns: tuple[str, ...]
+    mapped: tuple[str, ...] = ()
+    """Further ones, that see GPT-2's printable bytes: there a half of some letters is a number."""
     whole_words: bool = False
     """A word that is in the vocabulary is that token, whatever the merges make of it."""
     add_bos: bool = False
@@ -35,6 +37,7 @@ class PreTokenizer:
         ]
         if not self.raw:
             steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+        steps += [pre_tokenizers.Split(_regex(pattern), "isolated") for pattern in self.mapped]
         return pre_tokenizers.Sequence(steps)
 
 
@@ -147,7 +150,7 @@ _KINDS: dict[str, PreTokenizer] = {
             r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
         )
     ),
-    "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")),
+    "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2), mapped=(r"\p{N}+", r"[0-9][0-9][0-9]")),
     "gemma4": PreTokenizer((_LINES,), add_bos=True, raw=True),
     "jais-2": PreTokenizer(
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import Regex, pre_tokenizers
 
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.pre_tokenizers import _KINDS, pre_tokenizer
@@ -11,10 +12,14 @@ from kvasir.engine.tokenizer_models import byte_characters
 BYTES = {char: byte for byte, char in byte_characters().items()}
 
 
-def _words(kind: str, text: str) -> list[str]:
+def _pieces(kind: str, text: str) -> list[bytes]:
     pre = pre_tokenizer(kind)
     words = [word for word, _ in pre.build().pre_tokenize_str(text)]
-    return words if pre.raw else [bytes(BYTES[char] for char in word).decode() for word in words]
+    return [word.encode() if pre.raw else bytes(BYTES[char] for char in word) for word in words]
+
+
+def _words(kind: str, text: str) -> list[str]:
+    return [piece.decode() for piece in _pieces(kind, text)]
 
 
 @pytest.mark.parametrize("kind", sorted(_KINDS))
@@ -27,7 +32,7 @@ def test_nothing_is_lost(kind: str) -> None:
         "a",
         "'S 1234567",
     ):
-        assert "".join(_words(kind, text)) == text
+        assert b"".join(_pieces(kind, text)).decode() == text
 
 
 @pytest.mark.parametrize(
@@ -56,6 +61,15 @@ def test_nothing_is_lost(kind: str) -> None:
 )
 def test_words(kind: str, text: str, words: list[str]) -> None:
     assert _words(kind, text) == words
+
+
+def test_falcons_numbers_are_found_among_bytes() -> None:
+    """As in its tokenizer.json: the second byte of a Cyrillic м is GPT-2's 1/4."""
+    punctuation, digits = pre_tokenizers.Punctuation("contiguous"), pre_tokenizers.Digits(individual_digits=False)
+    threes = pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated")
+    theirs = pre_tokenizers.Sequence([punctuation, pre_tokenizers.ByteLevel(False, use_regex=True), digits, threes])
+    for text in ("a 12", "price: 12,345.67 $5", "м and мир 999", "x²y ½6789", "don't `x` +=", " 日本1234  ٣٤٥\n"):
+        assert pre_tokenizer("falcon").build().pre_tokenize_str(text) == theirs.pre_tokenize_str(text)
 
 
 def test_an_unknown_kind_is_refused_by_name() -> None:
