@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from kvasir.engine.config_json import stated
+from kvasir.engine.config_json import only, stated
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.spec import Spec
 
@@ -58,9 +58,7 @@ def load_spec(config: Mapping[str, Any]) -> Spec:
     kind = module_name(config)
     if kind not in supported():
         raise ConfigError(f"config.json: model_type {kind!r} is not supported; supported are {', '.join(supported())}")
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if method not in (None, "fp8", "mxfp4"):
-        raise ConfigError(f"config.json: quantization_config (quant_method {method!r}) is not supported")
+    _check_quantised(config.get("quantization_config") or {})
     architecture = importlib.import_module(f"{__name__}.{kind}")
     try:
         spec = cast("Spec", architecture.spec(stated(config)))
@@ -69,3 +67,15 @@ def load_spec(config: Mapping[str, Any]) -> Spec:
     if config.get("is_causal") is False and (spec.causal or spec.latent is not None):
         raise ConfigError(f"config.json: is_causal false is not supported for model_type {kind!r}")
     return spec
+
+
+def _check_quantised(given: Mapping[str, Any]) -> None:
+    """Whoever made it, FP8 is the same: numbers times scales. Activations, which some would round as well, aren't here."""
+    method = given.get("quant_method")
+    if method not in (None, "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "mxfp4"):
+        raise ConfigError(f"config.json: quantization_config (quant_method {method!r}) is not supported")
+    if method == "compressed-tensors":
+        only(given, "format", "float-quantized", within="quantization_config")
+        only(given.get("transform_config") or {}, "config_groups", {}, within="quantization_config.transform_config")
+    if method == "modelopt":
+        only(given, "quant_algo", "FP8", within="quantization_config")

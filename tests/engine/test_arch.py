@@ -70,6 +70,21 @@ def test_rope_in_both_spellings(spelling: dict[str, Any], rope: Rope) -> None:
         ({"vocab_size": "512"}, "vocab must be a positive integer"),
         ({"head_dim": 7}, "head_dim must be even"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config .quant_method 'gptq'"),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
+            "quantization_config.format 'pack-quantized' is not supported; it must be 'float-quantized'",
+        ),
+        (
+            {
+                "quantization_config": {
+                    "quant_method": "compressed-tensors",
+                    "format": "float-quantized",
+                    "transform_config": {"config_groups": {"R1": {"type": "hadamard"}}},
+                }
+            },
+            "quantization_config.transform_config.config_groups",
+        ),
+        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}, "quant_algo 'NVFP4' is not"),
         ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 4}, "layer_types .'chunked_attention'"),
         ({"model_type": "qwen2", "layer_types": ["full_attention"] * 3}, "layer_types has 3 entries for 4 layers"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "differ by kind of layer .full_attention"),

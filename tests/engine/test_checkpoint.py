@@ -180,6 +180,32 @@ def test_fp8_with_block_scales(checkpoint: Make, tmp_path: Path) -> None:
         filled(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("said", "by_row"),
+    [
+        ({"quant_method": "compressed-tensors", "format": "float-quantized", "kv_cache_scheme": None}, True),
+        ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, True),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, False),
+    ],
+)
+def test_fp8_by_any_maker(said: dict[str, Any], by_row: bool, checkpoint: Make, tmp_path: Path) -> None:
+    """A scale for each row or one for all, and scales for activations, which aren't rounded here."""
+    tensors = copied(checkpoint("Llama")[0], tmp_path)
+    expected = dict(tensors)
+    for name in [name for name in tensors if "_proj.weight" in name]:
+        weight = tensors[name]
+        scale = weight.abs().amax(1, keepdim=True) / 448 if by_row else weight.abs().max() / 448
+        tensors[name] = (weight / scale).to(torch.float8_e4m3fn)
+        tensors |= {f"{name}_scale": scale, name.replace(".weight", ".input_scale"): torch.ones(())}
+        expected[name] = (tensors[name].float() * scale).bfloat16().float()
+    save_file(expected, tmp_path / "model.safetensors")
+    wanted = filled(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    assert equal(filled(tmp_path), wanted)
+
+
 def test_mxfp4() -> None:
     numbers = torch.tensor([0.0, 0.5, -0.5, 6.0, -6.0, 1.5, 4.0, -3.0] * 4)
     codes = torch.tensor([0, 1, 9, 7, 15, 3, 6, 13] * 4, dtype=torch.uint8)
