@@ -42,7 +42,7 @@ class ServedModel:
     tokenizer: Tokenizer | None
     """None: token ids in, token ids out (--skip-tokenizer-init)."""
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
-    """By the names of `SamplingParams`, from the model's generation_config.json."""
+    """By the names of `SamplingParams`, from the model's generation_config.json or its GGUF file."""
     rules: TextRules = field(default_factory=TextRules)
     """Of texts that are embedded."""
     card: ModelCard = field(default_factory=ModelCard)

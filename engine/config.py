@@ -115,7 +115,7 @@ class EngineConfig:
     skip_tokenizer_init: bool = False
     """Token ids in, token ids out: no tokenizer is loaded."""
     generation_config: Literal["auto", "none"] = "auto"
-    """auto: default sampling parameters from the model's generation_config.json; none: Kvasir's own."""
+    """auto: default sampling parameters from the model's generation_config.json, or its GGUF file; none: Kvasir's own."""
     logits_processors: tuple[str, ...] = ()
     """Installed logits processors that requests may use: entry points of the group kvasir.logits_processors, by name."""
     num_threads: int | None = None

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,12 @@ _SAMPLING_FIELDS = {
     "max_new_tokens": "max_tokens",
 }
 """generation_config.json's name -> that of `SamplingParams`."""
+_GGUF_SAMPLING = {
+    **{name: name for name in ("top_k", "top_p", "min_p", "mirostat", "mirostat_tau", "mirostat_eta")},
+    "temp": "temperature",
+    "penalty_repeat": "repetition_penalty",
+    "penalty_last_n": "repeat_last_n",
+}
 _UNHEEDED = (
     *(
         "suppress_tokens",
@@ -90,14 +96,32 @@ def bundled_models() -> dict[str, Path]:
 def default_sampling(folder: Path) -> dict[str, Any]:
     """Sampling defaults that generation_config.json asks for, by the names of `SamplingParams`. What it doesn't say isn't in
     the result; what it says in vain is logged."""
-    config = read_json(folder / "generation_config.json")
+    path = folder / "generation_config.json"
+    config = read_json(path)
     found = {ours: config[name] for name, ours in _SAMPLING_FIELDS.items() if config.get(name) is not None}
-    if unheeded := [name for name in _UNHEEDED if config.get(name) not in (None, 0, 1, [], {})]:
-        logger.warning("%s: %s don't count here", folder / "generation_config.json", ", ".join(unheeded))
+    _log_unheeded(path, (name for name in _UNHEEDED if config.get(name) not in (None, 0, 1, [], {})))
+    return _checked_sampling(found, path)
+
+
+def gguf_sampling(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The same as a GGUF file says it, in llama.cpp's words."""
+    prefix = "general.sampling."
+    given = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    found = {_GGUF_SAMPLING[name]: value for name, value in given.items() if name in _GGUF_SAMPLING}
+    _log_unheeded(path, (name for name in given if name not in _GGUF_SAMPLING))
+    return _checked_sampling(found, path)
+
+
+def _log_unheeded(path: Path, names: Iterable[str]) -> None:
+    if listed := ", ".join(names):
+        logger.warning("%s: not heeded: %s", path, listed)
+
+
+def _checked_sampling(found: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         SamplingParams(**found)
     except ClientError as error:
-        text = f"{folder / 'generation_config.json'}: {error.message}; correct it or pass --generation-config none"
+        text = f"{path}: {error.message}; correct it or pass --generation-config none"
         raise ConfigError(text, param="generation_config") from error
     return found
 

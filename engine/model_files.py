@@ -56,7 +56,11 @@ class ModelFiles:
 
     def default_sampling(self) -> dict[str, Any]:
         """Sampling defaults, unless --generation-config none."""
-        return hub.default_sampling(self.path) if self._engine.generation_config == "auto" else {}
+        if self._engine.generation_config == "none":
+            return {}
+        if self.gguf is not None:
+            return hub.gguf_sampling(self.gguf.metadata, self.path)
+        return hub.default_sampling(self.path)
 
     def tokenizer(self) -> Tokenizer | None:
         """The model's own or the one that --tokenizer names; None with --skip-tokenizer-init."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGUFWriter
 
 from kvasir.engine import hub
+from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ConfigError
+from kvasir.engine.model_files import ModelFiles
 
 
 def _write(folder: Path, **files: Any) -> Path:
@@ -120,10 +124,31 @@ def test_default_sampling(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
         tmp_path, generation_config={"suppress_tokens": [7], "num_beams": 4, "no_repeat_ngram_size": 0, "top_h": None}
     )
     assert hub.default_sampling(tmp_path) == {}
-    assert "generation_config.json: suppress_tokens, num_beams don't count here" in caplog.text
+    assert "generation_config.json: not heeded: suppress_tokens, num_beams" in caplog.text
     _write(tmp_path, generation_config={"top_p": 3})
     with pytest.raises(ConfigError, match=r"generation_config.json: top_p must be .*--generation-config none"):
         hub.default_sampling(tmp_path)
+
+
+def test_a_gguf_files_default_sampling(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    writer = GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_sampling_temp(0.6)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    config = EngineConfig(model=str(tmp_path / "m.gguf"))
+    assert ModelFiles(config).default_sampling() == {"temperature": 0.6}
+    assert ModelFiles(replace(config, generation_config="none")).default_sampling() == {}
+
+    given = {"temp": 0.6, "top_k": 20, "penalty_repeat": 1.05, "penalty_last_n": 64, "mirostat": 0}
+    metadata = {f"general.sampling.{name}": value for name, value in given.items()} | {"general.name": "x"}
+    expected = {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.05, "repeat_last_n": 64, "mirostat": 0}
+    assert hub.gguf_sampling(metadata, tmp_path / "m.gguf") == expected
+    assert not caplog.records
+    hub.gguf_sampling({**metadata, "general.sampling.xtc_probability": 0.5}, tmp_path / "m.gguf")
+    assert "m.gguf: not heeded: xtc_probability" in caplog.text
+    with pytest.raises(ConfigError, match=r"m.gguf: temperature must be .*--generation-config none"):
+        hub.gguf_sampling({"general.sampling.temp": -1.0}, tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize(
