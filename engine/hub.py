@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvasir.engine.errors import ClientError, ConfigError
+from kvasir.engine.gguf import is_gguf
 from kvasir.engine.request import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ ELSEWHERE = ("original/*", "onnx/*", "openvino/*", "*/checkpoint-*")
 
 FURTHER_PART = re.compile(r"-0*([2-9]|[1-9]\d+)-of-\d+\.gguf$")
 """Of a model in several GGUF files all but the first."""
+SEEING = "mmproj"
+"""What names of GGUF files begin with that hold a model's eyes and lie beside it."""
 
 _SAMPLING_FIELDS = {
     **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")},
@@ -179,7 +182,7 @@ def _checked(folder: Path) -> Path:
     """The folder if it holds a model, or the one GGUF file in it."""
     if (folder / "config.json").is_file() or (folder / "params.json").is_file():
         return folder
-    files = sorted(file for file in folder.glob("*.gguf") if not FURTHER_PART.search(file.name))
+    files = _first_parts(folder.glob("*.gguf"))
     if len(files) == 1:
         return files[0]
     if files:
@@ -190,8 +193,13 @@ def _checked(folder: Path) -> Path:
     raise ConfigError(f"{folder} has no config.json, so it isn't a model's folder ({listing})", param="model")
 
 
+def _first_parts(files: Iterable[Path]) -> list[Path]:
+    """One for each model."""
+    return sorted(f for f in files if not FURTHER_PART.search(f.name) and not f.name.startswith(SEEING))
+
+
 def _checked_file(file: Path) -> Path:
-    if file.suffix == ".gguf":
+    if is_gguf(file):  # Ollama's blobs have no suffix
         return file
     text = f"model {str(file)!r} is a file; pass a GGUF file, or the folder of config.json and the weights"
     raise ConfigError(text, param="model")
@@ -269,9 +277,10 @@ def _fetch(source: _Source, load_format: str) -> Path:
 def _fetch_gguf(source: _Source, file: str) -> Path:
     """The GGUF file of this name, or of this quantisation (Q4_K_M); all parts of a split one."""
     pattern = file.replace(".gguf", "*.gguf") if file.endswith(".gguf") else f"*{file}*.gguf"
-    folder = source.fetch((pattern, pattern.lower(), pattern.upper().replace(".GGUF", ".gguf")))
+    patterns = (pattern, pattern.lower(), pattern.upper().replace(".GGUF", ".gguf"))
+    folder = source.fetch(patterns, (f"{SEEING}*", f"*/{SEEING}*"))
     found = sorted(path for path in folder.rglob("*.gguf") if file.removesuffix(".gguf").lower() in path.name.lower())
-    firsts = [path for path in found if not FURTHER_PART.search(path.name)]
+    firsts = _first_parts(found)
     if len(firsts) == 1:
         return firsts[0]
     names = ", ".join(path.name for path in firsts) or "none"

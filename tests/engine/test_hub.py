@@ -82,6 +82,10 @@ def test_the_gguf_file_of_a_folder(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     assert hub.locate(str(tmp_path)) == tmp_path / names[0]
     assert hub.locate(str(tmp_path / names[1])) == tmp_path / names[1]
+    (tmp_path / "mmproj-F16.gguf").touch()
+    assert hub.locate(str(tmp_path)) == tmp_path / names[0]
+    (tmp_path / "sha256-0123").write_bytes(b"GGUF")
+    assert hub.locate(str(tmp_path / "sha256-0123")) == tmp_path / "sha256-0123"
 
 
 @pytest.mark.parametrize("offline", [True, False])

@@ -32,6 +32,7 @@ REPOSITORIES: dict[str, dict[str, dict[str, bytes]]] = {
     "acme/ggufs": {
         "main": {
             "m-Q4_K_M.gguf": b"4",
+            "mmproj-Q4_K_M.gguf": b"5",
             "m-Q8_0-00001-of-00002.gguf": b"8",
             "m-Q8_0-00002-of-00002.gguf": b"9",
         }
