@@ -177,7 +177,7 @@ def _sampling(message: pb.Sampling) -> dict[str, Any]:
 
 
 def _structure(message: pb.StructuredOutput) -> StructuredOutput:
-    given = _set(message, ("json", "json_object", "regex", "grammar", "structural_tag"))
+    given = _set(message, ("json", "json_object", "regex", "grammar", "structural_tag", "disable_any_whitespace"))
     return StructuredOutput(**given, choice=list(message.choice))
 
 

@@ -149,6 +149,7 @@ LATER: dict[str, Json] = {
         "properties": {
             "json": _SCHEMA,
             "json_object": {"type": "boolean"},
+            "disable_any_whitespace": {"type": "boolean"},
             **dict.fromkeys(("regex", "grammar"), _TEXT),
             "choice": _TEXTS,
             "structural_tag": {"type": ["object", "string"]},

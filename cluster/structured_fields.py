@@ -147,14 +147,15 @@ def _structured_outputs(name: str, value: Any) -> StructuredOutput | None:
     """vLLM's: one constraint by its name, with options of its backends."""
     if not isinstance(value, dict):
         raise ClientError(f"{name} must be an object, got {value!r:.60}", param=name)
-    off = {key for key, item in value.items() if item is False and KINDS.get(key) in (None, _true)}
+    known = KINDS | {"disable_any_whitespace": _true}
+    off = {key for key, item in value.items() if item is False and known.get(key) in (None, _true)}
     given = {key: item for key, item in value.items() if item is not None and key not in off}
     for key in list(given):
-        if key not in KINDS:
-            raise UnsupportedError(f"{name}.{key} isn't supported; known: {', '.join(KINDS)}", param=name)
+        if key not in known:
+            raise UnsupportedError(f"{name}.{key:.60} isn't supported; known: {', '.join(known)}", param=name)
     if not given:
         return None
-    return _constraint(name, {key: KINDS[key](f"{name}.{key}", item) for key, item in given.items()})
+    return _constraint(name, {key: known[key](f"{name}.{key}", item) for key, item in given.items()})
 
 
 def _constraint(name: str, given: Mapping[str, Any]) -> StructuredOutput:

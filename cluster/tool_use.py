@@ -29,8 +29,6 @@ _PLAIN = re.compile(r"[a-zA-Z0-9_.-]+")
 """Names that every format can write."""
 _MODES = ("auto", "none", "required")
 _ANY_ID = re.compile(r"\{number\}|\{id\}")
-_GAP = r"[\x20\x0A\x0D\x09]{0,32}"
-"""Whitespace between JSON's marks."""
 _ID_PATTERNS = {"{number}": "[0-9]{1,4}", "{id}": "[a-zA-Z0-9_-]{1,64}"}
 
 Json = dict[str, Any]
@@ -76,11 +74,15 @@ class ToolUse:
         if self.required:
             content = self._required(form)
         elif instead is not None:
+            if instead.disable_any_whitespace and form.call[0].startswith("{") and not form.wrap[0]:
+                text = f"without any whitespace an answer isn't told from a call in this model's format ({form.name})"
+                raise UnsupportedError(f"{text}: leave out disable_any_whitespace", param="structured_outputs")
             content = {"type": "or", "elements": [*self._answers(form, _schema(instead)), self._required(form)]}
         else:
             content = self._whole(form) if form.whole is not None else self._triggered(form)
         tag = json.dumps({"type": "structural_tag", "format": content})
-        return HeldCalls(form, StructuredOutput(structural_tag=tag), unheld)
+        compact = instead is not None and instead.disable_any_whitespace
+        return HeldCalls(form, StructuredOutput(structural_tag=tag, disable_any_whitespace=compact), unheld)
 
     def _format(self, taught: ToolFormat | None, steps: Steps) -> tuple[ToolFormat, tuple[str, ...]]:
         """(how calls are written, what of their schemas isn't enforced)."""
@@ -245,14 +247,17 @@ def _tag(begin: str, content: Json, end: str) -> Json:
 
 def _input(form: ToolFormat, grammar: str) -> Json:
     """The arguments of a custom tool. grammar: of its input in a JSON string."""
-    around: list[Json]
+    inside: Json = {"type": "grammar", "grammar": grammar}
     if form.arguments is None:
-        patterns = (rf'\{{{_GAP}"{INPUT}"{_GAP}:{_GAP}"', rf'"{_GAP}\}}')
-        around = [{"type": "regex", "pattern": one} for one in patterns]
-    else:
-        texts = (INPUT.join(form.arguments.key) + '"', '"' + form.arguments.end)
-        around = [{"type": "const_string", "value": one} for one in texts]
-    return {"type": "sequence", "elements": [around[0], {"type": "grammar", "grammar": grammar}, around[1]]}
+        gap: Json = {"type": "json_gap"}
+        begin = [_text("{"), gap, _text(f'"{INPUT}"'), gap, _text(":"), gap, _text('"')]
+        return {"type": "sequence", "elements": [*begin, inside, _text('"'), gap, _text("}")]}
+    around = INPUT.join(form.arguments.key) + '"', '"' + form.arguments.end
+    return {"type": "sequence", "elements": [_text(around[0]), inside, _text(around[1])]}
+
+
+def _text(value: str) -> Json:
+    return {"type": "const_string", "value": value}
 
 
 def _schema(wanted: StructuredOutput) -> Json:

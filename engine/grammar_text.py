@@ -11,7 +11,7 @@ from llguidance import LLMatcher
 
 from kvasir.engine.errors import ClientError
 from kvasir.engine.request import StructuredOutput
-from kvasir.engine.schema import JSON_RULES, MAX_DEPTH, check_depth, narrowed
+from kvasir.engine.schema import COMPACT_RULES, JSON_RULES, MAX_DEPTH, check_depth, narrowed
 from kvasir.engine.structural_tag import context_free, tag_grammar
 
 MAX_BYTES = 1 << 20
@@ -21,10 +21,11 @@ MAX_BYTES = 1 << 20
 def grammar_text(wanted: StructuredOutput, special: Mapping[str, int]) -> str:
     """`special`: added tokens by their text, which structural tags may name."""
     check_size(wanted)
+    rules = COMPACT_RULES if wanted.disable_any_whitespace else JSON_RULES
     if wanted.json is not None:
-        return LLMatcher.grammar_from_json_schema(json.dumps(narrowed(parse_schema(wanted.json))), overrides=JSON_RULES)
+        return LLMatcher.grammar_from_json_schema(json.dumps(narrowed(parse_schema(wanted.json))), overrides=rules)
     if wanted.json_object:
-        return LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides=JSON_RULES)
+        return LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides=rules)
     if wanted.regex is not None:
         return LLMatcher.grammar_from_regex(wanted.regex)
     if wanted.choice:
@@ -32,7 +33,7 @@ def grammar_text(wanted: StructuredOutput, special: Mapping[str, int]) -> str:
     if wanted.structural_tag is not None:
         spec = _parsed(wanted.structural_tag, "structural_tag")
         check_depth(spec, 2 * MAX_DEPTH, "a structural tag")
-        return tag_grammar(spec, special)
+        return tag_grammar(spec, special, rules)
     return LLMatcher.grammar_from_lark(context_free(wanted.grammar or ""))
 
 

@@ -33,6 +33,8 @@ class StructuredOutput:
     """A context-free grammar: GBNF (llama.cpp), EBNF or Lark."""
     structural_tag: str | None = None
     """Tags between which a schema holds, outside of which text is free: JSON text, or an object, which becomes text."""
+    disable_any_whitespace: bool = False
+    """JSON is written without whitespace between its marks: of json, json_object and structural_tag."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "choice", _listed("choice", self.choice))
@@ -44,6 +46,7 @@ class StructuredOutput:
             if text is not None and not isinstance(text, str):
                 raise ClientError(f"{name} must be text, got {text!r:.60}", param="structured_outputs")
         _flag("json_object", self.json_object)
+        _flag("disable_any_whitespace", self.disable_any_whitespace)
         kinds = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
         chosen = [name for name in kinds if getattr(self, name) not in (None, False, ())]
         if len(chosen) != 1:
@@ -51,6 +54,11 @@ class StructuredOutput:
             raise ClientError(
                 f"structured output takes exactly one of {', '.join(kinds)}; got {got}", param="structured_outputs"
             )
+        if self.disable_any_whitespace and chosen[0] in ("regex", "choice", "grammar"):
+            text = (
+                f"disable_any_whitespace is of json, json_object and structural_tag: a {chosen[0]} tells what there is"
+            )
+            raise ClientError(text, param="structured_outputs")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,8 @@ JSON_RULES: JsonCompileOptions = {
     "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}",
 }
 """Whatever a schema says about how it is read: no keyword is skipped over, and whitespace doesn't go on for ever."""
+COMPACT_RULES: JsonCompileOptions = {"lenient": False, "coerce_one_of": False, "whitespace_flexible": False}
+"""The same without any whitespace."""
 MAX_DEPTH = 64
 """Of a schema's nesting."""
 DAY = (

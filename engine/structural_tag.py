@@ -18,9 +18,10 @@ from kvasir.engine.schema import COMPILE_LIMIT_S, JSON_RULES, narrowed
 PARAM = "structured_outputs"
 
 
-def tag_grammar(spec: Any, special: Mapping[str, int]) -> str:
-    """`{"structures": [...], "triggers": [...]}` or `{"format": {...}}`. Tags may begin and end with special tokens."""
-    return _Writer(special).write(_format(spec))
+def tag_grammar(spec: Any, special: Mapping[str, int], rules: Mapping[str, Any] = JSON_RULES) -> str:
+    """`{"structures": [...], "triggers": [...]}` or `{"format": {...}}`. Tags may begin and end with special tokens. rules: for
+    the JSON in them."""
+    return _Writer(special, rules).write(_format(spec))
 
 
 def _format(spec: Any) -> Any:
@@ -43,8 +44,8 @@ def _format(spec: Any) -> Any:
 class _Writer:
     """Collects rules; a format becomes the name of one."""
 
-    def __init__(self, special: Mapping[str, int]) -> None:
-        self._special = special
+    def __init__(self, special: Mapping[str, int], rules: Mapping[str, Any]) -> None:
+        self._special, self._json_rules = special, rules
         self._rules: list[str] = []
         self._count = 0
         self.steps = Steps(COMPILE_LIMIT_S)
@@ -59,6 +60,7 @@ class _Writer:
             "const_string": lambda f: self.rule(self.literal(_text(f, "value"))),
             "regex": lambda f: self.token(f"/{_text(f, 'pattern').replace('/', chr(92) + '/')}/"),
             "grammar": lambda f: self.rule(f"%lark {{\n{context_free(_text(f, 'grammar'))}\n}}"),
+            "json_gap": lambda f: self._gap(),
             "any_text": lambda f: self.token(r"/(.|\n)*/"),
             "sequence": lambda f: self.rule(" ".join(self._of(one) for one in _list(f, "elements"))),
             "or": lambda f: self.rule(" | ".join(self._of(one) for one in _list(f, "elements"))),
@@ -86,6 +88,11 @@ class _Writer:
         if not isinstance(schema, dict):
             raise ClientError("structural tag: json_schema of arguments must be an object", param=PARAM)
         return argument_rules(style_of(form), schema, self, exact=form.get("lenient") is not True).write()
+
+    def _gap(self) -> str:
+        """What may stand between JSON's marks."""
+        pattern = self._json_rules.get("whitespace_pattern")
+        return self.token(f"/({pattern})?/") if pattern else self.rule('""')
 
     def _tag(self, tag: Any) -> str:
         return self.rule(f"{self.literal(_text(tag, 'begin'))} {self._rest(tag)}")
@@ -132,7 +139,7 @@ class _Writer:
     def json(self, schema: Any, *, lenient: bool) -> str:
         """A value of a JSON Schema."""
         body = narrowed(schema) if isinstance(schema, dict) else {}
-        return self.rule(f"%json {json.dumps({**body, 'x-guidance': JSON_RULES | {'lenient': lenient}})}")
+        return self.rule(f"%json {json.dumps({**body, 'x-guidance': {**self._json_rules, 'lenient': lenient}})}")
 
     def lazy(self, body: str) -> str:
         """Text that ends as soon as it can."""

@@ -18,7 +18,7 @@ from kvasir.cluster.openai_fields import (
 )
 from kvasir.cluster.openai_schema import parse_chat, parse_completion
 from kvasir.engine.errors import ClientError, UnsupportedError
-from kvasir.engine.request import SamplingParams
+from kvasir.engine.request import SamplingParams, StructuredOutput
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION = {"model": "m", "prompt": "Hi"}
@@ -181,6 +181,11 @@ def test_a_refusal_says_what_may_be_sent(name, value, advice):
             "strict must be true or false",
         ),
         ({"structured_outputs": {"json": False}}, "must be a JSON Schema that something satisfies"),
+        ({"structured_outputs": {"json": {}, "whitespace_pattern": " "}}, "structured_outputs.whitespace_pattern"),
+        ({"structured_outputs": {"json": {}, "disable_additional_properties": True}}, "disable_additional_properties"),
+        ({"structured_outputs": {"json": {}, "disable_any_whitespace": "yes"}}, "disable_any_whitespace must be true"),
+        ({"structured_outputs": {"disable_any_whitespace": True}}, "exactly one of"),
+        ({"structured_outputs": {"regex": "a", "disable_any_whitespace": True}}, "a regex tells"),
         ({"tools": [{"type": "function", "function": {"name": "a", "strict": "no"}}]}, "strict must be true or false"),
         ({"tools": [{"type": "function", "name": "a"}]}, "tools[0].function must be an object with a name"),
     ],
@@ -206,3 +211,11 @@ def test_nothing_inside_of_a_field_is_overlooked(fields, text):
 )
 def test_what_is_neutral_inside_of_a_field_passes(fields):
     parse_chat({"messages": [{"role": "user", "content": "x"}], **fields})
+
+
+def test_whitespace_is_disabled():
+    asked = {"json": {"type": "object"}, "disable_any_whitespace": True}
+    found = parse_chat({"messages": [{"role": "user", "content": "x"}], "structured_outputs": asked})
+    assert found.call.sampling["structured_outputs"] == StructuredOutput(
+        json='{"type": "object"}', disable_any_whitespace=True
+    )

@@ -12,6 +12,7 @@ from tool_samples import OTHER, SAMPLES, TOOL, read
 from kvasir.cluster.tool_formats import TOOL_FORMATS
 from kvasir.cluster.tool_use import tool_use
 from kvasir.engine.errors import ClientError, UnsupportedError
+from kvasir.engine.grammar_text import grammar_text
 from kvasir.engine.request import StructuredOutput
 from kvasir.engine.structural_tag import tag_grammar
 
@@ -47,8 +48,11 @@ def grammar_of(use, form):
 
 def accepts(wanted, text):
     """The grammar takes the whole text, byte by byte."""
+    return accepts_in(tag_grammar(json.loads(wanted.structural_tag), {}), text)
+
+
+def accepts_in(grammar, text):
     tokenizer = LLTokenizer("byte")
-    grammar = tag_grammar(json.loads(wanted.structural_tag), {})
     matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0)
     assert not matcher.is_error(), matcher.get_error()
     ids = tokenizer.tokenize_str(text)
@@ -114,6 +118,24 @@ def test_an_answer_beside_tools_may_have_a_schema():
     assert accepts(tagged, '{"a": 1}')
     assert accepts(tagged, SAMPLES["qwen3_coder"])
     assert not accepts(tagged, "Hello")
+
+
+def test_calls_beside_an_answer_without_whitespace_have_none_either():
+    wanted = StructuredOutput(json='{"type": "object"}', disable_any_whitespace=True)
+    held = tool_use([TOOL], "auto").held(TOOL_FORMATS["hermes"], instead=wanted).grammar
+    grammar = grammar_text(held, {})
+    call = '<tool_call>\n{"name": "get_weather", "arguments": %s}\n</tool_call>'
+    for text, holds in (
+        ('{"a":1}', True), ('{"a": 1}', False),
+        (call % '{"city":"O s","days":2}', True), (call % '{"city": "Oslo"}', False),
+    ):  # fmt: skip
+        assert accepts_in(grammar, text) is holds, text
+
+
+def test_an_answer_that_begins_as_a_call_needs_whitespace():
+    wanted = StructuredOutput(json='{"type": "object"}', disable_any_whitespace=True)
+    with pytest.raises(UnsupportedError, match=r"whitespace.*llama3_json"):
+        tool_use([TOOL], "auto").held(TOOL_FORMATS["llama3_json"], instead=wanted)
 
 
 def test_strict_tools_are_enforced_or_refused():
