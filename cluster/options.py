@@ -27,6 +27,7 @@ from kvasir.cluster.compatibility import ENVIRONMENT, translate, warn_of_variabl
 from kvasir.cluster.config import ClusterConfig, GatewayConfig
 from kvasir.cluster.origins import check_origins
 from kvasir.cluster.role_options import by_role
+from kvasir.cluster.sockets import check_certificate
 from kvasir.engine.config import EngineConfig, Role
 from kvasir.engine.errors import ConfigError
 
@@ -283,6 +284,8 @@ def _checked_gateway(gateway: GatewayConfig) -> GatewayConfig:
         file = getattr(gateway, name)
         if file and not Path(file).expanduser().is_file():
             raise ConfigError(f"{options()[name].flag} {file}: there is no such file", param=name)
+    if gateway.ssl_certfile and gateway.ssl_keyfile:
+        check_certificate(*(str(Path(file).expanduser()) for file in (gateway.ssl_certfile, gateway.ssl_keyfile)))
     return gateway
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,6 +45,25 @@ def set_options(sock: Any, options: Mapping[str, int]) -> None:
     for name, value in options.items():
         if hasattr(socket, name):  # not all systems have all of them
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def check_certificate(certfile: str, keyfile: str) -> None:
+    """Raises ConfigError unless the two, PEM files, are a certificate and its key, which nobody has to be asked a password for."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    for name, file in (("ssl_certfile", certfile), ("ssl_keyfile", keyfile)):
+        flag = f"--{name.replace('_', '-')} {file}"
+        try:
+            if name == "ssl_certfile":
+                context.load_verify_locations(file)
+            else:
+                context.load_cert_chain(certfile, file, password=lambda: b"")
+        except ssl.SSLError as error:
+            if "MISMATCH" in (error.reason or ""):
+                raise ConfigError(f"{flag} isn't the key of --ssl-certfile {certfile}", param=name) from error
+            wanted = "certificate" if name == "ssl_certfile" else "private key without a password"
+            raise ConfigError(f"{flag} holds no {wanted} in PEM", param=name) from error
+        except OSError as error:
+            raise ConfigError(f"{flag} can't be read: {error.strerror}", param=name) from error
 
 
 def authority(host: str, port: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import socket
 import subprocess
 import threading
@@ -16,6 +17,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.gateway import create_app
+from kvasir.cluster.options import parse_spec
 from kvasir.cluster.telemetry import Tracing
 from kvasir.engine.errors import ConfigError, OverloadedError
 
@@ -223,6 +225,26 @@ def certificate(tmp_path_factory):
     except FileNotFoundError:
         pytest.skip("there is no openssl to make a certificate with")
     return key, chain
+
+
+def test_certificates_and_keys_that_are_none(certificate, tmp_path):
+    """They are named at once: the server's own errors name no file, and come when all else has started."""
+    key, chain = certificate
+    other, locked, text = tmp_path / "other.pem", tmp_path / "locked.pem", tmp_path / "text.pem"
+    subprocess.run(["openssl", "genrsa", "-out", other, "2048"], check=True, capture_output=True)
+    lock = ["openssl", "pkey", "-aes128", "-passout", "pass:secret", "-in", key, "-out", locked]
+    subprocess.run(lock, check=True, capture_output=True)
+    text.write_text("a certificate")
+    wrong = {
+        (text, key): f"--ssl-certfile {text} holds no certificate in PEM",
+        (chain, other): f"--ssl-keyfile {other} isn't the key of --ssl-certfile {chain}",
+        (chain, text): f"--ssl-keyfile {text} holds no private key",
+        (chain, locked): f"--ssl-keyfile {locked} holds no private key without a password",
+    }
+    parse_spec({"ssl_certfile": str(chain), "ssl_keyfile": str(key)})
+    for (cert, private), text in wrong.items():
+        with pytest.raises(ConfigError, match=re.escape(text)):
+            parse_spec({"ssl_certfile": str(cert), "ssl_keyfile": str(private)})
 
 
 def test_tls_on_both_servers(live_gateway, certificate):
