@@ -96,7 +96,7 @@ class Desk:
         if not name and len(self.models) == 1:
             return self.models[0]
         served = ", ".join(self._by_name)
-        raise ModelNotFoundError(f"model {name!r} isn't served here; there is: {served}", param="model")
+        raise ModelNotFoundError(f"model {name!r:.100} isn't served here; there is: {served}", param="model")
 
     def info(self, model: ServedModel) -> ModelInfo:
         """Facts of a living group of `model`. Raises UnavailableError."""

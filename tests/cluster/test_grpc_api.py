@@ -17,7 +17,7 @@ from waiting import until
 
 from kvasir.cluster import grpc_api, grpc_call
 from kvasir.cluster.config import GatewayConfig
-from kvasir.engine.errors import OverloadedError
+from kvasir.engine.errors import OverloadedError, UnsupportedError
 from kvasir.engine.request import NESTED, SamplingParams
 from kvasir.proto import inference_pb2
 from kvasir.proto.inference_pb2_grpc import InferenceStub
@@ -335,6 +335,17 @@ def test_refusals(client, method, body, code, param):
     error = refused(client.call, method, body)
     assert error.code() == grpc.StatusCode[code]
     assert dict(error.trailing_metadata())["kvasir-param"] == param
+
+
+def test_errors_with_long_texts(live_gateway, connect):
+    """Their status arrives: what is too long for clients' metadata, they take for another error."""
+    with live_gateway() as gateway:
+        gateway.group.refusal = UnsupportedError("ö" * 10_000)
+        error = refused(connect(gateway).call, "Generate", {"text": "a"})
+        assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert set(error.details()) == {"ö"}
+        unknown = refused(connect(gateway).call, "Generate", {"text": "a", "model": "ö" * 10_000})
+        assert unknown.details().endswith("isn't served here; there is: bytes, alias/bytes")
 
 
 def test_bad_request_id(client):

@@ -106,6 +106,21 @@ def test_the_sampler_is_honoured(group_of_fakes, otlp_receiver, monkeypatch):
     assert otlp_receiver.spans == []
 
 
+def test_a_bad_state_of_a_trace_fills_no_log(otlp_receiver, monkeypatch, caplog):
+    """It is dropped, and its trace goes on."""
+    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": otlp_receiver.endpoint}
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    tracing = Tracing.from_environment(environ)
+    headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "x" * 1000 + ","}
+    span = tracing.request("chat", "m", headers)
+    assert TRACE in span.trace_context["traceparent"]
+    assert "tracestate" not in span.trace_context
+    span.end()
+    tracing.shutdown()
+    assert caplog.records == []
+
+
 @pytest.mark.parametrize("environ", [{}, {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x", "OTEL_TRACES_EXPORTER": "none"}])
 def test_off_costs_nothing(group_of_fakes, environ):
     tracing = Tracing.from_environment(environ)
