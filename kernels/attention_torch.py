@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import inspect
+from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from kvasir.kernels.attention import Sparse
 from kvasir.kernels.measured import kind_of_gpu
@@ -32,13 +31,14 @@ LIMITS = (
 def absent() -> str:
     """Why it can't be had in this process; empty: it can."""
     gpu, version = kind_of_gpu(), torch.__version__
+    release = tuple(map(int, version.split(".")[:2]))
     if not gpu.startswith("sm_"):
         return "FlashAttention as torch calls it here is NVIDIA's alone"
     if int(gpu.removeprefix("sm_")) < 80:
         return f"FlashAttention needs sm_80, this GPU is {gpu}"
-    if "block_table" not in inspect.signature(varlen_attn).parameters:
+    if release < (2, 12):
         return f"varlen_attn of torch {version} has no block tables; 2.12 has"
-    if not has_flash3() and tuple(map(int, version.split(".")[:2])) < (2, 13):
+    if not has_flash3() and release < (2, 13):
         return (
             f"torch {version} reads blocks by FlashAttention 3 alone (flash_attn_interface, Hopper), which isn't there"
         )
@@ -49,6 +49,14 @@ def absent() -> str:
 def has_flash3() -> bool:
     """Whether FlashAttention 3 is installed, and made for this GPU."""
     return kind_of_gpu() == "sm_90" and importlib.util.find_spec("flash_attn_interface") is not None
+
+
+@functools.cache
+def _varlen_attn() -> Callable[..., Tensor]:
+    """Imported on first use: it loads torch's compiler, two seconds that ranks with another backend needn't wait."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return cast(Callable[..., Tensor], varlen_attn)
 
 
 @functools.cache
@@ -116,7 +124,7 @@ def attention(
         counts = ragged.host_starts[1:] - ragged.host_starts[:-1]
         longest = ragged.plans[__name__] = int(counts.max()), int(ragged.host_lengths.max())
     starts = ragged.starts.contiguous()
-    out = varlen_attn(
+    return _varlen_attn()(
         q,
         k_cache,
         v_cache,
@@ -132,4 +140,3 @@ def attention(
         # cut along their keys, 2 forgets the rows of all sequences but the first (pytorch issue 194167)
         num_splits=None if flash3 else 1,
     )
-    return cast(Tensor, out)

@@ -70,7 +70,7 @@ def where(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pyt
         if flash3 != attention_torch.has_flash3():
             pytest.skip("torch calls another here")
         return device
-    monkeypatch.setattr(attention_torch, "varlen_attn", varlen)
+    monkeypatch.setattr(attention_torch, "_varlen_attn", lambda: varlen)
     for name in ("has_flash3", "_flash3"):
         monkeypatch.setattr(attention_torch, name, lambda: flash3)
     return torch.device("cpu")
@@ -134,23 +134,20 @@ def test_attention_that_it_cant_do(facts: dict[str, Any], reason: str, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("gpu", "version", "tables", "reason"),
+    ("gpu", "version", "reason"),
     [
-        ("", "2.13.0", True, "NVIDIA's alone"),
-        ("gfx942", "2.13.0", True, "NVIDIA's alone"),
-        ("sm_75", "2.13.0", True, "needs sm_80, this GPU is sm_75"),
-        ("sm_90", "2.11.0+cu128", False, r"varlen_attn of torch 2.11.0\+cu128 has no block tables; 2.12 has"),
-        ("sm_90", "2.12.0", True, r"by FlashAttention 3 alone \(flash_attn_interface, Hopper\), which isn't there"),
-        ("sm_120", "2.13.0", True, "^$"),
+        ("", "2.13.0", "NVIDIA's alone"),
+        ("gfx942", "2.13.0", "NVIDIA's alone"),
+        ("sm_75", "2.13.0", "needs sm_80, this GPU is sm_75"),
+        ("sm_90", "2.11.0+cu128", r"varlen_attn of torch 2.11.0\+cu128 has no block tables; 2.12 has"),
+        ("sm_90", "2.12.0", r"by FlashAttention 3 alone \(flash_attn_interface, Hopper\), which isn't there"),
+        ("sm_120", "2.13.0", "^$"),
     ],
 )
-def test_where_attention_can_t_be_had(
-    gpu: str, version: str, tables: bool, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_attention_can_t_be_had(gpu: str, version: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_torch, "kind_of_gpu", lambda: gpu)
     monkeypatch.setattr(attention_torch, "has_flash3", lambda: False)
     monkeypatch.setattr(torch, "__version__", version)
-    monkeypatch.setattr(attention_torch, "varlen_attn", varlen if tables else lambda query: query)
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(attention_torch.absent())
 
