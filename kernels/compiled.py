@@ -71,7 +71,7 @@ def compiled(name: str, sources: Sequence[Path]) -> tuple[Path, str]:
     if program is None:
         raise NativeError("there is no C++ compiler (c++, g++ or clang++; on Debian: apt-get install g++)")
     folder = _folder()
-    target = folder / f"{name}-{_key(program, sources)}.so"
+    target = folder / f"{name}-{key_of(program, sources)}.so"
     if target.exists():
         return target, f"{target}, compiled before"
     with _alone(folder / f"{name}.lock"):
@@ -109,7 +109,7 @@ def _folder() -> Path:
     return folder
 
 
-def _key(program: str, sources: Sequence[Path]) -> str:
+def key_of(program: str, sources: Sequence[Path]) -> str:
     """A hash of everything that the compiled code depends on."""
     digest = hashlib.blake2b(digest_size=12)
     version = subprocess.run([program, "--version"], capture_output=True, timeout=TIMEOUT_S).stdout

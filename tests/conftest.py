@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import hashlib
 import inspect
 import json
 import os
@@ -11,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +34,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
 from xdist.scheduler import LoadScopeScheduling
 
 from kvasir.kernels.block_ids import SOURCES
-from kvasir.kernels.compiled import NativeError, compiled
+from kvasir.kernels.compiled import NativeError, compiled, compiler, key_of
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd"))
@@ -47,6 +49,8 @@ LIBRARIES = {
     "block_ids": [ROOT / "kernels" / name for name in SOURCES],
 }
 DATA = Path(os.environ.get("KVASIR_DATA") or ROOT.parent / "shared" / "data")
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvasir"
+"""The user's, where all runs find what one of them has compiled."""
 
 
 # what a busy machine takes for one example says nothing about the code
@@ -154,6 +158,28 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("XDG_CACHE_HOME", str(cache))
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
+
+
+@pytest.fixture(scope="session")
+def compiled_once() -> Callable[..., Path]:
+    """`compiled_once(name, sources, flags, make)`: what `make(path)` compiled of them at `path`, now or in an earlier run."""
+
+    def find(name: str, sources: list[Path], flags: tuple[str, ...], make: Callable[[Path], None]) -> Path:
+        program = compiler()
+        assert program is not None
+        shaped = hashlib.blake2b(repr(flags).encode(), digest_size=8).hexdigest()
+        target = CACHE / f"test-{name}-{shaped}-{key_of(program, sources)}"
+        if not target.exists():
+            for old in CACHE.glob(f"test-{name}-{shaped}-*"):
+                if time.time() - old.stat().st_mtime > 86_400:  # nobody is about to load it
+                    old.unlink(missing_ok=True)
+            CACHE.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+                make(made := Path(scratch) / "made")
+                made.replace(target)
+        return target
+
+    return find
 
 
 class OtlpReceiver(TraceServiceServicer):  # type: ignore[misc]

@@ -316,14 +316,17 @@ CHOSEN = "(equal or same or keys or turned) and not sanitizers"
 
 
 @pytest.fixture(scope="module")
-def sanitized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def sanitized(compiled_once: Callable[..., Path]) -> tuple[Path, str]:
     """(library under AddressSanitizer and UBSan, what must be loaded before it)."""
     compiler = compiled.compiler()
     if compiler is None:
         pytest.skip("there is no C++ compiler")
-    target = tmp_path_factory.mktemp("sanitized") / "kernels.so"
-    try:
+
+    def make(target: Path) -> None:
         compiled.build(compiler, native.sources(), target, *SANITIZERS)
+
+    try:
+        target = compiled_once("sanitized", native.sources(), SANITIZERS, make)
     except compiled.NativeError as error:
         pytest.skip(f"it has no sanitizers: {error}")
     found = [
