@@ -73,7 +73,8 @@ class Shaping:
         # drawn in the order of ids: in the order of probability, two that differ by a rounding error would change places
         ids, order = ids.sort(-1)
         place = invert(values.gather(-1, order), send(uniforms, self._device))[:, None]
-        self._learn(seats, bits.gather(-1, order).gather(-1, place)[:, 0])
+        if bits is not None:
+            self._learn(seats, bits.gather(-1, order).gather(-1, place)[:, 0])
         return ids.gather(-1, place)[:, 0]
 
     def replay(
@@ -81,27 +82,34 @@ class Shaping:
     ) -> None:
         """As `draw`, when it is known what was drawn."""
         _, ids, bits = self._truncated(logits, seats, temperature, min_p, top_k)
+        if bits is None:
+            return
         place = (ids == token_ids[:, None]).int().argmax(-1, keepdim=True)
         self._learn(seats, bits.gather(-1, place)[:, 0])
 
     def _truncated(
         self, logits: Tensor, seats: Ints, temperature: Tensor, min_p: Tensor, top_k: Ints
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        shares = {
-            name: np.where(values[seats] >= 1, NEUTRAL_MASS, values[seats]) for name, values in self._shares.items()
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Only by the rules that one of these seats asks for: each is some passes over all logits, or sorts them."""
+        shares = {name: values[seats] for name, values in self._shares.items()}
+        given = {
+            name: send(np.where(values >= 1, NEUTRAL_MASS, values), self._device)
+            for name, values in shares.items()
+            if values.min() < 1
         }
-        assert self._most is not None
+        versions = self._versions[seats]
+        if versions.any():
+            assert self._most is not None
+            given |= {"most": self._most[send(seats, self._device)], "version": send(versions, self._device)}
         return truncated(
             tempered(logits, temperature, min_p),
             top_k=send(np.where(top_k > 0, top_k, logits.shape[-1]), self._device),
-            most=self._most[send(seats, self._device)],
-            version=send(self._versions[seats], self._device),
-            **{name: send(values, self._device) for name, values in shares.items()},
+            **given,
         )
 
     def _learn(self, seats: Ints, bits: Tensor) -> None:
-        """most -= eta (surprise - tau): what was drawn was `bits` surprising."""
+        """most -= eta (surprise - tau) of Mirostat's seats: what was drawn was `bits` surprising."""
         assert self._most is not None
-        index, rates = send(seats, self._device), send(self._rates[seats], self._device)
+        index, rates = send(seats, self._device), send(self._rates[seats] * (self._versions[seats] > 0), self._device)
         bits = torch.where(bits.isfinite(), bits, 0.0)
         self._most[index] -= rates * (bits - send(self._targets[seats], self._device))

@@ -96,16 +96,21 @@ def truncated(
     x: Tensor,
     *,
     top_k: Tensor,
-    tfs_z: Tensor,
-    typical_p: Tensor,
-    top_p: Tensor,
-    most: Tensor,
-    version: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+    tfs_z: Tensor | None = None,
+    typical_p: Tensor | None = None,
+    top_p: Tensor | None = None,
+    most: Tensor | None = None,
+    version: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log weights x[R, V] -> (values[R, V] of the candidates in descending order, ids[R, V], bits[R, V] of surprise before
-    Mirostat's own truncation). Applied in the order of the arguments, each to what the one before has left."""
+    Mirostat's own truncation). Applied in the order of the arguments, each to what the one before has left; None is the same
+    as neutral in every row, in no time. Without Mirostat nobody needs bits, and they are None."""
     values, ids = x.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(values.shape[-1], device=values.device)
     values = values.masked_fill(rank >= top_k[:, None], -torch.inf)
-    values = nucleus(typical(tail_free(values, tfs_z), typical_p), top_p)
+    for rule, share in ((tail_free, tfs_z), (typical, typical_p), (nucleus, top_p)):
+        if share is not None:
+            values = rule(values, share)
+    if most is None or version is None:
+        return values, ids, None
     return mirostat(values, most, version, x.shape[-1]), ids, surprises(values)

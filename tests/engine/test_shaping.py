@@ -21,7 +21,7 @@ def draws(monkeypatch: pytest.MonkeyPatch, most_bytes: int) -> tuple[list[Tensor
     """(tokens of six steps, Mirostat's state then, how many rows were drawn at once)."""
     sizes = []
 
-    def noted(x: Tensor, **facts: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def noted(x: Tensor, **facts: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         sizes.append(len(x))
         return truncated(x, **facts)
 
@@ -58,3 +58,15 @@ def test_portions_change_nothing(rows: int, sizes: list[int], monkeypatch: pytes
 def test_what_they_take_is_bounded() -> None:
     assert shaping_bytes(256, 262_144) <= 1 << 28
     assert shaping_bytes(3, 1000) == 3 * 1000 * LOGIT_BYTES
+
+
+@pytest.mark.parametrize("asked", [{"mirostat": 2}, {"typical_p": 0.5}, {"tfs_z": 0.9, "top_p": 0.5}], ids=str)
+def test_only_what_is_asked_for_is_computed(asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    truncated = shaping.truncated
+    monkeypatch.setattr(shaping, "truncated", lambda x, **facts: (given.update(facts), truncated(x, **facts))[1])
+    shaped, seats = Shaping(8, torch.device("cpu")), np.array([5])
+    shaped.enter(5, SamplingParams(**asked))
+    ones, none = torch.ones(1), np.zeros(1, np.int64)
+    shaped.draw(torch.randn(1, VOCAB), seats, np.array([0.5]), ones, ones * 0, none)
+    assert given.keys() == {"top_k", *({"most", "version"} if "mirostat" in asked else asked)}

@@ -139,3 +139,17 @@ def test_filters_follow_each_other() -> None:
     assert bits.equal(surprises(expected))
     assert values.equal(mirostat(expected, most, version, VOCAB))
     assert 1 <= min(map(len, kept(values))) < max(map(len, kept(values)))
+
+
+@pytest.mark.parametrize("left_out", ["tfs_z", "typical_p", "top_p", "most"])
+def test_what_no_row_asks_for_is_left_out(left_out: str) -> None:
+    x = sorted_logits(20)[:, torch.randperm(VOCAB, generator=torch.Generator().manual_seed(1))]
+    rows = len(x)
+    neutral = {name: full(rows, 2.0) for name in ("tfs_z", "typical_p", "top_p")}
+    neutral |= {"most": full(rows, 4.0), "version": torch.zeros(rows, dtype=torch.int64)}
+    asked = {**neutral, **{name: full(rows, 0.8) for name in ("tfs_z", "typical_p", "top_p") if name != left_out}}
+    less = {name: value for name, value in asked.items() if name not in (left_out, "version" * (left_out == "most"))}
+    top_k = torch.full((rows,), 50)
+    (values, ids, _), (want, wanted, _) = truncated(x, top_k=top_k, **less), truncated(x, top_k=top_k, **asked)
+    assert values.equal(want)
+    assert ids.equal(wanted)
