@@ -25,13 +25,21 @@ def llm():
         yield llm
 
 
-def answer(llm, sampling, resumed=()):
+def answers(llm, sampling, *resumed):
+    """To the same question asked at once, each where so much is known."""
     tokenizer = llm.get_tokenizer()
     asked = [{"role": "user", "content": "Tell me about Kvasir."}]
     prompt = tokenizer.encode(tokenizer.render_chat(asked, None, add_generation_prompt=True), False)
-    request = Request(request_id="r", prompt_token_ids=prompt, sampling=sampling, resume_token_ids=resumed)
-    (output,) = llm._run([(request, None)], False)
-    return output.outputs
+    requests = [
+        Request(request_id=f"r{number}", prompt_token_ids=prompt, sampling=sampling, resume_token_ids=ids)
+        for number, ids in enumerate(resumed)
+    ]
+    return [output.outputs for output in llm._run([(request, None) for request in requests], False)]
+
+
+def answer(llm, sampling, resumed=()):
+    (found,) = answers(llm, sampling, resumed)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -57,8 +65,8 @@ def test_any_rest_is_the_rest(llm, fields):
     (whole,) = answer(llm, sampling)
     ids, draw = list(whole.token_ids), random.Random(0)
     assert len(ids) > 8
-    for cut in sorted({1, len(ids) - 1, *(draw.randrange(1, len(ids)) for _ in range(5))}):
-        (rest,) = answer(llm, sampling, ids[:cut])
+    cuts = sorted({1, len(ids) - 1, *(draw.randrange(1, len(ids)) for _ in range(5))})
+    for cut, (rest,) in zip(cuts, answers(llm, sampling, *(ids[:cut] for cut in cuts)), strict=True):
         assert list(rest.token_ids) == ids[cut:], f"cut at {cut} of {len(ids)}"
         assert (rest.finish_reason, rest.stop_reason) == (whole.finish_reason, whole.stop_reason)
         if whole.logprobs is not None:

@@ -346,11 +346,10 @@ def killed(model: Path, given: dict[str, Any], folder: Path) -> None:
             process.send_signal(signal.SIGKILL)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
 def test_after_a_kill_a_prompt_starts_from_the_disk(
-    llama: Path, filled: tuple[Path, list[int]], tmp_path: Path, ranks: int
+    llama: Path, filled: tuple[Path, list[int]], tmp_path: Path
 ) -> None:
-    given = options(tmp_path, tensor_parallel_size=ranks)
+    given = options(tmp_path, tensor_parallel_size=2)
     killed(llama, given, tmp_path)
     with LLM(str(llama), **given) as llm:
         assert ask(llm) == (filled[1], 144)

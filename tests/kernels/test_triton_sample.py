@@ -14,7 +14,7 @@ from kvasir.kernels import bitmask_triton, sample_triton
 from kvasir.kernels.bitmask import allow
 from kvasir.kernels.sample import draw, greedy, penalise, score
 
-ROWS, VOCAB = 3, 300
+ROWS, VOCAB = 2, 300
 CASES: list[dict[str, Any]] = [
     {},
     {"min_p": 0.1},
