@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from kvasir.engine.dequantise import FP8, fp8, mxfp4
@@ -18,6 +20,7 @@ from kvasir.engine.share import Cut
 from kvasir.engine.spec import Spec
 from kvasir.engine.tensor_files import ConsolidatedFiles, NumpyFiles, Safetensors, TensorFiles, TorchFiles, files_of
 
+logger = logging.getLogger(__name__)
 LoadFormat = Literal["auto", "safetensors", "pt", "npcache", "mistral", "gguf", "dummy"]
 SCALES = ("_scale_inv", "_scale")
 NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|\.(input|output|k|v|q)_scale$")
@@ -97,11 +100,21 @@ class NamedCheckpoint:
                 ours = canonical(part, spec)
                 if ours not in ("head.weight", "head.bias") or (spec.lm_head and not spec.tied):
                     yield Loaded(ours, name, piece, size)
+                elif ours == "head.weight" and spec.lm_head:
+                    self._note_own_head(name, piece, spec)
                 size = 0
 
     def head(self) -> dict[str, Tensor]:
         found = ((HEAD.search(name), name) for name in self.files.names)
         return {match[1]: self.files.get(name).clone() for match, name in found if match}
+
+    def _note_own_head(self, name: str, head: Tensor, spec: Spec) -> None:
+        """Log a head that was trained apart (a merged adapter's, for instance) in spite of what config.json says."""
+        embed = next((other for other in self.files.names if canonical(other, spec) == "embed.weight"), None)
+        if embed is not None and not torch.equal(self.files.get(embed).to(head.dtype), head):
+            overrides = "--hf-overrides '{\"tie_word_embeddings\": false}'"
+            text = "%s isn't read: config.json ties it to %s, from which it differs. If it is meant, pass %s"
+            logger.warning(text, name, embed, overrides)
 
     def _plain(self, name: str) -> Tensor | None:
         """The tensor, dequantised; None for the scales of another."""

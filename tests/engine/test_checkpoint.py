@@ -131,6 +131,20 @@ def test_mistral_s_own_layout(checkpoint: Make, tmp_path: Path, family: str) -> 
     assert ours == theirs
 
 
+def test_a_head_of_its_own_in_a_tied_model_is_told(
+    checkpoint: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A merged adapter may hold one, while config.json still says that there is none."""
+    tensors = copied(checkpoint("Llama", tie_word_embeddings=True)[0], tmp_path)
+    embed = tensors["model.embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": embed.clone()}, tmp_path / "model.safetensors")
+    filled(tmp_path)
+    assert not caplog.records
+    save_file({**tensors, "lm_head.weight": (embed + 1).bfloat16()}, tmp_path / "model.safetensors")
+    assert "head.weight" not in filled(tmp_path)
+    assert "lm_head.weight isn't read: config.json ties it to model.embed_tokens.weight" in caplog.text
+
+
 def test_weights_quantised_otherwise_are_refused(checkpoint: Make, tmp_path: Path) -> None:
     """Where config.json doesn't say so: as plain numbers they would be wrong."""
     folder, name = checkpoint("Llama")[0], "model.layers.0.mlp.up_proj.weight"
