@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from kvasir.engine.tokenizer_models import (
     wordpiece,
 )
 
+logger = logging.getLogger(__name__)
 _PREFIX = "tokenizer.ggml."
 _SPECIAL = {
     "bos_token": "bos_token_id",
@@ -167,6 +169,12 @@ def _sentencepiece(fields: _Fields) -> tokenizers.Tokenizer:
 
 def _byte_pairs(fields: _Fields, pre: str | None = None) -> tokenizers.Tokenizer:
     kind = pre_tokenizer(pre or fields.pre)
+    if pre is None and fields.get("pre") is None:
+        logger.warning(
+            "the GGUF file doesn't say how its model cuts a text into words (%spre), as files of before May 2024: some"
+            " tokens may be wrong. Convert it anew, or pass --tokenizer FOLDER",
+            _PREFIX,
+        )
     merges = fields.array("merges", str)
     if not merges:
         raise ConfigError("GGUF: tokenizer.ggml.merges is missing or empty", param="tokenizer")

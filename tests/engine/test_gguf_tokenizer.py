@@ -191,6 +191,14 @@ def test_some_kinds_know_whole_words_and_begin_with_bos() -> None:
     assert asked.encode("abc") == [4, 3]
 
 
+def test_words_that_a_file_does_not_say_how_to_cut(caplog: pytest.LogCaptureFixture) -> None:
+    assert Tokenizer.from_gguf(_bpe(pre=None)).encode("ab") == [2]
+    assert "as files of before May 2024: some tokens may be wrong" in caplog.text
+    caplog.clear()
+    Tokenizer.from_gguf(_bpe(pre="default"))
+    assert not caplog.records
+
+
 def test_gemma4_writes_bytes_and_runs_of_spaces() -> None:
     tokens = ["<bos>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "▁a"]
     fields = _bpe(model="gemma4", pre=None, tokens=tokens, token_type=[3] + [6] * 256 + [1] * 3, merges=["▁ a"])
