@@ -97,7 +97,7 @@ KINDS: dict[str, Callable[[str, Any], Any]] = {
 }
 
 
-_FORM_FIELDS = {"text": (), "json_object": ("schema",), "json_schema": ("json_schema",)}
+_FORM_FIELDS = {"text": (), "json_object": ("schema",), "json_schema": ("json_schema", "schema")}
 """What a response_format has beside its type."""
 
 
@@ -121,6 +121,10 @@ def _response_format(name: str, value: Any) -> StructuredOutput | None:
         return _made(name, "json_object", True) if schema is None else _made(name, "json", _schema(name, schema))
     if kind == "json_schema":
         inner = value.get("json_schema")
+        if inner is None and value.get("schema") is not None:  # llama.cpp takes it without a name, too
+            inner = {"schema": value["schema"]}
+        elif value.get("schema") is not None:
+            raise ClientError("response_format: send schema in json_schema, once", param=name)
         if not isinstance(inner, dict):
             raise ClientError("response_format: json_schema must be an object with a schema", param=name)
         _known("response_format.json_schema", inner, ("name", "description", "schema", "json_schema", "strict"), name)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llguidance.gbnf_to_lark import any_to_lark
 
 from kvasir.engine.argument_schema import Steps
-from kvasir.engine.argument_style import style_of
+from kvasir.engine.argument_style import ArgumentStyle, style_of
 from kvasir.engine.deep_grammar import argument_rules
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.loose_schema import loosened
 from kvasir.engine.schema import COMPILE_LIMIT_S, JSON_RULES, narrowed
 
 PARAM = "structured_outputs"
+_OPTION = re.compile(r"^[ \t]*[!?]*_?[a-z][\w-]*\[[^\]]*?\b(temperature|stop)\s*=", re.MULTILINE)
+"""Of a Lark rule, which only the library's own sampling loop would honour."""
 
 
 def tag_grammar(spec: Any, special: Mapping[str, int], rules: Mapping[str, Any] = JSON_RULES) -> str:
@@ -24,11 +27,39 @@ def tag_grammar(spec: Any, special: Mapping[str, int], rules: Mapping[str, Any] 
     return _Writer(special, rules).write(_format(spec))
 
 
+_FIELDS = {
+    "json_schema": ("json_schema", "lenient"),
+    "const_string": ("value",),
+    "regex": ("pattern",),
+    "grammar": ("grammar",),
+    "sequence": ("elements",),
+    "or": ("elements",),
+    "tag": ("begin", "content", "end"),
+    "triggered_tags": ("triggers", "tags", "at_least_one", "stop_after_first"),
+    "tags_with_separator": ("tags", "separator", "at_least_one", "stop_after_first"),
+    "arguments": ("json_schema", "lenient", *ArgumentStyle.__dataclass_fields__),
+}
+"""What a format says beside its type."""
+_NEUTRAL: dict[str, tuple[Any, ...]] = {"excludes": (None, []), "style": (None, "json")}
+"""Fields of xgrammar's that say nothing by these values."""
+
+
+def _only(form: Mapping[str, Any], known: Sequence[str], what: str) -> None:
+    """Of a constraint nothing is overlooked."""
+    if other := [name for name in form if name not in known and form[name] not in _NEUTRAL.get(name, (None,))]:
+        raise UnsupportedError(f"structural tag: {other[0]:.60} of {what} isn't supported", param=PARAM)
+
+
 def _format(spec: Any) -> Any:
     if not isinstance(spec, dict):
         raise ClientError("a structural tag is an object", param=PARAM)
     if "format" in spec:
+        _only(spec, ("type", "format"), "a structural tag")
         return spec["format"]
+    _only(spec, ("type", "structures", "triggers"), "a structural tag")
+    for one in _list(spec, "structures"):
+        if isinstance(one, dict):
+            _only(one, ("begin", "end", "schema", "json_schema"), "structures")
     tags = [
         {
             "begin": one.get("begin"),
@@ -72,6 +103,7 @@ class _Writer:
         kind = form.get("type") if isinstance(form, dict) else None
         if not isinstance(kind, str) or kind not in kinds:
             raise UnsupportedError(f"structural tag: type {kind!r:.60}; known: {', '.join(kinds)}", param=PARAM)
+        _only(form, ("type", *_FIELDS.get(kind, ())), kind)
         return kinds[kind](form)
 
     def _schema(self, form: Any) -> str:
@@ -99,6 +131,7 @@ class _Writer:
 
     def _rest(self, tag: Any) -> str:
         """What stands between the begin and the end, and the end."""
+        _only(tag, ("type", *_FIELDS["tag"]), "tag")
         return f"{self._of(tag.get('content', {'type': 'json_schema'}))} {self.literal(_text(tag, 'end'))}"
 
     def _triggered(self, form: Any) -> str:
@@ -183,7 +216,10 @@ class _Writer:
 
 
 def context_free(text: str) -> str:
-    """GBNF and EBNF are turned into Lark."""
+    """GBNF and EBNF are turned into Lark. UnsupportedError names what Lark's rules may ask of a sampler."""
+    if (asked := _OPTION.search(text)) is not None:
+        line = text.count("\n", 0, asked.end()) + 1
+        raise UnsupportedError(f"the grammar's line {line}: {asked[1]} of a rule isn't supported", param=PARAM)
     try:
         return str(any_to_lark(text))
     except Exception as error:  # the library raises Exception itself when a rule is missing

@@ -172,6 +172,7 @@ def test_a_refusal_says_what_may_be_sent(name, value, advice):
     [
         ({"response_format": {"type": "text", "schema": {}}}, "response_format.schema isn't supported"),
         ({"response_format": {"type": "json_object", "bogus": 3}}, "response_format.bogus isn't supported"),
+        ({"response_format": {"type": "json_schema", "schema": {}, "json_schema": {"schema": {}}}}, "once"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "bogus": 1}}},
             "response_format.json_schema.bogus isn't supported",
@@ -211,6 +212,13 @@ def test_nothing_inside_of_a_field_is_overlooked(fields, text):
 )
 def test_what_is_neutral_inside_of_a_field_passes(fields):
     parse_chat({"messages": [{"role": "user", "content": "x"}], **fields})
+
+
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+def test_a_schema_without_a_name_as_llama_cpp_takes_it(kind):
+    asked = {"response_format": {"type": kind, "schema": {"type": "object"}}}
+    found = parse_chat({"messages": [{"role": "user", "content": "x"}], **asked})
+    assert found.call.sampling["structured_outputs"] == StructuredOutput(json='{"type": "object"}')
 
 
 def test_whitespace_is_disabled():
