@@ -12,8 +12,9 @@ import inspect
 import logging
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Protocol, TypeVar, Union
 
 import numpy as np
 import torch
@@ -33,12 +34,19 @@ logger = logging.getLogger(__name__)
 
 Forward = Callable[[Tensor, Ragged, KVCache, Tensor], Union[Tensor, None]]
 Replay = Callable[[], None]
-Capture = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
-"""Records what a function launches: (what launches it again, the tensor that its result is in afterwards)."""
+T = TypeVar("T")
 MOST_ROWS = 512
 """Beyond this kernels take longer than launching them."""
 LEAST_FREE_BYTES = 1 << 30
 """Of the device's memory. With less, no further size is captured."""
+
+
+class Capture(Protocol):
+    """Records what a function launches: (what launches it again, the tensor that its result is in afterwards). `rehearse` only
+    runs it, with the memory that it will have."""
+
+    def rehearse(self, run: Callable[[], Tensor]) -> None: ...
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]: ...
 
 
 def sizes_of(max_num_seqs: int, most: int | None = None) -> list[int]:
@@ -64,8 +72,8 @@ def graphs_of(config: EngineConfig, decoder: Decoder | Fallback, cache: KVCache,
         return decoder
     sizes = sizes_of(config.max_num_seqs, config.max_cudagraph_capture_size)
     longest = min(max_model_len, config.max_seq_len_to_capture or max_model_len)
-    device = decoder.device
-    return Graphs(decoder, cache, sizes, longest, CudaCapture(device), lambda: free_bytes(device), agree)
+    device, apart = decoder.device, decoder.mesh.apart
+    return Graphs(decoder, cache, sizes, longest, CudaCapture(device), lambda: free_bytes(device), agree, apart)
 
 
 def unrecordable(decoder: Decoder | Fallback) -> str:
@@ -102,11 +110,14 @@ class CudaCapture:
         asked = os.environ.get("KVASIR_CHECK_GRAPHS", "0") not in ("", "0")
         self._checks = {"check_input_liveness": True} if asked and "check_input_liveness" in knows else {}
 
-    def __call__(self, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+    def rehearse(self, run: Callable[[], Tensor]) -> None:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            run()  # kernels are compiled and loaded before anything is recorded
+            run()
         torch.cuda.current_stream().wait_stream(self._stream)
+
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        self.rehearse(run)  # kernels are compiled and loaded before anything is recorded
         graph = torch.cuda.CUDAGraph()
         mode = "thread_local"  # the threads of tiers and peers allocate and wait while this one records
         recording = torch.cuda.graph(graph, self._pool, self._stream, mode, **self._checks)
@@ -130,7 +141,8 @@ class Static:
 
 
 class Graphs:
-    """Calls the decoder; where a recording fits, it is replayed. agree: whether it is so on every rank."""
+    """Calls the decoder; where a recording fits, it is replayed. agree: whether it is so on every rank; apart: meanwhile this one
+    computes without the others."""
 
     def __init__(
         self,
@@ -141,10 +153,12 @@ class Graphs:
         capture: Capture,
         free: Callable[[], int],
         agree: Callable[[bool], bool] = bool,
+        apart: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.sizes, self.longest = sizes, longest
         self.captured: dict[int, Static] = {}
-        self._decoder, self._cache, self._capture, self._free, self._agree = decoder, cache, capture, free, agree
+        self._decoder, self._cache, self._capture = decoder, cache, capture
+        self._free, self._agree, self._apart = free, agree, apart
         self._stopped = False
         self._logits: Tensor | None = None
         """[largest size, V] for all sizes, of which one is replayed at a time: for each alone they would take a gigabyte."""
@@ -200,6 +214,25 @@ class Graphs:
         if not self._agree(self._free() >= LEAST_FREE_BYTES):
             self._stop(f"less than {LEAST_FREE_BYTES >> 20} MiB are free on the device")
             return
+        ready, why = attempt(lambda: self._rehearsed(size, tokens, ragged))
+        if not self._agree(ready is not None) or ready is None:
+            every = torch.arange(len(tokens), device=tokens.device)
+            self._decoder(tokens, ragged, self._cache, every)  # the keys and values of those who rehearsed were wrong
+            self._stop(why or "another rank has no room for this size")
+            return
+        run, buffers = ready
+        found, why = attempt(lambda: self._capture(run))
+        if not self._agree(found is not None) or found is None:
+            self._stop(why or "another rank can't record this size")
+            return
+        self.captured[size] = Static(*buffers, *found)
+        logger.info("captured a CUDA graph of %d rows (%d of %d)", size, len(self.captured), len(self.sizes))
+
+    def _rehearsed(
+        self, size: int, tokens: Tensor, ragged: Ragged
+    ) -> tuple[Callable[[], Tensor], tuple[Tensor, Tensor, Ragged]]:
+        """(what is to be recorded, the buffers that it reads: see `Static`). It has run without the other ranks: one that runs out
+        of memory in the middle would let them wait for its part of a sum."""
         pad = shortest(ragged)
         tokens_in = tokens.new_zeros(size)
         fill(tokens_in, tokens, pad)
@@ -217,20 +250,21 @@ class Graphs:
                 self._logits = logits.new_empty(self.sizes[-1], logits.shape[1])
             return self._logits[:size].copy_(logits)
 
-        found, why = None, "another rank can't record this size"
-        try:
-            found = self._capture(run)
-        except RuntimeError as error:  # something in it waits for the device
-            why = f"{error}".split("\n")[0]
-        if not self._agree(found is not None) or found is None:
-            self._stop(why)
-            return
-        self.captured[size] = Static(tokens_in, rows, held, *found)
-        logger.info("captured a CUDA graph of %d rows (%d of %d)", size, len(self.captured), len(self.sizes))
+        with self._apart():
+            self._capture.rehearse(run)
+        return run, (tokens_in, rows, held)
 
     def _stop(self, why: str) -> None:
         self._stopped = True
         logger.warning("no further CUDA graphs, after %d: %s", len(self.captured), why)
+
+
+def attempt(work: Callable[[], T]) -> tuple[T | None, str]:
+    """(what it gives, the first line of why it gives nothing): no memory, or something in it waits for the device."""
+    try:
+        return work(), ""
+    except RuntimeError as error:
+        return None, f"{error}".split("\n")[0]
 
 
 def row_of(ragged: Ragged, at: int) -> Ragged:

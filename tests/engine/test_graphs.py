@@ -79,6 +79,9 @@ class Recorder:
     def __init__(self) -> None:
         self.captured, self.replayed = 0, 0
 
+    def rehearse(self, run: Callable[[], Tensor]) -> None:
+        run()
+
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         self.captured += 1
         out = run()
@@ -130,7 +133,7 @@ def decode(
         def agree(yes: bool) -> bool:
             return mesh.least(yes) == [1]
 
-        rank.forward = Graphs(eager(decoder), cache, [1, 2, 4, 8], longest, record, lambda: free, agree)
+        rank.forward = Graphs(eager(decoder), cache, [1, 2, 4, 8], longest, record, lambda: free, agree, mesh.apart)
     prompts = [[4, 8, 15], [16, 23, 42, 1, 2, 3, 5], [7], [9, 9, 9], [1, 2, 3, 4, 5, 6]]
     blocks, given = iter(range(40)), []
     new, slices = [], []
@@ -262,6 +265,40 @@ def test_a_rank_that_cannot_record_stops_all(
     assert lacks == "memory" or any("another rank can't record this size" in end for end in ends)
 
 
+class Full(Recorder):
+    """Whose memory is full, before anything has run or behind it, from its second size on."""
+
+    def __init__(self, before: bool) -> None:
+        super().__init__()
+        self._before = before
+
+    def rehearse(self, run: Callable[[], Tensor]) -> None:
+        if not (self.captured and self._before):
+            run()
+        if self.captured:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_rank_without_memory_for_a_size_lets_nobody_wait(
+    on_ranks: OnRanks, before: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The others aren't in the middle of a sum with it, and what all have written meanwhile is written again."""
+
+    def work(mesh: Mesh) -> Any:
+        mesh.links = mesh.one_shot = None  # what compiled layers exchange on a CPU can't be left out
+        decoder, record = made(mesh), Full(before) if mesh.place.rank == 1 else Recorder()
+        return decode(decoder, None), decode(decoder, record), record.captured, record.replayed
+
+    for plain, found, *counts in on_ranks(2, 1, work):
+        assert found == plain
+        assert counts == [1, 6]
+    ends = [record.getMessage() for record in caplog.records if "no further CUDA graphs" in record.getMessage()]
+    assert sorted(end.partition("after 1: ")[2] for end in ends) == [
+        "CUDA out of memory. Tried to allocate 2.00 GiB", "another rank has no room for this size",
+    ]  # fmt: skip
+
+
 def test_sizes_are_recorded_while_nobody_waits(decoder: Decoder) -> None:
     """The smallest first, over the row of the last step, whose keys and values stay as they are; not once blocks have changed."""
     cache = KVCache(SPEC, 8, 4, torch.float32, CPU)
@@ -310,6 +347,11 @@ def tensors_of(ragged: Ragged) -> Iterator[Tensor]:
         yield from (found for f in fields(Ragged) if isinstance(found := getattr(part, f.name), Tensor))
 
 
+class Forgetful(Recorder):
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        return lambda: None, run()
+
+
 def test_what_a_recording_reads_is_kept(decoder: Decoder) -> None:
     """As a CUDA graph, this recorder keeps nothing of what it ran: addresses alone."""
     read: list[weakref.ref[Tensor]] = []
@@ -321,7 +363,7 @@ def test_what_a_recording_reads_is_kept(decoder: Decoder) -> None:
     cache = KVCache(SPEC, 4, 4, torch.float32, CPU)
     cache.arena.zero_()
     rank = Rank(decoder, cache, max_num_seqs=1, max_model_len=16)
-    graphs = Graphs(listen, cache, [1], 16, lambda run: (lambda: None, run()), lambda: 1 << 40)
+    graphs = Graphs(listen, cache, [1], 16, Forgetful(), lambda: 1 << 40)
     rank.forward = graphs
     new = NewSequence(0, [4], 1, GREEDY, seed=0, stop_token_ids=frozenset())
     rank.run(Step(0, new=[new], blocks=[(0, 0, [1])], slices=[Slice(0, 0, 1, sample=True)]))
