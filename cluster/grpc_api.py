@@ -90,6 +90,7 @@ def create_grpc_server(
 ) -> grpc.aio.Server:
     """Add ports and start it. Needs a running loop. `shelf`: the HTTP application's."""
     options = [("grpc.max_receive_message_length", config.max_body_bytes), ("grpc.so_reuseport", 1)]
+    options += _gone_after(config.receive_timeout_s)
     keys = load_keys(config, os.environ)
     server = grpc.aio.server(interceptors=[_KeyCheck(keys)], options=options)
     add_InferenceServicer_to_server(Inference(desk, keys, shelf.chats, config.response_role), server)
@@ -103,6 +104,13 @@ def create_grpc_server(
     health_pb2_grpc.add_HealthServicer_to_server(HealthService(desk), server)
     reflection.enable_server_reflection((*SERVICES, OPEN_INFERENCE, HEALTH, reflection.SERVICE_NAME), server)
     return server
+
+
+def _gone_after(limit_s: float) -> list[tuple[str, int]]:
+    """Options of a server that asks silent clients whether they are there, and closes the connection of those who don't answer."""
+    half = max(1, int(limit_s * 500))  # in ms
+    unasked = [("grpc.keepalive_permit_without_calls", 1), ("grpc.http2.max_pings_without_data", 0)]
+    return [("grpc.keepalive_time_ms", half), ("grpc.http2.ping_timeout_ms", half), *unasked]
 
 
 Pooled = TypeVar("Pooled", pb.EmbedReply, pb.ClassifyReply, pb.ScoreReply, pb.RerankReply)

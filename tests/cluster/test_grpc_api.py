@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import socket
 
 import grpc
 import pytest
@@ -408,6 +409,17 @@ def test_a_client_that_takes_nothing_is_left(live_gateway, monkeypatch):
         error = refused(lambda: call)
         assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "took no message for 0.3 s" in error.details()
+
+
+def test_a_client_that_vanished_holds_no_connection(live_gateway):
+    """Nor its request: a machine that is gone says no goodbye, and nothing may be there to be sent to it for long."""
+    begin = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and it never answers a ping
+    with live_gateway(GatewayConfig(receive_timeout_s=0.4)) as gateway:
+        host, port = gateway.grpc_address.split(":")
+        with socket.create_connection((host, int(port)), timeout=60) as sock:
+            sock.sendall(begin)
+            while sock.recv(4096):
+                pass
 
 
 def test_keys(live_gateway, connect):
