@@ -50,6 +50,7 @@ RAY_ENVIRONMENT = {
     "RAY_DISABLE_WORKER_LOG_PREFIX": "1",  # our processes' lines reach the terminal as they are
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # a SIGTERM is no failure: no stack dump
     "RAY_DEDUP_LOGS": "0",
+    "GRPC_VERBOSITY": "ERROR",  # its core writes a line whenever anybody who speaks no TLS connects; it looks before Python can
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # nothing is gained by draining a group that hangs
 }
 """What the user has set stays."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import socket
 import subprocess
+import sys
 import threading
 
 import httpx
@@ -15,6 +17,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from kvasir.cluster.app import RAY_ENVIRONMENT
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.gateway import create_app
 from kvasir.cluster.options import parse_spec
@@ -245,6 +248,24 @@ def test_certificates_and_keys_that_are_none(certificate, tmp_path):
     for (cert, private), text in wrong.items():
         with pytest.raises(ConfigError, match=re.escape(text)):
             parse_spec({"ssl_certfile": str(cert), "ssl_keyfile": str(private)})
+
+
+def test_who_speaks_no_tls_fills_no_log(certificate):
+    """As gateways are started: gRPC's core writes by itself, and looks at the environment when it is loaded."""
+    script = """
+import socket, sys, grpc
+from concurrent.futures import ThreadPoolExecutor
+key, chain = (open(name, "rb").read() for name in sys.argv[1:])
+server = grpc.server(ThreadPoolExecutor(1))
+port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(key, chain)]))
+server.start()
+with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
+    sock.sendall(b"GET / HTTP/1.1\\r\\n\\r\\n")
+    assert sock.recv(1) == b""
+server.stop(None).wait()
+"""
+    command, environ = [sys.executable, "-c", script, *map(str, certificate)], {**RAY_ENVIRONMENT, **os.environ}
+    assert subprocess.run(command, check=True, capture_output=True, env=environ).stderr == b""
 
 
 def test_tls_on_both_servers(live_gateway, certificate):
