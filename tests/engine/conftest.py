@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvasir.engine import processes
+from kvasir.engine import LLM, SamplingParams, StructuredOutput, processes
 from kvasir.engine.cache import KVCache
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.engine import Engine
@@ -169,3 +169,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[
         return folder, model
 
     return build
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    """The bundled model, for what asks for no other."""
+    with LLM("skald", max_num_seqs=8) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def write(llm: LLM) -> Callable[..., Any]:
+    """`write(StructuredOutput | None, ...)`: outputs of one request at temperature 1."""
+
+    def run(wanted: StructuredOutput | None, **given: Any) -> Any:
+        sampling = SamplingParams(**{"max_tokens": 150, "seed": 1, **given}, structured_outputs=wanted)
+        return llm.generate(["Hello"], sampling, use_tqdm=False)[0].outputs
+
+    return run
