@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
-from kvasir.engine.blocks import ID_BYTES, BlockPool, Changes, ContentId, chain_start, content_id
+from kvasir.engine.blocks import ID_BYTES, BlockPool, Changes, ContentId, chain_start, content_ids, token_bytes
 from kvasir.engine.layout import Layout, Room
 from kvasir.engine.request import Request
 from kvasir.engine.sequence import GONE, Sequence
 
 Grown = list[tuple[int, list[int]]]
 """(layer group, blocks appended to its table)"""
+HASHED = 64
+"""Blocks of a prompt that are hashed together, in half the time: the next ones will be asked for, too."""
 
 
 class Tables:
@@ -218,9 +220,10 @@ class Tables:
         """What the pool knows a full block of the sequence by; its tokens are hashed once for all groups."""
         size, contents = self.pool.block_size, sequence.contents
         while len(contents) <= block:
-            start = len(contents) * size
+            first = len(contents)
+            stop = max(block + 1, min(first + HASHED, sequence.prompt_len // size))
             before = contents[-1] if contents else self.chain(sequence)
-            contents.append(content_id(before, sequence.tokens[start : start + size]))
+            contents += content_ids(before, token_bytes(sequence.tokens[first * size : stop * size]), size)
         return self.name(contents[block], group)
 
     @staticmethod
