@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -308,7 +309,7 @@ def _start_ray(config: ClusterConfig, address: str | None) -> None:
         os.environ.setdefault(name, value)
     import ray
 
-    importer = threading.Thread(target=importlib.import_module, args=("kvasir.cluster.application",))
+    importer = threading.Thread(target=_import_ahead, args=("kvasir.cluster.application",))
     importer.start()
     if address is None:
         ray_token.keep_private()
@@ -338,6 +339,12 @@ def _start_ray(config: ClusterConfig, address: str | None) -> None:
         ) from error
     finally:
         importer.join()
+
+
+def _import_ahead(name: str) -> None:
+    """What fails here fails again where it is needed; or a signal ended the other thread's import of the same."""
+    with contextlib.suppress(Exception):
+        importlib.import_module(name)
 
 
 def _knock(address: str) -> None:
@@ -446,6 +453,5 @@ def _deploy(config: ClusterConfig, make_engine: MakeEngine | None, *, own_ray: b
 
 
 def _stop_ray() -> None:
-    import ray
-
-    ray.shutdown()
+    if ray := sys.modules.get("ray"):  # not where a signal came while it was imported
+        ray.shutdown()

@@ -234,6 +234,18 @@ def test_a_signal_before_it_waits_ends_it_too():
             signal.signal(number, handler)
 
 
+def test_a_signal_while_ray_is_imported(byte_model, monkeypatch):
+    """What was imported of it is gone, and can't be imported again."""
+
+    def interrupted(*_):
+        monkeypatch.setitem(sys.modules, "ray", None)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app, "_start_ray", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        app.run(config(byte_model, port=0, grpc_port=-1))
+
+
 @pytest.fixture
 def serve_by_hand(byte_model, monkeypatch):
     """run(error, applications, address): what was done when the start ended with the error. `gateway`: its state then."""
