@@ -27,7 +27,7 @@ from kvasir.cluster import ray_token
 from kvasir.cluster.config import ClusterConfig, GatewayConfig
 from kvasir.cluster.sockets import bound_socket
 from kvasir.cluster.state_file import MEMORY
-from kvasir.engine.errors import UnavailableError
+from kvasir.engine.errors import ConfigError, UnavailableError
 from kvasir.engine.model_files import ModelFiles
 
 if TYPE_CHECKING:
@@ -239,10 +239,10 @@ def _prepare(config: ClusterConfig, reserved: contextlib.ExitStack) -> ClusterCo
     for engine in config.models:
         ModelFiles(engine)
     gateway = config.gateway
-    port = _reserve(gateway.host, gateway.port, reserved)
-    grpc_port = _reserve(gateway.host, gateway.grpc_port, reserved) if gateway.grpc_port >= 0 else -1
-    ollama_port = _reserve(gateway.host, gateway.ollama_port, reserved) if gateway.ollama_port >= 0 else -1
-    return replace(config, gateway=replace(gateway, port=port, grpc_port=grpc_port, ollama_port=ollama_port))
+    with contextlib.ExitStack() as mine:
+        held: dict[str, Any] = {name: _reserve(gateway, name, mine) for name in ("port", "grpc_port", "ollama_port")}
+        reserved.push(mine.pop_all())
+    return replace(config, gateway=replace(gateway, **held))
 
 
 def _check_layouts(config: ClusterConfig) -> None:
@@ -295,10 +295,17 @@ def _absolute(name: str | None) -> str | None:
     return str(path.resolve()) if path.exists() else name
 
 
-def _reserve(host: str, port: int, reserved: contextlib.ExitStack) -> int:
+def _reserve(gateway: GatewayConfig, name: str, reserved: contextlib.ExitStack) -> int:
     """Hold a port that nobody has: gateways share ports, so they wouldn't notice somebody else's server on it."""
-    with contextlib.closing(bound_socket(host, port, shared=False)) as probe:
-        port = probe.getsockname()[1]
+    host, port = gateway.host, int(getattr(gateway, name))
+    if port < 0:
+        return -1
+    try:
+        probe = bound_socket(host, port, shared=False)
+    except ConfigError as error:
+        raise ConfigError(f"{error.message} (see --host and --{name.replace('_', '-')})", param=name) from error
+    with contextlib.closing(probe):
+        port = int(probe.getsockname()[1])
     reserved.enter_context(contextlib.closing(bound_socket(host, port, shared=True)))
     return port
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import secrets
@@ -17,10 +16,12 @@ def keep_private() -> None:
     if own or os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         return
     path = Path.home() / ".ray" / "auth_token"  # where Ray looks for it
-    with contextlib.suppress(OSError):  # such as in a home that can't be written; Ray says so where it matters
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with os.fdopen(os.open(path, os.O_CREAT | os.O_RDWR, 0o600), "r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # of two that start at once one writes
             os.fchmod(file.fileno(), 0o600)
             if not file.read():
                 file.write(secrets.token_hex(32))
+    except OSError:  # such as in a home that can't be written: Ray's processes have their environment from us
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

@@ -210,8 +210,9 @@ def config(model, **gateway):
 def test_a_port_in_use_is_told_before_anything_starts(byte_model):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"can't listen on 127.0.0.1:{port}"):
-            app.run(config(byte_model, port=port))
+        for flag, ports in (("port", {"port": port}), ("grpc-port", {"port": 0, "grpc_port": port})):
+            with pytest.raises(ConfigError, match=f"can't listen on 127.0.0.1:{port}: .*see --host and --{flag}"):
+                app.run(config(byte_model, **ports))
 
 
 def test_a_layout_that_a_model_cannot_have_is_told_before_ray_starts(monkeypatch):
@@ -328,6 +329,13 @@ def test_the_token_of_our_own_ray_is_ours_alone(token_file):
     path.chmod(0o644)  # as Ray itself writes it
     assert token_file().read_text() == token
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_home_that_cannot_be_written(token_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")  # to have it taken back
+    (tmp_path / "file").touch()
+    token_file(HOME=str(tmp_path / "file"))
+    assert re.fullmatch("[0-9a-f]{64}", os.environ["RAY_AUTH_TOKEN"])
 
 
 @pytest.mark.parametrize("variable", TOKEN_VARIABLES)
