@@ -218,11 +218,14 @@ class Group:
         """Returns when rank 0 runs and answers nothing."""
         while True:
             answer, begin = asyncio.ensure_future(self._rank.where.remote()), time.monotonic()
-            while not (await asyncio.wait([answer], timeout=LOOK_S))[0]:
-                late = time.monotonic() - begin
-                if late > (MUTE_S if any(run.done() for run in self._runs.values()) else wire.STALL_S):
-                    return Failure(f"rank 0 has answered nothing for {late:.0f} s: it hangs")
-            answer.exception()  # of a process that is gone `run` tells more
+            try:
+                while not (await asyncio.wait([answer], timeout=LOOK_S))[0]:
+                    late = time.monotonic() - begin
+                    if late > (MUTE_S if any(run.done() for run in self._runs.values()) else wire.STALL_S):
+                        return Failure(f"rank 0 has answered nothing for {late:.0f} s: it hangs")
+                answer.exception()  # of a process that is gone `run` tells more
+            finally:
+                answer.cancel()  # else its end is logged with a traceback
             await asyncio.sleep(ASK_S)
 
     async def _end_of(self, run: asyncio.Future[Failure], mute: asyncio.Future[Failure]) -> Failure:

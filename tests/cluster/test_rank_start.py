@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import re
 import socket
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import ray
 
-from kvasir.cluster import group, rank_actor
+from kvasir.cluster import application, group, rank_actor
 from kvasir.cluster.rank_actor import Failure, FollowerActor, RankActor, RankSetup
 from kvasir.cluster.rank_start import UnstartedError, started
 from kvasir.cluster.wire import Endpoint
 from kvasir.engine import interfaces
 from kvasir.engine.config import EngineConfig
+from kvasir.engine.control import RankError
 
 
 def notes(caplog):
@@ -173,3 +176,21 @@ def test_a_network_without_an_address_ends_the_start(monkeypatch):
     failure = asyncio.run(actor.start())
     assert isinstance(failure, Failure)
     assert failure.why.startswith("GLOO_SOCKET_IFNAME: ib0 has no IPv4 address here")
+
+
+def test_a_rank_that_an_exchange_holds_is_replaced():
+    """gloo doesn't let go of a receive from a rank that was stopped: the engine can't say so itself then."""
+    actor = RankActor(EngineConfig(model="stories"), RankSetup())
+    actor._hub = SimpleNamespace(failure=RankError("rank 1 was stopped"))
+    actor._engine = SimpleNamespace(failure=None, heartbeat=time.monotonic())
+    assert "rank 1 was stopped" in asyncio.run(asyncio.wait_for(actor.run(), 60)).why
+
+
+def test_what_steers_nccl_reaches_every_rank(monkeypatch):
+    """Ray's workers have the environment of their node, not that of `kvasir serve`; a node's own setting stays."""
+    environ = {"NCCL_SOCKET_IFNAME": "eth1", "NCCL_DEBUG": "WARN", "GLOO_SOCKET_IFNAME": "eth1", "HOME": "/x"}
+    network = application.network_variables(environ)
+    for actor in (RankActor, FollowerActor):
+        monkeypatch.setattr(os, "environ", {"NCCL_DEBUG": "INFO"})
+        actor(EngineConfig(model="stories"), RankSetup(network=network))
+        assert os.environ == {"NCCL_DEBUG": "INFO", "NCCL_SOCKET_IFNAME": "eth1", "GLOO_SOCKET_IFNAME": "eth1"}
