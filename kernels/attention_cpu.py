@@ -6,6 +6,7 @@ of 160 tokens, one row each, keys already gathered: 1.4 ms against 0.4; 256 rows
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -142,8 +143,15 @@ def attention(
 
 
 def _working(dtype: torch.dtype) -> torch.dtype:
-    """float16 products have no CPU instructions and may overflow: they're computed in float32."""
-    return torch.float32 if dtype == torch.float16 else dtype
+    """What products are computed in: float32 where a CPU multiplies no bfloat16, and for float16, which none does and which may
+    overflow."""
+    return dtype if dtype == torch.bfloat16 and multiplies_bfloat16() else torch.float32
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether torch has more than plain loops for products of bfloat16 on this CPU."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 Stored = tuple[Tensor, Union[Tensor, None]]

@@ -55,6 +55,8 @@ def test_cpu_equals_definition(seed: int, paged: Callable[..., Any], monkeypatch
         facts["sinks"] = torch.randn(kv_heads * group, dtype=dtype)
     if rng.random() < 0.3:
         facts["slopes"] = torch.rand(kv_heads * group)
+    multiplies = rng.random() < 0.5
+    monkeypatch.setattr(attention_cpu, "multiplies_bfloat16", lambda: multiplies)
     monkeypatch.setattr(attention_cpu, "ELEMENTS", rng.choice([1 << 12, 1 << 21]))
     monkeypatch.setattr(attention_cpu, "ROWS", rng.choice([4, 64]))
     monkeypatch.setattr(attention_cpu, "SLACK", rng.choice([0, 1 << 14]))
@@ -62,6 +64,17 @@ def test_cpu_equals_definition(seed: int, paged: Callable[..., Any], monkeypatch
     want = attention.reference(batch.q, batch.k_cache, batch.v_cache, batch.ragged, **facts)
     assert got.dtype == dtype
     torch.testing.assert_close(got.float(), want.float(), atol=TOLERANCE[dtype], rtol=0)
+
+
+def test_bfloat16_that_a_cpu_does_not_multiply_is_computed_in_float32(
+    paged: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then a result is rounded once, in the end."""
+    batch = paged([(300, 1), (90, 90)], dtype=torch.bfloat16)
+    monkeypatch.setattr(attention_cpu, "multiplies_bfloat16", lambda: False)
+    got = attention_cpu.attention(batch.q, batch.k_cache, batch.v_cache, batch.ragged, scale=0.3)
+    want = attention.reference(batch.q, batch.k_cache, batch.v_cache, batch.ragged, scale=0.3)
+    assert (got == want).float().mean() > 0.99
 
 
 def test_layers_share_one_plan(paged: Callable[..., Any]) -> None:
