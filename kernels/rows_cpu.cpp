@@ -96,12 +96,12 @@ void put_row(const T *x, int64_t dim, C *to, float *scale) {
   if constexpr (std::is_same_v<C, T>) {
     std::memcpy((void *)to, x, dim * sizeof(T));
   } else if constexpr (scaled<C>) {
-    F16 best = splat(0.0f);
+    F16 best = splat(0.0f), odd = best; // odd: NaN where a number is, or infinite, and then all of the row is
     for (int64_t d = 0; d < dim; d += 16) {
       F16 v = widen(x + d, dim - d);
-      best = larger(best, where(v < 0.0f, -v, v));
+      best = larger(best, where(v < 0.0f, -v, v)), odd += v - v;
     }
-    *scale = largest(best) / most<C>;
+    *scale = largest(best) / most<C> + sum(odd);
     float by = *scale == 0.0f ? 1.0f : *scale;
     for (int64_t d = 0; d < dim; d += 16)
       narrow(to + d, smaller(splat(most<C>), larger(splat(-most<C>), widen(x + d, dim - d) / by)), dim - d);

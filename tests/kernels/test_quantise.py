@@ -73,6 +73,26 @@ def test_written_equal_to_the_definition(
 
 
 @needs_compiler
+@pytest.mark.parametrize("kind", LARGEST, ids=str)
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_no_number_is_written_as_none(
+    kind: torch.dtype, odd: float, paged: Callable[..., Any], kept: Callable[..., Any]
+) -> None:
+    batch = paged([(3, 3)], 16, 2, 2, 24, torch.bfloat16)
+    q, k, v = torch.ones(3, 3, 2, 24, dtype=torch.bfloat16)
+    k[1, 0, 20] = v[1, 1, 3] = odd
+    angles = torch.ones(3, 1, 24).bfloat16(), torch.zeros(3, 1, 24).bfloat16()
+    caches = kept(batch, kind)
+    cache_native.turn_and_write(q, k, v, angles, *caches, batch.ragged, interleaved=False)
+    for cache, head in zip(caches, (0, 1), strict=True):
+        slots = batch.ragged.slots
+        rows = get(cache, slots // 16)[torch.arange(3), slots % 16]
+        assert rows[1, head].isnan().any()
+        assert rows[1, 1 - head].isfinite().all()
+        assert rows[[0, 2]].isfinite().all()
+
+
+@needs_compiler
 @pytest.mark.parametrize("seed", range(24))
 def test_read_equal_to_the_definition(seed: int, paged: Callable[..., Any], kept: Callable[..., Any]) -> None:
     """Compiled and in torch, over mixes of chunks, heads, block sizes and types; slots that nobody wrote hold NaN."""
