@@ -54,10 +54,14 @@ void attend(const Call &c) {
   size_t bytes = 0;
   for (const Unit &unit : units)
     bytes = std::max(bytes, (size_t)Worker<T, PAIRS>::bytes(c, unit.count * group, unit.heads));
-  if (c.threads > 1 && (int64_t)units.size() < 8 * c.threads) {
+  // what would keep a thread for more than an eighth of its share is cut, and the longest come first: none is alone in the end
+  auto work = [](const Unit &u) { return (int64_t)u.count * u.heads * u.parts; };
+  int64_t whole = 0;
+  for (const Unit &unit : units) whole += work(unit);
+  if (c.threads > 1) {
     std::vector<Unit> cut;
     for (Unit unit : units) {
-      if (unit.parts == 1) {
+      if (unit.parts == 1 || 8 * c.threads * work(unit) <= whole) {
         cut.push_back(unit);
         continue;
       }
@@ -71,6 +75,7 @@ void attend(const Call &c) {
       }
     }
     units.swap(cut);
+    std::stable_sort(units.begin(), units.end(), [&](const Unit &a, const Unit &b) { return work(a) > work(b); });
   }
   float *partials = room ? (float *)sums.get(room * 4) : nullptr;
   auto memory = [&] { return (char *)scratch.get(bytes); };

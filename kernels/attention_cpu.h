@@ -1,6 +1,6 @@
 // What one thread does for attention: some rows of a sequence under some kv heads, tile of keys by tile.
 #pragma once
-#include "native.h"
+#include "attention_eights.h"
 
 #include <algorithm>
 #include <type_traits>
@@ -10,8 +10,9 @@ namespace {
 constexpr int64_t TILE = 64;   // keys whose scores a row takes at once
 constexpr int64_t PART = 1024; // keys after which a row's softmax begins anew, to be merged: long contexts use all threads
 constexpr int64_t QUERIES = 64; // query rows (of all heads of a group) that share a tile's keys
-constexpr int64_t AHEAD = 2;    // heads whose keys and values are called for before they are needed
+constexpr int64_t AHEAD = REGISTER == 32 ? 1 : 2; // heads whose keys and values are called for before they are needed
 constexpr int64_t WIDEST = 1024; // heads of few rows, of which all zero is one
+constexpr int64_t FEW = 32;    // query rows up to which rows of bfloat16 aren't laid down as floats
 constexpr int BLOCK = 6; // rows whose sums are in registers at once,
 template <int R>           // so many times 16 columns of them; with few rows more, since a sum waits for itself
 constexpr int COLUMNS = REGISTER == 64 || R == 1 ? 4 : R == 2 ? 2 : 1;
@@ -254,61 +255,6 @@ struct Worker {
     }
   }
 
-#elif KVASIR_EIGHTS
-  typedef Half<F16> F8;
-  typedef Half<U16> U8;
-
-  // The same, eight keys after the other.
-  template <int R>
-  void few_keys(const Places &places, int64_t h, const Places &next, int64_t next_h, const float *const *from) {
-    const T *keys[TILE], *base = (const T *)cache.k + (u.head + next_h) * cache.head;
-    rows_of(cache.k, places, h, keys);
-    for (int64_t j = 0; j < places.count; j += 8) {
-      F8 sums[R];
-      for (int r = 0; r < R; r++) sums[r] = F8{};
-      for (int64_t d = 0; d < c.dim; d += 16) {
-        __m256 k[8];
-        for (int i = 0; i < 8; i++) k[i] = _mm256_loadu_ps((const float *)(keys[j + i] + d));
-        transpose(k);
-        for (int i = d / 16 % 2 * 4, end = i + 4; i < end; i++) // half of the keys with each half of a line
-          __builtin_prefetch(base + next.row[j + i] + d / 32 * 32, 0, 2);
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) {
-          F8 low = (F8)((U8)k[i] << 16), high = (F8)((U8)k[i] & 0xffff0000);
-          for (int r = 0; r < R; r++) {
-            const float *q = from[r] + d + 2 * i;
-            sums[r] = sums[r] + q[0] * low;
-            sums[r] = sums[r] + q[1] * high;
-          }
-        }
-      }
-      for (int r = 0; r < R; r++) store(scores + r * TILE + j, sums[r]);
-    }
-  }
-
-  template <int R, int C>
-  void few_values(const Places &places, int64_t h, const Places &next, int64_t next_h, const float *const *from, float *to) {
-    const void *numbers = cache.v ? cache.v : cache.k;
-    const T *rows[TILE], *base = (const T *)numbers + (u.head + next_h) * cache.head;
-    rows_of(numbers, places, h, rows);
-    for (int64_t d = 0; d < wide; d += 16 * C) {
-      F16 sums[R][C];
-      for (int r = 0; r < R; r++)
-        for (int i = 0; i < C; i++) sums[r][i] = load<F16>(to + r * wide + d + 16 * i);
-      for (int64_t j = 0; j < places.count; j++) {
-        if (cache.v && d % 32 == 0) __builtin_prefetch(base + next.row[j] + d, 0, 2);
-        for (int i = 0; i < C; i++) {
-          F16 v = widen(rows[j] + d + 16 * i);
-          for (int r = 0; r < R; r++) sums[r][i] = sums[r][i] + from[r][j] * v;
-        }
-      }
-      for (int r = 0; r < R; r++)
-        for (int i = 0; i < C; i++) store(to + r * wide + d + 16 * i, sums[r][i]);
-    }
-  }
-#endif
-
-#if KVASIR_PAIRS || KVASIR_EIGHTS
   template <int R>
   void few(int64_t tile, const Places &places, int64_t h, const Places &next, int64_t next_h) {
     int64_t base = h * rows;
@@ -323,43 +269,110 @@ struct Worker {
   }
 #endif
 
-#if KVASIR_EIGHTS
-  // Eight keys to their columns of kt.
-  void lay_eight(const T *const *from, float *to) const {
-    for (int64_t d = 0; d < c.dim; d += 16) {
-      __m256 r[2][8]; // of bfloat16 pairs
-      int64_t left = c.dim - d;
-      for (int i = 0; i < 8; i++)
-        if (!from[i]) {
-          r[0][i] = r[1][i] = _mm256_setzero_ps();
-        } else if constexpr (std::is_same_v<T, bf16>) {
-          r[0][i] = left < 16 ? (__m256)load_first(from[i] + d, left) : _mm256_loadu_ps((const float *)(from[i] + d));
-        } else {
-          F16 x = widen(from[i] + d, left);
-          r[0][i] = (__m256)x.low, r[1][i] = (__m256)x.high;
-        }
-      transpose(r[0]);
-      if constexpr (!std::is_same_v<T, bf16>) transpose(r[1]);
-      auto put = [&](int64_t i) {
-        if constexpr (std::is_same_v<T, bf16>) {
-          auto pair = (Vector<uint32_t, 8>::type)r[0][i / 2];
-          store(to + (d + i) * TILE, i % 2 ? pair & 0xffff0000 : pair << 16);
-        } else
-          store(to + (d + i) * TILE, r[i / 8][i % 8]);
-      };
-      if (left < 16)
-        for (int64_t i = 0; i < left; i++) put(i);
+  // Scores of a tile for row i become weights; what was summed before is scaled to the new largest score.
+  __attribute__((noinline)) void weigh(int64_t i, int64_t tile) {
+    F16 x[4];
+    float *s = scores + i % rows * TILE, *w = weights + i % rows * TILE;
+    const I16 number = places();
+    int32_t from = (int32_t)(low[i % rows] - tile), to = (int32_t)(high[i % rows] - tile);
+    bool whole = from <= 0 && to >= TILE - 1;
+    float slope = c.slopes ? c.slopes[head(i)] : 0.0f;
+    float behind = (float)(origin + i % rows / group - tile);
+    F16 best = splat(-INFINITY);
+    for (int j = 0; j < 4; j++) {
+      x[j] = load<F16>(s + 16 * j) * c.scale;
+      if (scaled<T>) x[j] *= load<F16>(k_scales + 16 * j);
+      if (c.softcap != 0.0f) x[j] = tangent(x[j] / c.softcap) * c.softcap;
+      I16 key = number + 16 * j;
+      if (c.slopes) {
+        F16 distance = behind - convert<F16>(key);
+        x[j] -= slope * where(distance < 0.0f, -distance, distance);
+      }
+      if (!whole) x[j] = where((key >= from) & (key <= to), x[j], splat(-INFINITY));
+      best = larger(x[j], best);
+    }
+    float now = largest(best);
+    if (!(now > m[i])) now = m[i];
+    float against = now == -INFINITY ? 0.0f : now; // nothing seen yet: all weights are 0, but a NaN's
+    if (now != m[i]) {
+      F16 shrink = exponential(splat(m[i] - now));
+      lanes[i] *= shrink;
+      for (int64_t d = 0; d < wide; d += 16) store(acc + i * wide + d, load<F16>(acc + i * wide + d) * shrink);
+      m[i] = now;
+    }
+    for (int j = 0; j < 4; j++) {
+      F16 e = exponential(x[j] - against);
+      lanes[i] += e;
+      if (scaled<T>) e *= load<F16>(v_scales + 16 * j);
+      if (PAIRS)
+        narrow((bf16 *)w + 16 * j, e);
       else
-        for (int64_t i = 0; i < 16; i++) put(i);
+        store(w + 16 * j, e);
     }
   }
-  static __attribute__((noinline)) Vector<uint32_t, 8>::type load_first(const bf16 *from, int64_t n) { // of 16
-    bf16 found[16] = {};
-    std::memcpy(found, from, 2 * n);
-    return load<Vector<uint32_t, 8>::type>(found);
-  }
-#endif
 
+#if KVASIR_EIGHTS
+  // A tile's rows of `width` numbers: where they lie if `there`, else laid down in `room` as floats.
+  template <class K>
+  void rows_of(const void *numbers, int64_t width, bool there, float *room, const Places &places, int64_t h,
+               const K **found) const {
+    if constexpr (std::is_same_v<K, T>)
+      if (there) return rows_of(numbers, places, h, found);
+    int64_t line = up(width, 16);
+    for (int64_t j = 0; j < places.count; j++) {
+      const T *from = at(numbers, places.row[j], h);
+      for (int64_t d = 0; d < width; d += 16) {
+        F16 x = from ? widen(from + d, width - d) : splat(0.0f);
+        store(room + j * line + d, in_order<T>(x));
+      }
+    }
+    for (int64_t j = 0; j < TILE; j++) found[j] = (const K *)(room + std::min(j, places.count - 1) * line);
+  }
+
+  Later later(const void *numbers, const Places &places, int64_t h, int64_t width) const {
+    return {(const char *)((const T *)numbers + (u.head + h) * cache.head), places.row, sizeof(T), width * (int64_t)sizeof(T)};
+  }
+
+  // run(integral_constant of `count`), count <= MOST.
+  template <int MOST, class Run>
+  static void by_count(int64_t count, Run run) {
+    if constexpr (MOST > 1)
+      if (count < MOST) return by_count<MOST - 1>(count, run);
+    run(std::integral_constant<int, MOST>());
+  }
+
+  // A tile by rows of type K, so many query rows at a time: the first ones call for what is read next.
+  template <class K, int MOST>
+  void one_tile(bool there, int64_t tile, const Places &places, int64_t h, const Places &next, int64_t next_h) {
+    const K *found[TILE];
+    const float *from[MOST];
+    auto by_rows = [&](Later meanwhile, auto run) {
+      for (int64_t i = 0; i < rows; i += MOST, meanwhile.bytes = 0)
+        by_count<MOST>(std::min<int64_t>(MOST, rows - i), [&](auto n) { run(n, i, meanwhile); });
+    };
+    Later values = cache.v ? later(cache.v, places, h, c.value_dim) : Later{}, keys = later(cache.k, next, next_h, c.dim);
+    rows_of(cache.k, c.dim, there, kt, places, h, found);
+    int64_t base = h * rows, dim = up(c.dim, 16);
+    by_rows(values, [&](auto n, int64_t i, const Later &meanwhile) {
+      for (int r = 0; r < n.value; r++) from[r] = query_at(base + i + r);
+      score_rows<n.value>(found, places.count, meanwhile, from, dim, scores + i * TILE, TILE);
+    });
+    for (int64_t i = 0; i < rows; i++) weigh(base + i, tile);
+    if (cache.v) rows_of(cache.v, c.value_dim, there, vt, places, h, found);
+    by_rows(keys, [&](auto n, int64_t i, const Later &meanwhile) {
+      for (int r = 0; r < n.value; r++) from[r] = weights + (i + r) * TILE;
+      add_values<n.value>(found, places.count, meanwhile, from, wide, acc + (base + i) * wide, wide);
+    });
+  }
+
+  void one_tile(int64_t tile, const Places &places, int64_t h, const Places &next, int64_t next_h) {
+    if (scaled<T>) find_scales(places, h);
+    bool there = c.dim % 16 == 0 && c.value_dim % 16 == 0 && std::max(c.dim, c.value_dim) * sizeof(T) <= sizeof zeros;
+    if constexpr (std::is_same_v<T, bf16>)
+      if (there && rows <= FEW) return one_tile<bf16, 4>(true, tile, places, h, next, next_h);
+    one_tile<float, BLOCK>(std::is_same_v<T, float> && there, tile, places, h, next, next_h);
+  }
+#else
   // kt[dim (pairs)][TILE]: keys of a tile side by side; keys beyond the sequence are zero.
   // Meanwhile those of a later head or tile are called for.
   void pack_keys(const Places &places, int64_t h, const Places &next, int64_t next_h) {
@@ -385,8 +398,6 @@ struct Worker {
         transpose(r);
         for (int64_t i = 0; i < 16 && d + i < dims; i++) store(kt + (d + i) * TILE + j, r[i]);
       }
-#elif KVASIR_EIGHTS
-      for (int64_t i = 0; i < 16; i += 8) lay_eight(from + i, kt + j + i);
 #else
       for (int64_t i = 0; i < 16; i++)
         for (int64_t d = 0; d < dims; d += 16) {
@@ -477,55 +488,10 @@ struct Worker {
     }
   }
 
-  // Scores of a tile for row i become weights; what was summed before is scaled to the new largest score.
-  __attribute__((noinline)) void weigh(int64_t i, int64_t tile) {
-    F16 x[4];
-    float *s = scores + i % rows * TILE, *w = weights + i % rows * TILE;
-    const I16 number = places();
-    int32_t from = (int32_t)(low[i % rows] - tile), to = (int32_t)(high[i % rows] - tile);
-    bool whole = from <= 0 && to >= TILE - 1;
-    float slope = c.slopes ? c.slopes[head(i)] : 0.0f;
-    float behind = (float)(origin + i % rows / group - tile);
-    F16 best = splat(-INFINITY);
-    for (int j = 0; j < 4; j++) {
-      x[j] = load<F16>(s + 16 * j) * c.scale;
-      if (scaled<T>) x[j] *= load<F16>(k_scales + 16 * j);
-      if (c.softcap != 0.0f) x[j] = tangent(x[j] / c.softcap) * c.softcap;
-      I16 key = number + 16 * j;
-      if (c.slopes) {
-        F16 distance = behind - convert<F16>(key);
-        x[j] -= slope * where(distance < 0.0f, -distance, distance);
-      }
-      if (!whole) x[j] = where((key >= from) & (key <= to), x[j], splat(-INFINITY));
-      best = larger(x[j], best);
-    }
-    float now = largest(best);
-    if (!(now > m[i])) now = m[i];
-    if (now == -INFINITY) { // nothing seen yet
-      std::memset(w, 0, TILE * 4);
-      return;
-    }
-    if (now != m[i]) {
-      F16 shrink = exponential(splat(m[i] - now));
-      lanes[i] *= shrink;
-      for (int64_t d = 0; d < wide; d += 16) store(acc + i * wide + d, load<F16>(acc + i * wide + d) * shrink);
-      m[i] = now;
-    }
-    for (int j = 0; j < 4; j++) {
-      F16 e = exponential(x[j] - now);
-      lanes[i] += e;
-      if (scaled<T>) e *= load<F16>(v_scales + 16 * j);
-      if (PAIRS)
-        narrow((bf16 *)w + 16 * j, e);
-      else
-        store(w + 16 * j, e);
-    }
-  }
-
   void one_tile(int64_t tile, const Places &places, int64_t h, const Places &next, int64_t next_h) {
     if (scaled<T>) find_scales(places, h);
-#if KVASIR_PAIRS || KVASIR_EIGHTS
-    if constexpr (PAIRS == KVASIR_PAIRS && std::is_same_v<T, bf16>) { // the compiler's time is not worth it for other types
+#if KVASIR_PAIRS
+    if constexpr (PAIRS && std::is_same_v<T, bf16>) { // the compiler's time is not worth it for other types
       if (c.dim % 32 == 0 && c.value_dim % 32 == 0 && std::max(c.dim, c.value_dim) <= WIDEST) switch (rows) {
         case 1: return few<1>(tile, places, h, next, next_h);
         case 2: return few<2>(tile, places, h, next, next_h);
@@ -551,6 +517,7 @@ struct Worker {
       strips(count, from, PAIRS ? TILE / 2 : TILE, vt, wide, acc + (base + i) * wide, wide, wide / 16, true);
     }
   }
+#endif
 
   // One part's sums, from nothing: tile by tile under all heads, whose keys are neighbours in a block.
   void one_part(int64_t part, int64_t first, int64_t last) {
@@ -586,14 +553,15 @@ struct Worker {
     for (int64_t i = 0; i < all; i++) {
       total_m[i] = -INFINITY, total_l[i] = 0.0f;
       if (!PAIRS)
-        for (int64_t d = 0; d < c.dim; d += 16) store(queries + i * up(c.dim, 16) + d, numbers_of(c.q, query(i) + d, c.dim - d));
+        for (int64_t d = 0; d < c.dim; d += 16)
+          store(queries + i * up(c.dim, 16) + d, in_order<T>(numbers_of(c.q, query(i) + d, c.dim - d)));
     }
     std::memset(total, 0, all * wide * 4);
   }
 
   // What a part found joins what the parts before it found. One copy of the code, so that it always rounds alike.
   __attribute__((noinline)) void merge(int64_t i, float part_m, float part_l, const float *part_acc) {
-    if (part_m == -INFINITY) return;
+    if (part_m == -INFINITY && part_l == 0.0f) return;
     float now = std::max(total_m[i], part_m);
     float old = total_m[i] == -INFINITY ? 0.0f : exponential(splat(total_m[i] - now))[0];
     float own = exponential(splat(part_m - now))[0];
@@ -616,7 +584,7 @@ struct Worker {
       factor /= sum;
       int64_t to = (row(i) * c.heads + head(i)) * c.value_dim;
       for (int64_t d = 0; d < c.value_dim; d += 16) {
-        F16 x = load<F16>(total + i * wide + d) * factor;
+        F16 x = in_order<T, true>(load<F16>(total + i * wide + d)) * factor;
         if (c.type == FLOAT32)
           narrow((float *)c.out + to + d, x, c.value_dim - d);
         else if (c.type == BFLOAT16)

@@ -44,24 +44,13 @@ struct Pairs {
 };
 #endif
 
-// Where a register holds N floats, bfloat16 of output n stands beside that of n + N: a shift makes floats of the ones and a mask
-// of the others.
+// Where a register holds N floats, bfloat16 of output n stands beside that of n + N, as `unlaced` takes them apart.
 constexpr int64_t N = REGISTER / 4;
 template <class T>
 constexpr bool laced = std::is_same_v<T, bf16> && 2 * N <= 16;
 template <class T>
 int64_t output_at(int64_t place) { // which stands at a place of a block
   return laced<T> ? place / (2 * N) * (2 * N) + place % 2 * N + place % (2 * N) / 2 : place;
-}
-
-template <class V>
-V unlaced(const bf16 *p) {
-  if constexpr (sizeof(V) > 2 * REGISTER) {
-    return {unlaced<Half<V>>(p), unlaced<Half<V>>(p + sizeof(V) / 8)};
-  } else {
-    auto both = load<Vector<uint32_t, N>::type>(p);
-    return {(Half<V>)(both << 16), (Half<V>)(both & 0xffff0000)};
-  }
 }
 
 template <class T>

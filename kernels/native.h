@@ -8,7 +8,7 @@
 
 #include "lanes.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define KVASIR_PAIRS 1 // products of bfloat16 pairs, summed in float32
 #else
 #define KVASIR_PAIRS 0
@@ -88,6 +88,17 @@ static inline float scalar(fp16 x) {
 static inline F16 widen(const float *p) { return load<F16>(p); }
 
 static inline F16 widen(const bf16 *p) { return as<F16>(load_as<U16>((const uint16_t *)p) << 16); }
+
+// Register by register the first of each two numbers, then the second: a shift makes floats of the ones and a mask of the others.
+template <class V>
+static inline V unlaced(const bf16 *p) {
+  if constexpr (sizeof(V) > 2 * REGISTER) {
+    return {unlaced<Half<V>>(p), unlaced<Half<V>>(p + sizeof(V) / 8)};
+  } else {
+    auto both = load<typename Vector<uint32_t, REGISTER / 4>::type>(p);
+    return {(Half<V>)(both << 16), (Half<V>)(both & 0xffff0000)};
+  }
+}
 
 static inline F16 widen(const fp16 *p) {
 #if defined(__AVX512F__)
@@ -294,24 +305,6 @@ static inline __attribute__((always_inline)) void transpose(__m512 *r) {
     r[j] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0x88);
     r[j + 8] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0xdd);
   }
-}
-#endif
-
-#if KVASIR_EIGHTS
-// 8 rows of 8 numbers of 32 bits.
-static inline __attribute__((always_inline)) void transpose(__m256 *r) {
-  __m256 t[8];
-  for (int i = 0; i < 8; i += 2) t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-  for (int i = 0; i < 8; i += 4)
-    for (int j = 0; j < 2; j++) {
-      r[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
-      r[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
-    }
-  for (int i = 0; i < 4; i++) {
-    t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
-    t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
-  }
-  for (int i = 0; i < 8; i++) r[i] = t[i];
 }
 #endif
 

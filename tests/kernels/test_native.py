@@ -127,6 +127,36 @@ def test_attention_of_a_row_is_the_same_in_any_batch(seed: int, threads: int, pa
 
 
 @needs_compiler
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_nan_is_not_lost(sinks: bool, rows: int, paged: Callable[..., Any]) -> None:
+    """Nor where it is all that a tile or a part of the keys holds."""
+    batch = paged([(1500, rows)], 16, 4, 2, 64, torch.bfloat16)
+    facts = {"scale": 0.2, "sinks": torch.zeros(4) if sinks else None}
+    for begin, stop in ((0, 64), (0, 1024), (1100, 1101)):
+        k = batch.k_cache.clone()
+        k[batch.ragged.table[0, begin // 16 : -(-stop // 16)].long(), begin % 16 :, 1] = torch.nan
+        got = attention_native.attention(batch.q, k, batch.v_cache, batch.ragged, **facts)
+        assert got[:, 2:].isnan().all()
+        assert got[:, :2].isfinite().all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("lengths", [[100] * 40 + [5000], [2100] * 20])
+def test_long_sequences_among_many_are_cut(lengths: list[int], paged: Callable[..., Any]) -> None:
+    """Not a bit depends on whether they are."""
+    batch = paged([(length, 1) for length in lengths], 16, 4, 2, 64, torch.bfloat16)
+    found = []
+    for threads in (1, 2, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        found.append(attention_native.attention(batch.q, batch.k_cache, batch.v_cache, batch.ragged, scale=0.2))
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("outputs", "inputs"), [(64, 2), (192, 70), (97, 64), (576, 576), (128, 2050)])
 @pytest.mark.parametrize("biased", [False, True])
