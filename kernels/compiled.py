@@ -1,6 +1,7 @@
 """Compiles C++ of this folder into a shared library, by the system's compiler and for this CPU. No torch.
 
-Libraries are kept in the user's cache folder under a hash of all that shaped them: sources, flags, compiler and CPU.
+Libraries are kept in the user's cache folder, or a folder among temporary files where that can't be written, under a hash of all
+that shaped them: sources, flags, compiler and CPU. Nothing is run from where another user could have put it.
 """
 
 from __future__ import annotations
@@ -70,17 +71,27 @@ def compiled(name: str, sources: Sequence[Path]) -> tuple[Path, str]:
     program = compiler()
     if program is None:
         raise NativeError("there is no C++ compiler (c++, g++ or clang++; on Debian: apt-get install g++)")
-    folder = _folder()
-    target = folder / f"{name}-{key_of(program, sources)}.so"
+    key, obstacles = key_of(program, sources), []
+    for folder in _folders():
+        try:
+            return _kept_or_made(_own(folder) / f"{name}-{key}.so", name, program, sources)
+        except OSError as error:
+            obstacles.append(str(error))
+    raise NativeError(f"there is no place for compiled code: {'; '.join(obstacles)}")
+
+
+def _kept_or_made(target: Path, name: str, program: str, sources: Sequence[Path]) -> tuple[Path, str]:
     if target.exists():
         return target, f"{target}, compiled before"
-    with _alone(folder / f"{name}.lock"):
+    with _alone(target.with_name(f"{name}.lock")):
         if target.exists():
             return target, f"{target}, compiled by another process"
         begin = time.perf_counter()
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             made = Path(scratch) / target.name
             build(program, sources, made)
+            with made.open("rb") as written:  # a machine that goes down must not leave half of it under its name
+                os.fsync(written.fileno())
             made.replace(target)
     seconds = time.perf_counter() - begin
     logger.info("compiled in %.1f s: %s", seconds, target)
@@ -99,13 +110,21 @@ def _alone(lock: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _folder() -> Path:
-    """Where compiled code is kept: the user's own folder, closed to others."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvasir"
-    except RuntimeError as error:  # pathlib's
-        raise NativeError("HOME isn't set, and this user has no home folder to keep compiled code in") from error
+def _folders() -> Iterator[Path]:
+    """Where compiled code may be kept, the usual place first."""
+    with suppress(RuntimeError):  # a user of whom the system knows no home
+        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvasir" / "compiled"
+    yield Path(tempfile.gettempdir()) / f"kvasir-{os.geteuid()}"
+
+
+def _own(folder: Path) -> Path:
+    """This folder, made if need be. PermissionError where others can write: their code would run as this user."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid not in (0, os.geteuid()):
+        raise PermissionError(f"{folder} belongs to another user")
+    if found.st_mode & 0o022:
+        raise PermissionError(f"others may write to {folder} (chmod go-w)")
     return folder
 
 

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -268,16 +269,69 @@ def test_a_failing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     found = native.native.__wrapped__()
     assert found.library is None
     assert "no-such-flag" in found.text
-    assert [path.name for path in (tmp_path / "kvasir").iterdir()] == ["kernels.lock"]
+    assert [path.name for path in (tmp_path / "kvasir" / "compiled").iterdir()] == ["kernels.lock"]
 
 
 @pytest.mark.skipif(native.library() is None, reason="no compiled kernels")
 def test_the_library_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Path(native.library()._name)  # type: ignore[union-attr]
-    monkeypatch.setenv("XDG_CACHE_HOME", str(found.parents[1]))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(found.parents[2]))
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("compiled again"))
-    monkeypatch.setattr(compiled, "_key", lambda program, sources: found.stem.removeprefix("kernels-"))
+    monkeypatch.setattr(compiled, "key_of", lambda program, sources: found.stem.removeprefix("kernels-"))
     assert "compiled before" in native.native.__wrapped__().text
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder where a compiler takes no time; the user's cache and temporary files are below it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(compiled, "compiler", lambda: "c++")
+    monkeypatch.setattr(compiled, "key_of", lambda program, sources: "0")
+    monkeypatch.setattr(compiled, "build", lambda program, sources, made: made.write_text("own"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777])
+def test_what_others_could_have_written_is_not_run(quick: Path, mode: int) -> None:
+    folder = quick / "cache" / "kvasir" / "compiled"
+    folder.mkdir(parents=True)
+    (folder / "a-0.so").write_text("planted")
+    folder.chmod(mode)
+    target, _ = compiled.compiled("a", [])
+    assert (target.parent, target.read_text()) == (quick / f"kvasir-{os.geteuid()}", "own")
+    target.parent.chmod(mode)
+    with pytest.raises(
+        compiled.NativeError, match=rf"others may write to {folder} .*; others may write to {target.parent} "
+    ):
+        compiled.compiled("a", [])
+
+
+def test_what_another_user_made_is_not_run(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = os.geteuid()
+    for folder in (quick / "cache" / "kvasir" / "compiled", quick / f"kvasir-{own}"):
+        folder.mkdir(mode=0o700, parents=True)
+        (folder / "a-0.so").write_text("planted")
+        if own == 0:  # whose code everybody may run
+            os.chown(folder, 4711, -1)
+    if own:
+        monkeypatch.setattr(os, "geteuid", lambda: own + 1)
+    with pytest.raises(compiled.NativeError, match=r"belongs to another user; .* belongs to another user"):
+        compiled.compiled("a", [])
+
+
+def test_without_a_cache_folder_temporary_files_hold_the_library(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (quick / "cache").write_text("a file")
+    assert compiled.compiled("a", [])[1].startswith(f"{quick}/kvasir-{os.geteuid()}/a-0.so, compiled in")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert compiled.compiled("a", [])[1] == f"{quick}/kvasir-{os.geteuid()}/a-0.so, compiled before"
+
+
+def test_a_kept_library_is_found_where_nothing_can_be_written(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, _ = compiled.compiled("a", [])
+    monkeypatch.setattr(compiled, "_alone", lambda lock: pytest.fail("written to"))
+    assert compiled.compiled("a", []) == (target, f"{target}, compiled before")
 
 
 @needs_compiler
@@ -299,18 +353,6 @@ def test_of_processes_that_start_at_once_one_compiles(tmp_path: Path) -> None:
     said = [run.communicate()[0] for run in runs]
     assert calls.read_text() == "x\n"
     assert sum("compiled in" in text for text in said) == 1
-
-
-def test_a_user_without_a_home_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nowhere() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.delenv("KVASIR_KERNELS", raising=False)
-    monkeypatch.setattr(Path, "home", nowhere)
-    found = native.native.__wrapped__()
-    assert found.library is None
-    assert "HOME isn't set" in found.text
 
 
 def test_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
