@@ -151,7 +151,7 @@ def _working(dtype: torch.dtype) -> torch.dtype:
 @functools.cache
 def multiplies_bfloat16() -> bool:
     """Whether torch has more than plain loops for products of bfloat16 on this CPU."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 Stored = tuple[Tensor, Union[Tensor, None]]
