@@ -37,8 +37,8 @@ STATUS = {
 
 UNREAD_S = 60.0
 """A call ends whose client takes no message for so long: else it would hold its request for ever."""
-MAX_DETAILS = 1500
-"""Characters of an error's text, of up to 9 bytes on the way: clients take 16 KiB of trailing metadata, or else another status."""
+MAX_DETAILS = 2000
+"""Bytes of an error's text, each up to three on the way: beyond 8 KiB of trailing metadata clients may see another status."""
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -130,7 +130,11 @@ async def abort(context: Context, error: KvasirError) -> None:
     if error.retry_after_s is not None:
         trailers.append(("retry-after", str(max(1, round(error.retry_after_s)))))
     status = STATUS.get(error.status, grpc.StatusCode.INTERNAL)
-    await context.abort(status, error.message[:MAX_DETAILS], tuple(trailers))
+    await context.abort(status, _cut(error.message), tuple(trailers))
+
+
+def _cut(text: str) -> str:
+    return text.encode(errors="replace")[:MAX_DETAILS].decode(errors="ignore")
 
 
 def metadata(context: Context) -> dict[str, str]:

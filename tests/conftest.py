@@ -148,12 +148,13 @@ def data() -> Callable[[str], Path]:
 def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What servers keep by default lies in folders of this run, not in the user's."""
     cache = tmp_path_factory.mktemp("cache")
-    (cache / "kvasir").mkdir(mode=0o700)
+    kept = cache / "kvasir" / "compiled"
+    kept.mkdir(mode=0o700, parents=True)
     with suppress(
         NativeError, OSError, subprocess.SubprocessError
     ):  # it takes half a minute: once for all processes and runs
         for name, sources in LIBRARIES.items():
-            shutil.copy(compiled(name, sources)[0], cache / "kvasir")
+            shutil.copy(compiled(name, sources)[0], kept)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))

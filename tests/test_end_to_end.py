@@ -107,10 +107,11 @@ def read(process: subprocess.Popen[str], log: list[str]) -> None:
 def own_cache(tmp_path: Path) -> Path:
     """A cache folder with the compiled kernels of the session's, which take ten seconds, and nothing else."""
     cache = tmp_path / "cache"
-    (cache / "kvasir").mkdir(mode=0o700, parents=True, exist_ok=True)
-    for compiled in Path(os.environ["XDG_CACHE_HOME"]).glob("kvasir/*.so"):
+    kept = cache / "kvasir" / "compiled"
+    kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for compiled in Path(os.environ["XDG_CACHE_HOME"]).glob("kvasir/compiled/*.so"):
         with contextlib.suppress(FileExistsError):
-            (cache / "kvasir" / compiled.name).symlink_to(compiled)
+            (kept / compiled.name).symlink_to(compiled)
     return cache
 
 

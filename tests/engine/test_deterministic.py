@@ -26,7 +26,7 @@ from kvasir.kernels.native import Native
 from kvasir.kernels.sample import draw, score
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
-WITNESS = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logprobs=5, deterministic=True)
+WITNESS = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, logprobs=5, deterministic=True)
 needs_compiler = pytest.mark.skipif(native.library() is None, reason=f"no compiled kernels: {native.native().text}")
 SPEC = Spec(
     vocab=97,

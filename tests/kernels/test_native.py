@@ -273,6 +273,13 @@ def test_a_failing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 @pytest.mark.skipif(native.library() is None, reason="no compiled kernels")
+def test_folders_of_a_run_of_tests_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each server that a test starts would compile it again."""
+    monkeypatch.setattr(compiled, "build", lambda *_: pytest.fail("compiled again"))
+    assert "compiled before" in native.native.__wrapped__().text
+
+
+@pytest.mark.skipif(native.library() is None, reason="no compiled kernels")
 def test_the_library_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Path(native.library()._name)  # type: ignore[union-attr]
     monkeypatch.setenv("XDG_CACHE_HOME", str(found.parents[2]))
