@@ -205,7 +205,7 @@ def _note_unplaced(app: str, status: Any) -> None:
     if gateway and "to be scheduled" in gateway.message:  # Serve's note, after half a minute
         texts.append(no_gateway(living()) or gateway.message)
     for text in texts:
-        logging.getLogger(__name__).warning("%s", text)
+        log.warning("%s", text)
 
 
 def _ask_gateways(app: str, method: str, *args: object, timeout_s: float) -> list[Any]:

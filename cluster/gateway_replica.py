@@ -268,7 +268,9 @@ async def _endpoints(group: DeploymentHandle[Any]) -> tuple[list[Endpoint], bool
     try:
         answers = await group.broadcast("endpoint").results_async(timeout_s=ASK_TIMEOUT_S, return_exceptions=True)
     except (TimeoutError, RayError, RayServeException) as error:  # it isn't placed yet, or is being replaced
-        waits = await asyncio.to_thread(unplaced, group.app_name, group.deployment_name)
+        waits: list[str] = []
+        with contextlib.suppress(Exception):  # whatever keeps Ray from saying it: it is asked again
+            waits = await asyncio.to_thread(unplaced, group.app_name, group.deployment_name, named=False)
         raise UnavailableError(waits[0] if waits else f"its group doesn't answer: {type(error).__name__}") from error
     told = [answer for answer in answers if not isinstance(answer, BaseException)]
     if not (found := [endpoint for endpoint, _ in told if endpoint is not None]):

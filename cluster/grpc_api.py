@@ -110,7 +110,9 @@ def _gone_after(limit_s: float) -> list[tuple[str, int]]:
     """Options of a server that asks silent clients whether they are there, and closes the connection of those who don't answer."""
     half = max(1, int(limit_s * 500))  # in ms
     unasked = [("grpc.keepalive_permit_without_calls", 1), ("grpc.http2.max_pings_without_data", 0)]
-    return [("grpc.keepalive_time_ms", half), ("grpc.http2.ping_timeout_ms", half), *unasked]
+    # the first is what TCP is given, too, for a client that acknowledges nothing
+    answered = [("grpc.keepalive_timeout_ms", half), ("grpc.http2.ping_timeout_ms", half)]
+    return [("grpc.keepalive_time_ms", half), *answered, *unasked]
 
 
 Pooled = TypeVar("Pooled", pb.EmbedReply, pb.ClassifyReply, pb.ScoreReply, pb.RerankReply)

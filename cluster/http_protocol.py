@@ -152,10 +152,10 @@ class Connection(HttpToolsProtocol):
 
     def _parse_body(self) -> None:
         """Begin with the body of the head that was read, and go on with what comes behind it."""
-        framing = [f"{name.decode()}: {value.decode()}" for name, value in self.headers if name in _FRAMING]
+        framing = [name + b": " + value for name, value in self.headers if name in _FRAMING]
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
-        self.parser.feed_data("\r\n".join(["POST / HTTP/1.1", *framing, "", ""]).encode())
+        self.parser.feed_data(b"\r\n".join([b"POST / HTTP/1.1", *framing, b"", b""]))
 
     def on_message_begin(self) -> None:
         if self._place != "body":  # see _parse_body

@@ -124,6 +124,8 @@ class OpenInference(GRPCInferenceServiceServicer):
     ) -> None:
         free, writing = asyncio.Semaphore(MAX_AT_ONCE), asyncio.Lock()
         tasks: set[asyncio.Task[None]] = set()
+        call, broken = asyncio.current_task(), list[BaseException]()
+        assert call is not None, "gRPC runs each call as a task"
 
         async def answer(request: pb.ModelInferRequest) -> None:
             async with aclosing(self._answers(request, context)) as replies:
@@ -134,6 +136,9 @@ class OpenInference(GRPCInferenceServiceServicer):
         def ended(task: asyncio.Task[None]) -> None:
             tasks.discard(task)
             free.release()
+            if not (broken or task.cancelled()) and (error := task.exception()) is not None:
+                broken.append(error)  # the client took no more of it: what is left would be missing without a word
+                call.cancel()
 
         async with as_status(context):
             try:
@@ -143,6 +148,10 @@ class OpenInference(GRPCInferenceServiceServicer):
                     tasks.add(task)
                     task.add_done_callback(ended)
                 await asyncio.gather(*tasks)
+            except asyncio.CancelledError:
+                if not broken:
+                    raise
+                raise broken[0] from None
             finally:
                 left = [*tasks]
                 for task in left:

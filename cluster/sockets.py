@@ -9,6 +9,9 @@ from typing import Any
 
 from kvasir.engine.errors import ConfigError
 
+MAX_IDLE_S = 32767
+"""Linux takes no more."""
+
 
 def bound_socket(host: str, port: int, *, shared: bool) -> socket.socket:
     """A TCP socket on host:port (0: a free one), not yet listening. `shared`: other gateways may have the port too.
@@ -34,7 +37,7 @@ def bound_socket(host: str, port: int, *, shared: bool) -> socket.socket:
 def gone_after(limit_s: float) -> dict[str, int]:
     """Options of a TCP socket whose connection breaks when the other end has acknowledged nothing for so long, be it that it reads
     nothing of what is sent to it, or that its machine vanished, which says no goodbye."""
-    idle_s = max(1, int(limit_s / 2))
+    idle_s = min(max(1, int(limit_s / 2)), MAX_IDLE_S)
     probes = {"TCP_KEEPIDLE": idle_s, "TCP_KEEPINTVL": max(1, idle_s // 4), "TCP_KEEPCNT": 3}
     return {**probes, "TCP_USER_TIMEOUT": max(1, int(limit_s * 1000))}  # in ms; 0 would be for ever
 
@@ -61,7 +64,7 @@ def check_certificate(certfile: str, keyfile: str) -> None:
             if "MISMATCH" in (error.reason or ""):
                 raise ConfigError(f"{flag} isn't the key of --ssl-certfile {certfile}", param=name) from error
             wanted = "certificate" if name == "ssl_certfile" else "private key without a password"
-            raise ConfigError(f"{flag} holds no {wanted} in PEM", param=name) from error
+            raise ConfigError(f"{flag} holds no {wanted} in PEM ({error.reason})", param=name) from error
         except OSError as error:
             raise ConfigError(f"{flag} can't be read: {error.strerror}", param=name) from error
 

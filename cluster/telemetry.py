@@ -130,9 +130,8 @@ class Tracing:
         if off or not any(environ.get(name) for name in ENDPOINTS):
             return cls()
         _check_protocol(environ)
-        logging.getLogger("opentelemetry.trace.span").setLevel(
-            logging.ERROR
-        )  # a client's bad tracestate is no news of ours
+        # a client's bad tracestate is no news of ours
+        logging.getLogger("opentelemetry.trace.span").setLevel(logging.ERROR)
         os.environ.update(DEFAULTS | {"OTEL_SERVICE_NAME": "kvasir"} | otel_environment(environ))
         return cls(_provider())
 

@@ -34,25 +34,29 @@ STEPS = (
 class Node:
     """A living one: what it has, and what of that is free."""
 
-    address: str
+    name: str
     total: Resources
     free: Resources
 
 
-def living() -> list[Node]:
-    """The cluster's nodes."""
+def living(*, named: bool = True) -> list[Node]:
+    """The cluster's nodes. Not named: numbered, for clients are told no address of ours."""
     free = available_resources_per_node()  # type: ignore[no-untyped-call]
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    return [Node(node["NodeManagerAddress"], node["Resources"], free.get(node["NodeID"], {})) for node in nodes]
+    names = [node["NodeManagerAddress"] if named else f"node {number}" for number, node in enumerate(nodes, 1)]
+    return [
+        Node(name, node["Resources"], free.get(node["NodeID"], {})) for name, node in zip(names, nodes, strict=True)
+    ]
 
 
-def unplaced(app: str, deployment: str = "") -> list[str]:
-    """For each group of a Serve application (or of one deployment of it) whose bundles have no place: what is missing."""
-    begin = f"SERVE_REPLICA::{app}#{deployment}"
+def unplaced(app: str, deployment: str = "", *, named: bool = True) -> list[str]:
+    """Of the groups of a Serve application (or of one deployment of it) whose bundles have no place: what is missing. named: as
+    for `living`."""
+    begin = f"SERVE_REPLICA::{app}#" + (f"{deployment}#" if deployment else "")
     table = ray.util.placement_group_table().values()
     waiting = [one for one in table if one["state"] in ("PENDING", "RESCHEDULING") and one["name"].startswith(begin)]
-    texts = ((group["name"].split("#")[1], _lacking(group)) for group in waiting)
-    return [f"{name}: {text}" for name, text in texts if text]
+    texts = ((group["name"].split("#")[1], _lacking(group, named=named)) for group in waiting)
+    return [*dict.fromkeys(f"{name}: {text}" for name, text in texts if text)]  # copies wait for the same
 
 
 async def placed(name: str, *, look_s: float = LOOK_S, note_s: float = NOTE_S, limit_s: float = LIMIT_S) -> None:
@@ -65,26 +69,29 @@ async def placed(name: str, *, look_s: float = LOOK_S, note_s: float = NOTE_S, l
         late = time.monotonic() - begin
         text = f"Ray hasn't placed the ranks of {name!r} again for {late:.0f} s"
         if late > limit_s:
-            raise UnstartedError(f"{text}, and is waited for no longer: {_lacking(now) or 'it has room'}")
+            raise UnstartedError(f"{text}, and is waited for no longer: {_lacking(now, named=False) or 'it has room'}")
         if time.monotonic() - noted > note_s:
             noted = time.monotonic()
             log.warning("%s: %s", text, _lacking(now) or "it has room, `ray status` knows more")
 
 
-def _lacking(group: Mapping[str, Any]) -> str | None:
+def _lacking(group: Mapping[str, Any], *, named: bool = True) -> str | None:
     """Of what a placement group's table says is on no living node."""
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
     where = group["bundles_to_node_id"]
-    return lacking([bundle for index, bundle in group["bundles"].items() if where.get(index) not in alive], living())
+    missing = [bundle for index, bundle in group["bundles"].items() if where.get(index) not in alive]
+    return lacking(missing, living(named=named))
 
 
 def lacking(bundles: Sequence[Resources], nodes: Sequence[Node]) -> str | None:
     """Why these equal bundles can't be placed; None: they can, or there are none."""
-    wanted, bundle = len(bundles), bundles[0] if bundles else {}
+    if not bundles:
+        return None
+    wanted, bundle = len(bundles), bundles[0]
     if sum(holds(node.free, bundle) for node in nodes) >= wanted:
         return None
     asked = f"Ray has no place for {wanted} bundle{'s' * (wanted > 1)} of {_said(bundle)}, each of which has to be on one node"
-    there = f"{_listed(nodes, [*bundle])}"
+    there = _listed(nodes, [*bundle])
     if sum(holds(node.total, bundle) for node in nodes) >= wanted:
         return f"{asked}: {there}. Nodes are large enough, and what else runs there has what is missing: end it, or add nodes"
     smaller = _smaller(bundles, nodes)
@@ -121,7 +128,7 @@ def _said(resources: Resources) -> str:
 def _listed(nodes: Sequence[Node], kinds: Sequence[str]) -> str:
     """Of each node what is free of what it has."""
     said = [
-        f"{node.address} has "
+        f"{node.name} has "
         + " and ".join(f"{node.free.get(kind, 0.0):g} of {node.total.get(kind, 0.0):g} {kind}" for kind in kinds)
         for node in nodes[:MOST_NODES]
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -88,7 +89,7 @@ def test_a_rank_0_that_holds_pythons_lock_is_replaced(monkeypatch, ended):
         if ended:
             coordinator._runs[1] = asyncio.ensure_future(asyncio.sleep(0))
         await until_async(lambda: coordinator._endpoint == "second")
-        assert "rank 0 has answered nothing for 0 s: it hangs" in coordinator._why
+        assert re.search(r"rank 0 has answered nothing for \d+ s: it hangs", coordinator._why)
         coordinator._watcher.cancel()
 
     asyncio.run(main())

@@ -320,7 +320,8 @@ def test_a_body_behind_an_offer_is_no_request(gateway):
 
 def test_what_is_malformed_is_not_logged(gateway, caplog):
     """Anybody could fill the log: it needs no key."""
-    for sent in (b"\x16\x03\x01 of TLS\r\n\r\n", b"GET /\xff HTTP/1.1\r\n\r\n", b"CONNECT a:1 HTTP/1.1\r\n\r\n"):
+    lines = b"\x16\x03\x01 of TLS", b"GET /\xff HTTP/1.1", b"CONNECT a:1 HTTP/1.1"
+    for sent in (*(line + b"\r\n\r\n" for line in lines), HEAD + OFFER + b"Transfer-Encoding: \xe9\r\n\r\n"):
         with connect(gateway) as sock:
             sock.sendall(sent)
             assert answer(sock)[0] == 400

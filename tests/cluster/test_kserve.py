@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from waiting import until
 
-from kvasir.cluster import open_inference_api
+from kvasir.cluster import grpc_call, open_inference_api
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.metrics import Metrics
 from kvasir.cluster.open_inference_schema import INPUTS, parse_inference
@@ -505,6 +505,25 @@ def test_cancellation_deadlines_and_limits(live_gateway, connect, monkeypatch):
             stub.ModelInfer(whole, timeout=0.2)
         assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
         until(lambda: not group.running and not gateway.desk.running)
+
+
+def test_a_stream_ends_whose_client_takes_nothing(live_gateway, monkeypatch):
+    """Whole: an answer of which something were missing would look as if it went on, to who reads again."""
+    monkeypatch.setattr(grpc_call, "UNREAD_S", 0.3)
+    little = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096)]
+    requests = queue.Queue()  # more may come
+    requests.put(asking("x" * 200_000, sampling={"truncate_prompt_tokens": 3, "max_tokens": 1}))
+    requests.put(asking(stream=True, sampling={"max_tokens": 2000}))
+    with live_gateway() as gateway, grpc.insecure_channel(gateway.grpc_address, little) as channel:
+        gateway.group.step_s = 0.05
+        gateway.group.script = lambda request, index: [65] * 2000
+        call = GRPCInferenceServiceStub(channel).ModelStreamInfer(iter(requests.get, None), timeout=60)
+        until(lambda: gateway.group.aborted and not gateway.desk.running)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call)
+        requests.put(None)
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "took no message for 0.3 s" in caught.value.details()
 
 
 def test_overload_drain_and_bugs(live_gateway, connect, caplog):

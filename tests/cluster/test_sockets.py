@@ -35,3 +35,4 @@ def test_who_vanished_is_asked_for() -> None:
         ]
         assert found == [60000, 30]
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        set_options(sock, gone_after(86400.0))  # the longest --receive-timeout

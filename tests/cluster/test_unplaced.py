@@ -74,7 +74,7 @@ def test_what_is_missing_is_said(wanted, there, says):
 
 def test_what_has_room_is_only_on_its_way():
     assert lacking([gpus(4), gpus(4)], nodes((8, 8))) is None
-    assert lacking([], nodes()) is None
+    assert lacking([], nodes((8, 8))) is None
 
 
 def test_many_nodes_are_counted():
@@ -102,6 +102,14 @@ def test_groups_of_this_application_alone_are_told(cluster):
     assert unplaced.unplaced("kvasir", "Group-n") == []
 
 
+def test_a_deployment_whose_name_begins_with_another_s_is_another(cluster):
+    name = "SERVE_REPLICA::kvasir#Group-m-70b#"
+    cluster([(gpus(4), gpus(4))], group(gpus(8), name=name + "x1"), group(gpus(8), name=name + "x2"))
+    assert unplaced.unplaced("kvasir", "Group-m") == []
+    (text,) = unplaced.unplaced("kvasir", "Group-m-70b")
+    assert text.startswith("Group-m-70b: ")
+
+
 def test_of_a_group_that_lost_a_node_what_was_there_is_told(cluster):
     cluster(
         [(gpus(4), gpus(0)), (gpus(2), gpus(2))], group(gpus(4), gpus(4), state="RESCHEDULING", where=("0", "gone"))
@@ -127,7 +135,7 @@ def test_kvasir_serve_says_so_while_it_waits(cluster, monkeypatch, caplog):
     assert any(text.startswith("Gateway: no node has 0.1 CPU left") for text in said)
 
 
-def test_a_gateway_says_so_to_who_asks_for_the_model(cluster):
+def test_a_gateway_says_so_to_who_asks_for_the_model(cluster, monkeypatch):
     """Who deployed it with `serve deploy` sees no log of `kvasir serve`."""
     cluster([(gpus(4), gpus(4))], group(gpus(8)))
 
@@ -140,7 +148,11 @@ def test_a_gateway_says_so_to_who_asks_for_the_model(cluster):
         async def results_async(self, **_):
             raise TimeoutError
 
-    with pytest.raises(UnavailableError, match="Group-m: Ray has no place for 1 bundle of 8 CPU and 8 GPU"):
+    with pytest.raises(UnavailableError, match="Group-m: Ray has no place for 1 bundle of 8 CPU and 8 GPU") as told:
+        asyncio.run(gateway_replica.Finder([Unanswered()]).endpoints())
+    assert "node 1 has 4 of 4 CPU" in told.value.message, "no address of ours"
+    monkeypatch.setattr(ray, "nodes", lambda: 1 / 0)  # whoever follows the model ends with any other error
+    with pytest.raises(UnavailableError, match="its group doesn't answer: TimeoutError"):
         asyncio.run(gateway_replica.Finder([Unanswered()]).endpoints())
 
 
