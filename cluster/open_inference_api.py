@@ -124,23 +124,28 @@ class OpenInference(GRPCInferenceServiceServicer):
     ) -> None:
         free, writing = asyncio.Semaphore(MAX_AT_ONCE), asyncio.Lock()
         tasks: set[asyncio.Task[None]] = set()
-        call, broken = asyncio.current_task(), list[BaseException]()
+        call, broken = asyncio.current_task(), list[Exception]()
         assert call is not None, "gRPC runs each call as a task"
 
         async def answer(request: pb.ModelInferRequest) -> None:
             async with aclosing(self._answers(request, context)) as replies:
                 async for reply in replies:
                     async with writing:
-                        await send(context, reply)
+                        if broken:
+                            return
+                        try:
+                            await send(context, reply)
+                        except Exception as error:  # without it the answer would go on as if nothing were missing
+                            broken.append(error)
+                            call.cancel()
+                            return
 
         def ended(task: asyncio.Task[None]) -> None:
             tasks.discard(task)
             free.release()
-            if not (broken or task.cancelled()) and (error := task.exception()) is not None:
-                broken.append(error)  # the client took no more of it: what is left would be missing without a word
-                call.cancel()
 
         async with as_status(context):
+            await context.send_initial_metadata(())  # else it goes with the first message, and no status without that
             try:
                 async for request in request_iterator:
                     await free.acquire()
