@@ -18,11 +18,14 @@ from typing import Any
 MAX_ESCAPES = 64
 """Places of escapes in one expression."""
 MAX_SIZE = 1 << 20
-"""Of what stands between them, in characters."""
+"""Of what stands between them, in characters; a place counts as PLACE_SIZE."""
+PLACE_SIZE = 1024
 ESCAPED = {chr(code): json.dumps(chr(code))[1:-1] for code in (*range(32), *b'"\\')}
 """Characters that can't stand in a JSON string, as they are written there."""
 _PLAIN = r'[^"\\\x00-\x1F]'
 _HEX = "[0-9a-fA-F]"
+_RUN = re.compile(rf"{_PLAIN}+|.", re.DOTALL)
+_ANY = "(?s:.)"
 _PART = re.compile(
     rf"""\((?:\?[a-zA-Z-]*[:)]|\?P?<[^>]*>)?
     |\\(?:[pP](?:\{{[^}}]*\}}|.)|[xuU]\{{{_HEX}+\}}|x{_HEX}{{2}}|u{_HEX}{{4}}|U{_HEX}{{8}}|.) | .""",
@@ -56,6 +59,9 @@ class Cut:
     """Place of the last one -> what stands behind it."""
     between: dict[tuple[int, int], str] = field(default_factory=dict)
     """Places of two that follow each other -> what stands between them."""
+
+    def __post_init__(self) -> None:
+        _check_size(len(self.plain or "") + PLACE_SIZE * len(self.escapes))
 
     def then(self, other: Cut) -> Cut:
         """One behind the other."""
@@ -94,13 +100,14 @@ class Cut:
             return Cut(f"(?:{self.plain}){{{least},{'' if most is None else most}}}")
         found = self.many() if most is None else Cut("")
         for number in reversed(range(least if most is None else most)):
-            one = self._again()
+            one = self.again()
             found = (one if number < least else one.or_(Cut(""))).then(found)
             if len(found.escapes) > MAX_ESCAPES:
                 raise BarredError(f"more than {MAX_ESCAPES} times what JSON escapes")
         return found
 
-    def _again(self) -> Cut:
+    def again(self) -> Cut:
+        """The same, where it stands once more: by places of its own."""
         new = {place: next(_places) for place in self.escapes}
 
         def moved(texts: Mapping[int, str]) -> dict[int, str]:
@@ -113,8 +120,12 @@ class Cut:
 def cut_text(text: str, *, folded: bool = False) -> Cut:
     """Of one text; folded: in either case."""
     found = Cut("")
-    for char in text:
-        found = found.then(_atom(char if char in ESCAPED else rf"\x{{{ord(char):x}}}", folded))
+    for run in _RUN.findall(text):
+        if run in ESCAPED:
+            found = found.then(_atom(run, folded))
+        else:
+            spelt = "".join(rf"\x{{{ord(char):x}}}" for char in run)
+            found = found.then(Cut(f"(?i:{spelt})" if folded else spelt))
     return found
 
 
@@ -153,7 +164,7 @@ class _Reader:
                 else:
                     one = one.then(self._times(self._inside(*inner)))
             elif part not in _EDGES:
-                one = one.then(self._times(_atom("(?s:.)" if part == "." and lines else part, folded)))
+                one = one.then(self._times(_atom(_ANY if part == "." and lines else part, folded)))
         return found.or_(one)
 
     def _inside(self, folded: bool, lines: bool) -> Cut:
@@ -208,7 +219,9 @@ def _class_end(regex: str, at: int) -> int:
 def _atom(atom: str, folded: bool) -> Cut:
     """What stands for one character."""
     escaped, others = _members(atom)
-    plain = (f"[{atom}&&{_PLAIN}]" if "." not in atom[-2:] or atom == r"\." else _PLAIN) if escaped else atom
+    plain = atom
+    if escaped:  # a class doesn't take a dot for any character
+        plain = _PLAIN if atom in (".", _ANY) else f"[{atom}&&{_PLAIN}]"
     plain = f"(?i:{plain})" if folded else plain
     if not escaped:
         return Cut(plain)
@@ -239,29 +252,30 @@ def _bytes() -> Any:
     return LLTokenizer("byte")
 
 
+def _check_size(size: int) -> None:
+    if size > MAX_SIZE:
+        raise BarredError("so much of what JSON escapes")
+
+
 def _joined(one: _Plain, other: _Plain) -> _Plain:
     return None if one is None or other is None else one + other
 
 
 def _either(one: _Plain, other: _Plain) -> _Plain:
-    return (
-        f"(?:{one}|{other})"
-        if one is not None and other is not None and one != other
-        else one
-        if other is None
-        else other
-    )
+    if one is None or one == other:
+        return other
+    return one if other is None else f"(?:{one}|{other})"
 
 
 def _each(texts: Mapping[int, str], before: _Plain, behind: _Plain) -> dict[int, str]:
     """With something around them, if there is such a thing."""
-    return {} if before is None or behind is None else {place: before + text + behind for place, text in texts.items()}
+    if before is None or behind is None:
+        return {}
+    _check_size(len(texts) * len(before + behind) + sum(map(len, texts.values())))
+    return {place: before + text + behind for place, text in texts.items()}
 
 
 def _pairs(ends: Mapping[int, str], gap: str, begins: Mapping[int, str]) -> dict[tuple[int, int], str]:
-    size = len(ends) * (sum(map(len, begins.values())) + len(begins) * (len(gap) + 64)) + len(begins) * sum(
-        map(len, ends.values())
-    )
-    if size > MAX_SIZE:
-        raise BarredError("so much of what JSON escapes")
+    before, behind = (sum(map(len, texts.values())) for texts in (ends, begins))
+    _check_size(len(begins) * before + len(ends) * behind + len(ends) * len(begins) * (len(gap) + 64))
     return {(one, other): end + gap + begin for one, end in ends.items() for other, begin in begins.items()}

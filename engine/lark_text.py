@@ -41,6 +41,8 @@ _COMMON = {
 _COMMON["FLOAT"] = rf"[0-9]+{_COMMON['_EXP']}|({_COMMON['DECIMAL']})({_COMMON['_EXP']})?"
 _COMMON["NUMBER"] = f"{_COMMON['FLOAT']}|[0-9]+"
 _COMMON["SIGNED_FLOAT"], _COMMON["SIGNED_NUMBER"] = (f"[+-]?({_COMMON[name]})" for name in ("FLOAT", "NUMBER"))
+_OPTIONS = re.compile(r"\s*(\[[^\]]*\])\s*:")
+"""Of a rule that is defined, behind its name."""
 _NEVER = "/[a&&b]/"
 """What nothing fits."""
 _Part = re.Match[str]
@@ -55,7 +57,10 @@ def quoted_lark(grammar: str) -> str:
 @lru_cache(KEPT)
 def _kept(grammar: str) -> str:
     _check(grammar, "")
-    quoted = _Quoted(grammar).write()
+    try:
+        quoted = _Quoted(grammar).write()
+    except RecursionError as error:
+        raise UnsupportedError("terminals are nested too deeply for a JSON string", param="tools") from error
     _check(quoted, "with its escapes, ")
     return quoted
 
@@ -84,6 +89,8 @@ class _Quoted:
         self._ignored: list[Sequence[_Part]] = []
         self._cuts: dict[str, Cut] = {}
         """Of terminals, by their names and by what they are."""
+        self._fitting: dict[str, bool] = {}
+        """Terminals, by their names."""
         self._made: dict[str, str] = {}
         """Names of rules, by the terminals that they stand for."""
         self._escapes: dict[str, str] = {}
@@ -108,8 +115,8 @@ class _Quoted:
             after = parts[number + 1][0] if number + 1 < len(parts) else ""
             if part["refused"] is not None or part[0] == "~":
                 raise self._barred(part, part[0])
-            if (options := _options(parts, number)) is not None:
-                raise self._barred(part, part[0] + options)
+            if part["rule"] is not None and (options := _OPTIONS.match(self._grammar, part.end())):
+                raise self._barred(part, part[0] + options[1])
             if part["one"] is not None or part["several"] is not None:
                 names = {part["alias"] or part["one"]: part["one"]} if part["one"] else {}
                 for alias, name in names.items() or ((name, name) for name in re.findall(r"\w+", part["several"])):
@@ -131,9 +138,11 @@ class _Quoted:
 
     def _fits(self, part: _Part) -> bool:
         """Its texts stand in a JSON string as they are."""
-        if part["terminal"] is not None:
-            return self._fits_all(self._terminals[part[0]])
-        return not _is_text(part) or not self._cut(part).escapes
+        if (name := part["terminal"]) is None:
+            return not _is_text(part) or not self._cut(part).escapes
+        if name not in self._fitting:
+            self._fitting[name] = self._fits_all(self._terminals[name])
+        return self._fitting[name]
 
     def _fits_all(self, body: Sequence[_Part]) -> bool:
         return all(self._fits(part) for part in body)
@@ -165,7 +174,7 @@ class _Quoted:
             elif part["mark"] is not None:
                 raise self._barred(part, part[0])
             else:
-                value = self._cut(part)
+                value = self._cut(part).again()
             while left and left[-1]["count"] is not None:
                 value = value.repeated(*_bounds(left.pop()[0]))
             one = one.then(value)
@@ -216,14 +225,6 @@ class _Quoted:
             self._escapes[written] = f"JSON-ESCAPE-{len(self._escapes)}"
             self._out.append(f"{self._escapes[written]}: /{written}/")
         return self._escapes[written]
-
-
-def _options(parts: Sequence[_Part], number: int) -> str | None:
-    """Of a rule that is defined there."""
-    if parts[number]["rule"] is None or number + 1 == len(parts) or parts[number + 1][0] != "[":
-        return None
-    found = re.match(r"(\[[^\]]*\]):", "".join(part[0] for part in parts[number + 1 :]))
-    return found[1] if found else None
 
 
 def _is_text(part: _Part) -> bool:

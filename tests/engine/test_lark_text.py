@@ -39,6 +39,10 @@ GRAMMARS = [
     "%import common (WS, INT)\n%import common.LF -> END\nstart: INT WS? INT END",
     "%import common.C_COMMENT\n%import common.WORD\nstart: C_COMMENT WORD",
     'start: /[^a]*/ "a"',
+    r"""start: /[".]/ /[^".]/ /[\n.]{2}/""",
+    r"""start: A
+A: "\n" "a" "\n" | "\n" "b" | B B
+B: "\"" "1"?""",
 ]
 IGNORING = [
     'start: "a" "b"\n%ignore /\\s+/',
@@ -101,6 +105,12 @@ def test_what_holds_no_escapes_stays():
     assert quoted_lark(HARMLESS) == HARMLESS
 
 
+def nested(count, body):
+    """So many terminals, each of which is made of the one before."""
+    terminals = "".join(f"A{number}: {body.replace('A', f'A{number - 1}')}\n" for number in range(1, count))
+    return f'start: A{count - 1}\nA0: "\\n"\n{terminals}'
+
+
 @pytest.mark.parametrize(
     ("grammar", "word"),
     [
@@ -114,6 +124,7 @@ def test_what_holds_no_escapes_stays():
         ('start: %lark {\nstart: "a"\n}', "line 1: %lark"), ('start: A\nA: ~"b"', "line 2: ~"),
         ('start: A\nA: /[^b]/ & /a/', "line 2: &"), ("start: x\nx[lazy]: /b+/", "line 2: x\\[lazy\\]"),
         ("start: /.{65}/", "line 1: more than 64"), ("start: /[^a]{0,65}/", "line 1: more than 64"),
+        (nested(12, "A A"), "line 1: so much"), (nested(3000, "A"), "nested too deeply"),
         ("start: /(" + "|".join(f"a{n}\\n" for n in range(300)) + ")*/", "line 1: so much"),
     ],
 )  # fmt: skip
