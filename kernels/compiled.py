@@ -74,7 +74,11 @@ def compiled(name: str, sources: Sequence[Path]) -> tuple[Path, str]:
     key, obstacles = key_of(program, sources), []
     for folder in _folders():
         try:
-            return _kept_or_made(_own(folder) / f"{name}-{key}.so", name, program, sources)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _check_owner(folder)
+            if folder.stat().st_mode & 0o022:
+                raise PermissionError(f"others may write to {folder} (chmod go-w)")
+            return _kept_or_made(folder / f"{name}-{key}.so", name, program, sources)
         except OSError as error:
             obstacles.append(str(error))
     raise NativeError(f"there is no place for compiled code: {'; '.join(obstacles)}")
@@ -82,6 +86,7 @@ def compiled(name: str, sources: Sequence[Path]) -> tuple[Path, str]:
 
 def _kept_or_made(target: Path, name: str, program: str, sources: Sequence[Path]) -> tuple[Path, str]:
     if target.exists():
+        _check_owner(target)  # its folder may have been open once
         return target, f"{target}, compiled before"
     with _alone(target.with_name(f"{name}.lock")):
         if target.exists():
@@ -117,15 +122,10 @@ def _folders() -> Iterator[Path]:
     yield Path(tempfile.gettempdir()) / f"kvasir-{os.geteuid()}"
 
 
-def _own(folder: Path) -> Path:
-    """This folder, made if need be. PermissionError where others can write: their code would run as this user."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.stat()
-    if found.st_uid not in (0, os.geteuid()):
-        raise PermissionError(f"{folder} belongs to another user")
-    if found.st_mode & 0o022:
-        raise PermissionError(f"others may write to {folder} (chmod go-w)")
-    return folder
+def _check_owner(path: Path) -> None:
+    """PermissionError where it is another user's, whose code would run as this one; or his link, which may lead elsewhere soon."""
+    if not {path.lstat().st_uid, path.stat().st_uid} <= {0, os.geteuid()}:
+        raise PermissionError(f"{path} belongs to another user")
 
 
 def key_of(program: str, sources: Sequence[Path]) -> str:

@@ -327,6 +327,26 @@ def test_what_another_user_made_is_not_run(quick: Path, monkeypatch: pytest.Monk
         compiled.compiled("a", [])
 
 
+@pytest.mark.parametrize("whose", ["link", "file"])
+def test_a_link_or_a_file_of_another_user_is_not_run(quick: Path, whose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link may lead elsewhere by the time it is followed; a file may be left from when its folder was open."""
+    (quick / "cache").write_text("a file")
+    (quick / "own").mkdir(mode=0o700)
+    link = quick / f"kvasir-{os.geteuid()}"
+    link.symlink_to(quick / "own")
+    target, _ = compiled.compiled("a", [])
+    assert target.read_text() == "own"
+    another, lstat = {"link": link, "file": target}[whose], Path.lstat
+
+    def looked_at(path: Path) -> os.stat_result:
+        mode, number, device, links, owner, *rest = lstat(path)
+        return os.stat_result((mode, number, device, links, 4711 if path == another else owner, *rest))
+
+    monkeypatch.setattr(Path, "lstat", looked_at)
+    with pytest.raises(compiled.NativeError, match=f"{another} belongs to another user"):
+        compiled.compiled("a", [])
+
+
 def test_without_a_cache_folder_temporary_files_hold_the_library(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (quick / "cache").write_text("a file")
     assert compiled.compiled("a", [])[1].startswith(f"{quick}/kvasir-{os.geteuid()}/a-0.so, compiled in")
