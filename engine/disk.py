@@ -80,9 +80,8 @@ class Disk:
             small = "--kv-disk-size: no KV blocks are kept in %s: the part of a rank and copy is %d bytes of %s, a block takes %d"
             whole = self._capacity if self._capacity is not None else "10 % of what is free"
             logger.warning(small, self._claim.folder, self._limit // self._claim.running, whole, self.size)
-        order = np.argsort(
-            np.array(times), kind="stable"
-        )  # Python's sort of a million holds all threads up for seconds
+        # Python's sort of a million holds all threads up for seconds
+        order = np.argsort(np.array(times), kind="stable")
         with self._lock:
             self.shelf.capacity = self._limit // self._claim.running
             left = [gone for place in order for gone in self.shelf.put(found[place], self.size)]

@@ -46,17 +46,10 @@ _GGUF_SAMPLING = {
     "penalty_last_n": "repeat_last_n",
 }
 _UNHEEDED = (
-    *(
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "bad_words_ids",
-        "sequence_bias",
-        "no_repeat_ngram_size",
-        "num_beams",
-    ),
-    *("epsilon_cutoff", "eta_cutoff", "top_h", "exponential_decay_length_penalty", "guidance_scale"),
-    *("min_new_tokens", "stop_strings"),
-)
+    "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias", "no_repeat_ngram_size", "num_beams",
+    "epsilon_cutoff", "eta_cutoff", "top_h", "exponential_decay_length_penalty", "guidance_scale", "min_new_tokens",
+    "stop_strings",
+)  # fmt: skip
 """What would change a text there, too, but doesn't here."""
 
 

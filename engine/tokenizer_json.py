@@ -33,13 +33,16 @@ def _add(backend: tokenizers.Tokenizer, settings: Settings) -> None:
         flags = {name: bool(entry[name]) for name in ADDED_FLAGS if name in entry}
         token = there.get(entry["content"])
         if token is None or any(getattr(token, name) != value for name, value in flags.items()):
-            backend.add_tokens([AddedToken(entry["content"], **flags)])
-            there[entry["content"]] = AddedToken(entry["content"], **flags)
+            there[entry["content"]] = token = AddedToken(entry["content"], **flags)
+            backend.add_tokens([token])
     for content, flags in settings.named.items():
         if content in there:
             continue
-        room = settings.rows is None or backend.get_vocab_size() < settings.rows
-        if room if backend.token_to_id(content) is None else content != settings.special.get("pad_token"):
+        if backend.token_to_id(content) is None:
+            wanted = settings.rows is None or backend.get_vocab_size() < settings.rows
+        else:
+            wanted = content != settings.special.get("pad_token")
+        if wanted:
             backend.add_tokens([AddedToken(content, **flags)])
 
 

@@ -262,10 +262,10 @@ struct Worker {
     for (int r = 0; r < R; r++) from[r] = query_at(base + r);
     few_keys<R>(places, h, next, next_h, from);
     for (int r = 0; r < R; r++) weigh(base + r, tile), from[r] = weights + r * TILE;
-    if (PAIRS && R <= 4 && wide % 64 == 0)
+    if (R <= 4 && wide % 64 == 0)
       few_values<R, R <= 4 ? 4 : 2>(places, h, next, next_h, from, acc + base * wide);
     else
-      few_values<R, PAIRS ? 2 : 1>(places, h, next, next_h, from, acc + base * wide);
+      few_values<R, 2>(places, h, next, next_h, from, acc + base * wide);
   }
 #endif
 
