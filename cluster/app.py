@@ -156,7 +156,10 @@ def _take_back(error: BaseException, drain_s: float, *, own_ray: bool) -> None:
     if not isinstance(error, Exception):  # SIGTERM's, or Ctrl-C's; a model may be served before the others are
         _end_application(drain_s, own_ray=own_ray)
     elif not own_ray:
-        _end_application(0.0, own_ray=False)
+        try:
+            _end_application(0.0, own_ray=False)
+        except Exception as late:  # why the start failed is what has to be told
+            log.warning("what was deployed may still be there (`serve delete %s`): %s", APP, late)
 
 
 def _end_application(drain_s: float, *, own_ray: bool) -> None:

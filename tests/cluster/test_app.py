@@ -296,6 +296,15 @@ def test_a_start_that_fails_leaves_a_cluster_as_it_was(serve_by_hand, caplog, er
     assert "this cluster serves Kvasir already" in caplog.text
 
 
+def test_why_a_start_failed_is_told_though_the_cluster_is_gone(serve_by_hand, monkeypatch, caplog):
+    def gone(*_, **__):
+        raise ConnectionError("no controller")
+
+    monkeypatch.setattr(app, "_end_application", gone)
+    assert serve_by_hand(app.StartError("no"), {}, "auto") == ["stop"]
+    assert "`serve delete kvasir`): no controller" in caplog.text
+
+
 def test_a_model_that_is_not_there_is_told_before_anything_starts(tmp_path):
     with pytest.raises(ConfigError):
         app.run(config(tmp_path / "nothing", port=0, grpc_port=0))
