@@ -79,7 +79,7 @@ def run(config: ClusterConfig, *, address: str | None = None, make_engine: MakeE
     config = with_absolute_paths(config)
     if address is None:
         if make_engine is None:
-            _check_layouts(config)
+            _check_models(config)
         config = _prepare(config, reserved)
     try:
         reserved.enter_context(_neutral_folder())
@@ -248,13 +248,17 @@ def _prepare(config: ClusterConfig, reserved: contextlib.ExitStack) -> ClusterCo
     return replace(config, gateway=replace(gateway, **held))
 
 
-def _check_layouts(config: ClusterConfig) -> None:
-    """Raise ConfigError for ranks that a model can't have, before Ray takes its time to start them."""
+def _check_models(config: ClusterConfig) -> None:
+    """Raise ConfigError for ranks or a length that a model can't have, before Ray takes its time to start them."""
     for engine in config.engines:
         if engine.ranks > 1:
             from kvasir.engine.load import check_ranks  # torch takes a second
 
             check_ranks(engine)
+        if engine.max_model_len is not None:
+            from kvasir.engine.load import check_length
+
+            check_length(engine)
 
 
 def with_absolute_paths(config: ClusterConfig) -> ClusterConfig:

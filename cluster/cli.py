@@ -41,11 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.parser.unknown(unknown[0])
     try:
         _check_home()
-        sys.exit(args.command(args) or 0)
+        status = args.command(args) or 0
+        sys.stdout.flush()
     except KvasirError as error:
         _die(error.message)
+    except BrokenPipeError:  # `| head` has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         sys.exit(130)
+    sys.exit(status)
 
 
 def _check_home() -> None:

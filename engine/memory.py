@@ -140,7 +140,7 @@ def plan_memory(
     user asked for is never shrunk: ConfigError says what took what.
     """
     spec, mesh = share.full, share.mesh
-    wanted, rows = _wanted_len(config, spec), token_budget(config, spec, device)
+    wanted, rows = wanted_len(config, spec), token_budget(config, spec, device)
     shape = layout(spec, wanted, stages(spec, mesh.place.pp, config.pipeline_layer_partition))
     block = KVCache.block_bytes(share.spec, config.block_size, resolve_cache_dtype(config, dtype), shape.height)
     budget = _budget(config, share, dtype, device, weight_bytes)
@@ -284,7 +284,8 @@ def _file_pages(stat: Path) -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
 
 
-def _wanted_len(config: EngineConfig, spec: Spec) -> int:
+def wanted_len(config: EngineConfig, spec: Spec) -> int:
+    """Tokens of --max-model-len, or the model's own limit; ConfigError above that."""
     if config.max_model_len is None:
         return spec.max_len
     if config.max_model_len > spec.max_len:

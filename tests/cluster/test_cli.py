@@ -117,6 +117,7 @@ def test_other_names_of_switches_are_switches() -> None:
         (["serve", "a", "--model", "b"], 1, "differ"),
         (["serve", "--host", "0.0.0.0"], 1, "--insecure"),
         (["serve", "--config", "nothing.yaml"], 1, "nothing.yaml"),
+        (["serve", "--max-model-len", "9999"], 1, "--max-model-len 9999 is above the model's own limit of 2048 tokens"),
         (["swerve"], 2, "there is no command 'swerve'; did you mean serve? See kvasir --help."),
         (["bench", "pull"], 2, "there is no command 'pull'. See kvasir bench --help."),
         ([], 2, "COMMAND. See kvasir --help."),
@@ -138,6 +139,15 @@ def test_errors_are_one_plain_block(arguments: list[str], status: int, says: str
     assert run.status == status
     assert says in run.err
     assert "Traceback" not in run.err
+
+
+def test_a_reader_that_has_enough(tmp_path: Path) -> None:
+    with subprocess.Popen([*KVASIR, "models"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
 
 
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, kvasir: Kvasir) -> None:
