@@ -13,6 +13,7 @@ from kvasir.engine.loose_schema import enforceable
 from kvasir.engine.raw_values import WORDS
 
 ANY = r"(.|\n)"
+_BARE, _SLASHED = re.compile(r"\\.|/|\n", re.DOTALL), {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}
 _ATOM, _LABEL = r"[a-zA-Z0-9_+-]+", r"[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
 _DATE, _HOUR = r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|1\d|2[0-8])", r"([01]\d|2[0-3]):[0-5]\d"
 _TIME = rf"{_HOUR}:[0-5]\d(\.\d+)?(Z|[+-]{_HOUR})"
@@ -89,4 +90,4 @@ def plain(text: str) -> str:
 
 def slashed(pattern: str) -> str:
     """As Lark writes regular expressions."""
-    return re.sub(r"(?<!\\)/", r"\/", pattern).replace("\n", r"\n")
+    return _BARE.sub(lambda found: _SLASHED.get(found[0], found[0]), pattern)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from llguidance.gbnf_to_lark import any_to_lark
@@ -15,8 +17,18 @@ from kvasir.engine.deep_grammar import argument_rules
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.loose_schema import loosened
 from kvasir.engine.schema import COMPILE_LIMIT_S, JSON_RULES, narrowed
+from kvasir.engine.tag_terminals import (
+    PARAM,
+    REPEATS,
+    TRIGGERED,
+    Terminals,
+    is_open,
+    list_of,
+    text_of,
+    texts_of,
+    times_of,
+)
 
-PARAM = "structured_outputs"
 _OPTION = re.compile(r"^[ \t]*[!?]*_?[a-z][\w-]*\[[^\]]*?\b(temperature|stop)\s*=", re.MULTILINE)
 """Of a Lark rule, which only the library's own sampling loop would honour."""
 
@@ -29,19 +41,40 @@ def tag_grammar(spec: Any, special: Mapping[str, int], rules: Mapping[str, Any] 
 
 _FIELDS = {
     "json_schema": ("json_schema", "lenient"),
+    "qwen_xml_parameter": ("json_schema", "lenient"),
+    "arguments": ("json_schema", "lenient", *ArgumentStyle.__dataclass_fields__),
     "const_string": ("value",),
     "regex": ("pattern",),
     "grammar": ("grammar",),
+    "json_gap": (),
+    "any_text": ("excludes",),
+    "token": ("token",),
     "sequence": ("elements",),
     "or": ("elements",),
+    "optional": ("content",),
+    "star": ("content",),
+    "plus": ("content",),
+    "repeat": ("content", "min", "max"),
     "tag": ("begin", "content", "end"),
-    "triggered_tags": ("triggers", "tags", "at_least_one", "stop_after_first"),
     "tags_with_separator": ("tags", "separator", "at_least_one", "stop_after_first"),
-    "arguments": ("json_schema", "lenient", *ArgumentStyle.__dataclass_fields__),
+    "triggered_tags": ("triggers", "tags", "at_least_one", "stop_after_first", "excludes"),
+    "token_triggered_tags": ("trigger_tokens", "tags", "at_least_one", "stop_after_first", "exclude_tokens"),
+    "dispatch": ("rules", "loop", "excludes"),
+    "token_dispatch": ("rules", "loop", "exclude_tokens"),
 }
-"""What a format says beside its type."""
-_NEUTRAL: dict[str, tuple[Any, ...]] = {"excludes": (None, []), "style": (None, "json")}
+"""Formats, and what each says beside its type."""
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "excludes": (None, []),
+    "style": (None, "json"),
+    "any_order": (None, False),
+    "any_whitespace": (None, True),
+    "strict_mode": (None, False),
+}
 """Fields of xgrammar's that say nothing by these values."""
+_QWEN_XML = ArgumentStyle(
+    key=("<parameter=", ">"), end="</parameter>", marks=("</parameter>", "</function>"), edge="\n", gap="\n"
+)
+_NOTHING = {"type": "const_string", "value": ""}
 
 
 def _only(form: Mapping[str, Any], known: Sequence[str], what: str) -> None:
@@ -57,7 +90,7 @@ def _format(spec: Any) -> Any:
         _only(spec, ("type", "format"), "a structural tag")
         return spec["format"]
     _only(spec, ("type", "structures", "triggers"), "a structural tag")
-    for one in _list(spec, "structures"):
+    for one in list_of(spec, "structures"):
         if isinstance(one, dict):
             _only(one, ("begin", "end", "schema", "json_schema"), "structures")
     tags = [
@@ -66,7 +99,7 @@ def _format(spec: Any) -> Any:
             "end": one.get("end"),
             "content": {"type": "json_schema", "json_schema": one.get("schema", one.get("json_schema", {}))},
         }
-        for one in _list(spec, "structures")
+        for one in list_of(spec, "structures")
         if isinstance(one, dict)
     ]
     return {"type": "triggered_tags", "triggers": spec.get("triggers"), "tags": tags}
@@ -77,34 +110,62 @@ class _Writer:
 
     def __init__(self, special: Mapping[str, int], rules: Mapping[str, Any]) -> None:
         self._special, self._json_rules = special, rules
+        self._names = {number: name for name, number in special.items()}
         self._rules: list[str] = []
         self._count = 0
+        self._held: dict[str, bool] = {}
+        """Whether texts hold special tokens: of these there are thousands."""
         self.steps = Steps(COMPILE_LIMIT_S)
+        self._terminals = Terminals(self._ends_of, self._holds_special, self._kind, self.token)
 
     def write(self, form: Any) -> str:
         start = self._of(form)
         return "\n".join([f"start: {start}", *self._rules]) + "\n"
 
-    def _of(self, form: Any) -> str:
-        kinds = {
+    def _of(self, form: Any, ends: Sequence[str] = ()) -> str:
+        """What a format is, and the first of `ends` behind it: free text goes on up to there."""
+        kind = self._kind(form)
+        known = self._terminals.either(ends)
+        if known is not None and (body := self._terminals.of(form, known)) is not None:
+            return self.token(body)
+        found = self._open(kind, form, ends)
+        if found is None:
+            return self.rule(f"{self._closed(kind, form)} {self._either(ends)}")
+        return found
+
+    def _open(self, kind: str, form: Any, ends: Sequence[str]) -> str | None:
+        """Formats that may end in free text; None: it is another one."""
+        if kind == "any_text":
+            return self._up_to(ends, texts_of(form, "excludes"))
+        if kind == "sequence":
+            return self._sequence(list_of(form, "elements"), ends)
+        if kind == "or":
+            return self.rule(" | ".join(self._of(one, ends) for one in list_of(form, "elements")))
+        if kind in REPEATS:
+            return self._repeated(form, ends)
+        if kind == "tag":
+            return self.rule(f"{self._begin(form)} {self._rest(form, ends)}")
+        return self._triggered(self._tagged(kind, form), ends) if kind in TRIGGERED else None
+
+    def _closed(self, kind: str, form: Any) -> str:
+        kinds: dict[str, Callable[[Any], str]] = {
             "json_schema": self._schema,
-            "const_string": lambda f: self.rule(self.literal(_text(f, "value"))),
-            "regex": lambda f: self.token(f"/{_text(f, 'pattern').replace('/', chr(92) + '/')}/"),
-            "grammar": lambda f: self.rule(f"%lark {{\n{context_free(_text(f, 'grammar'))}\n}}"),
+            "qwen_xml_parameter": lambda f: self._arguments(_QWEN_XML, f),
+            "arguments": lambda f: self._arguments(style_of(f), f),
+            "const_string": lambda f: self.rule(self.literal(text_of(f, "value"))),
+            "token": lambda f: self.rule(self.literal(self._token(f.get("token")))),
+            "grammar": lambda f: self.rule(f"%lark {{\n{context_free(text_of(f, 'grammar'))}\n}}"),
             "json_gap": lambda f: self._gap(),
-            "any_text": lambda f: self.token(r"/(.|\n)*/"),
-            "sequence": lambda f: self.rule(" ".join(self._of(one) for one in _list(f, "elements"))),
-            "or": lambda f: self.rule(" | ".join(self._of(one) for one in _list(f, "elements"))),
-            "tag": self._tag,
-            "triggered_tags": self._triggered,
             "tags_with_separator": self._separated,
-            "arguments": self._arguments,
         }
-        kind = form.get("type") if isinstance(form, dict) else None
-        if not isinstance(kind, str) or kind not in kinds:
-            raise UnsupportedError(f"structural tag: type {kind!r:.60}; known: {', '.join(kinds)}", param=PARAM)
-        _only(form, ("type", *_FIELDS.get(kind, ())), kind)
         return kinds[kind](form)
+
+    def _kind(self, form: Any) -> str:
+        kind = form.get("type") if isinstance(form, dict) else None
+        if not isinstance(kind, str) or kind not in _FIELDS:
+            raise UnsupportedError(f"structural tag: type {kind!r:.60}; known: {', '.join(_FIELDS)}", param=PARAM)
+        _only(form, ("type", *_FIELDS[kind]), kind)
+        return kind
 
     def _schema(self, form: Any) -> str:
         schema = form.get("json_schema", {})
@@ -115,57 +176,167 @@ class _Writer:
             schema, _ = loosened(schema, self.steps)
         return self.json(schema, lenient=lenient)
 
-    def _arguments(self, form: Any) -> str:
+    def _arguments(self, style: ArgumentStyle, form: Any) -> str:
         schema = form.get("json_schema", {})
         if not isinstance(schema, dict):
             raise ClientError("structural tag: json_schema of arguments must be an object", param=PARAM)
-        return argument_rules(style_of(form), schema, self, exact=form.get("lenient") is not True).write()
+        return argument_rules(style, schema, self, exact=form.get("lenient") is not True).write()
 
     def _gap(self) -> str:
         """What may stand between JSON's marks."""
         pattern = self._json_rules.get("whitespace_pattern")
         return self.token(f"/({pattern})?/") if pattern else self.rule('""')
 
-    def _tag(self, tag: Any) -> str:
-        return self.rule(f"{self.literal(_text(tag, 'begin'))} {self._rest(tag)}")
+    # -- formats of formats
 
-    def _rest(self, tag: Any) -> str:
-        """What stands between the begin and the end, and the end."""
+    def _sequence(self, elements: Sequence[Any], ends: Sequence[str]) -> str:
+        """Neighbours that are regular are one terminal; free text before another format goes on up to the text with which that
+        begins."""
+        runs = groupby(elements, lambda one: self._terminals.of(one) is not None)
+        left = deque(one for plain, run in runs for one in ([_joined([*run])] if plain else run))
+        parts = []
+        while len(left) > 1:
+            begin: tuple[str, ...] = ()
+            if is_open(left[0], self._ends_of):
+                begin, left[1] = self._head(left[1], left[0])
+            parts.append(self._of(left.popleft(), begin))
+        return self.rule(" ".join([*parts, self._of(left[0], ends)]))
+
+    def _head(self, form: Any, before: Any) -> tuple[tuple[str, ...], Any]:
+        """(the text with which a format begins, what is left of it), where free text stands before it."""
+        kind = self._kind(form)
+        if kind == "sequence":
+            begin, rest = self._head(list_of(form, "elements")[0], before)
+            return begin, {**form, "elements": [rest, *form["elements"][1:]]}
+        names = {"const_string": "value", "token": "token", "tag": "begin"}
+        begin_text = self._mark(form.get(names[kind]), names[kind]) if kind in names else ""
+        if not begin_text:
+            text = f"nothing tells where {before.get('type')} ends before {kind}; put it into a tag"
+            raise UnsupportedError(f"structural tag: {text}", param=PARAM)
+        return (begin_text,), {**form, "begin": ""} if kind == "tag" else _NOTHING
+
+    def _repeated(self, form: Any, ends: Sequence[str]) -> str:
+        if form["type"] == "optional" and ends:
+            return self.rule(f"{self._of(form.get('content'), ends)} | {self._either(ends)}")
+        if is_open(form, self._ends_of):
+            text = f"free text that nothing ends can't be the content of {form['type']}; put it into a tag"
+            raise UnsupportedError(f"structural tag: {text}", param=PARAM)
+        return self.rule(f"{self._of(form.get('content'))}{times_of(form)} {self._either(ends)}")
+
+    def _begin(self, tag: Any) -> str:
+        return self.literal(self._mark(tag.get("begin", ""), "begin"))
+
+    def _rest(self, tag: Any, ends: Sequence[str] = ()) -> str:
+        """What stands behind a tag's begin, up to its end and to the first of `ends` behind that."""
         _only(tag, ("type", *_FIELDS["tag"]), "tag")
-        return f"{self._of(tag.get('content', {'type': 'json_schema'}))} {self.literal(_text(tag, 'end'))}"
+        content, own = tag.get("content", {"type": "json_schema"}), [end for end in self._ends_of(tag) if end]
+        return f"{self._of(content, own)} {self._either(ends)}" if own else self._of(content, ends)
 
-    def _triggered(self, form: Any) -> str:
-        triggers = [one for one in _list(form, "triggers") if isinstance(one, str) and one]
-        text = self.token(r"/(.|\n)*/")
-        tags = [self._behind(tag, triggers, text) for tag in _list(form, "tags")]
-        if not tags:
-            raise ClientError("structural tag: tags must not be empty", param=PARAM)
-        some = self.rule(" | ".join(tags))
-        if form.get("stop_after_first"):
-            return self.rule(some if form.get("at_least_one") else f"{some} | {text}")
-        return self.rule(f"{some}{'+' if form.get('at_least_one') else '*'} {text}")
+    def _ends_of(self, tag: Any) -> tuple[str, ...]:
+        """The texts that end a tag; an empty one alone: there is none."""
+        end = tag.get("end", "")
+        ends = tuple(self._mark(one, "end") for one in (end if isinstance(end, list) and end else [end]))
+        if len(ends) > 1 and not all(ends):
+            raise ClientError("structural tag: one of several ends can't be empty", param=PARAM)
+        return ends
 
-    def _behind(self, tag: Any, triggers: Sequence[str], text: str) -> str:
+    def _mark(self, given: Any, key: str) -> str:
+        """A text, or the text of a token."""
+        if isinstance(given, dict) and given.get("type") == "token":
+            self._kind(given)
+            return self._token(given.get("token"))
+        return self._token(given) if key == "token" else text_of({key: given}, key)
+
+    def _token(self, given: Any) -> str:
+        """The name of a special token."""
+        name = self._names.get(given) if type(given) is int else given
+        if not isinstance(name, str) or name not in self._special:
+            raise UnsupportedError(f"structural tag: {given!r:.60} is no special token; write its text", param=PARAM)
+        return name
+
+    def _tokens(self, given: Any, key: str) -> list[str]:
+        if not isinstance(given, list):
+            raise ClientError(f"structural tag: {key} must be a list of tokens, got {given!r:.60}", param=PARAM)
+        return [self._token(one) for one in given]
+
+    def _tagged(self, kind: str, form: Any) -> dict[str, Any]:
+        """Tags in free text as triggered_tags have them."""
+        self._tokens(form.get("exclude_tokens") or [], "exclude_tokens")  # no free text holds one
+        if kind in ("dispatch", "token_dispatch"):
+            rules = list_of(form, "rules")
+            if not all(isinstance(one, (list, tuple)) and len(one) == 2 for one in rules):
+                raise ClientError("structural tag: rules are pairs of a pattern and a format", param=PARAM)
+            begins = [one for one, _ in rules]
+            if kind == "token_dispatch":
+                begins = self._tokens(begins, "rules")
+            tags = [{"begin": one, "content": rule[1], "end": ""} for one, rule in zip(begins, rules, strict=True)]
+            found = {"triggers": begins, "tags": tags, "stop_after_first": not form.get("loop", True)}
+        elif kind == "token_triggered_tags":
+            found = {**form, "triggers": self._tokens(form.get("trigger_tokens"), "trigger_tokens")}
+        else:
+            found = form
+        return {**found, "excludes": texts_of(form, "excludes")}
+
+    def _triggered(self, form: Mapping[str, Any], ends: Sequence[str]) -> str:
+        triggers = [one for one in list_of(form, "triggers") if isinstance(one, str) and one]
+        text, once = self._terminals.text(form["excludes"]), form.get("stop_after_first")
+        behind, first = [], []
+        for tag in list_of(form, "tags"):
+            rest = self._rest(tag, ends if once else ())
+            behind.append(self._behind(tag, rest, triggers, text))
+            first.append(self.rule(f"{self._begin(tag)} {rest}"))
+        then = self.rule(" | ".join(behind))
+        begun = self.rule(" | ".join(first)) if form.get("at_least_one") else ""
+        if once:
+            return begun or self.rule(f"{then} | {self._up_to(ends, form['excludes'], lazy=True)}")
+        return self.rule(f"{begun} {then}* {self._up_to(ends, form['excludes'], lazy=True)}")
+
+    def _behind(self, tag: Any, rest: str, triggers: Sequence[str], text: str) -> str:
         """Free text up to a tag's trigger, then the tag."""
-        begin = _text(tag, "begin")
+        begin = self._mark(tag.get("begin", ""), "begin")
         trigger = next((one for one in triggers if begin.startswith(one)), None)
         if trigger is None:
             raise ClientError(f"structural tag: no trigger begins {begin!r:.60}", param=PARAM)
-        token = next((name for name in self._special if begin.startswith(name)), None)
-        if token is not None:
-            head = self.literal(begin)
-            return self.rule(f"{text} {head} {self._rest(tag)}")
-        self._count += 1
-        head = f"lead_{self._count}"
-        self._rules.append(f"{head}[lazy]: /(.|\\n)*/ {json.dumps(trigger)}")
-        return self.rule(f"{head} {self.literal(begin[len(trigger) :])} {self._rest(tag)}")
+        if self._holds_special(begin):
+            return self.rule(f"{self._before(begin, text)} {rest}")
+        lead = self.lazy(f"{text} {json.dumps(trigger)}")
+        return self.rule(f"{lead} {self.literal(begin[len(trigger) :])} {rest}")
+
+    def _before(self, mark: str, text: str) -> str:
+        """A terminal of text, up to a mark that holds special tokens, and that."""
+        head, tail = self.split(mark)
+        return f"{self.token(f'{text} {json.dumps(head)}') if head else text} {tail}"
+
+    def _up_to(self, ends: Sequence[str], excludes: Sequence[str], *, lazy: bool = False) -> str:
+        """Free text up to the first of `ends`, and that. lazy: beside other terminals of free text, of which the first to end is
+        meant."""
+        plain = [end for end in ends if not self._holds_special(end)]
+        text = self._terminals.text((*excludes, *plain) if len(plain) < len(ends) else excludes)
+        if not ends:
+            return text
+        ways = [self._before(end, text) for end in ends if end not in plain]
+        if plain and lazy:
+            either = " | ".join(map(json.dumps, plain))
+            ways.append(self.lazy(f"{self._terminals.text(excludes)} ({either})"))
+        elif plain:
+            ways.append(self._terminals.up_to(self._terminals.either(plain) or "", excludes))
+        return self.rule(" | ".join(ways))
 
     def _separated(self, form: Any) -> str:
-        one = self.rule(" | ".join(self._tag(tag) for tag in _list(form, "tags")))
+        tags = [self.rule(f"{self._begin(tag)} {self._rest(tag)}") for tag in list_of(form, "tags")]
+        one = self.rule(" | ".join(tags))
         if form.get("stop_after_first"):
-            return one
-        many = self.rule(f"{one} ({self.literal(_text(form, 'separator'))} {one})*")
+            return one if form.get("at_least_one") else self.rule(f"{one}?")
+        many = self.rule(f"{one} ({self.literal(text_of(form, 'separator'))} {one})*")
         return many if form.get("at_least_one") else self.rule(f"{many}?")
+
+    def _either(self, ends: Sequence[str]) -> str:
+        return f"({' | '.join(map(self.literal, ends))})" if ends else ""
+
+    def _holds_special(self, text: str) -> bool:
+        if text not in self._held:
+            self._held[text] = any(name in text for name in self._special if name)
+        return self._held[text]
 
     # -- for `argument_rules` too
 
@@ -188,6 +359,8 @@ class _Writer:
 
     def literal(self, text: str) -> str:
         """Special tokens by their number, what is between them as text."""
+        if not self._holds_special(text):
+            return json.dumps(text) if text else ""
         parts, left = [], text
         while left:
             at, name = min(
@@ -215,6 +388,10 @@ class _Writer:
         return f"TOKEN_{self._count}"
 
 
+def _joined(run: list[Any]) -> Any:
+    return run[0] if len(run) == 1 else {"type": "sequence", "elements": run}
+
+
 def context_free(text: str) -> str:
     """GBNF and EBNF are turned into Lark. UnsupportedError names what Lark's rules may ask of a sampler."""
     if (asked := _OPTION.search(text)) is not None:
@@ -224,17 +401,3 @@ def context_free(text: str) -> str:
         return str(any_to_lark(text))
     except Exception as error:  # the library raises Exception itself when a rule is missing
         raise ClientError(f"structured output: the grammar can't be read: {error}", param=PARAM) from error
-
-
-def _text(form: Any, key: str) -> str:
-    value = form.get(key, "") if isinstance(form, dict) else None
-    if not isinstance(value, str):
-        raise ClientError(f"structural tag: {key} must be a text, got {value!r:.60}", param=PARAM)
-    return value
-
-
-def _list(form: Any, key: str) -> list[Any]:
-    value = form.get(key)
-    if not isinstance(value, list) or not value:
-        raise ClientError(f"structural tag: {key} must be a list that isn't empty, got {value!r:.60}", param=PARAM)
-    return value
