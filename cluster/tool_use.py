@@ -128,7 +128,7 @@ class ToolUse:
             if form.arguments is not None and form.arguments.texts != "json":
                 text = "a Lark grammar holds only where texts stand between quotes"
                 raise UnsupportedError(f'{text}; use tool_choice "required" or "none"', param="tools")
-            quoted_lark(lark)
+            quoted_lark(lark, steps)
             return ()
         if form.arguments is not None:
             return check_arguments(self._parameters(name), form.arguments, exact=exact, steps=steps)
@@ -209,7 +209,7 @@ class ToolUse:
 
     def _arguments(self, form: ToolFormat, name: str) -> Json:
         if lark := self.custom.get(name):
-            return _input(form, quoted_lark(lark))
+            return _input(form, quoted_lark(lark, Steps()))  # remembered, as `_skipped` has asked
         exact = self.required or bool(self._function(name).get("strict"))
         kind = (
             {"type": "json_schema"} if form.arguments is None else {"type": "arguments", **style_json(form.arguments)}

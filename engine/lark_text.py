@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
-from functools import lru_cache
 
-from kvasir.engine.errors import UnsupportedError
+from kvasir.engine.argument_schema import Steps
+from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.escaped_regex import BarredError, Cut, bounds, cut_range, cut_regex, cut_text
 
-KEPT, KEPT_CHARS = 256, 65536
-"""Grammars that are remembered, and characters of the longest of them."""
+KEPT, MAX_CHARS = 256, 65536
+"""Grammars that are remembered, and characters of the longest."""
+_kept: OrderedDict[str, str] = OrderedDict()
+_lock = threading.Lock()
 _TEXT = r'"(?:\\.|[^"\\\n])*"'
 _PART = re.compile(
     rf"""(?P<gap>\s+|(?:\#|//)[^\n]*|%llguidance\s*\{{\s*\}}|->\s*[\w-]+)
@@ -48,20 +52,27 @@ _NEVER = "/[a&&b]/"
 _Part = re.Match[str]
 
 
-def quoted_lark(grammar: str) -> str:
+def quoted_lark(grammar: str, steps: Steps) -> str:
     """What `grammar` describes, as it is written between a JSON string's quotes. UnsupportedError tells what is wrong with it, or
-    can't be enforced there, and in which line."""
-    return (_kept if len(grammar) <= KEPT_CHARS else _kept.__wrapped__)(grammar)
-
-
-@lru_cache(KEPT)
-def _kept(grammar: str) -> str:
+    can't be enforced there, and in which line; ClientError that it is longer than MAX_CHARS, or takes longer than `steps` may."""
+    if len(grammar) > MAX_CHARS:
+        text = f"a tool's Lark grammar has {MAX_CHARS} characters at most, got {len(grammar)}"
+        raise ClientError(text, param="tools")
+    with _lock:
+        if (known := _kept.get(grammar)) is not None:
+            _kept.move_to_end(grammar)
+            return known
     _check(grammar, "")
     try:
-        quoted = _Quoted(grammar).write()
+        quoted = _Quoted(grammar, steps).write()
     except RecursionError as error:
         raise UnsupportedError("terminals are nested too deeply for a JSON string", param="tools") from error
+    steps.check_time()
     _check(quoted, "with its escapes, ")
+    with _lock:
+        _kept[grammar] = quoted
+        if len(_kept) > KEPT:
+            _kept.popitem(last=False)
     return quoted
 
 
@@ -82,8 +93,8 @@ def _check(grammar: str, where: str) -> None:
 class _Quoted:
     """A grammar that the library has read without complaint."""
 
-    def __init__(self, grammar: str) -> None:
-        self._grammar = grammar
+    def __init__(self, grammar: str, steps: Steps) -> None:
+        self._grammar, self._steps = grammar, steps
         self._terminals: dict[str, Sequence[_Part]] = {}
         self._rules: list[tuple[str, Sequence[_Part]]] = []
         self._ignored: list[Sequence[_Part]] = []
@@ -105,6 +116,7 @@ class _Quoted:
         self._out = [f"{name}: {_source(body)}" for name, body in self._terminals.items() if self._fits_all(body)]
         gap = self._gap()
         for name, body in self._rules:
+            self._steps.check_time()
             self._out.append(f"{name}: {' '.join(self._in_rule(part, gap) for part in body)}")
         return "\n".join(self._out) + "\n"
 
@@ -150,6 +162,7 @@ class _Quoted:
     def _cut(self, part: _Part) -> Cut:
         """A terminal's, or a text's."""
         if part[0] not in self._cuts:
+            self._steps.check_time()
             try:
                 if part["terminal"] is not None:
                     self._cuts[part[0]] = self._either([*reversed(self._terminals[part[0]])])
@@ -163,6 +176,7 @@ class _Quoted:
         """Up to the bracket that ends it. left: the next one is the last."""
         found, one = Cut(), Cut("")
         while left and left[-1][0] not in (")", "]"):
+            self._steps.check_time()
             part = left.pop()
             if part[0] == "|":
                 found, one = found.or_(one), Cut("")

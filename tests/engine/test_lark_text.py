@@ -10,7 +10,8 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
-from kvasir.engine.errors import UnsupportedError
+from kvasir.engine.argument_schema import SlowSchemaError, Steps
+from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.lark_text import quoted_lark
 
 BYTES = LLTokenizer("byte")
@@ -87,7 +88,7 @@ def escaped(text):
 
 @pytest.mark.parametrize("grammar", [*GRAMMARS, *IGNORING])
 def test_both_let_the_same_through(grammar):
-    plain, quoted, draw = matcher(grammar), matcher(quoted_lark(grammar)), random.Random(0)
+    plain, quoted, draw = matcher(grammar), matcher(quoted_lark(grammar, Steps())), random.Random(0)
     written = [text for _ in range(40) if (text := walk(quoted, draw)) is not None]
     assert written
     for text in written:
@@ -102,7 +103,7 @@ def test_both_let_the_same_through(grammar):
 
 
 def test_what_holds_no_escapes_stays():
-    assert quoted_lark(HARMLESS) == HARMLESS
+    assert quoted_lark(HARMLESS, Steps()) == HARMLESS
 
 
 def nested(count, body):
@@ -130,4 +131,13 @@ def nested(count, body):
 )  # fmt: skip
 def test_what_cant_be_enforced_is_told_with_its_line(grammar, word):
     with pytest.raises(UnsupportedError, match=word):
-        quoted_lark(grammar)
+        quoted_lark(grammar, Steps())
+
+
+def test_what_takes_too_long_or_is_too_long():
+    with pytest.raises(SlowSchemaError):
+        quoted_lark('start: "\\n" "never asked for before"', Steps(-1))
+    long = 'start: "a"  // '.ljust(65536, "x")
+    assert quoted_lark(long, Steps()) == long
+    with pytest.raises(ClientError, match="65536 characters at most, got 65537"):
+        quoted_lark(long + "x", Steps())
