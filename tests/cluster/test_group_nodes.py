@@ -64,10 +64,12 @@ async def connected(where):
         await asyncio.sleep(0.01)
     return client
 
-async def ask(client, sampling):
+async def ask(client, sampling, begun=lambda: None):
     stream = await client.submit(
         Request(request_id=str(random.random()), prompt_token_ids=prompt, sampling=sampling))
-    events = [event async for event in stream]
+    events = [await anext(stream)]
+    begun()
+    events += [event async for event in stream]
     assert [isinstance(event, Token) for event in events[-2:]] != [False, False], "a request ends once"
     return [token for event in events if isinstance(event, Token) for token in event.token_ids], events[-1]
 
@@ -78,17 +80,19 @@ async def greedy(where):
     return found
 
 async def failing(where, strike):
+    begun, sampling = asyncio.Semaphore(0), SamplingParams(temperature=1.0, seed=1, max_tokens=480, ignore_eos=True)
     async def on_and_on():
         while True:
             try:
-                _, last = await ask(client, SamplingParams(temperature=1.0, seed=1, max_tokens=480, ignore_eos=True))
+                _, last = await ask(client, sampling, begun.release)
             except KvasirError as error:
                 return str(error)
             if type(last).__name__ == "Failed":
                 return last.message
     client = await connected(where)
     running = [asyncio.ensure_future(on_and_on()) for _ in range(3)]
-    await asyncio.sleep(0.3)
+    for _ in running:
+        await begun.acquire()
     await asyncio.to_thread(strike)
     ends = await asyncio.wait_for(asyncio.gather(*running), 200)
     await client.close()

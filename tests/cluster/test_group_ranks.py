@@ -24,7 +24,9 @@ from kvasir.engine.event import Failed, Finished, Token
 from kvasir.engine.request import Peer, Request, SamplingParams
 
 pytestmark = pytest.mark.ray
-LONG = SamplingParams(temperature=1.0, seed=1, max_tokens=480, ignore_eos=True)
+LONG = SamplingParams(temperature=1.0, seed=1, max_tokens=20_000, ignore_eos=True)
+"""Tens of seconds, with ROOM for four at once: the model's own 512 tokens are over in a tenth of one."""
+ROOM = {"hf_overrides": {"max_position_embeddings": 1 << 15}, "kv_cache_memory_bytes": 1 << 26}
 
 
 @pytest.fixture
@@ -65,10 +67,19 @@ async def connected(where):
     return client
 
 
+async def asked(client, prompt, sampling, **more):
+    """The stream of a request of its own."""
+    request = Request(request_id=str(random.random()), prompt_token_ids=prompt, sampling=sampling, **more)
+    return await client.submit(request)
+
+
 async def tokens(client, prompt, sampling, **more):
     """(token ids, the last event)"""
-    request = Request(request_id=str(random.random()), prompt_token_ids=prompt, sampling=sampling, **more)
-    stream = await client.submit(request)
+    return await rest(await asked(client, prompt, sampling, **more))
+
+
+async def rest(stream):
+    """The same of what is left of one."""
     events = [event async for event in stream]
     assert sum(not isinstance(event, Token) for event in events) == 1, "a request ends once"
     return [token for event in events if isinstance(event, Token) for token in event.token_ids], events[-1]
@@ -124,17 +135,17 @@ def test_any_rank_s_death_is_told_and_mended(deployed, segments):
     """A rank is killed, then another one stopped, then the coordinator alone is killed: streams fail at once and say why, new ranks
     serve, the old are gone."""
     before = segments()
-    handle = deployed(tensor_parallel_size=2, pipeline_parallel_size=2)
+    handle = deployed(tensor_parallel_size=2, pipeline_parallel_size=2, **ROOM)
     for number, why in ((signal.SIGKILL, "died"), (signal.SIGSTOP, "stopped"), ("coordinator", "closed")):
         where, ranks = endpoints(handle)[0], pids(handle)
         victim = coordinator_of(ranks[0]) if number == "coordinator" else ranks[-1]
 
         async def main(where=where, victim=victim, number=number):
             client = await connected(where)
-            running = [asyncio.ensure_future(tokens(client, [1, 5 + i], LONG)) for i in range(4)]
-            await asyncio.sleep(0.3)
+            streams = [await asked(client, [1, 5 + i], LONG) for i in range(4)]
+            assert all([isinstance(await anext(stream), Token) for stream in streams])
             os.kill(victim, signal.SIGKILL if number == "coordinator" else number)
-            ends = [last for _, last in await asyncio.gather(*running)]
+            ends = [last for _, last in [await rest(stream) for stream in streams]]
             await client.close()
             return ends
 
@@ -180,8 +191,8 @@ WAYS = (*SIGNALS, "raise", "out of memory", "hang")
     ("layout", "ways"), [("tensor_parallel_size", WAYS[::2]), ("pipeline_parallel_size", WAYS[1::2])]
 )
 def test_chaos(deployed, orders, segments, layout, ways):
-    """Six deaths, and 25 of ranks in processes (tests/engine/test_groups.py), which begin in a twentieth of the time: any rank,
-    at any moment, in any way. Every request ends once, and the group serves again."""
+    """Six deaths, and 25 of ranks in processes (tests/engine/test_group_deaths.py), which begin in a twentieth of the time: any
+    rank, at any moment, in any way. Every request ends once, and the group serves again."""
     handle = deployed(**{layout: 2}, collective_timeout=20.0, log_level=orders.level)
     rng = random.Random(1)
     before = segments()
@@ -211,10 +222,11 @@ def test_chaos(deployed, orders, segments, layout, ways):
 
 
 async def until_it_fails(client, number):
-    """Streams one after the other; how the first one ended that the group failed."""
+    """Streams one after the other, without end; how the first one ended that the group failed."""
+    sampling = SamplingParams(temperature=1.0, seed=1, max_tokens=480, ignore_eos=True)
     while True:
         try:
-            _, last = await tokens(client, [1, 5 + number], LONG)
+            _, last = await tokens(client, [1, 5 + number], sampling)
         except KvasirError as error:
             return error
         if isinstance(last, Failed):
