@@ -5,23 +5,20 @@ The kernel's own delays (netem) are a module that many kernels lack: a relay bet
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-ENDS = (
-    (f"kvasir-a-{os.getpid()}", f"kva{os.getpid()}", "10.77.0.1"),
-    (f"kvasir-b-{os.getpid()}", f"kvb{os.getpid()}", "10.77.0.2"),
-)
-"""Namespace, device, address."""
-
 RANK0 = """
 import json, signal, subprocess, sys, threading
 from kvasir.engine.config import EngineConfig
@@ -103,13 +100,16 @@ def run(*words: str) -> None:
 Cable = Callable[[str], None]
 
 
-@pytest.fixture
-def cable() -> Iterator[Cable]:
-    """10.77.0.1 --- relay --- 10.77.0.2; `cable("bad 0.02 0.01")`, `cable("cut")`."""
+@contextlib.contextmanager
+def cable(number: int) -> Iterator[tuple[Cable, str, str]]:
+    """10.77.0.1 --- relay --- 10.77.0.2, each end in a network namespace of its own: (`told("bad 0.02 0.01")` or `told("cut")`,
+    their names)."""
     if os.geteuid() != 0 or not shutil.which("ip") or not os.path.exists("/dev/net/tun"):
         pytest.skip("a bad cable needs root, ip and /dev/net/tun")
+    own = f"{os.getpid()}-{number}"
+    ends = ((f"kvasir-a-{own}", f"kva{own}", "10.77.0.1"), (f"kvasir-b-{own}", f"kvb{own}", "10.77.0.2"))
     relay = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("relay.py")), *(device for _, device, _ in ENDS)],
+        [sys.executable, str(Path(__file__).with_name("relay.py")), *(device for _, device, _ in ends)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert relay.stdin is not None
@@ -125,63 +125,88 @@ def cable() -> Iterator[Cable]:
             raise OSError(relay.stderr.read() if relay.stderr else "")
 
     try:
-        told()
-        for name, device, address in ENDS:
-            run("ip", "netns", "add", name)
-            run("ip", "link", "set", device, "netns", name)
-            run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", device)
-            run("ip", "-n", name, "link", "set", device, "up")
-            run("ip", "-n", name, "link", "set", "lo", "up")
-        yield told
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"no network namespaces here: {error.stderr.decode()[-200:]}")
-    except OSError as error:
-        pytest.skip(f"no TUN devices here: {str(error)[-200:]}")
+        try:
+            told()
+            for name, device, address in ends:
+                run("ip", "netns", "add", name)
+                run("ip", "link", "set", device, "netns", name)
+                run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", device)
+                run("ip", "-n", name, "link", "set", device, "up")
+                run("ip", "-n", name, "link", "set", "lo", "up")
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no network namespaces here: {error.stderr.decode()[-200:]}")
+        except OSError as error:
+            pytest.skip(f"no TUN devices here: {str(error)[-200:]}")
+        yield told, ends[0][0], ends[1][0]
     finally:
         relay.stdin.close()
         relay.wait(60)
         relay.stdout.close()
         relay.stderr.close()
-        for name, _, _ in ENDS:
+        for name, _, _ in ends:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
+CASES = (("tensor_parallel_size", "cut"), ("pipeline_parallel_size", "cut"), ("tensor_parallel_size", "stopped"))
 ENDINGS = {"cut": ("rank 1", "its node is gone"), "stopped": ("rank 1", "10.77.0.2", "was stopped (SIGSTOP)")}
 """What streams are told then. Silence is death after 10 s, long before an exchange is given up, which is told in other words; a
 rank that was stopped is known to be at once."""
 
 
-@pytest.mark.parametrize(
-    ("layout", "end"),
-    [("tensor_parallel_size", "cut"), ("pipeline_parallel_size", "cut"), ("tensor_parallel_size", "stopped")],
-)
-def test_a_cable_between_ranks(
-    cable: Cable, data: Callable[[str], Path], tmp_path: Path, layout: str, end: str
-) -> None:
-    """The same tokens over a good one and over one of 20 ms that loses a packet in a hundred; when it is cut, or the rank behind
-    it is stopped, every stream is told, and that rank ends without another's help."""
-    known = json.loads(data("model-stories260k/greedy_256.json").read_text())
+@pytest.fixture(scope="module")
+def known(data: Callable[[str], Path]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = json.loads(data("model-stories260k/greedy_256.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    data: Callable[[str], Path], known: dict[str, list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[tuple[str, str], Future[dict[str, Any]]]]:
+    """What rank 0 says in each case. They run side by side: most of their time they wait."""
     config = {
         "model": str(data("model-stories260k/hf")), "dtype": "float32", "num_threads": 1,
-        "kv_cache_memory_bytes": 1 << 22, "collective_timeout": 60.0, layout: 2,
+        "kv_cache_memory_bytes": 1 << 22, "collective_timeout": 60.0,
     }  # fmt: skip
-    (here, _, _), (there, _, _) = ENDS
-    said = json.dumps({"config": config, "prompt": known["prompt_ids"], "there": there, "end": end})
-    with subprocess.Popen(
-        ["ip", "netns", "exec", here, sys.executable, "-c", RANK0, said],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-    ) as rank0:  # fmt: skip
+    folder = tmp_path_factory.mktemp("rank0")
+    with ThreadPoolExecutor(len(CASES)) as pool:
+        yield {
+            (layout, end): pool.submit(
+                outcome, number, {"config": {**config, layout: 2}, "prompt": known["prompt_ids"], "end": end}, folder
+            )
+            for number, (layout, end) in enumerate(CASES)
+        }
+
+
+def outcome(number: int, said: dict[str, Any], folder: Path) -> dict[str, Any]:
+    with (
+        cable(number) as (told, here, there),
+        subprocess.Popen(
+            ["ip", "netns", "exec", here, sys.executable, "-c", RANK0, json.dumps(said | {"there": there})],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
+        ) as rank0,
+    ):  # fmt: skip
         assert rank0.stdin is not None
         assert rank0.stdout is not None
         assert rank0.stderr is not None
         for line in rank0.stdout:
             if line.startswith("{"):
                 break
-            cable(line.strip())
+            told(line.strip())
             print("ok", file=rank0.stdin, flush=True)
         errors = rank0.stderr.read()
     assert rank0.returncode == 0, errors[-3000:]
-    found = json.loads(line)
+    found: dict[str, Any] = json.loads(line)
+    return found
+
+
+@pytest.mark.parametrize(("layout", "end"), CASES)
+def test_a_cable_between_ranks(
+    outcomes: dict[tuple[str, str], Future[dict[str, Any]]], known: dict[str, list[int]], layout: str, end: str
+) -> None:
+    """The same tokens over a good one and over one of 20 ms that loses a packet in a hundred; when it is cut, or the rank behind
+    it is stopped, every stream is told, and that rank ends without another's help."""
+    found = outcomes[layout, end].result()
     wanted = known["greedy_ids"][len(known["prompt_ids"]) :]
     assert found["tokens"]["good"] == wanted[:60]
     assert found["tokens"]["bad"] == wanted[:10]
