@@ -87,11 +87,12 @@ def pytest_configure() -> None:
 
 
 LONGEST = (
-    "tests/engine/test_groups.py::test_chaos",
+    "tests/engine/test_group_deaths.py::test_chaos",
     "tests/kernels/test_native.py::test_under_sanitizers",
     "tests/engine/test_group_network.py",
     "tests/kernels/test_instruction_sets.py",
     "tests/engine/test_groups.py",
+    "tests/engine/test_group_deaths.py",
     "tests/engine/test_tiers.py",
     "tests/engine/test_beam_search.py",
     "tests/engine/test_peers.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -12,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import grpc
 import openai
 import pytest
 import ray
@@ -26,6 +28,7 @@ from kvasir.engine.event import Event, Failed, Finished, Pooled, Timing, Token, 
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.request import Request
 from kvasir.engine.scheduler import Stats
+from kvasir.proto.open_inference_pb2_grpc import GRPCInferenceServiceStub
 
 with warnings.catch_warnings():  # Ray's own, at its first import
     warnings.filterwarnings("ignore", category=PydanticDeprecatedSince20)
@@ -229,6 +232,15 @@ def client(gateway: LiveGateway) -> Iterator[openai.OpenAI]:
     """OpenAI's own."""
     with openai.OpenAI(base_url=gateway.url + "/v1", api_key="any", max_retries=0) as client:
         yield client
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[[LiveGateway], GRPCInferenceServiceStub]]:
+    """`connect(gateway)`: stubs of the Open Inference Protocol."""
+    with contextlib.ExitStack() as channels:
+        yield lambda gateway: GRPCInferenceServiceStub(
+            channels.enter_context(grpc.insecure_channel(gateway.grpc_address))
+        )
 
 
 @pytest.fixture(scope="module")

@@ -120,6 +120,13 @@ def on_ranks() -> Callable[..., list[Any]]:
 
 
 @pytest.fixture(scope="session")
+def stories(data: Callable[[str], Path]) -> dict[str, Any]:
+    """Options of LLM for a small trained model, of which groups of ranks start quickly."""
+    options = {"dtype": "float32", "num_threads": 1, "block_size": 8, "kv_cache_memory_bytes": 1 << 21}
+    return {"model": str(data("model-stories260k/hf")), **options}
+
+
+@pytest.fixture(scope="session")
 def fresh() -> Callable[[Engine], Stats]:
     """`fresh(engine)`: its statistics as of now; what it tells at any time is a little old."""
 
