@@ -7,7 +7,6 @@ import random
 import statistics
 import time
 from array import array
-from collections.abc import Sequence
 
 from replay_report import percentile
 
@@ -16,39 +15,31 @@ from kvasir.cluster.router import Router
 from kvasir.cluster.simulated_group import Shape, StepTime
 from kvasir.engine.block_ids import loading
 from kvasir.engine.blocks import chain_start, content_ids, token_bytes
-from kvasir.engine.event import Event, Finished
 from kvasir.engine.request import Request, SamplingParams
 from kvasir.engine.scheduler import Stats
 
 
 def fit(model: str, threads: int | None = None) -> StepTime:
-    """Least squares over measured steps: prompts of several lengths alone, then streams, few and many, short and long."""
+    """Least squares over what `engine.py` measures of prompts of several lengths, then streams, few and many, short and long."""
     import numpy as np
 
+    from engine import Bench  # the script beside this one
     from kvasir.engine.config import EngineConfig
-    from kvasir.engine.engine import Engine
 
-    ends: list[float] = []
-
-    def note(events: Sequence[Event]) -> None:
-        ends.extend(time.perf_counter() for event in events if isinstance(event, Finished))
-
-    engine = Engine(EngineConfig(model=model, enable_prefix_caching=False, num_threads=threads), note)
-    engine.start()
+    bench = Bench(EngineConfig(model=model, enable_prefix_caching=False, num_threads=threads))
+    engine = bench.engine
     rows, seconds = [], []
     longest = min(1024, engine.info.max_model_len // 2)
     for streams, length, output in itertools.product((1, 4, 16), (16, longest // 4, longest), (2, 34)):
-        ends.clear()
-        began, before, draw = time.perf_counter(), engine.stats().steps, random.Random(streams * length)
-        for number in range(streams):
-            prompt = [draw.randrange(engine.info.vocab_size) for _ in range(length)]
-            sampling = SamplingParams(max_tokens=output, ignore_eos=True)
-            engine.submit(Request(request_id=str(number), prompt_token_ids=prompt, sampling=sampling))
-        while len(ends) < streams or engine.stats().running:
+        draw, before = random.Random(streams * length), engine.stats().steps
+        prompts = [[draw.randrange(engine.info.vocab_size) for _ in range(length)] for _ in range(streams)]
+        began = time.perf_counter()
+        bench.run(prompts, output - 1)
+        seconds.append(time.perf_counter() - began)
+        while engine.stats().running:
             time.sleep(0.01)
         decoded = streams * (output - 1)
         rows.append([engine.stats().steps - before, streams * length, decoded, decoded * (length + output / 2)])
-        seconds.append(ends[-1] - began)
     engine.shutdown()
     weights = 1 / np.array(seconds)  # relative errors count, so that short measurements aren't drowned
     found = _not_negative(np.array(rows, float) * weights[:, None], np.ones(len(seconds)))

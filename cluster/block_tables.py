@@ -22,7 +22,8 @@ class _Part(NamedTuple):
     """What a group holds in a tier, and what is leaving."""
 
     own: set[Key]
-    leaving: set[Key]
+    leaving: list[set[Key]]
+    """Each what it held when it was condemned: to make one of them would hold up a gateway's loop."""
 
 
 class Tables:
@@ -34,7 +35,7 @@ class Tables:
         self._parts: dict[tuple[int, int], _Part] = {}
 
     def _part(self, tier: int, group: int) -> _Part:
-        return self._parts.setdefault((tier, group), _Part(set(), set()))
+        return self._parts.setdefault((tier, group), _Part(set(), []))
 
     def store(
         self, tier: int, group: int, keys: Keys, first: int, room: int, most: int, passing: bool = False
@@ -43,8 +44,7 @@ class Tables:
         (own, leaving), masks, bit = self._part(tier, group), self._masks[tier], 1 << group
         done = added = lost = 0
         for done, key in enumerate(keys[first : first + most], 1):
-            if key in leaving:
-                leaving.discard(key)
+            if leaving and _taken_back(leaving, key):
                 own.add(key)
             elif key not in own and added < room:
                 own.add(key)
@@ -67,12 +67,15 @@ class Tables:
     def condemn(self, tier: int, group: int) -> None:
         """As `Holders`."""
         own, leaving = self._part(tier, group)
-        self._parts[tier, group] = _Part(set(), leaving | own if leaving else own)
+        self._parts[tier, group] = _Part(set(), [one for one in (*leaving, own) if one])
 
     def sweep(self, tier: int, group: int, most: int) -> int:
         """As `Holders`."""
-        leaving = self._part(tier, group).leaving
-        gone = [leaving.pop() for _ in range(min(most, len(leaving)))]
+        leaving, gone = self._part(tier, group).leaving, list[Key]()
+        while leaving and len(gone) < most:
+            gone += [leaving[-1].pop() for _ in range(min(most - len(gone), len(leaving[-1])))]
+            if not leaving[-1]:
+                leaving.pop()
         self._drop(tier, group, gone)
         return len(gone)
 
@@ -82,7 +85,7 @@ class Tables:
 
     def leaving(self, tier: int, group: int) -> int:
         """As `Holders`."""
-        return len(self._part(tier, group).leaving)
+        return sum(map(len, self._part(tier, group).leaving))
 
     def size(self, tier: int) -> int:
         """As `Holders`."""
@@ -135,6 +138,15 @@ class Tables:
                 masks[key] = mask
             else:
                 del masks[key]
+
+
+def _taken_back(leaving: Iterable[set[Key]], key: Key) -> bool:
+    """It was leaving, and isn't any more."""
+    for one in leaving:
+        if key in one:
+            one.discard(key)
+            return True
+    return False
 
 
 _BITS = [tuple(bit for bit in range(8) if byte >> bit & 1) for byte in range(256)]

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from kvasir.engine.blocks import ContentId
-from kvasir.engine.disk_folder import Claim
+from kvasir.engine.disk_folder import Claim, last_use
 from kvasir.engine.shelf import Shelf
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class Disk:
                 status = entry.stat(follow_symlinks=False)
                 if status.st_size == self.size and not entry.name.endswith(UNFINISHED):
                     found.append(bytes.fromhex(entry.name))
-                    times.append(status.st_mtime_ns)
+                    times.append(last_use(entry.path, status))
                 else:
                     os.unlink(entry.path)
         self._limit = self._most(len(found) * self.size)

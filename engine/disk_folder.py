@@ -107,7 +107,8 @@ class Idle:
     """What a copy that doesn't run left behind."""
 
     folder: Path
-    used: float
+    used: int
+    """ns, of the wall clock."""
     size: int
     since: float = field(default_factory=time.monotonic)
     """When it was first seen not to run."""
@@ -135,7 +136,17 @@ class Idle:
 def _measured(copy: Path) -> Idle:
     ranks = _ranks(copy)
     size = sum(entry.stat(follow_symlinks=False).st_size for rank in ranks for entry in _files(rank))
-    return Idle(copy, max((rank / LOCK).stat().st_mtime for rank in ranks), size)
+    used = max(last_use(rank / LOCK, (rank / LOCK).stat()) for rank in ranks)
+    return Idle(copy, used, size)
+
+
+def last_use(path: str | Path, status: os.stat_result) -> int:
+    """Of our file, in ns. What a clock that was ahead dated later than now is dated anew for whoever looks next: it would be
+    the last to leave for as long as the clock was ahead."""
+    if status.st_mtime_ns > time.time_ns():
+        with contextlib.suppress(OSError):
+            os.utime(path)
+    return status.st_mtime_ns
 
 
 def _folders(folder: Path, name: re.Pattern[str]) -> list[Path]:

@@ -12,6 +12,7 @@ import ray
 from kvasir.cluster import app, gateway_replica, placement
 from kvasir.cluster.application import application, room
 from kvasir.cluster.options import parse_spec
+from kvasir.engine.config import EngineConfig
 
 HEAD_ALONE = {"CPU": 2.0, "node:__internal_head__": 1.0}
 
@@ -123,3 +124,14 @@ def test_paths_are_absolute_in_a_cluster_that_was_joined(tmp_path, monkeypatch):
     with pytest.raises(app.StartError, match="enough"):
         app.run(parse_spec({"model": "model"}), address="10.0.0.1:6379")
     assert seen == [(str(tmp_path / "model"), "10.0.0.1:6379")]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [({}, ("auto", None)), ({"kv_disk_path": "/nvme/kv"}, ("/nvme/kv", None)), ({"kv_disk_size": 0}, ("auto", 0))],
+)
+def test_what_is_served_keeps_blocks_on_the_disk_and_an_llm_does_not(given, kept, cluster):
+    cluster(HEAD_ALONE)
+    ((_, engine, _),) = groups({"model": "skald", **given})
+    assert (engine.kv_disk_path, engine.kv_disk_size) == kept
+    assert EngineConfig(model="skald").kv_disk_path is None

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -207,6 +208,46 @@ def test_the_order_of_use_outlives_the_process(tmp_path: Path) -> None:
     disk = opened(tmp_path, 4)
     disk.write(content(9), data(9))
     assert [read(disk, number) for number in (0, 1, 2, 3, 9)] == [True, False, True, True, True]
+
+
+def test_what_a_clock_that_was_ahead_left_does_not_stay_for_ever(tmp_path: Path) -> None:
+    """Of blocks and of other models' folders; among themselves blocks keep their order."""
+    ahead = time.time() + 10**6
+    other, younger = (opened(tmp_path, mark=mark * 16) for mark in (b"o", b"y"))
+    disk = opened(tmp_path, 4)
+    for number in range(4):
+        disk.write(content(number), data(number))
+    for each in (other, disk):
+        each.write(content(9), data(9))
+        each.close()
+    os.utime(next(tmp_path.glob(f"{(b'o' * 16).hex()}/0/0/lock")), (ahead, ahead))
+    for number, later in ((3, 0), (1, 1)):
+        os.utime(disk._path(content(number)), (ahead + later, ahead + later))
+    disk = opened(tmp_path, 4)
+    assert [*disk.shelf] == [content(number) for number in (2, 9, 3, 1)]
+    time.sleep(0.01)  # the file system's clock
+    disk.use([content(2)], again=False)
+    disk.close()
+    younger.close()
+    opened(tmp_path, mark=b"y" * 16).close()
+    disk = opened(tmp_path, 4)
+    assert [*disk.shelf][-1] == content(2)
+    assert [other.folder.parent.name for other in disk._claim._others] == [(mark * 16).hex() for mark in (b"o", b"y")]
+
+
+@pytest.mark.parametrize(("free", "sharers", "blocks"), [(400 * FILE, 1, 40), (400 * FILE, 2, 20), (10**13, 1, None)])
+def test_who_names_no_size_gets_a_tenth_of_what_is_free_and_no_more_than_50_gb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, sharers: int, blocks: int | None
+) -> None:
+    monkeypatch.setattr(disk_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    own = claim(tmp_path, MARK.hex(), 0)
+    assert own is not None
+    disk = Disk(own, MARK, BYTES, None, sharers)
+    disk.scan()
+    assert disk.shelf.capacity == (blocks * FILE if blocks else 50 * 10**9)
+    for number in range(45 if blocks else 0):
+        disk.write(content(number), data(number))
+    assert len(files(tmp_path)) == (blocks or 0)
 
 
 def test_never_more_than_its_size(tmp_path: Path) -> None:

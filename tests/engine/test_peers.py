@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,44 @@ def test_every_layout_to_every_layout(
                 borrower.engine.pool.reset()
             moved = borrower.ask(prompt, lender.peer(), cache_salt=salt, resume_token_ids=cold[:5])
             assert (salt, *moved) == (salt, cold[5:], 192)
+
+
+@pytest.mark.parametrize("kept", ["auto", "fp8"])
+def test_from_every_layout_s_tiers_and_computed_again_in_every_layout(
+    data: Callable[[str], Path], group: Callable[..., Group], kept: str, patient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the lender has below its cache alone comes, too, and then from the borrower's own tiers; of what is damaged on the way
+    all that follows is computed."""
+    monkeypatch.setattr("kvasir.engine.prices.WARY_S", 0.0)
+    known = json.loads((data("model-stories260k") / "greedy_256.json").read_text())
+    prompt, more = known["greedy_ids"][:200], {"kv_offloading_size": 0.02, "kv_transfer": "tcp"}
+    model, types = data("model-stories260k") / "hf", {"dtype": "bfloat16", "kv_cache_dtype": kept, "block_size": 16}
+    groups = {name: group(model, **{**types, **LAYOUTS[name], **more}) for name in ("tp1", "tp2", "pp2")}
+    alone = {name: each.ask(prompt, cache_salt="alone")[0] for name, each in groups.items()}
+    for (one, lender), (other, borrower) in permutations(groups.items(), 2):
+        salt, held = f"{one} to {other}", [each.stats().host_stored for each in (lender, borrower)]
+        cold, _ = lender.ask(prompt, cache_salt=salt)
+        assert (salt, cold) == (salt, alone[one])
+        forget(lender, held[0] + 13)
+        assert (salt, *borrower.ask(prompt, lender.peer(), cache_salt=salt)) == (salt, cold, 192)
+        forget(borrower, held[1] + 13)
+        before = borrower.stats().peer_loaded
+        assert (salt, *borrower.ask(prompt, cache_salt=salt)) == (salt, cold, 192)
+        assert borrower.stats().peer_loaded == before
+        lender.ask(prompt, cache_salt=f"{salt} again")
+        proxy = Proxy(lender.address, 4000, "garble")
+        again = borrower.ask(prompt, lender.peer(address=proxy.address), cache_salt=f"{salt} again")
+        assert (salt, again[0]) == (salt, alone[other])
+        assert again[1] < 192
+        proxy.close()
+    for each in groups.values():
+        until(lambda each=each: idle_later(each))  # type: ignore[misc]
+
+
+def forget(found: Group, stored: int) -> None:
+    """All that its cache holds, once so many blocks have been written to host memory."""
+    until(lambda: found.stats().host_stored >= stored)
+    found.engine.pool.reset()
 
 
 def test_skald_says_the_same(group: Callable[..., Group]) -> None:
