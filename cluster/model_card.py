@@ -16,6 +16,8 @@ from kvasir.engine.model_files import ModelFiles
 
 _MAX_HEADER = 100 * 2**20
 """Bytes; safetensors' own limit."""
+_MAX_LICENSE = 100_000
+"""Characters."""
 _UNITS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K"))
 
 
@@ -33,6 +35,8 @@ class ModelCard:
     """Seconds since the epoch."""
     precision: str = ""
     """F32, BF16, Q4_K...: what most of the weights are stored in."""
+    license: str = ""
+    """The text of a file LICENSE beside them, or what a GGUF file says of it."""
 
     @classmethod
     def read(cls, files: ModelFiles) -> ModelCard:
@@ -48,6 +52,7 @@ class ModelCard:
             size=sum(part.stat().st_size for part in parts),
             modified=path.stat().st_mtime,
             precision=max(counts, key=counts.__getitem__, default=""),
+            license=str(read_gguf(path).metadata.get("general.license", "")) if gguf else _license(path),
         )
 
     @property
@@ -67,6 +72,13 @@ class ModelCard:
         """SHA-256 of the facts, 64 hexadecimal digits. It tells models apart, but isn't that of the weights."""
         facts = [self.config, self.format, self.parameters, self.size, self.precision]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _license(folder: Path) -> str:
+    for path in sorted(folder.glob("LICENSE*")):
+        if path.is_file():
+            return path.read_text(encoding="utf-8", errors="replace")[:_MAX_LICENSE]
+    return ""
 
 
 def _counts(parts: list[Path]) -> dict[str, int]:

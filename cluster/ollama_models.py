@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from kvasir.cluster.http_front import read_json, send_json, warning_header
 from kvasir.cluster.ollama_api import LATEST, OllamaEmbedding, OllamaGeneration, find_model
 from kvasir.cluster.ollama_fields import SHOW
 from kvasir.cluster.ollama_reply import timestamp
+from kvasir.cluster.ollama_vocabulary import UNTOLD, vocabulary
 from kvasir.cluster.openai_schema import sort_fields
 from kvasir.cluster.served_model import ServedModel
 from kvasir.engine.errors import ClientError, UnsupportedError
@@ -90,7 +92,11 @@ class Show:
         if not name:
             raise ClientError("model is required", param="model")
         model = find_model(self._desk, name)
-        await send_json(send, 200, _shown(model, self._desk.info(model)), warning_header(warnings))
+        shown = _shown(model, self._desk.info(model))
+        if model.tokenizer is not None:
+            told = asyncio.to_thread(vocabulary, model.tokenizer) if fields.get("verbose") else None
+            shown["model_info"] |= UNTOLD if told is None else await told
+        await send_json(send, 200, shown, warning_header(warnings))
 
 
 def ollama_routes(desk: Desk, max_body_bytes: int) -> list[Route]:
@@ -139,12 +145,15 @@ def _running(model: ServedModel, info: ModelInfo) -> dict[str, Any]:
 
 
 def _shown(model: ServedModel, info: ModelInfo) -> dict[str, Any]:
-    parameters = _parameters(model)
+    parameters, template, license_ = _parameters(model), _template(model), model.card.license
+    quoted = [("TEMPLATE", template), ("LICENSE", license_)]
     lines = [f"FROM {model.name}", *(f"PARAMETER {line}" for line in parameters)]
+    lines += [f'{word} """{text}"""' for word, text in quoted if text]
     return {
         "modelfile": "\n".join(lines) + "\n",
         "parameters": "\n".join(parameters),
-        "template": _template(model),
+        "template": template,
+        **({"license": license_} if license_ else {}),
         "details": _details(model),
         "model_info": _model_info(model),
         "capabilities": _capabilities(model, info),

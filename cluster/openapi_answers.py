@@ -371,7 +371,9 @@ _OTHERS = {
             "details": _DETAILS,
             "model_info": {"type": "object"},
             "capabilities": _list(_TEXT),
-        }
+            "modified_at": _TEXT,
+        },
+        {"license": _TEXT},
     ),
     "Group": _object(
         {"id": _TEXT, "object": _is("group"), "model": _TEXT, "role": {"enum": [*get_args(Role)]}, "state": _TEXT},

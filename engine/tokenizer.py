@@ -134,6 +134,11 @@ class Tokenizer:
         piece = self._all[token_id]
         return piece if isinstance(piece, str) else (piece or b"").decode(errors="replace")
 
+    def definition(self) -> dict[str, Any]:
+        """All of it, as a tokenizer.json has it. Takes a second for a large vocabulary."""
+        found: dict[str, Any] = json.loads(self._backend.to_str())
+        return found
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -8,9 +8,14 @@ import json
 import httpx
 import ollama
 import pytest
+import tokenizers
 from fuzzing import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from kvasir.cluster.ollama_vocabulary import vocabulary
+from kvasir.engine.chat_template import ChatTemplates
+from kvasir.engine.tokenizer import Tokenizer
 
 TEXT = "Hello, wörld!"
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -329,6 +334,47 @@ def test_client_models(client):
     assert "messages" in shown.template
     assert shown.modelinfo["general.architecture"] == "llama"
     assert "temperature" in shown.parameters
+
+
+def test_show_verbose(gateway):
+    brief = post(gateway, "/api/show", model="bytes").json()["model_info"]
+    names = [f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "merges")]
+    assert [brief[name] for name in names] == [None, None, None]
+    told = post(gateway, "/api/show", model="bytes", verbose=True).json()["model_info"]
+    tokens, types, merges = (told[name] for name in names)
+    assert (tokens[72], tokens[256], len(tokens), len(types), merges) == ("H", "<|end|>", 261, 261, [])
+    assert (types[72], types[256], told["tokenizer.ggml.model"]) == (1, 3, "gpt2")
+
+
+def test_vocabularies():
+    def told(model, *added):
+        backend = tokenizers.Tokenizer(model)
+        backend.add_tokens([*added])
+        return vocabulary(Tokenizer(backend, eos=(), special={}, templates=ChatTemplates({}, {})))
+
+    unigram = told(tokenizers.models.Unigram([("<unk>", 0.0), ("a", -1.5)], 0), "user")
+    assert unigram["tokenizer.ggml.tokens"] == ["<unk>", "a", "user"]
+    assert unigram["tokenizer.ggml.token_type"] == [1, 1, 4]
+    assert unigram["tokenizer.ggml.scores"] == [0.0, -1.5, 0.0]
+    vocab = {"a": 0, "b": 1, "ab": 3, "<0x0A>": 4}
+    pairs = told(tokenizers.models.BPE(vocab=vocab, merges=[("a", "b")], byte_fallback=True))
+    assert pairs["tokenizer.ggml.tokens"] == ["a", "b", "[PAD2]", "ab", "<0x0A>"]
+    assert pairs["tokenizer.ggml.token_type"] == [1, 1, 5, 1, 6]
+    assert (pairs["tokenizer.ggml.merges"], pairs["tokenizer.ggml.model"]) == (["a b"], "llama")
+
+
+def test_show_tells_of_the_license(byte_model, live_gateway):
+    with live_gateway() as gateway:
+        assert "license" not in post(gateway, "/api/show", model="bytes").json()
+    (byte_model / "LICENSE.txt").write_text("Do as you like.")
+    try:
+        with live_gateway() as gateway:
+            shown = post(gateway, "/api/show", model="bytes").json()
+    finally:
+        (byte_model / "LICENSE.txt").unlink()
+    assert shown["license"] == "Do as you like."
+    assert 'LICENSE """Do as you like."""' in shown["modelfile"]
+    assert f'TEMPLATE """{shown["template"]}"""' in shown["modelfile"]
 
 
 def test_client_errors(client):
