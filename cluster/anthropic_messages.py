@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvasir.cluster.overlooked import overlooked, parts_of
 from kvasir.engine.errors import ClientError, UnsupportedError
 
 Json = dict[str, Any]
 Block = Mapping[str, Any]
 
 _ROLES = ("user", "assistant", "system")
+_BLOCK = ("type", "text", "cache_control", "citations", "id", "name", "input", "tool_use_id", "content", "is_error",
+          "thinking", "signature", "data")  # fmt: skip
 
 
 def conversation(given: Any, system: Any) -> tuple[list[Json], bool]:
@@ -34,6 +37,16 @@ def conversation(given: Any, system: Any) -> tuple[list[Json], bool]:
         for turn in _turns(message["role"], blocks, at):
             _append(out, turn)
     return out, cached
+
+
+def unread(given: Sequence[Any], system: Any) -> tuple[str, ...]:
+    """Fields of messages and blocks that mean nothing here; of a `conversation` that is fine."""
+    blocks = parts_of(given, "content")
+    return (
+        *overlooked("messages[]", given, ("role", "content")),
+        *overlooked("messages[].content[]", [*blocks, *parts_of(blocks, "content")], _BLOCK),
+        *overlooked("system[]", system if isinstance(system, list) else (), _BLOCK),
+    )
 
 
 def text_of(content: Any, at: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvasir.cluster.anthropic_messages import conversation
+from kvasir.cluster.anthropic_messages import conversation, unread
 from kvasir.cluster.call import Call, Conversation, thinking_variables
 from kvasir.cluster.context_edits import Edit, edits_of
 from kvasir.cluster.foreign_fields import foreign_constraints
@@ -91,7 +91,7 @@ def parse_messages(body: Body) -> MessagesAsk:
     if "metadata" in fields:
         warnings += _metadata(fields["metadata"])
     found, cached = _conversation(fields)
-    warnings += _overlooked(fields)
+    warnings += (*_overlooked(fields), *unread(fields["messages"], fields.get("system")))
     if "reasoning_effort" in found.variables:
         warnings += ("output_config.effort (but by chat templates that know reasoning_effort)",)
     if cached or fields.get("cache_control"):

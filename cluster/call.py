@@ -79,6 +79,12 @@ class Call:
     """The field that wants a prompt's tokens as text, which a model without a tokenizer can't tell; empty: none does."""
 
     @property
+    def source(self) -> str:
+        """The field that the prompts were made of, which errors about them name."""
+        first = self.prompts[0]
+        return first.source if isinstance(first, Conversation) else "prompt"
+
+    @property
     def operation(self) -> str:
         """OpenTelemetry's name for it."""
         return "chat" if isinstance(self.prompts[0], Conversation) else "text_completion"

@@ -14,18 +14,21 @@ from kvasir.engine.errors import ClientError, ContextLengthError
 from kvasir.engine.info import ModelInfo
 from kvasir.engine.request import SamplingParams
 
+PROMPT = "prompt"
 BY_MODEL = "--max-model-len"
 """What says how long a context is, unless the request does."""
 
 
 @contextmanager
 def named(names: Mapping[str, str]) -> Iterator[None]:
-    """An error about one of these fields speaks of it as the client does."""
+    """An error about one of these fields speaks of it as the client does. (The prompt is what messages make, too.)"""
     try:
         yield
     except ClientError as error:
         if error.param is not None and (name := names.get(error.param)):
-            error.message, error.param = re.sub(rf"\b{error.param}\b", name, error.message), name
+            if error.param != PROMPT:
+                error.message = re.sub(rf"\b{error.param}\b", name, error.message)
+            error.param = name
         raise
 
 

@@ -13,7 +13,7 @@ from functools import partial
 
 from kvasir.cluster import telemetry
 from kvasir.cluster.call import ROUTE_HEADER, SESSION_HEADERS, Call, Conversation, Prompt, Text
-from kvasir.cluster.call_sampling import check_ids, check_range, context_of, fitted, named, sampling_of, seeded
+from kvasir.cluster.call_sampling import PROMPT, check_ids, check_range, context_of, fitted, named, sampling_of, seeded
 from kvasir.cluster.failover import PAUSE_S, Failover, LastingStream
 from kvasir.cluster.generation import Generation
 from kvasir.cluster.group_client import GroupClient, Placement
@@ -218,7 +218,8 @@ class Desk:
         recording: Recording,
         started: float,
     ) -> Generation:
-        with span.stage("admit"), named(call.known_as):
+        names = {PROMPT: call.source, **call.known_as}
+        with span.stage("admit"), named(names):
             requests, info, found = await self._requests(call, model, request_id, span)
         record = self.metrics.call(model.name, call.operation, requests, started)
         with span.stage("route") as facts:
@@ -234,7 +235,7 @@ class Desk:
             reading=found,
             recording=recording,
             started=started,
-            known_as={**call.known_as, **_of_tools(call)},
+            known_as={**names, **_of_tools(call)},
         )
         if ROUTE_HEADER in headers:
             generation.route = ", ".join(stream.placement.route.header() for stream in streams)

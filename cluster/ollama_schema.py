@@ -32,12 +32,14 @@ from kvasir.cluster.ollama_fields import (
 )
 from kvasir.cluster.openai_fields import string, unused
 from kvasir.cluster.openai_schema import processors, sort_fields, token_bias
+from kvasir.cluster.overlooked import overlooked
 from kvasir.cluster.tool_use import ToolUse, tool_use
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.prompt_cut import WHAT_FITS
 from kvasir.engine.request import StructuredOutput
 
 Body = Mapping[str, Any]
+_MESSAGE = ("role", "content", "images", "thinking", "tool_calls", "tool_name", "name", "tool_call_id")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +119,7 @@ def parse_chat(body: Body) -> OllamaAsk:
     use = tool_use(fields.get("tools"), fields.get("tool_choice"))
     messages = [_message(message, number) for number, message in enumerate(fields["messages"])]
     prompt = Conversation(messages=messages, tools=fields.get("tools") or None, variables=_variables(fields))
+    warnings += overlooked("messages[]", fields["messages"], _MESSAGE)
     return OllamaAsk(prompt=prompt, tools=use, **_shared(fields, warnings))
 
 

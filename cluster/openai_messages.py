@@ -6,15 +6,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvasir.cluster.custom_tools import shown_call
+from kvasir.cluster.overlooked import overlooked, parts_of
 from kvasir.engine.errors import ClientError
 
 Json = dict[str, Any]
+_READ = ("role", "content", "name", "tool_calls", "tool_call_id", "function_call", "refusal",
+         "reasoning", "reasoning_content", "thinking")  # fmt: skip
 
 
 def template_messages(given: Sequence[Mapping[str, Any]]) -> list[Json]:
     """The same conversation. A function's call and its result become a tool's, paired by an id."""
     ids: dict[Any, str] = {}
     return [_message(dict(message), number, ids) for number, message in enumerate(given)]
+
+
+def unread(given: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Fields of messages that only a chat template may read, and those of their parts, which none does."""
+    beside = overlooked("messages[]", given, _READ)
+    named = tuple(f"{name} (but by chat templates that know it)" for name in beside)
+    parts = [part for part in parts_of(given, "content") if isinstance(part, dict) and part.get("type") == "text"]
+    return (*named, *overlooked("messages[].content[]", parts, ("type", "text")))
 
 
 def _message(message: Json, number: int, ids: dict[Any, str]) -> Json:

@@ -8,6 +8,7 @@ fine. A field in no table is unknown, and named in a warning too.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +32,7 @@ from kvasir.cluster.openai_fields import (
     integer_from,
     unused,
 )
-from kvasir.cluster.openai_messages import template_messages
+from kvasir.cluster.openai_messages import template_messages, unread
 from kvasir.cluster.service_fields import check_nesting, priority
 from kvasir.cluster.structured_fields import known_as, structured_output
 from kvasir.cluster.tool_use import tool_use
@@ -104,6 +105,7 @@ def parse_chat(body: Mapping[str, Any]) -> Ask:
         thinking_budget=budget,
         **_common(fields),
     )
+    warnings += unread(fields["messages"])
     if "reasoning_effort" in fields:
         warnings += (f"reasoning_effort {EFFORT_IGNORED}",)
     return Ask(
@@ -159,9 +161,14 @@ def parse_detokenize(body: Mapping[str, Any]) -> tuple[str, list[int], bool, tup
     return fields.get("model", ""), fields["tokens"], fields.get("skip_special_tokens", False), warnings
 
 
-_MEANT = ("guided_", "images")
-"""What begins so constrains the output or is input, even if it isn't known here."""
+_MEANT = re.compile(
+    r"images|guided_|structur|json_|stop_|banned_|response_(?:format|mime|model)|.*(?:grammar|regex|constrain)"
+    r"|(?:.*_)?(?:json)?schema$|(?:min|max)_(?:\w+_)?(?:tokens|length)$",
+    re.IGNORECASE,
+)
+"""Names that speak of what the output must be, or are input: refused even if nobody here knows them."""
 _EMPTY: tuple[Any, ...] = ("", [], {})
+_SILENT: tuple[Any, ...] = (*_EMPTY, False)
 
 
 def sort_fields(
@@ -189,8 +196,8 @@ def sort_fields(
             if value not in refused[name]:
                 advice = f"; use {instead[name]}" if name in instead else ""
                 raise UnsupportedError(_refusal(name, value, refused[name]) + advice, param=name)
-        elif name.startswith(_MEANT) and name not in ignored and value != []:
-            raise UnsupportedError(_refusal(name, value, ([],)), param=name)
+        elif name not in ignored and _MEANT.match(name) and value not in _SILENT:
+            raise UnsupportedError(_refusal(name, value, _EMPTY), param=name)
         elif value not in ignored.get(name, ()):
             warnings.append(name)
     return fields, tuple(warnings)

@@ -19,9 +19,9 @@ async def fitted(desk: Desk, ask: ResponseAsk, earlier: Sequence[Json]) -> Respo
     that prompt and output fit; what the system said, compactions and the last item stay. A warning tells how many."""
     items = [*earlier, *ask.items]
     whole = ask.with_items(items)
-    if not ask.truncates or await _fits(desk, whole):
-        return whole
     low, high = 1, len(items) - 1  # the fewest that have to go; all that may
+    if not ask.truncates or high < low or await _fits(desk, whole):
+        return whole
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if await _fits(desk, ask.with_items(_without(items, middle))) else (middle + 1, high)

@@ -9,6 +9,7 @@ from typing import Any
 
 from kvasir.cluster.carried import carried
 from kvasir.cluster.custom_tools import called_function
+from kvasir.cluster.overlooked import overlooked, parts_of
 from kvasir.engine.errors import ClientError, UnsupportedError
 
 Json = dict[str, Any]
@@ -17,6 +18,9 @@ Item = Mapping[str, Any]
 REFERENCE = "item_reference"
 """Type of an item that stands for a stored one."""
 _ROLES = ("user", "assistant", "system", "developer")
+_ITEM = ("type", "id", "status", "phase", "role", "content", "call_id", "name", "arguments", "input", "output",
+         "summary", "encrypted_content")  # fmt: skip
+_PART = ("type", "text", "refusal", "annotations", "logprobs")
 _TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 """Type of a content part -> the field that holds its text."""
 
@@ -32,6 +36,13 @@ def input_items(given: Any, param: str = "input") -> list[Json]:
         raise ClientError(f"{param} holds two items whose id is {twice[0]!r:.100}; send each once", param=param)
     messages(items, None, unread=(REFERENCE,))
     return items
+
+
+def unread(given: Any) -> tuple[str, ...]:
+    """Fields of `input` that mean nothing here; of one that `input_items` takes."""
+    items = given if isinstance(given, list) else []
+    parts = parts_of(items, "content", "output", "summary")
+    return (*overlooked("input[]", items, _ITEM), *overlooked("input[].content[]", parts, _PART))
 
 
 def messages(items: Sequence[Item], instructions: str | None, *, unread: Collection[str] = ()) -> list[Json]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvasir.cluster.call import EFFORT_IGNORED, Call, Conversation, check_variables, thinking_variables
+from kvasir.cluster.call_sampling import named
 from kvasir.cluster.custom_tools import chat_tool, custom_grammars, shown_tools
 from kvasir.cluster.foreign_fields import foreign_constraints
 from kvasir.cluster.openai_fields import (
@@ -24,7 +25,7 @@ from kvasir.cluster.openai_fields import (
     unused,
 )
 from kvasir.cluster.openai_schema import sort_fields
-from kvasir.cluster.responses_items import input_items, messages
+from kvasir.cluster.responses_items import input_items, messages, unread
 from kvasir.cluster.service_fields import check_metadata, check_nesting, check_tier, priority
 from kvasir.cluster.structured_fields import structured_output
 from kvasir.cluster.tool_use import tool_use
@@ -180,7 +181,9 @@ def parse_response(body: Body) -> ResponseAsk:
     if "max_output_tokens" in fields:
         sampling["max_tokens"] = fields["max_output_tokens"]
     form = _format(fields)
-    if (wanted := structured_output({"response_format": _chat_format(form)})) is not None:
+    with named({"response_format": "text.format"}):
+        wanted = structured_output({"response_format": _chat_format(form)})
+    if wanted is not None:
         sampling["structured_outputs"] = wanted
     logprobs, more = _logprobs(fields)
     if logprobs is not None:
@@ -213,7 +216,7 @@ def parse_response(body: Body) -> ResponseAsk:
         summarised=bool(_summary(fields.get("reasoning", {}))),
         carried=THOUGHTS in fields.get("include", ()),
         request_id=fields.get("request_id"),
-        warnings=(*warnings, *more, *unknown, *_stream_options(fields), *unused(fields)),
+        warnings=(*warnings, *more, *unknown, *_stream_options(fields), *unused(fields), *unread(fields.get("input"))),
         **{name: fields[name] for name in ("store", "background", "stream", "return_timing") if name in fields},
     )
 

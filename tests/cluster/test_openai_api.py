@@ -361,8 +361,14 @@ def test_models_that_fill_gaps(gateway, monkeypatch):
             )
 
 
+LONG = [{"role": "user", "content": "x" * 4096}]
+
+
 def test_context_length_code(gateway):
-    assert complete(gateway, prompt=[5] * 4096).json()["error"]["code"] == "context_length_exceeded"
+    for reply, param in ((complete(gateway, prompt=[5] * 4096), "prompt"), (chat(gateway, messages=LONG), "messages")):
+        error = reply.json()["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+        assert error["message"].startswith("the prompt has 4")
     assert chat(gateway, max_tokens=5000).json()["error"]["code"] == "context_length_exceeded"
     assert complete(gateway, prompt=[5] * 4090).status_code == 200  # the default of 16 gives way
 

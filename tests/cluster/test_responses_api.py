@@ -247,7 +247,9 @@ def test_truncation(gateway):
     assert reply.json()["truncation"] == "auto"
     assert post(gateway, input=items, truncation="auto", max_output_tokens=2500).status_code == 200
     assert prompt_of(gateway) == b"S" * 10 + b"d" * 1000
-    assert post(gateway, input="x" * 5000, truncation="auto").status_code == 400
+    error = post(gateway, input="x" * 5000, truncation="auto").json()["error"]  # there is nothing to leave out
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "input")
+    assert "5003 tokens" in error["message"]
 
 
 CALLED = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}

@@ -1,0 +1,92 @@
+"""What stands inside of messages and is read by nobody is named in a warning; a constraint is refused, whatever its name."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvasir.cluster import anthropic_schema, ollama_schema, openai_schema, pooling_schema, responses_schema
+from kvasir.engine.errors import ClientError
+
+USER = {"role": "user", "content": "Hi"}
+PARSERS = {
+    "chat": lambda fields: openai_schema.parse_chat({"messages": [USER], **fields}),
+    "text": lambda fields: openai_schema.parse_completion({"prompt": "Hi", **fields}),
+    "responses": lambda fields: responses_schema.parse_response({"input": "Hi", **fields}),
+    "anthropic": lambda fields: anthropic_schema.parse_messages({"max_tokens": 9, "messages": [USER], **fields}),
+    "ollama": lambda fields: ollama_schema.parse_chat({"messages": [USER], **fields}),
+    "options": lambda fields: ollama_schema.parse_chat({"messages": [USER], "options": fields}),
+    "embeddings": lambda fields: pooling_schema.parse_embeddings({"input": "Hi", **fields}),
+}
+
+
+def part(kind, **fields):
+    return [{"role": "user", "content": [{"type": kind, "text": "Hi", **fields}]}]
+
+
+RESULTS = [
+    USER,
+    {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {"odd": 1}}]},
+    {
+        "role": "user",
+        "content": [{"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "x", "odd": 1}]}],
+    },
+]
+
+
+@pytest.mark.parametrize(
+    ("dialect", "fields", "said"),
+    [
+        ("chat", {"messages": [{**USER, "odd": 1}, {**USER, "odd": 2}]}, "messages[].odd (but by chat templates"),
+        ("chat", {"messages": part("text", odd=1)}, "messages[].content[].odd"),
+        ("responses", {"input": [{**USER, "odd": 1}]}, "input[].odd"),
+        ("responses", {"input": part("input_text", odd=1)}, "input[].content[].odd"),
+        ("anthropic", {"messages": [{**USER, "odd": 1}]}, "messages[].odd"),
+        ("anthropic", {"messages": part("text", odd=1)}, "messages[].content[].odd"),
+        ("anthropic", {"messages": RESULTS}, "messages[].content[].odd"),
+        ("anthropic", {"system": [{"type": "text", "text": "x", "odd": 1}]}, "system[].odd"),
+        ("ollama", {"messages": [{**USER, "odd": 1}]}, "messages[].odd"),
+    ],
+)
+def test_what_nobody_reads_is_told_once(dialect, fields, said):
+    (warning,) = PARSERS[dialect](fields).warnings
+    assert warning.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "fields"),
+    [
+        ("chat", {"messages": [{**USER, "odd": None, "annotations": [], "refusal": None, "name": "me"}]}),
+        ("chat", {"messages": [USER, {"role": "assistant", "content": "x", "reasoning": "y", "tool_calls": []}]}),
+        ("responses", {"input": [{**USER, "id": "msg_1", "status": "completed", "phase": "final_answer"}]}),
+        ("anthropic", {"messages": part("text", citations=None)}),
+        ("ollama", {"messages": [{**USER, "images": None, "tool_calls": [], "thinking": ""}]}),
+    ],
+)
+def test_what_says_nothing_or_is_known_is_not(dialect, fields):
+    assert PARSERS[dialect](fields).warnings == ()
+
+
+CONSTRAINTS = (
+    *("guided_form", "structured_output", "json_mode", "jsonSchema", "response_schema", "output_schema", "schema"),
+    *("response_mime_type", "ebnf_grammar", "regex_pattern", "constraints", "stop_words", "banned_tokens"),
+    *("max_length", "min_length", "max_new_text_tokens"),
+)
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+@pytest.mark.parametrize("dialect", PARSERS)
+def test_a_constraint_that_nobody_knows_is_refused_by_name(dialect, name):
+    with pytest.raises(ClientError, match="isn't supported") as caught:
+        PARSERS[dialect]({name: "x"})
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize("name", ["frobnicate", "$schema", "schema_version", "stopwatch", "maximum", "max_retries"])
+@pytest.mark.parametrize("dialect", PARSERS)
+def test_another_field_that_nobody_knows_is_named_in_a_warning(dialect, name):
+    assert [text for text in PARSERS[dialect]({name: "x"}).warnings if name in text]
+
+
+@pytest.mark.parametrize("value", [None, False, "", [], {}])
+def test_a_constraint_that_says_nothing_is_no_reason_to_refuse(value):
+    PARSERS["chat"]({"json_mode": value, "response_schema": value})
