@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from kvasir.engine.dequantise import FP8, fp8, mxfp4
+from kvasir.engine.dequantise import FP8
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.gguf import is_gguf
 from kvasir.engine.pooling import HEAD
 from kvasir.engine.share import Cut
 from kvasir.engine.spec import Spec
+from kvasir.engine.stored import Mapped, Stored, fp8_tensor, is_view, mxfp4_tensor
 from kvasir.engine.tensor_files import ConsolidatedFiles, NumpyFiles, Safetensors, TensorFiles, TorchFiles, files_of
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,9 @@ class Filler(Protocol):
     def copy_to(self, place: Tensor, cut: Cut | None = None) -> None:
         """Fill `place`, of this shape, or that of the cut, and of any dtype and device."""
 
+    def fetch(self, cut: Cut | None = None) -> None:
+        """Ask the system to read what `copy_to` will."""
+
 
 class Checkpoint(Protocol):
     """Opening one reads its headers alone."""
@@ -64,20 +69,33 @@ class Checkpoint(Protocol):
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A tensor that is mapped or in memory."""
+class Part:
+    """A tensor of the files, or one of those into which the family's `split` takes it apart."""
 
     name: str
     original: str
-    tensor: Tensor
+    stored: Stored
+    view: Tensor
+    """Of `stored.like`; or a copy, where `made` makes the same of the tensor itself."""
     nbytes: int
+    made: Callable[[], Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
+        return tuple(self.view.shape)
 
     def copy_to(self, place: Tensor, cut: Cut | None = None) -> None:
-        place.copy_(self.tensor if cut is None else self.tensor.narrow(cut.dim, cut.part.start, len(cut.part)))
+        place.copy_(_narrowed(self.made(), cut) if self.made is not None else self.stored.read(self._wanted(cut)))
+
+    def fetch(self, cut: Cut | None = None) -> None:
+        self.stored.fetch(self.stored.like if self.made is not None else self._wanted(cut))
+
+    def _wanted(self, cut: Cut | None) -> Tensor:
+        return _narrowed(self.view, cut)
+
+
+def _narrowed(tensor: Tensor, cut: Cut | None) -> Tensor:
+    return tensor if cut is None else tensor.narrow(cut.dim, cut.part.start, len(cut.part))
 
 
 class NamedCheckpoint:
@@ -92,16 +110,15 @@ class NamedCheckpoint:
         for name in self.files.names:
             if NOT_WEIGHTS.search(name) or any(re.search(pattern, name) for pattern in spec.ignored):
                 continue
-            tensor = self._plain(name)
-            if tensor is None:
+            stored = self._stored(name)
+            if stored is None:
                 continue
-            name, size = name.removesuffix("_blocks"), tensor.nbytes
-            for part, piece in spec.split(name, tensor, spec) if spec.split else ((name, tensor),):
-                ours = canonical(part, spec)
-                if ours not in ("head.weight", "head.bias") or (spec.lm_head and not spec.tied):
-                    yield Loaded(ours, name, piece, size)
-                elif ours == "head.weight" and spec.lm_head:
-                    self._note_own_head(name, piece, spec)
+            size = stored.nbytes
+            for part in _parts(name.removesuffix("_blocks"), stored, spec):
+                if part.name not in ("head.weight", "head.bias") or (spec.lm_head and not spec.tied):
+                    yield replace(part, nbytes=size)
+                elif part.name == "head.weight" and spec.lm_head:
+                    self._note_own_head(name, stored.read(part.view), spec)
                 size = 0
 
     def head(self) -> dict[str, Tensor]:
@@ -116,25 +133,41 @@ class NamedCheckpoint:
             text = "%s isn't read: config.json ties it to %s, from which it differs. If it is meant, pass %s"
             logger.warning(text, name, embed, overrides)
 
-    def _plain(self, name: str) -> Tensor | None:
-        """The tensor, dequantised; None for the scales of another."""
+    def _stored(self, name: str) -> Stored | None:
+        """The tensor; None for the scales of another."""
         if any(name.endswith(s) and name.removesuffix(s) in self.files for s in SCALES):
             return None
         if name.endswith("_scales") and f"{name.removesuffix('_scales')}_blocks" in self.files:
             return None
         tensor = self.files.get(name)
         if name.endswith("_blocks") and (scales := f"{name.removesuffix('_blocks')}_scales") in self.files:
-            return mxfp4(name, tensor, self.files.get(scales)).transpose(-1, -2)
+            return mxfp4_tensor(name, tensor, self.files.get(scales))
         scale = next((name + s for s in SCALES if name + s in self.files), None)
         if tensor.dtype in FP8:
             if scale is None:
                 raise ConfigError(f"{name} is FP8, but the checkpoint lacks its scales ({name}_scale_inv)")
-            return fp8(name, tensor, self.files.get(scale))
+            return fp8_tensor(name, tensor, self.files.get(scale))
         if scale is not None or not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
             scaled = f" with scales ({scale})" if scale else ""
             raise ConfigError(f"{name} is {kind}{scaled}: weights that are quantised so are not supported")
-        return tensor
+        return Mapped(tensor)
+
+
+def _parts(name: str, stored: Stored, spec: Spec) -> Iterator[Part]:
+    """What the model makes of one. Copies that `split` makes are made once, if one of them is wanted at all."""
+    split = spec.split
+    if split is None:
+        yield Part(canonical(name, spec), name, stored, stored.like, 0)
+        return
+    copies = cache(lambda: [piece for _, piece in split(name, stored.read(stored.like), spec)])
+
+    def copy(number: int) -> Callable[[], Tensor]:
+        return lambda: copies()[number]
+
+    for number, (part, view) in enumerate(split(name, stored.like, spec)):
+        made = None if is_view(view, stored.like) else copy(number)
+        yield Part(canonical(part, spec), name, stored, view, 0, made)
 
 
 def open_checkpoint(path: Path, load_format: str = "auto") -> Checkpoint:

@@ -27,6 +27,16 @@ def fp8(name: str, weight: Tensor, scale: Tensor) -> Tensor:
     return out
 
 
+def fp8_rows(name: str, weight: Tensor, scale: Tensor, first: int, last: int) -> Tensor:
+    """Rows `first` to `last` of `fp8`, for which no more is read than the squares that they are in."""
+    if scale.numel() == 1 or weight.dim() != 2 or scale.dim() != 2:
+        return fp8(name, weight[first:last] if weight.dim() else weight, scale)
+    block = _block(name, weight.shape[0], scale.shape[0])
+    above, below = first // block, -(-last // block)
+    near = fp8(name, weight[above * block : below * block], scale[above:below])
+    return near[first - above * block : last - above * block]
+
+
 def mxfp4(name: str, blocks: Tensor, scales: Tensor) -> Tensor:
     """blocks[E, O, G, 16] of pairs of FP4 numbers, the lower half first, times 2^(scales[E, O, G] - 127) ->
     bfloat16 [E, O, 32 G] (OCP Microscaling Formats v1.0)."""

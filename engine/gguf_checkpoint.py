@@ -101,6 +101,9 @@ class Filler:
         if self.shift:  # before it is rounded
             place.copy_(exact.add_(self.shift))
 
+    def fetch(self, cut: Cut | None = None) -> None:
+        """Nothing: the threads that dequantise ask for several parts at once."""
+
     def _rows(self, cut: Cut) -> Filler | None:
         """The cut as a filler of its own, where it is a run of whole rows of the file."""
         (rows, view), *others = self.pieces

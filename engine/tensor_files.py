@@ -6,7 +6,6 @@ Tensors are mapped, not read, until they are copied.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -44,7 +43,6 @@ class Safetensors:
     def __init__(self, files: Sequence[Path]) -> None:
         self.total_bytes = sum(file.stat().st_size for file in files)
         self._where: dict[str, Any] = {}
-        self._ahead = ReadAhead(files)
         for file in files:
             try:
                 handle: Any = safe_open(file, framework="pt", device="cpu")
@@ -63,34 +61,10 @@ class Safetensors:
             found: Tensor = handle.get_tensor(name)
         except (SafetensorError, RuntimeError, ValueError) as error:
             raise ConfigError(f"{file}: {name} can't be read: {error}", param="model") from error
-        self._ahead.note(found.nbytes)
         return found
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
-
-
-class ReadAhead:
-    """Asks the system to read files, in their order, a little ahead of what is used: several requests at once keep a disk
-    busy, where a mapped file by itself waits for one page after the other."""
-
-    AHEAD = 512 << 20
-    STEP = 32 << 20
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._steps = ((file, at) for file in files for at in range(0, file.stat().st_size, self.STEP))
-        self._asked = self._used = 0
-
-    def note(self, size: int) -> None:
-        """So many bytes more are used now."""
-        self._used += size
-        while hasattr(os, "posix_fadvise") and self._asked < self._used + self.AHEAD:
-            file, at = next(self._steps, (None, 0))
-            if file is None:
-                return
-            with file.open("rb") as opened:
-                os.posix_fadvise(opened.fileno(), at, self.STEP, os.POSIX_FADV_WILLNEED)
-            self._asked += self.STEP
 
 
 class TorchFiles:

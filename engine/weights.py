@@ -41,7 +41,10 @@ def load_decoder(
     decoder = Decoder(spec, dtype, device, share).eval()
     where = str(source) if isinstance(source, Path) else "the checkpoint"
     fill = fill_all if checkpoint.dequantises else fill_each
-    extra = _fill(decoder, _shown(checkpoint, spec, progress), where, fill)
+    total = checkpoint.total_bytes
+    with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=not progress) as bar:
+        extra = _fill(decoder, checkpoint.tensors(spec), where, fill, lambda size: bar.update(min(size, total - bar.n)))
+        bar.update(total - bar.n)  # headers, what a text model doesn't use, and other ranks' shares
     _complain(where, "has, but the model doesn't use,", extra)
     decoder.pack(invariant=decoder.mesh.invariant)
     return decoder
@@ -79,8 +82,10 @@ def random_decoder(
     return decoder
 
 
-def _fill(decoder: Decoder, fillers: Iterable[Filler], where: str, fill: Fill) -> list[str]:
-    """Fill every place; the names of tensors that have none on any rank."""
+def _fill(
+    decoder: Decoder, fillers: Iterable[Filler], where: str, fill: Fill, note: Callable[[int], object]
+) -> list[str]:
+    """Fill every place, and `note` each filler's bytes; the names of tensors that have none on any rank."""
     places = dict(decoder.places())
     wholes = _wholes(decoder)
     waiting = {name: linear for linear, names in decoder.stacked() for name in names}
@@ -88,6 +93,7 @@ def _fill(decoder: Decoder, fillers: Iterable[Filler], where: str, fill: Fill) -
     extra: list[str] = []
     room = Room()
     for filler in fill(_placed(fillers, places, wholes, decoder.share, extra)):
+        note(filler.nbytes)
         linear = waiting.get(filler.name)
         if linear is not None:
             left[linear] -= 1
@@ -122,16 +128,6 @@ def _placed(
             raise ConfigError(f"{filler.original} has shape {list(filler.shape)}, config.json says {list(shape)}")
         if filler.name in places:
             yield filler, places.pop(filler.name), share.cut(filler.name)
-
-
-def _shown(checkpoint: Checkpoint, spec: Spec, progress: bool) -> Iterator[Filler]:
-    """The tensors, behind a bar with bytes per second."""
-    total = checkpoint.total_bytes
-    with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=not progress) as bar:
-        for filler in checkpoint.tensors(spec):
-            yield filler
-            bar.update(min(filler.nbytes, total - bar.n))
-        bar.update(total - bar.n)  # headers, and what a text model doesn't use
 
 
 def _complain(where: str, verb: str, names: list[str]) -> None:

@@ -1,0 +1,117 @@
+"""Stored tensors: what a checkpoint's files hold, read no sooner, and no more of it, than is wanted.
+
+What a rank wants of one is told by a view of `like`, which has the tensor's shape, strides and type, and no memory: taking fused
+tensors apart and cutting out a rank's slice are views, whose first and last number say where in the file they lie.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvasir.engine.dequantise import fp8_rows, mxfp4
+
+META = torch.device("meta")
+WILL_NEED = 3
+"""MADV_WILLNEED of Linux and macOS."""
+
+
+class Stored(Protocol):
+    """One tensor of the files."""
+
+    like: Tensor
+    """On no device."""
+    nbytes: int
+    """In the file."""
+
+    def read(self, view: Tensor) -> Tensor:
+        """The numbers of this view of `like`."""
+
+    def fetch(self, view: Tensor) -> None:
+        """Ask the system to read what `read` will, while something else is done."""
+
+
+class Mapped:
+    """One that lies in a mapped file as it is."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self.nbytes = tensor, tensor.nbytes
+        self.like = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=META)
+
+    def read(self, view: Tensor) -> Tensor:
+        return self._tensor.as_strided(
+            view.size(), view.stride(), self._tensor.storage_offset() + view.storage_offset()
+        )
+
+    def fetch(self, view: Tensor) -> None:
+        will_need(self.read(view))
+
+
+class Quantised:
+    """One that is turned into bfloat16: `rows(first, last)` makes so much of `whole`, of `stored` tensors with as many rows."""
+
+    def __init__(self, stored: Sequence[Tensor], whole: Tensor, rows: Callable[[int, int], Tensor]) -> None:
+        self._stored, self._rows, self.like = stored, rows, whole
+        self._width = whole.stride(0) if whole.dim() else 1
+        self.nbytes = sum(tensor.nbytes for tensor in stored)
+
+    def read(self, view: Tensor) -> Tensor:
+        first, last = self._span(view)
+        made = self._rows(first, last).contiguous()
+        start = view.storage_offset() - first * self._width
+        return made.as_strided(view.size(), view.stride(), made.storage_offset() + start)
+
+    def fetch(self, view: Tensor) -> None:
+        first, last = self._span(view)
+        for tensor in self._stored:
+            will_need(tensor[first:last] if tensor.dim() else tensor)
+
+    def _span(self, view: Tensor) -> tuple[int, int]:
+        """The rows between which it lies."""
+        begin = view.storage_offset()
+        return begin // self._width, (begin + _reach(view) - 1) // self._width + 1
+
+
+def fp8_tensor(name: str, weight: Tensor, scale: Tensor) -> Stored:
+    """Numbers of FP8 with their scales: see `dequantise.fp8`."""
+    whole = torch.empty(weight.shape, dtype=torch.bfloat16, device=META)
+    return Quantised([weight], whole, lambda first, last: fp8_rows(name, weight, scale, first, last))
+
+
+def mxfp4_tensor(name: str, blocks: Tensor, scales: Tensor) -> Stored:
+    """Experts' matrices in MXFP4, each transposed: see `dequantise.mxfp4`."""
+    shape = (*blocks.shape[:-2], 2 * blocks.shape[-2:].numel())
+    found = Quantised(
+        [blocks, scales],
+        torch.empty(shape, dtype=torch.bfloat16, device=META),
+        lambda first, last: mxfp4(name, blocks[first:last], scales[first:last]),
+    )
+    found.like = found.like.transpose(-1, -2)
+    return found
+
+
+def is_view(tensor: Tensor, of: Tensor) -> bool:
+    """Whether it has no memory of its own."""
+    return bool(tensor.untyped_storage()._cdata == of.untyped_storage()._cdata)
+
+
+def will_need(tensor: Tensor) -> None:
+    """Ask the system to read what is mapped here from its file: several requests at once keep a disk busy, where a mapped file by
+    itself waits for one page after the other."""
+    advise = getattr(ctypes.CDLL(None), "madvise", None)
+    if advise is None or not tensor.numel():
+        return
+    begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    size = tensor.data_ptr() + _reach(tensor) * tensor.itemsize - begin
+    advise(ctypes.c_void_p(begin), ctypes.c_size_t(size), WILL_NEED)  # it is advice: nothing depends on its success
+
+
+def _reach(tensor: Tensor) -> int:
+    """Numbers from its first to behind its last one in memory."""
+    steps = zip(tensor.size(), tensor.stride(), strict=True)
+    return 1 + sum((count - 1) * step for count, step in steps) if tensor.numel() else 0

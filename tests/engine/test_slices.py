@@ -1,0 +1,139 @@
+"""A rank reads its own part of a checkpoint: nothing of other stages and experts, of its own tensors no more than the cut."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kvasir.engine import stored
+from kvasir.engine.arch import load_spec
+from kvasir.engine.checkpoint import Part
+from kvasir.engine.dequantise import fp8, mxfp4
+from kvasir.engine.mesh import Mesh, Place
+from kvasir.engine.share import Cut, share_of
+from kvasir.engine.stored import Mapped, Stored, fp8_tensor, mxfp4_tensor
+from kvasir.engine.weights import load_decoder, weight_bytes
+
+CPU = torch.device("cpu")
+Checkpoint = Callable[..., tuple[Path, Any]]
+MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2}
+
+
+def fp8_cases() -> list[tuple[Stored, torch.Tensor]]:
+    """With a scale for squares, for rows, and for all."""
+    weight = torch.randn(300, 200).to(torch.float8_e4m3fn)
+    scales = torch.rand(3, 2) + 0.5, torch.rand(300, 1), torch.rand(1)
+    return [(fp8_tensor("w", weight, scale), fp8("w", weight, scale)) for scale in scales]
+
+
+def mxfp4_case() -> tuple[Stored, torch.Tensor]:
+    blocks = torch.randint(0, 256, (5, 7, 2, 16), dtype=torch.uint8)
+    scales = torch.randint(120, 130, (5, 7, 2), dtype=torch.uint8)
+    return mxfp4_tensor("w", blocks, scales), mxfp4("w", blocks, scales).transpose(-1, -2)
+
+
+@pytest.mark.parametrize(("one", "whole"), [*fp8_cases(), mxfp4_case()])
+def test_any_cut_of_what_is_quantised(one: Stored, whole: torch.Tensor) -> None:
+    assert tuple(one.like.shape) == tuple(whole.shape)
+    rng = random.Random(0)
+    for _ in range(40):
+        dim = rng.randrange(whole.dim())
+        start, stop = sorted(rng.sample(range(whole.shape[dim] + 1), 2))
+        cut = Cut(dim, range(start, stop))
+        place = torch.empty_like(whole.narrow(dim, start, stop - start))
+        part = Part("w", "w", one, one.like, 0)
+        part.fetch(cut)
+        part.copy_to(place, cut)
+        assert torch.equal(place, whole.narrow(dim, start, stop - start))
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "dealt", "read"),
+    [(1, 2, False, [1, 1]), (2, 1, True, [1, 1]), (2, 1, False, [2, 2]), (2, 2, True, [0.5] * 4)],
+    ids=["stages", "whole experts", "slices", "both"],
+)
+def test_nothing_is_dequantised_for_others(
+    tp: int, pp: int, dealt: bool, read: list[float], checkpoint: Checkpoint, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Of experts in FP8, as many as half of them; a slice of columns is cut out of all rows, one of rows is read alone."""
+    source = checkpoint("Mixtral", **MIXTURE)[0]
+    config = json.loads((source / "config.json").read_text())
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if ".experts." in name and tensors[name].dim() == 2]:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.full((1, 1), 0.5)
+    save_file(tensors, tmp_path / "model.safetensors")
+    asked: list[int] = []
+    plain = stored.fp8_rows
+
+    def noted(name: str, weight: torch.Tensor, scale: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        asked.append((last - first) * weight.shape[1])
+        return plain(name, weight, scale, first, last)
+
+    monkeypatch.setattr(stored, "fp8_rows", noted)
+    spec = load_spec(config)
+    everything = sum(t.numel() for t in tensors.values() if t.dtype == torch.float8_e4m3fn)
+    for rank, share in enumerate(read):
+        asked.clear()
+        own = share_of(spec, Mesh(Place(tp, pp, rank)), expert_parallel=dealt)
+        load_decoder(tmp_path, spec, dtype=torch.float32, device=CPU, share=own)
+        halves = everything / 2
+        assert sum(asked) == pytest.approx(share * halves if share < 2 else 2 / 3 * everything, rel=0.02)
+
+
+@pytest.mark.parametrize("case", ["Llama", "Phi3", "GPT2"])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 2), (2, 1), (2, 2)])
+def test_no_more_is_read_than_a_rank_holds(
+    case: str, tp: int, pp: int, checkpoint: Checkpoint, monkeypatch: Any
+) -> None:
+    """And asked of the disk before."""
+    changes = {"Phi3": {"pad_token_id": 0}, "GPT2": {"n_embd": 64, "n_head": 4, "n_layer": 3, "n_positions": 256}}
+    folder, _ = checkpoint(case, **changes.get(case, {}))
+    read: list[int] = []
+    asked: list[int] = []
+    plain = Mapped.read
+
+    def noted(self: Mapped, view: torch.Tensor) -> torch.Tensor:
+        read.append(view.nbytes)
+        return plain(self, view)
+
+    monkeypatch.setattr(Mapped, "fetch", lambda self, view: asked.append(view.nbytes))
+    monkeypatch.setattr(Mapped, "read", noted)
+    spec = load_spec(json.loads((folder / "config.json").read_text()))
+    for rank in range(tp * pp):
+        read.clear()
+        asked.clear()
+        own = share_of(spec, Mesh(Place(tp, pp, rank)))
+        load_decoder(folder, spec, dtype=torch.float32, device=CPU, share=own)
+        held = weight_bytes(spec, torch.float32, torch.device("meta"), own)
+        assert sum(read) == sum(asked) == held
+
+
+def test_what_is_asked_for_is_what_lies_there(monkeypatch: Any) -> None:
+    """Whole pages around it."""
+    calls: list[tuple[int, int, int]] = []
+
+    class System:
+        def madvise(self, begin: Any, size: Any, what: int) -> int:
+            calls.append((begin.value, size.value, what))
+            return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: System())
+    memory = torch.zeros(100, 1000)
+    mapped = Mapped(memory)
+    mapped.fetch(mapped.like[20:50, 10:20])
+    ((begin, size, what),) = calls
+    first, last = memory[20, 10].data_ptr(), memory[49, 19].data_ptr() + 4
+    assert (what, begin % mmap.PAGESIZE, begin + size) == (stored.WILL_NEED, 0, last)
+    assert first - mmap.PAGESIZE < begin <= first
+    mapped.fetch(mapped.like[:0])
+    assert len(calls) == 1
