@@ -163,6 +163,11 @@ class Hub:
                 raise RankError(f"{names} has been {doing} for {late:.0f} s, and is waited for no longer: {BUSY}")
             log.warning("%s has been %s for %.0f s: %s", names, doing, late, BUSY)
 
+    def check(self) -> None:
+        """Raises the group's failure, if it has failed."""
+        if self.failure is not None:
+            raise self.failure
+
     def welcome(self, rank: int, said: Mapping[str, Any]) -> None:
         """Tell one rank its place, and where the board is."""
         peer = self._peers[rank]

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from kvasir.engine.codec import decode_result, encode_step
 from kvasir.engine.config import EngineConfig
-from kvasir.engine.control import Hub
+from kvasir.engine.control import Hub, RankError
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.errors import ConfigError, UnavailableError
 from kvasir.engine.exchange import Exchange
@@ -26,6 +26,7 @@ from kvasir.engine.outcome import Outcome
 from kvasir.engine.processes import Processes
 from kvasir.engine.processors import Processors
 from kvasir.engine.rank import Rank
+from kvasir.engine.reach import UnreachableError, check_reach
 from kvasir.engine.remote_grammars import RemoteGrammars
 from kvasir.engine.step import Result, Step
 from kvasir.engine.tiers import Tiers
@@ -369,6 +370,10 @@ def _meet(config: EngineConfig, hub: Hub, own_gpus: bool) -> Mesh:
         said = {name: getattr(place, name) for name in ("tp", "pp", "local_ranks", "device_index")}
         hub.welcome(place.rank, {"place": said, "store": [hub.host, port]})
     device, one_shot = resolve_device(config, found[0].device_index), not config.disable_custom_all_reduce
+    try:
+        check_reach(store, found[0], hub.host, timeout, going=hub.check)
+    except UnreachableError as error:
+        raise RankError(str(error)) from error
     return join(found[0], store, device, hub.host, timeout, hub.token, one_shot=one_shot)
 
 

@@ -57,7 +57,8 @@ def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
     from kvasir.engine.frames import FETCHED, encode_tickets
     from kvasir.engine.load import load
     from kvasir.engine.memory import resolve_device
-    from kvasir.engine.mesh import Place, join, reach_store
+    from kvasir.engine.mesh import Place, join
+    from kvasir.engine.reach import check_reach, meeting_place
     from kvasir.engine.remote_grammars import GrammarServer
 
     spoke.send("awake")  # its libraries are here: from now on others may wait for it
@@ -66,7 +67,8 @@ def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
     said = json.loads(content)
     place = Place(rank=number, **said["place"])
     host, port = said["store"]
-    store = reach_store(host, port, place.size, config.collective_timeout)
+    store = meeting_place(host, port, place.size, config.collective_timeout)
+    check_reach(store, place, spoke.host, config.collective_timeout)
     device = resolve_device(config, place.device_index)
     one_shot = not config.disable_custom_all_reduce
     mesh = join(place, store, device, spoke.host, config.collective_timeout, token, one_shot=one_shot)
@@ -127,7 +129,10 @@ def json_of(config: EngineConfig) -> dict[str, Any]:
 def _explained(error: BaseException, config: EngineConfig) -> dict[str, Any]:
     """`final`: the configuration is to blame. An exchange that ended late is another rank's fault, not of a line of ours."""
     from kvasir.engine.executor import hangs
+    from kvasir.engine.reach import UnreachableError
 
+    if isinstance(error, UnreachableError):
+        return {"why": str(error), "final": False}
     if isinstance(error, KvasirError):
         return {"why": error.message, "final": True, "param": error.param}
     if isinstance(error, RuntimeError) and "imed out" in str(error) and "--collective-timeout" not in str(error):

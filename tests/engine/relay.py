@@ -1,7 +1,7 @@
 """A bad cable: hands packets from one TUN device to another, late, and loses some. `python relay.py DEVICE DEVICE`.
 
-Commands come line by line on the standard input: `bad SECONDS SHARE` (delay one way, share of packets lost) and `cut`. Each is
-answered with `ok`.
+Commands come line by line on the standard input: `bad SECONDS SHARE` (delay one way, share of packets lost), `only PORT` (a
+firewall: of TCP over IPv4 what goes to or from this port) and `cut`. Each is answered with `ok`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,18 @@ def opened(name: str) -> int:
     return device
 
 
+def ports(packet: bytes) -> tuple[int, ...]:
+    """Of TCP over IPv4; else none."""
+    if packet[0] >> 4 != 4 or packet[9] != 6:
+        return ()
+    found: tuple[int, int] = struct.unpack_from("!HH", packet, 4 * (packet[0] & 15))
+    return found
+
+
 def main() -> None:
     ends = [opened(name) for name in sys.argv[1:3]]
     other = {ends[0]: ends[1], ends[1]: ends[0]}
-    delay, loss, cut = 0.0, 0.0, False
+    delay, loss, cut, only = 0.0, 0.0, False, 0
     due: list[tuple[float, int, int, bytes]] = []
     number, rng = 0, random.Random(0)
     print("ok", flush=True)
@@ -40,12 +48,16 @@ def main() -> None:
                     return
                 if words[0] == b"cut":
                     cut = True
+                elif words[0] == b"only":
+                    only = int(words[1])
                 else:
                     delay, loss = float(words[1]), float(words[2])
                 print("ok", flush=True)
                 continue
             packet = os.read(ready, 65536)
             number += 1
+            if only and only not in ports(packet):
+                continue
             if not cut and rng.random() >= loss:
                 heapq.heappush(due, (time.monotonic() + delay, number, other[ready], packet))
         while due and due[0][0] <= time.monotonic():

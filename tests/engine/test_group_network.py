@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -90,6 +91,31 @@ found["tokens"] = {name: tokens(name) for name in events}
 found["messages"] = [events[name][-1].message for name in streams]
 print(json.dumps(found), flush=True)
 engine.shutdown()
+"""
+
+
+FENCED = """
+import json, subprocess, sys, time
+from kvasir.engine.config import EngineConfig
+from kvasir.engine.control import Hub, RankError
+from kvasir.engine.executor import GroupExecutor
+from kvasir.engine.worker import json_of
+
+said = json.loads(sys.argv[1])
+config = EngineConfig(**said["config"])
+hub = Hub("10.77.0.1", config.ranks)
+print("only", hub.address.rpartition(":")[2], flush=True)
+assert sys.stdin.readline() == "ok\\n"
+other = subprocess.Popen(["ip", "netns", "exec", said["there"], sys.executable, "-m", "kvasir.engine.worker"],
+                         stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+with other.stdin as pipe:
+    message = {"config": json_of(config), "address": hub.address, "token": hub.token, "rank": 1}
+    pipe.write(json.dumps(message).encode())
+try:
+    GroupExecutor(config, hub, lambda: None, own_gpus=False)
+except RankError as error:
+    print(json.dumps(str(error)), flush=True)
+other.wait(100)
 """
 
 
@@ -213,3 +239,21 @@ def test_a_cable_between_ranks(
     for name in "abc":
         assert found["tokens"][name] == wanted[: len(found["tokens"][name])]
     assert all(words in message for message in found["messages"] for words in ENDINGS[end])
+
+
+def test_a_firewall_that_lets_one_port_through(cable: Cable, data: Callable[[str], Path], tmp_path: Path) -> None:
+    """It is told at the start which rank can't reach which, and by what port, though it has said hello."""
+    config = {"model": str(data("model-stories260k/hf")), "num_threads": 1, "tensor_parallel_size": 2}
+    (here, _, _), (there, _, _) = ENDS
+    with subprocess.Popen(
+        ["ip", "netns", "exec", here, sys.executable, "-c", FENCED, json.dumps({"config": config, "there": there})],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+    ) as rank0:  # fmt: skip
+        assert rank0.stdin is not None
+        assert rank0.stdout is not None
+        cable(rank0.stdout.readline().strip())
+        told, errors = rank0.communicate("ok\n", timeout=300)
+    assert rank0.returncode == 0, errors[-3000:]
+    text = json.loads(told)
+    assert re.match(r"rank 1 \(pid \d+ on 10.77.0.2\) failed: it can't reach rank 0 on 10.77.0.1 by port \d+", text)
+    assert "a firewall between their nodes" in text
