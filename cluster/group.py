@@ -28,7 +28,7 @@ from kvasir.cluster.unplaced import placed
 from kvasir.cluster.wire import Endpoint
 from kvasir.engine.config import EngineConfig, Role
 from kvasir.engine.errors import ConfigError
-from kvasir.engine.processes import stopped
+from kvasir.engine.processes import Exit, stopped
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,8 @@ class Group:
         self._drain_s = setup.drain_timeout_s
         self._role: Role = "both"
         self._processes: list[tuple[str, int]] = []
+        self._exit = Exit(0)
+        """Of rank 0's process."""
         self._followers: dict[int, Any] = {}
         self._runs: dict[int, Any] = {}
         self._watcher: asyncio.Task[None] | None = None
@@ -145,12 +147,13 @@ class Group:
         self._rank = actor.options(**self._options, **on_bundle(0)).remote(*self._arguments)
         try:
             self._processes = [await self._started(0, self._rank)]
+            self._exit = Exit(self._processes[0][1])
             failure = await self._start_followers() if spread(self._config) else None
             result = failure or await self._rank.start.remote()
             if not isinstance(result, Failure):
                 await self._rank.set_role.remote(self._role)
         except Exception as error:  # whatever it is: they are started again, and nobody else would do that
-            result = _failure(error)
+            result = self._failure(error)
         if isinstance(result, Failure):
             self._kill()
             return result
@@ -196,6 +199,7 @@ class Group:
                 there = NodeAffinitySchedulingStrategy(node, soft=False)
                 ray.remote(_kill_stopped).options(num_cpus=0, scheduling_strategy=there).remote(pid)
         self._processes = []
+        self._exit.close()
         for run in self._runs.values():
             run.cancel()
         self._followers, self._runs = {}, {}
@@ -235,7 +239,17 @@ class Group:
         try:
             return run.result()
         except Exception as error:  # whatever it is
-            return _failure(error)
+            return self._failure(error)
+
+    def _failure(self, error: Exception) -> Failure:
+        """What went wrong with a rank's process, or on the way to it."""
+        if isinstance(error, RayActorError):
+            ended = self._exit.text()
+            return Failure(f"its process ended: {ended}" if ended else _died(error))
+        if isinstance(error, UnstartedError):
+            return Failure(str(error))
+        log.error("the coordinator failed", exc_info=error)
+        return Failure(f"{type(error).__name__}: {error}", logged=True)
 
     async def _restart(self, failure: Failure | None) -> None:
         """Until the ranks serve again."""
@@ -275,16 +289,6 @@ def _kill_stopped(pid: int) -> None:
     if stopped(pid, "Tt"):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-def _failure(error: Exception) -> Failure:
-    """What went wrong with a rank's process, or on the way to it."""
-    if isinstance(error, RayActorError):
-        return Failure(_died(error))
-    if isinstance(error, UnstartedError):
-        return Failure(str(error))
-    log.error("the coordinator failed", exc_info=error)
-    return Failure(f"{type(error).__name__}: {error}", logged=True)
 
 
 def _died(error: RayActorError) -> str:

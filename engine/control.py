@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from kvasir.engine.board import Poster
@@ -36,7 +37,7 @@ from kvasir.engine.frames import (
     send,
     tune,
 )
-from kvasir.engine.processes import stopped
+from kvasir.engine.processes import Exit, stopped
 from kvasir.engine.stranger import HELLO_S, Stranger, StrangerError
 
 MORE_STRANGERS = 32
@@ -81,6 +82,8 @@ class Peer:
     """Where it lends blocks to other groups; empty: it can't."""
     reads: bool = False  # steps from the board
     failed: bool = False  # and has said why, before its process ends
+    exit: Exit | None = None
+    """Of its process, if that is on this node and somebody else's to wait for."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} (pid {self.pid} on {self.host})"
@@ -89,8 +92,8 @@ class Peer:
 class Hub:
     """Rank 0's end. `failure` is set once, when the group can't go on.
 
-    ended(rank): how the process of a rank that is gone ended, in words, or None when that isn't known yet. None: nobody here
-    ever knows.
+    ended(rank): how the process of a rank that is gone ended, in words, or None when that isn't known yet. None: they aren't
+    children of anybody here, and the system is asked.
     """
 
     def __init__(self, host: str, size: int, *, ended: Callable[[int], str | None] | None = None) -> None:
@@ -260,6 +263,8 @@ class Hub:
         finally:
             for peer in self._peers.values():
                 peer.connection.close()
+                if peer.exit is not None:
+                    peer.exit.close()
             for stranger in self._strangers:
                 stranger.connection.close()
             self._selector.close()
@@ -314,6 +319,8 @@ class Hub:
         self._strangers.remove(stranger)
         tune(stranger.connection)
         peer = Peer(said.rank, stranger.host, said.pid, stranger.connection)
+        if self._ended is None and peer.host == self.host:
+            peer.exit = Exit(peer.pid)
         self._selector.modify(stranger.connection, selectors.EVENT_READ, peer)
         with self._changed:
             self._peers[peer.rank] = peer
@@ -388,8 +395,13 @@ class Hub:
         if self._suspect is not None and peer.failed:
             self._fail(RankError(self._suspect[1]))
             return
+        ask: Callable[[], str | None] | None = None
+        if self._ended is not None:
+            ask = partial(self._ended, peer.rank)
+        elif peer.exit is not None and peer.exit.known:
+            ask = peer.exit.text
         ended, deadline = None, time.monotonic() + VERDICT_S  # its parent reaps it a little later
-        while self._ended is not None and (ended := self._ended(peer.rank)) is None and time.monotonic() < deadline:
+        while ask is not None and (ended := ask()) is None and time.monotonic() < deadline:
             time.sleep(0.01)
         self._fail(RankError(f"{peer} died: {ended or how}"))
 

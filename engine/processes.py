@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.worker import json_of
+
+PIDFD_INFO = struct.Struct("<Q52xi")
+"""Of struct pidfd_info (<linux/pidfd.h>), what is wanted or known, and exit_code."""
+PIDFD_GET_INFO, PIDFD_INFO_EXIT = 0xC000FF0B | PIDFD_INFO.size << 16, 1 << 3
 
 
 class Processes:
@@ -35,9 +41,7 @@ class Processes:
         """How its process ended; None while it runs."""
         process = self._running.get(rank)
         code = process.poll() if process is not None else None
-        if code is None:
-            return None
-        return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+        return None if code is None else _said(code)
 
     def kill(self) -> None:
         """End them at once, those that stand still too, and wait for them."""
@@ -45,6 +49,48 @@ class Processes:
             process.kill()
         for process in self._running.values():
             process.wait()
+
+
+class Exit:
+    """How a process of this node ends that needn't be a child of this one: of a file descriptor of it Linux tells since 6.15, once
+    its parent has asked."""
+
+    def __init__(self, pid: int) -> None:
+        self._file: int | None = None
+        try:
+            self._file = os.pidfd_open(pid)
+            self._info()
+        except (OSError, AttributeError):  # it is gone already; the system is older, or another
+            self.close()
+
+    @property
+    def known(self) -> bool:
+        """The system will say."""
+        return self._file is not None
+
+    def text(self) -> str | None:
+        """In words; None: it runs, or it isn't known."""
+        if self._file is None:
+            return None
+        mask, status = self._info()
+        return _said(os.waitstatus_to_exitcode(status)) if mask & PIDFD_INFO_EXIT else None
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _info(self) -> tuple[int, int]:
+        """(what is known, the status that wait gives)"""
+        info = bytearray(PIDFD_INFO.size)
+        PIDFD_INFO.pack_into(info, 0, PIDFD_INFO_EXIT, 0)
+        fcntl.ioctl(self._file or 0, PIDFD_GET_INFO, info)
+        mask, status = PIDFD_INFO.unpack(info)
+        return mask, status
+
+
+def _said(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
 def _has_file(stream: object) -> bool:

@@ -13,6 +13,7 @@ from waiting import until_async
 from kvasir.cluster import group
 from kvasir.cluster.rank_actor import Failure
 from kvasir.engine.config import EngineConfig
+from kvasir.engine.processes import Exit
 
 
 class Group(group.Group):
@@ -22,7 +23,7 @@ class Group(group.Group):
         self = object.__new__(cls)
         self._name, self._config, self._role = "m", EngineConfig(), "both"
         self._options, self._arguments, self._processes = {}, (), [("node", 0)]
-        self._followers, self._runs = {}, {}
+        self._followers, self._runs, self._exit = {}, {}, Exit(0)
         self._rank, self._endpoint, self._why, self._failed_starts = ranks, "first", "", 0
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
         return self
@@ -72,6 +73,21 @@ def test_whatever_fails_ranks_are_started_again(monkeypatch, call, error):
         coordinator = Group(actors)
         await until_async(lambda: coordinator._endpoint == "second" and not coordinator._failed_starts)
         await coordinator.check_health()
+        coordinator._watcher.cancel()
+
+    asyncio.run(main())
+
+
+def test_how_rank_0_ended_is_told(monkeypatch):
+    """Where the system says so: it isn't the coordinator's child."""
+    actors = ranks(monkeypatch, run=[RayActorError()])
+    monkeypatch.setattr(group, "Exit", lambda _: SimpleNamespace(text=lambda: "killed by SIGSEGV", close=lambda: None))
+
+    async def main():
+        coordinator = Group(actors)
+        coordinator._exit = group.Exit(7)
+        await until_async(lambda: coordinator._endpoint == "second")
+        assert coordinator._why.endswith("it ended: its process ended: killed by SIGSEGV")
         coordinator._watcher.cancel()
 
     asyncio.run(main())

@@ -1,0 +1,68 @@
+"""How a process ended that isn't a child: Linux 6.15 and later say so."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+from waiting import until
+
+from kvasir.engine.control import Hub
+from kvasir.engine.processes import Exit
+from kvasir.engine.spoke import Spoke
+
+
+@pytest.fixture
+def process() -> Iterator[int]:
+    """Of a shell that waits for it, and of nobody else."""
+    with subprocess.Popen(["sh", "-c", "sleep 600 & echo $!; wait"], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        yield pid
+        parent.kill()
+
+
+def test_who_killed_it(process: int) -> None:
+    found = Exit(process)
+    assert found.text() is None
+    os.kill(process, signal.SIGKILL)
+    if not found.known or not until(lambda: not os.path.exists(f"/proc/{process}")) or found.text() is None:
+        pytest.skip("this system doesn't say")
+    assert found.text() == "killed by SIGKILL"
+    found.close()
+    assert (found.known, found.text()) == (False, None)
+
+
+def test_its_code() -> None:
+    with subprocess.Popen(["sh", "-c", "read line; exit 7"], stdin=subprocess.PIPE) as child:
+        found = Exit(child.pid)
+    if found.known and (text := found.text()) is not None:
+        assert text == "exit code 7"
+    found.close()
+
+
+def test_nobody_is_there() -> None:
+    with subprocess.Popen(["true"]) as child:
+        pass
+    assert not Exit(child.pid).known
+
+
+def test_a_rank_that_is_nobody_s_child_here(process: int) -> None:
+    """As Ray's actors are."""
+    known = Exit(process)
+    hub = Hub("127.0.0.1", 2)
+    spoke = Spoke(hub.address, hub.token, 1, process, gone=lambda: None)
+    try:
+        hub.meet(20)
+        os.kill(process, signal.SIGKILL)
+        until(lambda: not os.path.exists(f"/proc/{process}"))
+        spoke.close()
+        failure = until(lambda: hub.failure)
+        how = known.text() or "its connection was closed"
+        assert str(failure) == f"rank 1 (pid {process} on 127.0.0.1) died: {how}"
+    finally:
+        hub.close()
+        known.close()
