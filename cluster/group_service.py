@@ -116,6 +116,12 @@ class GroupService:
         port = self._server.sockets[0].getsockname()[1]
         return Endpoint(authority(host, port), self._incarnation, self._token)
 
+    @property
+    def failure(self) -> BaseException | None:
+        """Why gateways hear no more of load and blocks: they would take the group for dead, and nobody else would."""
+        ended = (reporter for reporter in self._reporters if reporter.done() and not reporter.cancelled())
+        return next((reporter.exception() for reporter in ended), None)
+
     def set_role(self, role: Role) -> None:
         """What the group is for, as gateways are told at once."""
         self._role = role

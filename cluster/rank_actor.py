@@ -139,7 +139,7 @@ class RankActor:
             return _failure(error)
 
     async def run(self) -> Failure:
-        """Returns when the engine has failed or hangs; the process has to be replaced then."""
+        """Returns when the engine, or who reports of it, has failed or hangs; the process has to be replaced then."""
         lost: float | None = None
         while self._engine.failure is None:
             await asyncio.sleep(WATCH_PERIOD_S)
@@ -147,6 +147,8 @@ class RankActor:
                 lost = lost or time.monotonic()
                 if time.monotonic() - lost > ECHO_S:
                     return Failure(str(self._hub.failure))
+            if (error := self._service.failure) is not None:
+                return Failure(explain(error), logged=True)
             if time.monotonic() - self._engine.heartbeat > wire.STALL_S:
                 return Failure(f"the step loop made no turn for {wire.STALL_S:.0f} s")
         return Failure(explain(self._engine.failure), logged=True)

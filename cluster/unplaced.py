@@ -64,7 +64,9 @@ async def placed(name: str, *, look_s: float = LOOK_S, note_s: float = NOTE_S, l
     what is missing. UnstartedError after `limit_s`."""
     group = ray.util.get_current_placement_group()
     begin = noted = time.monotonic()
-    while group is not None and (now := ray.util.placement_group_table(group))["state"] != "CREATED":
+    while group is not None and (now := ray.util.placement_group_table(group)).get("state") != "CREATED":
+        if not now:
+            raise UnstartedError(f"the placement group of {name!r} is gone: its replica is being ended")
         await asyncio.sleep(look_s)
         late = time.monotonic() - begin
         text = f"Ray hasn't placed the ranks of {name!r} again for {late:.0f} s"
@@ -92,6 +94,10 @@ def lacking(bundles: Sequence[Resources], nodes: Sequence[Node]) -> str | None:
         return None
     asked = f"Ray has no place for {wanted} bundle{'s' * (wanted > 1)} of {_said(bundle)}, each of which has to be on one node"
     there = _listed(nodes, [*bundle])
+    without = [{**node.free, "CPU": node.free.get("CPU", 0.0) + GATEWAY_CPUS} for node in nodes]
+    if sum(holds(free, bundle) for free in without) >= wanted:
+        gateway = f"What is missing is the {GATEWAY_CPUS:g} CPU that a gateway has of a node"
+        return f"{asked}: {there}. {gateway}: start it with a CPU more (`ray start --num-cpus`), add nodes; or {STEPS}"
     if sum(holds(node.total, bundle) for node in nodes) >= wanted:
         return f"{asked}: {there}. Nodes are large enough, and what else runs there has what is missing: end it, or add nodes"
     smaller = _smaller(bundles, nodes)

@@ -15,8 +15,10 @@ import pytest
 import ray
 
 from kvasir.cluster import application, group, rank_actor
+from kvasir.cluster.group_service import GroupService
 from kvasir.cluster.rank_actor import Failure, FollowerActor, RankActor, RankSetup
 from kvasir.cluster.rank_start import UnstartedError, started
+from kvasir.cluster.telemetry import Tracing
 from kvasir.cluster.wire import Endpoint
 from kvasir.engine import interfaces
 from kvasir.engine.config import EngineConfig
@@ -183,7 +185,26 @@ def test_a_rank_that_an_exchange_holds_is_replaced():
     actor = RankActor(EngineConfig(model="stories"), RankSetup())
     actor._hub = SimpleNamespace(failure=RankError("rank 1 was stopped"))
     actor._engine = SimpleNamespace(failure=None, heartbeat=time.monotonic())
+    actor._service = SimpleNamespace(failure=None)
     assert "rank 1 was stopped" in asyncio.run(asyncio.wait_for(actor.run(), 60)).why
+
+
+def test_a_group_of_which_gateways_hear_nothing_any_more_is_replaced():
+    """Whatever ended who reports of it."""
+    actor = RankActor(EngineConfig(model="stories"), RankSetup())
+
+    async def main():
+        engine = SimpleNamespace(failure=None, heartbeat=time.monotonic(), listen=lambda _: None, stats=lambda: 1 / 0)
+        actor._engine, actor._service = engine, GroupService(Tracing())
+        await actor._service.start(engine, "127.0.0.1")
+        try:
+            return await asyncio.wait_for(actor.run(), 60)
+        finally:
+            await actor._service.stop()
+
+    failure = asyncio.run(main())
+    assert failure.logged
+    assert failure.why.startswith("ZeroDivisionError: division by zero (at test_rank_start.py:")
 
 
 def test_what_steers_nccl_reaches_every_rank(monkeypatch):

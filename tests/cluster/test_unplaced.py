@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -46,8 +47,11 @@ def group(*bundles, state="PENDING", name=NAME, where=()):
 
 
 def nodes(*counts):
-    """(has, free)"""
-    return [Node(f"10.0.0.{at}", gpus(has), gpus(free)) for at, (has, free) in enumerate(counts)]
+    """(has, free), of CPUs and of GPUs, but that a gateway may have a part of a CPU"""
+    return [
+        Node(f"10.0.0.{at}", gpus(has), gpus(free) | {"GPU": float(math.ceil(free))})
+        for at, (has, free) in enumerate(counts)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -62,6 +66,11 @@ def nodes(*counts):
         ((8,), [(4, 4)], "Add nodes; or lower --tensor-parallel-size, or spread a group over more stages"),
         ((6,), [(5, 5), (1, 1)], "room for bundles of 1 CPU and 1 GPU"),
         ((1, 1), [], "there is no node. Add nodes"),
+        (
+            (8,),
+            [(8, 7.9), (4, 4)],
+            "What is missing is the 0.1 CPU that a gateway has of a node: start it with a CPU more",
+        ),
     ],
 )
 def test_what_is_missing_is_said(wanted, there, says):
@@ -173,3 +182,10 @@ def test_bundles_of_a_lost_node_are_waited_for(cluster, monkeypatch, caplog):
         UnstartedError, match="is waited for no longer: Ray has no place for 1 bundle of 4 CPU and 4 GPU"
     ):
         asyncio.run(unplaced.placed("m", look_s=0.001, limit_s=0.01))
+
+
+def test_a_placement_group_that_is_gone_is_told(monkeypatch):
+    monkeypatch.setattr(ray.util, "get_current_placement_group", lambda: "0")
+    monkeypatch.setattr(ray.util, "placement_group_table", lambda one: {})
+    with pytest.raises(UnstartedError, match="the placement group of 'm' is gone"):
+        asyncio.run(unplaced.placed("m", look_s=0.001))
