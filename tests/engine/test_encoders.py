@@ -75,8 +75,19 @@ def test_hidden_states_equal(case: str, encoder: Callable[..., tuple[Decoder, An
         assert (got - want).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize(("tp", "pp", "dealt"), [(2, 1, False), (1, 2, False), (2, 2, False), (2, 2, True)])
+OWN_LAYOUT = {"llama-bidirectional", "qwen2-bidirectional", "qwen3-bidirectional", "bert-relu"}
+"""Which differ from another case by nothing that ranks would notice."""
+
+
+@pytest.mark.parametrize(
+    ("case", "tp", "pp", "dealt"),
+    [
+        *(("bert", *layout) for layout in [(2, 1, False), (1, 2, False), (2, 2, True)]),
+        *((case, 2, 2, False) for case in CASES if case not in OWN_LAYOUT),
+    ],
+)
 def test_hidden_states_equal_on_ranks(
+    case: str,
     tp: int,
     pp: int,
     dealt: bool,
@@ -87,8 +98,9 @@ def test_hidden_states_equal_on_ranks(
 ) -> None:
     """Rows dealt out between the ranks of a stage, or not."""
     monkeypatch.setattr(rows, "dealing_wins", lambda mesh, *_: dealt)
-    folder, model = checkpoint("Bert", auto="AutoModel")
-    spec = load_spec(json.loads((folder / "config.json").read_text()))
+    family, changes = CASES[case]
+    folder, model = checkpoint(family, auto="AutoModel", **changes)
+    spec = load_spec(json.loads((folder / "config.json").read_text()) | changes)
     prompts = [list(range(3, 3 + n)) for n in (30, 1, 12)]
 
     def work(mesh: Mesh) -> list[torch.Tensor]:

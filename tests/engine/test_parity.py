@@ -241,6 +241,29 @@ def test_logits_equal_on_many_ranks(case: str, built: Built, in_chunks: Any, on_
             assert got.argmax(-1).tolist() == want.argmax(-1).tolist(), "greedy tokens"
 
 
+@pytest.mark.parametrize("case", IN_EVERY_LAYOUT)
+def test_logits_equal_over_the_process_group_alone(case: str, built: Built, in_chunks: Any, on_ranks: Any) -> None:
+    """As GPUs exchange everything but small sums: neither memory of the node's nor connections of our own, but gloo in the place
+    of NCCL."""
+    folder, model = built(case)
+    spec = load_spec(json.loads((folder / "config.json").read_text()))
+    rng = random.Random(case)
+    prompts = [[rng.randrange(97) for _ in range(n)] for n in (40, 1, 33)]
+    with torch.no_grad():
+        wanted = [model(torch.tensor([prompt])).logits[0] for prompt in prompts]
+
+    def logits(mesh: Mesh) -> list[torch.Tensor]:
+        mesh.one_shot = mesh.links = mesh.inward = mesh.onward = None
+        share = share_of(spec, mesh, expert_parallel=spec.experts is not None)
+        decoder = load_decoder(folder, spec, dtype=torch.float32, device=CPU, share=share)
+        found: list[torch.Tensor] = in_chunks(decoder, prompts, 16, seed=3)
+        return found
+
+    for got, want in zip(on_ranks(2, 2, logits)[2], wanted, strict=True):
+        assert (got - want).abs().max() <= TOLERANCE
+        assert got.argmax(-1).tolist() == want.argmax(-1).tolist(), "greedy tokens"
+
+
 DEALT = ("llama", "qwen3", "gemma3", "mixtral", "deepseek-v2", "opt-350m", "falcon-11b", "cohere-plus")
 """Every placement of norms, every kind of attention and mixture."""
 

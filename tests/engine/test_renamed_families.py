@@ -20,8 +20,10 @@ from torch import Tensor
 from kvasir.engine.arch import load_spec
 from kvasir.engine.cache import KVCache
 from kvasir.engine.decoder import Decoder
+from kvasir.engine.mesh import Mesh
 from kvasir.engine.rope import stretched_turning, turning
-from kvasir.engine.spec import Rope
+from kvasir.engine.share import share_of
+from kvasir.engine.spec import Rope, Spec
 from kvasir.engine.weights import load_decoder
 
 CPU = torch.device("cpu")
@@ -29,10 +31,14 @@ PROMPTS = [[random.Random(n).randrange(3, 97) for _ in range(n)] for n in (70, 1
 Tensors = dict[str, Tensor]
 
 
-def loaded(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Decoder:
+def written(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Spec:
     (folder / "config.json").write_text(json.dumps(config))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    return load_decoder(folder, load_spec(config), dtype=torch.float32, device=CPU)
+    return load_spec(config)
+
+
+def loaded(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> Decoder:
+    return load_decoder(folder, written(folder, config, tensors), dtype=torch.float32, device=CPU)
 
 
 def config_of(folder: Path, model_type: str, architecture: str, **changes: Any) -> dict[str, Any]:
@@ -146,6 +152,33 @@ def test_equals_its_relative(
         assert (got - want).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("family", RELATIVES)
+def test_equals_its_relative_on_ranks(
+    family: str, checkpoint: Callable[..., tuple[Path, Any]], tmp_path: Path, in_chunks: Any, on_ranks: Any
+) -> None:
+    rename, relative, changes = RELATIVES[family]
+    folder, model = checkpoint(relative, **changes)
+    with torch.no_grad():
+        wanted = [model(torch.tensor([prompt])).logits[0] for prompt in PROMPTS]
+    compare(on_ranks(3, 2, shares(tmp_path, written(tmp_path, *rename(folder)), in_chunks))[3], wanted)
+
+
+def shares(folder: Path, spec: Spec, in_chunks: Any) -> Callable[[Mesh], list[Tensor]]:
+    """What a rank of a mesh computes of the prompts."""
+
+    def work(mesh: Mesh) -> list[Tensor]:
+        decoder = load_decoder(folder, spec, dtype=torch.float32, device=CPU, share=share_of(spec, mesh))
+        found: list[Tensor] = in_chunks(decoder, PROMPTS, 3, seed=1)
+        return found
+
+    return work
+
+
+def compare(found: list[Tensor], wanted: list[Tensor]) -> None:
+    for got, want in zip(found, wanted, strict=True):
+        assert (got - want).abs().max() <= 1e-4
+
+
 def test_qwen_beyond_its_training(tmp_path: Path, in_chunks: Any, checkpoint: Callable[..., tuple[Path, Any]]) -> None:
     """From position `seq_length` on queries grow as log_seq_length(position + 1): sharper scores, nothing else."""
     folder, model = checkpoint("Qwen2", num_key_value_heads=4)
@@ -236,7 +269,7 @@ def phi_small(w: Tensors, ids: list[int]) -> Tensor:
     return x @ w["model.embed_tokens.weight"].T / 8.0
 
 
-def test_phi3_small(tmp_path: Path, in_chunks: Any) -> None:
+def test_phi3_small(tmp_path: Path, in_chunks: Any, on_ranks: Any) -> None:
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (97, 64)}
     for i in range(4):
         linears = {"self_attn.query_key_value": (128, 64), "self_attn.dense": (64, 64), "mlp.up_proj": (96, 64)}
@@ -246,9 +279,9 @@ def test_phi3_small(tmp_path: Path, in_chunks: Any) -> None:
             shapes |= {f"model.layers.{i}.{name}.{kind}": (64,) for kind in ("weight", "bias")}
     shapes |= {f"model.final_layernorm.{kind}": (64,) for kind in ("weight", "bias")}
     tensors = random_tensors(shapes)
-    decoder = loaded(tmp_path, PHI, tensors)
-    for prompt, got in zip(PROMPTS, in_chunks(decoder, PROMPTS, 3, seed=1), strict=True):
-        assert (got - phi_small(tensors, prompt)).abs().max() <= 1e-4
+    wanted = [phi_small(tensors, prompt) for prompt in PROMPTS]
+    compare(in_chunks(loaded(tmp_path, PHI, tensors), PROMPTS, 3, seed=1), wanted)
+    compare(on_ranks(3, 2, shares(tmp_path, load_spec(PHI), in_chunks))[3], wanted)
 
 
 JINA = {
