@@ -15,7 +15,7 @@ import os
 import statistics
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from kvasir.engine.codec import encode_step
@@ -87,14 +87,19 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 3], help="besides rank 0")
     parser.add_argument("--count", type=int, default=2000)
     args = parser.parse_args()
+    report(args.ranks, args.count)
+
+
+def report(others: Sequence[int], count: int) -> None:
+    """A line for each number of other ranks, and each way."""
     slices = [Slice(seat, 1000, 1, True) for seat in range(256)]
     frame = encode_step(Step(1, slices=slices), [Result(0, list(range(256)))])
     print(f"{len(frame)} bytes, {len(frame) / 256:.1f} per sequence; microseconds until the last rank has them")
-    for ranks in args.ranks:
+    for ranks in others:
         ways = ("shared memory", reached(ranks, shared=True)), ("connections", reached(ranks, shared=False))
         for name, opened in ways:
             with opened as way:
-                median, late = measure(way, frame, args.count)
+                median, late = measure(way, frame, count)
             print(f"{ranks} rank(s)  {name:<24}{median:>8.0f} median {late:>8.0f} p99", flush=True)
 
 

@@ -1,4 +1,5 @@
-"""Ranks in parallel: what a step costs on each layout, what is exchanged, and what `kvasir plan --gpu cpu` says beforehand.
+"""Ranks in parallel: what a step costs on each layout, what is exchanged, and what `kvasir plan --gpu cpu` says beforehand; before
+that, how soon a step's message reaches the other ranks of a node, and its size (`messages.py`).
 
     python benchmarks/parallel.py 125M 1B                       random weights in these shapes
     python benchmarks/parallel.py /models/Llama --layouts 2x2
@@ -7,9 +8,9 @@ Every layout runs with one thread per rank, so that two ranks on two cores compa
 time over that of one rank alone on one core, per unit of work. Cores share the memory's bandwidth, so `machine` is what is
 lost before ranks have exchanged anything: the time of one rank alone while as many processes as the layout has ranks do the
 same, each for itself, over its time while they don't. `own` is the first over the second: what the layout itself costs.
-`busy` is the CPU time of each rank's busiest thread over the
-time, without what other work on the machine made it wait for a core; ranks of a stage wait for each other awake. `plan` is
-predicted from speeds that are measured right after the layout ran.
+`busy` is the CPU time of each rank's busiest thread over the time, without what other work on the machine made it wait for a
+core; ranks of a stage wait for each other awake. `kB/token` is what rank 0 puts into exchanges, `theory` the same by ring sums,
+as `kvasir plan` has it. `plan` is predicted from speeds that are measured right after the layout ran.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 from checkpoint import COMMON, SHAPES
+from messages import report
 
 from kvasir.engine.arch import load_spec
 from kvasir.engine.config import EngineConfig
@@ -37,7 +39,7 @@ from kvasir.engine.cpu_device import cpu_device
 from kvasir.engine.llm import LLM
 from kvasir.engine.mesh import Place
 from kvasir.engine.model_files import ModelFiles
-from kvasir.engine.parallel_plan import Plan, plan
+from kvasir.engine.parallel_plan import Plan, bytes_sent, plan
 from kvasir.engine.request import SamplingParams
 
 KV_BYTES = 1 << 28
@@ -58,7 +60,9 @@ class Row:
     calls: float
     """Exchanges of rank 0 per step."""
     sent: float
-    """Bytes that rank 0 put into them per step."""
+    """Bytes that rank 0 put into them per token."""
+    theory: float
+    """The same by theory."""
     planned: float
     """Seconds that the plan predicts."""
     crowded: dict[int, float] = field(default_factory=dict)
@@ -75,6 +79,8 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
+    print("a step's message to the other ranks of a node:")
+    report([1, 3], 2000)
     rows = []
     heads = (
         ("ms", 9),
@@ -83,7 +89,8 @@ def main() -> None:
         ("own", 6),
         ("busy", 12),
         ("calls", 7),
-        ("MB sent", 9),
+        ("kB/token", 10),
+        ("theory", 8),
         ("plan ms", 9),
         ("of it", 7),
     )
@@ -112,8 +119,8 @@ def show(model: str, found: list[Row]) -> None:
         busy = " ".join(f"{share:.0%}" for share in row.busy)
         print(
             f"{model:<10}{row.tp}x{row.pp:<5}{row.load:<13}{row.seconds * 1e3:>9.1f}{work:>8.2f}{machine:>9.2f}"
-            f"{work / machine:>6.2f}{busy:>12}{row.calls:>7.0f}{row.sent / 1e6:>9.3f}{row.planned * 1e3:>9.1f}"
-            f"{row.planned / row.seconds:>7.2f}",
+            f"{work / machine:>6.2f}{busy:>12}{row.calls:>7.0f}{row.sent / 1e3:>10.1f}{row.theory / 1e3:>8.1f}"
+            f"{row.planned * 1e3:>9.1f}{row.planned / row.seconds:>7.2f}",
             flush=True,
         )
 
@@ -141,7 +148,8 @@ def measure(model: dict[str, Any], tp: int, pp: int, sizes: list[int], args: arg
         executor: Any = llm.engine._executor
         hub = getattr(executor, "_hub", None)
         pids = [os.getpid(), *(hub._peers[rank].pid for rank in range(1, tp * pp))]
-        traffic = executor.loaded.decoder.mesh.traffic
+        share = executor.loaded.decoder.share
+        traffic = share.mesh.traffic
 
         def timed(count: int, length: int, new: int) -> tuple[float, list[float], float, float]:
             traffic.calls, traffic.bytes = 0, 0.0
@@ -157,8 +165,10 @@ def measure(model: dict[str, Any], tp: int, pp: int, sizes: list[int], args: arg
         timed(1, 16, 2)
         for name, load in loads.items():
             seconds, busy, calls, sent = median(load)
-            new = load[2]
-            found.append(Row(tp, pp, name, seconds / new, busy, calls / new, sent / new, float("nan")))
+            count, length, new = load
+            rows = count * (length + new - 1)  # a stream's last token is no row
+            theory = bytes_sent(share, 2)
+            found.append(Row(tp, pp, name, seconds / new, busy, calls / new, sent / rows, theory, float("nan")))
         for size in sizes if tp * pp == 1 else ():
             with others(options, size - 1) as begin:
                 for row, load in zip(found, loads.values(), strict=True):

@@ -371,13 +371,14 @@ def _sums(share: Share) -> int:
 
 
 def _traffic(held: Sequence[Share], itemsize: int) -> float:
-    """Of the rank that sends most: by ring sums 2 (n - 1) / n of a row, twice per layer and once for the embedding; a row
-    per stage border; and its part of the logits to the rank that samples."""
-    tp, full = held[0].mesh.place.tp, held[0].full
+    """Of the rank that sends most."""
+    return max(bytes_sent(share, itemsize) for share in held)
+
+
+def bytes_sent(share: Share, itemsize: int) -> float:
+    """For each row of a step: by ring sums 2 (n - 1) / n of a row, twice per layer and once for the embedding; a row per stage
+    border; and the rank's part of the logits, if another one samples."""
+    place, full = share.mesh.place, share.full
     row = full.hidden * itemsize
-
-    def sent(share: Share) -> float:
-        logits = full.vocab / tp * itemsize if share.last and tp > 1 and full.lm_head else 0
-        return _sums(share) * 2 * (tp - 1) / tp * row + (not share.last) * row + logits
-
-    return max(map(sent, held))
+    logits = full.vocab / place.tp * itemsize if share.last and place.tp_rank and full.lm_head else 0
+    return _sums(share) * 2 * (place.tp - 1) / place.tp * row + (not share.last) * row + logits
