@@ -93,7 +93,6 @@ print(json.dumps(found), flush=True)
 engine.shutdown()
 """
 
-
 FENCED = """
 import json, subprocess, sys, time
 from kvasir.engine.config import EngineConfig
@@ -241,19 +240,19 @@ def test_a_cable_between_ranks(
     assert all(words in message for message in found["messages"] for words in ENDINGS[end])
 
 
-def test_a_firewall_that_lets_one_port_through(cable: Cable, data: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_firewall_that_lets_one_port_through(data: Callable[[str], Path], tmp_path: Path) -> None:
     """It is told at the start which rank can't reach which, and by what port, though it has said hello."""
     config = {"model": str(data("model-stories260k/hf")), "num_threads": 1, "tensor_parallel_size": 2}
-    (here, _, _), (there, _, _) = ENDS
-    with subprocess.Popen(
-        ["ip", "netns", "exec", here, sys.executable, "-c", FENCED, json.dumps({"config": config, "there": there})],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-    ) as rank0:  # fmt: skip
-        assert rank0.stdin is not None
-        assert rank0.stdout is not None
-        cable(rank0.stdout.readline().strip())
-        told, errors = rank0.communicate("ok\n", timeout=300)
+    with cable(len(CASES)) as (told, here, there):
+        said = json.dumps({"config": config, "there": there})
+        with subprocess.Popen(
+            ["ip", "netns", "exec", here, sys.executable, "-c", FENCED, said],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        ) as rank0:  # fmt: skip
+            assert rank0.stdout is not None
+            told(rank0.stdout.readline().strip())
+            answer, errors = rank0.communicate("ok\n", timeout=300)
     assert rank0.returncode == 0, errors[-3000:]
-    text = json.loads(told)
+    text = json.loads(answer)
     assert re.match(r"rank 1 \(pid \d+ on 10.77.0.2\) failed: it can't reach rank 0 on 10.77.0.1 by port \d+", text)
     assert "a firewall between their nodes" in text

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cancelling import cancelled
 
 from kvasir.engine import load as loading
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import ConfigError, UnsupportedError
-from kvasir.engine.event import Event
 from kvasir.engine.executor import GroupExecutor, executor_of, places
 from kvasir.engine.llm import LLM
 from kvasir.engine.mesh import Mesh
-from kvasir.engine.request import Request, SamplingParams, StructuredOutput
+from kvasir.engine.request import SamplingParams, StructuredOutput
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2)]
 GREEDY = SamplingParams(temperature=0, max_tokens=120, ignore_eos=True)
@@ -126,91 +125,9 @@ def test_preempted_and_cancelled(group: LLM, alone: LLM) -> None:
     wanted = alone.generate(prompts, sampling, use_tqdm=False)
     assert [o.outputs[0].token_ids for o in ours] == [o.outputs[0].token_ids for o in wanted]
     assert group.engine.stats().preemptions > before
-    _cancelled(group)
+    cancelled(group)
     assert list(group.engine.pool.check()) == []
     assert group.engine.pool.num_used == 0
-
-
-def _cancelled(llm: LLM) -> None:
-    ended: list[Event] = []
-    done = threading.Event()
-    deliver = llm.engine._deliver
-
-    def take(events: Any) -> None:
-        ended.extend(event for event in events if type(event).__name__ == "Finished")
-        if len(ended) == 6:
-            done.set()
-
-    llm.engine._deliver = take
-    try:
-        for i in range(6):
-            sampling = SamplingParams(temperature=0, max_tokens=100 if i % 2 else 20, ignore_eos=True)
-            llm.engine.submit(Request(request_id=f"c{i}", prompt_token_ids=[1, 2, 3 + i], sampling=sampling))
-        for i in (1, 3, 5):
-            llm.engine.abort(f"c{i}")
-        assert done.wait(60)
-    finally:
-        llm.engine._deliver = deliver
-    assert sorted(event.reason for event in ended) == ["abort"] * 3 + ["length"] * 3  # type: ignore[union-attr]
-
-
-LATENT = {
-    "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
-    "num_key_value_heads": 4, "n_routed_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
-    "n_shared_experts": 2, "first_k_dense_replace": 1,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("family", "facts", "pp"),
-    [("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}, 1), ("DeepseekV2", LATENT, 2)],
-)
-def test_experts_dealt_out_whole(checkpoint: Any, family: str, facts: dict[str, Any], pp: int) -> None:
-    """--enable-expert-parallel: each of the two ranks of a stage has two or three of five experts, and the tokens are those of
-    one rank: of chunked prompts with a common beginning, branches, mixed sampling, preempted and cancelled ones."""
-    folder, _ = checkpoint(family, vocab_size=97, **facts)
-    options: dict[str, Any] = {
-        "dtype": "float32", "skip_tokenizer_init": True, "num_threads": 1, "max_model_len": 112, "block_size": 8,
-        "max_num_batched_tokens": 24,
-    }  # fmt: skip
-    prompts = [[5, 6, 7], list(range(3, 60)), [9], *([3 + i] * 30 for i in range(5))]
-    params = [
-        SamplingParams(temperature=0, max_tokens=24, ignore_eos=True),
-        SamplingParams(temperature=1.0, seed=1, n=4, max_tokens=20, ignore_eos=True),
-        SamplingParams(
-            temperature=0.8, seed=2, top_k=5, top_p=0.9, repetition_penalty=1.3, max_tokens=24, ignore_eos=True
-        ),
-    ]
-    mixed = [params[i % 3] for i in range(len(prompts))]
-    with LLM(str(folder), **options, kv_cache_memory_bytes=1 << 22) as alone:
-        wanted = alone.generate(prompts, mixed, use_tqdm=False)
-    ranks = {"tensor_parallel_size": 2, "pipeline_parallel_size": pp, "enable_expert_parallel": True}
-    with LLM(str(folder), **options, **ranks, kv_cache_memory_bytes=60_000) as llm:
-        found = llm.generate(prompts, mixed, use_tqdm=False)
-        assert llm.engine.stats().preemptions > 0
-        again = [llm.generate(prompts[1:2], params[1], use_tqdm=False)[0] for _ in range(2)][1]
-        assert (again.num_cached_tokens or 0) >= 40
-        found[1] = again
-        _cancelled(llm)
-        assert list(llm.engine.pool.check()) == []
-    for got, want in zip(found, wanted, strict=True):
-        assert [each.token_ids for each in got.outputs] == [each.token_ids for each in want.outputs]
-
-
-def test_vectors(checkpoint: Any) -> None:
-    """An encoder over two stages of two ranks."""
-    folder, _ = checkpoint("Bert", auto="AutoModel", vocab_size=97, num_key_value_heads=None)
-    options: dict[str, Any] = {"dtype": "float32", "skip_tokenizer_init": True, "num_threads": 1}
-    prompts = [[5, 6, 7], [8] * 30, [9]]
-    alone = LLM(str(folder), **options).embed(prompts, use_tqdm=False)
-    llm = LLM(str(folder), **options, tensor_parallel_size=2, pipeline_parallel_size=2)
-    try:
-        found = llm.embed(prompts, use_tqdm=False)
-    finally:
-        llm.shutdown()
-    for got, want in zip(found, alone, strict=True):
-        pairs = zip(got.outputs.embedding, want.outputs.embedding, strict=True)
-        assert max(abs(a - b) for a, b in pairs) < 1e-5
 
 
 def test_a_fault_of_the_configuration_is_told_as_one(stories: dict[str, Any], tmp_path: Path) -> None:
