@@ -79,8 +79,7 @@ class EngineConfig:
     models that it can run), or the definition (plain: slow). auto: what was measured to be the fastest on such a GPU, or the
     default of the device. `kvasir doctor` shows what there is, and what was measured."""
     enforce_eager: bool = False
-    """Launch every step kernel by kernel, without CUDA graphs. So do models on several stages, and those that transformers'
-    own code runs."""
+    """Launch every step kernel by kernel, without CUDA graphs. So do models that transformers' own code runs."""
     max_cudagraph_capture_size: int | None = None
     """Most sequences in a decoding step that is recorded as a CUDA graph; default: --max-num-seqs, up to 512."""
     max_seq_len_to_capture: int | None = None

@@ -136,11 +136,33 @@ class Decoder(nn.Module):
         attention.attend_by(backend, self.device, self.modules(), deterministic=self.mesh.invariant)
         self.attention_backend, self._stack = backend, None
 
+    @torch.inference_mode()
     def forward(self, tokens: Tensor, ragged: Ragged, cache: KVCache, rows: Tensor) -> Tensor | None:
         """tokens[T] int64, rows[R] int64 -> float32 logits[R, V] of those rows, None on a stage that isn't the last; keys
         and values go into the cache."""
-        x = self.hidden(tokens, ragged, cache, rows)
-        return self.logits(x) if self.share.last else None
+        return self.handed_on(self.part(tokens, ragged, cache, rows, self.received(len(tokens))))
+
+    def received(self, rows: int) -> Tensor | None:
+        """What the stage before hands on of a step of so many rows: those of x[T, M] that this rank keeps. The first stage
+        gets nothing."""
+        if self.share.first:
+            return None
+        count = rows_of(self.mesh, rows, self.spec.hidden).count()
+        return self.mesh.receive(count, self.spec.hidden, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def part(self, tokens: Tensor, ragged: Ragged, cache: KVCache, rows: Tensor, x: Tensor | None) -> Tensor:
+        """What this stage makes of the x that it `received`: logits of those rows in the last one, else what it hands on.
+        Nothing is exchanged with other stages here."""
+        x = self._through(tokens, ragged, cache, rows, x)
+        return self.logits(x) if self.share.last else x
+
+    def handed_on(self, x: Tensor) -> Tensor | None:
+        """What `part` made goes to the next stage; in the last one it is the result."""
+        if self.share.last:
+            return x
+        self.mesh.send(x)
+        return None
 
     @torch.inference_mode()
     def hidden(
@@ -155,11 +177,24 @@ class Decoder(nn.Module):
 
         A stage that isn't the last hands its own [T, M] on to the next, and the result means nothing.
         """
+        x = self._through(tokens, ragged, cache, rows, self.received(len(tokens)), token_types)
+        if not self.share.last:
+            self.mesh.send(x)
+        return x
+
+    def _through(
+        self,
+        tokens: Tensor,
+        ragged: Ragged,
+        cache: KVCache,
+        rows: Tensor | None,
+        x: Tensor | None,
+        token_types: Tensor | None = None,
+    ) -> Tensor:
+        """This stage's layers, behind the embedding in the first one."""
         held = rows_of(self.mesh, len(tokens), self.spec.hidden)
-        if self.share.first:
+        if x is None:
             x = held.own(self._embedded(tokens, ragged, token_types))
-        else:
-            x = self.mesh.receive(held.count(), self.spec.hidden, self.dtype, self.device)
         positional = self._positional(ragged, x.dtype)
         layers = self.share.layers
         y, done = None, 0
@@ -172,10 +207,7 @@ class Decoder(nn.Module):
                 held = WholeRows(self.mesh, len(tokens))
             x, y = block(x, y, positional, ragged.group(cache.group_of[i]), cache.layer(i), chosen, held)
         x, h = joined(self.norm, x, y, self.spec.residual_scale)
-        if not self.share.last:
-            self.mesh.send(x)
-            return h
-        return held.spread(h)
+        return held.spread(h) if self.share.last else x
 
     def _stacked(
         self, x: Tensor, positional: Positional, ragged: Ragged, cache: KVCache, rows: Tensor | None

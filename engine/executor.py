@@ -39,7 +39,7 @@ ABORT_S = 1.0
 
 class Executor(Protocol):
     """`launch` steps, and `collect` their results in the same order. At most `depth` are executed at once: a step begins when
-    the result of the `depth`-th before it is known. Launching more costs nobody any time."""
+    the `depth`-th before it is over. Launching more costs nobody any time."""
 
     loaded: Loaded
     depth: int
@@ -238,9 +238,10 @@ class GroupExecutor:
         _apart(self._mesh.close)
 
     def _execute(self, step: Step) -> Outcome | None:
-        """What the lane does. Others whose devices don't get what was sampled hear it before they get a step that follows it."""
+        """What the lane does. Others hear what was sampled where it is known; before they get a step that follows it, if it
+        doesn't reach the device of those who need it."""
         news: list[Result] = []
-        while not self.rank.promises and (self._unknown == self.depth or not self._arrived.empty()):
+        while (not self.rank.lags and self._unknown == self.depth) or not self._arrived.empty():
             news.append(self._learn(self._arrived.get()))
         self._hub.step(encode_step(step, news))
         self._unknown += 1

@@ -3,6 +3,7 @@
 A step of T rows, one for each sequence, takes the next larger size. What fills it up repeats the shortest sequence, row for row:
 it writes what is written anyway, and nobody reads its logits. Sizes are captured one by one, while no request waits or after
 steps that could have used them: the server answers first. Tensor-parallel ranks do so in the same steps, all of them or none.
+Stages do so each for itself: what they hand on to each other isn't recorded, and has as many rows as the step.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar, Union
 
 import numpy as np
@@ -23,6 +25,8 @@ from torch import Tensor
 from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.decoder import Decoder
+from kvasir.engine.rows import dealing_wins
+from kvasir.engine.share import Share
 from kvasir.kernels.attention import attention
 from kvasir.kernels.moe import stacked_experts
 from kvasir.kernels.ragged import Ragged
@@ -49,6 +53,16 @@ class Capture(Protocol):
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]: ...
 
 
+class Stage(Protocol):
+    """A `Decoder`, as far as it is used here."""
+
+    share: Share
+
+    def received(self, rows: int) -> Tensor | None: ...
+    def part(self, tokens: Tensor, ragged: Ragged, cache: KVCache, rows: Tensor, x: Tensor | None) -> Tensor: ...
+    def handed_on(self, x: Tensor) -> Tensor | None: ...
+
+
 def sizes_of(max_num_seqs: int, most: int | None = None) -> list[int]:
     """1, 2, 4, 8 and on in steps of 8, of 16 from 64 on, of 32 from 256 on; the last is `most` or what is served at once."""
     top = min(max_num_seqs, most or MOST_ROWS)
@@ -61,28 +75,26 @@ def graphs_of(config: EngineConfig, decoder: Decoder | Fallback, cache: KVCache,
     if config.enforce_eager or decoder.device.type != "cuda":
         return decoder
 
-    def agree(yes: bool) -> bool:
-        return decoder.mesh.least(yes) == [1]
-
-    obstacle = unrecordable(decoder)
-    decoder.mesh.assemble()  # memory of a tier may have taken one longer than another
-    if not agree(not obstacle):
+    obstacle, mesh = unrecordable(decoder), decoder.mesh
+    mesh.assemble()  # memory of a tier may have taken one longer than another
+    if not mesh.stage_agrees(not obstacle) or not isinstance(decoder, Decoder):
         why = obstacle or "another rank has none"
         logger.info("no CUDA graphs: %s; every kernel of a step is launched by Python", why)
         return decoder
     sizes = sizes_of(config.max_num_seqs, config.max_cudagraph_capture_size)
+    if mesh.place.pp > 1:  # a stage without the recording would hand on other rows
+        sizes = [size for size in sizes if not dealing_wins(mesh, size, decoder.spec.hidden)]
     longest = min(max_model_len, config.max_seq_len_to_capture or max_model_len)
-    device, apart = decoder.device, decoder.mesh.apart
-    return Graphs(decoder, cache, sizes, longest, CudaCapture(device), lambda: free_bytes(device), agree, apart)
+    device = decoder.device
+    free = partial(free_bytes, device)
+    return Graphs(decoder, cache, sizes, longest, CudaCapture(device), free, mesh.stage_agrees, mesh.apart)
 
 
 def unrecordable(decoder: Decoder | Fallback) -> str:
     """Why its steps can't be recorded; empty: they can."""
-    device, stages = decoder.device.type, decoder.mesh.place.pp
+    device = decoder.device.type
     if not isinstance(decoder, Decoder):
         return "the model runs by transformers' own code"
-    if stages > 1:
-        return f"the model is on {stages} stages, whose exchanges aren't recorded"
     chosen = decoder.attention_backend
     if (attention.choices(device)[0] if chosen == "auto" else chosen) == "plain":
         return "attention by its definition waits for the device"
@@ -135,18 +147,20 @@ class Static:
     rows: Tensor
     """[size] int64: all of them."""
     ragged: Ragged
+    x: Tensor | None
+    """[size, M] from the stage before."""
     replay: Replay
-    logits: Tensor
-    """[size, V]"""
+    found: Tensor
+    """[size, V], or [size, M] for the next stage."""
 
 
 class Graphs:
-    """Calls the decoder; where a recording fits, it is replayed. agree: whether it is so on every rank; apart: meanwhile this one
-    computes without the others."""
+    """Calls the decoder; where a recording fits, it is replayed. agree: whether it is so on every rank of this stage; apart:
+    meanwhile this one computes without the others."""
 
     def __init__(
         self,
-        decoder: Forward,
+        decoder: Stage,
         cache: KVCache,
         sizes: list[int],
         longest: int,
@@ -160,27 +174,31 @@ class Graphs:
         self._decoder, self._cache, self._capture = decoder, cache, capture
         self._free, self._agree, self._apart = free, agree, apart
         self._stopped = False
-        self._logits: Tensor | None = None
+        self._found: Tensor | None = None
         """[largest size, V] for all sizes, of which one is replayed at a time: for each alone they would take a gigabyte."""
-        self._row: tuple[Tensor, Ragged] | None = None
+        self._row: tuple[Tensor, Ragged, Tensor | None] | None = None
         """One row of the last step: to compute it again changes nothing as long as nothing else is."""
 
     def __call__(self, tokens: Tensor, ragged: Ragged, cache: KVCache, rows: Tensor) -> Tensor | None:
         """As the decoder: float32 logits[R, V], here valid until the next call."""
-        size = self._size(tokens, ragged, cache, rows)
+        size, x = self._size(tokens, ragged, cache, rows), self._decoder.received(len(tokens))
         static = None if size is None else self.captured.get(size)
         if size is not None and self._lacks:
             at = shortest(ragged)
-            self._row = tokens[at : at + 1], row_of(ragged, at)
+            self._row = tokens[at : at + 1], row_of(ragged, at), None if x is None else x[at : at + 1]
         if size is None or static is None:
-            logits = self._decoder(tokens, ragged, cache, rows)
+            found = self._decoder.handed_on(self._decoder.part(tokens, ragged, cache, rows, x))
             if size is not None and not self._stopped:
-                self._record(size, tokens, ragged)
-            return logits
+                self._record(size, tokens, ragged, x)
+            return found
         fill(static.tokens, tokens, pad := shortest(ragged))
         fill_ragged(static.ragged, ragged, pad)
+        if static.x is not None and x is not None:
+            fill(static.x, x, pad)
         static.replay()
-        return static.logits[: len(tokens)]
+        found = static.found[: len(tokens)]
+        # on its way to the next stage it isn't to be overwritten by the next step
+        return self._decoder.handed_on(found if self._decoder.share.last else found.clone())
 
     def _size(self, tokens: Tensor, ragged: Ragged, cache: KVCache, rows: Tensor) -> int | None:
         """The size for a step of single rows whose logits are all wanted."""
@@ -209,15 +227,17 @@ class Graphs:
         if (size := self.lacking) is not None and self._row is not None:
             self._record(size, *self._row)
 
-    def _record(self, size: int, tokens: Tensor, ragged: Ragged) -> None:
+    def _record(self, size: int, tokens: Tensor, ragged: Ragged, x: Tensor | None) -> None:
         """Of the step that has just run: running it again changes nothing."""
         if not self._agree(self._free() >= LEAST_FREE_BYTES):
             self._stop(f"less than {LEAST_FREE_BYTES >> 20} MiB are free on the device")
             return
-        ready, why = attempt(lambda: self._rehearsed(size, tokens, ragged))
+        ready, why = attempt(lambda: self._rehearsed(size, tokens, ragged, x))
         if not self._agree(ready is not None) or ready is None:
             every = torch.arange(len(tokens), device=tokens.device)
-            self._decoder(tokens, ragged, self._cache, every)  # the keys and values of those who rehearsed were wrong
+            self._decoder.part(
+                tokens, ragged, self._cache, every, x
+            )  # the keys and values of those who rehearsed were wrong
             self._stop(why or "another rank has no room for this size")
             return
         run, buffers = ready
@@ -229,8 +249,8 @@ class Graphs:
         logger.info("captured a CUDA graph of %d rows (%d of %d)", size, len(self.captured), len(self.sizes))
 
     def _rehearsed(
-        self, size: int, tokens: Tensor, ragged: Ragged
-    ) -> tuple[Callable[[], Tensor], tuple[Tensor, Tensor, Ragged]]:
+        self, size: int, tokens: Tensor, ragged: Ragged, x: Tensor | None
+    ) -> tuple[Callable[[], Tensor], tuple[Tensor, Tensor, Ragged, Tensor | None]]:
         """(what is to be recorded, the buffers that it reads: see `Static`). It has run without the other ranks: one that runs out
         of memory in the middle would let them wait for its part of a sum."""
         pad = shortest(ragged)
@@ -240,19 +260,21 @@ class Graphs:
         held = static_ragged(ragged, size, self.longest, -(-self.longest // block_size))
         fill_ragged(held, ragged, pad)
         rows = torch.arange(size, device=tokens.device)
+        x_in = None
+        if x is not None:
+            fill(x_in := x.new_empty(size, x.shape[1]), x, pad)
 
         def run() -> Tensor:
             for part in (held, *held.others):
                 part.plans.clear()  # of the step before
-            logits = self._decoder(tokens_in, held, self._cache, rows)
-            assert logits is not None, "graphs are for ranks that have all layers"
-            if self._logits is None:  # nothing is recorded yet
-                self._logits = logits.new_empty(self.sizes[-1], logits.shape[1])
-            return self._logits[:size].copy_(logits)
+            found = self._decoder.part(tokens_in, held, self._cache, rows, x_in)
+            if self._found is None:  # nothing is recorded yet
+                self._found = found.new_empty(self.sizes[-1], found.shape[1])
+            return self._found[:size].copy_(found)
 
         with self._apart():
             self._capture.rehearse(run)
-        return run, (tokens_in, rows, held)
+        return run, (tokens_in, rows, held, x_in)
 
     def _stop(self, why: str) -> None:
         self._stopped = True

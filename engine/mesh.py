@@ -76,8 +76,10 @@ log = logging.getLogger(__name__)
 ALONE = Place()
 c10d: Any = torch.distributed  # most of what is used of it has no types
 SENDING = 4
-"""Hidden states on their way to the next stage, of which it may not have taken the first: then this one waits, or memory
-would fill up."""
+"""Tensors on their way to another stage, of which it may not have taken the first: then this one waits, or memory would fill
+up."""
+LAGGING = ("cuda",)
+"""Types of devices on which what is sampled lies until the next step begins; on a CPU the host has it at once."""
 
 
 @dataclass
@@ -142,14 +144,15 @@ class Mesh:
         onward: HandOver | None = None,
         store: Any = None,
         patience: Patience | None = None,
+        back: Any = None,
     ) -> None:
         self.place, self.links, self.device, self.one_shot = place, links, device, one_shot
         self.patience = patience
         """With this rank's device, whose kernels wait for other ranks'; None: there are none."""
         self.inward, self.onward = inward, onward
         """From the stage before and to the next one, on this node."""
-        self.world, self.tensor = world, tensor
-        """torch's ProcessGroups of all ranks, and of those of this stage."""
+        self.world, self.tensor, self.back = world, tensor, back
+        """torch's ProcessGroups of all ranks, of those of this stage, and of those of the first one with the rank that samples."""
         self.invariant = False
         """Whatever it costs, a row's sums and products have the same bits whatever rows are beside it (--deterministic)."""
         self.assemble: Callable[[], None] = lambda: None
@@ -250,9 +253,22 @@ class Mesh:
         if self.onward is not None and self.onward.takes(x):
             self.onward.give(x)
             return
+        self._make_room()
+        self._sending.append((self.world.send([x], self.place.rank + self.place.tp, 0), x))
+
+    def _make_room(self) -> None:
         while len(self._sending) >= SENDING:
             self._sending.popleft()[0].wait()
-        self._sending.append((self.world.send([x], self.place.rank + self.place.tp, 0), x))
+
+    def bring_back(self, x: Tensor) -> Any:
+        """What was sampled, x[R], from where that is into x on every rank of the first stage, while all go on: whoever reads it
+        `wait`s for what this gives. A group of its own, so that it waits for no hidden states."""
+        self.traffic.note(x, self.place.samples)
+        self._make_room()
+        work = self.back.broadcast(x, self.place.tp)
+        if self.place.samples:
+            self._sending.append((work, x))
+        return work
 
     def receive(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """x[T, M] that the stage before sent."""
@@ -266,23 +282,30 @@ class Mesh:
     @contextmanager
     def apart(self) -> Iterator[None]:
         """Meanwhile this rank computes without the others: what its exchanges give means nothing, and is finite."""
-        kept = self.world, self.tensor, self.links, self.one_shot, self.inward, self.onward
+        kept = self.world, self.tensor, self.back, self.links, self.one_shot, self.inward, self.onward
         if self.place.size > 1:
-            self.world = self.tensor = Nobody()
+            self.world = self.tensor = self.back = Nobody()
             self.links = self.one_shot = self.inward = self.onward = None
         try:
             yield
         finally:
-            self.world, self.tensor, self.links, self.one_shot, self.inward, self.onward = kept
+            self.world, self.tensor, self.back, self.links, self.one_shot, self.inward, self.onward = kept
 
     def least(self, *values: int) -> list[int]:
         """The least that any rank says, value by value."""
+        return self._least(self.world, *values)
+
+    def stage_agrees(self, yes: bool) -> bool:
+        """Whether every rank of this stage says so."""
+        return self._least(self.tensor, yes) == [1]
+
+    def _least(self, group: Any, *values: int) -> list[int]:
         found = torch.tensor(values, dtype=torch.int64)
-        if self.world is not None:
+        if group is not None:
             options = c10d.AllreduceOptions()
             options.reduceOp = c10d.ReduceOp.MIN
             found = found.to(self.device)
-            self.world.allreduce([found], options).wait()
+            group.allreduce([found], options).wait()
         return Copy(found, self.patience).values
 
     def tally(self, name: str, more: int = 0) -> int:
@@ -299,7 +322,7 @@ class Mesh:
         waits for those does."""
         if self.patience is not None:
             self.patience.end()
-        for group in (self.inward, self.onward, self.links, self.tensor, self.world):
+        for group in (self.inward, self.onward, self.links, self.tensor, self.back, self.world):
             if group is not None:
                 group.abort()
 
@@ -340,8 +363,24 @@ def join(
     cpu, ends = device.type == "cpu", partial(neighbour, store, place, host, timeout_s)
     inward = ends(gives=False) if cpu and not place.first else None
     onward = ends(gives=True) if cpu and not place.last else None
+    back = None
+    if place.pp > 1 and device.type in LAGGING and (place.first or place.samples):
+        number = place.rank if place.first else place.tp
+        back = process_group(c10d.PrefixStore("back", store), number, place.tp + 1, device, host, timeout_s)
+        # NCCL connects them at the first exchange, in which all would have to be at once
+        back.broadcast(torch.zeros(1, device=device), place.tp).wait()
     return Mesh(
-        place, world, tensor, links, device, direct if one_shot else None, inward, onward, store, Patience(timeout_s)
+        place,
+        world,
+        tensor,
+        links,
+        device,
+        direct if one_shot else None,
+        inward,
+        onward,
+        store,
+        Patience(timeout_s),
+        back,
     )
 
 

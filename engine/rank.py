@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kvasir.engine import mesh
 from kvasir.engine.batch import Batch, Ints, Rows, send
 from kvasir.engine.cache import KVCache
 from kvasir.engine.constraint import Constraint
@@ -33,6 +34,17 @@ if TYPE_CHECKING:  # transformers, which is slow to import and seldom needed
     from kvasir.engine.fallback import Fallback
 
 GONE = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Coming:
+    """What a step samples, on its way to the first stage."""
+
+    step: int
+    seats: Ints
+    tokens: Tensor
+    """Filled once `work` has been waited for."""
+    work: Any
 
 
 class Rank:
@@ -66,20 +78,29 @@ class Rank:
         self.mesh = decoder.mesh
         vocab, patience = decoder.spec.vocab, self.mesh.patience
         self.sampler = Sampler(max_num_seqs, vocab, decoder.device, patience) if self.place.samples else None
-        self.lags = decoder.device.type != "cpu"
+        self.lags = decoder.device.type in mesh.LAGGING
         """What is sampled lies on the device until the next step begins; on a CPU the host has it at once."""
         self._awaited: dict[int, Ints] = {}
         """step -> seats whose next token it samples; GONE: another sequence has taken it since"""
         self._unread: deque[Outcome] = deque()
         """Where this rank `promises`: the last steps, whose tokens the host hasn't read."""
+        self._coming: deque[Coming] = deque()
+        """In the first of several stages: what the last one samples of the steps that are being executed."""
+        self._promised: set[int] = set()
+        """Steps whose tokens are there, in the first of several stages, and that this host hasn't learnt."""
         self._top_prompt: dict[int, int] = {}
         """seat -> how many likeliest tokens its prompt logprobs list"""
 
     @property
     def promises(self) -> bool:
-        """Every rank's device has what is sampled: a step may follow it before any host knows it. Not over several stages, of
-        which the first is far ahead of the last."""
+        """Every rank's device has what is sampled: no host is told. Of several stages the first has it alone, later."""
         return self.lags and self.place.pp == 1
+
+    @property
+    def _awaits(self) -> bool:
+        """What is sampled comes here from the last stage, by the time that a step which follows it begins: such a step is
+        launched before any host knows what it follows."""
+        return self.lags and self.place.pp > 1 and self.place.first
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Outcome:
@@ -93,6 +114,7 @@ class Rank:
         while self._unread and self._unread[0].step < step.id - 1:
             oldest = self._unread.popleft()
             self.batch.learn(self._awaited.pop(oldest.step), oldest.token_ids)
+        self._take(step.id - self.place.pp)
         outcome = Outcome(step.id)
         if isinstance(self.forward, Graphs) and (step.slices or step.copies or step.moves):
             self.forward.forget()
@@ -128,6 +150,16 @@ class Rank:
         if moves is not None and self.exchange is not None:
             self.exchange.apply(moves)
 
+    def _take(self, last: int) -> None:
+        """What steps up to `last` sampled: the device waits for it, and no host. Who was told already needs it no more, and
+        without that none of these seats has another sequence yet."""
+        while self._coming and self._coming[0].step <= last:
+            coming = self._coming.popleft()
+            coming.work.wait()
+            if coming.step in self._awaited:
+                self.batch.promise(coming.seats, coming.tokens)
+                self._promised.add(coming.step)
+
     def _compute(self, step: Step, outcome: Outcome) -> None:
         """The forward, or several, and what is sampled."""
         if self.sampler is not None:
@@ -144,6 +176,9 @@ class Rank:
                 self._look_back(self.sampler, logits, rows, outcome)
                 if len(rows.sampled):
                     outcome.parts.append(self._sample(self.sampler, logits, rows))
+            elif self._awaits and len(rows.sampled):
+                tokens = torch.zeros(len(rows.sampled), dtype=torch.int64, device=self.batch.device)
+                self._coming.append(Coming(step.id, rows.seats, tokens, self.mesh.bring_back(tokens)))
             elif self.promises and len(rows.sampled):
                 tokens = torch.empty(len(rows.sampled), dtype=torch.int64, device=self.batch.device)
                 self._promise(rows, tokens)
@@ -168,7 +203,12 @@ class Rank:
     def learn(self, step: int, token_ids: Sequence[int]) -> None:
         """Append the tokens that a step sampled to their sequences: told to ranks that don't `promise`."""
         seats = self._awaited.pop(step, None)
-        if seats is not None:
+        if seats is None:
+            return
+        if step in self._promised:
+            self._promised.remove(step)
+            self.batch.learn(seats, token_ids)
+        else:
             self.batch.append(seats, token_ids)
 
     def _forward(self, rows: Rows) -> Tensor | None:
@@ -221,6 +261,8 @@ class Rank:
             self._promise(rows, tokens)
         elif self.place.size == 1:
             self.batch.append(rows.seats, sampled.values)
+        elif self.lags:
+            self.mesh.bring_back(tokens)
         ended = sampler.constraints.advance(rows.seats, lambda: sampled.values)
         sampler.remember(rows.seats, tokens, lambda: sampled.values)
         scores = sampler.score_sampled(logits, rows.seats, tokens)

@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvasir.engine.config import EngineConfig
@@ -43,7 +44,7 @@ def run(config: EngineConfig, address: str, token: str, rank: int, *, gone: Call
     except EOFError:
         return
     except Exception as error:  # whatever it is, rank 0 must hear of it
-        spoke.send("failed", json.dumps(_explained(error, config)).encode())
+        _tell(spoke, config, error)
         raise
     finally:
         spoke.close()
@@ -52,7 +53,8 @@ def run(config: EngineConfig, address: str, token: str, rank: int, *, gone: Call
 
 
 def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
-    from kvasir.engine.codec import decode_step, encode_result
+    from kvasir.engine.answers import Answers
+    from kvasir.engine.codec import decode_step
     from kvasir.engine.executor import grammars_of, rank_of
     from kvasir.engine.frames import FETCHED, encode_tickets
     from kvasir.engine.load import load
@@ -79,6 +81,7 @@ def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
     if (tiers := loaded.tiers) is not None:
         tiers.on_fetched = lambda ticket, count: spoke.send("fetched", FETCHED.pack(ticket, count))
     spoke.ready(said["board"], place.size)
+    answers = Answers(spoke, partial(_tell, spoke, config), apart=rank.lags) if place.samples else None
     try:
         while True:
             kind, content = spoke.receive()
@@ -94,14 +97,22 @@ def _serve(config: EngineConfig, spoke: Spoke, number: int, token: str) -> None:
             outcome = rank.launch(step)
             if step.moves is not None and step.moves.landing:
                 spoke.send("spoiled", encode_tickets(outcome.spoiled))
-            if place.samples:
-                spoke.send("result", encode_result(outcome.result()))
+            if answers is not None:
+                answers.tell(outcome)
     except EOFError:
         if rank.exchange is not None:
             rank.exchange.close()
         if tiers is not None:
             tiers.close()
         raise
+    finally:
+        if answers is not None:
+            answers.close()
+
+
+def _tell(spoke: Spoke, config: EngineConfig, error: BaseException) -> None:
+    """Rank 0, what has failed here."""
+    spoke.send("failed", json.dumps(_explained(error, config)).encode())
 
 
 def _lend(loaded: Loaded, spoke: Spoke, host: str | None, secret: str) -> Exchange | None:

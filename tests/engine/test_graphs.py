@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from waiting import until
 
+from kvasir.engine import graphs, rows
 from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.decoder import Decoder
@@ -93,14 +94,17 @@ class Recorder:
         return replay, out
 
 
-def eager(decoder: Decoder) -> Callable[[Tensor, Ragged, KVCache, Tensor], Tensor | None]:
-    """CPU kernels go by the lengths on the host, which are the longest possible in a recording: kernels of GPUs don't."""
+class Eager:
+    """A decoder's CPU kernels go by the lengths on the host, which are the longest possible in a recording: kernels of GPUs
+    don't."""
 
-    def run(tokens: Tensor, ragged: Ragged, cache: KVCache, rows: Tensor) -> Tensor | None:
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder, self.share = decoder, decoder.share
+        self.received, self.handed_on = decoder.received, decoder.handed_on
+
+    def part(self, tokens: Tensor, ragged: Ragged, cache: KVCache, rows: Tensor, x: Tensor | None) -> Tensor:
         real = replace(ragged, host_lengths=ragged.lengths.numpy(), plans={})
-        return decoder(tokens, real, cache, rows)
-
-    return run
+        return self.decoder.part(tokens, real, cache, rows, x)
 
 
 def made(mesh: Mesh | None = None) -> Decoder:
@@ -127,13 +131,19 @@ def decode(
     cache = KVCache(share.spec, 40, 4, torch.float32, CPU, layers=share.layers)
     cache.arena.zero_()
     rank = Rank(decoder, cache, max_num_seqs=8, max_model_len=64)
-    rank.lags = mesh.place.size > 1
+    rank.lags = mesh.place.size > 1 and mesh.place.pp == 1
+
+    def run(step: Step) -> tuple[int, ...]:
+        found = list(rank.run(step).token_ids)
+        if mesh.place.pp > 1:  # all are told what one has sampled
+            tokens = torch.tensor(found or [0] * sum(part.sample for part in step.slices))
+            mesh.world.broadcast(tokens, (mesh.place.pp - 1) * mesh.place.tp).wait()
+            rank.learn(step.id, found := tokens.tolist())
+        return tuple(found)
+
     if record is not None:
-
-        def agree(yes: bool) -> bool:
-            return mesh.least(yes) == [1]
-
-        rank.forward = Graphs(eager(decoder), cache, [1, 2, 4, 8], longest, record, lambda: free, agree, mesh.apart)
+        own = mesh.stage_agrees, mesh.apart
+        rank.forward = Graphs(Eager(decoder), cache, [1, 2, 4, 8], longest, record, lambda: free, *own)
     prompts = [[4, 8, 15], [16, 23, 42, 1, 2, 3, 5], [7], [9, 9, 9], [1, 2, 3, 4, 5, 6]]
     blocks, given = iter(range(40)), []
     new, slices = [], []
@@ -141,11 +151,11 @@ def decode(
         new.append(NewSequence(seat, prompt, len(prompt), GREEDY, seed=seat, stop_token_ids=frozenset()))
         given.append((seat, 0, [next(blocks) for _ in range(8)]))
         slices.append(Slice(seat, 0, len(prompt), sample=True))
-    found = [tuple(rank.run(Step(0, new=new, blocks=given, slices=slices)).token_ids)]
+    found = [run(Step(0, new=new, blocks=given, slices=slices))]
     for step in range(1, 20):
         seats = range(5 if step < 8 else 3 if step < 14 else 1)
         slices = [Slice(seat, len(prompts[seat]) + step - 1, 1, sample=True) for seat in seats]
-        found.append(tuple(rank.run(Step(step, slices=slices)).token_ids))
+        found.append(run(Step(step, slices=slices)))
         for _ in range(idle if step == 1 else 0):
             rank.run(Step(step, record=True))
     return found
@@ -165,7 +175,7 @@ def reuse(decoder: Decoder, record: Recorder | None) -> tuple[list[list[int]], T
     cache.arena.zero_()
     rank = Rank(decoder, cache, max_num_seqs=4, max_model_len=16)
     if record is not None:
-        rank.forward = Graphs(eager(decoder), cache, [4], 16, record, lambda: 1 << 40)
+        rank.forward = Graphs(Eager(decoder), cache, [4], 16, record, lambda: 1 << 40)
     prompts, found = [[4, 8], [16, 23, 42, 1, 2], [7, 9, 9, 9]], []
 
     def enter(seat: int, ids: list[int], block: int) -> dict[str, Any]:
@@ -233,6 +243,41 @@ def test_tensor_parallel_ranks_record_in_the_same_steps(on_ranks: OnRanks, idle:
         assert found == plain
         assert len(set(found)) > 5
         assert (captured, replayed) == ((4, 18) if idle else (3, 16))
+
+
+@pytest.mark.parametrize("idle", [0, 4])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_stages_record_what_lies_between_their_exchanges(on_ranks: OnRanks, tp: int, idle: int) -> None:
+    """Each for itself; what is handed on has as many rows as the step, and is no memory of the recording."""
+
+    def work(mesh: Mesh) -> Any:
+        stage, record, sent = made(mesh), Recorder(), list[tuple[Tensor, Tensor]]()
+        plain, send = decode(stage, None), mesh.send
+
+        def kept(x: Tensor) -> None:
+            sent.append((x, x.clone()))
+            send(x)
+
+        mesh.send = kept  # type: ignore[method-assign]
+        return plain, decode(stage, record, idle=idle), record.captured, record.replayed, sent
+
+    for number, (plain, found, captured, replayed, sent) in enumerate(on_ranks(tp, 2, work)):
+        assert found == plain
+        assert len(set(found)) > 5
+        assert (captured, replayed) == ((4, 18) if idle else (3, 16))
+        assert all(torch.equal(x, then) for x, then in sent)
+        counts = [20, *[5] * 7, *[3] * 6, *[1] * 6]
+        assert [len(x) for x, _ in sent] == (counts if number < tp else [])
+
+
+def test_a_stage_that_cannot_record_stops_no_other(on_ranks: OnRanks) -> None:
+    def work(mesh: Mesh) -> Any:
+        stage, record = made(mesh), Recorder() if mesh.place.first else Fails()
+        return decode(stage, None), decode(stage, record), record.captured, record.replayed
+
+    (plain, first, *counts), (_, last, *fewer) = on_ranks(1, 2, work)
+    assert first == last == plain
+    assert (counts, fewer) == ([3, 16], [2, 6])
 
 
 class Fails(Recorder):
@@ -304,7 +349,7 @@ def test_sizes_are_recorded_while_nobody_waits(decoder: Decoder) -> None:
     cache = KVCache(SPEC, 8, 4, torch.float32, CPU)
     cache.arena.zero_()
     rank = Rank(decoder, cache, max_num_seqs=4, max_model_len=16)
-    graphs = Graphs(eager(decoder), cache, [1, 2, 4], 16, Recorder(), lambda: 1 << 40)
+    graphs = Graphs(Eager(decoder), cache, [1, 2, 4], 16, Recorder(), lambda: 1 << 40)
     rank.forward = graphs
     new = NewSequence(0, [4, 8], 2, GREEDY, seed=0, stop_token_ids=frozenset())
     rank.run(Step(0, new=[new], blocks=[(0, 0, [1])], slices=[Slice(0, 0, 2, sample=True)], record=True))
@@ -321,7 +366,7 @@ def test_sizes_are_recorded_while_nobody_waits(decoder: Decoder) -> None:
     assert rank.lacks_graphs
     rank.run(Step(3, record=True))
     assert list(graphs.captured) == [1, 2, 4]
-    assert len({static.logits.data_ptr() for static in graphs.captured.values()}) == 1
+    assert len({static.found.data_ptr() for static in graphs.captured.values()}) == 1
     assert not rank.lacks_graphs
 
 
@@ -333,7 +378,7 @@ def test_an_engine_records_what_is_lacking_while_it_is_idle(data: Callable[[str]
         ask = partial(llm.generate, ["Once upon"], SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
         wanted = ask()[0].outputs[0].token_ids
         record = Recorder()
-        rank.forward = Graphs(eager(decoder), rank.cache, [1, 2, 4, 8], 64, record, lambda: 1 << 40)
+        rank.forward = Graphs(Eager(decoder), rank.cache, [1, 2, 4, 8], 64, record, lambda: 1 << 40)
         assert ask()[0].outputs[0].token_ids == wanted
         assert until(lambda: record.captured == 4)
         assert ask()[0].outputs[0].token_ids == wanted
@@ -356,14 +401,15 @@ def test_what_a_recording_reads_is_kept(decoder: Decoder) -> None:
     """As a CUDA graph, this recorder keeps nothing of what it ran: addresses alone."""
     read: list[weakref.ref[Tensor]] = []
 
-    def listen(tokens: Tensor, ragged: Ragged, cache: KVCache, rows: Tensor) -> Tensor | None:
-        read[:] = [weakref.ref(tensor) for tensor in (tokens, rows, *tensors_of(ragged))]
-        return eager(decoder)(tokens, ragged, cache, rows)
+    class Listening(Eager):
+        def part(self, tokens: Tensor, ragged: Ragged, cache: KVCache, rows: Tensor, x: Tensor | None) -> Tensor:
+            read[:] = [weakref.ref(tensor) for tensor in (tokens, rows, *tensors_of(ragged))]
+            return super().part(tokens, ragged, cache, rows, x)
 
     cache = KVCache(SPEC, 4, 4, torch.float32, CPU)
     cache.arena.zero_()
     rank = Rank(decoder, cache, max_num_seqs=1, max_model_len=16)
-    graphs = Graphs(listen, cache, [1], 16, Forgetful(), lambda: 1 << 40)
+    graphs = Graphs(Listening(decoder), cache, [1], 16, Forgetful(), lambda: 1 << 40)
     rank.forward = graphs
     new = NewSequence(0, [4], 1, GREEDY, seed=0, stop_token_ids=frozenset())
     rank.run(Step(0, new=[new], blocks=[(0, 0, [1])], slices=[Slice(0, 0, 1, sample=True)]))
@@ -467,19 +513,29 @@ def test_why_steps_are_not_recorded(
     dealt.device = torch.device("cuda")
     together: list[str] = []  # one may come later than an exchange would wait
     dealt.mesh.assemble = lambda: together.append("here")
-    monkeypatch.setattr(dealt.mesh, "least", lambda yes: [0])
-    staged = copy(dealt)
-    staged.mesh = Mesh(Place(1, 2, 0))
+    monkeypatch.setattr(dealt.mesh, "stage_agrees", lambda yes: False)
     with caplog.at_level("INFO"):
-        for each in (dealt, staged):
-            assert graphs_of(EngineConfig(), each, cache, 64) is each
-            assert graphs_of(EngineConfig(enforce_eager=True), each, cache, 64) is each
+        assert graphs_of(EngineConfig(), dealt, cache, 64) is dealt
+        assert graphs_of(EngineConfig(enforce_eager=True), dealt, cache, 64) is dealt
     assert together
-    end = "; every kernel of a step is launched by Python"
     assert [record.getMessage() for record in caplog.records] == [
-        f"no CUDA graphs: another rank has none{end}",
-        f"no CUDA graphs: the model is on 2 stages, whose exchanges aren't recorded{end}",
+        "no CUDA graphs: another rank has none; every kernel of a step is launched by Python"
     ]
+
+
+def test_stages_record_no_step_whose_rows_are_dealt_out(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage without the recording would hand on other rows."""
+    monkeypatch.setattr(graphs, "CudaCapture", lambda device: Recorder())
+    monkeypatch.setattr(rows, "GPU_ELEMENTS", 100 * SPEC.hidden)
+    cache = KVCache(SPEC, 4, 4, torch.float32, CPU)
+    for pp, most in ((1, 256), (2, 192)):
+        staged = copy(decoder)
+        staged.device, staged.mesh = torch.device("cuda"), Mesh(Place(2, pp, 0), device=torch.device("cuda"))
+        monkeypatch.setattr(staged.mesh, "stage_agrees", bool)
+        monkeypatch.setattr(attention, "choices", lambda device: ["triton", "plain"])
+        found = graphs_of(EngineConfig(max_num_seqs=256), staged, cache, 64)
+        assert isinstance(found, Graphs)
+        assert found.sizes[-1] == most
 
 
 def test_each_engine_has_its_own_backend_of_attention(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from waiting import until
 
+from kvasir.engine import mesh
 from kvasir.engine.codec import decode_step
 from kvasir.engine.event import Event, Failed, Finished, Token
 from kvasir.engine.executor import GroupExecutor
 from kvasir.engine.llm import LLM
 from kvasir.engine.outcome import Copy, Patience
-from kvasir.engine.rank import Rank
 from kvasir.engine.request import Request, SamplingParams, StructuredOutput
 from kvasir.engine.step import Result, Step
 
@@ -96,7 +96,7 @@ def test_chunks_of_one_prompt_are_in_both_stages_at_once(data: Callable[[str], P
     assert happened[:7] == ["0", "16", "32", "result", "48", "result", "result"]
 
 
-LAGGING = "from kvasir.engine.rank import Rank\nRank.lags = property(lambda rank: True, lambda rank, _: None)\n"
+LAGGING = "from kvasir.engine import mesh\nmesh.LAGGING = ('cpu',)\n"
 """What is sampled is read a step later on every rank, as on GPUs."""
 COMMON: dict[str, Any] = {"dtype": "float32", "block_size": 8, "num_threads": 1, "max_num_batched_tokens": 48}
 Make = Callable[..., LLM]
@@ -104,19 +104,21 @@ Make = Callable[..., LLM]
 
 @pytest.fixture
 def lagging(data: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
-    """`lagging(**options)`: a group of two tensor-parallel ranks that launches a step before the last one's tokens are known;
-    the other rank runs the code `other` first."""
+    """`lagging(**options)`: a group of two tensor-parallel ranks, or of those of a `layout` (tp, pp), that launches a step
+    before the last one's tokens are known; the other ranks run the code `other` first."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(Rank, "lags", property(lambda rank: True, lambda rank, _: None), raising=False)
+    monkeypatch.setattr(mesh, "LAGGING", ("cpu",))
     made: list[LLM] = []
 
-    def make(other: str = "", **options: Any) -> LLM:
+    def make(other: str = "", layout: tuple[int, int] = (2, 1), **options: Any) -> LLM:
         (tmp_path / "sitecustomize.py").write_text(LAGGING + other)
-        llm = LLM(str(data("model-stories260k/hf")), **COMMON, tensor_parallel_size=2, **options)
+        sizes = {"tensor_parallel_size": layout[0], "pipeline_parallel_size": layout[1]}
+        llm = LLM(str(data("model-stories260k/hf")), **COMMON, **sizes, **options)
         made.append(llm)
         executor = group(llm)
         executor.ahead = executor._lane._apart = True
-        executor.rank.sampler.constraints._apart = True  # type: ignore[union-attr]
+        if (sampler := executor.rank.sampler) is not None:
+            sampler.constraints._apart = True
         return llm
 
     yield make
@@ -149,18 +151,21 @@ def over(llm: LLM) -> bool:
     return not llm.engine._thread.is_alive()
 
 
-def test_ranks_take_tokens_where_they_lie(lagging: Make, data: Callable[[str], Path]) -> None:
-    """A step is sent before the last one's tokens are known, and the outputs are one rank's: all kinds of sampling, branches,
-    beams, grammars, stops, preempted ones, hits in the prefix cache."""
+@pytest.mark.parametrize("layout", [(2, 1), (1, 2), (2, 2), (1, 3)], ids=str)
+def test_ranks_take_tokens_where_they_lie(layout: tuple[int, int], lagging: Make, data: Callable[[str], Path]) -> None:
+    """A step is sent before the tokens that it follows are known, and the outputs are one rank's: all kinds of sampling,
+    branches, beams, grammars, stops, preempted ones, hits in the prefix cache."""
+    stages = layout[1]
     prompts = ["Once upon a time there was a little girl. " * 3 + word for word in ("She", "Tom", "a", "The") * 2]
-    llm = lagging(kv_cache_memory_bytes=1 << 18)
+    llm = lagging(layout=layout, kv_cache_memory_bytes=(1 << 18) // stages)
     executor, early = group(llm), 0
     step, batch = executor._hub.step, executor.rank.batch
 
     def sent(frame: bytes) -> None:
         nonlocal early
-        assert decode_step(frame)[1] == []
-        early += bool((batch.known < batch.lengths).any())
+        assert stages > 1 or decode_step(frame)[1] == []
+        unknown = executor._unknown >= stages if stages > 1 else (batch.known < batch.lengths).any()
+        early += bool(unknown)
         step(frame)
 
     executor._hub.step = sent  # type: ignore[method-assign]
@@ -200,8 +205,42 @@ def test_streams_are_cancelled_while_two_steps_fly(lagging: Make) -> None:
     assert engine.pool.check() == []
 
 
-def test_a_rank_that_dies_under_two_steps_is_told_to_each_stream_once(lagging: Make) -> None:
-    llm = lagging(kv_cache_memory_bytes=1 << 20)
+HELD = """
+import threading
+import kvasir.engine.answers
+import kvasir.engine.rank as module
+
+launch, result, news, last = module.Rank.launch, module.Outcome.result, threading.Condition(), 0
+
+def launched(rank, step):
+    global last
+    outcome = launch(rank, step)
+    with news:
+        last = step.id
+        news.notify_all()
+    return outcome
+
+def told(outcome):
+    with news:
+        if 8 <= outcome.step < 20 and not news.wait_for(lambda: last >= outcome.step + 2, 20):
+            raise RuntimeError(f"step {outcome.step + 2} waits for what {outcome.step} gave")
+    return result(outcome)
+
+module.Rank.launch, module.Outcome.result = launched, told
+"""
+"""Nobody is told what a step gave before the second one behind it, which follows its tokens, is launched in the last stage."""
+
+
+def test_stages_are_launched_before_any_host_knows_what_they_follow(lagging: Make) -> None:
+    llm = lagging(HELD, (1, 2), kv_cache_memory_bytes=1 << 20)
+    sampling = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    outputs = llm.generate([[1, 2, 3], [1, 2, 4]], sampling, use_tqdm=False)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [20, 20]
+
+
+@pytest.mark.parametrize("layout", [(2, 1), (1, 2)], ids=str)
+def test_a_rank_that_dies_under_two_steps_is_told_to_each_stream_once(layout: tuple[int, int], lagging: Make) -> None:
+    llm = lagging(layout=layout, kv_cache_memory_bytes=1 << 20)
     (peer,) = group(llm)._hub._peers.values()
     events = gathered(llm, 30, lambda: os.kill(peer.pid, signal.SIGKILL))
     sampling = SamplingParams(temperature=1, seed=1, max_tokens=450, ignore_eos=True)
@@ -245,9 +284,12 @@ STUCK = """
 import kvasir.engine.rank as module
 
 class Stuck(module.Copy):
+    made = 0  # the first ones, of the start, arrive
+
     def __init__(self, tensor, patience):
         super().__init__(tensor, type(patience)(0.2))
-        self._arrived = self
+        Stuck.made += 1
+        self._arrived = self if Stuck.made > 9 else None
 
     def query(self):
         return False
@@ -256,8 +298,9 @@ module.Copy = Stuck
 """
 
 
-def test_another_rank_whose_device_is_never_done_says_so_and_ends(lagging: Make) -> None:
-    llm = lagging(STUCK, kv_cache_memory_bytes=1 << 20)
+@pytest.mark.parametrize("layout", [(2, 1), (1, 2)], ids=str)
+def test_another_rank_whose_device_is_never_done_says_so_and_ends(layout: tuple[int, int], lagging: Make) -> None:
+    llm = lagging(STUCK, layout, kv_cache_memory_bytes=1 << 20)
     events, executor = gathered(llm), group(llm)
     (peer,) = executor._hub._peers.values()
     llm.engine.submit(Request(request_id="h", prompt_token_ids=[1, 2, 3], sampling=MIX[0]))
