@@ -105,6 +105,11 @@ def check_variables(variables: Mapping[str, Any], param: str) -> None:
         raise ClientError(f"{param} can't hold {taken[0]}", param=param)
 
 
+def thinking_budget(given: int | None) -> int | None:
+    """Of `Call`: -1 is no limit, as with vLLM."""
+    return None if given == -1 else given
+
+
 def thinking_variables(effort: str | None, enabled: bool | None = None) -> dict[str, Any]:
     """What `effort` (none, minimal, low, medium, high, ...) and a switch tell the chat template, by the names that the
     families' templates have."""

@@ -195,7 +195,7 @@ CHAT_HONOURED: dict[str, Check] = {
     "reasoning_effort": one_of("none", "minimal", "low", "medium", "high", "xhigh", "max"),
     "enable_thinking": boolean,
     "include_reasoning": boolean,
-    "thinking_token_budget": _NOT_NEGATIVE,
+    "thinking_token_budget": integer_from(-1, 2**31 - 1),
     "add_generation_prompt": boolean,
     "continue_final_message": boolean,
     "chat_template_kwargs": _OBJECT,
@@ -270,6 +270,14 @@ _REFUSED: Neutral = {
     "dry_multiplier": (0.0,),
     "xtc_probability": (0.0,),
     "no_repeat_ngram_size": (0,),
+    "return_token_offsets": (False,),
+    **dict.fromkeys(("watermark", "watermarking"), (False,)),
+    **dict.fromkeys(("bad_words_ids", "force_words_ids", "suppress_tokens", "begin_suppress_tokens"), ([],)),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "forced_decoder_ids"), ()),
+    **dict.fromkeys(("custom_logit_processor", "negative_prompt"), ("",)),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "guidance_scale"), (1,)),
+    **dict.fromkeys(("top_n_sigma", "nsigma"), (-1, 0)),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "dynatemp_range", "smoothing_factor", "penalty_alpha"), (0,)),
 }
 
 CHAT_REFUSED: Neutral = {
@@ -286,6 +294,8 @@ CHAT_REFUSED: Neutral = {
     "documents": ([],),
     "mm_processor_kwargs": ({},),
     "media_io_kwargs": ({},),
+    "thinking": (),
+    "thinking_budget": (-1,),
     "separate_reasoning": (True,),
     "stream_reasoning": (True,),
 }
@@ -316,7 +326,12 @@ INSTEAD = {
     "format": "response_format",
     **dict.fromkeys(("functions", "function_call"), "tools and tool_choice"),
     "reasoning": "reasoning_effort",
-    "logit_processor": "logits_processors",
+    **dict.fromkeys(("logit_processor", "custom_logit_processor"), "logits_processors"),
+    "bad_words_ids": "bad_words",
+    "suppress_tokens": "logit_bias",
+    "num_beams": "use_beam_search and best_of",
+    "thinking": "enable_thinking",
+    "thinking_budget": "thinking_token_budget",
     "options": "their names at the top of the body",
 }
 """Refused field -> what to use."""

@@ -13,7 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvasir.cluster.call import EFFORT_IGNORED, Call, Conversation, Prompt, Text, check_variables, thinking_variables
+from kvasir.cluster.call import (
+    EFFORT_IGNORED,
+    Call,
+    Conversation,
+    Prompt,
+    Text,
+    check_variables,
+    thinking_budget,
+    thinking_variables,
+)
 from kvasir.cluster.custom_tools import custom_grammars, shown_tools
 from kvasir.cluster.openai_fields import (
     CHAT_HONOURED,
@@ -93,7 +102,6 @@ def parse_chat(body: Mapping[str, Any]) -> Ask:
     logprobs = _chat_logprobs(fields)
     if logprobs is not None:
         sampling["logprobs"] = logprobs
-    budget = fields.get("thinking_token_budget")
     names = known_as(fields)
     if "max_completion_tokens" in fields:
         names["max_tokens"] = "max_completion_tokens"
@@ -102,7 +110,7 @@ def parse_chat(body: Mapping[str, Any]) -> Ask:
         sampling=sampling,
         known_as=names,
         tools=use,
-        thinking_budget=budget,
+        thinking_budget=thinking_budget(fields.get("thinking_token_budget")),
         **_common(fields),
     )
     warnings += unread(fields["messages"])

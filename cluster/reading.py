@@ -94,6 +94,9 @@ def reading(
     added = tokenizer.added_tokens
     shown = frozenset(token for token, text in added.items() if any(text in mark for mark in marks))
     warnings = held.unheld if held else ()
+    if call.tools is not None and call.tools.required and "structured_outputs" in call.sampling:
+        name = call.known_as.get("structured_outputs", "structured_outputs")
+        warnings += (f"{name} (tool_choice makes every answer a call)",)
     return Reading(
         tools=tools, thoughts=thoughts, begun=begun, opening=opening, use=call.tools, shown=shown, warnings=warnings
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvasir.cluster.call import EFFORT_IGNORED, Call, Conversation, check_variables, thinking_variables
+from kvasir.cluster.call import EFFORT_IGNORED, Call, Conversation, check_variables, thinking_budget, thinking_variables
 from kvasir.cluster.call_sampling import named
 from kvasir.cluster.custom_tools import chat_tool, custom_grammars, shown_tools
 from kvasir.cluster.foreign_fields import foreign_constraints
@@ -198,7 +198,7 @@ def parse_response(body: Body) -> ResponseAsk:
         priority=priority(fields),
         cache_salt=fields.get("cache_salt", ""),
         tools=use,
-        thinking_budget=fields.get("thinking_token_budget"),
+        thinking_budget=thinking_budget(fields.get("thinking_token_budget")),
     )
     return ResponseAsk(
         body=body,

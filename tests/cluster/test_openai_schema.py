@@ -34,7 +34,7 @@ return_token_ids priority cache_salt request_id echo add_special_tokens guided_j
 guided_grammar structured_outputs structural_tag use_beam_search length_penalty prompt_embeds kv_transfer_params
 vllm_xargs response_format logits_processors logprob_token_ids prompt_logprob_start flat_logprobs return_offsets
 repetition_detection thinking_token_budget stream_interval skip_reading_prefix_cache session_id
-return_tokens_as_token_ids""",
+return_tokens_as_token_ids return_token_offsets watermark watermarking""",
 )
 VLLM_CHAT = re.findall(
     r"\w+",
@@ -127,6 +127,20 @@ def test_defaults():
 def test_literal_extra_body_wins():
     ask = parse_completion({**COMPLETION, "top_k": 1, "extra_body": {"top_k": 5, "min_p": 0.5}})
     assert ask.call.sampling == {"top_k": 5, "min_p": 0.5}
+
+
+@pytest.mark.parametrize(
+    "name", ["watermarking", "bad_words_ids", "suppress_tokens", "num_beams", "top_n_sigma", "thinking"]
+)
+def test_what_others_shape_outputs_by_is_refused(name):
+    """transformers', llama.cpp's and others' names."""
+    with pytest.raises(UnsupportedError, match=f"{name} isn't supported"):
+        parse_chat({**CHAT, name: [3]})
+
+
+def test_a_budget_of_thoughts_without_a_limit():
+    assert parse_chat({**CHAT, "thinking_token_budget": -1}).call.thinking_budget is None
+    assert parse_chat({**CHAT, "thinking_token_budget": 0}).call.thinking_budget == 0
 
 
 def test_max_completion_tokens_goes_before_max_tokens():

@@ -98,7 +98,7 @@ session_id                    "s"                        D D W W W R
 request_id                    "r"                        D D D W W R
 vllm_xargs                    {"a":1}                    R R R R R R
 kv_transfer_params            {"a":1}                    R R R R R R
-watermarking                  true                       W W W W W R
+watermarking                  true                       R R R R R R
 stream_interval               5                          W W W W W R
 skip_reading_prefix_cache     true                       W W W W W R
 prompt_embeds                 "x"                        R R R R R R

@@ -116,7 +116,7 @@ def test_answers_without_tools_keep_what_looks_like_calls(thinker):
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"thinking_token_budget": -1}, "thinking_token_budget"),
+        ({"thinking_token_budget": -2}, "thinking_token_budget"),
         ({"reasoning_effort": "a lot"}, "reasoning_effort"),
         ({"tools": [TOOL], "guided_regex": "a+"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": "maybe"}, "tool_choice"),

@@ -173,3 +173,21 @@ def test_told_over_grpc(thinker):
         call = InferenceStub(channel).Chat(ask)
         list(call)
     assert TOLD in dict(call.trailing_metadata())["x-kvasir-warning"]
+
+
+@pytest.mark.parametrize(
+    ("path", "ask", "name"),
+    [
+        ("/v1/chat/completions", {"tools": [tool("a", {})], "response_format": {"type": "json_object"}}, "response_format"),
+        ("/v1/chat/completions", {"tools": [tool("a", {})], "guided_regex": "a"}, "guided_regex"),
+        ("/api/chat", {"tools": [tool("a", {})], "format": "json", "stream": False}, "format"),
+    ],
+)  # fmt: skip
+def test_what_holds_for_no_answer_is_told(thinker, path, ask, name):
+    """A forced call leaves no answer that could be structured."""
+    told = f"{name} (tool_choice makes every answer a call)"
+    for choice in ("required", "none"):
+        reply = httpx.post(
+            thinker.url + path, json={"messages": ASK["messages"], "tool_choice": choice, **ask, "model": "bytes"}
+        )
+        assert (told in reply.headers.get("x-kvasir-warning", "")) is (choice == "required"), reply.text
