@@ -253,6 +253,12 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, 1 << 28)
 
 
+def gpu_memory(device: torch.device) -> tuple[int, int]:
+    """(bytes that new tensors can have, bytes of all). What torch keeps of tensors that are gone it gives to new ones."""
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+
+
 def available_ram() -> int:
     """Bytes that new allocations can have: the machine's, or less where a cgroup sets a limit."""
     return min([_machine_ram(), *_cgroup_ram(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))])
@@ -299,14 +305,14 @@ def _budget(config: EngineConfig, share: Share, dtype: torch.dtype, device: torc
     taken = (("weights", weight_bytes), ("activations (estimate)", activations))
     on_gpu = device.type == "cuda"
     if (size := config.kv_cache_memory_bytes) is not None:
-        free = torch.cuda.mem_get_info(device)[0] if on_gpu else available_ram() // share.mesh.place.local_ranks
+        free = gpu_memory(device)[0] if on_gpu else available_ram() // share.mesh.place.local_ranks
         if size > free:
             where = "on the GPU" if on_gpu else "of RAM to each rank here"
             message = f"--kv-cache-memory-bytes {size} ({_human(size)}): {_human(free)} {where} are free"
             raise ConfigError(message, param="kv_cache_memory_bytes")
         return Budget(size, taken)
     if on_gpu:
-        free, total = torch.cuda.mem_get_info(device)
+        free, total = gpu_memory(device)
         usable = int(total * config.gpu_memory_utilization)
         lines = ((f"GPU memory x {config.gpu_memory_utilization:g}", usable), ("used by others", total - free), *taken)
         return Budget(usable - (total - free) - weight_bytes - activations, lines)
