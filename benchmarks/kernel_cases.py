@@ -77,7 +77,8 @@ Mixes = tuple[tuple[int, int, int], ...]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Steps that attention is measured on, those of them over caches in 8 bits too, and rows of all other ops."""
+    """Steps that attention is measured on, those of them over caches in 8 bits and other blocks too, and rows of all other
+    ops."""
 
     mixes: Mixes
     kept: Mixes
@@ -87,6 +88,8 @@ class Sizes:
 
 
 LONG = (1, 100_000, 1)
+OTHER_BLOCKS = (32, 128, 256)
+"""Tokens of a block, besides BLOCK; torch's attention on GPUs takes 256 alone."""
 SIZES = {
     "tiny": Sizes(((2, 70, 1), (1, 40, 40)), ((2, 70, 1),), (1, 5), 1),
     "cpu": Sizes(
@@ -142,23 +145,23 @@ class Place:
             flat[begin : begin + PERIOD] = drawn[: size - begin]
         return flat.view(shape)
 
-    def ragged(self, sequences: int, length: int, rows: int) -> Ragged:
+    def ragged(self, sequences: int, length: int, rows: int, block: int = BLOCK) -> Ragged:
         """Blocks in random order, as after hours of service."""
-        per = -(-length // BLOCK)
+        per = -(-length // block)
         table = torch.randperm(sequences * per).view(sequences, per).int()
         starts = np.arange(sequences + 1, dtype=np.int32) * rows
         lengths = np.full(sequences, length, np.int32)
         positions = torch.arange(length - rows, length).repeat(sequences)
         owner = torch.arange(sequences).repeat_interleave(rows)
-        slots = table[owner, positions // BLOCK].long() * BLOCK + positions % BLOCK
+        slots = table[owner, positions // block].long() * block + positions % block
         sent = [
             t.to(self.device) for t in (positions, slots, torch.from_numpy(starts), torch.from_numpy(lengths), table)
         ]
         return Ragged(*sent, starts, lengths)
 
-    def caches(self, step: Ragged, model: Model) -> tuple[Tensor, Tensor | None]:
+    def caches(self, step: Ragged, model: Model, block: int = BLOCK) -> tuple[Tensor, Tensor | None]:
         """Keys and values, or the keys of a latent alone."""
-        shape = step.table.numel(), model.kv_heads, BLOCK, model.dim
+        shape = step.table.numel(), model.kv_heads, block, model.dim
         keys = self.random(*shape).transpose(1, 2)
         return keys, None if model.latent else self.random(*shape).transpose(1, 2)
 
@@ -191,17 +194,24 @@ def cache_cases(model: Model, sizes: Sizes, place: Place) -> Iterator[Case]:
         yield from _attention(model, mix, place, [DTYPE, *LARGEST])
 
 
-def _attention(model: Model, mix: tuple[int, int, int], place: Place, kinds: list[torch.dtype]) -> Iterator[Case]:
+def block_size_cases(model: Model, sizes: Sizes, place: Place) -> Iterator[Case]:
+    """Attention over caches in other blocks."""
+    for mix in sizes.kept:
+        for block in OTHER_BLOCKS:
+            yield from _attention(model, mix, place, [DTYPE], block)
+
+
+def _attention(
+    model: Model, mix: tuple[int, int, int], place: Place, kinds: list[torch.dtype], block: int = BLOCK
+) -> Iterator[Case]:
     sequences, length, rows = mix
-    name, heads = (
-        f"{sequences} x {length}, {rows} rows",
-        sequences * length * model.kv_heads * (1 if model.latent else 2),
-    )
+    name = f"{sequences} x {length}, {rows} rows" + (f", blocks of {block}" if block != BLOCK else "")
+    heads = sequences * length * model.kv_heads * (1 if model.latent else 2)
     if not place.holds(f"attention, {name}", heads * model.dim * (DTYPE.itemsize + 8 * (len(kinds) > 1))):
         return
-    step = place.ragged(*mix)
+    step = place.ragged(*mix, block)
     q = place.random(sequences * rows, model.heads, model.dim)
-    k, v = place.caches(step, model)
+    k, v = place.caches(step, model, block)
     pairs = sequences * sum(range(length - rows + 1, length + 1))
     work = 2.0 * pairs * model.heads * (model.dim + (model.latent or model.dim))
     waits = pairs < PATIENCE and length * model.heads * model.dim * 16 < place.free()
@@ -391,6 +401,7 @@ FAMILIES: dict[str, Callable[[Model, Sizes, Place], Iterator[Case]]] = {
     "linear": product_cases,
     "experts": expert_cases,
     "caches": cache_cases,
+    "block sizes": block_size_cases,
     "rows": row_cases,
     "sampling": sampling_cases,
     "adapters": adapter_cases,

@@ -34,6 +34,18 @@ def test_every_op_has_a_case(kernel_cases: ModuleType) -> None:
     assert set(every_op()) | {"linear", "linear_heads"} == seen
 
 
+def test_attention_is_measured_over_other_blocks_too(kernel_cases: ModuleType) -> None:
+    """By its definition, for the same rows: what it gives goes by the keys alone."""
+    place, sizes = kernel_cases.Place(torch.device("cpu")), kernel_cases.SIZES["tiny"]
+    found = list(kernel_cases.block_size_cases(kernel_cases.MODELS["tiny"], sizes, place))
+    assert [case.shape for case in found] == [f"2 x 70, 1 rows, blocks of {block}" for block in (32, 128, 256)]
+    for case, block in zip(found, kernel_cases.OTHER_BLOCKS, strict=True):
+        _, k, _, step = case.ways["plain"].args
+        assert k.shape[1] == block
+        assert step.table.shape[1] == -(-70 // block)
+        torch.testing.assert_close(case.ways["native"](), case.ways["plain"](), atol=3e-2, rtol=0)
+
+
 def test_what_doesnt_fit_is_left_out(
     kernel_cases: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
