@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 ROPE = Rope(10000.0, dim=64)
 BLOCK = 16
 STEPS = f"{'ms, p50':>8} {'p99':>8} | {'ours':>8} {'p99':>8}"
-"""Heads of the columns that `Speed.late` fills: the plain loop's steps, and ours."""
+"""Heads of the columns that `Speed.said` fills: the plain loop's steps, and ours."""
 SHAPES = {
     "1B": {"hidden": 2048, "ffn": 8192, "heads": 32, "kv_heads": 8, "depth": 16},
     "125M": {"hidden": 576, "ffn": 1536, "heads": 9, "kv_heads": 3, "depth": 30},
@@ -146,10 +146,14 @@ class Speed:
     decode: float
     steps: Sequence[float]
 
-    def late(self) -> str:
-        """Median and 99th percentile of a step in ms."""
+    def late(self) -> tuple[float, float]:
+        """Median and 99th percentile of a step in seconds."""
         times = sorted(self.steps)
-        return f"{statistics.median(times) * 1e3:8.1f} {times[int(0.99 * (len(times) - 1))] * 1e3:8.1f}"
+        return statistics.median(times), times[int(0.99 * (len(times) - 1))]
+
+    def said(self) -> str:
+        """The same in ms."""
+        return " ".join(f"{seconds * 1e3:8.1f}" for seconds in self.late())
 
 
 def fastest(runs: Sequence[tuple[Speed, list[int]]]) -> tuple[Speed, list[int]]:
@@ -193,7 +197,7 @@ def compare(model: str, args: argparse.Namespace) -> None:
         same = next((i for i, (x, y) in enumerate(zip(ids_a, ids_b, strict=True)) if x != y), len(ids_a))
         print(
             f"{model:>5} {batch:>5} | {a.prefill:9.1f} {b.prefill:9.1f} {b.prefill / a.prefill:6.2f}"
-            f" | {a.decode:9.1f} {b.decode:9.1f} {b.decode / a.decode:6.2f} | {a.late()} | {b.late()} | {same}/{len(ids_a)}",
+            f" | {a.decode:9.1f} {b.decode:9.1f} {b.decode / a.decode:6.2f} | {a.said()} | {b.said()} | {same}/{len(ids_a)}",
             flush=True,
         )
 

@@ -2,6 +2,7 @@
 
     .venv/bin/python benchmarks/engine.py --random 1B 125M --threads 2     prefill and decode against the plain loop
     .venv/bin/python benchmarks/engine.py --model ~/models/Qwen3-0.6B      the same for a real model, without the loop
+    .venv/bin/python benchmarks/engine.py --sweep 1B --batch 1 32 --contexts 512 8000    as shares of the machine's ceilings
     .venv/bin/python benchmarks/engine.py --prefix-cache-cost              what the prefix cache costs when nothing hits
     .venv/bin/python benchmarks/engine.py --kv-waste                       share of KV cache slots held but not used
     .venv/bin/python benchmarks/engine.py --startup                        seconds until LLM("skald") can be used
@@ -39,6 +40,7 @@ from decoder import (
     spec_of,
 )  # the plain loop, a script beside this one
 from refusals import refuse, refuse_others
+from sweep import RANDOM, sweep
 
 from kvasir.engine.blocks import BlockPool
 from kvasir.engine.cache import KVCache
@@ -137,7 +139,7 @@ def compare(model: str, args: argparse.Namespace) -> None:
         same = next((i for i, (x, y) in enumerate(zip(ids_a, ids_b, strict=True)) if x != y), len(ids_a))
         print(
             f"{model:>6} {batch:>5} | {a.prefill:9.1f} {b.prefill:9.1f} {b.prefill / a.prefill:6.2f}"
-            f" | {a.decode:9.1f} {b.decode:9.1f} {b.decode / a.decode:6.2f} | {a.late()} | {b.late()} | {same}/{len(ids_a)}",
+            f" | {a.decode:9.1f} {b.decode:9.1f} {b.decode / a.decode:6.2f} | {a.said()} | {b.said()} | {same}/{len(ids_a)}",
             flush=True,
         )
     bench.engine.shutdown()
@@ -165,7 +167,7 @@ def speeds(args: argparse.Namespace) -> None:
     )
     for batch in args.batch:
         speed, _ = best(lambda: bench.run(prompts_of(batch, args.prompt, vocab), args.outputs), args.repeat)  # noqa: B023
-        print(f"{batch:5} | {speed.prefill:9.1f} | {speed.decode:9.1f} | {speed.late()}", flush=True)
+        print(f"{batch:5} | {speed.prefill:9.1f} | {speed.decode:9.1f} | {speed.said()}", flush=True)
     bench.engine.shutdown()
 
 
@@ -298,14 +300,25 @@ def main() -> None:
     model.add_argument("--model", help="folder, hub id or bundled name of a real model")
     model.add_argument("--random", choices=SHAPES, nargs="+", default=["125M"], help="Llama shapes of random weights")
     task = parser.add_mutually_exclusive_group()
+    task.add_argument(
+        "--sweep",
+        nargs="+",
+        metavar="MODEL",
+        help=f"of every --batch over all --contexts, beside the ceilings: random shapes ({', '.join(RANDOM)}) or real models",
+    )
     task.add_argument("--prefix-cache-cost", action="store_true", help="of the last shape of --random, largest --batch")
     task.add_argument("--kv-waste", action="store_true", help="on MT-Bench prompts, by the scheduler without a model")
     task.add_argument("--startup", action="store_true", help="of --model, default skald")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="sequences at once")
     parser.add_argument("--prompt", type=int, default=128, help="tokens in each prompt")
     parser.add_argument("--outputs", type=int, default=32, help="tokens decoded for each")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 2000], help="tokens in each prompt of --sweep")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of --sweep")
+    parser.add_argument("--json", type=Path, help="where --sweep also writes its figures")
     parser.add_argument("--answers", type=int, nargs="+", default=[128, 256, 512], help="output lengths of --kv-waste")
-    parser.add_argument("--budget", type=int, default=256, help="tokens in a step (--max-num-batched-tokens)")
+    parser.add_argument(
+        "--budget", type=int, help="tokens in a step (--max-num-batched-tokens); default: 256, on cuda 8192"
+    )
     parser.add_argument(
         "--dtype",
         choices=["bfloat16", "float16", "float32"],
@@ -320,11 +333,19 @@ def main() -> None:
         refuse_others(parser, args, "with --kv-waste", "kv_waste", "model", "answers")
     else:
         refuse(parser, args, "without --kv-waste", "answers")
+    if args.sweep:
+        refuse(parser, args, "with --sweep", "prompt", "model", "random")
+    else:
+        refuse(parser, args, "without --sweep", "contexts", "device", "json")
+        args.budget = args.budget or 256
     if args.prefix_cache_cost:
         refuse(parser, args, "with --prefix-cache-cost", "model")
-    if not args.model:
+    if not (args.model or args.sweep):
         args.dtype = args.dtype or "bfloat16"
     torch.set_num_threads(args.threads)
+    if args.sweep:
+        sweep(Bench, prompts_of, args)
+        return
     tasks = {"prefix_cache_cost": prefix_cache_cost, "kv_waste": kv_waste, "startup": startup}
     asked = [task for name, task in tasks.items() if getattr(args, name)]
     (asked or [speeds])[0](args)

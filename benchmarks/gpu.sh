@@ -23,10 +23,10 @@ out=${OUT:-$site/out} table=()
 mkdir -p "$out"
 : >"$out/stages.jsonl"
 export PYTHONPATH=$site:$PWD/tests/support PYTHONDONTWRITEBYTECODE=1 TRITON_INTERPRET=0
-tests=${TESTS:-$(echo tests/kernels/test_{triton_{attention,experts,linear,rows,sample,strides},torch_operators}.py)} shape=1B sequences="1 8 32 128" into=(--table "$out/backends.json") models=() tokens=() few=() work=(--batch 1 32 --prompt 512 --outputs 64)
+tests=${TESTS:-$(echo tests/kernels/test_{triton_{attention,experts,linear,rows,sample,strides},torch_operators}.py)} shape=1B sequences="1 8 32 128" swept=(8B --batch 1 64 --contexts 512 4000 --outputs 64 --repeat 2) into=(--table "$out/backends.json") models=() tokens=() few=() work=(--batch 1 32 --prompt 512 --outputs 64)
 if [ "$device" != cuda ]; then
   export TRITON_INTERPRET=1 # Triton's kernels on a CPU
-  into=()
+  into=() swept=(10M --batch 1 4 --contexts 64 --outputs 8)
   tests=${TESTS:-tests/kernels/test_triton_sample.py} shape=10M sequences="1 4" models=(--model tiny "tiny latent" --repeat 1)
   tokens=(--input-len 32 --output-len 8) few=(--prompts 6 --longest 120) work=(--batch 1 --prompt 32 --outputs 8 --only Kvasir "transformers, generate")
 fi
@@ -84,6 +84,7 @@ stage "kernels" 120 "$python" benchmarks/kernels.py --device "$device" "${models
 engine skald skald skald
 stage "a random $shape" 60 "$python" benchmarks/checkpoint.py "$shape" "$site/$shape"
 engine "random $shape" "$shape" "$site/$shape" --sequences $sequences
+stage "a random ${swept[0]} beside the ceilings" 90 "$python" benchmarks/engine.py --device "$device" --json "$out/sweep.json" --sweep "${swept[@]}"
 stage "the same bits in any batch, --deterministic" 60 env KVASIR_CHECK_GRAPHS=1 "$python" benchmarks/determinism.py --device "$device" "${few[@]}"
 engine "random $shape, --deterministic" "$shape-deterministic" "$site/$shape" --sequences $sequences --deterministic
 engine "random $shape, without CUDA graphs" "$shape-eager" "$site/$shape" --sequences $sequences --enforce-eager

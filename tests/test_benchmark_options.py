@@ -20,6 +20,8 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
         ("engine", "--startup --random 1B", "--random"),
         ("engine", "--kv-waste --threads 1000", "--threads"),
         ("engine", "--answers 7", "--answers"),
+        ("engine", "--contexts 7", "--contexts"),
+        ("engine", "--sweep 1B --prompt 7", "--prompt"),
         ("engine", "--prefix-cache-cost --model skald", "--model"),
         ("kernels", "--cpu-time --threads 1000", "--threads"),
         ("kernels", "--device cuda --cpu-time", "--cpu-time"),
