@@ -84,8 +84,10 @@ def parse_inference(request: pb.ModelInferRequest) -> TensorAsk:
     if stream and not excluded:
         why = "exclude_input_in_output can't be false when stream is true: deltas don't repeat the prompt"
         raise ClientError(why, param="exclude_input_in_output")
+    ask = parse_completion({**fields, "model": request.model_name, "prompt": text})
+    call = dataclasses.replace(ask.call, known_as={**ask.call.known_as, "prompt": "text_input"})
     return TensorAsk(
-        ask=parse_completion({**fields, "model": request.model_name, "prompt": text}),
+        ask=dataclasses.replace(ask, call=call),
         id=request.id,
         stream=stream,
         opening="" if excluded else text,

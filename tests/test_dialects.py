@@ -17,6 +17,7 @@ import ollama
 import openai
 import pytest
 import uvicorn
+from ollama_documents import OllamaDocuments
 
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.gateway import create_app
@@ -182,6 +183,36 @@ def test_ollama_models(url):
         assert shown.modelinfo["general.parameter_count"] > 3_000_000
         assert "completion" in shown.capabilities
         assert client.ps().models[0].context_length > 0
+
+
+REFUSED = {
+    "suffix": "does not support insert",
+    "images": "images",
+    "image": "image",
+    "think": "no thoughts",
+    "thinking": "no thoughts",
+    "dimensions": "can't be cut",
+}
+"""What skald can't."""
+
+
+def test_every_example_of_ollamas_documentation(url, data):
+    documents = OllamaDocuments(data("api-ollama/docs"), "skald", REFUSED)
+    found = [documents.answered(url, *_short(*request)) for request in documents.requests()]
+    assert len(found) >= 80
+    assert sum(found) >= 55
+
+
+def _short(method, path, body):
+    """Of what skald would write for seconds the first tokens are enough."""
+    try:
+        fields = json.loads(body or "{}")
+    except ValueError:
+        return method, path, body
+    if fields and path in ("/api/generate", "/api/chat"):
+        fields["options"] = {"num_predict": 30, **fields.get("options", {})}
+        return method, path, json.dumps(fields)
+    return method, path, body
 
 
 def test_langchain_ollama(url):

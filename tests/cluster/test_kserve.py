@@ -184,6 +184,7 @@ def test_what_means_nothing_is_told(stub):
         (asking(sampling={"max_tokens": 9999}), "INVALID_ARGUMENT", "max_tokens"),
         (asking(sampling=[1]), "INVALID_ARGUMENT", "sampling_parameters"),
         (asking(sampling_parameters="{"), "INVALID_ARGUMENT", "sampling_parameters"),
+        (asking("x" * 5000), "INVALID_ARGUMENT", "text_input"),
         (asking(outputs=["logprobs"]), "INVALID_ARGUMENT", "logprobs"),
         (changed(lambda r: add_input(r, "text_input", "b")), "INVALID_ARGUMENT", "text_input"),
         (changed(lambda r: r.ClearField("inputs")), "INVALID_ARGUMENT", "text_input"),
