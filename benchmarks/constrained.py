@@ -4,8 +4,9 @@
     .venv/bin/python benchmarks/checkpoint.py 125M /tmp/llama-125m
     .venv/bin/python benchmarks/constrained.py --model /tmp/llama-125m --repeat 3
 
-Runs take turns in one process, so that the machine's moods hit all alike; medians. "gap" is the time between two steps in
-which the rank executes nothing.
+Runs take turns in one process, so that the machine's moods hit all alike. A token's time is the mean of the middle half of
+the steps in which all stream: one forward that another process delayed is more than what a grammar costs. "gap" is the time
+between two steps in which the rank executes nothing, "of free" what each turn says by its own free run.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import statistics
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from engine import Bench, prompts_of  # a script beside this one
 from kvasir.engine.config import EngineConfig
@@ -58,15 +60,15 @@ class Gaps:
 
 
 def run(bench: Bench, name: str, kind: str, streams: int, outputs: int, temperature: float = 0.0) -> float:
-    """Seconds per token of each stream, from the moment at which all stream."""
+    """Seconds per token of each stream, while all stream."""
     for number, prompt in enumerate(prompts_of(streams, 16, bench.engine.info.vocab_size)):
         sampling = SamplingParams(
             temperature=temperature, seed=number, max_tokens=outputs, ignore_eos=True, structured_outputs=KINDS[kind]
         )
         bench.engine.submit(Request(request_id=f"{name}/{number}", prompt_token_ids=prompt, sampling=sampling))
-    times: list[float] = []
+    delivered: list[float] = []
     begun: set[str] = set()
-    ended, all_stream = 0, 0
+    ended = 0
     while ended < streams:
         at, events = bench.events.get()
         for event in events:
@@ -74,11 +76,11 @@ def run(bench: Bench, name: str, kind: str, streams: int, outputs: int, temperat
                 raise RuntimeError(event.message)
             ended += isinstance(event, Finished)
             if isinstance(event, Token):
-                times += [at] * len(event.token_ids)
                 begun.add(event.request_id)
-        if len(begun) == streams and not all_stream:
-            all_stream = len(times)
-    return (times[-1] - times[all_stream - 1]) / (len(times) - all_stream) * streams
+        if len(begun) == streams and not ended:
+            delivered.append(at)
+    times = sorted(later - sooner for sooner, later in pairwise(delivered))
+    return statistics.fmean(times[len(times) // 4 : -(len(times) // 4) or None])
 
 
 def main() -> None:
@@ -104,13 +106,14 @@ def main() -> None:
             if turn:
                 found.setdefault(kind, []).append(seconds)
                 between.setdefault(kind, []).append(statistics.median(gaps.seconds))
-    free = statistics.median(found["free"])
     named = f"{args.model}, {args.streams} streams, temperature {args.temperature:g}, {args.threads} threads"
     print(f"{named}, medians of {args.repeat} runs")
-    print(f"{'':8}{'ms/token':>10}{'gap, us':>10}{'of free':>9}")
+    print(f"{'':8}{'ms/token':>10}{'gap, us':>10}{'of free':>9}{'lowest':>9}{'highest':>9}")
     for kind in KINDS:
         seconds, gap = statistics.median(found[kind]), statistics.median(between[kind])
-        print(f"{kind:8}{seconds * 1e3:10.3f}{gap * 1e6:10.0f}{seconds / free:9.3f}")
+        ratios = [held / free for held, free in zip(found[kind], found["free"], strict=True)]
+        ratio = statistics.median(ratios)
+        print(f"{kind:8}{seconds * 1e3:10.3f}{gap * 1e6:10.0f}{ratio:9.3f}{min(ratios):9.3f}{max(ratios):9.3f}")
     bench.engine.shutdown()
 
 

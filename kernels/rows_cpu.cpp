@@ -175,24 +175,32 @@ void allow_row(const float *x, const uint32_t *words, float *out, int64_t width)
   }
 }
 
-// The first of the largest of one row whose bits are set; 0 when none is more than -infinity.
+// The first of the largest of one row whose bits are set; 0 when none is more than -infinity. By words: where little is
+// allowed most have no bit, and where much is most have all.
 int64_t best_of_row(const float *x, const uint32_t *words, int64_t width) {
   const I16 place = places();
-  F16 best = splat(-INFINITY);
-  I16 at = {};
-  for (int64_t v = 0; v < width; v += 16) {
-    uint32_t bits = words[v / 32] >> v % 32 & 0xffff;
-    if (width - v < 16) bits &= (1u << (width - v)) - 1;
+  F16 best[2] = {splat(-INFINITY), splat(-INFINITY)}; // of each word's halves, so that none waits for the other
+  I16 at[2] = {};
+  for (int64_t from = 0; from < width; from += 32) {
+    uint32_t bits = words[from / 32];
     if (!bits) continue;
-    F16 y = width - v < 16 ? widen(x + v, width - v) : widen(x + v);
-    I16 more = (((splat_bits(bits) >> place) & 1) != 0) & (y > best);
-    best = where(more, y, best);
-    at = where(more, place + (int32_t)v, at);
+    int64_t left = width - from;
+    if (left < 32) bits &= (1u << left) - 1;
+    for (int h = 0; h < 2 && (bits >> 16 * h); h++) {
+      F16 y = left < 32 ? widen(x + from + 16 * h, left - 16 * h) : widen(x + from + 16 * h);
+      I16 more = y > best[h];
+      if (bits != ~0u) more = more & (((splat_bits(bits >> 16 * h) >> place) & 1) != 0);
+      best[h] = where(more, y, best[h]);
+      at[h] = where(more, place + (int32_t)(from + 16 * h), at[h]);
+    }
   }
   int64_t found = 0;
   float most = -INFINITY;
-  for (int i = 0; i < 16; i++)
-    if (best[i] > most || (best[i] == most && best[i] > -INFINITY && at[i] < found)) most = best[i], found = at[i];
+  for (int i = 0; i < 32; i++) {
+    float y = best[i / 16][i % 16];
+    int64_t first = at[i / 16][i % 16];
+    if (y > most || (y == most && y > -INFINITY && first < found)) most = y, found = first;
+  }
   return found;
 }
 

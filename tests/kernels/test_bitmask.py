@@ -40,6 +40,8 @@ def test_the_best_of_what_is_allowed(vocab: int, dtype: torch.dtype) -> None:
     logits = torch.from_numpy(draw.integers(-3, 4, (6, vocab)).astype(np.float32)).to(dtype)
     logits[1], logits[2, vocab // 2 :], logits[3] = -torch.inf, -torch.inf, -0.0
     allowed = draw.random((5, vocab)) < np.array([[0.9], [0.5], [0.5], [0.1], [0.02]])
+    for row, whole in ((0, True), (3, False)):  # words of which all bits are set, or none
+        allowed[row, np.repeat(draw.random(-(-vocab // 32)) < 0.5, 32)[:vocab]] = whole
     packed = np.packbits(np.pad(allowed, ((0, 0), (0, -vocab % 32))), axis=1, bitorder="little")
     masks, rows = torch.from_numpy(packed.view(np.int32)), torch.tensor([5, 1, 2, 3, 0])
     expected = allow.reference(logits, rows, masks)[rows].argmax(-1)
