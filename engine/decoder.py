@@ -154,7 +154,7 @@ class Decoder(nn.Module):
     def part(self, tokens: Tensor, ragged: Ragged, cache: KVCache, rows: Tensor, x: Tensor | None) -> Tensor:
         """What this stage makes of the x that it `received`: logits of those rows in the last one, else what it hands on.
         Nothing is exchanged with other stages here."""
-        x = self._through(tokens, ragged, cache, rows, x)
+        x = self.through(tokens, ragged, cache, rows, x)
         return self.logits(x) if self.share.last else x
 
     def handed_on(self, x: Tensor) -> Tensor | None:
@@ -177,12 +177,12 @@ class Decoder(nn.Module):
 
         A stage that isn't the last hands its own [T, M] on to the next, and the result means nothing.
         """
-        x = self._through(tokens, ragged, cache, rows, self.received(len(tokens)), token_types)
+        x = self.through(tokens, ragged, cache, rows, self.received(len(tokens)), token_types)
         if not self.share.last:
             self.mesh.send(x)
         return x
 
-    def _through(
+    def through(
         self,
         tokens: Tensor,
         ragged: Ragged,
@@ -191,7 +191,8 @@ class Decoder(nn.Module):
         x: Tensor | None,
         token_types: Tensor | None = None,
     ) -> Tensor:
-        """This stage's layers, behind the embedding in the first one."""
+        """What this stage's layers make of the x that it `received`, or of the tokens in the first one: as `hidden`, and nothing
+        is exchanged with other stages."""
         held = rows_of(self.mesh, len(tokens), self.spec.hidden)
         if x is None:
             x = held.own(self._embedded(tokens, ragged, token_types))

@@ -325,7 +325,7 @@ def obey(folder: str) -> None:
         def hangs(*_: object) -> None:
             time.sleep(600)
 
-        Decoder.hidden = {"raise": raises, "out of memory": grows, "hang": hangs}[how]  # type: ignore[assignment, method-assign]
+        Decoder.through = {"raise": raises, "out of memory": grows, "hang": hangs}[how]  # type: ignore[assignment, method-assign]
 
     def wait() -> None:
         order = os.path.join(folder, str(os.getpid()))

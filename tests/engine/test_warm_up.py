@@ -49,13 +49,13 @@ def test_every_kind_of_draw_and_of_attention_runs(name: str, monkeypatch: pytest
     cache = KVCache(spec, 200, 16, torch.float32, CPU, layout(spec, 2000))
     seen = {each: calls(monkeypatch, sampler, each) for each in ("draw", "greedy", "penalise", "score")}
     lengths: list[list[int]] = []
-    hidden = decoder.hidden
+    through = decoder.through
 
     def noted(tokens: Any, ragged: Any, *args: Any) -> Any:
         lengths.append(ragged.host_lengths.tolist())
-        return hidden(tokens, ragged, *args)
+        return through(tokens, ragged, *args)
 
-    monkeypatch.setattr(decoder, "hidden", noted)
+    monkeypatch.setattr(decoder, "through", noted)
     warm_up.warm_up(decoder, cache, 2000)
     filters = {frozenset(given - {"most"}) for given in seen["draw"]}
     assert filters == {frozenset(each) for each in ((), ("top_p",), ("top_k", "top_p"), ("min_p",))}
