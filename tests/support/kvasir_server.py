@@ -1,0 +1,127 @@
+"""`kvasir serve` in a process of its own, as its users start it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+
+
+@dataclass
+class Server:
+    """A running `kvasir serve`."""
+
+    process: subprocess.Popen[str]
+    url: str
+    grpc_address: str
+    log: list[str]
+    reader: threading.Thread
+
+    def get(self, path: str) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=60) as reply:
+                return reply.status, reply.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.url + "/v1", api_key="none", max_retries=0, timeout=60)
+
+    def metric(self, name: str) -> float:
+        """Sum over the series of one metric."""
+        found = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", self.get("/metrics")[1], re.MULTILINE)
+        assert found, f"no metric {name}"
+        return sum(map(float, found))
+
+    def ranks(self) -> list[int]:
+        """Process ids of this server's rank actors."""
+        return [pid for pid in descendants(self.process.pid) if "Rank" in command_line(pid)]
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait(self) -> int:
+        """The exit status, once all output is read."""
+        status = self.process.wait(60)
+        self.reader.join()
+        return status
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
+
+
+def descendants(root: int) -> list[int]:
+    """Every process below `root`, and those of the Ray session that it started."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, IndexError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    below, grown = {root}, True
+    while grown:
+        more = {pid for pid, parent in parents.items() if parent in below} - below
+        below, grown = below | more, bool(more)
+    return sorted(below - {root})
+
+
+def read(process: subprocess.Popen[str], log: list[str]) -> None:
+    """Gather what the process prints, until it ends."""
+    assert process.stdout is not None
+    with process.stdout as lines:
+        for line in lines:
+            log.append(line)  # noqa: PERF402  others read it meanwhile
+
+
+def own_cache(tmp_path: Path) -> Path:
+    """A cache folder with the compiled kernels of the session's, which take ten seconds, and nothing else."""
+    cache = tmp_path / "cache"
+    kept = cache / "kvasir" / "compiled"
+    kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for compiled in Path(os.environ["XDG_CACHE_HOME"]).glob("kvasir/compiled/*.so"):
+        with contextlib.suppress(FileExistsError):
+            (kept / compiled.name).symlink_to(compiled)
+    return cache
+
+
+def start(tmp_path: Path, *flags: str, env: dict[str, str] | None = None) -> Server:
+    """Start `kvasir serve` on free ports and wait until it says that it is ready."""
+    command = [sys.executable, "-m", "kvasir.cluster.cli", "serve", "--port", "0", "--grpc-port", "0", *flags]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "OTEL_"))}
+    environment |= {"XDG_CACHE_HOME": str(own_cache(tmp_path)), **(env or {})}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    log: list[str] = []
+    reader = threading.Thread(target=read, args=(process, log), daemon=True)
+    reader.start()
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        text = "".join(log)
+        http, rpc = re.search(r"http://[\w.]+:\d+", text), re.search(r"gRPC\D*?([\w.]+:\d+)", text)
+        if http and rpc:
+            server = Server(process, http.group(), rpc.group(1), log, reader)
+            with contextlib.suppress(OSError):
+                if server.get("/health")[0] == 200:
+                    return server
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    reader.join()
+    raise AssertionError("kvasir serve did not come up:\n" + "".join(log))
