@@ -250,7 +250,7 @@ def token_bias(given: Mapping[str, Any]) -> dict[int, Any]:
 
 
 def _token_id(key: str) -> int:
-    if not (key.isascii() and key.isdigit()):
+    if not (key.isascii() and key.isdigit() and len(key) < 11):
         raise ClientError(f"logit_bias keys must be token ids, got {key!r:.60}", param="logit_bias")
     return int(key)
 

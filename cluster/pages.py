@@ -24,7 +24,7 @@ class Page:
     def of(cls, query: Mapping[str, str], *, limit: int = 20, most: int = 100, newest_first: bool = True) -> Page:
         """From a query. ClientError when it says something wrong."""
         given, order = query.get("limit", str(limit)), query.get("order", "desc" if newest_first else "asc")
-        if not (given.isascii() and given.isdigit() and 1 <= int(given) <= most):
+        if not (given.isascii() and given.isdigit() and len(given) < 10 and 1 <= int(given) <= most):
             raise ClientError(f"limit must be an integer from 1 to {most}, got {given!r:.60}", param="limit")
         if order not in ("asc", "desc"):
             raise ClientError(f"order must be asc or desc, got {order!r:.60}", param="order")

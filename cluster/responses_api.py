@@ -14,7 +14,7 @@ from kvasir.cluster.http_front import header_map, read_json, request_id_of, send
 from kvasir.cluster.reply_stream import SSE, UNBUFFERED, stream
 from kvasir.cluster.responses import Responses
 from kvasir.cluster.responses_schema import ResponseAsk, parse_compaction, parse_input_tokens, parse_response
-from kvasir.cluster.stored_routes import found_route, lookup_of
+from kvasir.cluster.stored_routes import found_route, lookup_of, unread
 from kvasir.cluster.straight import Straight
 from kvasir.engine.errors import ClientError
 
@@ -79,11 +79,12 @@ class GetResponse:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         lookup = lookup_of(Request(scope))
         if not _flag(lookup.query, "stream"):
-            await send_json(send, 200, (await self._responses.get(lookup)).body)
+            await send_json(send, 200, (await self._responses.get(lookup)).body, unread(lookup))
             return
         stored = await self._responses.streamed(lookup)
         after = _number(lookup.query, "starting_after", -1)
-        await until_gone(receive, _follow(self._responses.background, stored.id, after, Straight(scope, send), ()))
+        told, line = unread(lookup), Straight(scope, send)
+        await until_gone(receive, _follow(self._responses.background, stored.id, after, line, told))
 
 
 async def _send(send: Send, answer: Answer) -> None:

@@ -57,7 +57,7 @@ class Chats:
         query = lookup.query
         page = Page.of(query, newest_first=False)
         match = {"model": query["model"]} if "model" in query else {}
-        labels = {found[1]: value for name, value in query.items() if (found := _LABEL.fullmatch(name))}
+        labels = {found[1]: query[name] for name in query if (found := _LABEL.fullmatch(name))}
         bodies = await page.of_store(self._store, _KIND, lookup.principal, match, labels)
         return page.json(bodies)
 

@@ -461,3 +461,30 @@ def test_long_prompt_is_tokenised_in_a_thread(gateway):
     assert post(gateway, "/tokenize", prompt="abc" * 5000).json()["count"] == 15000
     long = [{"role": "user", "content": "a" * 3000}]
     assert chat(gateway, messages=long).json()["usage"]["prompt_tokens"] == 3003
+
+
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/batches", "/v1/chat/completions"])
+def test_a_limit_of_thousands_of_digits_is_refused(gateway, path):
+    error = httpx.get(f"{gateway.url}{path}?limit={'9' * 5000}").json()["error"]
+    assert (error["param"], error["type"]) == ("limit", "invalid_request_error")
+
+
+def test_a_token_id_of_thousands_of_digits_is_refused(gateway):
+    reply = chat(gateway, logit_bias={"9" * 5000: 1})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "logit_bias")
+
+
+def test_what_means_nothing_in_a_query_is_named(gateway):
+    stored = post(gateway, "/v1/responses", model="bytes", input="Hi").json()["id"]
+    one = f"/v1/responses/{stored}"
+    for path, named in (
+        (f"{one}?include[]=x", "include[]"),
+        (f"{one}?starting_after=3", "starting_after"),
+        (f"{one}/input_items?limit=3&odd=1", "odd"),
+        ("/v1/files?purpose=batch&odd=1", "odd"),
+        ("/v1/chat/completions?model=x&metadata[a]=b&odd=1", "odd"),
+    ):
+        reply = httpx.get(gateway.url + path)
+        assert (reply.status_code, reply.headers["x-kvasir-warning"]) == (200, f"ignored: {named}")
+    for path in (one, f"{one}/input_items?limit=3&order=asc", "/v1/chat/completions?model=x&metadata[a]=b&after="):
+        assert "x-kvasir-warning" not in httpx.get(gateway.url + path).headers
