@@ -48,7 +48,7 @@ std::vector<Unit> divide(const Call &c, int64_t most) {
 // Rows, heads and, when those are few, parts of the keys, for the threads to share.
 template <class T, bool PAIRS>
 void attend(const Call &c) {
-  int64_t group = c.heads / c.kv_heads, wide = up(c.value_dim, 16), most = std::max<int64_t>(1, QUERIES / group);
+  int64_t group = c.heads / c.kv_heads, wide = Worker<T, PAIRS>::columns(c), most = std::max<int64_t>(1, QUERIES / group);
   std::vector<Unit> units = divide<T, PAIRS>(c, most), joined;
   int64_t room = 0;
   size_t bytes = 0;

@@ -10,7 +10,6 @@ namespace {
 constexpr int64_t TILE = 64;   // keys whose scores a row takes at once
 constexpr int64_t PART = 1024; // keys after which a row's softmax begins anew, to be merged: long contexts use all threads
 constexpr int64_t QUERIES = 64; // query rows (of all heads of a group) that share a tile's keys
-constexpr int64_t AHEAD = REGISTER == 32 ? 1 : 2; // heads whose keys and values are called for before they are needed
 constexpr int64_t WIDEST = 1024; // heads of few rows, of which all zero is one
 constexpr int64_t FEW = 32;    // query rows up to which rows of bfloat16 aren't laid down as floats
 constexpr int BLOCK = 6; // rows whose sums are in registers at once,
@@ -69,13 +68,13 @@ struct Call {
     int64_t number = tile / cache.block_size, within = tile % cache.block_size;
     const int32_t *blocks = table + sequence * table_row;
     places.count = std::max<int64_t>(0, std::min(TILE, lengths[sequence] - tile));
-    for (int64_t j = 0; j < places.count;) {
-      int64_t row = blocks[number] * cache.block + within * cache.slot;
-      int64_t scale = blocks[number++] * cache.scale_block + within * cache.scale_slot;
-      for (; j < places.count && within < cache.block_size; j++, within++, row += cache.slot, scale += cache.scale_slot)
-        places.row[j] = tile + j < first ? -1 : row, places.scale[j] = scale;
-      within = 0;
+    for (int64_t j = 0; j < places.count; number++, within = 0) {
+      int64_t row = blocks[number] * cache.block + (within - j) * cache.slot;
+      int64_t scale = blocks[number] * cache.scale_block + (within - j) * cache.scale_slot;
+      for (int64_t end = std::min(places.count, j + cache.block_size - within); j < end; j++)
+        places.row[j] = row + j * cache.slot, places.scale[j] = scale + j * cache.scale_slot;
     }
+    for (int64_t j = 0; j < std::min(places.count, first - tile); j++) places.row[j] = -1;
     for (int64_t j = places.count; j < TILE; j++) places.row[j] = -1;
   }
 };
@@ -94,14 +93,17 @@ struct Worker {
   float k_scales[TILE], v_scales[TILE]; // of a tile's keys under the head at hand
   F16 *lanes;
 
+  // Sums of a row.
+  static int64_t columns(const Call &c) { return up(c.value_dim, PAIRS ? 32 : 16); }
+
   static int64_t bytes(const Call &c, int64_t rows, int64_t heads) {
-    int64_t wide = up(c.value_dim, 16), dim = up(c.dim, 16);
+    int64_t wide = columns(c), dim = up(c.dim, 16);
     return 4 * (TILE * (dim + wide) + rows * (2 * TILE + 4) + heads * rows * (2 * wide + dim + 16 + 3)) + 4096;
   }
 
   Worker(const Call &call, const Unit &unit, char *memory, const Unit *next = nullptr)
       : c(call), cache(call.cache), u(unit), following(next), group(c.heads / c.kv_heads), rows(unit.count * group),
-        all(rows * unit.heads), wide(up(c.value_dim, 16)), length(c.lengths[unit.sequence]), origin(call.origin(unit)) {
+        all(rows * unit.heads), wide(columns(c)), length(c.lengths[unit.sequence]), origin(call.origin(unit)) {
     auto take = [&](int64_t floats) {
       char *found = memory;
       memory += up(4 * floats, 64);
@@ -115,12 +117,12 @@ struct Worker {
     m = take(all), total_m = take(all), total_l = take(all);
   }
 
-  // Row i of all: kv head by kv head, its query heads' rows.
-  int64_t row(int64_t i) const { return c.starts[u.sequence] + u.first + i % rows / group; }
-  int64_t head(int64_t i) const { return (u.head + i / rows) * group + i % group; }
-  int64_t query(int64_t i) const { return row(i) * c.q_row + head(i) * c.q_head; }
-  const float *query_at(int64_t i) const { // or pairs
-    return PAIRS ? (const float *)((const bf16 *)c.q + query(i)) : queries + i * up(c.dim, 16);
+  // Row r of those under the unit's h-th kv head, all of whose query heads' rows stand together.
+  int64_t row(int32_t r) const { return c.starts[u.sequence] + u.first + r / (int32_t)group; }
+  int64_t head(int64_t h, int32_t r) const { return (u.head + h) * group + r % (int32_t)group; }
+  int64_t query(int64_t h, int32_t r) const { return row(r) * c.q_row + head(h, r) * c.q_head; }
+  const float *query_at(int64_t h, int32_t r) const { // or pairs
+    return PAIRS ? (const float *)((const bf16 *)c.q + query(h, r)) : queries + (h * rows + r) * up(c.dim, 16);
   }
 
   // The keys that a row at this position sees: low..high, both included.
@@ -129,7 +131,7 @@ struct Worker {
   // Where what the thread probably takes next begins, seen from this unit's first head.
   void find_following(Places &places) const {
     for (int64_t &row : places.row) row = -1;
-    if (!following || following->heads < std::min<int64_t>(AHEAD, u.heads)) return;
+    if (!following) return;
     int64_t from, to;
     c.range(c.lengths[following->sequence], c.origin(*following), from, to);
     c.find(following->sequence, std::max(following->part * PART, from / TILE * TILE), from, places);
@@ -166,6 +168,10 @@ struct Worker {
   }
 #endif
 
+  Later later(const void *numbers, const Places &places, int64_t h, int64_t width) const {
+    return {(const char *)((const T *)numbers + (u.head + h) * cache.head), places.row, sizeof(T), width * (int64_t)sizeof(T)};
+  }
+
   // Where a tile's rows begin under a head; a row of zeros for what isn't there or seen.
   void rows_of(const void *numbers, const Places &places, int64_t h, const T **found) const {
     const T *base = (const T *)numbers + (u.head + h) * cache.head;
@@ -173,12 +179,10 @@ struct Worker {
   }
 
 #if KVASIR_PAIRS
-  // Which of 2 x 32 numbers stand side by side as pairs: those of the first 16 columns, and of the others.
-  static __m512i firsts() {
-    return _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34,
-                            2, 33, 1, 32, 0);
+  // Pairs of two rows' 32 numbers, in the order that costs least: columns 0 to 3, 8 to 11, 16 to 19, 24 to 27, then the others.
+  static void side_by_side(__m512i a, __m512i b, F16 *to) {
+    to[0] = (F16)_mm512_unpacklo_epi16(a, b), to[1] = (F16)_mm512_unpackhi_epi16(a, b);
   }
-  static __m512i seconds() { return _mm512_add_epi16(firsts(), _mm512_set1_epi16(16)); }
 
   // Columns 8 of 16 rows from their d-th pair on, side by side.
   static __attribute__((always_inline)) void eight(const T *const *rows, int64_t d, __m512 *to) {
@@ -201,26 +205,24 @@ struct Worker {
   // What pack_keys and multiply do, for so few rows that a tile isn't worth laying down: each sum in the same order. As many
   // keys at once as it takes that no sum waits for itself.
   template <int R>
-  void few_keys(const Places &places, int64_t h, const Places &next, int64_t next_h, const float *const *from) {
+  void few_keys(const Places &places, int64_t h, Later later, const float *const *from) {
     constexpr int G = R <= 4 ? 2 : 1;
-    const T *keys[TILE], *base = (const T *)cache.k + (u.head + next_h) * cache.head;
+    const T *keys[TILE];
     rows_of(cache.k, places, h, keys);
     for (int64_t j = 0; j < places.count; j += 16 * G) {
       F16 sums[G][R];
       for (int g = 0; g < G; g++)
         for (int r = 0; r < R; r++) sums[g][r] = splat(0.0f);
       for (int64_t d = 0; d < c.dim / 2; d += 8) {
+        later.call_up_to(j + 32 * G * (d + 8) / c.dim);
         __m512 k[G][8];
         for (int g = 0; g < G; g++) eight(keys + j + 16 * g, d, k[g]);
-        const int64_t *later = next.row + j + d % 16 * G; // one by one: many at once keep loads waiting
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) {
+        for (int i = 0; i < 8; i++)
           for (int r = 0; r < R; r++) {
             float q = load<float>(from[r] + d + i);
             for (int g = 0; g < G; g++) sums[g][r] = product(sums[g][r], q, (F16)k[g][i]);
           }
-          for (int g = 0; g < G; g++) __builtin_prefetch(base + later[i * G + g] + 2 * (d / 16 * 16), 0, 2);
-        }
       }
       for (int g = 0; g < G; g++)
         for (int r = 0; r < R; r++) store(scores + r * TILE + j + 16 * g, sums[g][r]);
@@ -229,55 +231,60 @@ struct Worker {
 
   // The same of pack_values: to[R][wide] += from[R][TILE / 2 pairs] times the values, 16 * C columns at a time.
   template <int R, int C>
-  void few_values(const Places &places, int64_t h, const Places &next, int64_t next_h, const float *const *from, float *to) {
-    const void *numbers = cache.v ? cache.v : cache.k;
-    const __m512i first = firsts(), second = seconds();
-    const T *rows[TILE], *base = (const T *)numbers + (u.head + next_h) * cache.head;
-    rows_of(numbers, places, h, rows);
-    for (int64_t d = 0; d < wide; d += 16 * C) {
+  void few_values(const Places &places, int64_t h, Later later, const float *const *from, float *to) {
+    const T *rows[TILE];
+    rows_of(cache.v ? cache.v : cache.k, places, h, rows);
+    int64_t passes = wide / (16 * C);
+    for (int64_t pass = 0; pass < passes; pass++) {
+      int64_t d = 16 * C * pass;
       F16 sums[R][C];
       for (int r = 0; r < R; r++)
         for (int i = 0; i < C; i++) sums[r][i] = load<F16>(to + r * wide + d + 16 * i);
-      for (int64_t j = 0; j < places.count; j += 2) {
-        for (int64_t i = 0; i < 2 && cache.v; i++)
-          for (int64_t b = 0; b < 16 * C * (int64_t)sizeof(T); b += 64)
-            __builtin_prefetch((const char *)(base + next.row[j + i] + d) + b, 0, 2);
-        F16 v[C];
-        for (int i = 0; i < C; i += 2) {
-          __m512i a = pairs(rows[j] + d + 16 * i, 32), b = pairs(rows[j + 1] + d + 16 * i, 32);
-          v[i] = (F16)_mm512_permutex2var_epi16(a, first, b), v[i + 1] = (F16)_mm512_permutex2var_epi16(a, second, b);
+      for (int64_t j = 0; j < places.count;) {
+        later.call_up_to(std::min(TILE, later.called + 2));
+        for (int64_t end = std::min(places.count, j + 2 * passes); j < end; j += 2) {
+          F16 v[C];
+          for (int64_t i = 0; i < C; i += 2)
+            side_by_side(pairs(rows[j] + d + 16 * i, 32), pairs(rows[j + 1] + d + 16 * i, 32), v + i);
+          for (int r = 0; r < R; r++)
+            for (int i = 0; i < C; i++) sums[r][i] = product(sums[r][i], load<float>(from[r] + j / 2), v[i]);
         }
-        for (int r = 0; r < R; r++)
-          for (int i = 0; i < C; i++) sums[r][i] = product(sums[r][i], load<float>(from[r] + j / 2), v[i]);
       }
       for (int r = 0; r < R; r++)
         for (int i = 0; i < C; i++) store(to + r * wide + d + 16 * i, sums[r][i]);
     }
   }
 
+  // Keys and values are called for a head ahead: half of one is too little for memory to be always at work.
   template <int R>
   void few(int64_t tile, const Places &places, int64_t h, const Places &next, int64_t next_h) {
     int64_t base = h * rows;
     const float *from[R];
-    for (int r = 0; r < R; r++) from[r] = query_at(base + r);
-    few_keys<R>(places, h, next, next_h, from);
-    for (int r = 0; r < R; r++) weigh(base + r, tile), from[r] = weights + r * TILE;
+    for (int r = 0; r < R; r++) from[r] = query_at(h, r);
+    few_keys<R>(places, h, later(cache.k, next, next_h, c.dim), from);
+    Later values = cache.v ? later(cache.v, next, next_h, c.value_dim) : Later{};
+    for (int r = 0; r < R; r++) {
+      values.call_up_to(TILE / 4 * (r + 1) / R); // memory had nothing to do meanwhile
+      weigh(h, r, tile);
+      from[r] = weights + r * TILE;
+    }
     if (R <= 4 && wide % 64 == 0)
-      few_values<R, R <= 4 ? 4 : 2>(places, h, next, next_h, from, acc + base * wide);
+      few_values<R, R <= 4 ? 4 : 2>(places, h, values, from, acc + base * wide);
     else
-      few_values<R, 2>(places, h, next, next_h, from, acc + base * wide);
+      few_values<R, 2>(places, h, values, from, acc + base * wide);
   }
 #endif
 
-  // Scores of a tile for row i become weights; what was summed before is scaled to the new largest score.
-  __attribute__((noinline)) void weigh(int64_t i, int64_t tile) {
+  // Scores of a tile for a row become weights; what was summed before is scaled to the new largest score.
+  __attribute__((noinline)) void weigh(int64_t h, int32_t r, int64_t tile) {
     F16 x[4];
-    float *s = scores + i % rows * TILE, *w = weights + i % rows * TILE;
+    const int64_t i = h * rows + r;
+    float *s = scores + r * TILE, *w = weights + r * TILE;
     const I16 number = places();
-    int32_t from = (int32_t)(low[i % rows] - tile), to = (int32_t)(high[i % rows] - tile);
+    int32_t from = (int32_t)(low[r] - tile), to = (int32_t)(high[r] - tile);
     bool whole = from <= 0 && to >= TILE - 1;
-    float slope = c.slopes ? c.slopes[head(i)] : 0.0f;
-    float behind = (float)(origin + i % rows / group - tile);
+    float slope = c.slopes ? c.slopes[head(h, r)] : 0.0f;
+    float behind = c.slopes ? (float)(origin + r / (int32_t)group - tile) : 0.0f;
     F16 best = splat(-INFINITY);
     for (int j = 0; j < 4; j++) {
       x[j] = load<F16>(s + 16 * j) * c.scale;
@@ -329,10 +336,6 @@ struct Worker {
     for (int64_t j = 0; j < TILE; j++) found[j] = (const K *)(room + std::min(j, places.count - 1) * line);
   }
 
-  Later later(const void *numbers, const Places &places, int64_t h, int64_t width) const {
-    return {(const char *)((const T *)numbers + (u.head + h) * cache.head), places.row, sizeof(T), width * (int64_t)sizeof(T)};
-  }
-
   // run(integral_constant of `count`), count <= MOST.
   template <int MOST, class Run>
   static void by_count(int64_t count, Run run) {
@@ -354,10 +357,10 @@ struct Worker {
     rows_of(cache.k, c.dim, there, kt, places, h, found);
     int64_t base = h * rows, dim = up(c.dim, 16);
     by_rows(values, [&](auto n, int64_t i, const Later &meanwhile) {
-      for (int r = 0; r < n.value; r++) from[r] = query_at(base + i + r);
+      for (int r = 0; r < n.value; r++) from[r] = query_at(h, i + r);
       score_rows<n.value>(found, places.count, meanwhile, from, dim, scores + i * TILE, TILE);
     });
-    for (int64_t i = 0; i < rows; i++) weigh(base + i, tile);
+    for (int64_t i = 0; i < rows; i++) weigh(h, i, tile);
     if (cache.v) rows_of(cache.v, c.value_dim, there, vt, places, h, found);
     by_rows(keys, [&](auto n, int64_t i, const Later &meanwhile) {
       for (int r = 0; r < n.value; r++) from[r] = weights + (i + r) * TILE;
@@ -418,13 +421,12 @@ struct Worker {
 #if KVASIR_PAIRS
       if constexpr (PAIRS) {
         const T *other = at(numbers, places.row[j + 1], h);
-        const __m512i first = firsts(), second = seconds();
         for (int64_t d = 0; d < wide; d += 32) {
           __m512i a = from ? pairs(from + d, c.value_dim - d) : _mm512_setzero_si512();
           __m512i b = other ? pairs(other + d, c.value_dim - d) : _mm512_setzero_si512();
-          float *to = vt + j / 2 * wide + d;
-          _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, first, b));
-          if (d + 16 < wide) _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(a, second, b));
+          F16 both[2];
+          side_by_side(a, b, both);
+          std::memcpy(vt + j / 2 * wide + d, both, sizeof both);
         }
         continue;
       }
@@ -506,10 +508,10 @@ struct Worker {
     const float *from[BLOCK];
     for (int64_t i = 0; i < rows; i += BLOCK) {
       int64_t count = std::min<int64_t>(BLOCK, rows - i);
-      for (int64_t r = 0; r < count; r++) from[r] = query_at(base + i + r);
+      for (int64_t r = 0; r < count; r++) from[r] = query_at(h, i + r);
       strips(count, from, inner, kt, TILE, scores + i * TILE, TILE, TILE / 16, false);
     }
-    for (int64_t i = 0; i < rows; i++) weigh(base + i, tile);
+    for (int64_t i = 0; i < rows; i++) weigh(h, i, tile);
     pack_values(places, h, next, next_h);
     for (int64_t i = 0; i < rows; i += BLOCK) {
       int64_t count = std::min<int64_t>(BLOCK, rows - i);
@@ -532,11 +534,23 @@ struct Worker {
       else
         find_following(places[turn ^ 1]);
       for (int64_t h = 0; h < u.heads; h++) {
-        int64_t then = h + std::min<int64_t>(AHEAD, u.heads);
-        bool over = then >= u.heads;
-        one_tile(tile, places[turn], h, places[turn ^ over], over ? then - u.heads : then);
+        bool last = h + 1 == u.heads;
+        one_tile(tile, places[turn], h, places[turn ^ last], last ? 0 : h + 1);
       }
     }
+  }
+
+  // A row's sums of columns d to d + 15.
+  static F16 ordered(const float *row, int64_t d) {
+#if KVASIR_PAIRS
+    if constexpr (PAIRS) { // side_by_side's order
+      const __m512i order = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+      const float *both = row + d / 32 * 32;
+      __m512i which = _mm512_add_epi32(order, _mm512_set1_epi32(d % 32 / 2));
+      return (F16)_mm512_permutex2var_ps(_mm512_loadu_ps(both), which, _mm512_loadu_ps(both + 16));
+    }
+#endif
+    return in_order<T, true>(load<F16>(row + d));
   }
 
   F16 numbers_of(const void *q, int64_t at, int64_t left) const {
@@ -554,7 +568,7 @@ struct Worker {
       total_m[i] = -INFINITY, total_l[i] = 0.0f;
       if (!PAIRS)
         for (int64_t d = 0; d < c.dim; d += 16)
-          store(queries + i * up(c.dim, 16) + d, in_order<T>(numbers_of(c.q, query(i) + d, c.dim - d)));
+          store(queries + i * up(c.dim, 16) + d, in_order<T>(numbers_of(c.q, query(i / rows, i % rows) + d, c.dim - d)));
     }
     std::memset(total, 0, all * wide * 4);
   }
@@ -575,16 +589,17 @@ struct Worker {
 
   __attribute__((noinline)) void finish() {
     for (int64_t i = 0; i < all; i++) {
+      int64_t head = this->head(i / rows, i % rows);
       float sum = total_l[i], factor = 1.0f;
       if (c.sinks) {
-        float sink = c.sinks[head(i)], now = std::max(total_m[i], sink);
+        float sink = c.sinks[head], now = std::max(total_m[i], sink);
         factor = exponential(splat(total_m[i] - now))[0];
         sum = sum * factor + exponential(splat(sink - now))[0];
       }
       factor /= sum;
-      int64_t to = (row(i) * c.heads + head(i)) * c.value_dim;
+      int64_t to = (row(i % rows) * c.heads + head) * c.value_dim;
       for (int64_t d = 0; d < c.value_dim; d += 16) {
-        F16 x = in_order<T, true>(load<F16>(total + i * wide + d)) * factor;
+        F16 x = ordered(total + i * wide, d) * factor;
         if (c.type == FLOAT32)
           narrow((float *)c.out + to + d, x, c.value_dim - d);
         else if (c.type == BFLOAT16)

@@ -1,6 +1,7 @@
 // What attention multiplies where a register holds eight floats (AVX2). Rows are read where they lie: a score adds up its eight
 // lanes in the end, which is less work than to turn keys so that a lane is a key's.
 #pragma once
+#include "later.h"
 #include "native.h"
 
 #include <algorithm>
@@ -38,16 +39,6 @@ static inline F8 sums_of(const F8 *x) {
   }
   return (F8)_mm256_add_ps(_mm256_permute2f128_ps(four[0], four[1], 0x20), _mm256_permute2f128_ps(four[0], four[1], 0x31));
 }
-
-// Rows that are called for meanwhile, evenly and one line after the other, as memory gives them fastest. Of no bytes: none are.
-struct Later {
-  const char *base;
-  const int64_t *rows; // in numbers
-  int64_t number, bytes;
-  void call(int64_t row) const {
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(base + number * rows[row] + at);
-  }
-};
 
 // scores[R], rows `to_row` apart, of q[R] with keys[count]; count is rounded up to eight.
 template <int R, class K>
