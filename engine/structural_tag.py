@@ -128,6 +128,8 @@ class _Writer:
         known = self._terminals.either(ends)
         if known is not None and (body := self._terminals.of(form, known)) is not None:
             return self.token(body)
+        if known is None and not is_open(form, self._ends_of) and (body := self._terminals.of(form)) is not None:
+            return self.rule(f"{self.token(body)} {self._either(ends)}")
         found = self._open(kind, form, ends)
         if found is None:
             return self.rule(f"{self._closed(kind, form)} {self._either(ends)}")
@@ -281,7 +283,7 @@ class _Writer:
         triggers = [one for one in list_of(form, "triggers") if isinstance(one, str) and one]
         text, once = self._terminals.text(form["excludes"]), form.get("stop_after_first")
         behind, first = [], []
-        for tag in list_of(form, "tags"):
+        for tag in _tags(form):
             rest = self._rest(tag, ends if once else ())
             behind.append(self._behind(tag, rest, triggers, text))
             first.append(self.rule(f"{self._begin(tag)} {rest}"))
@@ -323,7 +325,7 @@ class _Writer:
         return self.rule(" | ".join(ways))
 
     def _separated(self, form: Any) -> str:
-        tags = [self.rule(f"{self._begin(tag)} {self._rest(tag)}") for tag in list_of(form, "tags")]
+        tags = [self.rule(f"{self._begin(tag)} {self._rest(tag)}") for tag in _tags(form)]
         one = self.rule(" | ".join(tags))
         if form.get("stop_after_first"):
             return one if form.get("at_least_one") else self.rule(f"{one}?")
@@ -386,6 +388,13 @@ class _Writer:
         self._count += 1
         self._rules.append(f"TOKEN_{self._count}: {body}")
         return f"TOKEN_{self._count}"
+
+
+def _tags(form: Mapping[str, Any]) -> list[Any]:
+    tags = list_of(form, "tags")
+    if wrong := [one for one in tags if not isinstance(one, dict)]:
+        raise ClientError(f"structural tag: tags must be objects, got {wrong[0]!r:.60}", param=PARAM)
+    return tags
 
 
 def _joined(run: list[Any]) -> Any:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import pytest
+from fuzzing import examples
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.grammar_text import grammar_text
 from kvasir.engine.request import StructuredOutput
+from kvasir.engine.structural_tag import _FIELDS, tag_grammar
 
 TAG = {"begin": "<a>", "content": {"type": "any_text"}, "end": "</a>"}
 
@@ -190,6 +195,7 @@ def test_formats(form, held, others):
              "tags": [tag({"type": "token", "token": "<tool>"}, JSON, ";")]},
             ["", "x<tool>{};y", "<tool>{};<tool>{};"], ["<tool>x", "<think>"],
         ),
+        (tag("<a>", regex("[a-z]+"), "</think>"), ["<a>b</think>"], ["<a></think>", "<a>b"]),
         ({"type": "token_dispatch", "rules": [[259, JSON]]}, ["x<tool>{}y"], ["<tool>x"]),
     ],
 )  # fmt: skip
@@ -210,12 +216,47 @@ def test_formats_with_special_tokens(form, held, others):
         ({"type": "dispatch", "rules": [["<a>"]]}, "rules are pairs"),
         ({"type": "token_triggered_tags", "trigger_tokens": 1, "tags": [TAG]}, "trigger_tokens must be a list"),
         ({"type": "token_dispatch", "rules": [[1, JSON]], "exclude_tokens": 1}, "exclude_tokens must be a list"),
+        ({**CALLS, "tags": ["a"]}, "tags must be objects"), ({**LIST, "tags": [1]}, "tags must be objects"),
         ({**TEXT, "excludes": [""]}, "excludes must be a list of texts"), ({"type": "any_tokens"}, "'any_tokens'"),
     ],
 )  # fmt: skip
 def test_what_a_format_cant_say(form, word):
     with pytest.raises(ClientError, match=word):
         accepts(form, "")
+
+
+ODD = st.sampled_from([None, 1, "", "x", [], ["a", 1], {}, {"type": "token"}])
+MARKS = st.sampled_from(["<a>", "", "x<tool>", "<tool>", ["</a>", "b"], {"type": "token", "token": 257}])
+FIELDS = {
+    "content": st.deferred(lambda: FORMS), "elements": st.lists(st.deferred(lambda: FORMS), min_size=1, max_size=3),
+    "tags": st.lists(
+        st.fixed_dictionaries({"begin": MARKS, "content": st.deferred(lambda: FORMS), "end": MARKS}), min_size=1, max_size=2
+    ),
+    "rules": st.lists(st.tuples(MARKS, st.deferred(lambda: FORMS)).map(list), min_size=1, max_size=2),
+    "triggers": st.just(["<a", "<tool>"]), "trigger_tokens": st.just(["<tool>"]), "excludes": st.just(["no"]),
+    "value": MARKS, "separator": MARKS, "begin": MARKS, "end": MARKS, "token": MARKS, "min": st.integers(-1, 2),
+    "max": st.integers(-1, 2), "pattern": st.sampled_from(["a/b", ".*", "", "["]), "loop": st.booleans(),
+    "at_least_one": st.booleans(), "stop_after_first": st.booleans(), "json_schema": st.just({"type": "object"}),
+    "grammar": st.just('root ::= "x"'),
+}  # fmt: skip
+
+
+@st.composite
+def some_format(draw):
+    kind = draw(st.sampled_from([*_FIELDS]))
+    names = [name for name in _FIELDS[kind] if name in FIELDS]
+    return {"type": kind, **{name: draw(ODD if draw(st.integers(0, 19)) == 0 else FIELDS[name]) for name in names}}
+
+
+FORMS = some_format() | ODD
+
+
+@given(some_format())
+@settings(max_examples=examples(150))
+def test_any_format_gives_a_grammar_or_is_the_callers_fault(form):
+    for special in ((), SPECIAL):
+        with contextlib.suppress(ClientError):
+            tag_grammar({"format": form}, {name: 257 + number for number, name in enumerate(special)})
 
 
 def test_long_sequences_are_flat():
