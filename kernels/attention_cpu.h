@@ -11,6 +11,7 @@ constexpr int64_t TILE = 64;   // keys whose scores a row takes at once
 constexpr int64_t PART = 1024; // keys after which a row's softmax begins anew, to be merged: long contexts use all threads
 constexpr int64_t QUERIES = 64; // query rows (of all heads of a group) that share a tile's keys
 constexpr int64_t WIDEST = 1024; // heads of few rows, of which all zero is one
+constexpr int64_t UNPACKED = 16; // query rows up to which pairs are read where they lie
 constexpr int64_t FEW = 32;    // query rows up to which rows of bfloat16 aren't laid down as floats
 constexpr int BLOCK = 6; // rows whose sums are in registers at once,
 template <int R>           // so many times 16 columns of them; with few rows more, since a sum waits for itself
@@ -172,6 +173,14 @@ struct Worker {
     return {(const char *)((const T *)numbers + (u.head + h) * cache.head), places.row, sizeof(T), width * (int64_t)sizeof(T)};
   }
 
+  // run(integral_constant of `count`), count <= MOST.
+  template <int MOST, class Run>
+  static void by_count(int64_t count, Run run) {
+    if constexpr (MOST > 1)
+      if (count < MOST) return by_count<MOST - 1>(count, run);
+    run(std::integral_constant<int, MOST>());
+  }
+
   // Where a tile's rows begin under a head; a row of zeros for what isn't there or seen.
   void rows_of(const void *numbers, const Places &places, int64_t h, const T **found) const {
     const T *base = (const T *)numbers + (u.head + h) * cache.head;
@@ -205,8 +214,8 @@ struct Worker {
   // What pack_keys and multiply do, for so few rows that a tile isn't worth laying down: each sum in the same order. As many
   // keys at once as it takes that no sum waits for itself.
   template <int R>
-  void few_keys(const Places &places, int64_t h, Later later, const float *const *from) {
-    constexpr int G = R <= 4 ? 2 : 1;
+  void few_keys(const Places &places, int64_t h, Later &later, const float *const *from, float *to) {
+    constexpr int G = 2;
     const T *keys[TILE];
     rows_of(cache.k, places, h, keys);
     for (int64_t j = 0; j < places.count; j += 16 * G) {
@@ -214,7 +223,7 @@ struct Worker {
       for (int g = 0; g < G; g++)
         for (int r = 0; r < R; r++) sums[g][r] = splat(0.0f);
       for (int64_t d = 0; d < c.dim / 2; d += 8) {
-        later.call_up_to(j + 32 * G * (d + 8) / c.dim);
+        later.step();
         __m512 k[G][8];
         for (int g = 0; g < G; g++) eight(keys + j + 16 * g, d, k[g]);
 #pragma GCC unroll 8
@@ -225,53 +234,55 @@ struct Worker {
           }
       }
       for (int g = 0; g < G; g++)
-        for (int r = 0; r < R; r++) store(scores + r * TILE + j + 16 * g, sums[g][r]);
+        for (int r = 0; r < R; r++) store(to + r * TILE + j + 16 * g, sums[g][r]);
     }
   }
 
   // The same of pack_values: to[R][wide] += from[R][TILE / 2 pairs] times the values, 16 * C columns at a time.
   template <int R, int C>
-  void few_values(const Places &places, int64_t h, Later later, const float *const *from, float *to) {
+  void few_values(const Places &places, int64_t h, Later &later, const float *const *from, float *to) {
     const T *rows[TILE];
     rows_of(cache.v ? cache.v : cache.k, places, h, rows);
-    int64_t passes = wide / (16 * C);
-    for (int64_t pass = 0; pass < passes; pass++) {
-      int64_t d = 16 * C * pass;
+    for (int64_t d = 0; d < wide; d += 16 * C) {
       F16 sums[R][C];
       for (int r = 0; r < R; r++)
         for (int i = 0; i < C; i++) sums[r][i] = load<F16>(to + r * wide + d + 16 * i);
-      for (int64_t j = 0; j < places.count;) {
-        later.call_up_to(std::min(TILE, later.called + 2));
-        for (int64_t end = std::min(places.count, j + 2 * passes); j < end; j += 2) {
-          F16 v[C];
-          for (int64_t i = 0; i < C; i += 2)
-            side_by_side(pairs(rows[j] + d + 16 * i, 32), pairs(rows[j + 1] + d + 16 * i, 32), v + i);
-          for (int r = 0; r < R; r++)
-            for (int i = 0; i < C; i++) sums[r][i] = product(sums[r][i], load<float>(from[r] + j / 2), v[i]);
-        }
+      for (int64_t j = 0; j < places.count; j += 2) {
+        if (j % 4 == 0) later.step();
+        F16 v[C];
+        for (int64_t i = 0; i < C; i += 2)
+          side_by_side(pairs(rows[j] + d + 16 * i, 32), pairs(rows[j + 1] + d + 16 * i, 32), v + i);
+        for (int r = 0; r < R; r++)
+          for (int i = 0; i < C; i++) sums[r][i] = product(sums[r][i], load<float>(from[r] + j / 2), v[i]);
       }
       for (int r = 0; r < R; r++)
         for (int i = 0; i < C; i++) store(to + r * wide + d + 16 * i, sums[r][i]);
     }
   }
 
-  // Keys and values are called for a head ahead: half of one is too little for memory to be always at work.
-  template <int R>
+  // A tile that isn't laid down, four rows at a time. Keys and values are called for a head ahead: half of one is too little
+  // for memory to be always at work.
   void few(int64_t tile, const Places &places, int64_t h, const Places &next, int64_t next_h) {
-    int64_t base = h * rows;
-    const float *from[R];
-    for (int r = 0; r < R; r++) from[r] = query_at(h, r);
-    few_keys<R>(places, h, later(cache.k, next, next_h, c.dim), from);
-    Later values = cache.v ? later(cache.v, next, next_h, c.value_dim) : Later{};
-    for (int r = 0; r < R; r++) {
-      values.call_up_to(TILE / 4 * (r + 1) / R); // memory had nothing to do meanwhile
-      weigh(h, r, tile);
-      from[r] = weights + r * TILE;
-    }
-    if (R <= 4 && wide % 64 == 0)
-      few_values<R, R <= 4 ? 4 : 2>(places, h, values, from, acc + base * wide);
-    else
-      few_values<R, 2>(places, h, values, from, acc + base * wide);
+    int64_t base = h * rows, pieces = (rows + 3) / 4;
+    const float *from[4];
+    auto by_rows = [&](auto run) {
+      for (int64_t i = 0; i < rows; i += 4) by_count<4>(std::min<int64_t>(4, rows - i), [&](auto n) { run(n, i); });
+    };
+    Later keys = later(cache.k, next, next_h, c.dim), values = cache.v ? later(cache.v, next, next_h, c.value_dim) : Later{};
+    keys.plan(TILE, pieces * TILE / 32 * c.dim / 16);
+    by_rows([&](auto n, int64_t i) {
+      for (int r = 0; r < n.value; r++) from[r] = query_at(h, i + r);
+      few_keys<n.value>(places, h, keys, from, scores + i * TILE);
+    });
+    values.plan(TILE / 4, rows);
+    for (int64_t i = 0; i < rows; i++) values.step(), weigh(h, i, tile); // memory had nothing to do meanwhile
+    bool four = wide % 64 == 0;
+    values.plan(TILE - values.called, pieces * wide / (four ? 64 : 32) * TILE / 4);
+    by_rows([&](auto n, int64_t i) {
+      for (int r = 0; r < n.value; r++) from[r] = weights + (i + r) * TILE;
+      float *to = acc + (base + i) * wide;
+      four ? few_values<n.value, 4>(places, h, values, from, to) : few_values<n.value, 2>(places, h, values, from, to);
+    });
   }
 #endif
 
@@ -334,14 +345,6 @@ struct Worker {
       }
     }
     for (int64_t j = 0; j < TILE; j++) found[j] = (const K *)(room + std::min(j, places.count - 1) * line);
-  }
-
-  // run(integral_constant of `count`), count <= MOST.
-  template <int MOST, class Run>
-  static void by_count(int64_t count, Run run) {
-    if constexpr (MOST > 1)
-      if (count < MOST) return by_count<MOST - 1>(count, run);
-    run(std::integral_constant<int, MOST>());
   }
 
   // A tile by rows of type K, so many query rows at a time: the first ones call for what is read next.
@@ -494,13 +497,8 @@ struct Worker {
     if (scaled<T>) find_scales(places, h);
 #if KVASIR_PAIRS
     if constexpr (PAIRS && std::is_same_v<T, bf16>) { // the compiler's time is not worth it for other types
-      if (c.dim % 32 == 0 && c.value_dim % 32 == 0 && std::max(c.dim, c.value_dim) <= WIDEST) switch (rows) {
-        case 1: return few<1>(tile, places, h, next, next_h);
-        case 2: return few<2>(tile, places, h, next, next_h);
-        case 3: return few<3>(tile, places, h, next, next_h);
-        case 4: return few<4>(tile, places, h, next, next_h);
-        case 8: return few<8>(tile, places, h, next, next_h);
-        }
+      if (rows <= UNPACKED && c.dim % 32 == 0 && c.value_dim % 32 == 0 && std::max(c.dim, c.value_dim) <= WIDEST)
+        return few(tile, places, h, next, next_h);
     }
 #endif
     pack_keys(places, h, next, next_h);

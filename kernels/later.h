@@ -7,12 +7,19 @@ struct Later {
   const char *base;
   const int64_t *rows; // in numbers
   int64_t number, bytes; // of a number, of a row
-  int64_t called;        // rows so far, by call_up_to
+  int64_t called, last, due, pace; // rows: so far, of the plan; 65536ths of rows: by now, in each step
   void call(int64_t row) const {
-    const char *from = base + number * rows[row];
-    for (int64_t at = 0; at < bytes; at += 128) __builtin_prefetch(from + at), __builtin_prefetch(from + at + 64);
+    for (int64_t at = 0; at < bytes; at += 128) { // there may be no rows
+      const char *from = base + number * rows[row] + at;
+      __builtin_prefetch(from), __builtin_prefetch(from + 64);
+    }
   }
-  void call_up_to(int64_t row) {
-    for (; called < row; called++) call(called);
+  // The next `count` rows are called for in so many steps.
+  void plan(int64_t count, int64_t steps) {
+    last = called + count, due = called << 16, pace = ((count << 16) + steps - 1) / steps;
+  }
+  void step() {
+    due += pace;
+    for (; called < last && called < due >> 16; called++) call(called);
   }
 };
