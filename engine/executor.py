@@ -30,7 +30,7 @@ from kvasir.engine.reach import UnreachableError, check_reach
 from kvasir.engine.remote_grammars import RemoteGrammars
 from kvasir.engine.step import Result, Step
 from kvasir.engine.tiers import Tiers
-from kvasir.engine.warm_up import warm_up
+from kvasir.engine.warm_up import warm_up, warm_up_vectors
 
 LOCALHOST = "127.0.0.1"
 ABORT_S = 1.0
@@ -278,9 +278,9 @@ class GroupExecutor:
     def _overdue(self) -> str | None:
         """A step that this rank is done with has no result: a later stage hangs. Or it is never done with one: a launch waits
         for nothing but the device, whose kernels wait for another rank's, or is computed on a CPU, for which the next stage
-        waits no longer either. Where no kernels were warmed up it waits for a compiler, and a CPU's sums have their own limits."""
+        waits no longer either. Kernels were warmed up, so it waits for no compiler; a CPU's sums have their own limits."""
         since = self._moved if self._handed_on > self._answered else None
-        limited = "generate" in self.loaded.info.tasks if self.rank.lags else self._config.pipeline_parallel_size > 1
+        limited = self.rank.lags or self._config.pipeline_parallel_size > 1
         if limited and (launching := self._launching) is not None:
             since = launching
         late = since is not None and time.monotonic() - since > self._config.collective_timeout
@@ -341,9 +341,12 @@ def rank_of(config: EngineConfig, loaded: Loaded, grammars: Grammars) -> Rank:
         processors=Processors(config.logits_processors),
     )
     rank.forward = graphs_of(config, loaded.decoder, loaded.cache, loaded.info.max_model_len)
-    compiles = loaded.decoder.device.type != "cpu" and "generate" in loaded.info.tasks
-    if compiles and isinstance(loaded.decoder, Decoder):
-        warm_up(loaded.decoder, loaded.cache, loaded.info.max_model_len)
+    if loaded.decoder.device.type != "cpu" and isinstance(loaded.decoder, Decoder):
+        given = loaded.decoder, loaded.cache, loaded.info.max_model_len
+        if "generate" in loaded.info.tasks:
+            warm_up(*given)
+        elif loaded.pooler is not None:
+            warm_up_vectors(*given, loaded.pooler)
     return rank
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 
 from kvasir.engine.cache import KVCache
 from kvasir.engine.decoder import Decoder
+from kvasir.engine.pooler import Pooler
 from kvasir.engine.rank import Rank
-from kvasir.engine.request import SamplingParams
+from kvasir.engine.request import PoolingParams, SamplingParams
 from kvasir.engine.step import NewSequence, Slice, Step
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,7 @@ KINDS = (
     SamplingParams(min_p=0.05),
 )
 """How the sequences draw: the last one's kernel would do for those without any filter, too, so it has a step less."""
+READY = "kernels are compiled and loaded after %.1f s"
 LONG, SHORT, STEPS = 600, 2, 3
 """Tokens of the first prompt, whose keys are cut into parts; of the others; and steps, of which the first computes them."""
 
@@ -39,23 +42,53 @@ def warm_up(decoder: Decoder, cache: KVCache, max_model_len: int) -> None:
     if min(lengths) < 1:
         return
     new = [
-        NewSequence(seat, [token % decoder.spec.vocab for token in range(length)], length, kind, seat, ())
+        NewSequence(seat, _tokens(decoder, length), length, kind, seat, ())
         for seat, (length, kind) in enumerate(zip(lengths, KINDS, strict=True))
     ]
-    blocks, used = [], 0
-    for seat, length in enumerate(lengths):
-        count = -(-(length + STEPS) // size)
-        for group in range(groups):
-            blocks.append((seat, group, [*range(used, used + count)]))
-            used += count
-    places = [*enumerate(lengths)]
+    blocks, places = _blocks(cache, [length + STEPS for length in lengths]), [*enumerate(lengths)]
     rank = Rank(decoder, cache, max_num_seqs=len(KINDS), max_model_len=max_model_len)
     first = Step(0, new=new, blocks=blocks, slices=[Slice(seat, 0, n, True) for seat, n in places])
     later = [
         Step(1 + turn, copies=((0, 0),), slices=[Slice(seat, n + turn, 1, True) for seat, n in rows])
         for turn, rows in enumerate((places, places[:-1]))
     ]
-    with decoder.mesh.apart():
-        for outcome in [rank.launch(step) for step in (first, *later)]:
+    _run(rank, first, *later)
+    logger.info(READY, time.monotonic() - begin)
+
+
+def warm_up_vectors(decoder: Decoder, cache: KVCache, max_model_len: int, pooler: Pooler) -> None:
+    """The same of a model that makes nothing but vectors, a long and a short one."""
+    begin = time.monotonic()
+    room = (cache.num_blocks // len(cache.layout.groups) - 1) * cache.block_size
+    lengths = [min(LONG, max_model_len, room), min(SHORT, max_model_len)]
+    if min(lengths) < 1:
+        return
+    new = [
+        NewSequence(seat, _tokens(decoder, length), length, SamplingParams(), seat, (), pooling=PoolingParams())
+        for seat, length in enumerate(lengths)
+    ]
+    rank = Rank(decoder, cache, max_num_seqs=len(new), max_model_len=max_model_len, pooler=pooler)
+    slices = [Slice(seat, 0, length, sample=False, pool=True) for seat, length in enumerate(lengths)]
+    _run(rank, Step(0, new=new, blocks=_blocks(cache, lengths), slices=slices))
+    logger.info(READY, time.monotonic() - begin)
+
+
+def _tokens(decoder: Decoder, count: int) -> list[int]:
+    return [token % decoder.spec.vocab for token in range(count)]
+
+
+def _blocks(cache: KVCache, lengths: Sequence[int]) -> list[tuple[int, int, list[int]]]:
+    """(seat, group of layers, blocks) for so many tokens in each seat."""
+    found, used = [], 0
+    for seat, length in enumerate(lengths):
+        count = -(-length // cache.block_size)
+        for group in range(len(cache.layout.groups)):
+            found.append((seat, group, [*range(used, used + count)]))
+            used += count
+    return found
+
+
+def _run(rank: Rank, *steps: Step) -> None:
+    with rank.mesh.apart():
+        for outcome in [rank.launch(step) for step in steps]:
             outcome.result()
-    logger.info("kernels are compiled and loaded after %.1f s", time.monotonic() - begin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ from kvasir.engine.cache import KVCache
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.layout import layout
 from kvasir.engine.mesh import Mesh
+from kvasir.engine.pooler import Pooler
+from kvasir.engine.pooling import Pooling
 from kvasir.engine.share import share_of
 from kvasir.engine.spec import Latent, Layer, Rope, Spec
 from kvasir.engine.weights import random_decoder
@@ -73,19 +76,45 @@ def test_a_small_cache_is_enough_or_nothing_is_done(blocks: int, length: int) ->
 
 @pytest.mark.parametrize(
     ("device", "tasks", "wanted"),
-    [("cuda", ("generate",), True), ("cpu", ("generate",), False), ("cuda", ("embed",), False)],
+    [("cuda", ("generate",), ["tokens"]), ("cpu", ("generate",), []), ("cuda", ("embed",), ["vectors"])],
 )
-def test_where_it_is_done(device: str, tasks: tuple[str, ...], wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_it_is_done(
+    device: str, tasks: tuple[str, ...], wanted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec, told = SPECS["dense"], []
     decoder = random_decoder(spec, torch.float32, CPU)
     decoder.device = torch.device(device)
     monkeypatch.setattr(executor, "Rank", lambda *_, **__: SimpleNamespace())
     monkeypatch.setattr(executor, "graphs_of", lambda *_: decoder)
-    monkeypatch.setattr(executor, "warm_up", lambda *given: told.append(given[2]))
+    monkeypatch.setattr(executor, "warm_up", lambda *given: told.append(("tokens", given[2])))
+    monkeypatch.setattr(executor, "warm_up_vectors", lambda *given: told.append(("vectors", given[2])))
     info = SimpleNamespace(max_model_len=77, tasks=tasks)
-    loaded: Any = SimpleNamespace(decoder=decoder, cache=None, info=info, pooler=None, tiers=None)
+    loaded: Any = SimpleNamespace(decoder=decoder, cache=None, info=info, pooler=object(), tiers=None)
     executor.rank_of(EngineConfig(), loaded, None)  # type: ignore[arg-type]
-    assert told == [77] * wanted
+    assert told == [(kind, 77) for kind in wanted]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
+def test_models_that_make_vectors(tp: int, pp: int, causal: bool, on_ranks: Any) -> None:
+    """One after the other again; where there is no room for it nothing is done."""
+    facts: dict[str, Any] = {"causal": causal, "lm_head": False}
+    spec, turn = dataclasses.replace(SPECS["dense"], **facts), threading.Lock()
+
+    def work(mesh: Mesh) -> Any:
+        share = share_of(spec, mesh)
+        decoder, lengths = random_decoder(spec, torch.float32, CPU, share=share), []
+        cache = KVCache(share.spec, 100, 16, torch.float32, CPU, layers=share.layers)
+        for block in decoder.blocks.values():
+            block.register_forward_pre_hook(lambda _, given: lengths.append(given[3].host_lengths.tolist()))
+        pooler = Pooler(Pooling(ways=("mean",), width=32), [], CPU)
+        with turn:
+            warm_up.warm_up_vectors(decoder, cache, 2000, pooler)
+        few = KVCache(share.spec, 1, 16, torch.float32, CPU, layers=share.layers)
+        warm_up.warm_up_vectors(decoder, few, 2000, pooler)
+        return lengths
+
+    assert on_ranks(tp, pp, work) == [[[600, 2]] * (2 // pp)] * (tp * pp)
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
