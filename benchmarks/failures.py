@@ -36,27 +36,33 @@ from kvasir.engine.request import Request, SamplingParams
 LONG = SamplingParams(temperature=1.0, seed=1, max_tokens=300, ignore_eos=True)
 STREAMS = 3
 SIGNALS = {"kill -9": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP, "SIGSEGV": signal.SIGSEGV}
-WAYS = (*SIGNALS, "exception in a kernel", "out of memory", "hung exchange")
+WAYS = (*SIGNALS, "exception in a kernel", "out of memory", "hung exchange", "Python's lock held")
 STAMPS = ("verdict", "told", "freed", "again")
 OBEYS = """
-import os, threading, time
+import ctypes, os, threading, time
 
 def fail(how, at):
     import torch
     from kvasir.engine import layers
     from kvasir.engine.mesh import Mesh
 
+    def note():
+        with open(at + ".new", "w") as file:
+            file.write(str(time.monotonic()))
+        os.rename(at + ".new", at)
+
     def fails(*_):
         if not os.path.exists(at):
-            with open(at + ".new", "w") as file:
-                file.write(str(time.monotonic()))
-            os.rename(at + ".new", at)
+            note()
         if how == "hung exchange":
             time.sleep(600)
         if how == "out of memory":
             torch.empty(1 << 52)
         raise RuntimeError("a kernel raised")
 
+    if how == "Python's lock held":
+        note()
+        ctypes.PyDLL(None).sleep(600)
     if how == "hung exchange":
         Mesh.reduce = Mesh.send = Mesh.receive = fails
     else:
@@ -182,7 +188,7 @@ class Served:
         from kvasir.cluster.rank_actor import RankSetup
 
         os.environ |= {"PYTHONPATH": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
-        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         serve.start(proxy_location="Disabled", logging_config={"log_level": "CRITICAL"})
         target = application.group_deployment("failing", config, 0, "critical").bind(
             config, "failing", 0, RankSetup(host="127.0.0.1", log_level="critical")
@@ -285,7 +291,8 @@ def main() -> None:
             )  # fmt: skip
             group: Local | Served = Served(config, Path(name)) if args.ray else Local(config)
             for how in args.ways:
-                rounds = 1 if how == "hung exchange" else args.rounds  # it takes as long as it was told to
+                slow = how in ("hung exchange", "Python's lock held")  # it takes as long as it was told to
+                rounds = 1 if slow else args.rounds
                 runs, causes = zip(*(group.die(strike, how, rng) for _ in range(rounds)), strict=True)
                 line = f"{layout:<7}{how:<23}"
                 for stamp in STAMPS:

@@ -39,7 +39,7 @@ LOOK_S = 0.25
 ASK_S = 1.0
 """How often it asks rank 0 for a sign of life: what holds Python's lock there holds up its own look at its heartbeat, too."""
 MUTE_S = 5.0
-"""Rank 0 has so long to answer once another rank has ended; else as long as its step loop may take for a turn."""
+"""Rank 0 has so long to answer once another rank has ended; else as long as an exchange may take, or its step loop for a turn."""
 MAX_RESTARTS = 3
 """Failed starts in a row, after which Serve is asked to replace the replica, perhaps on another node."""
 
@@ -220,12 +220,13 @@ class Group:
 
     async def _mute(self) -> Failure:
         """Returns when rank 0 runs and answers nothing."""
+        patient_s = min(wire.STALL_S, self._config.collective_timeout)
         while True:
             answer, begin = asyncio.ensure_future(self._rank.where.remote()), time.monotonic()
             try:
                 while not (await asyncio.wait([answer], timeout=LOOK_S))[0]:
                     late = time.monotonic() - begin
-                    if late > (MUTE_S if any(run.done() for run in self._runs.values()) else wire.STALL_S):
+                    if late > (MUTE_S if any(run.done() for run in self._runs.values()) else patient_s):
                         return Failure(f"rank 0 has answered nothing for {late:.0f} s: it hangs")
                 answer.exception()  # of a process that is gone `run` tells more
             finally:

@@ -312,6 +312,8 @@ def obey(folder: str) -> None:
     import time
 
     def fail(how: str) -> None:
+        import ctypes
+
         import torch
 
         from kvasir.engine.decoder import Decoder
@@ -325,6 +327,8 @@ def obey(folder: str) -> None:
         def hangs(*_: object) -> None:
             time.sleep(600)
 
+        if how == "lock":  # Python's: no thread of it runs any more
+            ctypes.PyDLL(None).sleep(600)
         Decoder.through = {"raise": raises, "out of memory": grows, "hang": hangs}[how]  # type: ignore[assignment, method-assign]
 
     def wait() -> None:
@@ -368,7 +372,7 @@ class Orders:
         (self.path / "sitecustomize.py").write_text(f"from __future__ import annotations\n\n\n{source}")
 
     def give(self, pid: int, how: str) -> None:
-        """`how` it is to fail: raise, out of memory, hang."""
+        """`how` it is to fail: raise, out of memory, hang, lock."""
         written = self.folder / "new"
         written.write_text(how)
         written.rename(self.folder / str(pid))

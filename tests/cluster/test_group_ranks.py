@@ -182,7 +182,7 @@ def test_every_rank_s_blocks_survive_the_ranks(deployed, tmp_path):
 
 
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV)
-WAYS = (*SIGNALS, "raise", "out of memory", "hang")
+WAYS = (*SIGNALS, "raise", "out of memory", "hang", "lock")
 
 
 @pytest.mark.slow
@@ -191,7 +191,7 @@ WAYS = (*SIGNALS, "raise", "out of memory", "hang")
     ("layout", "ways"), [("tensor_parallel_size", WAYS[::2]), ("pipeline_parallel_size", WAYS[1::2])]
 )
 def test_chaos(deployed, orders, segments, layout, ways):
-    """Six deaths, and 25 of ranks in processes (tests/engine/test_group_deaths.py), which begin in a twentieth of the time: any
+    """Seven deaths, and 24 of ranks in processes (tests/engine/test_group_deaths.py), which begin in a twentieth of the time: any
     rank, at any moment, in any way. Every request ends once, and the group serves again."""
     handle = deployed(**{layout: 2}, collective_timeout=20.0, log_level=orders.level)
     rng = random.Random(1)

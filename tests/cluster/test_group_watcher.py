@@ -93,15 +93,21 @@ def test_how_rank_0_ended_is_told(monkeypatch):
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("ended", [False, True])
-def test_a_rank_0_that_holds_pythons_lock_is_replaced(monkeypatch, ended):
+@pytest.mark.parametrize("limit", ["another rank's end", "a turn of the step loop", "an exchange"])
+def test_a_rank_0_that_holds_pythons_lock_is_replaced(monkeypatch, limit):
     """It can't see itself that it hangs, and is waited for less long once another rank has given up waiting for it."""
+    ended = limit == "another rank's end"
     actors = ranks(monkeypatch, run=[], where=[asyncio.Event().wait()])
     monkeypatch.setattr(group, "LOOK_S", 0.001)
-    monkeypatch.setattr(group, "MUTE_S" if ended else "wire", 0.01 if ended else SimpleNamespace(STALL_S=0.01))
+    if ended:
+        monkeypatch.setattr(group, "MUTE_S", 0.01)
+    if limit == "a turn of the step loop":
+        monkeypatch.setattr(group.wire, "STALL_S", 0.01)
 
     async def main():
         coordinator = Group(actors)
+        if limit == "an exchange":
+            coordinator._config = EngineConfig(collective_timeout=0.01)
         if ended:
             coordinator._runs[1] = asyncio.ensure_future(asyncio.sleep(0))
         await until_async(lambda: coordinator._endpoint == "second")

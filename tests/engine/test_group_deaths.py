@@ -185,8 +185,8 @@ WAYS = [*sorted(DEATHS), "raise", "out of memory"]
 def test_chaos(
     stories: dict[str, Any], orders: Any, segments: Callable[[], set[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """24 groups die (and six more as actors, tests/cluster/test_group_ranks.py, which hang, too): any rank but this process, at any
-    moment, in any way. Every request ends once, and nothing is left behind."""
+    """24 groups die (and seven more as actors, tests/cluster/test_group_ranks.py, which hang, too): any rank but this process, at
+    any moment, in any way. Every request ends once, and nothing is left behind."""
     monkeypatch.syspath_prepend(orders.path)
     rng = random.Random(0)
     before = segments()
