@@ -11,7 +11,7 @@ from functools import partial
 
 from waiting import until_async
 
-from kvasir.cluster.failover import Failover
+from kvasir.cluster.failover import Failover, LastingStream
 from kvasir.cluster.group_directory import GroupDirectory
 from kvasir.engine.errors import UnavailableError
 from kvasir.engine.event import Finished, Token
@@ -136,6 +136,29 @@ async def some(stream, count=5):
         assert batch, "it ended early"
         events += batch
     return events
+
+
+def held(group):
+    """Its engine makes no steps. Returns what lets it make so many more; all, when it isn't told how many."""
+    advance = group.engine._advance
+    group.engine._advance = lambda name: []
+
+    def let_go(steps=10**9):
+        left = itertools.repeat(True, steps)
+        group.engine._advance = lambda name: advance(name) if next(left, False) else []
+
+    return let_go
+
+
+async def halfway(fleet, asked=None, timeout_s=60.0):
+    """A stream that has delivered five tokens, and these. Its group makes no more, and is there to be killed however late."""
+    let_go = {group: held(group) for group in fleet.groups}
+    stream = LastingStream(asked or request(), fleet.failover(timeout_s))
+    await stream.start()
+    await until_async(fleet.serving)
+    for group, go in let_go.items():
+        go(*([5] if group in fleet.serving() else []))
+    return stream, await some(stream)
 
 
 def run(coroutine):

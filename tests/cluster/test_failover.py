@@ -10,7 +10,7 @@ import time
 
 import httpx
 import pytest
-from fake_fleet import Fleet, check, draw, outcome, read, request, run, some
+from fake_fleet import Fleet, check, draw, halfway, outcome, read, request, run, some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from waiting import until_async
@@ -62,9 +62,7 @@ def test_deaths_at_any_moment_change_nothing(group_of_fakes, n, max_tokens, seed
 def test_the_only_group_comes_back(group_of_fakes):
     async def main():
         async with Fleet(group_of_fakes, 1, 0.002) as fleet:
-            stream = LastingStream(request(), fleet.failover())
-            await stream.start()
-            events = await some(stream)
+            stream, events = await halfway(fleet)
             first = stream.placement.client.name
             await fleet.kill(fleet.groups[0])
             reader = asyncio.ensure_future(read(stream))
@@ -86,9 +84,7 @@ def test_the_only_group_comes_back(group_of_fakes):
 def test_no_group_in_time(group_of_fakes):
     async def main():
         async with Fleet(group_of_fakes, 1, 0.002) as fleet:
-            stream = LastingStream(request(), fleet.failover(timeout_s=0.2))
-            await stream.start()
-            await some(stream)
+            stream, _ = await halfway(fleet, timeout_s=0.2)
             await fleet.kill(fleet.groups[0])
             began = time.monotonic()
             (failed,) = [event for event in await read(stream) if isinstance(event, Failed)]
@@ -144,9 +140,7 @@ def test_what_was_not_begun_takes_any_version(group_of_fakes):
 def test_turned_off(group_of_fakes):
     async def main():
         async with Fleet(group_of_fakes, 2, 0.002) as fleet:
-            stream = LastingStream(request(), fleet.failover(timeout_s=0))
-            await stream.start()
-            await some(stream)
+            stream, _ = await halfway(fleet, timeout_s=0)
             await fleet.kill(fleet.serving()[0])
             assert isinstance((await read(stream))[-1], Failed)
 
@@ -218,9 +212,7 @@ def test_what_was_ended_while_it_waited_ends(group_of_fakes):
 def test_a_full_group_is_waited_for(group_of_fakes):
     async def main():
         async with Fleet(group_of_fakes, 2, 0.002) as fleet:
-            stream = LastingStream(request(), fleet.failover())
-            await stream.start()
-            await some(stream)
+            stream, _ = await halfway(fleet)
             dying = fleet.serving()[0]
             (other,) = [group for group in fleet.groups if group is not dying]
             other.engine.refusal = OverloadedError("the queue is full", retry_after_s=1.0)
@@ -236,9 +228,7 @@ def test_a_full_group_is_waited_for(group_of_fakes):
 def test_a_refusal_is_told(group_of_fakes):
     async def main():
         async with Fleet(group_of_fakes, 2, 0.002) as fleet:
-            stream = LastingStream(request(), fleet.failover())
-            await stream.start()
-            await some(stream)
+            stream, _ = await halfway(fleet)
             dying = fleet.serving()[0]
             for group in fleet.groups:
                 group.engine.refusal = ClientError("no such adapter")
@@ -252,10 +242,7 @@ def test_a_refusal_is_told(group_of_fakes):
 def test_deadlines_go_on(group_of_fakes):
     async def main():
         async with Fleet(group_of_fakes, 1, 0.002) as fleet:
-            wanted = dataclasses.replace(request(), deadline_s=0.4)
-            stream = LastingStream(wanted, fleet.failover())
-            await stream.start()
-            await some(stream)
+            stream, _ = await halfway(fleet, dataclasses.replace(request(), deadline_s=0.4))
             await fleet.kill(fleet.groups[0])
             assert (await read(stream))[-1].code == "deadline_exceeded"
 
@@ -265,9 +252,7 @@ def test_deadlines_go_on(group_of_fakes):
 def test_a_stream_that_is_closed_waits_for_nobody(group_of_fakes):
     async def main():
         async with Fleet(group_of_fakes, 1, 0.002) as fleet:
-            stream = LastingStream(request(n=2), fleet.failover())
-            await stream.start()
-            await some(stream)
+            stream, _ = await halfway(fleet, request(n=2))
             await fleet.kill(fleet.groups[0])
             reader = asyncio.ensure_future(read(stream))
             await asyncio.sleep(0.05)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import itertools
 import random
 
 import pytest
-from fake_fleet import Fleet, check, draw, outcome, read, request, run, some
+from fake_fleet import Fleet, check, draw, held, outcome, read, request, run, some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from waiting import until_async
@@ -99,18 +98,6 @@ def test_a_group_that_drains_is_left_before_it_ends(group_of_fakes, n):
             assert [one[0] for one in found] == [[draw(7 + i, p) for p in range(200)] for i in range(n)]
 
     run(main())
-
-
-def held(group):
-    """Its engine makes no steps. Returns what lets it make so many more; all, when it isn't told how many."""
-    advance = group.engine._advance
-    group.engine._advance = lambda name: []
-
-    def let_go(steps=10**9):
-        left = itertools.repeat(True, steps)
-        group.engine._advance = lambda name: advance(name) if next(left, False) else []
-
-    return let_go
 
 
 @pytest.mark.parametrize("steps", [0, 2])
