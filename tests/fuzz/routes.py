@@ -21,7 +21,7 @@ from fake_gateway import LiveGateway, write_byte_model
 from kvasir.cluster import batch_file, grpc_call, open_inference_api
 from kvasir.cluster.batch_line import answer, dumped, line_label, line_object, openai_entry
 from kvasir.cluster.config import GatewayConfig
-from kvasir.cluster.gateway import close_app, create_app
+from kvasir.cluster.gateway import close_app, create_app, create_grpc_server
 from kvasir.engine.errors import ClientError, KvasirError
 from kvasir.proto import open_inference_pb2 as pb
 
@@ -59,6 +59,13 @@ class _Gateway:
             one.clear()
         with patch.object(grpc_call, "told", _told), patch.object(open_inference_api, "told", _told):
             return self._live.loop.run_until_complete(work)
+
+    def methods(self) -> dict[str, Any]:
+        """Those of kvasir.v1, by their names."""
+        with patch("grpc.aio.server", lambda **_: _Methods()):
+            server: Any = create_grpc_server(self.desk, self._config, self._app.state.shelf)
+        found: dict[str, Any] = server.found
+        return found
 
     async def send(self, method: str, path: str, body: bytes = b"", query: bytes = b"") -> Any:
         """The answer's JSON; {} of one that isn't."""
@@ -216,6 +223,54 @@ def kserve(data: bytes) -> None:
     gateway.do(both())
 
 
+class _Methods:
+    """Stands for a gRPC server: what is added to it can be called."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Any] = {}
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        """The same as below, without names."""
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
+        if service.startswith("kvasir.v1."):
+            self.found |= {f"{service}.{name}": handler for name, handler in handlers.items()}
+
+
+def grpc_methods(data: bytes) -> None:
+    """Any method of kvasir.v1, chosen by the first byte; its message as bytes or as JSON."""
+    gateway = _gateway()
+
+    async def called() -> None:
+        methods = gateway.methods()
+        handler = methods[sorted(methods)[data[0] % len(methods)]] if data else None
+        if handler is None or (message := _message(handler.request_deserializer, data[1:])) is None:
+            return
+
+        async def asked() -> AsyncIterator[Any]:
+            yield message
+
+        call = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        with contextlib.suppress(_Refused):
+            answer = call(asked() if handler.request_streaming else message, context := _Context())
+            if hasattr(answer, "__aiter__"):
+                context.replies += [one async for one in answer]
+            elif (whole := await answer) is not None:
+                context.replies.append(whole)
+            for reply in context.replies:
+                reply.SerializeToString()
+
+    gateway.do(called())
+
+
+def _message(read: Callable[[bytes], Any], data: bytes) -> Any:
+    """None: it is none, which the libraries say."""
+    try:
+        return json_format.Parse(data, read(b"")) if data[:1] in (b"{", b"[") else read(data)
+    except (DecodeError, json_format.ParseError, UnicodeDecodeError, RecursionError):
+        return None
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    function.__name__: function for function in (decisions, compaction, conversations, batches, kserve)
+    function.__name__: function for function in (decisions, compaction, conversations, batches, kserve, grpc_methods)
 }

@@ -30,7 +30,7 @@ def fuzz(name: str, arguments: list[str]) -> None:
 def run(name: str, seconds: int) -> bool:
     """One target in a child; whether nothing was found."""
     (grown := GROWN / name).mkdir(parents=True, exist_ok=True)
-    limits = [f"-max_total_time={seconds}", "-timeout=20", "-rss_limit_mb=3000", "-max_len=4096"]
+    limits = [f"-max_total_time={seconds}", "-timeout=20", "-rss_limit_mb=3000", "-max_len=8192"]
     command = [sys.executable, __file__, "--child", name, str(grown), str(HERE / "corpus" / name), *limits]
     child = subprocess.run([*command, f"-artifact_prefix={GROWN}/{name}-"], capture_output=True, text=True)
     done = re.findall(r"Done (\d+) runs", child.stderr) or re.findall(r"^#(\d+)", child.stderr, re.MULTILINE)
