@@ -91,7 +91,7 @@ def parse_messages(body: Body) -> MessagesAsk:
     if "metadata" in fields:
         warnings += _metadata(fields["metadata"])
     found, cached = _conversation(fields)
-    warnings += (*_overlooked(fields), *unread(fields["messages"], fields.get("system")))
+    warnings += _overlooked(fields)
     if "reasoning_effort" in found.variables:
         warnings += ("output_config.effort (but by chat templates that know reasoning_effort)",)
     if cached or fields.get("cache_control"):
@@ -121,6 +121,7 @@ def parse_count(body: Body) -> MessagesAsk:
     """Body of POST /v1/messages/count_tokens."""
     fields, warnings = sort_fields(body, _COUNTED, {**_IGNORED, "cache_control": ()}, _REFUSED)
     found, _ = _conversation(fields)
+    warnings += _overlooked(fields)
     call = Call(model=fields.get("model", ""), prompts=(found,))
     return MessagesAsk(call=call, conversation=found, edits=_edits(fields), warnings=warnings)
 
@@ -216,15 +217,16 @@ def _flag(given: Body, name: str, at: str, param: str) -> bool:
 
 
 def _overlooked(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """What of tools, the choice among them and thoughts says nothing here."""
+    """What of messages, tools, the choice among them and thoughts says nothing here."""
     given: list[tuple[str, Body, tuple[str, ...]]] = [
         *((f"tools[{number}]", tool, _TOOL) for number, tool in enumerate(fields.get("tools") or ())),
         ("tool_choice", fields.get("tool_choice") or {}, ("type", "name", "disable_parallel_tool_use")),
         ("thinking", fields.get("thinking") or {}, ("type", "budget_tokens", "display")),
     ]
-    return tuple(
-        f"{at}.{name}" for at, each, known in given for name, v in each.items() if name not in known and v is not None
-    )
+    named = [
+        f"{at}.{name}" for at, one, known in given for name, v in one.items() if name not in known and v is not None
+    ]
+    return (*named, *unread(fields["messages"], fields.get("system")))
 
 
 def _effort(fields: Mapping[str, Any]) -> Json:
