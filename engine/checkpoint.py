@@ -103,8 +103,10 @@ class NamedCheckpoint:
 
     dequantises = False  # what is quantised here is so few large tensors that each takes all threads
 
-    def __init__(self, files: TensorFiles) -> None:
-        self.files, self.total_bytes = files, files.total_bytes
+    def __init__(
+        self, files: TensorFiles, as_stored: Callable[[str, Tensor], Stored] = lambda _, tensor: Mapped(tensor)
+    ) -> None:
+        self.files, self.total_bytes, self._as_stored = files, files.total_bytes, as_stored
 
     def tensors(self, spec: Spec) -> Iterator[Filler]:
         for name in self.files.names:
@@ -151,7 +153,7 @@ class NamedCheckpoint:
             kind = str(tensor.dtype).removeprefix("torch.")
             scaled = f" with scales ({scale})" if scale else ""
             raise ConfigError(f"{name} is {kind}{scaled}: weights that are quantised so are not supported")
-        return Mapped(tensor)
+        return self._as_stored(name, tensor)
 
 
 def _parts(name: str, stored: Stored, spec: Spec) -> Iterator[Part]:
@@ -189,7 +191,8 @@ def open_checkpoint(path: Path, load_format: str = "auto") -> Checkpoint:
         case "npcache":
             return NamedCheckpoint(NumpyFiles(path))
         case "mistral":
-            return NamedCheckpoint(ConsolidatedFiles(path))
+            consolidated = ConsolidatedFiles(path)
+            return NamedCheckpoint(consolidated, consolidated.stored)
     raise ConfigError(f"--load-format {load_format!r} is not known", param="load_format")
 
 

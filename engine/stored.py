@@ -52,8 +52,8 @@ class Mapped:
         will_need(self.read(view))
 
 
-class Quantised:
-    """One that is turned into bfloat16: `rows(first, last)` makes so much of `whole`, of `stored` tensors with as many rows."""
+class Rowwise:
+    """One that isn't stored as it is wanted: `rows(first, last)` makes so much of `whole`, of tensors with as many rows."""
 
     def __init__(self, stored: Sequence[Tensor], whole: Tensor, rows: Callable[[int, int], Tensor]) -> None:
         self._stored, self._rows, self.like = stored, rows, whole
@@ -80,19 +80,31 @@ class Quantised:
 def fp8_tensor(name: str, weight: Tensor, scale: Tensor) -> Stored:
     """Numbers of FP8 with their scales: see `dequantise.fp8`."""
     whole = torch.empty(weight.shape, dtype=torch.bfloat16, device=META)
-    return Quantised([weight], whole, lambda first, last: fp8_rows(name, weight, scale, first, last))
+    return Rowwise([weight], whole, lambda first, last: fp8_rows(name, weight, scale, first, last))
 
 
 def mxfp4_tensor(name: str, blocks: Tensor, scales: Tensor) -> Stored:
     """Experts' matrices in MXFP4, each transposed: see `dequantise.mxfp4`."""
     shape = (*blocks.shape[:-2], 2 * blocks.shape[-2:].numel())
-    found = Quantised(
+    found = Rowwise(
         [blocks, scales],
         torch.empty(shape, dtype=torch.bfloat16, device=META),
         lambda first, last: mxfp4(name, blocks[first:last], scales[first:last]),
     )
     found.like = found.like.transpose(-1, -2)
     return found
+
+
+def halved_tensor(tensor: Tensor, head_dim: int) -> Stored:
+    """Rows of heads of which neighbours turn together, in the order in which a head's halves do."""
+
+    def rows(first: int, last: int) -> Tensor:
+        begin = first // head_dim * head_dim
+        near = tensor[begin : -(-last // head_dim) * head_dim]
+        halved = near.view(-1, head_dim // 2, 2, tensor.shape[1]).transpose(1, 2).reshape(near.shape)
+        return halved[first - begin : last - begin]
+
+    return Rowwise([tensor], torch.empty(tensor.shape, dtype=tensor.dtype, device=META), rows)
 
 
 def is_view(tensor: Tensor, of: Tensor) -> bool:

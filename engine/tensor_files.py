@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.hub import read_json
+from kvasir.engine.stored import Mapped, Stored, halved_tensor
 
 MAX_INDEX_BYTES = 256 << 20
 
@@ -148,7 +149,7 @@ RENAMED = {
 
 
 class ConsolidatedFiles:
-    """Mistral's own layout, under Hugging Face's names; q and k get the order of rows that pairs halves."""
+    """Mistral's own layout, under Hugging Face's names. `stored`: rows of q and k in the order that pairs halves."""
 
     def __init__(self, folder: Path) -> None:
         files = sorted(folder.glob("consolidated*.safetensors"))
@@ -161,11 +162,12 @@ class ConsolidatedFiles:
         self.names, self.total_bytes = list(self._original), self._files.total_bytes
 
     def get(self, name: str) -> Tensor:
-        tensor = self._files.get(self._original[name])
-        if name.endswith((".q_proj.weight", ".k_proj.weight")):
-            pairs = tensor.view(-1, self._head_dim // 2, 2, tensor.shape[1])
-            return pairs.transpose(1, 2).reshape(tensor.shape)
-        return tensor
+        return self._files.get(self._original[name])
+
+    def stored(self, name: str, tensor: Tensor) -> Stored:
+        """What `get` gave, as Hugging Face's model has it."""
+        paired = name.endswith((".q_proj.weight", ".k_proj.weight"))
+        return halved_tensor(tensor, self._head_dim) if paired else Mapped(tensor)
 
     def __contains__(self, name: str) -> bool:
         return name in self._original

@@ -19,6 +19,7 @@ from ray import serve
 from ray.cluster_utils import Cluster
 from ray.serve import RunTarget
 from kvasir.cluster import application
+from kvasir.cluster.doctor_cluster import look
 from kvasir.cluster.group_client import GroupClient
 from kvasir.cluster.rank_actor import RankSetup
 from kvasir.engine.config import EngineConfig
@@ -32,6 +33,7 @@ nodes = {}
 for _ in range(3):
     node = cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False)
     nodes[node.node_id] = node
+links = [(finding.state, finding.about, finding.text) for finding in look(cluster.address)]
 ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
 serve.start(proxy_location="Disabled", logging_config={"log_level": "CRITICAL"})
 
@@ -101,7 +103,7 @@ async def failing(where, strike):
 def groups():
     return len([group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"])
 
-found = {"tokens": [], "nodes": []}
+found = {"tokens": [], "nodes": [], "links": links}
 handle = deploy(stages=3, share=1)
 found["tokens"].append(asyncio.run(greedy(until(lambda: endpoint(handle)))))
 found["nodes"].append(told(handle, "rank_nodes")[0])
@@ -126,8 +128,8 @@ cluster.shutdown()
 
 
 def test_ranks_on_several_nodes(data, tmp_path, segments):
-    """A bundle per rank over three nodes, then one per stage over two, of which one is lost: every stream ends, and the group goes
-    on where there is room."""
+    """The doctor sums over every two of three nodes. A bundle per rank over them, then one per stage over two, of which one is
+    lost: every stream ends, and the group goes on where there is room."""
     known = json.loads(data("model-stories260k/greedy_256.json").read_text())
     model = str(data("model-stories260k/hf"))
     before = segments()
@@ -138,6 +140,10 @@ def test_ranks_on_several_nodes(data, tmp_path, segments):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    sums = [text for state, about, text in found["links"] if (state, about) == ("ok", "link")]
+    assert len(sums) == 3
+    assert all("us for a decode's sum" in text and text.endswith("(gloo)") for text in sums)
+    assert not [text for state, _, text in found["links"] if state == "wrong"]
     for tokens in found["tokens"]:
         assert [*known["prompt_ids"], *tokens][: len(known["greedy_ids"])] == known["greedy_ids"]
     for nodes, count in zip(found["nodes"], (3, 2, 2), strict=True):

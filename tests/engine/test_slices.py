@@ -20,7 +20,7 @@ from kvasir.engine.checkpoint import Part
 from kvasir.engine.dequantise import fp8, mxfp4
 from kvasir.engine.mesh import Mesh, Place
 from kvasir.engine.share import Cut, share_of
-from kvasir.engine.stored import Mapped, Stored, fp8_tensor, mxfp4_tensor
+from kvasir.engine.stored import Mapped, Stored, fp8_tensor, halved_tensor, mxfp4_tensor
 from kvasir.engine.weights import load_decoder, weight_bytes
 
 CPU = torch.device("cpu")
@@ -41,8 +41,14 @@ def mxfp4_case() -> tuple[Stored, torch.Tensor]:
     return mxfp4_tensor("w", blocks, scales), mxfp4("w", blocks, scales).transpose(-1, -2)
 
 
-@pytest.mark.parametrize(("one", "whole"), [*fp8_cases(), mxfp4_case()])
-def test_any_cut_of_what_is_quantised(one: Stored, whole: torch.Tensor) -> None:
+def halved_case() -> tuple[Stored, torch.Tensor]:
+    rows = torch.randn(40, 6)
+    order = [head * 10 + 2 * at + half for head in range(4) for half in range(2) for at in range(5)]
+    return halved_tensor(rows, 10), rows[order]
+
+
+@pytest.mark.parametrize(("one", "whole"), [*fp8_cases(), mxfp4_case(), halved_case()])
+def test_any_cut_of_what_is_made(one: Stored, whole: torch.Tensor) -> None:
     assert tuple(one.like.shape) == tuple(whole.shape)
     rng = random.Random(0)
     for _ in range(40):
