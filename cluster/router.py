@@ -63,7 +63,7 @@ class Route:
     """only, turn, load, prefix, cost, home, session, limit; split: another group decodes"""
     prompt_tokens: int
     cached_tokens: int
-    """Expected hits."""
+    """Expected hits on the device."""
     best_tokens: int
     """Expected hits where they are most."""
     wait_s: float
@@ -76,6 +76,8 @@ class Route:
     peer_name: str = ""
     """The first of them."""
     peers: tuple[Peer, ...] = ()
+    below_tokens: int = 0
+    """Of the prompt, behind those that are cached: in the group's host memory or on its disk."""
 
     def facts(self) -> dict[str, str | int | float]:
         """For a trace's span."""
@@ -90,6 +92,8 @@ class Route:
             "queued_tokens": self.queued_tokens,
             "wait_s": round(self.wait_s, 4),
         }
+        if self.below_tokens:
+            facts["below_tokens"] = self.below_tokens
         if self.member.role != "both":
             facts["role"] = self.member.role
         if self.fetched_tokens:
@@ -208,6 +212,7 @@ class Router:
             int(choices.fetched[place]) if peers else 0,
             peers[0][0].name if peers else "",
             tuple(Peer(one.kv_address, one.kv_secret, tokens, ordered=one is source) for one, tokens in peers),
+            int(choices.held[place]) - cached,
         )
 
     @property

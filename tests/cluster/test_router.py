@@ -274,6 +274,7 @@ def test_worse_tiers_have_their_price():
     fleet.hold(2, prompt(1), "host")
     route = fleet.place(prompt(1))
     assert (fleet.number(route), route.cached_tokens) == (2, 0)
+    assert route.header().endswith("; wait_s=0.0; below_tokens=992")
     assert route.reservation.tokens == 8 + int(992 * 0.05)
     route.reservation.settle()
 
