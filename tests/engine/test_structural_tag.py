@@ -226,15 +226,17 @@ def test_what_a_format_cant_say(form, word):
 
 
 ODD = st.sampled_from([None, 1, "", "x", [], ["a", 1], {}, {"type": "token"}])
-MARKS = st.sampled_from(["<a>", "", "x<tool>", "<tool>", ["</a>", "b"], {"type": "token", "token": 257}])
+MARKS = st.sampled_from(["<a>", "", "x<tool>", "<tool>"])
+BOUNDS = MARKS | st.just({"type": "token", "token": 257})
+ENDS = BOUNDS | st.just(["</a>", "b"])
 FIELDS = {
     "content": st.deferred(lambda: FORMS), "elements": st.lists(st.deferred(lambda: FORMS), min_size=1, max_size=3),
     "tags": st.lists(
-        st.fixed_dictionaries({"begin": MARKS, "content": st.deferred(lambda: FORMS), "end": MARKS}), min_size=1, max_size=2
+        st.fixed_dictionaries({"begin": BOUNDS, "content": st.deferred(lambda: FORMS), "end": ENDS}), min_size=1, max_size=2
     ),
     "rules": st.lists(st.tuples(MARKS, st.deferred(lambda: FORMS)).map(list), min_size=1, max_size=2),
     "triggers": st.just(["<a", "<tool>"]), "trigger_tokens": st.just(["<tool>"]), "excludes": st.just(["no"]),
-    "value": MARKS, "separator": MARKS, "begin": MARKS, "end": MARKS, "token": MARKS, "min": st.integers(-1, 2),
+    "value": MARKS, "separator": MARKS, "begin": BOUNDS, "end": ENDS, "token": MARKS, "min": st.integers(-1, 2),
     "max": st.integers(-1, 2), "pattern": st.sampled_from(["a/b", ".*", "", "["]), "loop": st.booleans(),
     "at_least_one": st.booleans(), "stop_after_first": st.booleans(), "json_schema": st.just({"type": "object"}),
     "grammar": st.just('root ::= "x"'),
