@@ -8,7 +8,6 @@ import itertools
 import json
 import random
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from waiting import until
 
 from kvasir.engine import LLM, AsyncLLM, SamplingParams
 from kvasir.engine import rank as rank_module
@@ -59,11 +59,8 @@ def others(story: dict[str, Any], count: int = 31) -> list[list[int]]:
     return cut + [[1, *(rng.randint(3, 511) for _ in range(rng.randint(1, 120)))] for _ in range(count - len(cut))]
 
 
-def wait_until_free(engine: Engine, timeout_s: float = 1) -> None:
-    limit = time.monotonic() + timeout_s
-    while engine.pool.num_used and time.monotonic() < limit:
-        time.sleep(0.005)
-    assert engine.pool.num_used == 0
+def wait_until_free(engine: Engine) -> None:
+    until(lambda: not engine.pool.num_used)
     assert engine.pool.check() == []
 
 
