@@ -16,7 +16,7 @@ from kvasir.engine.memory import available_ram
 from kvasir.kernels import huge_pages
 from kvasir.kernels.activation import gated, plain
 from kvasir.kernels.attention import attention
-from kvasir.kernels.bitmask import allow, best_allowed
+from kvasir.kernels.bitmask import allow, bar, best_allowed
 from kvasir.kernels.blocks import copy_blocks, gather_blocks, scatter_blocks
 from kvasir.kernels.cache import turn_and_write, write
 from kvasir.kernels.embedding import embed
@@ -367,6 +367,7 @@ def sampling_cases(model: Model, sizes: Sizes, place: Place) -> Iterator[Case]:
         every = torch.arange(rows, device=device)
         yield case(allow, shape, logits, every, mask, moved=2 * moved + mask.nbytes)
         yield case(best_allowed, shape, logits, every, mask, moved=moved + mask.nbytes)
+        yield case(bar, shape, logits.clone(), every, mask, moved=2 * moved + mask.nbytes)
 
 
 def adapter_cases(model: Model, sizes: Sizes, place: Place) -> Iterator[Case]:

@@ -20,7 +20,7 @@ from kvasir.engine.shaping import Shaping
 from kvasir.engine.step import Candidate, NewSequence
 from kvasir.engine.trails import PENALTIES, Trails, looks_back, penalized
 from kvasir.engine.words import Spellings
-from kvasir.kernels.bitmask import allow, best_allowed
+from kvasir.kernels.bitmask import allow, bar, best_allowed
 from kvasir.kernels.sample import draw, greedy, penalise, score, uniform
 
 Bools = npt.NDArray[np.bool_]
@@ -109,9 +109,11 @@ class Sampler:
             self._count(new)
 
     def sample(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
-        """logits[R, V] of the sequences in seats[R] -> token ids[R] for positions[R]. `logits` stay as they are."""
+        """logits[R, V] of the sequences in seats[R] -> token ids[R] for positions[R]. `logits` stay as they are where a row's
+        scores are wanted, which are taken of them."""
         cold = self.values["temperature"][seats] == 0
-        raw, (logits, best) = logits, self._ruled(logits, seats, positions, cold)
+        spare = not self.beams and bool((self.logprobs[seats] < 0).all())
+        raw, (logits, best) = logits, self._ruled(logits, seats, positions, cold, spare=spare)
         self.offers = self._offer(raw, logits, seats) if self.beams else {}
         if cold.all():
             return greedy(logits) if best is None else best
@@ -171,15 +173,16 @@ class Sampler:
         return scores
 
     def _ruled(
-        self, logits: Tensor, seats: Ints, positions: Ints, cold: Bools | None = None
+        self, logits: Tensor, seats: Ints, positions: Ints, cold: Bools | None = None, *, spare: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Everything but the draw: what moves logits, then what bars tokens. See `_constrain` for the second. cold: greedy rows."""
+        """Everything but the draw: what moves logits, then what bars tokens. See `_constrain` for the second. cold: greedy rows.
+        spare: nobody needs these logits any more."""
         logits, failed = self.processing.apply(self._adjust(logits, seats, positions), seats)
         logits, barred = self.trails.bar(logits, seats)
         if cold is not None and self.constraints.looks and (self.beams or barred):
             cold = cold.copy()
             cold[self._rows(seats, self.beams) + list(barred)] = False
-        logits, best = self._constrain(logits, seats, cold)
+        logits, best = self._constrain(logits, seats, cold, spare)
         most = Copy(logits[self._tensor(np.array(barred))].amax(-1), self._patience) if barred else None
         self.stuck = lambda: failed | ({} if most is None else _stuck(barred, most.values))
         return logits, best
@@ -230,20 +233,21 @@ class Sampler:
         """Rows of the seats of which something is kept."""
         return [row for row, seat in enumerate(seats.tolist()) if seat in kept] if kept else []
 
-    def _constrain(self, logits: Tensor, seats: Ints, easy: Bools | None) -> tuple[Tensor, Tensor | None]:
+    def _constrain(self, logits: Tensor, seats: Ints, easy: Bools | None, spare: bool) -> tuple[Tensor, Tensor | None]:
         """(logits[R, V] of what the grammars allow; the best token of each row, if somebody had to know). Of `easy` rows nothing
         but the best token is wanted: where the likeliest one fits that is it. Their logits stay as they are."""
         count = np.count_nonzero(easy) if easy is not None and self.constraints.looks else 0
+        put = bar if spare and logits.device.type == "cpu" else allow  # a second tensor is in no cache
         if easy is None or not count:
             rows, masks = self.constraints.masks(seats)
-            return (allow(logits, self._tensor(rows), self._tensor(masks)) if len(rows) else logits), None
+            return (put(logits, self._tensor(rows), self._tensor(masks)) if len(rows) else logits), None
         best = greedy(logits)
         tokens = best.numpy()
         plain = count == len(easy)
         rows, masks = self.constraints.masks(seats, (tokens if plain else np.where(easy, tokens, -1)).tolist())
         if not plain and (others := ~easy[rows]).any():
             index = self._tensor(rows[others])
-            logits = allow(logits, index, self._tensor(masks[others]))
+            logits = put(logits, index, self._tensor(masks[others]))
             best[index] = greedy(logits[index])
             rows, masks = rows[~others], masks[~others]
         if len(rows):

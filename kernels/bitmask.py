@@ -17,6 +17,13 @@ def allow(logits: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
 
 
 @op("native")
+def bar(logits: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
+    """What `allow` gives, in logits[R, V] themselves."""
+    logits[rows] = allow.reference(logits[rows], torch.arange(len(rows), device=rows.device), mask)
+    return logits
+
+
+@op("native")
 def best_allowed(logits: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
     """The first of the largest of logits[R, V] in rows[N], of those that mask[N, W] leaves -> [N] int64."""
     return allow.reference(logits[rows], torch.arange(len(rows), device=rows.device), mask).argmax(-1)

@@ -35,6 +35,24 @@ def allow(logits: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
+def bar(logits: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
+    """As the definition says."""
+    compiled = library()
+    if compiled is None or not _readable(logits, rows, mask):
+        return plain.bar.reference(logits, rows, mask)
+    compiled.bar(
+        logits.data_ptr(),
+        logits.stride(0),
+        rows.data_ptr(),
+        mask.data_ptr(),
+        mask.shape[1],
+        len(rows),
+        logits.shape[1],
+        torch.get_num_threads() if len(rows) * logits.shape[1] > ALONE else 1,
+    )
+    return logits
+
+
 def best_allowed(logits: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
     """As the definition says."""
     compiled = library()

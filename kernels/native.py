@@ -29,6 +29,7 @@ SIGNATURES: dict[str, Types] = {
     "attention": (N, P, N, N, P, P, N, P, P, N, N, N, N, N, F, F, N, N, N, P, P, P, N),
     "rms_norm": (N, P, N, N, N, P, F, P, F, F, P, P, N, N, N),
     "allow": (P, N, P, P, N, P, N, N, N),
+    "bar": (P, N, P, P, N, N, N, N),
     "best_allowed": (P, N, P, P, N, P, N, N, N),
     "draw": (P, N, P, P, P, P, P, P, N, N, N),
     "score": (P, N, P, N, P, P, P, P, N, N, N),

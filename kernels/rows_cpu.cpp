@@ -175,6 +175,18 @@ void allow_row(const float *x, const uint32_t *words, float *out, int64_t width)
   }
 }
 
+// The same where the row lies. Words of which all bits are set are passed by.
+void bar_row(float *x, const uint32_t *words, int64_t width) {
+  const I16 place = places();
+  const F16 barred = splat(-INFINITY);
+  for (int64_t from = 0; from < width; from += 32) {
+    uint32_t bits = words[from / 32];
+    if (bits == ~0u) continue;
+    for (int64_t v = from; v < std::min(width, from + 32); v += 16, bits >>= 16)
+      narrow(x + v, where(((splat_bits(bits) >> place) & 1) != 0, widen(x + v, width - v), barred), width - v);
+  }
+}
+
 // The first of the largest of one row whose bits are set; 0 when none is more than -infinity. By words: where little is
 // allowed most have no bit, and where much is most have all.
 int64_t best_of_row(const float *x, const uint32_t *words, int64_t width) {
@@ -212,6 +224,12 @@ EXPORT void allow(const float *x, int64_t x_row, const int64_t *which, const uin
   by_rows(threads, rows, width, [&](int64_t r) {
     allow_row(x + r * x_row, which[r] < 0 ? nullptr : mask + which[r] * words, out + r * width, width);
   });
+}
+
+// which[N] rows of logits[R, V] themselves, by mask[N, W].
+EXPORT void bar(float *x, int64_t x_row, const int64_t *which, const uint32_t *mask, int64_t words, int64_t rows, int64_t width,
+                int64_t threads) {
+  by_rows(threads, rows, width, [&](int64_t r) { bar_row(x + which[r] * x_row, mask + r * words, width); });
 }
 
 // Of which[N] rows of logits[R, V] the best number that mask[N, W] leaves -> out[N].

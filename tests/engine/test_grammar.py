@@ -107,11 +107,13 @@ def test_special_tokens_are_never_produced_inside(llm, write):
     assert not special & set(output.token_ids)
 
 
-def test_max_tokens_cuts_and_raw_logprobs_stay(write):
+def test_max_tokens_cuts_and_raw_logprobs_stay(llm, write):
     (output,) = write(StructuredOutput(regex="[a-z]{80}"), max_tokens=3, logprobs=2)
     assert output.finish_reason == "length"
     assert len(output.logprobs) == 3
     assert any(len(entry) == 3 for entry in output.logprobs)  # what was likely without the grammar is told, too
+    told = [llm.get_tokenizer().token_bytes(token) for entry in output.logprobs for token in entry]
+    assert not all(re.fullmatch(b"[a-z]+", text) for text in told)
 
 
 @pytest.mark.parametrize("given", [{}, {"ignore_eos": True}, {"min_tokens": 1}])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvasir.kernels.bitmask import allow, best_allowed
+from kvasir.kernels.bitmask import allow, bar, best_allowed
 
 
 @pytest.mark.parametrize("vocab", [1, 31, 32, 33, 100, 3072, 5001])
@@ -13,6 +13,7 @@ def test_tokens_whose_bit_is_missing_are_barred(vocab: int, rows: list[int]) -> 
     draw = np.random.default_rng(vocab)
     logits = torch.randn(4, vocab)
     allowed = draw.random((len(rows), vocab)) < draw.random((len(rows), 1))
+    allowed |= np.repeat(draw.random((len(rows), -(-vocab // 32))) < 0.3, 32, 1)[:, :vocab]
     packed = np.packbits(np.pad(allowed, ((0, 0), (0, -vocab % 32))), axis=1, bitorder="little")
     masks = torch.from_numpy(packed.view(np.int32)) if rows else torch.zeros(0, 0, dtype=torch.int32)
     expected = logits.clone()
@@ -22,6 +23,13 @@ def test_tokens_whose_bit_is_missing_are_barred(vocab: int, rows: list[int]) -> 
         if rows or implementation is allow:
             assert implementation(logits, torch.tensor(rows, dtype=torch.int64), masks).equal(expected)
         assert not logits.isinf().any()
+    for implementation in (bar, bar.reference):
+        if rows or implementation is bar:
+            written = torch.full((4, vocab + 3), 7.0)
+            written[:, :vocab] = logits
+            assert implementation(written[:, :vocab], torch.tensor(rows, dtype=torch.int64), masks).equal(expected)
+            assert written[:, :vocab].equal(expected)
+            assert (written[:, vocab:] == 7).all()
 
 
 def test_rows_that_lie_apart_and_other_types() -> None:
