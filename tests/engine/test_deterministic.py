@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from waiting import until
 
 from kvasir.engine import determinism, load
 from kvasir.engine.config import EngineConfig
@@ -101,10 +102,8 @@ def test_the_engine_gives_the_same_bits_in_any_mixture(kind: str, checkpoint: Ca
                 order = rng.sample(range(9), 9)
                 found = seen(llm, [prompts[i] for i in order])
                 assert found == [want[i] for i in order]
-            deadline = time.monotonic() + 60  # counts are told after a step
-            while blocks == 16 and not llm.engine.stats().preemptions and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert blocks > 16 or llm.engine.stats().preemptions
+            stats, counted = llm.engine.stats, "preemptions" if blocks == 16 else "prefix_hits"
+            assert until(partial(lambda name, told: getattr(told(), name), counted, stats))  # told after a step
 
 
 @pytest.mark.parametrize("rows", [1, 3])
