@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _check_home()
         status = args.command(args) or 0
-        sys.stdout.flush()
+        print(end="", flush=True)  # unlike sys.stdout.flush() also where standard output was closed before the start
     except KvasirError as error:
         _die(error.message)
     except BrokenPipeError:  # `| head` has what it wanted

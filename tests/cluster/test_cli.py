@@ -150,6 +150,11 @@ def test_a_reader_that_has_enough(tmp_path: Path) -> None:
     assert process.returncode == 128 + signal.SIGPIPE
 
 
+def test_no_standard_output(tmp_path: Path) -> None:
+    run = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *KVASIR, "models"], stderr=subprocess.PIPE, cwd=tmp_path)
+    assert (run.returncode, run.stderr) == (0, b"")
+
+
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, kvasir: Kvasir) -> None:
     def nowhere() -> Path:
         raise RuntimeError("Could not determine home directory.")
