@@ -72,7 +72,10 @@ class Exit:
         """In words; None: it runs, or it isn't known."""
         if self._file is None:
             return None
-        mask, status = self._info()
+        try:
+            mask, status = self._info()
+        except OSError:  # Linux 6.13 and 6.14 know nothing of one that is gone
+            return None
         return _said(os.waitstatus_to_exitcode(status)) if mask & PIDFD_INFO_EXIT else None
 
     def close(self) -> None:

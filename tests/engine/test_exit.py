@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 from waiting import until
 
+from kvasir.engine import processes
 from kvasir.engine.control import Hub
 from kvasir.engine.processes import Exit
 from kvasir.engine.spoke import Spoke
@@ -55,6 +56,20 @@ def test_nobody_is_there() -> None:
     with subprocess.Popen(["true"]) as child:
         pass
     assert not Exit(child.pid).known
+
+
+def test_a_system_that_forgets_who_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux 6.13 and 6.14 answer only while the process is there."""
+
+    def forgets(*_: object) -> None:
+        raise ProcessLookupError
+
+    monkeypatch.setattr(processes.fcntl, "ioctl", lambda *_: 0)
+    found = Exit(os.getpid())
+    assert found.known
+    monkeypatch.setattr(processes.fcntl, "ioctl", forgets)
+    assert found.text() is None
+    found.close()
 
 
 def test_a_rank_that_is_nobody_s_child_here(process: int) -> None:
