@@ -50,6 +50,8 @@ _IGNORED: Neutral = {
     **dict.fromkeys(("inference_geo", "user_profile_id", "workspace_id", "diagnostics"), ()),
     "speed": ("standard",),
 }
+_NOT_COUNTED: Neutral = {**_IGNORED, **{name: () for name in _MESSAGES if name not in _COUNTED}}
+"""What is said of the answer, in a body whose tokens are counted."""
 _REFUSED: Neutral = {
     **foreign_constraints(_MESSAGES),
     "container": (),
@@ -119,7 +121,7 @@ def parse_messages(body: Body) -> MessagesAsk:
 
 def parse_count(body: Body) -> MessagesAsk:
     """Body of POST /v1/messages/count_tokens."""
-    fields, warnings = sort_fields(body, _COUNTED, {**_IGNORED, "cache_control": ()}, _REFUSED)
+    fields, warnings = sort_fields(body, _COUNTED, _NOT_COUNTED, _REFUSED)
     found, _ = _conversation(fields)
     warnings += _overlooked(fields)
     call = Call(model=fields.get("model", ""), prompts=(found,))

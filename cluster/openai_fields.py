@@ -219,6 +219,11 @@ TOKENIZE_HONOURED: dict[str, Check] = {
     "return_token_strs": boolean,
 }
 
+TOKENIZE_IGNORED: Neutral = {
+    name: () for name in CHAT_HONOURED.keys() | COMPLETION_HONOURED.keys() if name not in TOKENIZE_HONOURED
+}
+"""Most of it is said of the answer, and there is none."""
+
 DETOKENIZE_HONOURED: dict[str, Check] = {
     "model": string,
     "tokens": _list_of(int, "token ids"),

@@ -37,6 +37,7 @@ from kvasir.cluster.openai_fields import (
     SAMPLING,
     STREAM_OPTIONS,
     TOKENIZE_HONOURED,
+    TOKENIZE_IGNORED,
     Check,
     integer_from,
     unused,
@@ -150,7 +151,7 @@ def parse_completion(body: Mapping[str, Any]) -> Ask:
 
 def parse_tokenize(body: Mapping[str, Any]) -> tuple[str, Text | Conversation, bool, tuple[str, ...]]:
     """Body of POST /tokenize: (model, what to tokenise, whether texts of tokens are wanted, ignored fields)."""
-    fields, warnings = sort_fields(body, TOKENIZE_HONOURED, {}, {"chat_template": ()})
+    fields, warnings = sort_fields(body, TOKENIZE_HONOURED, TOKENIZE_IGNORED, {"chat_template": ()})
     if "messages" not in fields and "prompt" not in fields:
         raise ClientError("send prompt (a text) or messages", param="prompt")
     prompt = (

@@ -92,3 +92,11 @@ def test_another_field_that_nobody_knows_is_named_in_a_warning(dialect, name):
 @pytest.mark.parametrize("value", [None, False, "", [], {}])
 def test_a_constraint_that_says_nothing_is_no_reason_to_refuse(value):
     PARSERS["chat"]({"json_mode": value, "response_schema": value})
+
+
+def test_a_constraint_of_the_answer_is_ignored_where_tokens_are_counted():
+    """Clients send the body that they are about to ask with."""
+    limits = {"max_tokens": 5, "stop_token_ids": [1], "response_format": {"type": "json_object"}}
+    assert openai_schema.parse_tokenize({"messages": [USER], **limits})[-1] == tuple(limits)
+    limits = {"max_tokens": 5, "stop_sequences": ["x"]}
+    assert PARSERS["count"](limits).warnings == tuple(limits)
