@@ -22,6 +22,7 @@ from kvasir.engine.tag_terminals import (
     REPEATS,
     TRIGGERED,
     Terminals,
+    is_closed,
     is_open,
     list_of,
     text_of,
@@ -127,7 +128,7 @@ class _Writer:
         kind = self._kind(form)
         known = self._terminals.either(ends)
         if known is not None and (body := self._terminals.of(form, known)) is not None:
-            return self.token(body)
+            return self.lazy(body) if known or is_closed(form, self._ends_of) else self.token(body)
         if known is None and not is_open(form, self._ends_of) and (body := self._terminals.of(form)) is not None:
             return self.rule(f"{self.token(body)} {self._either(ends)}")
         found = self._open(kind, form, ends)
@@ -193,9 +194,18 @@ class _Writer:
 
     def _sequence(self, elements: Sequence[Any], ends: Sequence[str]) -> str:
         """Neighbours that are regular are one terminal; free text before another format goes on up to the text with which that
-        begins."""
-        runs = groupby(elements, lambda one: self._terminals.of(one) is not None)
-        left = deque(one for plain, run in runs for one in ([_joined([*run])] if plain else run))
+        begins, unless nothing but such terminals follows."""
+        regular = [self._terminals.of(one) is not None for one in elements]
+        special = self._terminals.either(ends) is None
+        behind = len(elements) if special else max((i for i, plain in enumerate(regular) if not plain), default=-1)
+
+        def joins(i: int) -> bool:
+            return regular[i] and (i > behind or not is_open(elements[i], self._ends_of))
+
+        left: deque[Any] = deque()
+        for joined, run in groupby(range(len(elements)), joins):
+            forms = [elements[i] for i in run]
+            left += [_joined(forms)] if joined else forms
         parts = []
         while len(left) > 1:
             begin: tuple[str, ...] = ()

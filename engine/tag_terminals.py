@@ -153,3 +153,11 @@ def is_open(form: Any, ends_of: Callable[[Any], tuple[str, ...]]) -> bool:
     if kind in REPEATS:
         return is_open(form.get("content"), ends_of)
     return kind == "any_text" or kind in TRIGGERED
+
+
+def is_closed(form: Any, ends_of: Callable[[Any], tuple[str, ...]]) -> bool:
+    """It ends with a tag's end: what it holds could go on behind that, as `.*` does, and isn't meant to."""
+    kind = form.get("type")
+    if kind == "sequence":
+        return is_closed(form["elements"][-1], ends_of)
+    return kind == "tag" and (any(ends_of(form)) or is_closed(form.get("content"), ends_of))

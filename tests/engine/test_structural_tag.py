@@ -154,6 +154,11 @@ TALK = {"type": "dispatch", "rules": [["<a>", JSON], ["<b>", const("x")]]}
         (several(CALLS, several(tag("<a>", JSON, "</a>"), const("."))), [f"x{A}y<a>{{}}</a>."], [A, "<a>{}</a>.."]),
         (several(regex("[a-z]+"), const("x")), ["ax"], ["a", "x"]),
         (tag("<a>", regex(".*"), "</a>"), ["<a>x</a>"], ["<a>x"]),
+        (several(tag("<a>", regex(".*"), "</a>"), JSON), ["<a>x</a>{}"], ["<a>x</a>", "<a>x</a></a>{}"]),
+        ({**CALLS, "tags": [tag("<f=a>", regex("(?s:.)+"), "</f>")]}, ["<f=a>x</f>\ny"], ["<f=a>x", "<f=a></f>"]),
+        ({**CALLS, "tags": [tag("<f=b>", several(TEXT, const("x")), "</f>")]}, ["<f=b>yx</f>z"], ["<f=b>y</f>"]),
+        (several(TEXT, const("X"), JSON), ["aX{}"], ["aX", "a{}"]),
+        (several(const("a"), TEXT, const("X"), regex("[0-9]"), JSON), ["abX1{}"], ["aX{}", "X1{}"]),
         (several(regex("a/b|c"), regex(r"\/\\/")), ["a/b/\\/", "c/\\/"], ["a/b"]),
         (several(regex(""), const("")), [""], ["a"]),
         (CALLS, ["", f"x{A}y{A}z", "<f=b>x</f>"], ["<f=c>", "<f=a>x</f>", "<f=b>x"]),
@@ -196,6 +201,8 @@ def test_formats(form, held, others):
             ["", "x<tool>{};y", "<tool>{};<tool>{};"], ["<tool>x", "<think>"],
         ),
         (tag("<a>", regex("[a-z]+"), "</think>"), ["<a>b</think>"], ["<a></think>", "<a>b"]),
+        (tag("<a>", several(const("b"), TEXT), "</think>"), ["<a>bc</think>"], ["<a>c</think>", "<a>b"]),
+        (several(const("b"), TEXT, const("<tool>"), JSON), ["b<tool>{}", "bc<tool>{}"], ["<tool>{}", "bc{}"]),
         ({"type": "token_dispatch", "rules": [[259, JSON]]}, ["x<tool>{}y"], ["<tool>x"]),
     ],
 )  # fmt: skip
@@ -208,6 +215,7 @@ def test_formats_with_special_tokens(form, held, others):
     ("form", "word"),
     [
         (several(TEXT, JSON), "nothing tells where any_text ends before json_schema"),
+        (several(TEXT, regex("a"), JSON), "nothing tells where any_text ends before regex"),
         (several(CALLS, JSON), "nothing tells where triggered_tags ends before json_schema"),
         ({"type": "star", "content": CALLS}, "content of star"),
         ({"type": "repeat", "min": 2, "max": 1, "content": TEXT}, "min and max of repeat"),
