@@ -126,7 +126,8 @@ async def abort(context: Context, error: KvasirError) -> None:
     """End the call."""
     trailers = [("kvasir-code", error.code)]
     if error.param is not None:
-        trailers.append(("kvasir-param", error.param))
+        named = ascii(error.param)[1:-1]  # it may be a name that the client made up, and metadata is ASCII alone
+        trailers.append(("kvasir-param", f"{named:.100}"))
     if error.retry_after_s is not None:
         trailers.append(("retry-after", str(max(1, round(error.retry_after_s)))))
     status = STATUS.get(error.status, grpc.StatusCode.INTERNAL)

@@ -206,7 +206,8 @@ def sort_fields(
                 advice = f"; use {instead[name]}" if name in instead else ""
                 raise UnsupportedError(_refusal(name, value, refused[name]) + advice, param=name)
         elif name not in ignored and _MEANT.match(name) and value not in _SILENT:
-            raise UnsupportedError(_refusal(name, value, _EMPTY), param=name)
+            cut = f"{name:.60}"  # the client made it up
+            raise UnsupportedError(_refusal(cut, value, _EMPTY), param=cut)
         elif value not in ignored.get(name, ()):
             warnings.append(name)
     return fields, tuple(warnings)

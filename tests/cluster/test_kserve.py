@@ -223,6 +223,13 @@ VALUES = (
 LISTS = st.lists(st.sampled_from([*VALUES, None]), max_size=3)
 
 
+def test_a_name_that_the_client_made_up_is_told_as_metadata_can(stub):
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.ModelInfer(asking(sampling={"é\n" + "x" * 20_000: 1}), timeout=60)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert dict(caught.value.trailing_metadata())["kvasir-param"] == r"\xe9\n" + "x" * 94
+
+
 @given(
     sampling=st.dictionaries(
         st.sampled_from([*SAMPLING, *STRUCTURED, "logit_bias", "x"]), LISTS | st.sampled_from(VALUES), max_size=5

@@ -83,6 +83,12 @@ def test_a_constraint_that_nobody_knows_is_refused_by_name(dialect, name):
     assert caught.value.param == name
 
 
+def test_a_name_without_end_is_cut_where_it_is_refused():
+    with pytest.raises(ClientError) as caught:
+        PARSERS["chat"]({"grammar" + "x" * 10_000: "x"})
+    assert (len(caught.value.param), len(caught.value.message) < 300) == (60, True)
+
+
 @pytest.mark.parametrize("name", ["frobnicate", "$schema", "schema_version", "stopwatch", "maximum", "max_retries"])
 @pytest.mark.parametrize("dialect", PARSERS)
 def test_another_field_that_nobody_knows_is_named_in_a_warning(dialect, name):
