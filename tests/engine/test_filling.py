@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvasir.engine.filling import fill_all
+from kvasir.engine import filling
+from kvasir.engine.filling import fill_all, fill_each
 
 
 @dataclass
@@ -24,6 +25,10 @@ class Number:
     original: str = "x"
     shape: tuple[int, ...] = (3,)
     nbytes: int = 12
+    fetched: bool = False
+
+    def fetch(self, cut: object = None) -> None:
+        self.fetched = True
 
     def copy_to(self, place: Tensor, cut: object = None) -> None:
         if self.fails:
@@ -48,7 +53,8 @@ def test_every_place_is_filled_in_order(threads: int) -> None:
     assert torch.get_num_threads() == threads
 
 
-def test_no_more_is_asked_for_than_is_worked_on(threads: int) -> None:
+def test_no_more_is_asked_for_than_is_worked_on(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filling, "AHEAD", 0)
     asked: list[int] = []
 
     def placed() -> Iterator[tuple[Number, Tensor, None]]:
@@ -66,3 +72,14 @@ def test_an_error_ends_it(threads: int) -> None:
         list(fill_all(placed))
     assert torch.get_num_threads() == threads
     assert threading.active_count() < 30
+
+
+def test_the_system_is_asked_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For so many bytes of places."""
+    monkeypatch.setattr(filling, "AHEAD", 24)
+    numbers = [Number(i) for i in range(6)]
+    asked = [
+        sum(number.fetched for number in numbers)
+        for _ in fill_each((number, torch.zeros(3), None) for number in numbers)
+    ]
+    assert asked == [3, 4, 5, 6, 6, 6]
