@@ -103,10 +103,8 @@ class NamedCheckpoint:
 
     dequantises = False  # what is quantised here is so few large tensors that each takes all threads
 
-    def __init__(
-        self, files: TensorFiles, as_stored: Callable[[str, Tensor], Stored] = lambda _, tensor: Mapped(tensor)
-    ) -> None:
-        self.files, self.total_bytes, self._as_stored = files, files.total_bytes, as_stored
+    def __init__(self, files: TensorFiles, ordered: Callable[[str, Stored], Stored] = lambda _, stored: stored) -> None:
+        self.files, self.total_bytes, self._ordered = files, files.total_bytes, ordered
 
     def tensors(self, spec: Spec) -> Iterator[Filler]:
         for name in self.files.names:
@@ -148,12 +146,12 @@ class NamedCheckpoint:
         if tensor.dtype in FP8:
             if scale is None:
                 raise ConfigError(f"{name} is FP8, but the checkpoint lacks its scales ({name}_scale_inv)")
-            return fp8_tensor(name, tensor, self.files.get(scale))
+            return self._ordered(name, fp8_tensor(name, tensor, self.files.get(scale)))
         if scale is not None or not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
             scaled = f" with scales ({scale})" if scale else ""
             raise ConfigError(f"{name} is {kind}{scaled}: weights that are quantised so are not supported")
-        return self._as_stored(name, tensor)
+        return self._ordered(name, Mapped(tensor))
 
 
 def _parts(name: str, stored: Stored, spec: Spec) -> Iterator[Part]:

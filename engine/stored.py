@@ -53,12 +53,12 @@ class Mapped:
 
 
 class Rowwise:
-    """One that isn't stored as it is wanted: `rows(first, last)` makes so much of `whole`, of tensors with as many rows."""
+    """One that isn't stored as it is wanted: `rows(first, last)` makes so much of `whole`, of others with as many rows."""
 
-    def __init__(self, stored: Sequence[Tensor], whole: Tensor, rows: Callable[[int, int], Tensor]) -> None:
+    def __init__(self, stored: Sequence[Stored], whole: Tensor, rows: Callable[[int, int], Tensor]) -> None:
         self._stored, self._rows, self.like = stored, rows, whole
         self._width = whole.stride(0) if whole.dim() else 1
-        self.nbytes = sum(tensor.nbytes for tensor in stored)
+        self.nbytes = sum(one.nbytes for one in stored)
 
     def read(self, view: Tensor) -> Tensor:
         first, last = self._span(view)
@@ -68,8 +68,8 @@ class Rowwise:
 
     def fetch(self, view: Tensor) -> None:
         first, last = self._span(view)
-        for tensor in self._stored:
-            will_need(tensor[first:last] if tensor.dim() else tensor)
+        for one in self._stored:
+            one.fetch(one.like[first:last] if one.like.dim() else one.like)
 
     def _span(self, view: Tensor) -> tuple[int, int]:
         """The rows between which it lies."""
@@ -80,14 +80,14 @@ class Rowwise:
 def fp8_tensor(name: str, weight: Tensor, scale: Tensor) -> Stored:
     """Numbers of FP8 with their scales: see `dequantise.fp8`."""
     whole = torch.empty(weight.shape, dtype=torch.bfloat16, device=META)
-    return Rowwise([weight], whole, lambda first, last: fp8_rows(name, weight, scale, first, last))
+    return Rowwise([Mapped(weight)], whole, lambda first, last: fp8_rows(name, weight, scale, first, last))
 
 
 def mxfp4_tensor(name: str, blocks: Tensor, scales: Tensor) -> Stored:
     """Experts' matrices in MXFP4, each transposed: see `dequantise.mxfp4`."""
     shape = (*blocks.shape[:-2], 2 * blocks.shape[-2:].numel())
     found = Rowwise(
-        [blocks, scales],
+        [Mapped(blocks), Mapped(scales)],
         torch.empty(shape, dtype=torch.bfloat16, device=META),
         lambda first, last: mxfp4(name, blocks[first:last], scales[first:last]),
     )
@@ -95,16 +95,16 @@ def mxfp4_tensor(name: str, blocks: Tensor, scales: Tensor) -> Stored:
     return found
 
 
-def halved_tensor(tensor: Tensor, head_dim: int) -> Stored:
+def halved_tensor(paired: Stored, head_dim: int) -> Stored:
     """Rows of heads of which neighbours turn together, in the order in which a head's halves do."""
 
     def rows(first: int, last: int) -> Tensor:
         begin = first // head_dim * head_dim
-        near = tensor[begin : -(-last // head_dim) * head_dim]
-        halved = near.view(-1, head_dim // 2, 2, tensor.shape[1]).transpose(1, 2).reshape(near.shape)
+        near = paired.read(paired.like[begin : -(-last // head_dim) * head_dim])
+        halved = near.view(-1, head_dim // 2, 2, near.shape[1]).transpose(1, 2).reshape(near.shape)
         return halved[first - begin : last - begin]
 
-    return Rowwise([tensor], torch.empty(tensor.shape, dtype=tensor.dtype, device=META), rows)
+    return Rowwise([paired], paired.like, rows)
 
 
 def is_view(tensor: Tensor, of: Tensor) -> bool:

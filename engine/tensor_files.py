@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.hub import read_json
-from kvasir.engine.stored import Mapped, Stored, halved_tensor
+from kvasir.engine.stored import Stored, halved_tensor
 
 MAX_INDEX_BYTES = 256 << 20
 
@@ -164,10 +164,10 @@ class ConsolidatedFiles:
     def get(self, name: str) -> Tensor:
         return self._files.get(self._original[name])
 
-    def stored(self, name: str, tensor: Tensor) -> Stored:
-        """What `get` gave, as Hugging Face's model has it."""
+    def stored(self, name: str, stored: Stored) -> Stored:
+        """What `get` gave, dequantised, as Hugging Face's model has it."""
         paired = name.endswith((".q_proj.weight", ".k_proj.weight"))
-        return halved_tensor(tensor, self._head_dim) if paired else Mapped(tensor)
+        return halved_tensor(stored, self._head_dim) if paired else stored
 
     def __contains__(self, name: str) -> bool:
         return name in self._original

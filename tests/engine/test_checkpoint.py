@@ -131,6 +131,18 @@ def test_mistral_s_own_layout(checkpoint: Make, tmp_path: Path, family: str) -> 
     assert ours == theirs
 
 
+def test_mistral_s_own_layout_in_fp8(checkpoint: Make, tmp_path: Path) -> None:
+    """Queries and keys change their order whatever they are stored as."""
+    mistral(checkpoint("Mistral", sliding_window=None)[0], tmp_path)
+    file = tmp_path / "consolidated.safetensors"
+    tensors = load_file(file)
+    quantised = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items() if ".wq." in name}
+    save_file({**tensors, **{name: tensor.float() for name, tensor in quantised.items()}}, file)
+    plain = filled(tmp_path)
+    save_file({**tensors, **quantised, **{f"{name}_scale": torch.ones(1) for name in quantised}}, file)
+    assert equal(filled(tmp_path), plain)
+
+
 def test_a_head_of_its_own_in_a_tied_model_is_told(
     checkpoint: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -44,7 +44,7 @@ def mxfp4_case() -> tuple[Stored, torch.Tensor]:
 def halved_case() -> tuple[Stored, torch.Tensor]:
     rows = torch.randn(40, 6)
     order = [head * 10 + 2 * at + half for head in range(4) for half in range(2) for at in range(5)]
-    return halved_tensor(rows, 10), rows[order]
+    return halved_tensor(Mapped(rows), 10), rows[order]
 
 
 @pytest.mark.parametrize(("one", "whole"), [*fp8_cases(), mxfp4_case(), halved_case()])
