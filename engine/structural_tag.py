@@ -100,8 +100,9 @@ def _format(spec: Any) -> Any:
             "end": one.get("end"),
             "content": {"type": "json_schema", "json_schema": one.get("schema", one.get("json_schema", {}))},
         }
-        for one in list_of(spec, "structures")
         if isinstance(one, dict)
+        else one
+        for one in list_of(spec, "structures")
     ]
     return {"type": "triggered_tags", "triggers": spec.get("triggers"), "tags": tags}
 
@@ -290,7 +291,7 @@ class _Writer:
         return {**found, "excludes": texts_of(form, "excludes")}
 
     def _triggered(self, form: Mapping[str, Any], ends: Sequence[str]) -> str:
-        triggers = [one for one in list_of(form, "triggers") if isinstance(one, str) and one]
+        triggers = texts_of(form, "triggers")
         text, once = self._terminals.text(form["excludes"]), form.get("stop_after_first")
         behind, first = [], []
         for tag in _tags(form):

@@ -52,10 +52,11 @@ def test_fields_that_would_change_something_are_refused_by_name(form, word):
     [
         ({"format": {"type": "any_text"}, "begin": "a"}, "begin of a structural tag"),
         ({"structures": [{"begin": "<a>", "end": "", "x": 1}], "triggers": ["<a"]}, "x of structures"),
+        ({"structures": [{"begin": "<a>", "end": ""}, "b"], "triggers": ["<a"]}, "tags must be objects, got 'b'"),
     ],
 )
 def test_so_are_those_around_them(spec, word):
-    with pytest.raises(UnsupportedError, match=word):
+    with pytest.raises(ClientError, match=word):
         grammar_text(StructuredOutput(structural_tag=spec), {})
 
 
@@ -224,6 +225,7 @@ def test_formats_with_special_tokens(form, held, others):
         ({"type": "dispatch", "rules": [["<a>"]]}, "rules are pairs"),
         ({"type": "token_triggered_tags", "trigger_tokens": 1, "tags": [TAG]}, "trigger_tokens must be a list"),
         ({"type": "token_dispatch", "rules": [[1, JSON]], "exclude_tokens": 1}, "exclude_tokens must be a list"),
+        ({**CALLS, "triggers": ["<f=", 1]}, "triggers must be a list of texts"),
         ({**CALLS, "tags": ["a"]}, "tags must be objects"), ({**LIST, "tags": [1]}, "tags must be objects"),
         ({**TEXT, "excludes": [""]}, "excludes must be a list of texts"), ({"type": "any_tokens"}, "'any_tokens'"),
     ],
