@@ -256,9 +256,12 @@ def _check_models(config: ClusterConfig) -> None:
 
             check_ranks(engine)
         if engine.max_model_len is not None:
-            from kvasir.engine.load import check_length
+            from kvasir.engine.arch import load_spec, module_name, supported
+            from kvasir.engine.config import served_len
 
-            check_length(engine)
+            files = ModelFiles(engine)
+            if module_name(files.config) in supported():  # what transformers' code runs tells later
+                served_len(engine, load_spec(files.config).max_len)
 
 
 def with_absolute_paths(config: ClusterConfig) -> ClusterConfig:

@@ -48,6 +48,13 @@ def integer_from(low: int, high: int) -> Check:
     return Described(check, {"type": "integer", "minimum": low, "maximum": high})
 
 
+def _switch(name: str, value: Any) -> None:
+    """DeepSeek's, GLM's and Kimi's `thinking`."""
+    if not isinstance(value, dict) or [*value] != ["type"] or value["type"] not in ("enabled", "disabled"):
+        text = 'must be {"type": "enabled"} or {"type": "disabled"} (thinking_token_budget limits thoughts)'
+        raise ClientError(f"{name} {text}, got {value!r:.60}", param=name)
+
+
 def one_of(*values: str) -> Check:
     """One of these words."""
 
@@ -194,6 +201,15 @@ CHAT_HONOURED: dict[str, Check] = {
     "parallel_tool_calls": boolean,
     "reasoning_effort": one_of("none", "minimal", "low", "medium", "high", "xhigh", "max"),
     "enable_thinking": boolean,
+    "thinking": Described(
+        _switch,
+        {
+            "type": "object",
+            "properties": {"type": {"enum": ["enabled", "disabled"]}},
+            "required": ["type"],
+            "additionalProperties": False,
+        },
+    ),
     "include_reasoning": boolean,
     "thinking_token_budget": integer_from(-1, 2**31 - 1),
     "add_generation_prompt": boolean,
@@ -299,7 +315,6 @@ CHAT_REFUSED: Neutral = {
     "documents": ([],),
     "mm_processor_kwargs": ({},),
     "media_io_kwargs": ({},),
-    "thinking": (),
     "thinking_budget": (-1,),
     "separate_reasoning": (True,),
     "stream_reasoning": (True,),
@@ -315,6 +330,7 @@ OF_CHATS: Neutral = {
     "top_logprobs": (0,),
     "include_reasoning": (True, False),
     "enable_thinking": (False,),
+    "thinking": ({"type": "disabled"},),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
     "chat_template_kwargs": ({},),
@@ -335,7 +351,6 @@ INSTEAD = {
     "bad_words_ids": "bad_words",
     "suppress_tokens": "logit_bias",
     "num_beams": "use_beam_search and best_of",
-    "thinking": "enable_thinking",
     "thinking_budget": "thinking_token_budget",
     "options": "their names at the top of the body",
 }

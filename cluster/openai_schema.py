@@ -272,7 +272,7 @@ def _conversation(fields: Mapping[str, Any]) -> Conversation:
         raise ClientError("messages must be a list of at least one message", param="messages")
     variables = fields.get("chat_template_kwargs", {})
     check_variables(variables, "chat_template_kwargs")
-    variables = {**thinking_variables(fields.get("reasoning_effort"), fields.get("enable_thinking")), **variables}
+    variables = {**thinking_variables(fields.get("reasoning_effort"), _enabled(fields)), **variables}
     continued = fields.get("continue_final_message", False)
     return Conversation(
         messages=template_messages(messages),
@@ -282,6 +282,16 @@ def _conversation(fields: Mapping[str, Any]) -> Conversation:
         variables=variables,
         add_special_tokens=fields.get("add_special_tokens", False),
     )
+
+
+def _enabled(fields: Mapping[str, Any]) -> bool | None:
+    """Whether thoughts are switched on or off, by either of its names."""
+    enabled, switch = fields.get("enable_thinking"), fields.get("thinking")
+    if switch is None:
+        return enabled
+    if enabled not in (None, switch["type"] == "enabled"):
+        raise ClientError("thinking and enable_thinking differ; give one", param="thinking")
+    return bool(switch["type"] == "enabled")
 
 
 def _prompts(prompt: Any, add_special_tokens: bool, suffix: str) -> list[Prompt]:

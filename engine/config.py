@@ -189,5 +189,15 @@ LEAST = {
 CHOICES = {name: get_args(kind) for name, kind in get_type_hints(EngineConfig).items() if get_origin(kind) is Literal}
 
 
+def served_len(config: EngineConfig, longest: int) -> int:
+    """--max-model-len, or the model's own limit of `longest` tokens; ConfigError above that."""
+    if config.max_model_len is None:
+        return longest
+    if config.max_model_len > longest:
+        message = f"--max-model-len {config.max_model_len} is above the model's own limit of {longest} tokens"
+        raise ConfigError(message, param="max_model_len")
+    return config.max_model_len
+
+
 def _wrong(name: str, expected: str, value: object) -> ConfigError:
     return ConfigError(f"--{name.replace('_', '-')} must be {expected}, got {value!r:.60}", param=name)

@@ -22,14 +22,7 @@ from kvasir.engine.determinism import indeterminate, of_device
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.exchange import Exchange
 from kvasir.engine.info import ModelInfo
-from kvasir.engine.memory import (
-    keep_freed_memory,
-    plan_memory,
-    resolve_cache_dtype,
-    resolve_device,
-    resolve_dtype,
-    wanted_len,
-)
+from kvasir.engine.memory import keep_freed_memory, plan_memory, resolve_cache_dtype, resolve_device, resolve_dtype
 from kvasir.engine.mesh import Mesh, Place
 from kvasir.engine.model_files import ModelFiles
 from kvasir.engine.model_version import model_version
@@ -191,13 +184,6 @@ def check_ranks(config: EngineConfig) -> None:
     expert, partition = config.enable_expert_parallel, config.pipeline_layer_partition
     place = Place(config.tensor_parallel_size, config.pipeline_parallel_size)
     share_of(load_spec(files.config), Mesh(place), expert_parallel=expert, partition=partition)
-
-
-def check_length(config: EngineConfig) -> None:
-    """Raise ConfigError when --max-model-len is above what the model's files say; what transformers' code runs tells later."""
-    files = ModelFiles(config)
-    if module_name(files.config) in supported():
-        wanted_len(config, load_spec(files.config))
 
 
 def _refuse_ranks(config: EngineConfig, files: ModelFiles) -> None:

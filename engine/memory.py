@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kvasir.engine.cache import KVCache
-from kvasir.engine.config import EngineConfig
+from kvasir.engine.config import EngineConfig, served_len
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.layout import Layout, Room, layout
 from kvasir.engine.mlp import STACKED
@@ -140,7 +140,7 @@ def plan_memory(
     user asked for is never shrunk: ConfigError says what took what.
     """
     spec, mesh = share.full, share.mesh
-    wanted, rows = wanted_len(config, spec), token_budget(config, spec, device)
+    wanted, rows = served_len(config, spec.max_len), token_budget(config, spec, device)
     shape = layout(spec, wanted, stages(spec, mesh.place.pp, config.pipeline_layer_partition))
     block = KVCache.block_bytes(share.spec, config.block_size, resolve_cache_dtype(config, dtype), shape.height)
     budget = _budget(config, share, dtype, device, weight_bytes)
@@ -288,16 +288,6 @@ def _cgroup_ram(root: Path, membership: Path) -> list[int]:
 def _file_pages(stat: Path) -> int:
     lines = stat.read_text().splitlines() if stat.exists() else []
     return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
-
-
-def wanted_len(config: EngineConfig, spec: Spec) -> int:
-    """Tokens of --max-model-len, or the model's own limit; ConfigError above that."""
-    if config.max_model_len is None:
-        return spec.max_len
-    if config.max_model_len > spec.max_len:
-        message = f"--max-model-len {config.max_model_len} is above the model's own limit of {spec.max_len} tokens"
-        raise ConfigError(message, param="max_model_len")
-    return config.max_model_len
 
 
 def _budget(config: EngineConfig, share: Share, dtype: torch.dtype, device: torch.device, weight_bytes: int) -> Budget:

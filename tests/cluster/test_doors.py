@@ -104,7 +104,7 @@ ANOTHER_WAY = {
     "stream": "Generate and Chat always stream; responses have a method for it",
     "stream_options": "the last message has the counts",
     "include_reasoning": "thoughts are a field of their own, which nobody must read",
-    "enable_thinking": "template_variables, or reasoning_effort none",
+    **dict.fromkeys(("enable_thinking", "thinking"), "template_variables, or reasoning_effort none"),
     "guided_decoding_backend": "a name of other servers' libraries that says nothing here",
     "encoding_format": "floats are bytes here already",
     "return_documents": "the client has them; results name their places",

@@ -129,13 +129,29 @@ def test_literal_extra_body_wins():
     assert ask.call.sampling == {"top_k": 5, "min_p": 0.5}
 
 
-@pytest.mark.parametrize(
-    "name", ["watermarking", "bad_words_ids", "suppress_tokens", "num_beams", "top_n_sigma", "thinking"]
-)
+@pytest.mark.parametrize("name", ["watermarking", "bad_words_ids", "suppress_tokens", "num_beams", "top_n_sigma"])
 def test_what_others_shape_outputs_by_is_refused(name):
     """transformers', llama.cpp's and others' names."""
     with pytest.raises(UnsupportedError, match=f"{name} isn't supported"):
         parse_chat({**CHAT, name: [3]})
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_thoughts_are_switched_by_either_name(enabled):
+    switch = {"type": "enabled" if enabled else "disabled"}
+    ((one,), (other,)) = (
+        parse_chat({**CHAT, **said}).call.prompts for said in ({"enable_thinking": enabled}, {"thinking": switch})
+    )
+    assert one.variables == other.variables
+    assert other.variables["enable_thinking"] is enabled
+    with pytest.raises(ClientError, match="thinking and enable_thinking differ"):
+        parse_chat({**CHAT, "thinking": switch, "enable_thinking": not enabled})
+
+
+@pytest.mark.parametrize("value", [True, {}, {"type": "auto"}, {"type": "enabled", "budget_tokens": 9}])
+def test_another_switch_of_thoughts_is_refused(value):
+    with pytest.raises(ClientError, match="thinking must be"):
+        parse_chat({**CHAT, "thinking": value})
 
 
 def test_a_budget_of_thoughts_without_a_limit():
