@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -76,8 +77,11 @@ class ModelCard:
 
 def _license(folder: Path) -> str:
     for path in sorted(folder.glob("LICENSE*")):
-        if path.is_file():
-            return path.read_text(encoding="utf-8", errors="replace")[:_MAX_LICENSE]
+        with (
+            contextlib.suppress(OSError),
+            path.open(encoding="utf-8", errors="replace") as opened,
+        ):  # a folder, or unreadable
+            return opened.read(_MAX_LICENSE)
     return ""
 
 

@@ -93,7 +93,7 @@ def test_how_rank_0_ended_is_told(monkeypatch):
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("limit", ["another rank's end", "a turn of the step loop", "an exchange"])
+@pytest.mark.parametrize("limit", ["another rank's end", "a turn of the step loop"])
 def test_a_rank_0_that_holds_pythons_lock_is_replaced(monkeypatch, limit):
     """It can't see itself that it hangs, and is waited for less long once another rank has given up waiting for it."""
     ended = limit == "another rank's end"
@@ -106,13 +106,27 @@ def test_a_rank_0_that_holds_pythons_lock_is_replaced(monkeypatch, limit):
 
     async def main():
         coordinator = Group(actors)
-        if limit == "an exchange":
-            coordinator._config = EngineConfig(collective_timeout=0.01)
         if ended:
             coordinator._runs[1] = asyncio.ensure_future(asyncio.sleep(0))
         await until_async(lambda: coordinator._endpoint == "second")
         assert re.search(r"rank 0 has answered nothing for \d+ s: it hangs", coordinator._why)
         coordinator._watcher.cancel()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("ranks_there", [1, 2])
+def test_ranks_that_exchange_are_held_to_the_limit_of_exchanges(monkeypatch, ranks_there):
+    actors = ranks(monkeypatch, where=[asyncio.Event().wait()])
+    monkeypatch.setattr(group, "LOOK_S", 0.001)
+
+    async def main():
+        coordinator = Group(actors)
+        coordinator._watcher.cancel()
+        coordinator._config = EngineConfig(tensor_parallel_size=ranks_there, collective_timeout=0.01)
+        mute = asyncio.ensure_future(coordinator._mute())
+        assert bool((await asyncio.wait([mute], timeout=0.1 if ranks_there == 1 else None))[0]) == (ranks_there == 2)
+        mute.cancel()
 
     asyncio.run(main())
 

@@ -366,12 +366,14 @@ def test_vocabularies():
 def test_show_tells_of_the_license(byte_model, live_gateway):
     with live_gateway() as gateway:
         assert "license" not in post(gateway, "/api/show", model="bytes").json()
+    (byte_model / "LICENSE").mkdir()
     (byte_model / "LICENSE.txt").write_text("Do as you like.")
     try:
         with live_gateway() as gateway:
             shown = post(gateway, "/api/show", model="bytes").json()
     finally:
         (byte_model / "LICENSE.txt").unlink()
+        (byte_model / "LICENSE").rmdir()
     assert shown["license"] == "Do as you like."
     assert 'LICENSE """Do as you like."""' in shown["modelfile"]
     assert f'TEMPLATE """{shown["template"]}"""' in shown["modelfile"]
