@@ -15,7 +15,7 @@ from kvasir.cluster.openai_fields import SAMPLING, Check, Neutral, boolean, inte
 from kvasir.cluster.openai_schema import sort_fields
 from kvasir.cluster.tool_use import ToolUse, tool_use
 from kvasir.engine.errors import ClientError, UnsupportedError
-from kvasir.engine.request import StructuredOutput
+from kvasir.engine.request import MAX_WHOLE, StructuredOutput
 
 Body = Mapping[str, Any]
 Json = dict[str, Any]
@@ -200,8 +200,9 @@ def _variables(thinking: Any) -> Json:
 def _budget(thinking: Mapping[str, Any]) -> int | None:
     """Tokens of thoughts."""
     budget = thinking.get("budget_tokens")
-    if budget is not None and (type(budget) is not int or budget < 1):
-        raise ClientError(f"thinking.budget_tokens must be at least 1, got {budget!r:.60}", param="thinking")
+    if budget is not None and (type(budget) is not int or not 1 <= budget <= MAX_WHOLE):
+        text = f"thinking.budget_tokens must be an integer from 1 to {MAX_WHOLE}, got {budget!r:.60}"
+        raise ClientError(text, param="thinking")
     return budget
 
 

@@ -22,7 +22,7 @@ from kvasir.cluster import (
 )
 from kvasir.cluster.described import Check, schema_of
 from kvasir.cluster.openai_fields import Neutral
-from kvasir.engine.request import MAX_LOGPROBS, MAX_N
+from kvasir.engine.request import MAX_LOGPROBS, MAX_N, MAX_WHOLE
 
 Json = dict[str, Any]
 
@@ -96,8 +96,8 @@ def _number(low: float | None, high: float | None, *, open_low: bool = False) ->
     return limits if high is None else {**limits, "maximum": high}
 
 
-def _integer(low: int, high: int | None = None) -> Json:
-    return {"type": "integer", "minimum": low} | ({} if high is None else {"maximum": high})
+def _integer(low: int, high: int = MAX_WHOLE) -> Json:
+    return {"type": "integer", "minimum": low, "maximum": high}
 
 
 SAMPLING: dict[str, Json] = {

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from kvasir.engine.errors import ClientError
 from kvasir.engine.thoughts import Thoughts
 
+MAX_WHOLE, MAX_ID = 2**31 - 1, 2**32 - 1
+"""Of what has no other limit, and of a token: more doesn't fit into messages between processes."""
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
 MAX_STOP_BYTES = 1024
@@ -185,37 +187,37 @@ class SamplingParams:
             raise ClientError(text, param="early_stopping")
         _real("temperature", self.temperature, 0.0, math.inf)
         _real("top_p", self.top_p, 0.0, 1.0)
-        _whole("top_k", self.top_k, 0, None, note="; 0 or -1 turns it off")
+        _whole("top_k", self.top_k, 0, note="; 0 or -1 turns it off")
         _real("min_p", self.min_p, 0.0, 1.0)
         _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _real("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
-        _whole("repeat_last_n", self.repeat_last_n, -1, None, note="; -1 looks at all tokens")
+        _whole("repeat_last_n", self.repeat_last_n, -1, note="; -1 looks at all tokens")
         _real("typical_p", self.typical_p, 0.0, 1.0, open_low=True)
         _real("tfs_z", self.tfs_z, 0.0, 1.0, open_low=True)
         _whole("mirostat", self.mirostat, 0, 2)
         _real("mirostat_tau", self.mirostat_tau, 0.0, math.inf)
         _real("mirostat_eta", self.mirostat_eta, 0.0, 1.0)
         if self.truncate_prompt_tokens not in (None, -1):
-            _whole("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, None, note="; -1 cuts to what fits")
+            _whole("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, note="; -1 cuts to what fits")
         if self.truncation_side not in ("left", "right"):
             text = f'truncation_side must be "left" or "right", got {self.truncation_side!r:.60}'
             raise ClientError(text, param="truncation_side")
-        _whole("num_keep", self.num_keep, -1, None, note="; -1 keeps all")
+        _whole("num_keep", self.num_keep, -1, note="; -1 keeps all")
         _check_texts("bad_words", self.bad_words, MAX_BAD_WORDS)
         for token in self.allowed_token_ids:
-            _whole("allowed_token_ids", token, 0, None)
+            _whole("allowed_token_ids", token, 0, MAX_ID)
         for token, bias in self.logit_bias.items():
-            _whole("logit_bias key", token, 0, None)
+            _whole("logit_bias key", token, 0, MAX_ID)
             _real("logit_bias value", bias, -100.0, 100.0)
         if self.seed is not None:
             _whole("seed", self.seed, -(2**63), 2**63 - 1)
         _check_texts("stop", self.stop, MAX_STOP_STRINGS)
         for token in self.stop_token_ids:
-            _whole("stop_token_ids", token, 0, None)
-        _whole("min_tokens", self.min_tokens, 0, None)
+            _whole("stop_token_ids", token, 0, MAX_ID)
+        _whole("min_tokens", self.min_tokens, 0)
         if self.max_tokens is not None:
-            _whole("max_tokens", self.max_tokens, 1, None)
+            _whole("max_tokens", self.max_tokens, 1)
             if self.min_tokens > self.max_tokens:
                 raise ClientError(
                     f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})", param="min_tokens"
@@ -223,7 +225,7 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 0, MAX_LOGPROBS)
-        _whole("prompt_logprob_start", self.prompt_logprob_start, 0, None)
+        _whole("prompt_logprob_start", self.prompt_logprob_start, 0)
         if self.stop and not self.detokenize:
             raise ClientError("stop strings need detokenize=True; use stop_token_ids instead", param="stop")
 
@@ -249,7 +251,7 @@ class PoolingParams:
 
     def __post_init__(self) -> None:
         if self.dimensions is not None:
-            _whole("dimensions", self.dimensions, 1, None)
+            _whole("dimensions", self.dimensions, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,11 +296,11 @@ class Request:
     """How many tokens of the prompt were left out before it came here: for reports alone."""
 
 
-def _whole(name: str, value: object, low: int, high: int | None, note: str = "") -> None:
+def _whole(name: str, value: object, low: int, high: int = MAX_WHOLE, note: str = "") -> None:
     """Raise unless `value` is an int (bool is not) in [low, high]."""
-    limits = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        raise ClientError(f"{name} must be {limits}{note}, got {value!r:.60}", param=name.split()[0])
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        text = f"{name} must be an integer from {low} to {high}{note}, got {value!r:.60}"
+        raise ClientError(text, param=name.split()[0])
 
 
 def _flag(name: str, value: object) -> None:

@@ -28,6 +28,10 @@ EVENTS = [
 ]
 
 
+WHOLE = ("top_k", "repeat_last_n", "min_tokens", "max_tokens", "truncate_prompt_tokens", "num_keep",
+         "prompt_logprob_start")  # fmt: skip
+
+
 def sent(message):
     return type(message).FromString(message.SerializeToString())
 
@@ -156,3 +160,14 @@ def test_info_and_stats_survive():
     values = {field.name: number + 1 for number, field in enumerate(dataclasses.fields(Stats))}
     stats = Stats(**values)
     assert wire.decode_stats(sent(wire.encode_stats(stats))) == stats
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_has_no_limit_of_its_own_fits_into_a_message(name):
+    """A number of 19 digits was an internal error."""
+    most = 2**31 - 1
+    sampling = SamplingParams(**{"max_tokens": most, name: most})
+    request = Request(request_id="a", prompt_token_ids=[1], sampling=sampling)
+    assert wire.decode_request(sent(wire.encode_request(request, 1)), "a").sampling == sampling
+    with pytest.raises(ClientError, match=f"{name} must be an integer from -?[01] to {most}.*, got {most + 1}"):
+        SamplingParams(**{"max_tokens": None, name: most + 1})
