@@ -22,8 +22,10 @@ from kvasir.engine.tag_terminals import (
     REPEATS,
     TRIGGERED,
     Terminals,
+    first_of,
     is_closed,
     is_open,
+    is_several,
     list_of,
     text_of,
     texts_of,
@@ -64,6 +66,7 @@ _FIELDS = {
     "token_dispatch": ("rules", "loop", "exclude_tokens"),
 }
 """Formats, and what each says beside its type."""
+_FLAGS = {"at_least_one", "stop_after_first", "loop"}
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "excludes": (None, []),
     "style": (None, "json"),
@@ -129,7 +132,10 @@ class _Writer:
         kind = self._kind(form)
         known = self._terminals.either(ends)
         if known is not None and (body := self._terminals.of(form, known)) is not None:
-            return self.lazy(body) if known or is_closed(form, self._ends_of) else self.token(body)
+            if known or is_closed(form, self._ends_of):
+                return self.lazy(body)
+            if not is_several(form, self._ends_of):
+                return self.token(body)
         if known is None and not is_open(form, self._ends_of) and (body := self._terminals.of(form)) is not None:
             return self.rule(f"{self.token(body)} {self._either(ends)}")
         found = self._open(kind, form, ends)
@@ -169,6 +175,9 @@ class _Writer:
         if not isinstance(kind, str) or kind not in _FIELDS:
             raise UnsupportedError(f"structural tag: type {kind!r:.60}; known: {', '.join(_FIELDS)}", param=PARAM)
         _only(form, ("type", *_FIELDS[kind]), kind)
+        for key in _FLAGS.intersection(form, _FIELDS[kind]):
+            if type(form[key]) is not bool:
+                raise ClientError(f"structural tag: {key} must be true or false, got {form[key]!r:.60}", param=PARAM)
         return kind
 
     def _schema(self, form: Any) -> str:
@@ -209,24 +218,55 @@ class _Writer:
             left += [_joined(forms)] if joined else forms
         parts = []
         while len(left) > 1:
-            begin: tuple[str, ...] = ()
-            if is_open(left[0], self._ends_of):
-                begin, left[1] = self._head(left[1], left[0])
-            parts.append(self._of(left.popleft(), begin))
+            form = left.popleft()
+            greedy = self._greedy(form)
+            begin, rest = self._head(left[0]) if greedy else ("", None)
+            if begin:
+                left[0] = rest
+                parts.append(self._of(form, (begin,)))
+            elif is_open(form, self._ends_of):
+                text = f"nothing tells where {form.get('type')} ends before {left[0].get('type')}; put it into a tag"
+                raise UnsupportedError(f"structural tag: {text}", param=PARAM)
+            else:
+                parts.append(self._before_other(form, left[0]) if greedy else self._of(form))
         return self.rule(" ".join([*parts, self._of(left[0], ends)]))
 
-    def _head(self, form: Any, before: Any) -> tuple[tuple[str, ...], Any]:
-        """(the text with which a format begins, what is left of it), where free text stands before it."""
+    def _greedy(self, form: Any) -> bool:
+        """It might go on over what stands behind it: free text, and terminals that aren't told where they end."""
+        if is_open(form, self._ends_of):
+            return True
+        if form.get("type") == "const_string" or self._terminals.of(form) is None:
+            return False
+        return not is_closed(form, self._ends_of) and not is_several(form, self._ends_of)
+
+    def _before_other(self, form: Any, behind: Any) -> str:
+        """A greedy format before one that begins with no text of its own. It ends where JSON can begin; before others, with
+        the first text that it can end with, if that is written."""
+        if first := self._first(behind):
+            return self._terminals.until(form, first)
+        *held, last = form["elements"] if form["type"] == "sequence" else (form,)
+        end = last["value"] if held and last["type"] == "const_string" else ""
+        return self._of(_joined(held), (end,)) if end else self._of(form)
+
+    def _head(self, form: Any) -> tuple[str, Any]:
+        """(the text with which a format begins, what is left of it); "": it begins with none."""
         kind = self._kind(form)
         if kind == "sequence":
-            begin, rest = self._head(list_of(form, "elements")[0], before)
+            begin, rest = self._head(list_of(form, "elements")[0])
             return begin, {**form, "elements": [rest, *form["elements"][1:]]}
         names = {"const_string": "value", "token": "token", "tag": "begin"}
-        begin_text = self._mark(form.get(names[kind]), names[kind]) if kind in names else ""
-        if not begin_text:
-            text = f"nothing tells where {before.get('type')} ends before {kind}; put it into a tag"
-            raise UnsupportedError(f"structural tag: {text}", param=PARAM)
-        return (begin_text,), {**form, "begin": ""} if kind == "tag" else _NOTHING
+        begin = self._mark(form.get(names[kind], ""), names[kind]) if kind in names else ""
+        return begin, {**form, "begin": ""} if kind == "tag" else _NOTHING
+
+    def _first(self, form: Any) -> str:
+        """The characters with which a format of JSON begins, as in a regex's [...]; "": it is another one."""
+        kind = self._kind(form)
+        if kind in ("sequence", "or"):
+            elements = list_of(form, "elements")
+            return "".join(map(self._first, elements[:1] if kind == "sequence" else elements))
+        if kind in REPEATS:
+            return self._first(form.get("content"))
+        return first_of(form.get("json_schema", {})) if kind == "json_schema" else ""
 
     def _repeated(self, form: Any, ends: Sequence[str]) -> str:
         if form["type"] == "optional" and ends:

@@ -19,6 +19,16 @@ _MORE = "/(?s:.+)/"
 _REPEATED = {"optional": "?", "star": "*", "plus": "+"}
 REPEATS = (*_REPEATED, "repeat")
 """Formats that are another one, several times."""
+_FIRST = {
+    "object": "{",
+    "array": r"\[",
+    "string": '"',
+    "number": r"\-0-9",
+    "integer": r"\-0-9",
+    "boolean": "tf",
+    "null": "n",
+}
+"""The characters with which the types of JSON begin, as a regex has them in [...]."""
 TRIGGERED = ("triggered_tags", "token_triggered_tags", "dispatch", "token_dispatch")
 """Those of free text that goes on behind what begins in it."""
 
@@ -91,6 +101,11 @@ class Terminals:
         """The same up to the first text of the terminal `ends`, and that."""
         return self._once(f"({self.text(excludes)} {ends}) & ~({ANY} {ends} {_MORE})")
 
+    def until(self, form: Any, first: str) -> str:
+        """A regular format that, once it is whole, doesn't go on with one of these characters."""
+        body = self._once(self.of(form) or '""')
+        return self._once(f"{body} & ~({body} /[{first}]/ {ANY})")
+
     def of(self, form: Any, ends: str = "") -> str | None:
         """What a format is and the terminal `ends` behind it, in a terminal; None: it isn't regular."""
         key = (id(form), ends)
@@ -161,3 +176,21 @@ def is_closed(form: Any, ends_of: Callable[[Any], tuple[str, ...]]) -> bool:
     if kind == "sequence":
         return is_closed(form["elements"][-1], ends_of)
     return kind == "tag" and (any(ends_of(form)) or is_closed(form.get("content"), ends_of))
+
+
+def is_several(form: Any, ends_of: Callable[[Any], tuple[str, ...]]) -> bool:
+    """A choice or a repetition of formats that are closed: in one terminal they would go on behind their ends."""
+    kind = form.get("type")
+    if kind != "or" and kind not in REPEATS:
+        return False
+    held = list_of(form, "elements") if kind == "or" else [form.get("content")]
+    tags = [one for one in held if isinstance(one, Mapping) and one.get("type") != "const_string"]
+    return bool(tags) and all(is_closed(one, ends_of) or is_several(one, ends_of) for one in tags)
+
+
+def first_of(schema: Any) -> str:
+    """The characters with which a value of a JSON Schema may begin, as a regex has them in [...]."""
+    found = schema if isinstance(schema, Mapping) else {}
+    kinds = found.get("type")
+    known = [_FIRST.get(str(kind)) for kind in (kinds if isinstance(kinds, list) else [kinds])]
+    return "".join(_FIRST.values() if None in known else map(str, known))

@@ -271,5 +271,48 @@ def test_any_format_gives_a_grammar_or_is_the_callers_fault(form):
             tag_grammar({"format": form}, {name: 257 + number for number, name in enumerate(special)})
 
 
+ANYTHING, WIDE = regex("(?s:.*)"), tag("<a>", regex("(?s:.*)"), "</a>")
+W, WW = "<a>x</a>", "<a>x</a><a>y</a>"
+NUMBER = {"type": "json_schema", "json_schema": {"type": ["integer", "null"]}}
+LETTERS = {"type": "grammar", "grammar": 'root ::= "x" [a-z]+'}
+
+
+@pytest.mark.parametrize(
+    ("form", "held", "others"),
+    [
+        (several(ANYTHING, const("X"), JSON), ["X{}", "aXbX{}"], ["aX", "a{}", "aX{}X{}"]),
+        (several(ANYTHING, several(const("X"), JSON)), ["X{}", "aX{}"], ["aX", "a{}"]),
+        (several(ANYTHING, const("X"), NUMBER), ["aXbX5", "aXnull"], ["aX", "aX5X5"]),
+        (several(ANYTHING, const("X"), {"type": "json_schema"}), ['aX""', "aX[1]", "aXtrue"], ["aX", "aXa{"]),
+        (several(ANYTHING, const("X"), several(JSON, NUMBER, kind="or")), ["aX{}", "aX5"], ["aX"]),
+        (several(ANYTHING, const("X"), {"type": "plus", "content": JSON}), ["aX{}{}"], ["aX"]),
+        (several(ANYTHING, const("X"), LETTERS), ["aXxa"], ["aXaXxa", "aX"]),
+        (several(ANYTHING, tag("<a>", JSON, "</a>")), ["<a>{}</a>", "a<b<a>{}</a>"], ["a", "<a>x</a>"]),
+        (several(ANYTHING, JSON), ["{}", "a\n{}"], ["a", "{"]),
+        (several(regex(r"[0-9]+(\.[0-9]+)?"), const("."), JSON), ["1.{}", "1.5.{}"], ["1.5{}"]),
+        (several({"type": "plus", "content": several(ANYTHING, const("X"))}, JSON), ["aXbX{}"], ["aX", "a{}"]),
+        (several({"type": "plus", "content": WIDE}, JSON), [f"{W}{{}}", f"{WW}{{}}"], [W, "{}", f"{W}</a>{{}}"]),
+        (several({"type": "plus", "content": WIDE}, LETTERS), [f"{W}xa", f"{WW}xa"], [W, "xa", f"{W}</a>xa"]),
+        (several({"type": "optional", "content": WIDE}, JSON), ["{}", f"{W}{{}}"], [W, f"{WW}{{}}"]),
+        (several(several(WIDE, const("b"), kind="or"), JSON), ["b{}", f"{W}{{}}"], [W, "{}", f"{W}</a>{{}}"]),
+        (several({"type": "star", "content": {"type": "optional", "content": WIDE}}, JSON), ["{}", f"{WW}{{}}"], [W]),
+        (several(const("b"), {"type": "plus", "content": WIDE}, JSON), [f"b{WW}{{}}"], [f"b{W}", "b{}"]),
+        (several(several(WIDE, regex("b*"), kind="or"), JSON), ["bb{}", f"{W}{{}}"], [W]),
+    ],
+)  # fmt: skip
+def test_patterns_that_fit_what_stands_behind_them_come_to_their_end(form, held, others):
+    test_formats(form, held, others)
+
+
+@pytest.mark.parametrize("given", ["false", 0, None])
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [(CALLS, "at_least_one"), (CALLS, "stop_after_first"), (LIST, "at_least_one"), (LIST, "stop_after_first"), (TALK, "loop")],
+)  # fmt: skip
+def test_flags_are_true_or_false(form, name, given):
+    with pytest.raises(ClientError, match=f"{name} must be true or false, got {given!r}"):
+        accepts({**form, name: given}, "")
+
+
 def test_long_sequences_are_flat():
     assert accepts(several(*[const("a")] * 3000), "a" * 3000)
