@@ -127,13 +127,14 @@ class _Writer:
         start = self._of(form)
         return "\n".join([f"start: {start}", *self._rules]) + "\n"
 
-    def _of(self, form: Any, ends: Sequence[str] = ()) -> str:
-        """What a format is, and the first of `ends` behind it: free text goes on up to there."""
+    def _of(self, form: Any, ends: Sequence[str] = (), *, beside_text: bool = False) -> str:
+        """What a format is, and the first of `ends` behind it: free text goes on up to there. beside_text: free text that
+        nothing ends may stand here instead, and goes on behind what this one ends with."""
         kind = self._kind(form)
         known = self._terminals.either(ends)
         if known is not None and (body := self._terminals.of(form, known)) is not None:
             if known or is_closed(form, self._ends_of):
-                return self.lazy(body)
+                return self.token(body) if beside_text else self.lazy(body)
             if not is_several(form, self._ends_of):
                 return self.token(body)
         if known is None and not is_open(form, self._ends_of) and (body := self._terminals.of(form)) is not None:
@@ -150,7 +151,9 @@ class _Writer:
         if kind == "sequence":
             return self._sequence(list_of(form, "elements"), ends)
         if kind == "or":
-            return self.rule(" | ".join(self._of(one, ends) for one in list_of(form, "elements")))
+            elements = list_of(form, "elements")
+            free = not ends and is_open(form, self._ends_of)
+            return self.rule(" | ".join(self._of(one, ends, beside_text=free) for one in elements))
         if kind in REPEATS:
             return self._repeated(form, ends)
         if kind == "tag":
