@@ -66,6 +66,8 @@ _FIELDS = {
     "token_dispatch": ("rules", "loop", "exclude_tokens"),
 }
 """Formats, and what each says beside its type."""
+_ENDLESS = re.compile(r"(?s:[^|()]*)(?<!\\)\.[*+]|\(\?s:\.[*+]\)|\(\?s:\.\)[*+]")
+"""Patterns that go on over whatever stands behind them: those of which that is plain."""
 _FLAGS = {"at_least_one", "stop_after_first", "loop"}
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "excludes": (None, []),
@@ -213,7 +215,9 @@ class _Writer:
         behind = len(elements) if special else max((i for i, plain in enumerate(regular) if not plain), default=-1)
 
         def joins(i: int) -> bool:
-            return regular[i] and (i > behind or not is_open(elements[i], self._ends_of))
+            if i <= behind and (is_open(elements[i], self._ends_of) or is_several(elements[i], self._ends_of)):
+                return False
+            return regular[i]
 
         left: deque[Any] = deque()
         for joined, run in groupby(range(len(elements)), joins):
@@ -243,13 +247,18 @@ class _Writer:
         return not is_closed(form, self._ends_of) and not is_several(form, self._ends_of)
 
     def _before_other(self, form: Any, behind: Any) -> str:
-        """A greedy format before one that begins with no text of its own. It ends where JSON can begin; before others, with
-        the first text that it can end with, if that is written."""
-        if first := self._first(behind):
-            return self._terminals.until(form, first)
+        """A greedy format before one that begins with no text of its own: a text with which it ends tells where, the last one
+        before JSON, the first one before others if any fits the pattern in front of it."""
         *held, last = form["elements"] if form["type"] == "sequence" else (form,)
-        end = last["value"] if held and last["type"] == "const_string" else ""
-        return self._of(_joined(held), (end,)) if end else self._of(form)
+        if behind["type"] == "json_schema" and _endless(last):
+            text = f"nothing tells where regex {last['pattern']!r:.60} ends before json_schema; put it into a tag"
+            raise UnsupportedError(f"structural tag: {text} with an end", param=PARAM)
+        end = text_of(last, "value") if held and last["type"] == "const_string" else ""
+        first = self._first(behind)
+        if not end or not (first or _endless(held[-1])):
+            return self._of(form)
+        until = self._terminals.until(form, end, first)
+        return self._of(_joined(held), (end,)) if until is None else until
 
     def _head(self, form: Any) -> tuple[str, Any]:
         """(the text with which a format begins, what is left of it); "": it begins with none."""
@@ -449,6 +458,10 @@ def _tags(form: Mapping[str, Any]) -> list[Any]:
     if wrong := [one for one in tags if not isinstance(one, dict)]:
         raise ClientError(f"structural tag: tags must be objects, got {wrong[0]!r:.60}", param=PARAM)
     return tags
+
+
+def _endless(form: Any) -> bool:
+    return form["type"] == "regex" and _ENDLESS.fullmatch(text_of(form, "pattern")) is not None
 
 
 def _joined(run: list[Any]) -> Any:

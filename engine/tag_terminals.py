@@ -7,6 +7,8 @@ never come to its end if it were a terminal of its own.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +18,8 @@ from kvasir.engine.errors import ClientError
 PARAM = "structured_outputs"
 ANY = "/(?s:.*)/"
 _MORE = "/(?s:.+)/"
+_TIMES, _MOST_STATES = re.compile(r"(\d{1,9})\}"), 200
+"""The greatest counts of a pattern's repetitions; their product, times the text behind them, that is surely compiled."""
 _REPEATED = {"optional": "?", "star": "*", "plus": "+"}
 REPEATS = (*_REPEATED, "repeat")
 """Formats that are another one, several times."""
@@ -101,10 +105,15 @@ class Terminals:
         """The same up to the first text of the terminal `ends`, and that."""
         return self._once(f"({self.text(excludes)} {ends}) & ~({ANY} {ends} {_MORE})")
 
-    def until(self, form: Any, first: str) -> str:
-        """A regular format that, once it is whole, doesn't go on with one of these characters."""
-        body = self._once(self.of(form) or '""')
-        return self._once(f"{body} & ~({body} /[{first}]/ {ANY})")
+    def until(self, form: Any, end: str, first: str) -> str | None:
+        """A format that doesn't go on behind `end` with one of the characters `first`; None: it isn't regular, there are none, or
+        it is so long that the library's fuel wouldn't last."""
+        body = self.of(form)
+        if not first or body is None:
+            return None
+        if len(end) * math.prod(max(int(times), 1) for times in _TIMES.findall(body)) > _MOST_STATES:
+            return None
+        return self._once(f"({body}) & ~({ANY} {json.dumps(end)} /[{first}]/ {ANY})")
 
     def of(self, form: Any, ends: str = "") -> str | None:
         """What a format is and the terminal `ends` behind it, in a terminal; None: it isn't regular."""
@@ -181,6 +190,8 @@ def is_closed(form: Any, ends_of: Callable[[Any], tuple[str, ...]]) -> bool:
 def is_several(form: Any, ends_of: Callable[[Any], tuple[str, ...]]) -> bool:
     """A choice or a repetition of formats that are closed: in one terminal they would go on behind their ends."""
     kind = form.get("type")
+    if kind == "tag" and not any(ends_of(form)):
+        return is_several(form["content"], ends_of)
     if kind != "or" and kind not in REPEATS:
         return False
     held = list_of(form, "elements") if kind == "or" else [form.get("content")]
