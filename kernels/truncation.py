@@ -1,7 +1,7 @@
 """Truncations of a distribution that need it sorted: tail-free, locally typical, nucleus and Mirostat.
 
-Each takes values[R, K], log weights in descending order (-inf: dropped already), and drops more; a row that doesn't use one
-passes its neutral value. Letters: R rows, K candidates.
+Each takes values[R, K], log weights in descending order (-inf: dropped already, anywhere), and drops more; a row that doesn't
+use one passes its neutral value. Letters: R rows, K candidates.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def mirostat(values: Tensor, most: Tensor, version: Tensor, vocab: int) -> Tenso
 
 def _zipf_count(values: Tensor, most: Tensor, vocab: int) -> Tensor:
     """k = (e 2^most / (1 - vocab^-e))^(1/s) with e = s - 1, and s estimated by least squares; [R] float64."""
-    head = values[:, :ZIPF_TOKENS].double()
+    head = values.topk(min(ZIPF_TOKENS, values.shape[-1])).values.double()  # what was dropped may stand among them
     falls = head[:, :-1] - head[:, 1:]
     place = torch.arange(falls.shape[-1], device=values.device, dtype=torch.float64)
     steps = ((place + 2) / (place + 1)).log()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fuzzing import examples
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvasir.engine.errors import ClientError
@@ -169,8 +169,16 @@ SAMPLINGS = st.fixed_dictionaries(
 )
 
 
+TYPICAL_MIROSTAT = {
+    "allowed_token_ids": [0, 1, 12, 16, 38], "top_k": 5, "min_p": 0.2, "typical_p": 0.2, "repetition_penalty": 0.7,
+    "mirostat": 1, "mirostat_tau": 0.5, "mirostat_eta": 1.0,
+}  # fmt: skip
+"""Of which the likeliest token was dropped when Mirostat looked for the slope."""
+
+
 @settings(max_examples=examples(50))
 @given(st.lists(st.tuples(SAMPLINGS, st.booleans()), min_size=1, max_size=4), st.lists(st.integers(0, 3), max_size=6))
+@example([(TYPICAL_MIROSTAT, False)], [])
 def test_equals_a_naive_sampler_over_interruptions(cases: list[tuple[dict[str, Any], bool]], breaks: list[int]) -> None:
     """Steps are shared; after some of them a sequence loses its seat and comes back to another one."""
     sampler = Sampler(8, VOCAB, CPU)

@@ -105,6 +105,19 @@ def test_mirostat_equals_a_loop(version: int, most: float) -> None:
     assert min(map(len, got)) >= 1
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_was_dropped_before_mirostat_changes_nothing(version: int) -> None:
+    """Typical sampling drops the likeliest tokens, too."""
+    values = sorted_logits()[:, :40]
+    rows, number = len(values), torch.full((len(values),), version)
+    gaps = torch.full((rows, 100), -torch.inf)
+    places = torch.arange(1, 81, 2)
+    gaps[:, places] = values
+    for most in (0.5, 3.0, 6.0):
+        expected = mirostat(values, full(rows, most), number, 32000)
+        assert mirostat(gaps, full(rows, most), number, 32000)[:, places].equal(expected)
+
+
 def test_zipf_of_exponent_one_has_its_limit() -> None:
     """s = 1 divides zero by zero: k is 2^most / ln V."""
     values = -(torch.arange(200).double() + 1).log()[None]
