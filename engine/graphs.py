@@ -235,9 +235,8 @@ class Graphs:
         ready, why = attempt(lambda: self._rehearsed(size, tokens, ragged, x))
         if not self._agree(ready is not None) or ready is None:
             every = torch.arange(len(tokens), device=tokens.device)
-            self._decoder.part(
-                tokens, ragged, self._cache, every, x
-            )  # the keys and values of those who rehearsed were wrong
+            # the keys and values of those who rehearsed were wrong
+            self._decoder.part(tokens, ragged, self._cache, every, x)
             self._stop(why or "another rank has no room for this size")
             return
         run, buffers = ready
