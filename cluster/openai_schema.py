@@ -289,9 +289,10 @@ def _enabled(fields: Mapping[str, Any]) -> bool | None:
     enabled, switch = fields.get("enable_thinking"), fields.get("thinking")
     if switch is None:
         return enabled
-    if enabled not in (None, switch["type"] == "enabled"):
+    wanted: bool = switch["type"] == "enabled"
+    if enabled not in (None, wanted):
         raise ClientError("thinking and enable_thinking differ; give one", param="thinking")
-    return bool(switch["type"] == "enabled")
+    return wanted
 
 
 def _prompts(prompt: Any, add_special_tokens: bool, suffix: str) -> list[Prompt]:

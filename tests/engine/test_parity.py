@@ -215,15 +215,20 @@ EVERY_LAYOUT = ((2, 1, False), (1, 2, False), (2, 2, False), (2, 1, True), (4, 1
 IN_EVERY_LAYOUT = ("llama", "qwen3", "gemma3", "mixtral", "deepseek-v2")
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_logits_equal_on_many_ranks(case: str, built: Built, in_chunks: Any, on_ranks: Any) -> None:
-    """Heads, columns and vocabulary that don't divide evenly; more ranks than kv heads; stages; whole experts."""
+def asked(case: str, built: Built) -> tuple[Path, Any, list[list[int]], list[torch.Tensor]]:
+    """(the model's folder and spec, prompts, the logits that transformers gives for them)."""
     folder, model = built(case)
     spec = load_spec(json.loads((folder / "config.json").read_text()))
     rng = random.Random(case)
     prompts = [[rng.randrange(97) for _ in range(n)] for n in (40, 1, 33)]
     with torch.no_grad():
-        wanted = [model(torch.tensor([prompt])).logits[0] for prompt in prompts]
+        return folder, spec, prompts, [model(torch.tensor([prompt])).logits[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_on_many_ranks(case: str, built: Built, in_chunks: Any, on_ranks: Any) -> None:
+    """Heads, columns and vocabulary that don't divide evenly; more ranks than kv heads; stages; whole experts."""
+    folder, spec, prompts, wanted = asked(case, built)
 
     def logits(mesh: Mesh, dealt: bool) -> list[torch.Tensor]:
         share = share_of(spec, mesh, expert_parallel=dealt and spec.experts is not None)
@@ -245,12 +250,7 @@ def test_logits_equal_on_many_ranks(case: str, built: Built, in_chunks: Any, on_
 def test_logits_equal_over_the_process_group_alone(case: str, built: Built, in_chunks: Any, on_ranks: Any) -> None:
     """As GPUs exchange everything but small sums: neither memory of the node's nor connections of our own, but gloo in the place
     of NCCL."""
-    folder, model = built(case)
-    spec = load_spec(json.loads((folder / "config.json").read_text()))
-    rng = random.Random(case)
-    prompts = [[rng.randrange(97) for _ in range(n)] for n in (40, 1, 33)]
-    with torch.no_grad():
-        wanted = [model(torch.tensor([prompt])).logits[0] for prompt in prompts]
+    folder, spec, prompts, wanted = asked(case, built)
 
     def logits(mesh: Mesh) -> list[torch.Tensor]:
         mesh.one_shot = mesh.links = mesh.inward = mesh.onward = None
@@ -274,12 +274,7 @@ def test_logits_equal_where_rows_are_dealt_out(
 ) -> None:
     """Sequence parallelism: counts of rows that don't divide, fewer rows than ranks, stages."""
     monkeypatch.setattr(rows, "dealing_wins", lambda mesh, *_: mesh.place.tp > 1)
-    folder, model = built(case)
-    spec = load_spec(json.loads((folder / "config.json").read_text()))
-    rng = random.Random(case)
-    prompts = [[rng.randrange(97) for _ in range(n)] for n in (40, 1, 33)]
-    with torch.no_grad():
-        wanted = [model(torch.tensor([prompt])).logits[0] for prompt in prompts]
+    folder, spec, prompts, wanted = asked(case, built)
 
     def logits(mesh: Mesh) -> list[torch.Tensor]:
         decoder = load_decoder(folder, spec, dtype=torch.float32, device=CPU, share=share_of(spec, mesh))
