@@ -150,8 +150,14 @@ def held(group):
     return let_go
 
 
+def freed(group):
+    """It is held no more."""
+    del group.engine._advance
+
+
 async def halfway(fleet, asked=None, timeout_s=60.0):
-    """A stream that has delivered five tokens, and these. Its group makes no more, and is there to be killed however late."""
+    """A stream that has delivered five tokens, and these. Its group makes no more until it is freed, and is there to be killed
+    however late."""
     let_go = {group: held(group) for group in fleet.groups}
     stream = LastingStream(asked or request(), fleet.failover(timeout_s))
     await stream.start()

@@ -10,7 +10,7 @@ import time
 
 import httpx
 import pytest
-from fake_fleet import Fleet, check, draw, halfway, outcome, read, request, run, some
+from fake_fleet import Fleet, check, draw, halfway, held, outcome, read, request, run, some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from waiting import until_async
@@ -103,8 +103,11 @@ def test_what_was_begun_waits_for_a_group_of_its_version(group_of_fakes):
                 LastingStream(dataclasses.replace(request(), request_id=str(limit)), fleet.failover(limit))
                 for limit in (60.0, 0.2)
             )
+            let_go = held(fleet.groups[0])
             for stream in (lasting, brief):
                 await stream.start()
+            await until_async(lambda: len(fleet.groups[0].engine.requests) == 2)
+            let_go(10)  # five tokens of each
             events = [await some(stream) for stream in (lasting, brief)]
             await fleet.add(version=b"new")
             await fleet.kill(fleet.groups[0])
@@ -170,17 +173,17 @@ def test_what_is_done_about_the_answer_counts(group_of_fakes):
 
     async def main():
         async with Fleet(group_of_fakes, 1, 0.005) as fleet:
-            stream = LastingStream(request(n=3), fleet.failover())
-            await stream.start()
-            events = await some(stream)
+            stream, events = await halfway(fleet, request(n=3))
             fleet.groups[0].engine.abort = lambda *_: None  # the group dies before it hears of it
             stream.abort(1, "stop")
             reader = asyncio.ensure_future(read(stream))
             await asyncio.sleep(0.02)
             await fleet.kill(fleet.groups[0])
+            fleet._step_s = 0.2  # none ends before it is told to
             await fleet.add()
-            await until_async(lambda: fleet.groups[0].engine.submitted)
+            await until_async(lambda: len(fleet.groups[0].engine.submitted) == 2)
             stream.abort(2, "stop")
+            fleet.groups[0].engine.step_s = 0.001
             found = outcome(events + await reader, 3)
             assert found[0][3] == [("length", 40)]
             assert found[1][3] == [("stop", len(found[1][0]))]
@@ -193,9 +196,7 @@ def test_what_is_done_about_the_answer_counts(group_of_fakes):
 def test_what_was_ended_while_it_waited_ends(group_of_fakes):
     async def main():
         async with Fleet(group_of_fakes, 1, 0.005) as fleet:
-            stream = LastingStream(request(n=2, max_tokens=200), fleet.failover())
-            await stream.start()
-            events = await some(stream)
+            stream, events = await halfway(fleet, request(n=2, max_tokens=200))
             await fleet.kill(fleet.groups[0])
             reader = asyncio.ensure_future(read(stream))
             await asyncio.sleep(0.1)
@@ -283,10 +284,14 @@ def test_a_group_that_dies_while_it_is_asked(group_of_fakes):
 
 def test_vectors_too(group_of_fakes):
     async def main():
-        async with Fleet(group_of_fakes, 2, 0.2) as fleet:
+        async with Fleet(group_of_fakes, 2, 0.002) as fleet:
+            let_go = {group: held(group) for group in fleet.groups}
             stream = LastingStream(dataclasses.replace(request(), pooling=PoolingParams()), fleet.failover())
             await stream.start()
-            await fleet.kill(fleet.serving()[0])
+            await until_async(fleet.serving)
+            (old,) = fleet.serving()
+            await fleet.kill(old)
+            let_go[fleet.groups[0]]()
             (event,) = await read(stream)
             assert isinstance(event, Pooled)
 

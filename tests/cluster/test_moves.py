@@ -7,7 +7,7 @@ import dataclasses
 import random
 
 import pytest
-from fake_fleet import Fleet, check, draw, held, outcome, read, request, run, some
+from fake_fleet import Fleet, check, draw, freed, halfway, held, outcome, read, request, run, some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from waiting import until_async
@@ -141,12 +141,10 @@ def test_what_ends_before_all_is_handed_over_stays_ended(group_of_fakes, by, ste
 def test_a_group_that_drains_before_it_takes_over_is_left_too(group_of_fakes):
     async def main():
         async with Fleet(group_of_fakes, 3, 0.005) as fleet:
-            stream, events = await begun(fleet, max_tokens=60)
+            stream, events = await halfway(fleet, request(max_tokens=60))
             (old,) = fleet.serving()
             let_go = {group.endpoint: held(group) for group in fleet.groups}
             reader = asyncio.ensure_future(read(stream))
-            ((_, made, _),) = old.engine.requests.values()
-            await until_async(lambda: len(stream._live[0]) == made[0])
             draining = asyncio.ensure_future(old.service.drain(30.0))
             await until_async(lambda: len(fleet.serving()) == 2)
             (heir,) = [group.endpoint for group in fleet.serving() if group is not old]
@@ -167,10 +165,9 @@ def test_a_death_during_a_try_that_fails_waits_for_no_second_one(group_of_fakes,
 
     async def main():
         async with Fleet(group_of_fakes, 2, 0.005) as fleet:
-            stream, events = await begun(fleet, max_tokens=60)
+            stream, events = await halfway(fleet, request(max_tokens=60))
             (old,) = fleet.serving()
             (new,) = [group for group in fleet.groups if group is not old]
-            held(old)
             let_go, reader = held(new), asyncio.ensure_future(read(stream))
             client = next(one for one in fleet.directory.clients("m") if one.endpoint == old.endpoint)
             client._change(True, "both")
@@ -190,11 +187,10 @@ def test_a_mover_that_slept_when_its_group_died_moves_the_stream_from_the_next_o
 
     async def main():
         async with Fleet(group_of_fakes, 2, 0.005) as fleet:
-            stream, events = await begun(fleet, max_tokens=40)
+            stream, events = await halfway(fleet, request(max_tokens=40))
             (old,) = fleet.serving()
             (new,) = [group for group in fleet.groups if group is not old]
-            for group in fleet.groups:
-                held(group)  # so that the stream lasts until it has moved
+            held(new)  # so that the stream lasts until it has moved
             asked, submit = [], new.engine.submit
             new.engine.submit = lambda request: asked.append(request) or submit(request)
             new.engine.refusal = OverloadedError("full")
@@ -262,8 +258,11 @@ def only(fleet, client, wanted):
 def test_a_stream_that_is_almost_done_stays(group_of_fakes):
     async def main():
         async with Fleet(group_of_fakes, 2, 0.005) as fleet:
-            stream, events = await begun(fleet, max_tokens=12)
-            fleet.serving()[0].service.set_role("prefill")
+            stream, events = await halfway(fleet, request(max_tokens=12))
+            (group,) = fleet.serving()
+            group.service.set_role("prefill")
+            await until_async(lambda: stream.placement.client.member.role == "prefill")
+            freed(group)
             found = outcome(events + await read(stream), 1)
             assert len(found[0][0]) == 12
             assert not fleet.moves
@@ -274,8 +273,7 @@ def test_a_stream_that_is_almost_done_stays(group_of_fakes):
 def test_without_another_group_it_stays_until_there_is_one(group_of_fakes):
     async def main():
         async with Fleet(group_of_fakes, 1, 0.005) as fleet:
-            stream, events = await begun(fleet, max_tokens=40)
-            held(fleet.groups[0])  # so that the stream lasts until it has moved
+            stream, events = await halfway(fleet, request(max_tokens=40))
             draining = asyncio.ensure_future(fleet.drain(fleet.groups[0]))
             reader = asyncio.ensure_future(read(stream))
             await asyncio.sleep(0.2)

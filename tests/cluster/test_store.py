@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +40,19 @@ def made(tmp_path: Path) -> Any:
 
 
 Made = Callable[..., Store]
+
+
+@pytest.fixture
+def pass_leases(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Makes the stores' clock show that all leases are over."""
+    ahead = 0.0
+
+    def pass_() -> None:
+        nonlocal ahead
+        ahead += 1.5 * store_module.LEASE_S
+
+    monkeypatch.setattr(store_module, "time", SimpleNamespace(time=lambda: time.time() + ahead))
+    return pass_
 
 
 def test_belongs_to_one(made: Made) -> None:
@@ -88,9 +102,8 @@ def test_parts_die_with_their_object(made: Made, tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_leases(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leases(made: Made, pass_leases: Callable[[], None]) -> None:
     """What is worked on has one owner; another takes over when that one is silent, or lets go."""
-    monkeypatch.setattr(store_module, "LEASE_S", 0.2)
 
     async def run() -> None:
         one, other = made(), made()
@@ -101,7 +114,7 @@ def test_leases(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
         await one.release(["a"])
         assert [found.id for found in await other.claim("response", {"m"}, 9)] == ["a"]
         assert await one.renew() == {"b", "c", "else"}
-        await asyncio.sleep(0.3)
+        pass_leases()
         assert [found.id for found in await other.claim("response", {"m"}, 1)] == ["a"]
         assert [found.id for found in await other.claim("response", {"m"}, 9)] == ["b", "c"]
         assert await one.renew() == {"else"}
@@ -194,13 +207,12 @@ def test_the_oldest_answers_make_room(made: Made) -> None:
     asyncio.run(run())
 
 
-def test_half_written_files_are_swept(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "LEASE_S", 0.05)
-
+def test_half_written_files_are_swept(made: Made, pass_leases: Callable[[], None]) -> None:
     async def run() -> None:
         store = made()
         await store.put(thing("half", kind="file", open=True))
-        await asyncio.sleep(0.15)
+        for _ in range(2):  # its lease, and as long again
+            pass_leases()
         await store.sweep()
         assert await store.counts("half") == (0, 0)
         assert await store.listed("file", "me") == []

@@ -123,13 +123,12 @@ def test_nobody_comes_back(live_gateway):
     with live_gateway(GatewayConfig(stream_ttl_s=0.3)) as gateway:
         ended, _ = begin(gateway)
         until(lambda: gateway.desk.running == 0)
-        long(gateway)
-        stream_id, _ = begin(gateway, max_tokens=300)
-        left = time.monotonic()
-        assert gateway.group.running == 1
-        until(lambda: gateway.group.running == 0)
-        assert time.monotonic() - left > 0.2
-        assert gateway.desk.running == 0
+        long(gateway, tokens=3000)
+        began = time.monotonic()
+        stream_id, _ = begin(gateway, max_tokens=3000)
+        until(lambda: gateway.group.running == gateway.desk.running == 0)
+        assert time.monotonic() - began > 0.3
+        assert gateway.group.aborted[-1][0] == gateway.group.requests[-1].request_id
         for gone in (ended, stream_id):
             reply = resume(gateway, gone)
             assert (reply.status_code, reply.json()["error"]["code"]) == (404, "stream_not_found")
@@ -137,10 +136,16 @@ def test_nobody_comes_back(live_gateway):
 
 
 def test_readers_keep_it(live_gateway):
-    with live_gateway(GatewayConfig(stream_ttl_s=1.0)) as gateway:
+    with live_gateway(GatewayConfig(stream_ttl_s=0.3)) as gateway:
         long(gateway)
-        stream_id, _ = begin(gateway, max_tokens=200)
-        assert "[DONE]" in resume(gateway, stream_id, after=1).text  # takes two seconds
+        body = DIALECTS["/v1/completions"] | {"max_tokens": 100}
+        with httpx.stream("POST", gateway.url + "/v1/completions", json=body, headers=RESUMABLE, timeout=60) as first:
+            lines = first.iter_lines()
+            next(lines)
+            url = f"{gateway.url}/v1/streams/{first.headers['kvasir-stream-id']}"
+            with httpx.stream("GET", url, timeout=60) as second:
+                first.close()
+                assert "[DONE]" in second.read().decode()  # takes a second
 
 
 @pytest.mark.parametrize("headers", [RESUMABLE, {}])
