@@ -31,14 +31,27 @@ class Routing:
     group_score: str = "max"
     jitter: float = 0.01
 
+    def check(self, count: int) -> None:
+        """ValueError if `count` experts can't be chosen from like this."""
+        if not 0 < self.per_token <= count:
+            raise ValueError(f"{self.per_token} of {count} experts can't be chosen")
+        scored = 1 if self.group_score == "max" else 2
+        fits = count % self.groups == 0 and count >= scored * self.groups and 0 < self.groups_used <= self.groups
+        if self.groups > 1 and not fits:
+            raise ValueError(
+                f"{count} experts in {self.groups} groups, of which the best {self.groups_used} are chosen by "
+                f"{self.group_score}"
+            )
+
 
 @op("native", "triton")
 def route(logits: Tensor, routing: Routing, choice_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """logits[T, E] of a router -> the chosen experts' index[T, k] and weight[T, k] float32, the best first, the first of
     equals. choice_bias[E] decides who is chosen, but not how much it counts.
 
-    In float64, so that no rounding of a softmax or sigmoid decides who is chosen.
+    In float64, so that no rounding of a softmax or sigmoid decides who is chosen. ValueError as of `Routing.check`.
     """
+    routing.check(logits.shape[1])
     scores = logits.double()
     if routing.scoring == "sparsemixer":
         return _sparsemixer(scores, routing)

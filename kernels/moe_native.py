@@ -29,13 +29,7 @@ def routing_of(routing: Routing, count: int, choice_bias: Tensor | None) -> Rout
     """As the compiled code takes it, for so many experts; choice_bias[E] in float32 must stay where it is. ValueError names
     what doesn't fit: the code reads what it is told is there."""
     r, best_two = routing, routing.group_score != "max"
-    size = count // r.groups
-    if not 0 < r.per_token <= count:
-        raise ValueError(f"{r.per_token} of {count} experts can't be chosen")
-    if r.groups > 1 and (count % r.groups or size < 1 + best_two or not 0 < r.groups_used <= r.groups):
-        raise ValueError(
-            f"{count} experts in {r.groups} groups, of which the best {r.groups_used} are chosen by {r.group_score}"
-        )
+    r.check(count)
     fits = choice_bias is None or (choice_bias.shape == (count,) and choice_bias.dtype == torch.float32)
     if choice_bias is not None and not (fits and choice_bias.is_contiguous()):
         raise ValueError(f"choice_bias{list(choice_bias.shape)} in {choice_bias.dtype} for {count} experts")

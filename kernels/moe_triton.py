@@ -86,6 +86,7 @@ def route(logits: Tensor, routing: Routing, choice_bias: Tensor | None = None) -
     """As the definition says, but in float32, which may take scores for equal that aren't; sparsemixer, and groups of which
     there aren't powers of two, are left to torch."""
     rows, count = logits.shape
+    routing.check(count)
     r, block = routing, power_of_two(count, 16)
     odd = r.groups > 1 and (block != count or r.groups & (r.groups - 1))
     if r.scoring == "sparsemixer" or odd:

@@ -139,8 +139,12 @@ def test_experts_are_chosen_whatever_the_logits(scoring: str, odd: float) -> Non
 )
 @pytest.mark.skipif(native.library() is None, reason="no compiled kernels")
 def test_choices_that_can_t_be_are_refused(routing: Routing, bias: Tensor | None, word: str) -> None:
+    """By the definition, too, which takes a bias of any shape that can be added."""
     with pytest.raises(ValueError, match=word):
         moe_native.route(torch.zeros(1, 6), routing, bias)
+    if bias is None:
+        with pytest.raises(ValueError, match=word):
+            route.reference(torch.zeros(1, 6), routing)
 
 
 MATRICES = torch.randn(5, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -45,6 +45,22 @@ def test_routes(facts: dict[str, Any], count: int, device: torch.device) -> None
     assert moe_triton.route(logits[:0], routing, bias)[0].shape == (0, routing.per_token)
 
 
+@pytest.mark.parametrize(
+    ("routing", "word"),
+    [
+        (Routing(2, groups=32, groups_used=2, group_score="top2"), "32 groups.* top2"),
+        (Routing(2, groups=4, groups_used=5), "best 5"),
+        (Routing(33), "33 of 32"),
+    ],
+    ids=["groups of one", "too many groups", "too many experts"],
+)
+def test_routes_that_can_t_be_are_refused(routing: Routing, word: str, device: torch.device) -> None:
+    """As the definition refuses them: the kernel would choose experts twice, or ones that aren't there."""
+    for choose in (moe_triton.route, route.reference):
+        with pytest.raises(ValueError, match=word):
+            choose(torch.zeros(1, 32, device=device), routing)
+
+
 def mixture(rows: int, dtype: torch.dtype, device: torch.device, count: int = 6) -> tuple[torch.Tensor, ...]:
     """x, index, weight, and the experts' matrices and biases."""
     x = torch.randn(rows, 40, device=device).to(dtype)
