@@ -15,7 +15,7 @@ from kvasir.cluster.named_items import named_items
 from kvasir.cluster.openai_fields import CHAT_HONOURED, Check
 from kvasir.cluster.openai_schema import sort_fields
 from kvasir.cluster.pages import Page
-from kvasir.cluster.responses_items import input_items
+from kvasir.cluster.responses_items import input_items, unread
 from kvasir.cluster.service_fields import check_metadata, check_nesting
 from kvasir.cluster.store import Kind, NotFoundError, Part, Store, Stored
 from kvasir.cluster.stored_routes import changed_route, found_route
@@ -99,11 +99,11 @@ def conversation_routes(them: Conversations, max_body_bytes: int) -> list[Route]
     all_ = "/v1/conversations"
     one = f"{all_}/{{id}}"
     return [
-        changed_route(all_, them.create, max_body_bytes),
+        changed_route(all_, them.create, max_body_bytes, _overlooked),
         found_route("GET", one, them.get),
         changed_route(one, them.update, max_body_bytes),
         found_route("DELETE", one, them.delete),
-        changed_route(f"{one}/items", them.add, max_body_bytes),
+        changed_route(f"{one}/items", them.add, max_body_bytes, _overlooked),
         found_route("GET", f"{one}/items", them.items),
         found_route("GET", f"{one}/items/{{item}}", them.item),
         found_route("DELETE", f"{one}/items/{{item}}", them.delete_item),
@@ -116,6 +116,10 @@ def _fields(body: Json, honoured: Mapping[str, Check]) -> Json:
     if unknown:
         raise ClientError(f"{unknown[0]:.60} is no field of a conversation", param=unknown[0][:60])
     return fields
+
+
+def _overlooked(body: Json) -> tuple[str, ...]:
+    return unread(body.get("items"), "items")
 
 
 async def numbered_items(store: Store, conversation_id: str) -> list[tuple[int, Json]]:

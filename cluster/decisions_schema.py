@@ -11,7 +11,7 @@ from kvasir.cluster.described import Check
 from kvasir.cluster.foreign_fields import foreign_constraints
 from kvasir.cluster.openai_fields import CHAT_HONOURED, Neutral, later, string
 from kvasir.cluster.openai_schema import sort_fields
-from kvasir.cluster.responses_items import input_items, messages
+from kvasir.cluster.responses_items import input_items, messages, unread
 from kvasir.engine.errors import ClientError, UnsupportedError
 
 Json = dict[str, Any]
@@ -73,7 +73,7 @@ def parse_decisions(body: Mapping[str, Any]) -> DecisionAsk:
         messages=messages(input_items(fields.get("input")), fields.get("instructions")),
         questions=[_question(one, f"questions[{number}]") for number, one in enumerate(given)],
         fields=fields,
-        warnings=warnings,
+        warnings=(*warnings, *unread(fields.get("input"))),
     )
 
 

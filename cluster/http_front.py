@@ -166,6 +166,11 @@ def warning_header(names: Iterable[str], truncated_tokens: int = 0) -> list[tupl
     return [(b"x-kvasir-warning", "; ".join(said).encode("ascii"))] if said else []
 
 
+def unread_query(request: Request) -> dict[str, str]:
+    """The same header, of a route that reads nothing of its query."""
+    return {name.decode(): text.decode() for name, text in warning_header(request.query_params)}
+
+
 def route_header(route: str | None) -> list[tuple[bytes, bytes]]:
     """Header with the router's reasons, for a request that asked."""
     return [] if route is None else [(ROUTE_HEADER.encode(), route.encode("ascii"))]

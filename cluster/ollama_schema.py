@@ -33,7 +33,7 @@ from kvasir.cluster.ollama_fields import (
 from kvasir.cluster.openai_fields import string, unused
 from kvasir.cluster.openai_schema import processors, sort_fields, token_bias
 from kvasir.cluster.overlooked import overlooked
-from kvasir.cluster.tool_use import ToolUse, tool_use
+from kvasir.cluster.tool_use import ToolUse, tool_use, unread_choice
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.prompt_cut import WHAT_FITS
 from kvasir.engine.request import StructuredOutput
@@ -119,6 +119,7 @@ def parse_chat(body: Body) -> OllamaAsk:
     use = tool_use(fields.get("tools"), fields.get("tool_choice"))
     messages = [_message(message, number) for number, message in enumerate(fields["messages"])]
     prompt = Conversation(messages=messages, tools=fields.get("tools") or None, variables=_variables(fields))
+    warnings += unread_choice(fields.get("tool_choice"))
     warnings += overlooked("messages[]", fields["messages"], _MESSAGE)
     return OllamaAsk(prompt=prompt, tools=use, **_shared(fields, warnings))
 

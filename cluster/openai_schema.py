@@ -45,7 +45,7 @@ from kvasir.cluster.openai_fields import (
 from kvasir.cluster.openai_messages import template_messages, unread
 from kvasir.cluster.service_fields import check_nesting, priority
 from kvasir.cluster.structured_fields import known_as, structured_output
-from kvasir.cluster.tool_use import tool_use
+from kvasir.cluster.tool_use import tool_use, unread_choice
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.request import MAX_LOGPROBS
 
@@ -114,7 +114,7 @@ def parse_chat(body: Mapping[str, Any]) -> Ask:
         thinking_budget=thinking_budget(fields.get("thinking_token_budget")),
         **_common(fields),
     )
-    warnings += unread(fields["messages"])
+    warnings += (*unread_choice(fields.get("tool_choice")), *unread(fields["messages"]))
     if "reasoning_effort" in fields:
         warnings += (f"reasoning_effort {EFFORT_IGNORED}",)
     return Ask(

@@ -38,11 +38,11 @@ def input_items(given: Any, param: str = "input") -> list[Json]:
     return items
 
 
-def unread(given: Any) -> tuple[str, ...]:
+def unread(given: Any, param: str = "input") -> tuple[str, ...]:
     """Fields of `input` that mean nothing here; of one that `input_items` takes."""
     items = given if isinstance(given, list) else []
     parts = parts_of(items, "content", "output", "summary")
-    return (*overlooked("input[]", items, _ITEM), *overlooked("input[].content[]", parts, _PART))
+    return (*overlooked(f"{param}[]", items, _ITEM), *overlooked(f"{param}[].content[]", parts, _PART))
 
 
 def messages(items: Sequence[Item], instructions: str | None, *, unread: Collection[str] = ()) -> list[Json]:

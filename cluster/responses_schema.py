@@ -28,7 +28,7 @@ from kvasir.cluster.openai_schema import sort_fields
 from kvasir.cluster.responses_items import input_items, messages, unread
 from kvasir.cluster.service_fields import check_metadata, check_nesting, check_tier, priority
 from kvasir.cluster.structured_fields import structured_output
-from kvasir.cluster.tool_use import tool_use
+from kvasir.cluster.tool_use import tool_use, unread_choice
 from kvasir.engine.errors import ClientError, UnsupportedError
 from kvasir.engine.request import MAX_LOGPROBS, SamplingParams
 
@@ -216,7 +216,7 @@ def parse_response(body: Body) -> ResponseAsk:
         summarised=bool(_summary(fields.get("reasoning", {}))),
         carried=THOUGHTS in fields.get("include", ()),
         request_id=fields.get("request_id"),
-        warnings=(*warnings, *more, *unknown, *_stream_options(fields), *unused(fields), *unread(fields.get("input"))),
+        warnings=(*warnings, *more, *unknown, *_stream_options(fields), *unused(fields), *_unread(fields)),
         **{name: fields[name] for name in ("store", "background", "stream", "return_timing") if name in fields},
     )
 
@@ -233,6 +233,11 @@ def parse_compaction(body: Body) -> ResponseAsk:
     ask = parse_response({**fields, "input": given, "store": False})
     items = ask.items if "input" in fields else ()
     return dataclasses.replace(ask, items=items, warnings=(*warnings, *ask.warnings))
+
+
+def _unread(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """What of the choice among tools and of items says nothing here."""
+    return (*unread_choice(fields.get("tool_choice")), *unread(fields.get("input")))
 
 
 def _check_together(fields: Mapping[str, Any]) -> None:

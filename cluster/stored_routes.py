@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -26,12 +26,17 @@ def found_route(method: str, path: str, find: Callable[[Lookup], Awaitable[Json]
     return Route(path, endpoint, methods=[method])
 
 
-def changed_route(path: str, change: Callable[[Lookup, Json], Awaitable[Json]], max_body_bytes: int) -> Route:
-    """POST."""
+def changed_route(
+    path: str,
+    change: Callable[[Lookup, Json], Awaitable[Json]],
+    max_body_bytes: int,
+    overlooked: Callable[[Json], Sequence[str]] = lambda body: (),
+) -> Route:
+    """POST. overlooked: what of a body that was taken means nothing."""
 
     async def endpoint(request: Request) -> Response:
         body, lookup = await read_json(request.scope, request.receive, max_body_bytes), lookup_of(request)
-        return _json(await change(lookup, body), lookup)
+        return _json(await change(lookup, body), lookup, overlooked(body))
 
     return Route(path, endpoint, methods=["POST"])
 
@@ -42,10 +47,10 @@ def lookup_of(request: Request) -> Lookup:
     return Lookup(principal=request.scope["state"]["principal"], query=query, **request.path_params)
 
 
-def unread(lookup: Lookup) -> list[tuple[bytes, bytes]]:
-    """Header that names what of its query meant nothing; of a lookup that was done."""
+def unread(lookup: Lookup, others: Sequence[str] = ()) -> list[tuple[bytes, bytes]]:
+    """Header that names what of its query meant nothing, and `others`; of a lookup that was done."""
     query = lookup.query
-    return warning_header(query.unread if isinstance(query, _Query) else ())
+    return warning_header([*(query.unread if isinstance(query, _Query) else ()), *others])
 
 
 class _Query(Mapping[str, str]):
@@ -70,6 +75,6 @@ class _Query(Mapping[str, str]):
         return [name for name in self if name not in self._read]
 
 
-def _json(value: Json, lookup: Lookup) -> Response:
-    headers = {name.decode(): text.decode() for name, text in unread(lookup)}
+def _json(value: Json, lookup: Lookup, others: Sequence[str] = ()) -> Response:
+    headers = {name.decode(): text.decode() for name, text in unread(lookup, others)}
     return Response(orjson.dumps(value), headers=headers, media_type="application/json")

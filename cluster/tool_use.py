@@ -13,6 +13,7 @@ from typing import Any
 
 from kvasir.cluster.answer_parts import AnswerReader, ToolFormat, read_answer, text_of
 from kvasir.cluster.custom_tools import INPUT
+from kvasir.cluster.overlooked import overlooked
 from kvasir.cluster.tool_formats import TOOL_FORMATS
 from kvasir.engine.argument_check import check_arguments
 from kvasir.engine.argument_schema import Steps
@@ -28,6 +29,8 @@ _NAME = re.compile(r"""[^\x00-\x1f\x7f-\x9f\ud800-\udfff"'\\<>{}\[\]]{1,128}""")
 _PLAIN = re.compile(r"[a-zA-Z0-9_.-]+")
 """Names that every format can write."""
 _MODES = ("auto", "none", "required")
+_NAMED_IN = ("function", "custom")
+"""Where tool_choice may hold a tool's name, the first of them that is there."""
 _ANY_ID = re.compile(r"\{number\}|\{id\}")
 _ID_PATTERNS = {"{number}": "[0-9]{1,4}", "{id}": "[a-zA-Z0-9_-]{1,64}"}
 
@@ -334,7 +337,9 @@ def _choice(choice: object) -> tuple[str, list[str] | None]:
         kind = choice.get("type", "function")
         if kind == "allowed_tools":
             inner = choice.get("allowed_tools", choice)
-            mode, tools = inner.get("mode", "auto"), inner.get("tools")
+            mode, tools = (
+                (inner.get("mode", "auto"), inner.get("tools")) if isinstance(inner, Mapping) else (None, None)
+            )
             if mode in ("auto", "required") and isinstance(tools, list) and tools:
                 return mode, _distinct([_named(tool) for tool in tools[: MAX_TOOLS + 1]], "tool_choice")
         elif kind in ("function", "custom"):
@@ -343,8 +348,36 @@ def _choice(choice: object) -> tuple[str, list[str] | None]:
     raise ClientError(f"{text}, got {choice!r:.80}", param="tool_choice")
 
 
+def unread_choice(choice: object) -> tuple[str, ...]:
+    """Fields of a `tool_choice` that mean nothing; of one that `tool_use` takes."""
+    if not isinstance(choice, Mapping):
+        return ()
+    if choice.get("type") != "allowed_tools":
+        return _unread_name("tool_choice", [choice])
+    inner = choice.get("allowed_tools", choice)
+    at, known = ("tool_choice", ("type",)) if inner is choice else ("tool_choice.allowed_tools", ())
+    beside = () if inner is choice else overlooked("tool_choice", [choice], ("type", "allowed_tools"))
+    return (
+        *beside,
+        *overlooked(at, [inner], (*known, "mode", "tools")),
+        *_unread_name(f"{at}.tools[]", inner["tools"]),
+    )
+
+
+def _unread_name(at: str, tools: Sequence[Tool]) -> tuple[str, ...]:
+    """The same of what names a tool, itself or in an object of its kind."""
+    found: dict[str, None] = {}
+    for tool in tools:
+        where = next((name for name in _NAMED_IN if name in tool), "name")
+        inner = [tool[where]] if where in _NAMED_IN else []
+        names = (*overlooked(at, [tool], ("type", where)), *overlooked(f"{at}.{where}", inner, ("name",)))
+        found |= dict.fromkeys(names)
+    return tuple(found)
+
+
 def _named(choice: object) -> str:
-    inner = choice.get("function", choice.get("custom", choice)) if isinstance(choice, Mapping) else None
+    said = choice if isinstance(choice, Mapping) else {}
+    inner = next((said[name] for name in _NAMED_IN if name in said), said)
     name = inner.get("name") if isinstance(inner, Mapping) else None
     if not isinstance(name, str):
         raise ClientError(f"tool_choice must name a tool, got {choice!r:.80}", param="tool_choice")

@@ -56,6 +56,18 @@ def test_responses_read_it_and_add_to_it(gateway, client, fields):
     assert prompt_of(gateway) == f"Be.one{TEXT}two"
 
 
+def test_what_means_nothing_in_items_is_named(gateway):
+    item = {"role": "user", "content": [{"type": "input_text", "text": "x", "strange": 1}], "odd": 1}
+    url = f"{gateway.url}/v1/conversations"
+    made = httpx.post(url, json={"items": [item]})
+    added = httpx.post(f"{url}/{made.json()['id']}/items", json={"items": [item]})
+    for reply in (made, added):
+        assert (reply.status_code, reply.headers["x-kvasir-warning"]) == (
+            200,
+            "ignored: items[].odd, items[].content[].strange",
+        )
+
+
 def test_refusals(gateway, client):
     made = client.conversations.create()
     for path, body, param in (

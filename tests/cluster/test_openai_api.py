@@ -477,14 +477,23 @@ def test_a_token_id_of_thousands_of_digits_is_refused(gateway):
 def test_what_means_nothing_in_a_query_is_named(gateway):
     stored = post(gateway, "/v1/responses", model="bytes", input="Hi").json()["id"]
     one = f"/v1/responses/{stored}"
+    form = {"files": {"file": ("a.jsonl", b"{}")}, "data": {"purpose": "batch"}}
+    file = httpx.post(f"{gateway.url}/v1/files", **form).json()["id"]
     for path, named in (
         (f"{one}?include[]=x", "include[]"),
         (f"{one}?starting_after=3", "starting_after"),
         (f"{one}/input_items?limit=3&odd=1", "odd"),
         ("/v1/files?purpose=batch&odd=1", "odd"),
         ("/v1/chat/completions?model=x&metadata[a]=b&odd=1", "odd"),
+        ("/v1/models?odd=1", "odd"),
+        ("/v1/models/bytes?odd=1", "odd"),
+        ("/api/tags?odd=1", "odd"),
+        ("/api/ps?odd=1", "odd"),
+        ("/api/version?odd=1", "odd"),
+        (f"/v1/files/{file}/content?odd=1", "odd"),
     ):
         reply = httpx.get(gateway.url + path)
         assert (reply.status_code, reply.headers["x-kvasir-warning"]) == (200, f"ignored: {named}")
-    for path in (one, f"{one}/input_items?limit=3&order=asc", "/v1/chat/completions?model=x&metadata[a]=b&after="):
+    fine = (f"{one}/input_items?limit=3&order=asc", "/v1/chat/completions?model=x&metadata[a]=b&after=")
+    for path in (one, *fine, "/v1/models", "/api/tags", f"/v1/files/{file}/content"):
         assert "x-kvasir-warning" not in httpx.get(gateway.url + path).headers

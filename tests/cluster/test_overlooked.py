@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from kvasir.cluster import anthropic_schema, ollama_schema, openai_schema, pooling_schema, responses_schema
+from kvasir.cluster import (
+    anthropic_schema,
+    decisions_schema,
+    ollama_schema,
+    openai_schema,
+    pooling_schema,
+    responses_schema,
+)
 from kvasir.engine.errors import ClientError
 
 USER = {"role": "user", "content": "Hi"}
+QUESTIONS = [{"type": "predicate", "instructions": "Is it?"}]
 PARSERS = {
     "chat": lambda fields: openai_schema.parse_chat({"messages": [USER], **fields}),
     "text": lambda fields: openai_schema.parse_completion({"prompt": "Hi", **fields}),
@@ -16,6 +24,7 @@ PARSERS = {
     "count": lambda fields: anthropic_schema.parse_count({"messages": [USER], **fields}),
     "ollama": lambda fields: ollama_schema.parse_chat({"messages": [USER], **fields}),
     "options": lambda fields: ollama_schema.parse_chat({"messages": [USER], "options": fields}),
+    "decisions": lambda fields: decisions_schema.parse_decisions({"input": "Hi", "questions": QUESTIONS, **fields}),
     "embeddings": lambda fields: pooling_schema.parse_embeddings({"input": "Hi", **fields}),
 }
 
@@ -34,6 +43,17 @@ RESULTS = [
 ]
 
 
+FUNCTION = {"name": "f", "parameters": {"type": "object"}}
+TOOLS = {"tools": [{"type": "function", "function": FUNCTION}]}
+FLAT = {"tools": [{"type": "function", **FUNCTION}]}
+FORCED = {"type": "function", "function": {"name": "f"}}
+AMONG = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]}
+
+
+def allowed(**tool):
+    return {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [tool]}}
+
+
 @pytest.mark.parametrize(
     ("dialect", "fields", "said"),
     [
@@ -47,6 +67,16 @@ RESULTS = [
         ("count", {"messages": [{**USER, "odd": 1}]}, "messages[].odd"),
         ("anthropic", {"system": [{"type": "text", "text": "x", "odd": 1}]}, "system[].odd"),
         ("ollama", {"messages": [{**USER, "odd": 1}]}, "messages[].odd"),
+        ("decisions", {"input": [{**USER, "odd": 1}]}, "input[].odd"),
+        ("chat", {**TOOLS, "tool_choice": {**FORCED, "odd": 1}}, "tool_choice.odd"),
+        ("chat", {**TOOLS, "tool_choice": {**FORCED, "name": "g"}}, "tool_choice.name"),
+        ("chat", {**TOOLS, "tool_choice": {"function": {"name": "f", "odd": 1}}}, "tool_choice.function.odd"),
+        ("chat", {**TOOLS, "tool_choice": allowed(**FORCED, odd=1)}, "tool_choice.allowed_tools.tools[].odd"),
+        ("chat", {**TOOLS, "tool_choice": {**allowed(**FORCED), "odd": 1}}, "tool_choice.odd"),
+        ("responses", {**FLAT, "tool_choice": {"type": "function", "name": "f", "odd": 1}}, "tool_choice.odd"),
+        ("responses", {**FLAT, "tool_choice": AMONG | {"odd": 1}}, "tool_choice.odd"),
+        ("responses", {**FLAT, "tool_choice": AMONG | {"tools": [{"name": "f", "odd": 1}]}}, "tool_choice.tools[].odd"),
+        ("ollama", {**TOOLS, "tool_choice": {**FORCED, "odd": 1}}, "tool_choice.odd"),
     ],
 )
 def test_what_nobody_reads_is_told_once(dialect, fields, said):
@@ -62,10 +92,20 @@ def test_what_nobody_reads_is_told_once(dialect, fields, said):
         ("responses", {"input": [{**USER, "id": "msg_1", "status": "completed", "phase": "final_answer"}]}),
         ("anthropic", {"messages": part("text", citations=None)}),
         ("ollama", {"messages": [{**USER, "images": None, "tool_calls": [], "thinking": ""}]}),
+        ("chat", {**TOOLS, "tool_choice": FORCED}),
+        ("chat", {**TOOLS, "tool_choice": allowed(**FORCED)}),
+        ("responses", {**FLAT, "tool_choice": {"type": "function", "name": "f"}}),
+        ("responses", {**FLAT, "tool_choice": AMONG}),
     ],
 )
 def test_what_says_nothing_or_is_known_is_not(dialect, fields):
     assert PARSERS[dialect](fields).warnings == ()
+
+
+@pytest.mark.parametrize("inner", ["x", 1, [], {"tools": "x"}])
+def test_allowed_tools_that_can_t_be_read_are_refused(inner):
+    with pytest.raises(ClientError, match="tool_choice must be"):
+        PARSERS["chat"]({**TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": inner}})
 
 
 CONSTRAINTS = (
