@@ -94,8 +94,7 @@ def lacking(bundles: Sequence[Resources], nodes: Sequence[Node]) -> str | None:
         return None
     asked = f"Ray has no place for {wanted} bundle{'s' * (wanted > 1)} of {_said(bundle)}, each of which has to be on one node"
     there = _listed(nodes, [*bundle])
-    without = [{**node.free, "CPU": node.free.get("CPU", 0.0) + GATEWAY_CPUS} for node in nodes]
-    if sum(holds(free, bundle) for free in without) >= wanted:
+    if _without_gateway(bundle, nodes) >= wanted:
         gateway = f"What is missing is the {GATEWAY_CPUS:g} CPU that a gateway has of a node"
         return f"{asked}: {there}. {gateway}: start it with a CPU more (`ray start --num-cpus`), add nodes; or {STEPS}"
     if sum(holds(node.total, bundle) for node in nodes) >= wanted:
@@ -115,6 +114,13 @@ def no_gateway(nodes: Sequence[Node]) -> str | None:
         f"Gateway: no node has {GATEWAY_CPUS:g} CPU left for it: {_listed(nodes, ['CPU'])}. Add a node, or lower"
         " --tensor-parallel-size, --pipeline-parallel-size or --data-parallel-size: each rank asks for a CPU"
     )
+
+
+def _without_gateway(bundle: Resources, nodes: Sequence[Node]) -> int:
+    """How many such bundles there is room for where a gateway is: at the one node at which it takes most."""
+    more = [{**node.free, "CPU": node.free.get("CPU", 0.0) + GATEWAY_CPUS} for node in nodes]
+    gains = [holds(free, bundle) - holds(node.free, bundle) for node, free in zip(nodes, more, strict=True)]
+    return sum(holds(node.free, bundle) for node in nodes) + max(gains, default=0)
 
 
 def _smaller(bundles: Sequence[Resources], nodes: Sequence[Node]) -> Resources | None:

@@ -71,6 +71,8 @@ def nodes(*counts):
             [(8, 7.9), (4, 4)],
             "What is missing is the 0.1 CPU that a gateway has of a node: start it with a CPU more",
         ),
+        ((8, 8), [(8, 8), (8, 7.9)], "What is missing is the 0.1 CPU that a gateway has of a node"),
+        ((8, 8), [(8, 7.9), (8, 7.9)], "Nodes are large enough, and what else runs there"),  # a gateway is at one
     ],
 )
 def test_what_is_missing_is_said(wanted, there, says):
