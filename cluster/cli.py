@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import signal
 import sys
 import time
@@ -45,12 +46,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(end="", flush=True)  # unlike sys.stdout.flush() also where standard output was closed before the start
     except KvasirError as error:
         _die(error.message)
-    except BrokenPipeError:  # `| head` has what it wanted
+    except BrokenPipeError:
+        if not _unread():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(status)
+
+
+def _unread() -> bool:
+    """Nobody reads standard output any more: `| head` has what it wanted."""
+    if sys.stdout is None:  # closed before the start
+        return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))  # of errors it tells unasked
 
 
 def _check_home() -> None:

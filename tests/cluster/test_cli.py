@@ -150,6 +150,26 @@ def test_a_reader_that_has_enough(tmp_path: Path) -> None:
     assert process.returncode == 128 + signal.SIGPIPE
 
 
+BROKEN_ELSEWHERE = """
+import os
+from kvasir.cluster import cli
+def broken():
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.write(writer, b"x")
+cli._check_home = broken
+cli.main(["models"])
+"""
+
+
+@pytest.mark.parametrize("redirect", ["", ">/dev/null", ">&-"])
+def test_another_pipe_that_breaks_is_told(tmp_path: Path, redirect: str) -> None:
+    command = ["sh", "-c", f'exec "$@" {redirect}', "sh", sys.executable, "-c", BROKEN_ELSEWHERE]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 1
+    assert "BrokenPipeError" in run.stderr
+
+
 def test_no_standard_output(tmp_path: Path) -> None:
     run = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *KVASIR, "models"], stderr=subprocess.PIPE, cwd=tmp_path)
     assert (run.returncode, run.stderr) == (0, b"")
