@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 
 import pytest
 from waiting import until_async
@@ -213,6 +214,9 @@ def test_eight_streams_move_and_every_token_is_what_it_was(data, how, sizes, sam
                     pair.services[0].set_role("prefill")
 
             expected = await all_of("undisturbed", None)
+            rank = pair.engines[0]._executor.rank
+            launch = rank.launch
+            rank.launch = lambda step: (time.sleep(0.02), launch(step))[1]  # streams last until they have moved
             found = await all_of("moved", disturb)
             assert found == expected
             assert moves

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import threading
+import time
 
 import pytest
 from waiting import until
@@ -170,10 +172,15 @@ def whole_then(text):
 @pytest.mark.parametrize("together", [True, False])
 def test_what_comes_behind_a_request_leaves_its_answer_alone(slow, second, status, together):
     """It is refused behind the answer, and its time begins there."""
+    over = threading.Event()
+    slow.group.script = lambda *_: [65] * 4000
+    slow.group._reason = lambda *_: "stop" if over.is_set() else None
     with connect(slow) as sock:
         sock.sendall(STREAM + second if together else STREAM)
         begin = sock.recv(65536)
         sock.sendall(b"" if together else second)
+        time.sleep(0.4)  # longer than a request may take
+        over.set()
         refused = whole_then(begin.decode() + _rest(sock))
     assert refused.startswith(f"HTTP/1.1 {status} ")
     assert refused.count("HTTP/1.1 ") == 1

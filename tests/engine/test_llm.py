@@ -8,6 +8,7 @@ import itertools
 import json
 import random
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -432,13 +433,23 @@ def test_async_errors(async_llm: AsyncLLM) -> None:
     wait_until_free(async_llm.engine)
 
 
-def test_async_abort_and_stop(async_llm: AsyncLLM) -> None:
+def slow(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is asked for lasts longer than the event loop is held up."""
+    rank = llm.engine._executor.rank
+    launch = rank.launch
+    monkeypatch.setattr(rank, "launch", lambda step: (time.sleep(0.02), launch(step))[1])
+
+
+def test_async_abort_and_stop(async_llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow(async_llm, monkeypatch)
+
     async def run() -> tuple[RequestOutput, RequestOutput]:
         last = None
         async for output in async_llm.generate("Once", SamplingParams(max_tokens=400, ignore_eos=True), "a"):
             last = output
             await async_llm.abort("a")
         assert last is not None
+        monkeypatch.undo()
         (*_, stopped) = await collect(async_llm, "", SamplingParams(temperature=0, max_tokens=400, stop="Lily"), "b")
         return last, stopped
 
@@ -481,8 +492,9 @@ def test_async_id_is_used_again_before_the_loop_hears_of_its_end(
     wait_until_free(async_llm.engine)
 
 
-def test_async_shutdown_ends_streams(folder: str) -> None:
+def test_async_shutdown_ends_streams(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = AsyncLLM(folder, num_threads=1)
+    slow(llm, monkeypatch)
 
     async def run() -> None:
         stream = llm.generate("Once", SamplingParams(max_tokens=400, ignore_eos=True), "a")
