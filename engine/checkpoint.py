@@ -19,7 +19,7 @@ from kvasir.engine.gguf import is_gguf
 from kvasir.engine.pooling import HEAD
 from kvasir.engine.share import Cut
 from kvasir.engine.spec import Spec
-from kvasir.engine.stored import Mapped, Stored, fp8_tensor, is_view, mxfp4_tensor
+from kvasir.engine.stored import Mapped, Mxfp4, Stored, fp8_tensor, is_view
 from kvasir.engine.tensor_files import ConsolidatedFiles, NumpyFiles, Safetensors, TensorFiles, TorchFiles, files_of
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class NamedCheckpoint:
             return None
         tensor = self.files.get(name)
         if name.endswith("_blocks") and (scales := f"{name.removesuffix('_blocks')}_scales") in self.files:
-            return mxfp4_tensor(name, tensor, self.files.get(scales))
+            return Mxfp4(name, tensor, self.files.get(scales))
         scale = next((name + s for s in SCALES if name + s in self.files), None)
         if tensor.dtype in FP8:
             if scale is None:

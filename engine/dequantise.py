@@ -10,6 +10,10 @@ from kvasir.engine.errors import ConfigError
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of E2M1 (OCP Microscaling Formats v1.0, 5.3.3); the fourth bit is the sign."""
+GROUP = 32
+"""Numbers of MXFP4 that share a scale."""
+ROWS = 64
+"""Of MXFP4, at once: their temporaries stay in the cache."""
 
 
 def fp8(name: str, weight: Tensor, scale: Tensor) -> Tensor:
@@ -38,15 +42,20 @@ def fp8_rows(name: str, weight: Tensor, scale: Tensor, first: int, last: int) ->
 
 
 def mxfp4(name: str, blocks: Tensor, scales: Tensor) -> Tensor:
-    """blocks[E, O, G, 16] of pairs of FP4 numbers, the lower half first, times 2^(scales[E, O, G] - 127) ->
-    bfloat16 [E, O, 32 G] (OCP Microscaling Formats v1.0)."""
+    """blocks[..., G, 16] of pairs of FP4 numbers, the lower half first, times 2^(scales[..., G] - 127) ->
+    bfloat16 [..., 32 G] (OCP Microscaling Formats v1.0)."""
     if blocks.dtype != torch.uint8 or blocks.shape[:-1] != scales.shape:
         raise ConfigError(f"{name} has shape {list(blocks.shape)}, its scales have {list(scales.shape)}")
     table = torch.tensor([*FP4, *(-x for x in FP4)], dtype=torch.bfloat16)
+    pairs = torch.cartesian_prod(table, table).flip(-1).contiguous().view(torch.int32).flatten()  # what each byte says
+    powers = torch.ldexp(torch.ones(256), torch.arange(256) - 127).bfloat16()
     out = torch.empty((*blocks.shape[:-1], 2 * blocks.shape[-1]), dtype=torch.bfloat16)
-    for expert, packed, exponent in zip(out, blocks, scales, strict=True):
-        expert[..., ::2], expert[..., 1::2] = table[(packed & 15).int()], table[(packed >> 4).int()]
-        expert.copy_(torch.ldexp(expert, exponent.int()[..., None] - 127))
+    wholes = out.view(-1, *out.shape[-2:]), blocks.flatten(0, -3), scales.flatten(0, -2)
+    for first in range(0, len(wholes[0]), ROWS):
+        rows, packed, exponent = (whole[first : first + ROWS] for whole in wholes)
+        numbers = pairs.index_select(0, packed.flatten().int()).view(torch.bfloat16).view_as(rows)
+        scale = powers.index_select(0, exponent.flatten().int()).view(*exponent.shape, 1)
+        torch.mul(numbers, scale, out=rows)
     return out.flatten(-2)
 
 

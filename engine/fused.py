@@ -29,7 +29,11 @@ def grouped(name: str, tensor: Any, fused: str, spec: Spec, q: str, k: str, v: s
         yield name.replace(fused, part), piece.reshape(-1, *tensor.shape[1:])
 
 
-def per_expert(name: str, tensor: Any, fragment: str) -> Iterator[tuple[str, Any]]:
-    """tensor[E, ...] as one tensor for each expert: `fragment` with its {} filled in replaces `experts` in the name."""
-    for number, expert in enumerate(tensor.unbind(0)):
-        yield name.replace("experts", fragment.format(number), 1), expert
+def per_expert(tensors: Mapping[str, Any], fragment: str) -> Iterator[tuple[str, Any]]:
+    """Each tensor[E, ...] as one for each expert: `fragment` with its {} filled in replaces `experts` in the name.
+
+    Expert by expert: what of a model makes one matrix becomes whole early, and lies together in the file.
+    """
+    for number, experts in enumerate(zip(*(tensor.unbind(0) for tensor in tensors.values()), strict=True)):
+        for name, expert in zip(tensors, experts, strict=True):
+            yield name.replace("experts", fragment.format(number), 1), expert

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvasir.engine.dequantise import fp8_rows, mxfp4
+from kvasir.engine.dequantise import GROUP, fp8_rows, mxfp4
 
 META = torch.device("meta")
 WILL_NEED = 3
@@ -77,22 +77,45 @@ class Rowwise:
         return begin // self._width, (begin + _reach(view) - 1) // self._width + 1
 
 
+class Mxfp4:
+    """Experts' matrices in MXFP4, each transposed: see `dequantise.mxfp4`. No more is made than the wanted rows, which may be
+    every other one, of the groups of columns that share a scale."""
+
+    def __init__(self, name: str, blocks: Tensor, scales: Tensor) -> None:
+        self._name, self._blocks, self._scales = name, Mapped(blocks.contiguous()), Mapped(scales.contiguous())
+        self._groups, self._width = blocks.shape[-2], 2 * blocks.shape[-2:].numel()
+        whole = torch.empty((*blocks.shape[:-2], self._width), dtype=torch.bfloat16, device=META)
+        self.like = whole.transpose(-1, -2)
+        self.nbytes = blocks.nbytes + scales.nbytes
+
+    def read(self, view: Tensor) -> Tensor:
+        blocks, scales = self._packed(view)
+        made = mxfp4(self._name, self._blocks.read(blocks), self._scales.read(scales))
+        columns = view.stride().index(1)
+        return made.narrow(-1, view.storage_offset() % GROUP, view.size(columns)).movedim(-1, columns)
+
+    def fetch(self, view: Tensor) -> None:
+        blocks, scales = self._packed(view)
+        self._blocks.fetch(blocks)
+        self._scales.fetch(scales)
+
+    def _packed(self, view: Tensor) -> tuple[Tensor, Tensor]:
+        """Its rows of blocks and of scales, in whole groups."""
+        row, column = divmod(int(view.storage_offset()), self._width)
+        rows = view.movedim(view.stride().index(1), -1)
+        steps = [step // self._width * self._groups for step in rows.stride()[:-1]]
+        begin, count = column // GROUP, -(-(column % GROUP + rows.shape[-1]) // GROUP)
+        size, start = (*rows.shape[:-1], count), row * self._groups + begin
+        scales = self._scales.like.as_strided(size, (*steps, 1), start)
+        width = GROUP // 2
+        strides = (*(step * width for step in steps), width, 1)
+        return self._blocks.like.as_strided((*size, width), strides, start * width), scales
+
+
 def fp8_tensor(name: str, weight: Tensor, scale: Tensor) -> Stored:
     """Numbers of FP8 with their scales: see `dequantise.fp8`."""
     whole = torch.empty(weight.shape, dtype=torch.bfloat16, device=META)
     return Rowwise([Mapped(weight)], whole, lambda first, last: fp8_rows(name, weight, scale, first, last))
-
-
-def mxfp4_tensor(name: str, blocks: Tensor, scales: Tensor) -> Stored:
-    """Experts' matrices in MXFP4, each transposed: see `dequantise.mxfp4`."""
-    shape = (*blocks.shape[:-2], 2 * blocks.shape[-2:].numel())
-    found = Rowwise(
-        [Mapped(blocks), Mapped(scales)],
-        torch.empty(shape, dtype=torch.bfloat16, device=META),
-        lambda first, last: mxfp4(name, blocks[first:last], scales[first:last]),
-    )
-    found.like = found.like.transpose(-1, -2)
-    return found
 
 
 def halved_tensor(paired: Stored, head_dim: int) -> Stored:

@@ -70,5 +70,5 @@ def split(name: str, tensor: Any, spec: Spec) -> Iterable[tuple[str, Any]]:
         experts = tensor.view(spec.experts.count, -1, spec.hidden)
         if part == "w2":
             experts = experts.transpose(1, 2)
-        return per_expert(name.replace(f".mlp.{part}", f".{PARTS[part]}.weight"), experts, "experts.{}")
+        return per_expert({name.replace(f".mlp.{part}", f".{PARTS[part]}.weight"): experts}, "experts.{}")
     return ((name, tensor),)

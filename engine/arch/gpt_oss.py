@@ -48,6 +48,5 @@ def split(name: str, tensor: Any, spec: Spec) -> Iterable[tuple[str, Any]]:
     if kind == "weight":
         tensor = tensor.transpose(1, 2)
     if part == "down_proj":
-        return per_expert(f"{stem}.down.{kind}", tensor, "experts.{}")
-    gate = per_expert(f"{stem}.gate.{kind}", tensor[:, ::2], "experts.{}")
-    return (*gate, *per_expert(f"{stem}.up.{kind}", tensor[:, 1::2], "experts.{}"))
+        return per_expert({f"{stem}.down.{kind}": tensor}, "experts.{}")
+    return per_expert({f"{stem}.gate.{kind}": tensor[:, ::2], f"{stem}.up.{kind}": tensor[:, 1::2]}, "experts.{}")

@@ -67,7 +67,6 @@ def split(name: str, tensor: Any, spec: Spec) -> Iterable[tuple[str, Any]]:
         return ((name, tensor),)
     tensor = tensor.transpose(1, 2)
     if part == "down_proj":
-        return per_expert(f"{stem}.down_proj.weight", tensor, "experts.{}")
+        return per_expert({f"{stem}.down_proj.weight": tensor}, "experts.{}")
     gate, up = tensor.chunk(2, 1)
-    parts = (("gate_proj", gate), ("up_proj", up))
-    return (pair for key, half in parts for pair in per_expert(f"{stem}.{key}.weight", half, "experts.{}"))
+    return per_expert({f"{stem}.gate_proj.weight": gate, f"{stem}.up_proj.weight": up}, "experts.{}")

@@ -16,15 +16,21 @@ from safetensors.torch import load_file, save_file
 
 from kvasir.engine import stored
 from kvasir.engine.arch import load_spec
-from kvasir.engine.checkpoint import Part
+from kvasir.engine.checkpoint import Part, open_checkpoint
 from kvasir.engine.dequantise import fp8, mxfp4
 from kvasir.engine.mesh import Mesh, Place
 from kvasir.engine.share import Cut, share_of
-from kvasir.engine.stored import Mapped, Stored, fp8_tensor, halved_tensor, mxfp4_tensor
+from kvasir.engine.stored import Mapped, Mxfp4, Stored, fp8_tensor, halved_tensor
 from kvasir.engine.weights import load_decoder, weight_bytes
 
 CPU = torch.device("cpu")
 Checkpoint = Callable[..., tuple[Path, Any]]
+GPT_OSS = {
+    "model_type": "gpt_oss", "hidden_size": 64, "intermediate_size": 64, "num_local_experts": 3, "num_experts_per_tok": 2,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 97, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 256, "tie_word_embeddings": False,
+}  # fmt: skip
 MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2}
 
 
@@ -38,7 +44,7 @@ def fp8_cases() -> list[tuple[Stored, torch.Tensor]]:
 def mxfp4_case() -> tuple[Stored, torch.Tensor]:
     blocks = torch.randint(0, 256, (5, 7, 2, 16), dtype=torch.uint8)
     scales = torch.randint(120, 130, (5, 7, 2), dtype=torch.uint8)
-    return mxfp4_tensor("w", blocks, scales), mxfp4("w", blocks, scales).transpose(-1, -2)
+    return Mxfp4("w", blocks, scales), mxfp4("w", blocks, scales).transpose(-1, -2)
 
 
 def halved_case() -> tuple[Stored, torch.Tensor]:
@@ -94,6 +100,37 @@ def test_nothing_is_dequantised_for_others(
         load_decoder(tmp_path, spec, dtype=torch.float32, device=CPU, share=own)
         halves = everything / 2
         assert sum(asked) == pytest.approx(share * halves if share < 2 else 2 / 3 * everything, rel=0.02)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_no_number_of_mxfp4_is_made_twice_or_for_others(tp: int, tmp_path: Path, monkeypatch: Any) -> None:
+    """Gate and up take turns in the rows of one tensor, whose parts of an expert come one behind the other."""
+    spec = load_spec(GPT_OSS)
+    blocks = {"gate_up_proj": (3, 128, 2, 16), "down_proj": (3, 64, 2, 16)}
+    tensors = {
+        f"model.layers.0.mlp.experts.{name}_{part}": torch.zeros(shape[:size], dtype=torch.uint8)
+        for name, shape in blocks.items()
+        for part, size in (("blocks", 4), ("scales", 3))
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    made: list[int] = []
+    plain = stored.mxfp4
+
+    def noted(name: str, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        made.append(2 * packed.numel())
+        return plain(name, packed, scales)
+
+    monkeypatch.setattr(stored, "mxfp4", noted)
+    names: list[str] = []
+    own = share_of(spec, Mesh(Place(tp, 1, tp - 1)))
+    for filler in open_checkpoint(tmp_path).tensors(spec):
+        cut = own.cut(filler.name)
+        size = [len(cut.part) if cut and cut.dim == dim else length for dim, length in enumerate(filler.shape)]
+        filler.copy_to(torch.empty(size), cut)
+        names.append(filler.name)
+    assert sum(made) == 3 * 3 * 64 * 64 // tp
+    expected = [f"blocks.0.mlp.experts.{expert}.{part}.weight" for expert in range(3) for part in ("gate", "up")]
+    assert [name for name in names if ".down." not in name] == expected
 
 
 @pytest.mark.parametrize("case", ["Llama", "Phi3", "GPT2"])
