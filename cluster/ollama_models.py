@@ -19,7 +19,7 @@ from kvasir.cluster.http_front import read_json, send_json, unread_query, warnin
 from kvasir.cluster.ollama_api import LATEST, OllamaEmbedding, OllamaGeneration, find_model
 from kvasir.cluster.ollama_fields import SHOW
 from kvasir.cluster.ollama_reply import timestamp
-from kvasir.cluster.ollama_vocabulary import UNTOLD, vocabulary
+from kvasir.cluster.ollama_vocabulary import UNTOLD, written_vocabulary
 from kvasir.cluster.openai_schema import sort_fields
 from kvasir.cluster.served_model import ServedModel
 from kvasir.engine.errors import ClientError, UnsupportedError
@@ -95,7 +95,7 @@ class Show:
         model = find_model(self._desk, name)
         shown = _shown(model, self._desk.info(model))
         if model.tokenizer is not None:
-            told = asyncio.to_thread(vocabulary, model.tokenizer) if fields.get("verbose") else None
+            told = asyncio.to_thread(written_vocabulary, model.tokenizer) if fields.get("verbose") else None
             shown["model_info"] |= UNTOLD if told is None else await told
         await send_json(send, 200, shown, warning_header(warnings))
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
+
+import orjson
 
 from kvasir.engine.tokenizer import Tokenizer
 
@@ -34,6 +38,12 @@ def vocabulary(tokenizer: Tokenizer) -> Json:
     if scored:
         found["scores"] = [score for _, score in given] + [0.0] * (len(tokens) - len(given))
     return {PREFIX + name: value for name, value in found.items()}
+
+
+@lru_cache(4)
+def written_vocabulary(tokenizer: Tokenizer) -> Mapping[str, orjson.Fragment]:
+    """The same as JSON, megabytes of it, kept: it takes a fifth of a second, in which other threads get little done."""
+    return {name: orjson.Fragment(orjson.dumps(value)) for name, value in vocabulary(tokenizer).items()}
 
 
 def _name(kind: str, falls_back: bool) -> str:

@@ -346,6 +346,12 @@ def test_show_verbose(gateway):
     assert (types[72], types[256], told["tokenizer.ggml.model"]) == (1, 3, "gpt2")
 
 
+def test_a_vocabulary_is_written_once(gateway, monkeypatch):
+    first = post(gateway, "/api/show", model="bytes", verbose=True).json()
+    monkeypatch.setattr(Tokenizer, "definition", lambda self: 1 / 0)
+    assert post(gateway, "/api/show", model="bytes", verbose=True).json() == first
+
+
 def test_vocabularies():
     def told(model, *added):
         backend = tokenizers.Tokenizer(model)
