@@ -73,16 +73,17 @@ class ToolUse:
         """What holds the model to it, in the format that it was `taught`; where that can't be enforced and has to be, as JSON.
         instead: what an answer that is no call has to look like. UnsupportedError names what can't be enforced of a strict
         tool, or a forced one. Takes milliseconds as a rule; SlowSchemaError where the schemas take over `limit_s`."""
-        form, unheld = self._format(taught, Steps(limit_s))
+        steps = Steps(limit_s)
+        form, unheld = self._format(taught, steps)
         if self.required:
-            content = self._required(form)
+            content = self._required(form, steps)
         elif instead is not None:
             if instead.disable_any_whitespace and form.call[0].startswith("{") and not form.wrap[0]:
                 text = f"without any whitespace an answer isn't told from a call in this model's format ({form.name})"
                 raise UnsupportedError(f"{text}: leave out disable_any_whitespace", param="structured_outputs")
-            content = {"type": "or", "elements": [*self._answers(form, _schema(instead)), self._required(form)]}
+            content = {"type": "or", "elements": [*self._answers(form, _schema(instead)), self._required(form, steps)]}
         else:
-            content = self._whole(form) if form.whole is not None else self._triggered(form)
+            content = self._whole(form, steps) if form.whole is not None else self._triggered(form, steps)
         tag = json.dumps({"type": "structural_tag", "format": content})
         compact = instead is not None and instead.disable_any_whitespace
         return HeldCalls(form, StructuredOutput(structural_tag=tag, disable_any_whitespace=compact), unheld)
@@ -140,9 +141,9 @@ class ToolUse:
             raise UnsupportedError(f"{', '.join(found)} can't be enforced", param="tools")
         return found
 
-    def _required(self, form: ToolFormat) -> Json:
+    def _required(self, form: ToolFormat, steps: Steps) -> Json:
         before, between, behind = form.wrap
-        calls = self._calls(form, between)
+        calls = self._calls(form, steps, between)
         if not before and not behind:
             return calls
         ways = [{"type": "tag", "begin": one, "content": calls, "end": behind} for one in (before, *form.befores)]
@@ -156,11 +157,11 @@ class ToolUse:
         shut = {"type": "tag", "begin": before, "content": answer, "end": ""}
         return [shut, {"type": "tag", "begin": before, "content": answer, "end": behind}] if behind else [shut]
 
-    def _whole(self, form: ToolFormat) -> Json:
+    def _whole(self, form: ToolFormat, steps: Steps) -> Json:
         """Thoughts and remarks, then an answer or calls; or text alone, where the prompt has begun one of them."""
         blocks = [{"begin": begin, "content": {"type": "any_text"}, "end": end} for begin, end in form.blocks]
         before: Json = {"type": "tags_with_separator", "tags": blocks, "separator": ""}
-        then = {"type": "or", "elements": [*self._answers(form, {"type": "any_text"}), self._required(form)]}
+        then = {"type": "or", "elements": [*self._answers(form, {"type": "any_text"}), self._required(form, steps)]}
         begun = [{"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": end} for _, end in form.blocks]
         later = {"type": "sequence", "elements": [before, then]}
         return {
@@ -177,42 +178,43 @@ class ToolUse:
             ],
         }
 
-    def _triggered(self, form: ToolFormat) -> Json:
+    def _triggered(self, form: ToolFormat, steps: Steps) -> Json:
         """Free text, until a call begins."""
         before, between, behind = form.wrap
-        tags = self._tags(form, form.call)
+        tags = self._tags(form, steps, form.call)
         bare = len(form.begins[0]) == 1  # what announces such calls is their own beginning
         if before and bare:
-            tags = [self._listed(form, name) for name in self.names]
+            tags = [self._listed(form, steps, name) for name in self.names]
         elif before:
-            tags = [{"begin": before, "content": self._calls(form, between), "end": behind}]
-        tags += self._tags(form, form.unwrapped) if form.unwrapped else []
+            tags = [{"begin": before, "content": self._calls(form, steps, between), "end": behind}]
+        tags += self._tags(form, steps, form.unwrapped) if form.unwrapped else []
         triggers = [tag["begin"] for tag in tags] if bare or form.unwrapped else [form.begins[0]]
         return {"type": "triggered_tags", "triggers": triggers, "tags": tags, "stop_after_first": not self.parallel}
 
-    def _listed(self, form: ToolFormat, first: str) -> Json:
+    def _listed(self, form: ToolFormat, steps: Steps, first: str) -> Json:
         """A list of calls whose first one is of that tool."""
         before, between, behind = form.wrap
         begin, end = form.call
-        more = {"type": "tags_with_separator", "tags": self._tags(form, (between + begin, end)), "separator": ""}
+        more = {"type": "tags_with_separator", "tags": self._tags(form, steps, (between + begin, end)), "separator": ""}
         rest = [{"type": "const_string", "value": end}, *([more] if self.parallel else [])]
-        content = {"type": "sequence", "elements": [self._arguments(form, first), *rest]}
+        content = {"type": "sequence", "elements": [self._arguments(form, steps, first), *rest]}
         return {"begin": before + begin.replace("NAME", first), "content": content, "end": behind}
 
-    def _calls(self, form: ToolFormat, between: str) -> Json:
-        tags = self._tags(form, form.call)
+    def _calls(self, form: ToolFormat, steps: Steps, between: str) -> Json:
+        tags = self._tags(form, steps, form.call)
         if form.unwrapped and form.whole is not None:
-            tags += self._tags(form, form.unwrapped)
+            tags += self._tags(form, steps, form.unwrapped)
         calls: Json = {"type": "tags_with_separator", "tags": tags, "separator": between}
         return calls | {"at_least_one": True, "stop_after_first": not self.parallel}
 
-    def _tags(self, form: ToolFormat, around: tuple[str, str]) -> list[Json]:
+    def _tags(self, form: ToolFormat, steps: Steps, around: tuple[str, str]) -> list[Json]:
         begin, end = around
-        return [_tag(begin.replace("NAME", name), self._arguments(form, name), end) for name in self.names]
+        return [_tag(begin.replace("NAME", name), self._arguments(form, steps, name), end) for name in self.names]
 
-    def _arguments(self, form: ToolFormat, name: str) -> Json:
+    def _arguments(self, form: ToolFormat, steps: Steps, name: str) -> Json:
         if lark := self.custom.get(name):
-            return _input(form, quoted_lark(lark, Steps()))  # remembered, as `_skipped` has asked
+            # `_skipped` has asked for it: it is remembered, but where there are more of them than are
+            return _input(form, quoted_lark(lark, steps.again()))
         exact = self.required or bool(self._function(name).get("strict"))
         kind = (
             {"type": "json_schema"} if form.arguments is None else {"type": "arguments", **style_json(form.arguments)}

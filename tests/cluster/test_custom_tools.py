@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import re
+from types import SimpleNamespace
 
 import grpc
 import httpx
@@ -27,6 +29,8 @@ from kvasir.cluster.openai_messages import template_messages
 from kvasir.cluster.responses_items import input_items, messages
 from kvasir.cluster.tool_formats import TOOL_FORMATS
 from kvasir.cluster.tool_use import tool_use
+from kvasir.engine import argument_schema, lark_text
+from kvasir.engine.argument_schema import SlowSchemaError
 from kvasir.engine.errors import UnsupportedError
 from kvasir.engine.structural_tag import tag_grammar
 from kvasir.proto import chats_pb2, inference_pb2, responses_pb2
@@ -360,3 +364,24 @@ def test_what_templates_are_shown():
     call = {"id": "c", "type": "custom", "custom": {"name": "run", "input": CODE}}
     (same,) = template_messages([{"role": "assistant", "tool_calls": [call]}])
     assert same["tool_calls"] == said["tool_calls"]
+
+
+def test_grammars_beyond_those_that_are_remembered_are_held_to_the_time_limit_too(monkeypatch):
+    """By a clock on which each look takes a second."""
+    ticks = itertools.count()
+    monkeypatch.setattr(argument_schema, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    grammars = {name: f'start: "never {name} before\\n"' for name in "abc"}
+    tools = [{"type": "function", "function": {"name": name}} for name in grammars]
+    use = tool_use(tools, "required", True, grammars)
+
+    def held(kept, limit_s):
+        monkeypatch.setattr(lark_text, "KEPT", kept)
+        lark_text._kept.clear()
+        begin = next(ticks)
+        use.held(None, limit_s=limit_s)
+        return next(ticks) - begin
+
+    taken = held(len(tools), math.inf)
+    held(len(tools), taken)
+    with pytest.raises(SlowSchemaError):
+        held(1, taken)
