@@ -133,6 +133,10 @@ class Member:
         """The group's load, with this gateway's requests up to number `counted` in it."""
         if self._told_at is not None and now > self._told_at:
             self._measure(self.stats, stats, now - self._told_at, now)
+        elif (
+            self._told_at is None and stats.prefill_rate
+        ):  # it may have been slow to start: soon it is tried all the same
+            self._measured_at = max(self._measured_at, now - KNOWN_S + MEMORY_S)
         self.stats, self._told_at = stats, now
         self._price_fetches()
         for reservation in [one for one in self._open if one.number is not None and one.number <= counted]:
@@ -203,8 +207,8 @@ class Member:
 
     @property
     def speed(self) -> float:
-        """Its rate, or its like's; 0 while neither is known."""
-        return self.rate or self._pace.rate
+        """Its rate, or its like's, or what it says of its own steps; 0 while none is known."""
+        return self.rate or self._pace.rate or self.stats.prefill_rate
 
     def known(self, now: float) -> bool:
         """Its speed was measured lately."""

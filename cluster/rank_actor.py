@@ -38,7 +38,7 @@ class OwnedEngine(ServedEngine, Protocol):
     @property
     def failure(self) -> BaseException | None: ...
     def serve_blocks(self, host: str) -> tuple[str, str]: ...
-    def start(self) -> None: ...
+    def start(self, *, measure: bool = False) -> None: ...
     def shutdown(self) -> None: ...
 
 
@@ -132,7 +132,7 @@ class RankActor:
             self._engine = await asyncio.to_thread(make, self._config, self._service.deliver)
             blocks = self._setup.host or named_address() or self._host()
             address, secret = await asyncio.to_thread(self._engine.serve_blocks, blocks)
-            await asyncio.to_thread(self._engine.start)
+            await asyncio.to_thread(self._engine.start, measure=True)
             endpoint = await self._service.start(self._engine, self._host())
             return replace(endpoint, kv_address=address, kv_secret=secret)
         except Exception as error:

@@ -44,7 +44,7 @@ class SimulatedEngine:
         self._on_blocks: Callable[[Tier, Changes], None] | None = None
         self._thread = threading.Thread(target=self._loop, name="kvasir-simulated", daemon=True)
 
-    def start(self) -> None:
+    def start(self, *, measure: bool = False) -> None:
         """Begin the loop."""
         self._thread.start()
 

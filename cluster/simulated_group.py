@@ -245,6 +245,7 @@ class SimulatedGroup:
             prefix_queries=self._queries,
             prefix_hits=self._hits,
             ended=self._ended,
+            prefill_rate=self.budget / shape.step_time(self.budget, 0, 0),
             generation_tokens=self._generated,
             steps=self._steps,
             step_tokens=self._step_tokens,

@@ -58,6 +58,7 @@ class Simulation:
                 if prefill:
                     member.role = group.role = "prefill" if number < prefill else "decode"
                 member.welcome(group.info, f"group {number}")
+                member.report(group.stats(), ALL_COUNTED, 0.0)
                 for message in group.journal.snapshot():
                     member.blocks(message)
 

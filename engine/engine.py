@@ -22,7 +22,7 @@ from kvasir.engine.load import Loaded
 from kvasir.engine.memory import token_budget
 from kvasir.engine.peer_wire import Ask, Offer, RefusedError
 from kvasir.engine.pooling import check_dimensions
-from kvasir.engine.prices import Prices
+from kvasir.engine.prices import KEEP, Prices
 from kvasir.engine.processors import Processors
 from kvasir.engine.pulls import Pulls
 from kvasir.engine.request import PoolingParams, Request, SamplingParams
@@ -38,6 +38,8 @@ LOADING_S = 0.001
 """The same while it has nothing to do but wait for blocks from a lower tier."""
 STATS_PERIOD_S = 0.05
 MAX_RETRY_S = 60.0
+MEASURED_TOKENS, MEASURED_S = 32, 0.1
+"""Prompts grow from so many tokens until their step takes so long, so that a large model on a CPU starts soon, too."""
 
 
 class Engine:
@@ -90,6 +92,8 @@ class Engine:
         self._pulls: Pulls | None = None
         self._asks: deque[tuple[Ask, Sequence[ContentId], Future[Offer]]] = deque()
         self._collected = 0.0
+        self._prefill = 0.0, 0.0
+        """Tokens and seconds of steps that computed prompts; old ones fade."""
         self._groups = len(loaded.cache.layout.groups)
         self._wake = threading.Condition()
         self._inbox: deque[Request | tuple[str, int | None, FinishReason]] = deque()
@@ -105,17 +109,39 @@ class Engine:
         """time.monotonic() of the loop's last turn; it turns when idle, too."""
         self.failure: BaseException | None = None
 
-    def start(self) -> None:
-        """Run one token through the model, so that no request pays for first-time set-up, then begin the loop."""
-        pool = "generate" not in self.info.tasks
-        pooling = PoolingParams() if pool else None
-        first = NewSequence(0, (0,), 1, SamplingParams(temperature=0), 0, (), pooling=pooling)
-        blocks = tuple((0, group, (0,)) for group in range(self._groups))
-        self._executor.launch(Step(0, new=(first,), blocks=blocks, slices=(Slice(0, 0, 1, not pool, pool=pool),)))
-        self._executor.collect()
+    def start(self, *, measure: bool = False) -> None:
+        """Run one token through the model, so that no request pays for first-time set-up, then begin the loop. measure: and
+        prompts, so that it is known from the first request how fast they are; part of a second, more on a slow CPU."""
+        self._prompt_s(1)
+        if measure:
+            self._prefill = self._measure_prompts()
+            self._stats = replace(self._stats, prefill_rate=self._prefill_rate)
         if self._tiers is not None:
             self._tiers.wait_until_scanned()
         self._thread.start()
+
+    def _measure_prompts(self) -> tuple[int, float]:
+        """(tokens, seconds) of ever longer ones, each twice: the first of a length sets up what the second doesn't pay for."""
+        room = self.pool.num_blocks // self._groups * self.config.block_size
+        most = min(self._scheduler.budget, self.info.max_model_len - 1, room)
+        length = min(MEASURED_TOKENS, most)
+        while True:
+            took = min(self._prompt_s(length), self._prompt_s(length))
+            if took >= MEASURED_S or length == most:
+                return length, took
+            length = min(4 * length, most)
+
+    def _prompt_s(self, length: int) -> float:
+        """Seconds of a step that computes a prompt alone, in blocks that hold nothing yet."""
+        pool = "generate" not in self.info.tasks
+        pooling = PoolingParams() if pool else None
+        new = NewSequence(0, (0,) * length, length, SamplingParams(temperature=0), 0, (), pooling=pooling)
+        count = -(-length // self.config.block_size)
+        blocks = tuple((0, group, tuple(range(group * count, (group + 1) * count))) for group in range(self._groups))
+        began = time.monotonic()
+        self._executor.launch(Step(0, (0,), (new,), blocks, slices=(Slice(0, 0, length, not pool, pool=pool),)))
+        self._executor.collect()
+        return time.monotonic() - began
 
     def serve_blocks(self, host: str) -> tuple[str, str]:
         """Before `start`: lend blocks to other groups on this node's address `host`, and fetch theirs where requests name
@@ -321,11 +347,21 @@ class Engine:
         return self._scheduler.commit(step, result, time.time())
 
     def _measure(self, step: Step, launched: float) -> None:
-        """How fast prompts are computed: what fetching their blocks is weighed against."""
+        """How fast prompts are computed: what a request's wait is told from, and what fetching their blocks is weighed against."""
         began, self._collected = max(launched, self._collected), time.monotonic()
         counts = [part.count for part in step.slices]
-        if self._prices is not None and sum(count for count in counts if count > 1) > sum(counts) / 2:
-            self._prices.computed(sum(counts), self._collected - began)
+        tokens, took = sum(counts), self._collected - began
+        if sum(count for count in counts if count > 1) <= tokens / 2:
+            return
+        if tokens >= min(MEASURED_TOKENS, self._scheduler.budget):
+            self._prefill = KEEP * self._prefill[0] + tokens, KEEP * self._prefill[1] + took
+        if self._prices is not None:
+            self._prices.computed(tokens, took)
+
+    @property
+    def _prefill_rate(self) -> float:
+        tokens, seconds = self._prefill
+        return tokens / seconds if seconds else 0.0
 
     def _take_in(self) -> list[Event]:
         """What clients asked since the last turn."""
@@ -376,7 +412,7 @@ class Engine:
     def _publish(self) -> None:
         if self.heartbeat - self.stats_at > STATS_PERIOD_S or not self._scheduler.has_work:
             tiers = {} if self._tiers is None else self._tiers.counts()
-            stats = replace(self._scheduler.stats(), **tiers)
+            stats = replace(self._scheduler.stats(), prefill_rate=self._prefill_rate, **tiers)
             if self._exchange is not None and self._pulls is not None:
                 stats = replace(stats, **self._pulls.counts(), peer_served=self._exchange.lender.served)
             self._stats, self.stats_at = stats, self.heartbeat

@@ -28,6 +28,8 @@ class Stats:
     """Sequences that ended, however."""
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    prefill_rate: float = 0.0
+    """Prompt tokens in a second, in those of the last steps that computed little else; 0: there was none."""
     steps: int = 0
     step_tokens: int = 0
     """Tokens that all steps computed."""

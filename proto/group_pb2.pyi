@@ -476,7 +476,7 @@ class Load(_message.Message):
     def __init__(self, heartbeat_age_s: _Optional[float] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., counted: _Optional[int] = ..., role: _Optional[str] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class Stats(_message.Message):
-    __slots__ = ("running", "waiting", "kv_usage", "prefix_queries", "prefix_hits", "preemptions", "prompt_tokens", "generation_tokens", "queued_prefill_tokens", "steps", "step_tokens", "decode_blocks", "free_blocks", "ended", "prefills", "host_bytes", "host_stored", "host_loaded", "host_evicted", "disk_bytes", "disk_stored", "disk_loaded", "disk_evicted", "disk_failed", "peer_loaded", "peer_served", "peer_failed", "peer_bytes", "fetch_floor_s", "fetch_bytes_per_s")
+    __slots__ = ("running", "waiting", "kv_usage", "prefix_queries", "prefix_hits", "preemptions", "prompt_tokens", "generation_tokens", "queued_prefill_tokens", "steps", "step_tokens", "decode_blocks", "free_blocks", "ended", "prefills", "host_bytes", "host_stored", "host_loaded", "host_evicted", "disk_bytes", "disk_stored", "disk_loaded", "disk_evicted", "disk_failed", "peer_loaded", "peer_served", "peer_failed", "peer_bytes", "fetch_floor_s", "fetch_bytes_per_s", "prefill_rate")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_USAGE_FIELD_NUMBER: _ClassVar[int]
@@ -507,6 +507,7 @@ class Stats(_message.Message):
     PEER_BYTES_FIELD_NUMBER: _ClassVar[int]
     FETCH_FLOOR_S_FIELD_NUMBER: _ClassVar[int]
     FETCH_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_RATE_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     kv_usage: float
@@ -537,4 +538,5 @@ class Stats(_message.Message):
     peer_bytes: int
     fetch_floor_s: float
     fetch_bytes_per_s: float
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., step_tokens: _Optional[int] = ..., decode_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., ended: _Optional[int] = ..., prefills: _Optional[int] = ..., host_bytes: _Optional[int] = ..., host_stored: _Optional[int] = ..., host_loaded: _Optional[int] = ..., host_evicted: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., disk_stored: _Optional[int] = ..., disk_loaded: _Optional[int] = ..., disk_evicted: _Optional[int] = ..., disk_failed: _Optional[int] = ..., peer_loaded: _Optional[int] = ..., peer_served: _Optional[int] = ..., peer_failed: _Optional[int] = ..., peer_bytes: _Optional[int] = ..., fetch_floor_s: _Optional[float] = ..., fetch_bytes_per_s: _Optional[float] = ...) -> None: ...
+    prefill_rate: float
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generation_tokens: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., step_tokens: _Optional[int] = ..., decode_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., ended: _Optional[int] = ..., prefills: _Optional[int] = ..., host_bytes: _Optional[int] = ..., host_stored: _Optional[int] = ..., host_loaded: _Optional[int] = ..., host_evicted: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., disk_stored: _Optional[int] = ..., disk_loaded: _Optional[int] = ..., disk_evicted: _Optional[int] = ..., disk_failed: _Optional[int] = ..., peer_loaded: _Optional[int] = ..., peer_served: _Optional[int] = ..., peer_failed: _Optional[int] = ..., peer_bytes: _Optional[int] = ..., fetch_floor_s: _Optional[float] = ..., fetch_bytes_per_s: _Optional[float] = ..., prefill_rate: _Optional[float] = ...) -> None: ...

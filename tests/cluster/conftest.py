@@ -60,7 +60,7 @@ class FakeEngine:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def start(self) -> None:
+    def start(self, *, measure: bool = False) -> None:
         self._thread.start()
 
     def shutdown(self) -> None:

@@ -304,7 +304,7 @@ class EchoEngine:
     def heartbeat(self) -> float:
         return time.monotonic()
 
-    def start(self) -> None:
+    def start(self, *, measure: bool = False) -> None:
         self._thread.start()
 
     def shutdown(self) -> None:

@@ -156,7 +156,7 @@ def test_blocks_are_offered_on_the_network_that_is_named(monkeypatch, alone, wan
             return Endpoint(f"{host}:1", "life", "token")
 
     engine = SimpleNamespace(
-        serve_blocks=lambda host: (asked.append(host), (f"{host}:2", "secret"))[1], start=lambda: None
+        serve_blocks=lambda host: (asked.append(host), (f"{host}:2", "secret"))[1], start=lambda *, measure: None
     )
     monkeypatch.setattr(rank_actor, "GroupService", Service)
     monkeypatch.setattr(rank_actor, "named_address", lambda: "10.1.0.7")
@@ -173,7 +173,7 @@ def test_a_network_without_an_address_ends_the_start(monkeypatch):
     monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "ib0")])
     monkeypatch.setattr(interfaces, "_address", lambda _: None)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
-    engine = SimpleNamespace(serve_blocks=lambda host: ("", ""), start=lambda: None)
+    engine = SimpleNamespace(serve_blocks=lambda host: ("", ""), start=lambda *, measure: None)
     actor = RankActor(EngineConfig(model="m"), RankSetup(lambda *_: engine))
     failure = asyncio.run(actor.start())
     assert isinstance(failure, Failure)

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 from kvasir.cluster.block_journal import BlockJournal
+from kvasir.cluster.member import MEMORY_S
 from kvasir.cluster.router import STAY_S, Router
 from kvasir.engine.blocks import chain_start, content_ids, salted, token_bytes
 from kvasir.engine.errors import OverloadedError
@@ -206,6 +207,26 @@ def test_an_idle_group_is_given_a_chance_whatever_is_believed_of_it():
     fleet = Fleet(1, max_ttft_s=1.0)
     fleet.load(0, rate=1.0)
     assert fleet.place(prompt(1)).wait_s == 1000.0
+
+
+def test_a_group_that_says_how_fast_it_starts_is_given_no_more_than_it_can_do_in_time():
+    router = Router("cost", max_ttft_s=1.0, draw=random.Random(0))
+    member = router.join("g")
+    member.welcome(INFO, "life")
+    member.report(Stats(prefill_rate=1000.0, **FREE), 0, 0.0)
+    with pytest.raises(OverloadedError, match=r"about 1.0 s"):
+        router.place(request(prompt(1, 1000)), [member], 0.1)
+    assert router.place(request(prompt(2, 600)), [member], 0.2).wait_s == 0.6
+    with pytest.raises(OverloadedError):
+        router.place(request(prompt(3, 600)), [member], 0.3)
+    other = router.join("slow to start")
+    other.welcome(INFO, "life")
+    other.report(Stats(prefill_rate=1.0, **FREE), 0, 0.0)
+    assert (
+        router.place(request(prompt(1, 1000)), [other], MEMORY_S + 0.1).member is other
+    )  # soon it is tried all the same
+    other.report(Stats(prefill_rate=5000.0, **FREE), 0, MEMORY_S + 1)
+    assert other.speed == 5000.0
 
 
 def test_sessions_stick_while_that_is_good_for_them():

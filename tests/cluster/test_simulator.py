@@ -152,6 +152,15 @@ def test_what_is_admitted_under_overload_is_in_time():
     assert late < 0.03 * len(runs)
 
 
+def test_what_is_admitted_at_once_is_in_time():
+    """Before any group has measured how fast it is under load."""
+    requests = [Arrival(number / 1000, [number + 10] * 400, 5) for number in range(100)]
+    in_time, _, runs, refused = share_in_time("cost", requests, groups=4, max_ttft_s=0.5)
+    assert in_time == 1.0
+    assert len(runs) >= 4
+    assert len(refused) > 50
+
+
 def test_too_much_load_is_no_collapse():
     """As many answers a second are in time as under less, and what is admitted stays in time."""
     good = []
