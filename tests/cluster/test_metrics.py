@@ -11,6 +11,7 @@ import httpx
 import pytest
 from fake_gateway import FakeGroup
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import until
 
 from kvasir.cluster.all_metrics import merged
 from kvasir.cluster.gateway import close_app, create_app
@@ -132,13 +133,11 @@ def test_what_is_known_of_blocks(live):
 
 
 def test_a_client_that_leaves_is_counted(live):
-    live.group.step_s = 0.02
-    with httpx.stream("POST", live.url + "/v1/completions", json={"prompt": "Hi", "stream": True}) as reply:
+    live.group.step_s, live.group.script = 0.02, lambda *_: [65] * 2000
+    body = {"prompt": "Hi", "stream": True, "max_tokens": 2000}
+    with httpx.stream("POST", live.url + "/v1/completions", json=body) as reply:
         next(reply.iter_lines())
-    for _ in range(100):
-        if value(samples(live), "kvasir:request_failed_total", code="cancelled") == 1:
-            return
-    pytest.fail("the cancelled request isn't counted")
+    until(lambda: value(samples(live), "kvasir:request_failed_total", code="cancelled") == 1)
 
 
 def test_what_tools_query_is_there(live, data):
