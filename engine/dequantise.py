@@ -41,11 +41,9 @@ def fp8_rows(name: str, weight: Tensor, scale: Tensor, first: int, last: int) ->
     return near[first - above * block : last - above * block]
 
 
-def mxfp4(name: str, blocks: Tensor, scales: Tensor) -> Tensor:
+def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """blocks[..., G, 16] of pairs of FP4 numbers, the lower half first, times 2^(scales[..., G] - 127) ->
     bfloat16 [..., 32 G] (OCP Microscaling Formats v1.0)."""
-    if blocks.dtype != torch.uint8 or blocks.shape[:-1] != scales.shape:
-        raise ConfigError(f"{name} has shape {list(blocks.shape)}, its scales have {list(scales.shape)}")
     table = torch.tensor([*FP4, *(-x for x in FP4)], dtype=torch.bfloat16)
     pairs = torch.cartesian_prod(table, table).flip(-1).contiguous().view(torch.int32).flatten()  # what each byte says
     powers = torch.ldexp(torch.ones(256), torch.arange(256) - 127).bfloat16()

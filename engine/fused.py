@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from kvasir.engine.errors import ConfigError
 from kvasir.engine.spec import Spec
 
 
@@ -27,6 +28,12 @@ def grouped(name: str, tensor: Any, fused: str, spec: Spec, q: str, k: str, v: s
     parts = {q: groups[:, :queries], k: groups[:, queries : queries + 1], v: groups[:, queries + 1 :]}
     for part, piece in parts.items():
         yield name.replace(fused, part), piece.reshape(-1, *tensor.shape[1:])
+
+
+def expect(name: str, tensor: Any, *shape: int) -> None:
+    """ConfigError unless this tensor of all experts has this shape, before it is taken apart."""
+    if tuple(tensor.shape) != shape:
+        raise ConfigError(f"{name} has shape {list(tensor.shape)}, config.json says {list(shape)}")
 
 
 def per_expert(tensors: Mapping[str, Any], fragment: str) -> Iterator[tuple[str, Any]]:

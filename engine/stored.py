@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvasir.engine.dequantise import GROUP, fp8_rows, mxfp4
+from kvasir.engine.errors import ConfigError
 
 META = torch.device("meta")
 WILL_NEED = 3
@@ -82,7 +83,18 @@ class Mxfp4:
     every other one, of the groups of columns that share a scale."""
 
     def __init__(self, name: str, blocks: Tensor, scales: Tensor) -> None:
-        self._name, self._blocks, self._scales = name, Mapped(blocks.contiguous()), Mapped(scales.contiguous())
+        if blocks.dtype != torch.uint8 or blocks.dim() < 3 or blocks.shape[-1] != GROUP // 2:
+            kind = str(blocks.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"{name} is {kind} of shape {list(blocks.shape)}; MXFP4 is uint8 of shape [..., rows, groups, {GROUP // 2}]"
+            )
+        if scales.dtype != torch.uint8 or scales.shape != blocks.shape[:-1]:
+            kind, scaled = str(scales.dtype).removeprefix("torch."), name.removesuffix("_blocks") + "_scales"
+            raise ConfigError(
+                f"{scaled} is {kind} of shape {list(scales.shape)}; for {name} of shape {list(blocks.shape)} it must be"
+                f" uint8 of shape {list(blocks.shape[:-1])}"
+            )
+        self._blocks, self._scales = Mapped(blocks.contiguous()), Mapped(scales.contiguous())
         self._groups, self._width = blocks.shape[-2], 2 * blocks.shape[-2:].numel()
         whole = torch.empty((*blocks.shape[:-2], self._width), dtype=torch.bfloat16, device=META)
         self.like = whole.transpose(-1, -2)
@@ -90,7 +102,7 @@ class Mxfp4:
 
     def read(self, view: Tensor) -> Tensor:
         blocks, scales = self._packed(view)
-        made = mxfp4(self._name, self._blocks.read(blocks), self._scales.read(scales))
+        made = mxfp4(self._blocks.read(blocks), self._scales.read(scales))
         columns = view.stride().index(1)
         return made.narrow(-1, view.storage_offset() % GROUP, view.size(columns)).movedim(-1, columns)
 

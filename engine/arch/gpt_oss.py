@@ -7,7 +7,7 @@ from typing import Any
 
 from kvasir.engine.arch import llama
 from kvasir.engine.config_json import layer_kinds, only, rope
-from kvasir.engine.fused import per_expert
+from kvasir.engine.fused import expect, per_expert
 from kvasir.engine.spec import Experts, Layer, Spec
 
 ARCHITECTURES = ("GptOssForCausalLM", "GptOssModel")
@@ -41,10 +41,13 @@ def spec(c: Mapping[str, Any]) -> Spec:
 
 def split(name: str, tensor: Any, spec: Spec) -> Iterable[tuple[str, Any]]:
     """All experts in one tensor, matrices [in, out], gate and up in turns."""
-    if ".mlp.experts." not in name:
+    facts = spec.experts
+    if ".mlp.experts." not in name or facts is None:
         return ((name, tensor),)
     kind = "bias" if name.endswith("_bias") else "weight"
     stem, _, part = name.removesuffix("_bias").rpartition(".")
+    sides = (facts.ffn, spec.hidden) if part == "down_proj" else (spec.hidden, 2 * facts.ffn)
+    expect(name, tensor, facts.count, *(sides if kind == "weight" else sides[1:]))
     if kind == "weight":
         tensor = tensor.transpose(1, 2)
     if part == "down_proj":

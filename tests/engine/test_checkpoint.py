@@ -237,7 +237,7 @@ def test_mxfp4() -> None:
     codes = torch.tensor([0, 1, 9, 7, 15, 3, 6, 13] * 4, dtype=torch.uint8)
     blocks = (codes[::2] | (codes[1::2] << 4)).view(1, 1, 1, 16).expand(2, 3, 2, 16).contiguous()
     scales = torch.tensor([127, 130], dtype=torch.uint8).expand(2, 3, 2).contiguous()
-    got = mxfp4("w", blocks, scales)
+    got = mxfp4(blocks, scales)
     assert got.shape == (2, 3, 64)
     assert torch.equal(got[1, 2].float(), torch.cat((numbers, numbers * 8)))
 
@@ -254,7 +254,7 @@ def test_gpt_oss_as_it_is_published(checkpoint: Make, tmp_path: Path) -> None:
         blocks = torch.from_numpy(rng.integers(0, 256, (experts, outputs, inputs // 32, 16), dtype=np.uint8))
         scales = torch.from_numpy(rng.integers(120, 126, (experts, outputs, inputs // 32), dtype=np.uint8))
         tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-        plain[name] = mxfp4(name, blocks, scales).transpose(1, 2).float().contiguous()
+        plain[name] = mxfp4(blocks, scales).transpose(1, 2).float().contiguous()
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
     save_file(tensors, tmp_path / "model.safetensors")

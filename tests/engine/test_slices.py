@@ -18,6 +18,7 @@ from kvasir.engine import stored
 from kvasir.engine.arch import load_spec
 from kvasir.engine.checkpoint import Part, open_checkpoint
 from kvasir.engine.dequantise import fp8, mxfp4
+from kvasir.engine.errors import ConfigError
 from kvasir.engine.mesh import Mesh, Place
 from kvasir.engine.share import Cut, share_of
 from kvasir.engine.stored import Mapped, Mxfp4, Stored, fp8_tensor, halved_tensor
@@ -44,7 +45,7 @@ def fp8_cases() -> list[tuple[Stored, torch.Tensor]]:
 def mxfp4_case() -> tuple[Stored, torch.Tensor]:
     blocks = torch.randint(0, 256, (5, 7, 2, 16), dtype=torch.uint8)
     scales = torch.randint(120, 130, (5, 7, 2), dtype=torch.uint8)
-    return Mxfp4("w", blocks, scales), mxfp4("w", blocks, scales).transpose(-1, -2)
+    return Mxfp4("w", blocks, scales), mxfp4(blocks, scales).transpose(-1, -2)
 
 
 def halved_case() -> tuple[Stored, torch.Tensor]:
@@ -116,9 +117,9 @@ def test_no_number_of_mxfp4_is_made_twice_or_for_others(tp: int, tmp_path: Path,
     made: list[int] = []
     plain = stored.mxfp4
 
-    def noted(name: str, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    def noted(packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         made.append(2 * packed.numel())
-        return plain(name, packed, scales)
+        return plain(packed, scales)
 
     monkeypatch.setattr(stored, "mxfp4", noted)
     names: list[str] = []
@@ -131,6 +132,32 @@ def test_no_number_of_mxfp4_is_made_twice_or_for_others(tp: int, tmp_path: Path,
     assert sum(made) == 3 * 3 * 64 * 64 // tp
     expected = [f"blocks.0.mlp.experts.{expert}.{part}.weight" for expert in range(3) for part in ("gate", "up")]
     assert [name for name in names if ".down." not in name] == expected
+
+
+@pytest.mark.parametrize(
+    ("blocks", "scales", "says"),
+    [
+        (
+            (3, 128, 2, 16),
+            (3, 128, 3),
+            r"gate_up_proj_scales is uint8 of shape \[3, 128, 3\].* of shape \[3, 128, 2\]$",
+        ),
+        ((3, 128, 2, 8), (3, 128, 2), r"gate_up_proj_blocks is uint8 of shape \[3, 128, 2, 8\]; .* groups, 16\]$"),
+        ((3, 130, 2, 16), (3, 130, 2), r"gate_up_proj has shape \[3, 64, 130\], config.json says \[3, 64, 128\]"),
+        ((2, 128, 2, 16), (2, 128, 2), r"gate_up_proj has shape \[2, 64, 128\], config.json says \[3, 64, 128\]"),
+        ((3, 128, 3, 16), (3, 128, 3), r"gate_up_proj has shape \[3, 96, 128\], config.json says \[3, 64, 128\]"),
+        ((128, 2, 16), (128, 2), r"gate_up_proj has shape \[64, 128\], config.json says \[3, 64, 128\]"),
+    ],
+)
+def test_mxfp4_of_other_shapes_is_refused(
+    blocks: tuple[int, ...], scales: tuple[int, ...], says: str, tmp_path: Path
+) -> None:
+    """By what is stored, where its parts don't fit each other; by the matrices, where config.json has others."""
+    stem = "model.layers.0.mlp.experts.gate_up_proj"
+    shapes = {f"{stem}_blocks": blocks, f"{stem}_scales": scales}
+    save_file({k: torch.zeros(v, dtype=torch.uint8) for k, v in shapes.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=says):
+        list(open_checkpoint(tmp_path).tensors(load_spec(GPT_OSS)))
 
 
 @pytest.mark.parametrize("case", ["Llama", "Phi3", "GPT2"])
