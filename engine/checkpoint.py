@@ -84,8 +84,11 @@ class Part:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.view.shape)
 
+    def read(self, cut: Cut | None = None) -> Tensor:
+        return _narrowed(self.made(), cut) if self.made is not None else self.stored.read(self._wanted(cut))
+
     def copy_to(self, place: Tensor, cut: Cut | None = None) -> None:
-        place.copy_(_narrowed(self.made(), cut) if self.made is not None else self.stored.read(self._wanted(cut)))
+        place.copy_(self.read(cut))
 
     def fetch(self, cut: Cut | None = None) -> None:
         self.stored.fetch(self.stored.like if self.made is not None else self._wanted(cut))
@@ -118,7 +121,7 @@ class NamedCheckpoint:
                 if part.name not in ("head.weight", "head.bias") or (spec.lm_head and not spec.tied):
                     yield replace(part, nbytes=size)
                 elif part.name == "head.weight" and spec.lm_head:
-                    self._note_own_head(name, stored.read(part.view), spec)
+                    self._note_own_head(name, part.read(), spec)
                 size = 0
 
     def head(self) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -150,12 +151,18 @@ def is_view(tensor: Tensor, of: Tensor) -> bool:
 def will_need(tensor: Tensor) -> None:
     """Ask the system to read what is mapped here from its file: several requests at once keep a disk busy, where a mapped file by
     itself waits for one page after the other."""
-    advise = getattr(ctypes.CDLL(None), "madvise", None)
+    advise = _madvise()
     if advise is None or not tensor.numel():
         return
     begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     size = tensor.data_ptr() + _reach(tensor) * tensor.itemsize - begin
     advise(ctypes.c_void_p(begin), ctypes.c_size_t(size), WILL_NEED)  # it is advice: nothing depends on its success
+
+
+@cache
+def _madvise() -> Any:
+    """The system's; None where it has none."""
+    return getattr(ctypes.CDLL(None), "madvise", None)
 
 
 def _reach(tensor: Tensor) -> int:

@@ -8,6 +8,7 @@ import pickle
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,21 @@ def test_a_head_of_its_own_in_a_tied_model_is_told(
     save_file({**tensors, "lm_head.weight": (embed + 1).bfloat16()}, tmp_path / "model.safetensors")
     assert "head.weight" not in filled(tmp_path)
     assert "lm_head.weight isn't read: config.json ties it to model.embed_tokens.weight" in caplog.text
+
+
+def test_a_head_that_is_a_copy_is_compared_as_well(
+    checkpoint: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = copied(checkpoint("Llama", tie_word_embeddings=True)[0], tmp_path)
+    embed = tensors["model.embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": embed.flip(0)}, tmp_path / "model.safetensors")
+
+    def split(name: str, tensor: Tensor, spec: Any) -> Any:
+        return ((name, tensor.flip(0) if name == "lm_head.weight" else tensor),)
+
+    spec = replace(load_spec(json.loads((tmp_path / "config.json").read_text())), split=split)
+    list(open_checkpoint(tmp_path).tensors(spec))
+    assert not caplog.records
 
 
 def test_weights_quantised_otherwise_are_refused(checkpoint: Make, tmp_path: Path) -> None:

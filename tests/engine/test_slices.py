@@ -188,8 +188,8 @@ def test_no_more_is_read_than_a_rank_holds(
         assert sum(read) == sum(asked) == held
 
 
-def test_what_is_asked_for_is_what_lies_there(monkeypatch: Any) -> None:
-    """Whole pages around it."""
+def test_what_is_asked_for_is_what_lies_there(monkeypatch: Any, request: pytest.FixtureRequest) -> None:
+    """Whole pages around it; the system's library is opened once."""
     calls: list[tuple[int, int, int]] = []
 
     class System:
@@ -197,7 +197,10 @@ def test_what_is_asked_for_is_what_lies_there(monkeypatch: Any) -> None:
             calls.append((begin.value, size.value, what))
             return 0
 
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: System())
+    opened: list[None] = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: opened.append(name) or System())
+    stored._madvise.cache_clear()
+    request.addfinalizer(stored._madvise.cache_clear)
     memory = torch.zeros(100, 1000)
     mapped = Mapped(memory)
     mapped.fetch(mapped.like[20:50, 10:20])
@@ -207,3 +210,5 @@ def test_what_is_asked_for_is_what_lies_there(monkeypatch: Any) -> None:
     assert first - mmap.PAGESIZE < begin <= first
     mapped.fetch(mapped.like[:0])
     assert len(calls) == 1
+    mapped.fetch(mapped.like)
+    assert (len(calls), len(opened)) == (2, 1)
