@@ -5,6 +5,7 @@
 #
 #   benchmarks/gpu.sh            # on cuda
 #   DEVICE=cpu benchmarks/gpu.sh # the same on a CPU, to try the script itself in 5 minutes: fewer tests, small models
+#                                # (Triton 3.6 interprets loops over what isn't known beforehand only with numpy before 2.4)
 #   OUT=folder                   # figures as JSON go there, too; stages.jsonl says how every stage ended; backends.json is to
 #                                # become kernels/backends.json, by which ops take the backend that was fastest on such a GPU
 #   TESTS="tests/kernels"        # what is tested; default: Triton's kernels
