@@ -98,10 +98,12 @@ def request(
     return Request(request_id=name, prompt_token_ids=prompt, sampling=params, deadline_s=deadline_s)
 
 
-def slow(engine: Engine, seconds: float = 0.02) -> None:
-    """Every step takes at least this long."""
-    run = engine._executor.rank.launch
-    engine._executor.rank.launch = lambda step: (time.sleep(seconds), run(step))[1]  # type: ignore[method-assign]
+def slow(engine: Engine, seconds: float = 0.02) -> Callable[[], None]:
+    """Every step takes at least this long, until what this returns is called."""
+    rank = engine._executor.rank
+    run = rank.launch
+    rank.launch = lambda step: (time.sleep(seconds), run(step))[1]  # type: ignore[method-assign]
+    return lambda: setattr(rank, "launch", run)
 
 
 def test_a_request(make: Callable[..., Engine], client: Client) -> None:
@@ -224,10 +226,11 @@ def test_abort(make: Callable[..., Engine], client: Client, tokens_before: int) 
 
 def test_abort_of_one_branch(make: Callable[..., Engine], client: Client) -> None:
     engine = make()
-    slow(engine)
+    hurry = slow(engine, 0.1)
     engine.submit(request("a", n=3, max_tokens=20))
     client.wait(lambda: "a" in client.events and len(client.tokens("a", 1)) >= 2)
     engine.abort("a", 1, "stop")
+    hurry()
     client.wait(lambda: sum(isinstance(e, Finished) for e in client.events["a"]) == 3)
     ends = {e.index: e for e in client.events["a"] if isinstance(e, Finished)}
     assert [ends[i].reason for i in range(3)] == ["length", "stop", "length"]
@@ -281,10 +284,11 @@ def test_a_deadline_counts_from_the_submission(make: Callable[..., Engine]) -> N
 
 
 def test_deadlines_hold_for_running_and_waiting_requests(make: Callable[..., Engine], client: Client) -> None:
-    engine = make(max_num_seqs=1)
+    engine = make(start=False, max_num_seqs=1)
     slow(engine)
     engine.submit(request("running", max_tokens=100, deadline_s=0.3))
     engine.submit(request("waiting", deadline_s=0.1))
+    engine.start()
     client.wait(lambda: client.ended("running") and client.ended("waiting"))
     for name in ("running", "waiting"):
         assert isinstance(client.end(name), Failed)
@@ -314,17 +318,18 @@ def test_who_listens_hears_of_blocks(make: Callable[..., Engine], client: Client
 
 def test_stats(make: Callable[..., Engine], client: Client, fresh: Callable[..., Any]) -> None:
     engine = make()
-    slow(engine, 0.1)
+    hurry = slow(engine, 0.1)
     for number in range(6):
-        engine.submit(request(str(number), max_tokens=8))
+        engine.submit(request(str(number), max_tokens=30))
     client.wait(lambda: len(client.events) >= 4)
     stats = fresh(engine)
     assert (stats.running, stats.waiting) == (4, 2)
     assert 0 < stats.kv_usage < 1
+    hurry()
     client.wait(lambda: all(client.ended(str(number)) for number in range(6)))
     stats = fresh(engine)
     assert (stats.running, stats.waiting, stats.kv_usage) == (0, 0, 0)
-    assert (stats.prompt_tokens, stats.generation_tokens) == (18, 48)
+    assert (stats.prompt_tokens, stats.generation_tokens) == (18, 180)
 
 
 @pytest.mark.filterwarnings("default")
