@@ -161,7 +161,7 @@ class Desk:
         try:
             return vectors, await vectors.run()
         except KvasirError as error:
-            vectors.error = error.code
+            vectors.error, error.counted = error.code, True
             raise
         finally:
             self.end(vectors)
@@ -205,6 +205,8 @@ class Desk:
         except BaseException as error:  # cancellation too: span and counter must not be forgotten
             code = _code(error)
             self.metrics.failed(model.name, code)
+            if isinstance(error, KvasirError):
+                error.counted = True
             span.end(error=code)
             raise
 

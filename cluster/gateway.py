@@ -74,7 +74,7 @@ def create_app(
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
     keys = load_keys(config, os.environ)
-    app.add_middleware(Front, keys=keys, origins=Origins(config, keys))
+    app.add_middleware(Front, keys=keys, origins=Origins(config, keys), refused=desk.metrics.refused)
     if config.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -146,7 +146,7 @@ class Generation:
         try:
             deltas = transcript.feed(events)
         except KvasirError as error:
-            self.error = error.code
+            self.error, error.counted = error.code, True
             with named(self._known_as):
                 raise
         for event in events:
@@ -168,7 +168,7 @@ class Generation:
         """It was abandoned; without a reason the server drains, or the group does."""
         ended = "the server ended this request before it was complete"
         error = self._why or UnavailableError(ended, retry_after_s=1.0)
-        self.error = error.code
+        self.error, error.counted = error.code, True
         return error
 
     def _conclude(self) -> None:

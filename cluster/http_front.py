@@ -56,8 +56,9 @@ class ClientGoneError(Exception):
 class Front:
     """The middleware around all routes: request id in and out, API keys, and which pages may call where none is needed."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, origins: Origins) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, origins: Origins, refused: Callable[[KvasirError], None]) -> None:
         self._app = app
+        self._refused = refused
         self._keys = keys
         self._origins = origins
 
@@ -67,7 +68,7 @@ class Front:
             return
         headers = header_map(scope)
         state = scope.setdefault("state", {})
-        state["request_id"], state["principal"] = None, ""
+        state["request_id"], state["principal"], state["refused"] = None, "", self._refused
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -82,6 +83,7 @@ class Front:
             if scope["path"] not in OPEN_PATHS:
                 state["principal"] = self._keys.check(headers.get("authorization"), headers.get("x-api-key"))
         except KvasirError as error:
+            self._refused(error)
             await send_error(send_with_id, error, scope["path"], state["request_id"], headers)
             return
         with contextlib.suppress(ClientGoneError):
@@ -178,6 +180,7 @@ def route_header(route: str | None) -> list[tuple[bytes, bytes]]:
 
 async def on_kvasir_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, KvasirError)
+    request.scope["state"]["refused"](error)
     headers = {name.decode(): value.decode() for name, value in _error_headers(error)}
     body = error_body(error, request.scope["path"], request.scope["state"]["request_id"], request.headers)
     return Response(orjson.dumps(body), error.status, headers, "application/json")
@@ -195,7 +198,9 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 
 async def on_bug(request: Request, error: Exception) -> Response:
     """Anything else. It goes on to the server, which logs it; `Front` has been left already."""
-    response = await on_kvasir_error(request, ServerError("internal error; the server's log says more"))
+    told = ServerError("internal error; the server's log says more")
+    told.counted = True  # as a rule: few bugs show before there is a model
+    response = await on_kvasir_error(request, told)
     for name in ("x-request-id", "request-id"):
         response.headers[name] = request.scope["state"]["request_id"]
     return response

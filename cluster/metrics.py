@@ -18,6 +18,7 @@ from prometheus_client.utils import floatToGoString
 
 from kvasir.cluster import telemetry
 from kvasir.cluster.group_directory import GroupDirectory
+from kvasir.engine.errors import KvasirError
 from kvasir.engine.event import Finished, Pooled
 from kvasir.engine.request import Request
 
@@ -92,6 +93,11 @@ class Metrics:
     def failed(self, model: str, code: str) -> None:
         """A call was refused, or failed later; `cancelled`: its client went away."""
         self._failed.labels(model, code).inc()
+
+    def refused(self, error: KvasirError) -> None:
+        """A request got no other answer; where no model has been found for it, it counts without one."""
+        if not error.counted:
+            self.failed("", error.code)
 
     def failover(self, model: str) -> None:
         """A request's group died."""

@@ -18,6 +18,8 @@ class KvasirError(Exception):
         self.param = param
         """Name of the request field or flag that is to blame."""
         self.retry_after_s = retry_after_s
+        self.counted = False
+        """Metrics have it already, under its model."""
 
 
 class ClientError(KvasirError, ValueError):

@@ -85,6 +85,21 @@ def test_counts_and_times(live):
     assert value(found, "gen_ai_server_time_per_output_token_seconds_count", **labels) == 5
 
 
+def test_a_refusal_before_a_model_is_known_is_counted_without_one(live):
+    assert complete(live, stream="x").status_code == 400
+    assert complete(live, model="nobody").status_code == 404
+    assert httpx.post(live.url + "/v1/completions", json={}, headers={"x-request-id": "a" * 999}).status_code == 400
+    assert httpx.get(live.url + "/nowhere").status_code == 404
+    assert complete(live, temperature=-1).status_code == 400
+    live.group.dies_after = 2
+    assert complete(live).status_code == 503
+    found = samples(live)
+    counts = {"invalid_request_error": 2, "model_not_found": 1, "unknown_url": 1}
+    failed = "kvasir:request_failed_total"
+    assert {code: value(found, failed, model_name="", code=code) for code in counts} == counts
+    assert value(found, failed) == sum(counts.values()) + 2  # those of the model count once
+
+
 def test_the_groups_stats(live):
     found = samples(live)
     assert value(found, "vllm:num_requests_running", model_name="bytes", engine="group-1") == 3
