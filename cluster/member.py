@@ -133,9 +133,7 @@ class Member:
         """The group's load, with this gateway's requests up to number `counted` in it."""
         if self._told_at is not None and now > self._told_at:
             self._measure(self.stats, stats, now - self._told_at, now)
-        elif (
-            self._told_at is None and stats.prefill_rate
-        ):  # it may have been slow to start: soon it is tried all the same
+        elif not self.rate and stats.prefill_rate:  # believed, but not for long: it may have been slow to start
             self._measured_at = max(self._measured_at, now - KNOWN_S + MEMORY_S)
         self.stats, self._told_at = stats, now
         self._price_fetches()
@@ -192,14 +190,16 @@ class Member:
 
     def queue(self, tokens: float, together: bool = False) -> float:
         """Seconds that a request with so many tokens to compute waits for others; together: for all that were given to it
-        before. 0 while its speed isn't known."""
+        before. Until its speed was measured, by what it says of its own steps; 0 while that isn't known."""
         seats = self._seat_wait(tokens) if self._end_rate else 0.0
         ahead = self.prefill_tokens if together else self.before(tokens)
-        return seats + self._step_s + ahead / self.speed if self.speed else seats
+        speed = self.speed or self.stats.prefill_rate
+        return seats + self._step_s + ahead / speed if speed else seats
 
     def wait(self, tokens: float, together: bool = False) -> float:
         """The same, and for its own tokens."""
-        return self.queue(tokens, together) + (tokens / self.speed if self.speed else 0.0)
+        speed = self.speed or self.stats.prefill_rate
+        return self.queue(tokens, together) + (tokens / speed if speed else 0.0)
 
     def fetch_price(self, tokens: float) -> float:
         """What it costs this group to fetch the blocks of so many tokens, in tokens computed."""
@@ -207,8 +207,8 @@ class Member:
 
     @property
     def speed(self) -> float:
-        """Its rate, or its like's, or what it says of its own steps; 0 while none is known."""
-        return self.rate or self._pace.rate or self.stats.prefill_rate
+        """Its rate, or its like's; 0 while neither is known."""
+        return self.rate or self._pace.rate
 
     def known(self, now: float) -> bool:
         """Its speed was measured lately."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import secrets
 import threading
@@ -38,6 +39,8 @@ LOADING_S = 0.001
 """The same while it has nothing to do but wait for blocks from a lower tier."""
 STATS_PERIOD_S = 0.05
 MAX_RETRY_S = 60.0
+BEFORE = 1000
+"""More steps than are run before the scheduler's first."""
 MEASURED_TOKENS, MEASURED_S = 32, 0.1
 """Prompts grow from so many tokens until their step takes so long, so that a large model on a CPU starts soon, too."""
 
@@ -92,8 +95,12 @@ class Engine:
         self._pulls: Pulls | None = None
         self._asks: deque[tuple[Ask, Sequence[ContentId], Future[Offer]]] = deque()
         self._collected = 0.0
+        self._before = itertools.count(-BEFORE)
+        """Numbers of steps before the scheduler's first: ranks that read tokens later tell them apart by these."""
         self._prefill = 0.0, 0.0
         """Tokens and seconds of steps that computed prompts; old ones fade."""
+        self._telling = min(MEASURED_TOKENS, self._scheduler.budget)
+        """Steps of fewer tokens say nothing of long prompts: they take as long for less."""
         self._groups = len(loaded.cache.layout.groups)
         self._wake = threading.Condition()
         self._inbox: deque[Request | tuple[str, int | None, FinishReason]] = deque()
@@ -115,6 +122,7 @@ class Engine:
         self._prompt_s(1)
         if measure:
             self._prefill = self._measure_prompts()
+            self._telling = int(self._prefill[0]) // 2
             self._stats = replace(self._stats, prefill_rate=self._prefill_rate)
         if self._tiers is not None:
             self._tiers.wait_until_scanned()
@@ -123,23 +131,27 @@ class Engine:
     def _measure_prompts(self) -> tuple[int, float]:
         """(tokens, seconds) of ever longer ones, each twice: the first of a length sets up what the second doesn't pay for."""
         room = self.pool.num_blocks // self._groups * self.config.block_size
-        most = min(self._scheduler.budget, self.info.max_model_len - 1, room)
+        most = max(1, min(self._scheduler.budget, self.info.max_model_len - 1, room))
         length = min(MEASURED_TOKENS, most)
         while True:
             took = min(self._prompt_s(length), self._prompt_s(length))
             if took >= MEASURED_S or length == most:
-                return length, took
+                return length * self._executor.depth, took  # under load all stages compute at once
             length = min(4 * length, most)
 
     def _prompt_s(self, length: int) -> float:
         """Seconds of a step that computes a prompt alone, in blocks that hold nothing yet."""
         pool = "generate" not in self.info.tasks
         pooling = PoolingParams() if pool else None
-        new = NewSequence(0, (0,) * length, length, SamplingParams(temperature=0), 0, (), pooling=pooling)
+        tokens = tuple(
+            token % self.info.vocab_size for token in range(length)
+        )  # equal ones would all choose the same experts
+        new = NewSequence(0, tokens, length, SamplingParams(temperature=0), 0, (), pooling=pooling)
         count = -(-length // self.config.block_size)
         blocks = tuple((0, group, tuple(range(group * count, (group + 1) * count))) for group in range(self._groups))
         began = time.monotonic()
-        self._executor.launch(Step(0, (0,), (new,), blocks, slices=(Slice(0, 0, length, not pool, pool=pool),)))
+        slices = (Slice(0, 0, length, not pool, pool=pool),)
+        self._executor.launch(Step(next(self._before), (0,), (new,), blocks, slices=slices))
         self._executor.collect()
         return time.monotonic() - began
 
@@ -353,7 +365,7 @@ class Engine:
         tokens, took = sum(counts), self._collected - began
         if sum(count for count in counts if count > 1) <= tokens / 2:
             return
-        if tokens >= min(MEASURED_TOKENS, self._scheduler.budget):
+        if tokens >= self._telling:
             self._prefill = KEEP * self._prefill[0] + tokens, KEEP * self._prefill[1] + took
         if self._prices is not None:
             self._prices.computed(tokens, took)
