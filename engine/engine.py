@@ -121,8 +121,9 @@ class Engine:
         prompts, so that it is known from the first request how fast they are; part of a second, more on a slow CPU."""
         self._prompt_s(1)
         if measure:
-            self._prefill = self._measure_prompts()
-            self._telling = int(self._prefill[0]) // 2
+            length, took = self._measure_prompts()
+            self._telling = length // 2
+            self._prefill = length * self._executor.depth, took  # under load all stages compute at once
             self._stats = replace(self._stats, prefill_rate=self._prefill_rate)
         if self._tiers is not None:
             self._tiers.wait_until_scanned()
@@ -136,7 +137,7 @@ class Engine:
         while True:
             took = min(self._prompt_s(length), self._prompt_s(length))
             if took >= MEASURED_S or length == most:
-                return length * self._executor.depth, took  # under load all stages compute at once
+                return length, took
             length = min(4 * length, most)
 
     def _prompt_s(self, length: int) -> float:
