@@ -144,9 +144,8 @@ class Engine:
         """Seconds of a step that computes a prompt alone, in blocks that hold nothing yet."""
         pool = "generate" not in self.info.tasks
         pooling = PoolingParams() if pool else None
-        tokens = tuple(
-            token % self.info.vocab_size for token in range(length)
-        )  # equal ones would all choose the same experts
+        # equal tokens would all choose the same experts
+        tokens = tuple(token % self.info.vocab_size for token in range(length))
         new = NewSequence(0, tokens, length, SamplingParams(temperature=0), 0, (), pooling=pooling)
         count = -(-length // self.config.block_size)
         blocks = tuple((0, group, tuple(range(group * count, (group + 1) * count))) for group in range(self._groups))
