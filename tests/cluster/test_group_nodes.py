@@ -18,6 +18,7 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 from ray.serve import RunTarget
+from ray.serve.exceptions import DeploymentUnavailableError
 from kvasir.cluster import application
 from kvasir.cluster.doctor_cluster import look
 from kvasir.cluster.group_client import GroupClient
@@ -46,7 +47,10 @@ def deploy(stages, share):
     return serve.get_app_handle("test")
 
 def told(handle, what):
-    answers = handle.broadcast(what).results(timeout_s=60, return_exceptions=True)
+    try:
+        answers = handle.broadcast(what).results(timeout_s=60, return_exceptions=True)
+    except DeploymentUnavailableError:  # the lost node had the coordinator too
+        return []
     return [answer for answer in answers if not isinstance(answer, Exception)]
 
 def endpoint(handle):
