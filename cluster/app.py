@@ -92,7 +92,7 @@ def run(config: ClusterConfig, *, address: str | None = None, make_engine: MakeE
             )
         try:
             _deploy(config, make_engine, own_ray=address is None)
-            addresses = wait_until_ready(APP)
+            addresses = wait_until_ready(APP, config.gateway.num_gateways)
         except BaseException as error:
             if not others:
                 _take_back(error, config.gateway.drain_timeout_s, own_ray=address is None)
@@ -180,8 +180,8 @@ def _end_application(drain_s: float, *, own_ray: bool) -> None:
             log.warning("the application didn't end within a minute; `serve status` knows more")
 
 
-def wait_until_ready(app: str) -> Addresses:
-    """Returns when a gateway has every model. Raises StartError when a deployment failed for good."""
+def wait_until_ready(app: str, gateways: int = 1) -> Addresses:
+    """Returns when so many gateways listen and have every model. Raises StartError when a deployment failed for good."""
     from ray import serve
 
     noted = time.monotonic()
@@ -193,9 +193,10 @@ def wait_until_ready(app: str) -> Addresses:
             _note_unplaced(app, status)
         time.sleep(0.1)
     while True:
-        states: list[tuple[Addresses, dict[str, str]]] = _ask_gateways(app, "state", timeout_s=10.0)
-        if states and not any(missing for _, missing in states):
-            return states[0][0]
+        with contextlib.suppress(TimeoutError):  # who died or hangs is being replaced
+            states: list[tuple[Addresses, dict[str, str]]] = _ask_gateways(app, "state", timeout_s=10.0)
+            if len(states) >= gateways and not any(missing for _, missing in states):
+                return states[0][0]
         time.sleep(0.05)
 
 
@@ -311,13 +312,13 @@ def _reserve(gateway: GatewayConfig, name: str, reserved: contextlib.ExitStack) 
     if port < 0:
         return -1
     try:
-        probe = bound_socket(host, port, shared=False)
+        if port:
+            bound_socket(host, port, shared=False).close()
+        held = bound_socket(host, port, shared=True)  # instead of 0 the system gives one that nobody has, shared or not
     except ConfigError as error:
         raise ConfigError(f"{error.message} (see --host and --{name.replace('_', '-')})", param=name) from error
-    with contextlib.closing(probe):
-        port = int(probe.getsockname()[1])
-    reserved.enter_context(contextlib.closing(bound_socket(host, port, shared=True)))
-    return port
+    reserved.enter_context(contextlib.closing(held))
+    return int(held.getsockname()[1])
 
 
 def _start_ray(config: ClusterConfig, address: str | None) -> None:

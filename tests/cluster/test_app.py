@@ -257,7 +257,7 @@ def serve_by_hand(byte_model, monkeypatch):
         def deploy(*_, **__):
             applications.setdefault(app.APP, application(gateway))
 
-        def failed(_):
+        def failed(*_):
             raise error
 
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -308,6 +308,24 @@ def test_why_a_start_failed_is_told_though_the_cluster_is_gone(serve_by_hand, mo
 def test_a_model_that_is_not_there_is_told_before_anything_starts(tmp_path):
     with pytest.raises(ConfigError):
         app.run(config(tmp_path / "nothing", port=0, grpc_port=0))
+
+
+def test_ready_is_said_when_every_gateway_has_every_model(monkeypatch):
+    """Be it that one died since Serve called them all running, or is held up, or hasn't found a group yet."""
+    here, there = Addresses("http://here", None), Addresses("http://there", None)
+    whole = [(here, {}), (there, {})]
+    told = [TimeoutError(), [(there, {})], [(there, {}), (here, {"skald": "loading"})], whole]
+
+    def ask(*_, **__):
+        if isinstance(answer := told.pop(0), Exception):
+            raise answer
+        return answer
+
+    running = SimpleNamespace(status="RUNNING")
+    monkeypatch.setattr(ray.serve, "status", lambda: SimpleNamespace(applications={app.APP: running}))
+    monkeypatch.setattr(app, "_ask_gateways", ask)
+    assert app.wait_until_ready(app.APP, 2) == here
+    assert not told
 
 
 TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS")
