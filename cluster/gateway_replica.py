@@ -36,8 +36,6 @@ from kvasir.engine.config import Role
 from kvasir.engine.errors import UnavailableError
 
 ASK_TIMEOUT_S = 5.0
-ASK_PAUSE_S = 1.0
-"""How often at most the other gateways are asked who they are."""
 HUB = "HF_"
 """How the variables of huggingface_hub begin: token, cache, endpoint, offline."""
 
@@ -102,8 +100,6 @@ class Gateway:
             Siblings(partial(_ask_gateways, "door")),
             Siblings(partial(_ask_gateways, "metrics")),
         )
-        self._known_doors: dict[str, str | None] = {}
-        self._asked_at = 0.0
         self._desk = Desk(
             models,
             self._directory,
@@ -154,7 +150,7 @@ class Gateway:
         from kvasir.cluster.http_protocol import server_config
 
         config = self._config
-        self._app = create_app(self._desk, config, self._find_gateway, self._other_metrics, self._set_role)
+        self._app = create_app(self._desk, config, self._doors.find, self._other_metrics, self._set_role)
         self._app.state.shelf.background.start()
         ports = [config.port, *([config.ollama_port] if config.ollama_port >= 0 else [])]
         socks = [bound_socket(config.host, port, shared=True) for port in ports]
@@ -181,13 +177,6 @@ class Gateway:
         except (TimeoutError, RayError, RayServeException):
             return False
         return any(answer is True for some in answers for answer in some)
-
-    async def _find_gateway(self, name: str) -> str | None:
-        """The door of another gateway."""
-        if name not in self._known_doors and time.monotonic() - self._asked_at > ASK_PAUSE_S:
-            self._asked_at = time.monotonic()
-            self._known_doors = await self._doors.told()
-        return self._known_doors.get(name)
 
     async def _other_metrics(self) -> dict[str, str] | None:
         """What the other gateways measured: they share our port."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+PAUSE_S = 1.0
+"""How often at most they are asked because somebody isn't known."""
 Ask = Callable[[], Awaitable[Sequence[Any]]]
 """What every gateway answers: (its name, something), or the exception that came instead. Raises TimeoutError."""
 
@@ -15,6 +19,8 @@ class Siblings:
     def __init__(self, ask: Ask) -> None:
         self._ask = ask
         self._told: dict[str, Any] = {}
+        self._asking: asyncio.Task[None] | None = None
+        self._asked_at = 0.0
 
     async def told(self) -> dict[str, Any]:
         """Ask; name -> what it said, or said last."""
@@ -25,3 +31,19 @@ class Siblings:
         said = dict(answer for answer in answers if not isinstance(answer, BaseException))
         self._told = said if len(said) == len(answers) else self._told | said
         return dict(self._told)
+
+    async def find(self, name: str) -> Any:
+        """What the one of that name said last; None: it isn't there. All are asked where it isn't known, and who wants to know
+        meanwhile shares the answer."""
+        if name not in self._told:
+            self._asking = self._asking or asyncio.ensure_future(self._ask_again())
+            await asyncio.shield(self._asking)
+        return self._told.get(name)
+
+    async def _ask_again(self) -> None:
+        try:
+            await asyncio.sleep(self._asked_at + PAUSE_S - time.monotonic())
+            self._asked_at = time.monotonic()
+            await self.told()
+        finally:
+            self._asking = None

@@ -13,10 +13,10 @@ from fake_gateway import FakeGroup
 from prometheus_client.parser import text_string_to_metric_families
 from waiting import until
 
+from kvasir.cluster import siblings
 from kvasir.cluster.all_metrics import merged
 from kvasir.cluster.gateway import close_app, create_app
 from kvasir.cluster.metrics import Metrics
-from kvasir.cluster.siblings import Siblings
 from kvasir.engine.event import Finished
 from kvasir.engine.request import Request, SamplingParams
 
@@ -244,10 +244,30 @@ def test_who_does_not_answer_is_taken_to_be_as_it_was():
         return answer
 
     async def told():
-        siblings = Siblings(ask)
-        return [await siblings.told() for _ in range(4)]
+        gateways = siblings.Siblings(ask)
+        return [await gateways.told() for _ in range(4)]
 
     first, second, third, fourth = asyncio.run(told())
     assert first == {"a": "1", "b": "1", "c": "1"}
     assert second == third == {"a": "2", "b": "1", "c": "2"}
     assert fourth == {"a": "4", "c": "4"}
+
+
+def test_who_looks_for_a_gateway_while_all_are_asked_waits_for_the_answer(monkeypatch):
+    """And who asks a moment later, behind somebody who asked for one that isn't there, is answered, too."""
+    monkeypatch.setattr(siblings, "PAUSE_S", 0.05)
+    asked, there = [], [("a", "door")]
+
+    async def ask():
+        asked.append(len(there))
+        await asyncio.sleep(0.01)
+        return [*there]
+
+    async def found():
+        doors = siblings.Siblings(ask)
+        first = await asyncio.gather(doors.find("a"), doors.find("a"), doors.find("nobody"))
+        there.append(("b", "another"))
+        return first, await asyncio.gather(doors.find("b"), doors.find("a"))
+
+    assert asyncio.run(found()) == (["door", "door", None], ["another", "door"])
+    assert asked == [1, 2]
