@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvasir.engine import gguf_config, gguf_names
 from kvasir.engine.errors import ConfigError
+from kvasir.engine.fused import expect, qkv_rows, shape_of
 from kvasir.engine.gguf import StoredTensor, read_gguf
 from kvasir.engine.gguf_blocks import fill
 from kvasir.engine.share import Cut
@@ -162,7 +163,7 @@ def _fillers(ours: str, original: str, rows: Rows, spec: Spec, arch: str) -> Ite
     shift = -spec.norm_offset if ours.endswith("norm.weight") else 0.0
     match part:
         case "qkv":
-            for each, piece in _stacked(rows, _qkv_rows(spec)):
+            for each, piece in _stacked(original, rows, spec, qkv_rows(spec, "q", "k", "v")):
                 yield from _fillers(f"{stem}.{each}{suffix}", original, piece, spec, arch)
         case "q" | "k" if arch in gguf_names.PERMUTED:
             yield _permuted(ours, original, rows, spec.heads if part == "q" else spec.kv_heads, spec.head_dim)
@@ -170,8 +171,8 @@ def _fillers(ours: str, original: str, rows: Rows, spec: Spec, arch: str) -> Ite
             for number, expert in enumerate(rows.unbound()):
                 yield from _fillers(f"{stem}.{number}.{part}{suffix}", original, expert, spec, arch)
         case "gate_up" | "up" if part == "gate_up" or _holds_gate(stem, rows, spec):
-            half = rows.shape[0] // 2
-            for each, piece in _stacked(rows, {"gate": half, "up": half}):
+            ffn = spec.experts.ffn if part == "gate_up" and spec.experts else spec.ffn
+            for each, piece in _stacked(original, rows, spec, {"gate": ffn, "up": ffn}):
                 yield _plain(f"{stem}.{each}{suffix}", original, piece)
         case "shared_gate":
             yield _plain(ours, original, rows.reshaped(1))
@@ -192,12 +193,8 @@ def _holds_gate(stem: str, rows: Rows, spec: Spec) -> bool:
     return stem.endswith(".mlp") and spec.gated and rows.shape[0] == 2 * spec.ffn
 
 
-def _qkv_rows(spec: Spec) -> dict[str, int]:
-    kv = spec.kv_heads * spec.head_dim
-    return {"q": spec.heads * spec.head_dim, "k": kv, "v": kv}
-
-
-def _stacked(rows: Rows, parts: Mapping[str, int]) -> Iterator[tuple[str, Rows]]:
+def _stacked(original: str, rows: Rows, spec: Spec, parts: Mapping[str, int]) -> Iterator[tuple[str, Rows]]:
+    expect(original, rows, *shape_of(original, sum(parts.values()), spec))
     start = 0
     for name, count in parts.items():
         yield name, rows.part(start, start + count)

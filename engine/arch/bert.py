@@ -85,5 +85,5 @@ def spec(c: Mapping[str, Any], **changes: Any) -> Spec:
 def split(name: str, tensor: Any, spec: Spec) -> Iterable[tuple[str, Any]]:
     """Jina's gated_layers: gate upon up. Old checkpoints call a norm's weight gamma, its bias beta."""
     if ".mlp.gated_layers." in name:
-        return stacked(name, tensor, "gated_layers", {"gate": spec.ffn, "up": spec.ffn})
+        return stacked(name, tensor, "gated_layers", spec, {"gate": spec.ffn, "up": spec.ffn})
     return ((name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"), tensor),)

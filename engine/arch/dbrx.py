@@ -7,7 +7,7 @@ from typing import Any
 
 from kvasir.engine.config_json import activation, lm_head, rope
 from kvasir.engine.errors import ConfigError
-from kvasir.engine.fused import per_expert, qkv_rows, stacked
+from kvasir.engine.fused import expect, per_expert, qkv_rows, stacked
 from kvasir.engine.spec import Experts, Layer, Spec
 
 ARCHITECTURES = ("DbrxForCausalLM", "DbrxModel")
@@ -64,9 +64,10 @@ def spec(c: Mapping[str, Any]) -> Spec:
 def split(name: str, tensor: Any, spec: Spec) -> Iterable[tuple[str, Any]]:
     """Wqkv holds q, k, v one upon the other; w1, v1 and w2 all experts', w2 transposed."""
     if ".Wqkv." in name:
-        return stacked(name, tensor, "Wqkv", qkv_rows(spec, "q", "k", "v"))
+        return stacked(name, tensor, "Wqkv", spec, qkv_rows(spec, "q", "k", "v"))
     if ".ffn.experts.mlp." in name and spec.experts:
         part = name.rpartition(".")[2]
+        expect(name, tensor, spec.experts.count * spec.experts.ffn, spec.hidden)
         experts = tensor.view(spec.experts.count, -1, spec.hidden)
         if part == "w2":
             experts = experts.transpose(1, 2)

@@ -77,5 +77,5 @@ def split(name: str, tensor: Any, spec: Spec) -> Iterable[tuple[str, Any]]:
     if "query_key_value" not in name:
         return ((name, tensor),)
     if spec.kv_heads == 1:
-        return stacked(name, tensor, "query_key_value", qkv_rows(spec, "query", "key", "value"))
+        return stacked(name, tensor, "query_key_value", spec, qkv_rows(spec, "query", "key", "value"))
     return grouped(name, tensor, "query_key_value", spec, "query", "key", "value")

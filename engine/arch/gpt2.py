@@ -61,8 +61,8 @@ def spec(c: Mapping[str, Any]) -> Spec:
 
 def split(name: str, tensor: Any, spec: Spec) -> Iterable[tuple[str, Any]]:
     """Its matrices are [in, out]; c_attn holds q, k and v side by side."""
-    if tensor.dim() == 2 and ".c_" in name:
-        tensor = tensor.t()
+    parts: Iterable[tuple[str, Any]] = ((name, tensor),)
     if ".attn.c_attn." in name:
-        return stacked(name, tensor, "c_attn", qkv_rows(spec, "q", "k", "v"))
-    return ((name, tensor),)
+        parts = stacked(name, tensor, "c_attn", spec, qkv_rows(spec, "q", "k", "v"), dim=-1)
+    matrix = tensor.dim() == 2 and ".c_" in name
+    return ((part, piece.t() if matrix else piece) for part, piece in parts)

@@ -41,7 +41,7 @@ def spec(c: Mapping[str, Any]) -> Spec:
 
 def split(name: str, tensor: Any, spec: Spec) -> Iterable[tuple[str, Any]]:
     """Wqkv holds q, k, v one upon the other; a tensor with adapters is kept as `parametrizations.weight.original`."""
-    name = name.replace(".parametrizations.weight.original", ".weight")
+    parts: Iterable[tuple[str, Any]] = ((name, tensor),)
     if ".Wqkv." in name:
-        return stacked(name, tensor, "Wqkv", qkv_rows(spec, "q", "k", "v"))
-    return ((name, tensor),)
+        parts = stacked(name, tensor, "Wqkv", spec, qkv_rows(spec, "q", "k", "v"))
+    return ((part.replace(".parametrizations.weight.original", ".weight"), piece) for part, piece in parts)

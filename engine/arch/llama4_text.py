@@ -8,7 +8,7 @@ from typing import Any
 
 from kvasir.engine.arch import llama
 from kvasir.engine.config_json import rope
-from kvasir.engine.fused import per_expert
+from kvasir.engine.fused import expect, per_expert
 from kvasir.engine.spec import Experts, Layer, QueryScale, Spec
 
 ARCHITECTURES = ("Llama4ForCausalLM",)
@@ -63,8 +63,11 @@ def _layers(c: Mapping[str, Any]) -> tuple[Layer, ...]:
 def split(name: str, tensor: Any, spec: Spec) -> Iterable[tuple[str, Any]]:
     """All experts in one tensor, matrices [in, out], gate beside up."""
     stem, _, part = name.rpartition(".")
-    if not stem.endswith(".feed_forward.experts"):
+    facts = spec.experts
+    if not stem.endswith(".feed_forward.experts") or facts is None:
         return ((name, tensor),)
+    sides = (facts.ffn, spec.hidden) if part == "down_proj" else (spec.hidden, 2 * facts.ffn)
+    expect(name, tensor, facts.count, *sides)
     tensor = tensor.transpose(1, 2)
     if part == "down_proj":
         return per_expert({f"{stem}.down_proj.weight": tensor}, "experts.{}")

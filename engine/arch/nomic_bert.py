@@ -69,5 +69,5 @@ def spec(c: Mapping[str, Any]) -> Spec:
 def split(name: str, tensor: Any, spec: Spec) -> Iterable[tuple[str, Any]]:
     """Wqkv holds q, k, v one upon the other."""
     if ".Wqkv." in name:
-        return stacked(name, tensor, "Wqkv", qkv_rows(spec, "q", "k", "v"))
+        return stacked(name, tensor, "Wqkv", spec, qkv_rows(spec, "q", "k", "v"))
     return ((name, tensor),)

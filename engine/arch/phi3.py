@@ -24,7 +24,7 @@ def spec(c: Mapping[str, Any]) -> Spec:
 def split(name: str, tensor: Any, spec: Spec) -> Iterable[tuple[str, Any]]:
     """qkv_proj and gate_up_proj hold their parts one upon the other."""
     if ".qkv_proj." in name:
-        return stacked(name, tensor, "qkv_proj", qkv_rows(spec, "q_proj", "k_proj", "v_proj"))
+        return stacked(name, tensor, "qkv_proj", spec, qkv_rows(spec, "q_proj", "k_proj", "v_proj"))
     if ".gate_up_proj." in name:
-        return stacked(name, tensor, "gate_up_proj", {"gate_proj": spec.ffn, "up_proj": spec.ffn})
+        return stacked(name, tensor, "gate_up_proj", spec, {"gate_proj": spec.ffn, "up_proj": spec.ffn})
     return ((name, tensor),)

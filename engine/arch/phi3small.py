@@ -8,7 +8,7 @@ from typing import Any
 from kvasir.engine.arch import llama
 from kvasir.engine.config_json import rope
 from kvasir.engine.errors import ConfigError
-from kvasir.engine.fused import grouped
+from kvasir.engine.fused import expect, grouped, shape_of
 from kvasir.engine.spec import BlockSparse, Layer, Spec
 
 ARCHITECTURES = ("Phi3SmallForCausalLM",)
@@ -53,5 +53,6 @@ def split(name: str, tensor: Any, spec: Spec) -> Iterable[tuple[str, Any]]:
     if ".query_key_value." in name:
         return grouped(name, tensor, "query_key_value", spec, "q_proj", "k_proj", "v_proj")
     if ".mlp.up_proj." in name:
+        expect(name, tensor, *shape_of(name, 2 * spec.ffn, spec))
         return ((name.replace("up_proj", "gate_proj"), tensor[::2]), (name, tensor[1::2]))
     return ((name, tensor),)

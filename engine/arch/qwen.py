@@ -57,5 +57,5 @@ def spec(c: Mapping[str, Any]) -> Spec:
 def split(name: str, tensor: Any, spec: Spec) -> Iterable[tuple[str, Any]]:
     """c_attn holds q, k and v one upon the other."""
     if ".attn.c_attn." in name:
-        return stacked(name, tensor, "c_attn", qkv_rows(spec, "q", "k", "v"))
+        return stacked(name, tensor, "c_attn", spec, qkv_rows(spec, "q", "k", "v"))
     return ((name, tensor),)

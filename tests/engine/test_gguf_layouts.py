@@ -331,6 +331,21 @@ def test_a_place_of_another_shape(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("case", "name", "rows"),
+    [("llama-fused", "attn_qkv", 128), ("qwen", "attn_qkv", 192), ("mixtral-fused", "ffn_gate_up_exps", 256)],
+)
+def test_a_fused_tensor_of_another_shape(case: str, name: str, rows: int, tmp_path: Path) -> None:
+    """A row more than its parts have together, which none of them would miss."""
+    arch, config, keys, arrange = CASES[case]
+    name, (_, tensors) = f"blk.0.{name}.weight", stored(load_spec({**SIZES, **config}), arrange)
+    tensors[name] = torch.cat((tensors[name], tensors[name][..., :1, :]), -2)
+    checkpoint = write(tmp_path / "model.gguf", arch, {**KEYS, **keys}, tensors)
+    said = rf"{name} has shape \[{rows + 1}, 64\], config.json says \[{rows}, 64\]"
+    with pytest.raises(ConfigError, match=said):
+        list(checkpoint.tensors(load_spec(checkpoint.config())))
+
+
+@pytest.mark.parametrize(
     ("keys", "message"),
     [
         ({"attention.head_count": None}, r"llama\.attention\.head_count is missing"),
