@@ -131,7 +131,8 @@ class NamedCheckpoint:
     def _note_own_head(self, name: str, head: Tensor, spec: Spec) -> None:
         """Log a head that was trained apart (a merged adapter's, for instance) in spite of what config.json says."""
         embed = next((other for other in self.files.names if canonical(other, spec) == "embed.weight"), None)
-        if embed is not None and not torch.equal(self.files.get(embed).to(head.dtype), head):
+        stored = self._stored(embed) if embed is not None else None
+        if stored is not None and not torch.equal(stored.read(stored.like).to(head.dtype), head):
             overrides = "--hf-overrides '{\"tie_word_embeddings\": false}'"
             text = "%s isn't read: config.json ties it to %s, from which it differs. If it is meant, pass %s"
             logger.warning(text, name, embed, overrides)

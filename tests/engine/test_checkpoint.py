@@ -173,6 +173,24 @@ def test_a_head_that_is_a_copy_is_compared_as_well(
     assert not caplog.records
 
 
+def test_a_head_in_fp8_is_compared_with_its_scales(
+    checkpoint: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And so are the embeddings."""
+    tensors = copied(checkpoint("Llama", tie_word_embeddings=True)[0], tmp_path)
+    embed, scale = tensors["model.embed_tokens.weight"].to(torch.float8_e4m3fn), torch.full((1, 1), 0.5)
+    own = {"model.embed_tokens.weight": embed, "model.embed_tokens.weight_scale_inv": scale}
+    plain = {"lm_head.weight": (embed.float() * 0.5).bfloat16()}
+    scaled = {"lm_head.weight": embed.clone(), "lm_head.weight_scale_inv": scale.clone()}
+    for head in (plain, scaled):
+        save_file(tensors | own | head, tmp_path / "model.safetensors")
+        filled(tmp_path)
+        assert not caplog.records
+    save_file(tensors | own | scaled | {"lm_head.weight_scale_inv": 2 * scale}, tmp_path / "model.safetensors")
+    filled(tmp_path)
+    assert "lm_head.weight isn't read" in caplog.text
+
+
 def test_weights_quantised_otherwise_are_refused(checkpoint: Make, tmp_path: Path) -> None:
     """Where config.json doesn't say so: as plain numbers they would be wrong."""
     folder, name = checkpoint("Llama")[0], "model.layers.0.mlp.up_proj.weight"
