@@ -19,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from kvasir.cluster.call import request_id_from
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.error_shapes import error_body
+from kvasir.cluster.lingering import LingeringTransport
 from kvasir.cluster.sockets import gone_after, set_options
 from kvasir.cluster.straight import LINE, CycleLine
 from kvasir.engine.errors import ClientError, KvasirError
@@ -83,6 +84,9 @@ class Connection(HttpToolsProtocol):
     when all answers before it are complete.
     """
 
+    transport: Any
+    """A LingeringTransport."""
+
     def __init__(self, *args: Any, receive_timeout_s: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._limit_s = receive_timeout_s
@@ -109,7 +113,8 @@ class Connection(HttpToolsProtocol):
         return self._refusal is not None or self.transport.is_closing()
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        lingering: Any = LingeringTransport(transport, self.loop, self._limit_s, lambda: self._place == "body")
+        super().connection_made(lingering)
         set_options(transport.get_extra_info("socket"), gone_after(self._limit_s))
         self._wait()
 
@@ -117,10 +122,12 @@ class Connection(HttpToolsProtocol):
         self._arrive()
         if self._answering:
             self._disconnect()
+        self.transport.lost()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:
+            self.transport.discard(len(data))
             return
         if self._place != "body":
             self._head += len(data)
@@ -256,10 +263,10 @@ class Connection(HttpToolsProtocol):
         self._arrive()
         self._refusal = self._response(error)
         if self._place == "body" and self._turn is self.cycle:
+            self._disconnect()  # what the application still says goes nowhere
             if self.cycle.response_started:  # it has an answer, and gets no second one
                 self.transport.close()
                 return
-            self._disconnect()  # what the application still says goes nowhere
         elif self._place == "body":
             self.pipeline.popleft()  # the last that came
         if not self._answering:
@@ -275,7 +282,7 @@ class Connection(HttpToolsProtocol):
 
     def _say_and_close(self, refusal: bytes) -> None:
         self.transport.write(refusal)
-        self.transport.close()
+        self.transport.linger()
 
     def _disconnect(self) -> None:
         self._turn.disconnected = True

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -212,6 +213,21 @@ def byte_model(tmp_path_factory) -> Path:
     """A model's folder without weights, as fake_gateway has it."""
     write_byte_model(folder := tmp_path_factory.mktemp("bytes"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory) -> tuple[Path, Path]:
+    """(key, chain) of localhost, in PEM."""
+    folder = tmp_path_factory.mktemp("tls")
+    key, chain = folder / "key.pem", folder / "chain.pem"
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    )
+    try:
+        subprocess.run([*command.split(), "-keyout", key, "-out", chain], check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("there is no openssl to make a certificate with")
+    return key, chain
 
 
 @pytest.fixture

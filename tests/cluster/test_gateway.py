@@ -216,20 +216,6 @@ def test_no_cors_unless_asked_for(gateway):
     assert "access-control-allow-origin" not in complete(gateway, {"Origin": "https://chat.example"}).headers
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tls")
-    key, chain = folder / "key.pem", folder / "chain.pem"
-    command = (
-        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
-    )
-    try:
-        subprocess.run([*command.split(), "-keyout", key, "-out", chain], check=True, capture_output=True)
-    except FileNotFoundError:
-        pytest.skip("there is no openssl to make a certificate with")
-    return key, chain
-
-
 def test_certificates_and_keys_that_are_none(certificate, tmp_path):
     """They are named at once: the server's own errors name no file, and come when all else has started."""
     key, chain = certificate
