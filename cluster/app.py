@@ -46,6 +46,8 @@ PROCESSES = 4
 NOTE_S = 15.0
 """How often the log says what isn't placed."""
 CONNECT_TIMEOUT_S = 10.0
+SAME_SIGNAL_S = 0.5
+"""Who ends a process group sends two at once: `timeout 60 make serve`, as make hands on what it gets."""
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DISABLE_WORKER_LOG_PREFIX": "1",  # our processes' lines reach the terminal as they are
@@ -119,7 +121,7 @@ class Running:
         self._drain_timeout_s = config.drain_timeout_s
         self._own_ray = own_ray
         self._reserved = reserved
-        self._stopping = threading.Event()
+        self._stopping_since: float | None = None
 
     def catch_signals(self) -> None:
         """From now on SIGTERM and SIGINT end `wait`, though it is called later; a second one ends the process at once."""
@@ -129,8 +131,8 @@ class Running:
     def wait(self) -> None:
         """Until SIGTERM or SIGINT."""
         self.catch_signals()
-        while not self._stopping.wait(0.5):  # a wait without a limit isn't interrupted by a signal everywhere
-            pass
+        while self._stopping_since is None:
+            time.sleep(0.1)
 
     def drain_and_stop(self, timeout_s: float | None = None) -> None:
         """Refuse new requests, let running ones finish for `timeout_s` (default: --drain-timeout), end everything."""
@@ -139,9 +141,11 @@ class Running:
         self._reserved.close()
 
     def _on_signal(self, number: int, _: object) -> None:
-        if self._stopping.is_set():
+        """Takes no lock, not even an Event's: a second signal comes in the middle of the first one's call."""
+        if self._stopping_since is None:
+            self._stopping_since = time.monotonic()
+        elif time.monotonic() - self._stopping_since > SAME_SIGNAL_S:
             os._exit(128 + number)  # Ray's processes end with their parent
-        self._stopping.set()
 
 
 def _is_there() -> bool:

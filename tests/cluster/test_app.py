@@ -222,17 +222,53 @@ def test_a_layout_that_a_model_cannot_have_is_told_before_ray_starts(monkeypatch
         app.run(ClusterConfig(engines=(engine,), gateway=GatewayConfig(port=0, grpc_port=0)))
 
 
-def test_a_signal_before_it_waits_ends_it_too():
+@pytest.fixture
+def running():
     reserved = contextlib.ExitStack()
-    running = app.Running(GatewayConfig(), Addresses("", None), own_ray=True, reserved=reserved)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield app.Running(GatewayConfig(), Addresses("", None), own_ray=True, reserved=reserved)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_signal_before_it_waits_ends_it_too(running):
+    running.catch_signals()
+    os.kill(os.getpid(), signal.SIGTERM)
+    running.wait()
+
+
+def test_one_wish_may_come_as_several_signals(running, monkeypatch):
+    """A process group's and make's; only a later one ends the process at once."""
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    running.catch_signals()
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        signal.raise_signal(number)
+    running.wait()
+    assert codes == []
+    monkeypatch.setattr(app, "SAME_SIGNAL_S", -1.0)
+    signal.raise_signal(signal.SIGINT)
+    assert codes == [130]
+
+
+def test_a_signal_in_the_middle_of_another(running):
+    """At every line of the handler: an Event's lock was held by the one and waited for by the other."""
+    running.catch_signals()
+    lines = []
+
+    def again(frame, *_):
+        if len(lines) < 100:
+            lines.append(frame.f_lineno)
+            signal.raise_signal(signal.SIGTERM)
+        return again
+
+    sys.settrace(again)
     try:
-        running.catch_signals()
-        os.kill(os.getpid(), signal.SIGTERM)
-        running.wait()
+        signal.raise_signal(signal.SIGTERM)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        sys.settrace(None)
+    assert lines
+    running.wait()
 
 
 def test_a_signal_while_ray_is_imported(byte_model, monkeypatch):
