@@ -17,6 +17,7 @@ import httpx
 import pytest
 import ray
 import ray.serve
+from kvasir_server import child_of, descendants
 from ray._private import services
 from waiting import until
 
@@ -64,35 +65,23 @@ def start(model, served="fake", timeout=60, **environ):
     )
 
 
-def descendants(pid):
-    """Ids of all processes that `pid` has started, and theirs."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-        except FileNotFoundError:
-            continue
-        parents[int(stat.parent.name)] = int(fields[1])
-    found, fresh = set(), {pid}
-    while fresh:
-        fresh = {child for child, parent in parents.items() if parent in fresh} - found
-        found |= fresh
-    return found
-
-
-def rank_of(pid):
-    """The rank's process: Ray names it by the method that runs."""
-    for child in descendants(pid):
-        try:
-            if Path(f"/proc/{child}/cmdline").read_text().startswith("ray::RankActor"):
-                return child
-        except FileNotFoundError:
-            continue
-    return None
-
-
 def body(max_tokens, **more):
     return {"model": "fake", "prompt": "hello", "max_tokens": max_tokens, **more}
+
+
+def answered(client, max_tokens, **more):
+    """The answer of who asks again while the group is taken for dead: it may get no processor for a while."""
+    ask = lambda: client.post("/v1/completions", json=body(max_tokens), **more)  # noqa: E731
+    return until(lambda: (answer := ask()).status_code != 503 and answer)
+
+
+@contextlib.contextmanager
+def streamed(client, max_tokens):
+    """The same as a stream's lines."""
+    with contextlib.ExitStack() as stack:
+        ask = lambda: client.stream("POST", "/v1/completions", json=body(max_tokens, stream=True))  # noqa: E731
+        reply = until(lambda: (reply := stack.enter_context(ask())).status_code != 503 and reply)
+        yield (line for line in reply.iter_lines() if line)
 
 
 @pytest.mark.ray
@@ -126,13 +115,13 @@ def test_metrics_of_gateways_that_share_a_port(byte_model):
         assert line, process.stderr.read()
         url = json.loads(line)[0]
         until(lambda: len(_gateways(url)) == 2)
-        answers = [httpx.post(url + "/v1/completions", json=body(3), timeout=60) for _ in range(12)]
-        assert {answer.status_code for answer in answers} == {200}
-        for _ in range(4):  # whichever is asked
-            text = httpx.get(url + "/metrics").text
-            ends = re.findall(r'^vllm:request_success_total\{.*?gateway="(\w+)".*\} (\S+)$', text, re.MULTILINE)
-            assert sum(float(count) for _, count in ends) == 12
-            assert text.count("\nkvasir:group_alive{") == 1
+        for _ in range(12):
+            with httpx.Client(base_url=url, timeout=60) as client:  # a connection of its own
+                assert answered(client, 3).status_code == 200
+        until(
+            lambda: {_ends(url) for _ in range(4)} == {12.0}
+        )  # whichever is asked; one that is held up tells it later
+        assert httpx.get(url + "/metrics").text.count("\nkvasir:group_alive{") == 1
     finally:
         process.kill()
         process.wait()
@@ -140,17 +129,25 @@ def test_metrics_of_gateways_that_share_a_port(byte_model):
         process.stderr.close()
 
 
+def _ends(url):
+    """Requests that ended well, at all gateways."""
+    text = httpx.get(url + "/metrics").text
+    ends = re.findall(r'^vllm:request_success_total\{.*?gateway="(\w+)".*\} (\S+)$', text, re.MULTILINE)
+    return sum(float(count) for _, count in ends)
+
+
 def _gateways(url):
     return set(re.findall(r'gateway="(\w+)"', httpx.get(url + "/metrics").text))
 
 
 def _answers_with_a_trace(client, receiver):
-    answer = client.post("/v1/completions", json=body(5)).json()
+    trace, caller = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    answer = answered(client, 5, headers={"traceparent": f"00-{trace}-{caller}-01"}).json()
     assert answer["usage"]["completion_tokens"] == 5
-    until(lambda: {"text_completion fake", "queue", "prefill", "decode"} <= {span.name for span in receiver.spans})
-    spans = {span.name: span for span in receiver.spans}
+    spans = receiver.trace(trace, {"text_completion fake", "queue", "prefill", "decode"})
+    assert {span.trace_id.hex() for span in receiver.spans} == {trace}
     root = spans["text_completion fake"]
-    assert {span.trace_id for span in receiver.spans} == {root.trace_id}
+    assert root.parent_span_id.hex() == caller
     assert all(span.parent_span_id == root.span_id for name, span in spans.items() if name != root.name)
     usage = receiver.attributes(root)
     assert usage[telemetry.USAGE_OUTPUT_TOKENS] == answer["usage"]["completion_tokens"]
@@ -159,27 +156,30 @@ def _answers_with_a_trace(client, receiver):
 
 def _survives_the_death_of_its_rank(client, pid):
     """The stream pauses until the rank is replaced, and goes on with the token that was due."""
-    with client.stream("POST", "/v1/completions", json=body(300, stream=True)) as reply:
-        lines = (line for line in reply.iter_lines() if line)
+    rank, raylet = child_of(pid, "ray::RankActor"), child_of(pid, r"\S+/raylet ")
+    with streamed(client, 300) as lines:
         first = next(lines)
-        os.kill(rank_of(pid), signal.SIGKILL)
-        until(lambda: httpx.get(client.base_url.join("/health")).status_code == 503)
+        os.kill(raylet, signal.SIGSTOP)  # there is no new rank before we have looked
+        try:
+            os.kill(rank, signal.SIGKILL)
+            until(lambda: httpx.get(client.base_url.join("/health")).status_code == 503)
+        finally:
+            os.kill(raylet, signal.SIGCONT)
         *events, last = [first, *lines]
     assert last == "data: [DONE]"
     text = "".join(json.loads(event[6:])["choices"][0]["text"] for event in events)
     assert text == "".join(chr(65 + i % 26) for i in range(300))
-    assert client.get("/health").status_code == 200
+    until(lambda: client.get("/health").status_code == 200)
 
 
 def _drains(client, process):
     children = descendants(process.pid)
-    with client.stream("POST", "/v1/completions", json=body(200, stream=True)) as reply:
-        lines = reply.iter_lines()
+    with streamed(client, 200) as lines:
         next(lines)
         process.send_signal(signal.SIGTERM)
         until(lambda: _refused(client))
-        assert [line for line in lines if line][-1] == "data: [DONE]"
-    assert process.wait(timeout=60) == 0
+        assert [*lines][-1] == "data: [DONE]"
+    assert process.wait(timeout=150) == 0
     until(lambda: not [child for child in children if Path(f"/proc/{child}").exists()])
 
 
@@ -223,7 +223,8 @@ def test_a_layout_that_a_model_cannot_have_is_told_before_ray_starts(monkeypatch
 
 
 @pytest.fixture
-def running():
+def running(monkeypatch):
+    monkeypatch.setattr(app, "SAME_SIGNAL_S", 60.0)  # whatever holds up who sends them
     reserved = contextlib.ExitStack()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield app.Running(GatewayConfig(), Addresses("", None), own_ray=True, reserved=reserved)
@@ -408,10 +409,11 @@ def test_a_token_or_a_mode_of_the_user_stays(token_file, variable):
 
 def test_where_nothing_listens_ray_is_not_asked(byte_model, monkeypatch):
     monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("it tries for minutes"))
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-    with pytest.raises(app.StartError, match=f"no Ray cluster could be joined at {address}\n  why: .*refused"):
-        app.run(config(byte_model, port=0, grpc_port=-1), address=address)
+    with socket.socket() as held:  # so that nobody else listens there either
+        held.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+        with pytest.raises(app.StartError, match=f"no Ray cluster could be joined at {address}\n  why: .*refused"):
+            app.run(config(byte_model, port=0, grpc_port=-1), address=address)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import openai
+from waiting import until
 
 
 @dataclass
@@ -79,6 +80,14 @@ def descendants(root: int) -> list[int]:
         more = {pid for pid, parent in parents.items() if parent in below} - below
         below, grown = below | more, bool(more)
     return sorted(below - {root})
+
+
+def child_of(root: int, pattern: str) -> int:
+    """The one process below `root` with such a command line: another may be about to end, and one that is being started has its
+    parent's."""
+    return until(
+        lambda: len(found := [pid for pid in descendants(root) if re.match(pattern, command_line(pid))]) == 1 and found
+    )[0]
 
 
 def read(process: subprocess.Popen[str], log: list[str]) -> None:
