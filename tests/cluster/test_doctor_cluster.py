@@ -6,6 +6,8 @@ from itertools import combinations
 
 import pytest
 import ray
+from ray.exceptions import RayActorError
+from waiting import until
 
 from kvasir.cluster import doctor_cluster
 from kvasir.cluster.doctor_cluster import Probes, Speed, look, rounds
@@ -117,12 +119,21 @@ def test_a_node_alone_is_tried_by_two_of_its_gpus(monkeypatch, free, taken):
     assert len(busy) == (len(taken) < len(free))
 
 
+def is_dead(actor):
+    """Ray kills it a little later than it is told to."""
+    try:
+        return ray.get(actor.load.remote())
+    except RayActorError:
+        return True
+
+
 @pytest.mark.ray
 def test_two_ranks_of_one_node(serve_on_ray):
     node = next(node["NodeID"] for node in ray.nodes() if node["Alive"])
     probes = Probes([node, node])
     assert not probes.start()
-    ray.kill(probes._probes[1])
+    ray.kill(victim := probes._probes[1])
+    until(lambda: is_dead(victim))
     assert isinstance(probes.exchange([(0, 1)])[0, 1], str)
     found = probes.exchange([(0, 1)])[0, 1]  # both are processes anew
     probes.close()

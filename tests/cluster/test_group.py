@@ -9,9 +9,10 @@ import signal
 import pytest
 import ray
 from ray.serve import RunTarget
-from waiting import until
+from replicas import told
+from waiting import until, until_async
 
-from kvasir.cluster import app, application
+from kvasir.cluster import app, application, group_client
 from kvasir.cluster.group import block
 from kvasir.cluster.group_client import GroupClient
 from kvasir.cluster.rank_actor import RankSetup
@@ -23,8 +24,9 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture
-def deployed(serve_on_ray, make_engine):
+def deployed(serve_on_ray, make_engine, monkeypatch):
     """`deployed("model")`: a handle of its Group, running."""
+    monkeypatch.setattr(group_client, "SILENCE_S", 30.0)  # ranks may get no processor here for longer
 
     def deploy(model, wait=True):
         engine = EngineConfig(model=model)
@@ -39,14 +41,18 @@ def deployed(serve_on_ray, make_engine):
 
 
 def endpoint(handle):
-    return handle.broadcast("endpoint").results(timeout_s=60)[0]
+    """Where its rank is; None while there is none."""
+    return next((where for where, _ in told(handle, "endpoint")), None)
+
+
+def rank_pid(handle):
+    return until(lambda: told(handle, "rank_pid"))[0]
 
 
 async def generate(where, max_tokens):
     client = GroupClient(where)
     client.start()
-    while not client.alive:
-        await asyncio.sleep(0.01)
+    await until_async(lambda: client.alive)
     request = Request(request_id="r", prompt_token_ids=[1], sampling=SamplingParams(max_tokens=max_tokens))
     stream = await client.submit(request)
     return client, stream
@@ -54,12 +60,11 @@ async def generate(where, max_tokens):
 
 def test_tokens_come_and_a_killed_rank_is_replaced(deployed):
     handle = deployed("fake")
-    first, _ = endpoint(handle)
+    first, pid = until(lambda: endpoint(handle)), rank_pid(handle)
 
     async def main():
         client, stream = await generate(first, 5)
         assert isinstance([event async for event in stream][-1], Finished)
-        pid = (await handle.broadcast("rank_pid").results_async())[0]
         stream = await client.submit(
             Request(request_id="s", prompt_token_ids=[1], sampling=SamplingParams(max_tokens=10**6))
         )
@@ -71,8 +76,7 @@ def test_tokens_come_and_a_killed_rank_is_replaced(deployed):
         await client.close()
 
     asyncio.run(main())
-    until(lambda: endpoint(handle)[0] is None or endpoint(handle)[0] != first)
-    second = until(lambda: endpoint(handle)[0])
+    second = until(lambda: (found := endpoint(handle)) != first and found)
     assert second.incarnation != first.incarnation
 
     async def again():
@@ -85,8 +89,8 @@ def test_tokens_come_and_a_killed_rank_is_replaced(deployed):
 
 def test_an_engine_that_fails_is_replaced(deployed):
     handle = deployed("short-lived")
-    first = until(lambda: endpoint(handle)[0])  # it may be between two lives
-    second = until(lambda: (found := endpoint(handle)[0]) and found != first and found)
+    first = until(lambda: endpoint(handle))  # it may be between two lives
+    second = until(lambda: (found := endpoint(handle)) != first and found)
     assert second.incarnation != first.incarnation
 
 
@@ -105,7 +109,7 @@ def test_a_start_that_fails_is_told_once_and_plainly(deployed, serve_on_ray, mod
 
 def test_nothing_is_left_behind(deployed, serve_on_ray):
     handle = deployed("fake")
-    pid = handle.broadcast("rank_pid").results()[0]
+    pid = rank_pid(handle)
     serve_on_ray.delete("test")
     until(lambda: not os.path.exists(f"/proc/{pid}"))
     until(lambda: all(group["state"] == "REMOVED" for group in ray.util.placement_group_table().values()))
