@@ -155,7 +155,7 @@ async def run_gateway() -> None:
     config = GatewayConfig(state_path=":memory:")
     app = create_app(desk, config)
     sock = bound_socket("127.0.0.1", 0, shared=False)
-    server = uvicorn.Server(server_config(app, config))
+    server = uvicorn.Server(server_config(app, config, desk.metrics.refused))
     serving = asyncio.ensure_future(server.serve(sockets=[sock]))
     while not server.started:
         await asyncio.sleep(0.01)

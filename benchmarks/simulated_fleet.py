@@ -69,7 +69,8 @@ async def serve(model: ServedModel, groups: int, shape: Shape, prefill: int, por
     config = GatewayConfig(state_path=":memory:")
     async with fleet(model, groups, shape, prefill) as (desk, engines):
         app = create_app(desk, config)
-        server, sock = uvicorn.Server(server_config(app, config)), bound_socket("127.0.0.1", port, shared=False)
+        server = uvicorn.Server(server_config(app, config, desk.metrics.refused))
+        sock = bound_socket("127.0.0.1", port, shared=False)
         running = asyncio.create_task(server.serve([sock]))
         while not (server.started or running.done()):
             await asyncio.sleep(POLL_S)

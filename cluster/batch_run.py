@@ -78,7 +78,7 @@ class BatchRun:
                     line = self._line(number, raw, seen)
                     models.add(_name(line))
                 except ClientError as error:
-                    errors.append({**error_json(error), "line": number})
+                    errors.append(self._refused(error, number))
                 if len(seen) > MAX_LINES:
                     raise ClientError(f"the file has more than {MAX_LINES} lines")
                 if len(errors) >= MAX_ERRORS:
@@ -86,12 +86,17 @@ class BatchRun:
             if not seen and not errors:
                 raise ClientError("the file is empty", param="input_file_id")
         except ClientError as error:
-            errors.append({**error_json(error), "line": None})
+            errors.append(self._refused(error, None))
         if errors:
             failed = {"status": "failed", "failed_at": _now(), "errors": {"object": "list", "data": errors}}
             await self._store.change(self._id, lambda body: {**body, **failed}, done=True, ours=True)
             return False
         return await self._begin(len(seen), models)
+
+    def _refused(self, error: ClientError, number: int | None) -> Json:
+        """What the batch tells of it; of its line, or the whole file."""
+        self._desk.metrics.refused(error)
+        return {**error_json(error), "line": number}
 
     def _line(self, number: int, raw: bytes | None, seen: dict[Any, int]) -> Line:
         label = line_label(value := line_object(raw))
@@ -183,6 +188,7 @@ class BatchRun:
                 except (OverloadedError, UnavailableError):
                     await asyncio.sleep(RETRY_S)
                 except KvasirError as error:
+                    self._desk.metrics.refused(error)
                     body, failure = None, error
                     break
         finally:

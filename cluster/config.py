@@ -42,7 +42,7 @@ class GatewayConfig:
     max_body_bytes: int = 32 * 2**20
     """Largest request body; a larger one is refused with 413."""
     receive_timeout_s: float = 60.0
-    """Seconds in which a request must be here, head and body; and one more for each 64 KiB of it. A client that acknowledges
+    """Seconds in which a request must be here, head and body; and one more for each 64 KiB of it. A client that takes
     nothing of what it is sent for so long is gone, and its request ends. Flag: --receive-timeout."""
     max_stream_buffer: int = 4096
     """Events held for one client that reads slowly; beyond it its request is cancelled."""

@@ -159,7 +159,7 @@ class Gateway:
         if config.num_gateways > 1:
             socks.append(door := bound_socket(config.host, 0, shared=False))
             self._door = f"{scheme}://{authority(_reachable(config.host), door.getsockname()[1])}"
-        self._http = _Server(server_config(self._app, config))
+        self._http = _Server(server_config(self._app, config, self._desk.metrics.refused))
         self._http_task = asyncio.ensure_future(self._http.serve(sockets=socks))
         while not self._http.started:
             await asyncio.sleep(0.005)

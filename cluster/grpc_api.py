@@ -21,18 +21,7 @@ from kvasir.cluster.caller import Caller
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
-from kvasir.cluster.grpc_call import (
-    Context,
-    abort,
-    as_status,
-    calling,
-    metadata,
-    play,
-    resume,
-    send,
-    set_trailers,
-    tell,
-)
+from kvasir.cluster.grpc_call import Calls, Context, abort, metadata, set_trailers, tell
 from kvasir.cluster.grpc_chats import Chats
 from kvasir.cluster.grpc_files import Batches, Files
 from kvasir.cluster.grpc_pooling import (
@@ -92,15 +81,16 @@ def create_grpc_server(
     options = [("grpc.max_receive_message_length", config.max_body_bytes), ("grpc.so_reuseport", 1)]
     options += _gone_after(config.receive_timeout_s)
     keys = load_keys(config, os.environ)
-    server = grpc.aio.server(interceptors=[_KeyCheck(keys)], options=options)
-    add_InferenceServicer_to_server(Inference(desk, keys, shelf.chats, config.response_role), server)
-    add_ChatsServicer_to_server(Chats(shelf.chats, keys), server)
-    add_ResponsesServicer_to_server(Responses(desk, shelf, keys), server)
-    add_ConversationsServicer_to_server(Conversations(shelf, keys), server)
-    add_DecisionsServicer_to_server(Decisions(desk, keys), server)
-    add_FilesServicer_to_server(Files(shelf, keys), server)
-    add_BatchesServicer_to_server(Batches(shelf, keys), server)
-    add_GRPCInferenceServiceServicer_to_server(OpenInference(desk, other_metrics), server)
+    calls = Calls(keys, desk.metrics.refused, config.receive_timeout_s)
+    server = grpc.aio.server(interceptors=[_KeyCheck(keys, calls)], options=options)
+    add_InferenceServicer_to_server(Inference(desk, calls, shelf.chats, config.response_role), server)
+    add_ChatsServicer_to_server(Chats(shelf.chats, calls), server)
+    add_ResponsesServicer_to_server(Responses(desk, shelf, calls), server)
+    add_ConversationsServicer_to_server(Conversations(shelf, calls), server)
+    add_DecisionsServicer_to_server(Decisions(desk, calls), server)
+    add_FilesServicer_to_server(Files(shelf, calls), server)
+    add_BatchesServicer_to_server(Batches(shelf, calls), server)
+    add_GRPCInferenceServiceServicer_to_server(OpenInference(desk, calls, other_metrics), server)
     health_pb2_grpc.add_HealthServicer_to_server(HealthService(desk), server)
     reflection.enable_server_reflection((*SERVICES, OPEN_INFERENCE, HEALTH, reflection.SERVICE_NAME), server)
     return server
@@ -121,9 +111,9 @@ Pooled = TypeVar("Pooled", pb.EmbedReply, pb.ClassifyReply, pb.ScoreReply, pb.Re
 class Inference(InferenceServicer):
     """The service of inference.proto. A call that is cancelled is cancelled here too, and ends its requests."""
 
-    def __init__(self, desk: Desk, keys: ApiKeys, chats: StoredChats, role: str) -> None:
+    def __init__(self, desk: Desk, calls: Calls, chats: StoredChats, role: str) -> None:
         self._desk = desk
-        self._keys = keys
+        self._calls = calls
         self._chats = chats
         self._role = role
 
@@ -134,23 +124,23 @@ class Inference(InferenceServicer):
         await self._answer(ask_of_chat, request, context)
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> None:  # noqa: N802
-        async with as_status(context):
-            await resume(self._desk.recordings, request, context, KIND, pb.GenerateReply)
+        async with self._calls.as_status(context):
+            await self._calls.resume(self._desk.recordings, request, context, KIND, pb.GenerateReply)
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelReply:  # noqa: N802
-        async with as_status(context):
+        async with self._calls.as_status(context):
             self._desk.recordings.need_here(request.stream_id)
             self._desk.recordings.cancel(request.stream_id, metadata(context))
             return pb.CancelReply()
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedReply:  # noqa: N802
-        async with calling(context, self._keys) as caller:
+        async with self._calls.calling(context) as caller:
             call = dataclasses.replace(call_of_embed(request), deadline_s=caller.deadline_s)
             vectors, events = await self._desk.pool(call, caller.request_id, caller.headers)
             return _timed(context, request, embed_reply(vectors, events, caller.request_id), vectors)
 
     async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyReply:  # noqa: N802
-        async with calling(context, self._keys) as caller:
+        async with self._calls.calling(context) as caller:
             special = {"add_special_tokens": request.add_special_tokens}
             given = special if request.HasField("add_special_tokens") else {}
             call = call_of_classify(request, inputs_of(request.inputs, given))
@@ -159,19 +149,19 @@ class Inference(InferenceServicer):
             return _timed(context, request, classify_reply(vectors, events, caller.request_id), vectors)
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreReply:  # noqa: N802
-        async with calling(context, self._keys) as caller:
+        async with self._calls.calling(context) as caller:
             ask = ask_of_pairs(request, caller.deadline_s)
             reply, vectors = await score(self._desk, ask, caller.request_id, caller.headers)
             return _timed(context, request, reply, vectors)
 
     async def Rerank(self, request: pb.RerankRequest, context: Context) -> pb.RerankReply:  # noqa: N802
-        async with calling(context, self._keys) as caller:
+        async with self._calls.calling(context) as caller:
             ask = ask_of_pairs(request, caller.deadline_s)
             reply, vectors = await rerank(self._desk, ask, caller.request_id, caller.headers)
             return _timed(context, request, reply, vectors)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeReply:  # noqa: N802
-        async with as_status(context):
+        async with self._calls.as_status(context):
             model = self._desk.model(request.model)
             ids = await model.encode(prompt_of_tokenize(request))
             set_trailers(context, request)
@@ -182,7 +172,7 @@ class Inference(InferenceServicer):
             return reply
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeReply:  # noqa: N802
-        async with as_status(context):
+        async with self._calls.as_status(context):
             model, ids, skip = self._desk.model(request.model), list(request.token_ids), request.skip_special_tokens
             set_trailers(context, request)
             return pb.DetokenizeReply(text=await self._desk.detokenize(model, ids, skip_special_tokens=skip))
@@ -199,7 +189,7 @@ class Inference(InferenceServicer):
         return reply
 
     async def _answer(self, parse: Callable[[Any], Ask], request: Any, context: Context) -> None:
-        async with calling(context, self._keys, later=True) as caller:
+        async with self._calls.calling(context, later=True) as caller:
             ask = parse(request)
             call = dataclasses.replace(ask.call, deadline_s=caller.deadline_s)
             generation = await self._desk.begin(call, caller.request_id, caller.headers)
@@ -220,10 +210,10 @@ class Inference(InferenceServicer):
         replies = answer.all(self._keeping(ask, generation, caller, answer))
         if generation.recording.resumable:
             generation.recording.record(numbered(replies))
-            await play(generation.recording, 0, context, pb.GenerateReply)
+            await self._calls.play(generation.recording, 0, context, pb.GenerateReply)
             return
         async for reply in replies:
-            await send(context, reply)
+            await self._calls.send(context, reply)
 
     def _keeping(
         self, ask: Ask, generation: Generation, caller: Caller, answer: GenerateReplies
@@ -315,8 +305,9 @@ class HealthService(health_pb2_grpc.HealthServicer):
 class _KeyCheck(grpc.aio.ServerInterceptor):
     """Every method needs a key, but those that probes call."""
 
-    def __init__(self, keys: ApiKeys) -> None:
+    def __init__(self, keys: ApiKeys, calls: Calls) -> None:
         self._keys = keys
+        self._calls = calls
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
@@ -336,7 +327,7 @@ class _KeyCheck(grpc.aio.ServerInterceptor):
         """A handler of the method's own kind that aborts; methods that don't exist are refused alike."""
 
         async def refuse(_: Any, context: Context) -> None:
-            await abort(context, error)
+            await abort(context, self._calls.told(error))
 
         handler = await continuation(details)
         if handler is not None and handler.request_streaming:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, TypeAlias
 
@@ -35,91 +35,101 @@ STATUS = {
 }
 """HTTP status -> gRPC's; others are INTERNAL."""
 
-UNREAD_S = 60.0
-"""A call ends whose client takes no message for so long: else it would hold its request for ever."""
 MAX_DETAILS = 2000
 """Bytes of an error's text, each up to three on the way: beyond 8 KiB of trailing metadata clients may see another status."""
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
-@asynccontextmanager
-async def as_status(context: Context) -> AsyncIterator[None]:
-    """An error ends the call with its status."""
-    try:
-        yield
-    except Exception as error:
-        await abort(context, told(error))
+class Calls:
+    """What the methods of one server share. refused: hears of every error that is told.
 
+    A call ends whose client takes no message for `unread_s`: else it would hold its request for ever.
+    """
 
-@asynccontextmanager
-async def calling(context: Context, keys: ApiKeys, *, later: bool = False) -> AsyncIterator[Caller]:
-    """Who calls; it is told its request's id. An error ends the call with its status. later: the one who asks says the id by
-    `tell`, with that of a stream; an error before says it too."""
-    headers = metadata(context)
-    async with as_status(context):
-        principal = keys.check(headers.get("authorization"), hint=GRPC_KEY)
-        request_id = request_id_from(headers.get("x-request-id"), "x-request-id")
-        deadline_s = context.time_remaining()
-        caller = Caller(principal=principal, request_id=request_id, headers=headers, deadline_s=deadline_s)
-        if not later:
-            await tell(context, caller)
+    def __init__(self, keys: ApiKeys, refused: Callable[[KvasirError], None], unread_s: float) -> None:
+        self._keys = keys
+        self._refused = refused
+        self._unread_s = unread_s
+
+    @asynccontextmanager
+    async def as_status(self, context: Context) -> AsyncIterator[None]:
+        """An error ends the call with its status."""
         try:
-            yield caller
-        except KvasirError:
-            if later:
-                with suppress(grpc.aio.UsageError):  # it is said already
-                    await tell(context, caller)
-            raise
+            yield
+        except Exception as error:
+            await abort(context, self.told(error))
+
+    @asynccontextmanager
+    async def calling(self, context: Context, *, later: bool = False) -> AsyncIterator[Caller]:
+        """Who calls; it is told its request's id. An error ends the call with its status. later: the one who asks says the id
+        by `tell`, with that of a stream; an error before says it too."""
+        headers = metadata(context)
+        async with self.as_status(context):
+            principal = self._keys.check(headers.get("authorization"), hint=GRPC_KEY)
+            request_id = request_id_from(headers.get("x-request-id"), "x-request-id")
+            deadline_s = context.time_remaining()
+            caller = Caller(principal=principal, request_id=request_id, headers=headers, deadline_s=deadline_s)
+            if not later:
+                await tell(context, caller)
+            try:
+                yield caller
+            except KvasirError:
+                if later:
+                    with suppress(grpc.aio.UsageError):  # it is said already
+                        await tell(context, caller)
+                raise
+
+    async def send(self, context: Context, message: Message) -> None:
+        """A message of a streamed answer. Raises OverloadedError when the client doesn't take it."""
+        call, late = asyncio.current_task(), []
+        assert call is not None, "gRPC runs each call as a task"
+
+        def give_up() -> None:
+            late.append(call.cancel())
+
+        limit = asyncio.get_running_loop().call_later(self._unread_s, give_up)
+        try:
+            await context.write(message)
+        except asyncio.CancelledError:
+            if not late:
+                raise
+            text = f"the client reads too slowly: it took no message for {self._unread_s:g} s (--receive-timeout)"
+            error = OverloadedError(text)
+            error.counted = True  # as its request's, which is cancelled
+            raise error from None
+        finally:
+            limit.cancel()
+
+    async def resume(
+        self, recordings: Recordings, request: Any, context: Context, kind: bytes, message: type[Message]
+    ) -> None:
+        """Go on with a stream that holds such messages."""
+        recordings.need_here(request.stream_id)
+        recording = recordings.resumed(request.stream_id, request.after, metadata(context), (kind,))
+        await context.send_initial_metadata(((STREAM_ID, recording.id),))
+        await self.play(recording, request.after, context, message)
+
+    async def play(self, recording: Recording, after: int, context: Context, message: type[Message]) -> None:
+        """The messages behind number `after`, those that are there and those to come."""
+        async with aclosing(recording.read(after)) as batches:
+            async for events in batches:
+                for event in events:
+                    await self.send(context, message.FromString(event))
+
+    def told(self, error: Exception) -> KvasirError:
+        """What clients are told; of what isn't a KvasirError the log alone has the text."""
+        if isinstance(error, KvasirError):
+            self._refused(error)
+            return error
+        log.error("a gRPC call failed", exc_info=error)
+        return ServerError("internal error; the server's log says more")
 
 
 async def tell(context: Context, caller: Caller, stream_id: str = "") -> None:
     """Initial metadata."""
     more = ((STREAM_ID, stream_id),) if stream_id else ()
     await context.send_initial_metadata((("x-request-id", caller.request_id), *more))
-
-
-async def send(context: Context, message: Message) -> None:
-    """A message of a streamed answer. Raises OverloadedError when the client doesn't take it."""
-    call, late = asyncio.current_task(), []
-    assert call is not None, "gRPC runs each call as a task"
-
-    def give_up() -> None:
-        late.append(call.cancel())
-
-    limit = asyncio.get_running_loop().call_later(UNREAD_S, give_up)
-    try:
-        await context.write(message)
-    except asyncio.CancelledError:
-        if not late:
-            raise
-        raise OverloadedError(f"the client reads too slowly: it took no message for {UNREAD_S:g} s") from None
-    finally:
-        limit.cancel()
-
-
-async def resume(recordings: Recordings, request: Any, context: Context, kind: bytes, message: type[Message]) -> None:
-    """Go on with a stream that holds such messages."""
-    recordings.need_here(request.stream_id)
-    recording = recordings.resumed(request.stream_id, request.after, metadata(context), (kind,))
-    await context.send_initial_metadata(((STREAM_ID, recording.id),))
-    await play(recording, request.after, context, message)
-
-
-async def play(recording: Recording, after: int, context: Context, message: type[Message]) -> None:
-    """The messages behind number `after`, those that are there and those to come."""
-    async with aclosing(recording.read(after)) as batches:
-        async for events in batches:
-            for event in events:
-                await send(context, message.FromString(event))
-
-
-def told(error: Exception) -> KvasirError:
-    """What clients are told; of what isn't a KvasirError the log alone has the text."""
-    if isinstance(error, KvasirError):
-        return error
-    log.error("a gRPC call failed", exc_info=error)
-    return ServerError("internal error; the server's log says more")
 
 
 async def abort(context: Context, error: KvasirError) -> None:

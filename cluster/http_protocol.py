@@ -7,6 +7,7 @@ uvicorn limits none of these where httptools parses, and a client that never end
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -60,9 +61,9 @@ class RequestTimeoutError(ClientError):
     status = 408
 
 
-def server_config(app: Any, config: GatewayConfig) -> uvicorn.Config:
-    """How `app` is served."""
-    protocol: Any = partial(Connection, receive_timeout_s=config.receive_timeout_s)
+def server_config(app: Any, config: GatewayConfig, refused: Callable[[KvasirError], None]) -> uvicorn.Config:
+    """How `app` is served. refused: hears of what is refused in its place."""
+    protocol: Any = partial(Connection, receive_timeout_s=config.receive_timeout_s, refused=refused)
     return uvicorn.Config(
         app,
         http=protocol,
@@ -87,9 +88,12 @@ class Connection(HttpToolsProtocol):
     transport: Any
     """A LingeringTransport."""
 
-    def __init__(self, *args: Any, receive_timeout_s: float, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, receive_timeout_s: float, refused: Callable[[KvasirError], None], **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._limit_s = receive_timeout_s
+        self._refused = refused
         self._place: Literal["between", "head", "body"] = "between"
         """Where in a request the next byte belongs."""
         self._head = 0
@@ -269,6 +273,7 @@ class Connection(HttpToolsProtocol):
                 return
         elif self._place == "body":
             self.pipeline.popleft()  # the last that came
+        self._refused(error)
         if not self._answering:
             self._say_and_close(self._refusal)
 

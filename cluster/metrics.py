@@ -95,7 +95,7 @@ class Metrics:
         self._failed.labels(model, code).inc()
 
     def refused(self, error: KvasirError) -> None:
-        """A request over HTTP got no other answer; unless it was counted under its model, it counts without one."""
+        """A request got no other answer; unless it was counted under its model, it counts without one."""
         if not error.counted:
             self.failed("", error.code)
 

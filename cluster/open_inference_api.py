@@ -13,7 +13,7 @@ from kvasir.cluster.all_metrics import OtherMetrics, no_others
 from kvasir.cluster.call import ROUTE_HEADER, request_id_from
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.generation import Generation
-from kvasir.cluster.grpc_call import Context, as_status, metadata, send, told
+from kvasir.cluster.grpc_call import Calls, Context, metadata
 from kvasir.cluster.health import Health
 from kvasir.cluster.http_front import warning_header
 from kvasir.cluster.open_inference_schema import FINAL, INPUTS, OUTPUTS, TensorAsk, parse_inference, write_outputs
@@ -46,8 +46,9 @@ EXTENSIONS = ("parameters", "schedule_policy", "statistics")
 class OpenInference(GRPCInferenceServiceServicer):
     """The service of open_inference.proto. A call that is cancelled is cancelled here too, and ends its requests."""
 
-    def __init__(self, desk: Desk, other_metrics: OtherMetrics = no_others) -> None:
+    def __init__(self, desk: Desk, calls: Calls, other_metrics: OtherMetrics = no_others) -> None:
         self._desk = desk
+        self._calls = calls
         self._other_metrics = other_metrics
         self._health = Health(desk)
 
@@ -75,7 +76,7 @@ class OpenInference(GRPCInferenceServiceServicer):
     async def ModelMetadata(  # noqa: N802
         self, request: pb.ModelMetadataRequest, context: Context
     ) -> pb.ModelMetadataResponse:
-        async with as_status(context):
+        async with self._calls.as_status(context):
             check_version(request.version)
             model = self._desk.model(request.name)
             info = self._desk.info(model)
@@ -93,7 +94,7 @@ class OpenInference(GRPCInferenceServiceServicer):
     async def ModelStatistics(  # noqa: N802
         self, request: pb.ModelStatisticsRequest, context: Context
     ) -> pb.ModelStatisticsResponse:
-        async with as_status(context):
+        async with self._calls.as_status(context):
             check_version(request.version)
             models = [self._desk.model(request.name)] if request.name else self._desk.models
             others = await self._other_metrics() or {}
@@ -102,7 +103,7 @@ class OpenInference(GRPCInferenceServiceServicer):
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:  # noqa: N802
         headers = metadata(context)
-        async with as_status(context):
+        async with self._calls.as_status(context):
             request_id = _request_id(request, headers)
             await context.send_initial_metadata((("x-request-id", request_id),))
             if self._wants_vectors(request):
@@ -134,7 +135,7 @@ class OpenInference(GRPCInferenceServiceServicer):
                         if broken:
                             return
                         try:
-                            await send(context, reply)
+                            await self._calls.send(context, reply)
                         except Exception as error:  # without it the answer would go on as if nothing were missing
                             broken.append(error)
                             call.cancel()
@@ -144,7 +145,7 @@ class OpenInference(GRPCInferenceServiceServicer):
             tasks.discard(task)
             free.release()
 
-        async with as_status(context):
+        async with self._calls.as_status(context):
             await context.send_initial_metadata(())  # else it goes with the first message, and no status without that
             try:
                 async for request in request_iterator:
@@ -182,7 +183,7 @@ class OpenInference(GRPCInferenceServiceServicer):
                     async for reply in replies:
                         yield reply
         except Exception as error:
-            yield _failed(request, told(error))
+            yield _failed(request, self._calls.told(error))
 
     def _wants_vectors(self, request: pb.ModelInferRequest) -> bool:
         return wants_vectors(request, self._desk.info(self._desk.model(request.model_name)).tasks)

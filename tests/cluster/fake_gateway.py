@@ -288,7 +288,7 @@ class LiveGateway:
             return self.others.get(name)
 
         self.app = create_app(self.desk, config, find)
-        options = server_config(self.app, config)
+        options = server_config(self.app, config, self.desk.metrics.refused)
         server, self.server = uvicorn.Server(options), create_grpc_server(self.desk, config, self.app.state.shelf)
         self.connections = server.server_state.connections
         sock = bound_socket("127.0.0.1", 0, shared=False)

@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from waiting import until
 
-from kvasir.cluster import grpc_api, grpc_call
+from kvasir.cluster import grpc_api
 from kvasir.cluster.config import GatewayConfig
 from kvasir.engine.errors import OverloadedError, UnsupportedError
 from kvasir.engine.request import NESTED, SamplingParams
@@ -400,16 +400,19 @@ def test_slow_client_is_cut_off(live_gateway, connect):
 
 def test_a_client_that_takes_nothing_is_left(live_gateway, monkeypatch):
     """Its request ends, though its answer isn't long enough to be more than is held for it; it is told when it reads again."""
-    monkeypatch.setattr(grpc_call, "UNREAD_S", 0.3)
+    monkeypatch.setattr(grpc_api, "_gone_after", lambda limit_s: [])  # it is there, but may be held up
     little = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096)]
-    with live_gateway() as gateway, grpc.insecure_channel(gateway.grpc_address, little) as channel:
+    with (
+        live_gateway(GatewayConfig(receive_timeout_s=0.3)) as gateway,
+        grpc.insecure_channel(gateway.grpc_address, little) as channel,
+    ):
         gateway.group.script = lambda request, index: [65] * 2000
         sampling = inference_pb2.Sampling(max_tokens=2000, logprobs=20)
         call = InferenceStub(channel).Generate(inference_pb2.GenerateRequest(text="a", sampling=sampling))
         until(lambda: gateway.group.requests and not gateway.desk.running)
         error = refused(lambda: call)
         assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "took no message for 0.3 s" in error.details()
+        assert "took no message for 0.3 s (--receive-timeout)" in error.details()
 
 
 def test_a_client_that_vanished_holds_no_connection(live_gateway):

@@ -15,7 +15,7 @@ from grpc_tools import protoc
 from kserve_requests import asking
 from waiting import until
 
-from kvasir.cluster import grpc_call, open_inference_api
+from kvasir.cluster import grpc_api, open_inference_api
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.metrics import Metrics
 from kvasir.cluster.open_inference_statistics import statistics
@@ -125,12 +125,15 @@ def test_cancellation_deadlines_and_limits(live_gateway, connect, monkeypatch):
 
 def test_a_stream_ends_whose_client_takes_nothing(live_gateway, monkeypatch):
     """Whole: an answer of which something were missing would look as if it went on, to who reads again."""
-    monkeypatch.setattr(grpc_call, "UNREAD_S", 0.3)
+    monkeypatch.setattr(grpc_api, "_gone_after", lambda limit_s: [])  # it is there, but may be held up
     little = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096)]
     requests = queue.Queue()  # more may come
     requests.put(asking("x" * 200_000, sampling={"truncate_prompt_tokens": 3, "max_tokens": 1}))
     requests.put(asking(stream=True, sampling={"max_tokens": 2000}))
-    with live_gateway() as gateway, grpc.insecure_channel(gateway.grpc_address, little) as channel:
+    with (
+        live_gateway(GatewayConfig(receive_timeout_s=0.3)) as gateway,
+        grpc.insecure_channel(gateway.grpc_address, little) as channel,
+    ):
         gateway.group.step_s = 0.05
         gateway.group.script = lambda request, index: [65] * 2000
         call = GRPCInferenceServiceStub(channel).ModelStreamInfer(iter(requests.get, None), timeout=60)
@@ -139,7 +142,7 @@ def test_a_stream_ends_whose_client_takes_nothing(live_gateway, monkeypatch):
             list(call)
         requests.put(None)
     assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "took no message for 0.3 s" in caught.value.details()
+    assert "took no message for 0.3 s (--receive-timeout)" in caught.value.details()
 
 
 def test_overload_drain_and_bugs(live_gateway, connect, caplog):

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import re
+import socket
 from types import SimpleNamespace
 
+import grpc
 import httpx
 import pytest
 from fake_gateway import FakeGroup
+from kserve_requests import changed
 from prometheus_client.parser import text_string_to_metric_families
 from waiting import until
 
 from kvasir.cluster import siblings
 from kvasir.cluster.all_metrics import merged
+from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.gateway import close_app, create_app
 from kvasir.cluster.metrics import Metrics
 from kvasir.engine.event import Finished
 from kvasir.engine.request import Request, SamplingParams
+from kvasir.proto import inference_pb2
+from kvasir.proto.inference_pb2_grpc import InferenceStub
+from kvasir.proto.open_inference_pb2_grpc import GRPCInferenceServiceStub
 
 NOT_MEASURED = {
     "vllm:iteration_tokens_total",
@@ -32,6 +40,9 @@ NOT_MEASURED = {
     "vllm:corrupted_requests",
 }
 """Queried by tools, and not known here: no block statistics, no multimodal input, no external cache."""
+
+
+FAILED = "kvasir:request_failed_total"
 
 
 def samples(gateway):
@@ -95,9 +106,80 @@ def test_a_refusal_before_a_model_is_known_is_counted_without_one(live):
     assert complete(live).status_code == 503
     found = samples(live)
     counts = {"invalid_request_error": 2, "model_not_found": 1, "unknown_url": 1}
-    failed = "kvasir:request_failed_total"
-    assert {code: value(found, failed, model_name="", code=code) for code in counts} == counts
-    assert value(found, failed) == sum(counts.values()) + 2  # those of the model count once
+    assert {code: value(found, FAILED, model_name="", code=code) for code in counts} == counts
+    assert value(found, FAILED) == sum(counts.values()) + 2  # those of the model count once
+
+
+def without_a_model(live):
+    """{code: how many}; of all that was refused or failed, which is nothing else."""
+    found = samples(live)
+    failed = {
+        dict(rest)["code"]: v for (name, *rest), v in found.items() if name == FAILED and ("model_name", "") in rest
+    }
+    assert value(found, FAILED) == sum(failed.values())
+    return failed
+
+
+def test_so_is_what_grpc_refuses(live_gateway):
+    config = GatewayConfig(api_key=("secret",), failover_timeout_s=0)
+    with live_gateway(config) as live, grpc.insecure_channel(live.grpc_address) as channel:
+        inference, tensors = InferenceStub(channel), GRPCInferenceServiceStub(channel)
+        key = ("authorization", "Bearer secret")
+        refused = [
+            lambda: inference.Embed(inference_pb2.EmbedRequest(), timeout=60),
+            lambda: inference.Embed(
+                inference_pb2.EmbedRequest(), metadata=[key, ("x-request-id", "a" * 999)], timeout=60
+            ),
+            lambda: inference.Tokenize(inference_pb2.TokenizeRequest(model="nobody"), metadata=[key], timeout=60),
+            lambda: [*inference.Generate(inference_pb2.GenerateRequest(model="nobody", text="a"), metadata=[key])],
+        ]
+        for call in refused:
+            with pytest.raises(grpc.RpcError):
+                call()
+        asked = iter([changed(lambda request: setattr(request, "model_name", "nobody"))])
+        assert [reply.error_message != "" for reply in tensors.ModelStreamInfer(asked, metadata=[key])] == [True]
+        live.group.dies_after = 2
+        with pytest.raises(grpc.RpcError):
+            [*inference.Generate(inference_pb2.GenerateRequest(text="a"), metadata=[key])]
+        text = live.desk.metrics.render().decode()
+    found = {line.partition("{")[2] for line in text.splitlines() if line.startswith(FAILED)}
+    assert found == {
+        'code="invalid_api_key",model_name=""} 1.0',
+        'code="invalid_request_error",model_name=""} 1.0',
+        'code="model_not_found",model_name=""} 3.0',
+        'code="unavailable",model_name="bytes"} 1.0',
+    }
+
+
+def test_so_is_what_is_no_request(live):
+    """The application never sees it."""
+    with socket.create_connection(("localhost", httpx.URL(live.url).port), timeout=60) as sock:
+        sock.sendall(b"\0\0\r\n\r\n")
+        while sock.recv(4096):
+            pass
+    assert without_a_model(live) == {"invalid_request_error": 1}
+
+
+def test_so_are_lines_of_a_batch(live):
+    def batch(*lines):
+        data = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+        file = httpx.post(live.url + "/v1/files", data={"purpose": "batch"}, files={"file": data}).json()["id"]
+        body = {"input_file_id": file, "endpoint": "/v1/completions", "completion_window": "24h"}
+        made = httpx.post(live.url + "/v1/batches", json=body).json()["id"]
+        return until(lambda: _ended(httpx.get(f"{live.url}/v1/batches/{made}").json()))
+
+    def line(number, **fields):
+        body = {"model": "bytes", "prompt": "Hi", **fields}
+        return {"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": body}
+
+    assert batch({}, line(1), [], line(1))["status"] == "failed"
+    assert without_a_model(live) == {"invalid_request_error": 3}
+    assert batch(line(1), line(2, model="nobody"), line(3, stop=1))["request_counts"]["failed"] == 2
+    assert without_a_model(live) == {"invalid_request_error": 4, "model_not_found": 1}
+
+
+def _ended(batch):
+    return batch["status"] in ("failed", "completed") and batch
 
 
 def test_the_groups_stats(live):

@@ -18,10 +18,12 @@ from google.protobuf.message import DecodeError
 sys.path.append(str(Path(__file__).resolve().parents[1] / "cluster"))
 from fake_gateway import LiveGateway, write_byte_model
 
-from kvasir.cluster import batch_file, grpc_call, open_inference_api
+from kvasir.cluster import batch_file, open_inference_api
+from kvasir.cluster.auth import ApiKeys
 from kvasir.cluster.batch_line import answer, dumped, line_label, line_object, openai_entry
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.gateway import close_app, create_app, create_grpc_server
+from kvasir.cluster.grpc_call import Calls
 from kvasir.engine.errors import ClientError, KvasirError
 from kvasir.proto import open_inference_pb2 as pb
 
@@ -57,7 +59,7 @@ class _Gateway:
         group = self._live.group
         for one in (group.requests, group.aborted, group.streams, group._live):
             one.clear()
-        with patch.object(grpc_call, "told", _told), patch.object(open_inference_api, "told", _told):
+        with patch.object(Calls, "told", staticmethod(_told)):
             return self._live.loop.run_until_complete(work)
 
     def methods(self) -> dict[str, Any]:
@@ -208,7 +210,7 @@ def kserve(data: bytes) -> None:
             message = pb.ModelInferRequest.FromString(data[1:])
     except (DecodeError, json_format.ParseError, UnicodeDecodeError, RecursionError):  # the libraries' own
         return
-    service = open_inference_api.OpenInference(gateway.desk)
+    service = open_inference_api.OpenInference(gateway.desk, Calls(ApiKeys(()), gateway.desk.metrics.refused, 60.0))
 
     async def asked() -> AsyncIterator[pb.ModelInferRequest]:
         yield message
