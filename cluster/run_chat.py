@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import shlex
 import signal
 import sys
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvasir.engine.config import EngineConfig
-from kvasir.engine.errors import ClientError, KvasirError
+from kvasir.engine.errors import ClientError, ConfigError, KvasirError
 from kvasir.engine.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ def run_chat(config: EngineConfig, args: argparse.Namespace) -> int:
     """Answer PROMPT or what a pipe brings, or talk until the user leaves."""
     from kvasir.engine import AsyncLLM
 
+    if " " in config.model and not args.prompt and not Path(config.model).exists():
+        example = f"kvasir run skald {shlex.quote(config.model)}"
+        raise ConfigError(f"{config.model!r} is no model; MODEL comes before PROMPT: {example}", param="model")
     options = dataclasses.asdict(config)
     llm = AsyncLLM(options.pop("model"), **options)
     try:

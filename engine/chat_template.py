@@ -77,7 +77,10 @@ class ChatTemplates:
         if "default" in self.sources:
             return self.sources["default"]
         named = f" (only ones named {', '.join(sorted(self.sources))})" if self.sources else ""
-        text = f"the model has no chat template{named}: use /v1/completions, or serve it with --chat-template FILE"
+        text = (
+            f"the model has no chat template{named}: give it one by --chat-template FILE, or let it continue texts "
+            "(/v1/completions, LLM.generate)"
+        )
         raise ClientError(text, param="messages")
 
 

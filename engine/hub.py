@@ -181,6 +181,8 @@ def _checked(folder: Path) -> Path:
     if files:
         names = ", ".join(file.name for file in files[:8])
         raise ConfigError(f"{folder} holds several GGUF files; name one of them: {names}", param="model")
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(f"{folder} is an adapter, and adapters are not supported yet", param="model")
     has = sorted(entry.name for entry in folder.iterdir())[:8]
     listing = f"it holds {', '.join(has)}" if has else "it is empty"
     raise ConfigError(f"{folder} has no config.json, so it isn't a model's folder ({listing})", param="model")

@@ -325,6 +325,12 @@ def test_one_prompt_and_a_pipe(kvasir: Kvasir) -> None:
     assert "no prompt" in run.err
 
 
+def test_a_prompt_where_the_model_belongs(kvasir: Kvasir) -> None:
+    run = kvasir("run", "Who are you?")
+    assert run.status == 1
+    assert "MODEL comes before PROMPT: kvasir run skald 'Who are you?'" in run.err
+
+
 # -- batch, bench, doctor
 
 

@@ -43,6 +43,7 @@ def test_a_folder(tmp_path: Path) -> None:
     [
         ([], r"has no config.json, so it isn't a model's folder \(it is empty\)"),
         (["tokenizer.json"], "it holds tokenizer.json"),
+        (["adapter_config.json"], "is an adapter, and adapters are not supported yet"),
         (["a.gguf", "b.gguf"], r"several GGUF files; name one of them: a\.gguf, b\.gguf"),
     ],
 )
