@@ -13,13 +13,12 @@ from starlette.routing import Route
 from kvasir.cluster.caller import Lookup
 from kvasir.cluster.named_items import named_items
 from kvasir.cluster.openai_fields import CHAT_HONOURED, Check
-from kvasir.cluster.openai_schema import sort_fields
 from kvasir.cluster.pages import Page
 from kvasir.cluster.responses_items import input_items, unread
 from kvasir.cluster.service_fields import check_metadata, check_nesting
 from kvasir.cluster.store import Kind, NotFoundError, Part, Store, Stored
+from kvasir.cluster.stored_fields import new_metadata, stored_fields
 from kvasir.cluster.stored_routes import changed_route, found_route
-from kvasir.engine.errors import ClientError
 
 Json = dict[str, Any]
 _KIND: Kind = "conversation"
@@ -50,10 +49,8 @@ class Conversations:
     async def update(self, lookup: Lookup, body: Json) -> Json:
         """Other metadata."""
         stored = await self._stored(lookup)
-        fields = _fields(body, {"metadata": check_metadata})
-        if "metadata" not in fields:
-            raise ClientError("metadata is missing", param="metadata")
-        changed = await self._store.change(stored.id, lambda body: {**body, "metadata": fields["metadata"]})
+        metadata = new_metadata(body, "a conversation")
+        changed = await self._store.change(stored.id, lambda body: {**body, "metadata": metadata})
         return changed or stored.body
 
     async def delete(self, lookup: Lookup) -> Json:
@@ -111,10 +108,8 @@ def conversation_routes(them: Conversations, max_body_bytes: int) -> list[Route]
 
 
 def _fields(body: Json, honoured: Mapping[str, Check]) -> Json:
-    fields, unknown = sort_fields(body, honoured, {}, {})
+    fields = stored_fields(body, honoured, "a conversation")
     check_nesting(fields)
-    if unknown:
-        raise ClientError(f"{unknown[0]:.60} is no field of a conversation", param=unknown[0][:60])
     return fields
 
 

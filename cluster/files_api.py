@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from kvasir.cluster.background import Background
 from kvasir.cluster.files import Files, NewFile, expires_after, find_file, pieces
-from kvasir.cluster.http_front import ClientGoneError, header_map, send_json, unread_query, warning_header
+from kvasir.cluster.http_front import ClientGoneError, header_map, send_json, warning_header
 from kvasir.cluster.multipart import Data, Field, Multipart
 from kvasir.cluster.store import Store
 from kvasir.cluster.stored_routes import found_route, lookup_of
@@ -115,7 +115,7 @@ class Content:
     async def get(self, request: Request) -> Response:
         lookup = lookup_of(request)
         stored = await find_file(self._store, lookup.id, lookup.principal)
-        headers = {"content-length": str(stored.body["bytes"]), **unread_query(request)}
+        headers = {"content-length": str(stored.body["bytes"])}
         return StreamingResponse(pieces(self._store, stored.id), 200, headers, "application/octet-stream")
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import Any
+from urllib.parse import parse_qsl
 
 import orjson
 from starlette.exceptions import HTTPException
@@ -53,8 +54,31 @@ class ClientGoneError(Exception):
     """The client went away while it sent its request: nobody is there to be answered."""
 
 
+class Query(Mapping[str, str]):
+    """A request's query, which knows what of it nobody looked for. Of a name that is there twice the last counts."""
+
+    def __init__(self, text: bytes) -> None:
+        self._given = dict(parse_qsl(text.decode("latin-1"), keep_blank_values=True))
+        self._read = set[str]()
+
+    def __getitem__(self, name: str) -> str:
+        self._read.add(name)
+        return self._given[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._given)
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+    @property
+    def unread(self) -> list[str]:
+        return [name for name in self if name not in self._read]
+
+
 class Front:
-    """The middleware around all routes: request id in and out, API keys, and which pages may call where none is needed."""
+    """The middleware around all routes: request id in and out, API keys, and which pages may call where none is needed.
+    A header names what no route read of the query."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys, origins: Origins, refused: Callable[[KvasirError], None]) -> None:
         self._app = app
@@ -69,12 +93,14 @@ class Front:
         headers = header_map(scope)
         state = scope.setdefault("state", {})
         state["request_id"], state["principal"], state["refused"] = None, "", self._refused
+        state["query"] = query = Query(scope["query_string"])
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 found = state["request_id"] or request_id_from(None, "X-Request-ID")
                 names = (b"x-request-id", b"request-id")  # ours and OpenAI's, Anthropic's
-                message["headers"] = [*message["headers"], *((name, found.encode()) for name in names)]
+                more = warning_header(query.unread) if message["status"] < 400 else []
+                message["headers"] = [*message["headers"], *((name, found.encode()) for name in names), *more]
             await send(message)
 
         try:
@@ -166,11 +192,6 @@ def warning_header(names: Iterable[str], truncated_tokens: int = 0) -> list[tupl
         cut = listed if len(listed) <= _MAX_WARNING else listed[:_MAX_WARNING] + "..."
         said.insert(0, f"ignored: {cut}")
     return [(b"x-kvasir-warning", "; ".join(said).encode("ascii"))] if said else []
-
-
-def unread_query(request: Request) -> dict[str, str]:
-    """The same header, of a route that reads nothing of its query."""
-    return {name.decode(): text.decode() for name, text in warning_header(request.query_params)}
 
 
 def route_header(route: str | None) -> list[tuple[bytes, bytes]]:

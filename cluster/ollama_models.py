@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from kvasir.cluster.desk import Desk
 from kvasir.cluster.filling import filling_tokens
-from kvasir.cluster.http_front import read_json, send_json, unread_query, warning_header
+from kvasir.cluster.http_front import read_json, send_json, warning_header
 from kvasir.cluster.ollama_api import LATEST, OllamaEmbedding, OllamaGeneration, find_model
 from kvasir.cluster.ollama_fields import SHOW
 from kvasir.cluster.ollama_reply import timestamp
@@ -71,12 +71,12 @@ class OllamaModels:
 
     async def tags(self, request: Request) -> Response:
         entries = [_entry(model, name) for model in self._desk.models for name in model.names]
-        return _json({"models": entries}, unread_query(request))
+        return _json({"models": entries})
 
     async def ps(self, request: Request) -> Response:
         infos = {info.name: info for info in self._desk.directory.models()}
         running = [(model, infos[model.name]) for model in self._desk.models if model.name in infos]
-        return _json({"models": [_running(model, info) for model, info in running]}, unread_query(request))
+        return _json({"models": [_running(model, info) for model, info in running]})
 
 
 class Show:
@@ -108,7 +108,7 @@ def ollama_routes(desk: Desk, max_body_bytes: int) -> list[Route]:
         return PlainTextResponse("Ollama is running")
 
     async def show_version(request: Request) -> Response:
-        return _json({"version": VERSION}, unread_query(request))
+        return _json({"version": VERSION})
 
     async def refuse(request: Request) -> Response:
         raise UnsupportedError(_REFUSED[request.url.path.rpartition("/")[2]])
@@ -205,5 +205,5 @@ def _tagged(name: str) -> str:
     return name if ":" in name.rpartition("/")[2] else name + LATEST
 
 
-def _json(value: Any, headers: Mapping[str, str]) -> Response:
-    return Response(orjson.dumps(value), headers=headers, media_type="application/json")
+def _json(value: Any) -> Response:
+    return Response(orjson.dumps(value), media_type="application/json")

@@ -20,7 +20,6 @@ from kvasir.cluster.http_front import (
     request_id_of,
     route_header,
     send_json,
-    unread_query,
     until_gone,
     warning_header,
 )
@@ -133,14 +132,14 @@ class Models:
         if of_anthropic(request.headers):
             cards = [model_card(name, self._created) for name in names]
             page = {"data": cards, "has_more": False, "first_id": names[0], "last_id": names[-1]}
-            return _json(page, unread_query(request))
-        return _json({"object": "list", "data": [self._card(name) for name in names]}, unread_query(request))
+            return _json(page)
+        return _json({"object": "list", "data": [self._card(name) for name in names]})
 
     async def get(self, request: Request) -> Response:
         name = request.path_params["name"]
         self._desk.model(name)
         card = model_card(name, self._created) if of_anthropic(request.headers) else self._card(name)
-        return _json(card, unread_query(request))
+        return _json(card)
 
     def _card(self, name: str) -> dict[str, Any]:
         model = self._desk.model(name)
@@ -156,5 +155,5 @@ def _failed(error: KvasirError) -> bytes:
     return b"data: " + orjson.dumps(openai_error(error)) + b"\n\n"
 
 
-def _json(value: Any, headers: Mapping[str, str]) -> Response:
-    return Response(orjson.dumps(value), headers=headers, media_type="application/json")
+def _json(value: Any) -> Response:
+    return Response(orjson.dumps(value), media_type="application/json")

@@ -374,7 +374,9 @@ BODIES: dict[str, Body] = {
     ),
     "ConversationRequest": Body(honoured=conversations_api._CREATE, closed=True),
     "ConversationItems": Body(honoured={"items": conversations_api._ITEMS}, required=("items",), closed=True),
-    "MetadataRequest": Body(honoured={"metadata": conversations_api._CREATE["metadata"]}, required=("metadata",)),
+    "MetadataRequest": Body(
+        honoured={"metadata": conversations_api._CREATE["metadata"]}, required=("metadata",), closed=True
+    ),
     "RoleRequest": Body(honoured={"role": groups_api.check_role}, required=("role",), closed=True),
     "BatchRequest": Body(honoured=batches_api._HONOURED, required=("input_file_id", "endpoint", "completion_window")),
     "MessagesRequest": Body(

@@ -14,7 +14,7 @@ from kvasir.cluster.http_front import header_map, read_json, request_id_of, send
 from kvasir.cluster.reply_stream import SSE, UNBUFFERED, stream
 from kvasir.cluster.responses import Responses
 from kvasir.cluster.responses_schema import ResponseAsk, parse_compaction, parse_input_tokens, parse_response
-from kvasir.cluster.stored_routes import found_route, lookup_of, unread
+from kvasir.cluster.stored_routes import found_route, lookup_of
 from kvasir.cluster.straight import Straight
 from kvasir.engine.errors import ClientError
 
@@ -79,12 +79,11 @@ class GetResponse:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         lookup = lookup_of(Request(scope))
         if not _flag(lookup.query, "stream"):
-            await send_json(send, 200, (await self._responses.get(lookup)).body, unread(lookup))
+            await send_json(send, 200, (await self._responses.get(lookup)).body)
             return
         stored = await self._responses.streamed(lookup)
         after = _number(lookup.query, "starting_after", -1)
-        told, line = unread(lookup), Straight(scope, send)
-        await until_gone(receive, _follow(self._responses.background, stored.id, after, line, told))
+        await until_gone(receive, _follow(self._responses.background, stored.id, after, Straight(scope, send)))
 
 
 async def _send(send: Send, answer: Answer) -> None:
@@ -92,7 +91,7 @@ async def _send(send: Send, answer: Answer) -> None:
     await send_json(send, 200, answer.body, [*warning_header(answer.warnings), *timing])
 
 
-async def _follow(background: Background, response_id: str, after: int, send: Straight, headers: Headers) -> None:
+async def _follow(background: Background, response_id: str, after: int, send: Straight, headers: Headers = ()) -> None:
     """Send the events behind number `after`, those too that are still to come."""
     await send({"type": "http.response.start", "status": 200, "headers": [SSE, *headers, *UNBUFFERED]})
     async for parts in background.follow(response_id, after):

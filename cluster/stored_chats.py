@@ -14,8 +14,8 @@ from starlette.routing import Route
 from kvasir.cluster.caller import Lookup
 from kvasir.cluster.openai_schema import Ask
 from kvasir.cluster.pages import Page
-from kvasir.cluster.service_fields import check_metadata
 from kvasir.cluster.store import Kind, Store, Stored
+from kvasir.cluster.stored_fields import new_metadata
 from kvasir.cluster.stored_routes import changed_route, found_route
 
 Json = dict[str, Any]
@@ -67,7 +67,7 @@ class Chats:
     async def update(self, lookup: Lookup, body: Json) -> Json:
         """Other metadata."""
         stored = await self._stored(lookup)
-        check_metadata("metadata", metadata := body.get("metadata"))
+        metadata = new_metadata(body, "a stored chat")
         changed = await self._store.change(stored.id, lambda body: {**body, "metadata": metadata})
         return changed or stored.body
 

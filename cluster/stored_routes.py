@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import orjson
@@ -20,8 +20,7 @@ def found_route(method: str, path: str, find: Callable[[Lookup], Awaitable[Json]
     """One that reads no body."""
 
     async def endpoint(request: Request) -> Response:
-        lookup = lookup_of(request)
-        return _json(await find(lookup), lookup)
+        return _json(await find(lookup_of(request)))
 
     return Route(path, endpoint, methods=[method])
 
@@ -35,46 +34,18 @@ def changed_route(
     """POST. overlooked: what of a body that was taken means nothing."""
 
     async def endpoint(request: Request) -> Response:
-        body, lookup = await read_json(request.scope, request.receive, max_body_bytes), lookup_of(request)
-        return _json(await change(lookup, body), lookup, overlooked(body))
+        body = await read_json(request.scope, request.receive, max_body_bytes)
+        return _json(await change(lookup_of(request), body), overlooked(body))
 
     return Route(path, endpoint, methods=["POST"])
 
 
 def lookup_of(request: Request) -> Lookup:
     """What a request of such a route asks for."""
-    query = _Query(request.query_params)
-    return Lookup(principal=request.scope["state"]["principal"], query=query, **request.path_params)
+    state = request.scope["state"]
+    return Lookup(principal=state["principal"], query=state["query"], **request.path_params)
 
 
-def unread(lookup: Lookup, others: Sequence[str] = ()) -> list[tuple[bytes, bytes]]:
-    """Header that names what of its query meant nothing, and `others`; of a lookup that was done."""
-    query = lookup.query
-    return warning_header([*(query.unread if isinstance(query, _Query) else ()), *others])
-
-
-class _Query(Mapping[str, str]):
-    """A request's query, which knows what of it nobody looked for."""
-
-    def __init__(self, given: Mapping[str, str]) -> None:
-        self._given = given
-        self._read = set[str]()
-
-    def __getitem__(self, name: str) -> str:
-        self._read.add(name)
-        return self._given[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._given)
-
-    def __len__(self) -> int:
-        return len(self._given)
-
-    @property
-    def unread(self) -> list[str]:
-        return [name for name in self if name not in self._read]
-
-
-def _json(value: Json, lookup: Lookup, others: Sequence[str] = ()) -> Response:
-    headers = {name.decode(): text.decode() for name, text in unread(lookup, others)}
+def _json(value: Json, overlooked: Sequence[str] = ()) -> Response:
+    headers = {name.decode(): text.decode() for name, text in warning_header(overlooked)}
     return Response(orjson.dumps(value), headers=headers, media_type="application/json")

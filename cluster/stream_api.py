@@ -8,7 +8,6 @@ knock until it is lucky.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from urllib.parse import parse_qs
 
 from starlette.types import Receive, Scope, Send
 
@@ -22,7 +21,14 @@ FindGateway = Callable[[str], Awaitable["str | None"]]
 """A gateway's name -> such as http://127.0.0.1:40123, its own address; None: there is no such gateway."""
 FORWARDED = "kvasir-forwarded"
 _PASSED_ON = ("authorization", "x-api-key", "last-event-id", "x-request-id")
-_PASSED_BACK = ("content-type", "cache-control", "x-accel-buffering", "kvasir-stream-id", "content-length")
+_PASSED_BACK = (
+    "content-type",
+    "cache-control",
+    "x-accel-buffering",
+    "kvasir-stream-id",
+    "x-kvasir-warning",
+    "content-length",
+)
 _KINDS = (SSE[1], NDJSON[1])
 
 
@@ -58,8 +64,9 @@ class Streams:
 def _after(scope: Scope, last_event_id: str | None) -> int:
     """Number of the last event that the client saw. A browser that reconnects by itself keeps the URL as it was: its
     header is the newer one."""
-    query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-    given = last_event_id if last_event_id is not None else query.get("after", ["0"])[-1]
+    given = scope["state"]["query"].get("after", "0")
+    if last_event_id is not None:
+        given = last_event_id
     if not (given.isascii() and given.isdigit() and len(given) < 16):
         name = "after" if last_event_id is None else "Last-Event-ID"
         raise ClientError(f"{name} must be the number of an event, 0: from the start; got {given!r:.60}", param="after")
@@ -71,13 +78,12 @@ async def _forward(url: str, scope: Scope, send: Send) -> None:
     import aiohttp  # takes 0.1 s, and few need it
 
     headers = {name: value for name, value in header_map(scope).items() if name in _PASSED_ON} | {FORWARDED: "1"}
-    query = scope["query_string"].decode("latin-1")
-    target, begun = f"{url}{scope['path']}" + (f"?{query}" if query else ""), False
+    target, query, begun = f"{url}{scope['path']}", {**scope["state"]["query"]}, False
     # no certificate is checked: the address is our own, and certificates are made out for the public one
     connector, limits = aiohttp.TCPConnector(ssl=False), aiohttp.ClientTimeout(total=None, connect=5.0)
     async with aiohttp.ClientSession(connector=connector, timeout=limits) as session:
         try:
-            async with session.request(scope["method"], target, headers=headers) as reply:
+            async with session.request(scope["method"], target, params=query, headers=headers) as reply:
                 kept = [(name.encode(), reply.headers[name].encode()) for name in _PASSED_BACK if name in reply.headers]
                 await send({"type": "http.response.start", "status": reply.status, "headers": kept})
                 begun = True

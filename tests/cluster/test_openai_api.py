@@ -494,6 +494,31 @@ def test_what_means_nothing_in_a_query_is_named(gateway):
     ):
         reply = httpx.get(gateway.url + path)
         assert (reply.status_code, reply.headers["x-kvasir-warning"]) == (200, f"ignored: {named}")
+    talk = {"model": "bytes", "messages": MESSAGES}
+    kept = f"/v1/chat/completions/{post(gateway, '/v1/chat/completions', **talk, store=True).json()['id']}"
+    ask = {"model": "bytes", "prompt": "Hi"}
+    batch = {"input_file_id": file, "endpoint": "/v1/completions", "completion_window": "24h"}
+    for path, fields in (
+        ("/v1/completions", ask),
+        ("/v1/completions", {**ask, "stream": True}),
+        ("/v1/chat/completions", talk),
+        (kept, {"metadata": {}}),
+        ("/v1/messages", {**talk, "max_tokens": 3}),
+        ("/v1/messages/count_tokens", talk),
+        ("/v1/responses", {"model": "bytes", "input": "Hi"}),
+        ("/v1/responses/input_tokens", {"model": "bytes", "input": "Hi"}),
+        ("/v1/conversations", {}),
+        ("/v1/batches", batch),
+        ("/api/chat", {**talk, "stream": False}),
+        ("/api/show", {"model": "bytes"}),
+        ("/tokenize", ask),
+        ("/detokenize", {"model": "bytes", "tokens": [65]}),
+    ):
+        reply = post(gateway, f"{path}?odd=1", **fields)
+        assert (reply.status_code, reply.headers.get("x-kvasir-warning")) == (200, "ignored: odd"), path
+        assert "x-kvasir-warning" not in post(gateway, path, **fields).headers
+    both = post(gateway, "/v1/completions?odd=1", **ask, user="me").headers.get_list("x-kvasir-warning")
+    assert both == ["ignored: user", "ignored: odd"]
     fine = (f"{one}/input_items?limit=3&order=asc", "/v1/chat/completions?model=x&metadata[a]=b&after=")
     for path in (one, *fine, "/v1/models", "/api/tags", f"/v1/files/{file}/content"):
         assert "x-kvasir-warning" not in httpx.get(gateway.url + path).headers

@@ -35,6 +35,22 @@ def test_stored_and_fetched(client):
         client.chat.completions.retrieve(kept.id)
 
 
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "metadata"),
+        ({"metadata": None}, "metadata"),
+        ({"metadata": [1]}, "metadata"),
+        ({"metadata": {}, "model": "other"}, "model"),
+    ],
+)
+def test_metadata_is_all_that_can_be_changed(client, body, param):
+    kept = client.chat.completions.retrieve(client.chat.completions.create(**CHAT, store=True).id)
+    reply = httpx.post(f"{client.base_url}chat/completions/{kept.id}", json=body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+    assert client.chat.completions.retrieve(kept.id) == kept
+
+
 def test_messages_are_told_as_they_were_sent(client):
     """A template may know them by other names."""
     sent = [

@@ -226,6 +226,10 @@ def test_the_gateway_that_has_it_answers(live_gateway):
         later = resume(two, stream_id, after=3)
         assert later.headers["kvasir-stream-id"] == stream_id
         assert seen + later.text == resume(one, stream_id).text
+        for door in (one, two):
+            told = httpx.get(f"{door.url}/v1/streams/{stream_id}?after=3&odd=1").headers
+            assert told.get_list("x-kvasir-warning") == ["ignored: odd"]
+            assert "x-kvasir-warning" not in resume(door, stream_id, after=3).headers
         assert resume(two, stream_id, after=9999).status_code == 400
         stream_id, _ = begin(one, max_tokens=3000)
         assert httpx.delete(f"{two.url}/v1/streams/{stream_id}").status_code == 200
