@@ -21,7 +21,7 @@ import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from kvasir_server import Server, start
+from kvasir_server import LIMIT_S, ROOM, Server, start
 from waiting import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -39,7 +39,7 @@ def skald(tmp_path_factory: pytest.TempPathFactory, collector: Any) -> Iterator[
 def stories(tmp_path_factory: pytest.TempPathFactory, data: Callable[[str], Path]) -> Iterator[Server]:
     folder = data("model-stories260k/hf")
     flags = ("--model", str(folder), "--served-model-name", "stories", "--max-num-batched-tokens", "16")
-    server = start(tmp_path_factory.mktemp("stories"), *flags)
+    server = start(tmp_path_factory.mktemp("stories"), *flags, *ROOM)
     yield server
     assert server.stop() == 0, "".join(server.log)
 
@@ -65,7 +65,7 @@ class Reflected:
     def __exit__(self, *_: object) -> None:
         self.channel.close()
 
-    def call(self, method: str, body: dict[str, Any], timeout: float = 60) -> Any:
+    def call(self, method: str, body: dict[str, Any]) -> Any:
         from google.protobuf.json_format import ParseDict
 
         found = self.service.methods_by_name[method]
@@ -78,7 +78,7 @@ class Reflected:
             reply.FromString,
             _registered_method=False,
         )
-        return rpc(request, timeout=timeout)
+        return rpc(request, timeout=LIMIT_S)
 
 
 def chat(server: Server, text: str, **fields: Any) -> Any:
@@ -224,7 +224,7 @@ def test_a_heavy_grammar_costs_its_sender_alone(skald: Server) -> None:
         assert chat(skald, "Who are you?", temperature=0, max_tokens=40).choices[0].message.content
         for future in slow:
             with contextlib.suppress(openai.BadRequestError):
-                assert set(future.result(60).choices[0].message.content) <= set("abcdex")
+                assert set(future.result().choices[0].message.content) <= set("abcdex")
 
 
 def test_structured_output_over_grpc(skald: Server) -> None:
@@ -282,7 +282,7 @@ def test_documented_text_alone_and_hot(stories: Server, greedy: dict[str, list[i
     half = {"prompt_ids": greedy["greedy_ids"][:100], "greedy_ids": greedy["greedy_ids"][99:]}
     before = stories.metric("vllm:prefix_cache_hits_total")
     assert http_greedy(stories, half) == expected[99:]
-    assert stories.metric("vllm:prefix_cache_hits_total") > before
+    until(lambda: stories.metric("vllm:prefix_cache_hits_total") > before)  # metrics lag a little behind
 
 
 def test_documented_text_over_grpc(stories: Server, greedy: dict[str, list[int]]) -> None:
@@ -336,17 +336,16 @@ def test_200_at_once(stories: Server) -> None:
     assert [ends[50], ends[150]] == ["400", "400"]
     assert all(end in ("complete", "cancelled") for i, end in enumerate(ends) if i not in (50, 150))
     assert all(end == "complete" for i, end in enumerate(ends) if i % 3 and i not in (50, 150))
-    until(lambda: not stories.metric("vllm:num_requests_running"))
-    assert stories.metric("vllm:num_requests_waiting") == 0
-    assert stories.metric("vllm:kv_cache_usage_perc") == 0
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+        until(lambda name=name: stories.metric(f"vllm:{name}") == 0)
 
 
 def test_client_that_goes_away_frees_its_blocks(stories: Server) -> None:
-    body = {"model": "stories", "prompt": "Once", "max_tokens": 500, "ignore_eos": True, "stream": True, "n": 64}
+    body = {"model": "stories", "prompt": "Once", "max_tokens": 5000, "ignore_eos": True, "stream": True, "n": 64}
     before = stories.metric("vllm:generation_tokens_total")
     with httpx.stream("POST", stories.url + "/v1/completions", json=body, timeout=60) as reply:
         lines = reply.iter_lines()  # kept: the connection is closed when nobody holds it
         next(lines)
-        until(lambda: stories.metric("vllm:kv_cache_usage_perc"))  # metrics lag a little behind
+        until(lambda: stories.metric("vllm:kv_cache_usage_perc"))
     until(lambda: not stories.metric("vllm:kv_cache_usage_perc"))
-    assert stories.metric("vllm:generation_tokens_total") - before < 64 * 500, "it went on to the end"
+    assert stories.metric("vllm:generation_tokens_total") - before < 64 * 5000, "it went on to the end"

@@ -8,20 +8,18 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from kvasir_server import Server, command_line, descendants, start
+from kvasir_server import ROOM, Server, descendants, start
 from waiting import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
-ROOM = ("--hf-overrides", '{"max_position_embeddings": 32768}')
-"""For streams of seconds: the model's own 512 tokens are over before a client that is slow has killed anything."""
 
 
 def test_rank_killed_during_a_stream(tmp_path: Path, data: Callable[[str], Path]) -> None:
@@ -30,22 +28,32 @@ def test_rank_killed_during_a_stream(tmp_path: Path, data: Callable[[str], Path]
     server = start(tmp_path, "--model", str(data("model-stories260k/hf")), *flags)
     try:
         body = {"model": "stories", "prompt": "Once", "max_tokens": 20_000, "ignore_eos": True, "stream": True, "n": 4}
-        (rank,) = server.ranks()
-        with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=60) as reply:
+        rank = server.rank()
+        with (
+            httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=60) as reply,
+            server.nothing_starts(),
+        ):
             lines = reply.iter_lines()
             next(lines)
             os.kill(rank, signal.SIGKILL)
             rest = [line for line in lines if line.startswith("data: {")]
             assert "error" in json.loads(rest[-1][6:])
-        assert server.get("/health")[0] == 503
+            assert server.get("/health")[0] == 503
         until(lambda: server.get("/health")[0] == 200)
         reply = httpx.post(server.url + "/v1/completions", json=body | {"stream": False, "max_tokens": 5}, timeout=60)
         assert reply.status_code == 200
     finally:
         status = server.stop()
     assert status == 0
-    leftover = [pid for pid in descendants(1) if str(tmp_path) in command_line(pid)]
-    assert not leftover
+    until(lambda: not [pid for pid in descendants(1) if str(tmp_path) in folder(pid)])
+
+
+def folder(pid: int) -> str:
+    """Where a process works: Ray's in the folder in which they were started."""
+    try:
+        return os.readlink(f"/proc/{pid}/cwd")
+    except OSError:
+        return ""
 
 
 def test_a_prompt_starts_from_the_disk_after_a_kill_and_after_a_restart(
@@ -66,8 +74,9 @@ def test_a_prompt_starts_from_the_disk_after_a_kill_and_after_a_restart(
     try:
         assert ask(server, 0) == 0
         until(lambda: server.metric("kvasir:kv_blocks_stored_total") >= 9)
-        os.kill(server.ranks()[0], signal.SIGKILL)
-        until(lambda: server.get("/health")[0] != 200)
+        with server.nothing_starts():
+            os.kill(server.rank(), signal.SIGKILL)
+            until(lambda: server.get("/health")[0] != 200)
         until(lambda: server.get("/health")[0] == 200)
         assert ask(server, 6) == 96
     finally:
@@ -94,7 +103,7 @@ class Heard:
 
 def hear(server: Server, kill_at: int | None, fields: dict[str, Any]) -> Heard:
     """A completion by OpenAI's client; kills rank 0 when the chunk of that number has come."""
-    n, rank = fields["n"], server.ranks()[0]
+    n, rank = fields["n"], server.rank()
     heard = Heard([""] * n, [[] for _ in range(n)], [0.0] * n)
     with server.client() as client:
         for number, chunk in enumerate(client.completions.create(**fields)):
@@ -106,6 +115,8 @@ def hear(server: Server, kill_at: int | None, fields: dict[str, Any]) -> Heard:
                     heard.tokens[choice.index] += choice.logprobs.tokens or []
                     heard.sums[choice.index] += sum(score or 0.0 for score in choice.logprobs.token_logprobs or [])
             heard.usage = chunk.usage or heard.usage
+    if kill_at is not None:
+        until(lambda: server.rank() != rank and server.get("/health")[0] == 200)
     return heard
 
 
@@ -119,18 +130,22 @@ def test_streams_survive_their_group(tmp_path: Path, data: Callable[[str], Path]
     bound = {"n": 1, "max_tokens": 2500, "extra_body": {"guided_regex": "([a-z]{1,9} ){200}"}}
     flags = ("--served-model-name", "stories", "--failover-timeout", "120", *ROOM)
     server = start(tmp_path, "--model", str(data("model-stories260k/hf")), *flags)
-    failovers = 0.0
+
+    def survives(kill_at: int, fields: dict[str, Any], expected: Heard) -> bool:
+        """Whether it ran on behind the kill: a client that is held up kills when all is over."""
+        before = sum(server.series("kvasir:failovers_total"))
+        heard = hear(server, kill_at, fields)
+        assert (heard.texts, heard.tokens) == (expected.texts, expected.tokens)
+        assert heard.sums == pytest.approx(expected.sums, rel=1e-4)
+        assert heard.usage.completion_tokens == expected.usage.completion_tokens
+        return sum(server.series("kvasir:failovers_total")) > before
+
     try:
         for kill_at, fields in ((40, common | long), (50, common | steered), (30, common | bound)):
             expected = hear(server, None, fields)
             if fields["extra_body"] is bound["extra_body"]:
                 assert re.fullmatch(bound["extra_body"]["guided_regex"], expected.texts[0])
-            heard = hear(server, kill_at, fields)
-            assert (heard.texts, heard.tokens) == (expected.texts, expected.tokens)
-            assert heard.sums == pytest.approx(expected.sums, rel=1e-4)
-            assert heard.usage.completion_tokens == expected.usage.completion_tokens
-            before, failovers = failovers, server.metric("kvasir:failovers_total")
-            assert failovers > before, "the stream was over when its rank was killed"
+            until(partial(survives, kill_at, fields, expected))
     finally:
         status = server.stop()
     assert status == 0, "".join(server.log)
@@ -138,7 +153,7 @@ def test_streams_survive_their_group(tmp_path: Path, data: Callable[[str], Path]
 
 def test_streams_are_found_whichever_gateway_is_asked(tmp_path: Path, data: Callable[[str], Path]) -> None:
     """Two gateways share the port: a client that lost its connection gets the rest from either, and cancels by either."""
-    flags = ("--served-model-name", "stories", "--num-gateways", "2", "--stream-ttl", "20")
+    flags = ("--served-model-name", "stories", "--num-gateways", "2", "--stream-ttl", "600")
     server = start(tmp_path, "--model", str(data("model-stories260k/hf")), *flags)
     body = {"model": "stories", "prompt": "Once", "max_tokens": 300, "ignore_eos": True, "stream": True, "seed": 2}
 
@@ -154,10 +169,8 @@ def test_streams_are_found_whichever_gateway_is_asked(tmp_path: Path, data: Call
 
     try:
         asked = [ask(0)]
-        limit = time.monotonic() + 60
-        while len(gateways(asked)) < 2:  # the system draws one for each connection, and the second may be a little late
-            assert time.monotonic() < limit
-            time.sleep(0.1)
+        while len(gateways(asked)) < 2:  # the system draws one for each connection
+            assert len(asked) < 200
             asked.append(ask(len(asked)))
         held = asked[-12:]
         for stream_id, _ in held:
@@ -177,7 +190,7 @@ def test_files_are_named_as_seen_from_here_and_sigterm_drains(tmp_path: Path, da
     """A relative folder, and a relative key file; a stream that runs at the end is answered to its end."""
     (tmp_path / "mine").symlink_to(data("model-stories260k/hf"))
     (tmp_path / "keys.txt").write_text("secret\n")
-    server = start(tmp_path, "./mine", "--api-key-file", "keys.txt", *ROOM)
+    server = start(tmp_path, "./mine", "--api-key-file", "keys.txt", "--drain-timeout", "300", *ROOM)
     key = {"Authorization": "Bearer secret"}
     try:
         assert httpx.get(server.url + "/v1/models", headers=key).json()["data"][0]["id"] == "./mine"

@@ -12,11 +12,19 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import openai
 from waiting import until
+
+ROOM = ("--hf-overrides", '{"max_position_embeddings": 32768}')
+"""For streams of seconds: a small model's own limit is reached before a client that is held up has left, or killed anything."""
+LIMIT_S = 150.0
+"""As `until` has it."""
+READY = r"^ready after \S+ s: HTTP (http://[\w.:]+)(?:, gRPC ([\w.:]+))?"
+"""The line that tells the addresses."""
 
 
 @dataclass
@@ -31,23 +39,36 @@ class Server:
 
     def get(self, path: str) -> tuple[int, str]:
         try:
-            with urllib.request.urlopen(self.url + path, timeout=60) as reply:
+            with urllib.request.urlopen(self.url + path, timeout=LIMIT_S) as reply:
                 return reply.status, reply.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
 
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url + "/v1", api_key="none", max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=self.url + "/v1", api_key="none", max_retries=0, timeout=LIMIT_S)
+
+    def series(self, name: str) -> list[float]:
+        """Those of one metric."""
+        found = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", self.get("/metrics")[1], re.MULTILINE)
+        return [*map(float, found)]
 
     def metric(self, name: str) -> float:
-        """Sum over the series of one metric."""
-        found = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", self.get("/metrics")[1], re.MULTILINE)
-        assert found, f"no metric {name}"
-        return sum(map(float, found))
+        """Their sum. A group's are missing while it is held up."""
+        return sum(until(lambda: self.series(name)))
 
-    def ranks(self) -> list[int]:
-        """Process ids of this server's rank actors."""
-        return [pid for pid in descendants(self.process.pid) if "Rank" in command_line(pid)]
+    def rank(self) -> int:
+        """Process id of this server's rank."""
+        return child_of(self.process.pid, "ray::RankActor")
+
+    @contextlib.contextmanager
+    def nothing_starts(self) -> Iterator[None]:
+        """Ray makes no process meanwhile: what was killed isn't back before that has been looked at."""
+        raylet = child_of(self.process.pid, r"\S+/raylet ")
+        os.kill(raylet, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(raylet, signal.SIGCONT)
 
     def stop(self) -> int:
         if self.process.poll() is None:
@@ -56,7 +77,7 @@ class Server:
 
     def wait(self) -> int:
         """The exit status, once all output is read."""
-        status = self.process.wait(60)
+        status = self.process.wait(LIMIT_S)
         self.reader.join()
         return status
 
@@ -122,14 +143,9 @@ def start(tmp_path: Path, *flags: str, env: dict[str, str] | None = None) -> Ser
     reader.start()
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
-        text = "".join(log)
-        http, rpc = re.search(r"http://[\w.]+:\d+", text), re.search(r"gRPC\D*?([\w.]+:\d+)", text)
-        if http and rpc:
-            server = Server(process, http.group(), rpc.group(1), log, reader)
-            with contextlib.suppress(OSError):
-                if server.get("/health")[0] == 200:
-                    return server
-        time.sleep(0.1)
+        if told := re.search(READY, "".join(log), re.MULTILINE):
+            return Server(process, told[1], told[2] or "", log, reader)
+        time.sleep(0.05)
     process.kill()
     process.wait()
     reader.join()
