@@ -15,14 +15,11 @@ import yaml
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 SCRIPT = """
-import json, socket, subprocess, sys, time, urllib.request
+import http.client, json, subprocess, sys, time, urllib.request
 from pathlib import Path
 import ray, yaml
 from ray import serve
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+from kvasir.cluster.sockets import bound_socket
 
 def asked(url, body=None, method=None):
     data = None if body is None else json.dumps(body).encode()
@@ -35,7 +32,7 @@ def until(condition):
     while True:
         try:
             return condition()
-        except OSError:
+        except (OSError, http.client.HTTPException):
             assert time.monotonic() < limit, "it didn't happen"
             time.sleep(0.1)
 
@@ -45,19 +42,20 @@ def said(port, model):
     return json.loads(answer)["choices"][0]["text"]
 
 specs, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
-ports = free_port(), free_port()
+held = [bound_socket("127.0.0.1", 0, shared=True) for _ in specs]  # nobody takes them before gateways do
+ports = [one.getsockname()[1] for one in held]
 for spec, port in zip(specs, ports):
     spec["applications"][0]["args"] |= {"port": port, "grpc_port": 0}
-context = ray.init("local", num_cpus=2, include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=free_port(),
+context = ray.init("local", num_cpus=2, include_dashboard=True, dashboard_host="127.0.0.1",
                    object_store_memory=80 * 2**20, log_to_driver=False, logging_level="ERROR")
 api = "http://" + context.dashboard_url
 written = folder / "spec.yaml"
 written.write_text(yaml.safe_dump(specs[0]))
 command = [str(Path(sys.executable).with_name("serve")), "deploy", str(written), "--address", api]
 until(lambda: asked(api + "/api/version"))
-subprocess.run(command, check=True, capture_output=True)
+subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 found = [said(ports[0], "skald")]
-asked(api + "/api/serve/applications/", specs[1], "PUT")
+until(lambda: asked(api + "/api/serve/applications/", specs[1], "PUT"))
 found.append(said(ports[1], "stories"))
 print(json.dumps(found), flush=True)
 serve.shutdown()
@@ -86,6 +84,6 @@ def test_serve_deploy_and_kuberay(tmp_path, data):
         env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    texts = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[")))
+    texts = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('["')))
     assert len(texts) == 2
     assert all(texts)
