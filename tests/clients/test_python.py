@@ -43,7 +43,7 @@ class Person(pydantic.BaseModel):
 
 @pytest.fixture(scope="module")
 def gpt(server):
-    with openai.OpenAI(base_url=server.url + "/v1", api_key=server.key, max_retries=0, timeout=60) as client:
+    with openai.OpenAI(base_url=server.url + "/v1", api_key=server.key, max_retries=0, timeout=150) as client:
         yield client
 
 
@@ -138,7 +138,7 @@ def test_openai_cancels(server, gpt):
 
 @pytest.fixture(scope="module")
 def claude(server):
-    with anthropic.Anthropic(base_url=server.url, api_key=server.key, max_retries=0, timeout=60) as client:
+    with anthropic.Anthropic(base_url=server.url, api_key=server.key, max_retries=0, timeout=150) as client:
         yield client
 
 
