@@ -22,6 +22,7 @@ from kvasir.cluster.all_metrics import merged
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.gateway import close_app, create_app
 from kvasir.cluster.metrics import Metrics
+from kvasir.engine.errors import UnavailableError
 from kvasir.engine.event import Finished
 from kvasir.engine.request import Request, SamplingParams
 from kvasir.proto import inference_pb2
@@ -353,3 +354,22 @@ def test_who_looks_for_a_gateway_while_all_are_asked_waits_for_the_answer(monkey
 
     assert asyncio.run(found()) == (["door", "door", None], ["another", "door"])
     assert asked == [1, 2]
+
+
+def test_of_a_gateway_that_does_not_answer_nobody_says_that_it_is_not_there(monkeypatch):
+    monkeypatch.setattr(siblings, "PAUSE_S", 0.0)
+    answers = iter([TimeoutError(), [("a", "door"), RuntimeError("held up")], [("a", "door"), ("b", "another")]])
+
+    async def ask():
+        if isinstance(answer := next(answers), TimeoutError):
+            raise answer
+        return answer
+
+    async def found():
+        doors = siblings.Siblings(ask)
+        for _ in range(2):
+            with pytest.raises(UnavailableError):
+                await doors.find("b")
+        return await doors.find("a"), await doors.find("b"), await doors.find("a")
+
+    assert asyncio.run(found()) == ("door", "another", "door")
