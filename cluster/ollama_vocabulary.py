@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -40,9 +41,18 @@ def vocabulary(tokenizer: Tokenizer) -> Json:
     return {PREFIX + name: value for name, value in found.items()}
 
 
-@lru_cache(4)
 def written_vocabulary(tokenizer: Tokenizer) -> Mapping[str, orjson.Fragment]:
-    """The same as JSON, megabytes of it, kept: it takes a fifth of a second, in which other threads get little done."""
+    """The same as JSON, megabytes of it, kept: it takes a fifth of a second, in which other threads get little done. Who asks
+    meanwhile waits for it."""
+    with _writing:
+        return _written(tokenizer)
+
+
+_writing = threading.Lock()
+
+
+@lru_cache(4)
+def _written(tokenizer: Tokenizer) -> Mapping[str, orjson.Fragment]:
     return {name: orjson.Fragment(orjson.dumps(value)) for name, value in vocabulary(tokenizer).items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 
 import httpx
 import ollama
@@ -13,7 +14,7 @@ from fuzzing import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvasir.cluster.ollama_vocabulary import vocabulary
+from kvasir.cluster.ollama_vocabulary import vocabulary, written_vocabulary
 from kvasir.engine.chat_template import ChatTemplates
 from kvasir.engine.tokenizer import Tokenizer
 
@@ -350,6 +351,26 @@ def test_a_vocabulary_is_written_once(gateway, monkeypatch):
     first = post(gateway, "/api/show", model="bytes", verbose=True).json()
     monkeypatch.setattr(Tokenizer, "definition", lambda self: 1 / 0)
     assert post(gateway, "/api/show", model="bytes", verbose=True).json() == first
+
+
+def test_who_asks_while_it_is_written_waits_for_it(monkeypatch):
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[]))
+    tokenizer = Tokenizer(backend, eos=(), special={}, templates=ChatTemplates({}, {}))
+    made, found = [], []
+    other = threading.Thread(target=lambda: found.append(written_vocabulary(tokenizer)))
+
+    def slow(_):
+        made.append(1)
+        if len(made) == 1:
+            other.start()
+            other.join(0.1)  # if it didn't wait, it would be here by then
+        return {}
+
+    monkeypatch.setattr("kvasir.cluster.ollama_vocabulary.vocabulary", slow)
+    found.append(written_vocabulary(tokenizer))
+    other.join()
+    assert len(made) == 1
+    assert found[0] is found[1]
 
 
 def test_vocabularies():
