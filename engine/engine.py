@@ -28,7 +28,7 @@ from kvasir.engine.processors import Processors
 from kvasir.engine.pulls import Pulls
 from kvasir.engine.request import PoolingParams, Request, SamplingParams
 from kvasir.engine.scheduler import Scheduler, Stats
-from kvasir.engine.step import NewSequence, Slice, Step
+from kvasir.engine.step import NewSequence, Slice, Step, first_blocks
 
 logger = logging.getLogger(__name__)
 Deliver = Callable[[Sequence[Event]], None]
@@ -147,8 +147,7 @@ class Engine:
         # equal tokens would all choose the same experts
         tokens = tuple(token % self.info.vocab_size for token in range(length))
         new = NewSequence(0, tokens, length, SamplingParams(temperature=0), 0, (), pooling=pooling)
-        count = -(-length // self.config.block_size)
-        blocks = tuple((0, group, tuple(range(group * count, (group + 1) * count))) for group in range(self._groups))
+        blocks = first_blocks([length], self._groups, self.config.block_size)
         began = time.monotonic()
         slices = (Slice(0, 0, length, not pool, pool=pool),)
         self._executor.launch(Step(next(self._before), (0,), (new,), blocks, slices=slices))

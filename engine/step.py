@@ -132,6 +132,17 @@ class Step:
     """Then record a CUDA graph that is still lacking: no request waits."""
 
 
+def first_blocks(lengths: Sequence[int], groups: int, block_size: int) -> list[tuple[int, int, list[int]]]:
+    """`Step.blocks` of sequences that alone use a cache: so many tokens in each seat, for each group of layers."""
+    found, used = [], 0
+    for seat, length in enumerate(lengths):
+        count = -(-length // block_size)
+        for group in range(groups):
+            found.append((seat, group, [*range(used, used + count)]))
+            used += count
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """What step `step` produced: one token for each slice with `sample`, in the order of the slices."""

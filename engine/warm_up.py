@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 
 from kvasir.engine.cache import KVCache
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.pooler import Pooler
 from kvasir.engine.rank import Rank
 from kvasir.engine.request import PoolingParams, SamplingParams
-from kvasir.engine.step import NewSequence, Slice, Step
+from kvasir.engine.step import NewSequence, Slice, Step, first_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ def warm_up(decoder: Decoder, cache: KVCache, max_model_len: int) -> None:
         NewSequence(seat, _tokens(decoder, length), length, kind, seat, ())
         for seat, (length, kind) in enumerate(zip(lengths, KINDS, strict=True))
     ]
-    blocks, places = _blocks(cache, [length + STEPS for length in lengths]), [*enumerate(lengths)]
+    blocks, places = first_blocks([length + STEPS for length in lengths], groups, size), [*enumerate(lengths)]
     rank = Rank(decoder, cache, max_num_seqs=len(KINDS), max_model_len=max_model_len)
     first = Step(0, new=new, blocks=blocks, slices=[Slice(seat, 0, n, True) for seat, n in places])
     later = [
@@ -59,7 +58,8 @@ def warm_up(decoder: Decoder, cache: KVCache, max_model_len: int) -> None:
 def warm_up_vectors(decoder: Decoder, cache: KVCache, max_model_len: int, pooler: Pooler) -> None:
     """The same of a model that makes nothing but vectors, a long and a short one."""
     begin = time.monotonic()
-    room = (cache.num_blocks // len(cache.layout.groups) - 1) * cache.block_size
+    groups, size = len(cache.layout.groups), cache.block_size
+    room = (cache.num_blocks // groups - 1) * size
     lengths = [min(LONG, max_model_len, room), min(SHORT, max_model_len)]
     if min(lengths) < 1:
         return
@@ -69,23 +69,12 @@ def warm_up_vectors(decoder: Decoder, cache: KVCache, max_model_len: int, pooler
     ]
     rank = Rank(decoder, cache, max_num_seqs=len(new), max_model_len=max_model_len, pooler=pooler)
     slices = [Slice(seat, 0, length, sample=False, pool=True) for seat, length in enumerate(lengths)]
-    _run(rank, Step(0, new=new, blocks=_blocks(cache, lengths), slices=slices))
+    _run(rank, Step(0, new=new, blocks=first_blocks(lengths, groups, size), slices=slices))
     logger.info(READY, time.monotonic() - begin)
 
 
 def _tokens(decoder: Decoder, count: int) -> list[int]:
     return [token % decoder.spec.vocab for token in range(count)]
-
-
-def _blocks(cache: KVCache, lengths: Sequence[int]) -> list[tuple[int, int, list[int]]]:
-    """(seat, group of layers, blocks) for so many tokens in each seat."""
-    found, used = [], 0
-    for seat, length in enumerate(lengths):
-        count = -(-length // cache.block_size)
-        for group in range(len(cache.layout.groups)):
-            found.append((seat, group, [*range(used, used + count)]))
-            used += count
-    return found
 
 
 def _run(rank: Rank, *steps: Step) -> None:

@@ -20,6 +20,7 @@ from kvasir.engine.pooler import Pooler
 from kvasir.engine.pooling import Pooling
 from kvasir.engine.share import share_of
 from kvasir.engine.spec import Latent, Layer, Rope, Spec
+from kvasir.engine.step import first_blocks
 from kvasir.engine.weights import random_decoder
 
 CPU = torch.device("cpu")
@@ -65,6 +66,12 @@ def test_every_kind_of_draw_and_of_attention_runs(name: str, monkeypatch: pytest
     assert all(seen.values())
     assert [max(step) for step in lengths] == [600, 601, 602]
     assert all(min(step) < 10 for step in lengths)
+
+
+def test_sequences_share_no_block() -> None:
+    """Nor do the groups of layers of one."""
+    found = first_blocks([17, 16, 1], 2, 16)
+    assert found == [(0, 0, [0, 1]), (0, 1, [2, 3]), (1, 0, [4]), (1, 1, [5]), (2, 0, [6]), (2, 1, [7])]
 
 
 @pytest.mark.parametrize(("blocks", "length"), [(6, 2000), (200, 20), (1, 2000)])
