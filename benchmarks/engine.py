@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import queue
 import statistics
 import subprocess
@@ -39,6 +38,7 @@ from decoder import (
     measure,
     spec_of,
 )  # the plain loop, a script beside this one
+from recorded import recorded
 from refusals import refuse, refuse_others
 from sweep import RANDOM, sweep
 
@@ -57,8 +57,7 @@ from kvasir.engine.tokenizer import Tokenizer
 from kvasir.engine.weights import random_decoder
 
 BLOCK = 16
-DATA = Path(os.environ.get("KVASIR_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
-MT_BENCH = "prompts-mtbench/fastchat/llm_judge/data/mt_bench/question.jsonl"
+MT_BENCH = "fastchat/llm_judge/data/mt_bench/question.jsonl"
 START = "import time; t = time.perf_counter(); from kvasir.engine import LLM; LLM({!r}); print(time.perf_counter() - t)"
 
 
@@ -245,7 +244,7 @@ class Waste:
 def kv_waste(args: argparse.Namespace) -> None:
     """The scheduler alone decides over blocks: it runs here with a model that answers at once."""
     tokenizer = Tokenizer.load(locate(args.model or "skald"))
-    lines = (DATA / MT_BENCH).read_text().splitlines()
+    lines = (recorded("prompts-mtbench") / MT_BENCH).read_text().splitlines()
     turns = [json.loads(line)["turns"] for line in lines]
     print(f"MT-Bench, {len(turns)} conversations of two turns, blocks of {BLOCK} tokens")
     for outputs in args.answers:

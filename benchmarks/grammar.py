@@ -1,6 +1,6 @@
-"""Grammar libraries on the shared schemas: share compiled, soundness, compile time, mask time per token.
+"""Grammar libraries on recorded schemas: share compiled, soundness, compile time, mask time per token.
 
-    python benchmarks/grammar.py [--library llguidance|xgrammar] [--data ../shared/data] [--model skald]
+    python benchmarks/grammar.py [--library llguidance|xgrammar] [--data FOLDER] [--model skald]
     python benchmarks/grammar.py --keywords [--set suite] [--json FILE]
 
 Prints one JSON line. Instances are the data's own: a valid one that is refused is "rejected", an invalid one that is
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from recorded import DATA, recorded
 
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.errors import KvasirError
@@ -143,16 +144,16 @@ def accepts(library: Any, grammar: Any, tokens: list[int], took: list[float]) ->
 def cases_in(data: Path, which: str) -> list[dict[str, Any]]:
     """Schemas and their instances, of one of the two sets."""
     if which == "jsonschemabench":
-        files = sorted((data / "structured-jsonschemabench/share").glob("*.json"))
+        files = sorted(recorded("structured-jsonschemabench/share", data).glob("*.json"))
         return [json.loads(file.read_text()) for file in files]
-    files = sorted((data / "structured-json-schema-test-suite/tests/draft2020-12").glob("*.json"))
+    files = sorted((recorded("structured-json-schema-test-suite", data) / "tests/draft2020-12").glob("*.json"))
     return [case for file in files for case in json.loads(file.read_text())]
 
 
 def suite_groups(data: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(draft, keyword, group) of the official suite. A group's schema says its draft, as the suite asks for it."""
     for draft, dialect in DIALECTS.items():
-        folder = data / "structured-json-schema-test-suite/tests" / draft
+        folder = recorded("structured-json-schema-test-suite", data) / "tests" / draft
         for file in sorted(folder.rglob("*.json"), key=lambda file: (len(file.parts), file)):
             keyword = file.relative_to(folder).with_suffix("").as_posix()
             for group in json.loads(file.read_text()):
@@ -166,7 +167,7 @@ def suite_groups(data: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 def bench_groups(data: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """("jsonschemabench", set, schema with instances)."""
-    for file in sorted((data / "structured-jsonschemabench/share").glob("*.json")):
+    for file in sorted(recorded("structured-jsonschemabench/share", data).glob("*.json")):
         name = file.stem.split("---")[0] if "---" in file.stem else file.stem.split("_")[0]
         yield "jsonschemabench", name, json.loads(file.read_text())
 
@@ -335,7 +336,7 @@ def reasons(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--library", choices=["llguidance", "xgrammar"], default="llguidance")
-    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared/data")
+    parser.add_argument("--data", type=Path, default=DATA, help="default: KVASIR_DATA")
     parser.add_argument("--model", default="skald")
     parser.add_argument("--set", choices=[*GROUPS], help="default: jsonschemabench; with --keywords both")
     parser.add_argument("--keywords", action="store_true", help="a table per draft and set, keyword by keyword")

@@ -32,7 +32,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from refusals import refuse
+from refusals import refuse, refuse_unknown
 
 from kvasir.engine import channels
 from kvasir.engine.config import EngineConfig
@@ -74,6 +74,7 @@ def main() -> None:
             slow_down(args.link * 1e6)
         serve(json.loads(args.serve))
         return
+    refuse_unknown(parser, args.model)
     for way in args.ways:
         for workload in args.workload:
             tail = args.tail if args.tail is not None else 0 if workload == "prompt" else QUESTION

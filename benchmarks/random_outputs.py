@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+from recorded import recorded
 from refusals import refuse
 
 from engine import Bench  # a script beside this one
@@ -38,7 +38,6 @@ from kvasir.engine.model_files import ModelFiles
 from kvasir.engine.request import Request, SamplingParams, StructuredOutput
 from kvasir.engine.tokenizer import Tokenizer
 
-DATA = Path(os.environ.get("KVASIR_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": None}
 """Python's names of types, as BFCL has them."""
 MARKS = ('"', "}", "]", '"}', "<", "</", ">", ")")
@@ -75,7 +74,7 @@ def _judge(value: Any, schema: Any) -> None:
 
 def bfcl(form: ToolFormat, counts: Counter[str]) -> Iterator[Case]:
     """Every question's functions; what is refused is counted by its reason."""
-    for file in sorted((DATA / "tools-bfcl/questions").glob("*.json")):
+    for file in sorted(recorded("tools-bfcl/questions").glob("*.json")):
         for line in file.read_text().splitlines():
             entry = json.loads(line)
             given = entry.get("function") or []
@@ -112,7 +111,7 @@ def plain(schema: Any) -> Any:
 
 def jsonschemabench(counts: Counter[str]) -> Iterator[Case]:
     """Every schema of the set."""
-    for file in sorted((DATA / "structured-jsonschemabench/share").glob("*.json")):
+    for file in sorted(recorded("structured-jsonschemabench/share").glob("*.json")):
         schema = json.loads(file.read_text())["schema"]
         counts["schemas"] += 1
         yield Case(file.stem, StructuredOutput(json=json.dumps(schema)), {"": schema})

@@ -22,6 +22,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from refusals import refuse_unknown
+
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.engine import Engine
 from kvasir.engine.event import Event, Failed, Finished, Token
@@ -43,6 +45,7 @@ def main() -> None:
     if args.turn:
         print(json.dumps(turn(json.loads(args.turn))), flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
+    refuse_unknown(parser, args.model)
     runs = [conversation(args, seed) for seed in range(args.repeat)]
     for name in runs[0]:
         seconds = [run[name]["first"] for run in runs]

@@ -8,11 +8,14 @@ from __future__ import annotations
 import csv
 import json
 import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from recorded import TRACES
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,9 @@ class Ask:
 
 def load(path: Path, *, vocab: int = 2**17, limit: int | None = None, seed: int = 0, shrink: int = 1) -> list[Ask]:
     """Requests in the order of their arrival, with one token of `shrink`. A folder of agent sessions: each starts at a
-    random moment of the time that the longest takes."""
+    random moment of the time that the longest takes. Ends the script where there is none."""
+    if not path.exists():
+        sys.exit(f"there is no trace {path}. {TRACES}")
     if path.is_dir():
         asks = _sessions(sorted(path.glob("*.json")), vocab, random.Random(seed))
     elif path.suffix == ".csv":

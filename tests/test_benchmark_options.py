@@ -51,6 +51,34 @@ def test_what_would_be_ignored_is_refused(
     assert f"error: {name}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("script", "given", "said"),
+    [
+        ("engine", "--kv-waste", "github.com/lm-sys/FastChat"),
+        ("random_outputs", "--limit 1", "ShishirPatil/gorilla"),
+        ("random_outputs", "--set jsonschemabench", "guidance-ai/jsonschemabench"),
+        ("grammar", "--data /absent", "guidance-ai/jsonschemabench"),
+        ("grammar", "--data /absent --set suite", "JSON-Schema-Test-Suite"),
+        ("replay", "/absent/trace.jsonl --speed 1", "kvcache-ai/Mooncake"),
+        ("tiers", "/absent", "model '/absent' was not found"),
+        ("peer_fetch", "/absent", "model '/absent' was not found"),
+        ("compare", "--model 10M --llama-cpp /absent", "there is no /absent/build/bin/llama-batched-bench"),
+        ("compare", "--model 10M --vllm /absent", "the Python of an environment with vLLM"),
+    ],
+)
+def test_what_is_missing_is_named(
+    script: str, given: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in (FOLDER / "peers", FOLDER):
+        monkeypatch.syspath_prepend(str(folder))
+    recorded = importlib.import_module("recorded")
+    monkeypatch.setattr(recorded.recorded, "__defaults__", (Path("/absent"),))
+    monkeypatch.setattr(sys, "argv", [script, *given.split()])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(script).main()
+    assert said in str(ended.value.code) + capsys.readouterr().err
+
+
 @pytest.mark.parametrize("chosen", [[], ["suite"], ["jsonschemabench"]])
 def test_a_set_s_keywords_alone(
     chosen: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path

@@ -26,6 +26,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -82,9 +83,13 @@ def of_program(
         print(f"  {wrong[:300]}", flush=True)
 
 
+def bench_of(tree: Path) -> Path:
+    return tree / "build" / "bin" / "llama-batched-bench"
+
+
 def of_llama_cpp(args: argparse.Namespace, cases: Sequence[Case]) -> Iterator[tuple[Case, float, float | None]]:
     """llama-batched-bench: prompts of all sequences, then one token of each at a time."""
-    program = args.llama_cpp / "build" / "bin" / "llama-batched-bench"
+    program = bench_of(args.llama_cpp)
     model = gguf_of(args.model, args.folder, args.llama_cpp)
     for case in cases:
         batch, prompt, outputs = case
@@ -233,6 +238,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, help="decode speeds, as SVG")
     args = parser.parse_args()
+    if args.llama_cpp and not (program := bench_of(args.llama_cpp)).exists():
+        parser.error(f"--llama-cpp {args.llama_cpp}: there is no {program}; build that tree with cmake")
+    if args.vllm and not shutil.which(args.vllm):
+        parser.error(f"--vllm {args.vllm}: no program; it is the Python of an environment with vLLM")
     if args.compiled and not args.vllm:
         parser.error("--compiled means nothing without --vllm")
     if args.device == "cuda":
