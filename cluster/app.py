@@ -189,19 +189,19 @@ def wait_until_ready(app: str, gateways: int = 1) -> Addresses:
     from ray import serve
 
     noted = time.monotonic()
-    while (status := serve.status().applications[app]).status != "RUNNING":
+    while True:
+        status = serve.status().applications[app]
         if status.status == "DEPLOY_FAILED":
             raise StartError(failure_text(status))
+        if status.status == "RUNNING":
+            with contextlib.suppress(TimeoutError):  # who died or hangs is being replaced
+                states: list[tuple[Addresses, dict[str, str]]] = _ask_gateways(app, "state", timeout_s=10.0)
+                if len(states) >= gateways and not any(missing for _, missing in states):
+                    return states[0][0]
         if time.monotonic() - noted > NOTE_S:
             noted = time.monotonic()
             _note_unplaced(app, status)
         time.sleep(0.1)
-    while True:
-        with contextlib.suppress(TimeoutError):  # who died or hangs is being replaced
-            states: list[tuple[Addresses, dict[str, str]]] = _ask_gateways(app, "state", timeout_s=10.0)
-            if len(states) >= gateways and not any(missing for _, missing in states):
-                return states[0][0]
-        time.sleep(0.05)
 
 
 def _note_unplaced(app: str, status: Any) -> None:

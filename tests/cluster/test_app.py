@@ -358,8 +358,9 @@ def test_ready_is_said_when_every_gateway_has_every_model(monkeypatch):
             raise answer
         return answer
 
-    running = SimpleNamespace(status="RUNNING")
-    monkeypatch.setattr(ray.serve, "status", lambda: SimpleNamespace(applications={app.APP: running}))
+    statuses = iter(["DEPLOYING", "RUNNING", "UNHEALTHY", "RUNNING", "RUNNING", "RUNNING"])
+    status = lambda: SimpleNamespace(applications={app.APP: SimpleNamespace(status=next(statuses))})  # noqa: E731
+    monkeypatch.setattr(ray.serve, "status", status)
     monkeypatch.setattr(app, "_ask_gateways", ask)
     assert app.wait_until_ready(app.APP, 2) == here
     assert not told
