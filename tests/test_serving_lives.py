@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from kvasir_server import ROOM, Server, descendants, start
+from kvasir_server import ROOM, Server, start
 from waiting import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -45,15 +45,6 @@ def test_rank_killed_during_a_stream(tmp_path: Path, data: Callable[[str], Path]
     finally:
         status = server.stop()
     assert status == 0
-    until(lambda: not [pid for pid in descendants(1) if str(tmp_path) in folder(pid)])
-
-
-def folder(pid: int) -> str:
-    """Where a process works: Ray's in the folder in which they were started."""
-    try:
-        return os.readlink(f"/proc/{pid}/cwd")
-    except OSError:
-        return ""
 
 
 def test_a_prompt_starts_from_the_disk_after_a_kill_and_after_a_restart(

@@ -36,6 +36,8 @@ class Server:
     grpc_address: str
     log: list[str]
     reader: threading.Thread
+    folder: Path
+    """Its own, in which its processes work."""
 
     def get(self, path: str) -> tuple[int, str]:
         try:
@@ -76,9 +78,10 @@ class Server:
         return self.wait()
 
     def wait(self) -> int:
-        """The exit status, once all output is read."""
+        """The exit status, once all output is read and no process is left: a rank's keeps its blocks on the disk to itself."""
         status = self.process.wait(LIMIT_S)
         self.reader.join()
+        until(lambda: not [pid for pid in descendants(1) if self.folder.resolve() in working_folder(pid).parents])
         return status
 
 
@@ -87,6 +90,13 @@ def command_line(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
     except OSError:
         return ""
+
+
+def working_folder(pid: int) -> Path:
+    try:
+        return Path(f"/proc/{pid}/cwd").readlink()
+    except OSError:
+        return Path()
 
 
 def descendants(root: int) -> list[int]:
@@ -144,7 +154,7 @@ def start(tmp_path: Path, *flags: str, env: dict[str, str] | None = None) -> Ser
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         if told := re.search(READY, "".join(log), re.MULTILINE):
-            return Server(process, told[1], told[2] or "", log, reader)
+            return Server(process, told[1], told[2] or "", log, reader, tmp_path)
         time.sleep(0.05)
     process.kill()
     process.wait()
