@@ -21,6 +21,7 @@ import ray
 from fake_gateway import LiveGateway, write_byte_model
 from pydantic.warnings import PydanticDeprecatedSince20
 
+from kvasir.cluster import ray_token
 from kvasir.cluster.group_service import GroupService
 from kvasir.cluster.telemetry import Tracing
 from kvasir.engine.config import EngineConfig
@@ -192,6 +193,7 @@ def serve_on_ray(tmp_path_factory):
     os.chdir(tmp_path_factory.mktemp("neutral"))
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    ray_token.keep_private()  # in a new home two that start at once would each write a token of their own
     ray.init(
         "local", num_cpus=8, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False,
         logging_level="ERROR",
@@ -199,7 +201,10 @@ def serve_on_ray(tmp_path_factory):
     serve.start(proxy_location="Disabled", logging_config={"log_level": "CRITICAL"})
     yield serve
     serve.shutdown()
+    started = [each.process for kind in ray._private.worker._global_node.all_processes.values() for each in kind]
     ray.shutdown()
+    for process in started:  # Ray waits a second for those that it killed, and a late one is a warning, here an error
+        process.wait()
     os.chdir(before)
 
 
