@@ -67,9 +67,14 @@ class Pair:
         placement = self.directory._placed(known, [self.clients[at]], request, "")
         events = [event async for event in await placement.submit()]
         assert isinstance(events[-1], Finished)
-        await asyncio.sleep(0.15)  # what was stored is known to gateways within 100 ms
+        blocks = self.directory.blocks()["m"]
+        await until_async(lambda: blocks.num_holdings == sum(len(engine.pool._found) for engine in self.engines))
         tokens = [token for event in events if isinstance(event, Token) for token in event.token_ids]
         return placement.route, tokens, events[-1].cached_tokens
+
+    async def has_fetched(self, tokens):
+        """Both together, so many; they say so a moment later."""
+        await until_async(lambda: 16 * sum(engine.stats().peer_loaded for engine in self.engines) == tokens)
 
 
 def run(coroutine):
@@ -92,13 +97,10 @@ def test_blocks_of_a_peer_change_no_answer(data, kind):
             fetched = 0
             for turn in range(4) if kind == "chat" else range(len(prompts)):
                 prompt = prompt if kind == "chat" else prompts[turn]
-                at = turn % 2
-                before = pair.engines[at].stats()
-                route, tokens, cached = await pair.ask(f"{turn}", prompt, at)
-                came = pair.engines[at].stats().peer_loaded - before.peer_loaded
-                assert came * 16 == route.fetched_tokens
+                route, tokens, cached = await pair.ask(f"{turn}", prompt, turn % 2)
+                fetched += route.fetched_tokens
+                await pair.has_fetched(fetched)
                 assert cached == route.cached_tokens + route.fetched_tokens
-                fetched += came
                 cold = await cold_run(pair.config, prompt)
                 assert tokens == cold
                 if kind == "chat":
