@@ -13,32 +13,31 @@ FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 GROUP = 32
 """Numbers of MXFP4 that share a scale."""
 ROWS = 64
-"""Of MXFP4, at once: their temporaries stay in the cache."""
+"""At once: their temporaries stay in the cache."""
 
 
-def fp8(name: str, weight: Tensor, scale: Tensor) -> Tensor:
-    """weight[O, I] times its scale: one for all, one a row [O, 1], or one for each square [O / B, I / B] of B x B
-    (DeepSeek-V3, arXiv:2412.19437, 3.3.2) -> bfloat16, which holds every FP8 number."""
-    if scale.numel() == 1:
-        return (weight.float() * scale.float().reshape(())).bfloat16()
+def fp8_block(name: str, weight: Tensor, scale: Tensor) -> tuple[int, int]:
+    """Rows and columns of weight[O, I] that share a number of scale[., .]; ConfigError where they don't fit each other."""
     if weight.dim() != 2 or scale.dim() != 2:
         raise ConfigError(f"{name} has shape {list(weight.shape)}, its scales have {list(scale.shape)}")
-    rows, columns = (_block(name, n, blocks) for n, blocks in zip(weight.shape, scale.shape, strict=True))
-    out = torch.empty(weight.shape, dtype=torch.bfloat16)
-    for i, line in enumerate(scale.float()):  # row by row of squares: small temporaries
-        part = slice(i * rows, (i + 1) * rows)
-        out[part] = weight[part].float() * line.repeat_interleave(columns)[: weight.shape[1]]
+    high, wide = (_block(name, n, blocks) for n, blocks in zip(weight.shape, scale.shape, strict=True))
+    return high, wide
+
+
+def fp8(weight: Tensor, scale: Tensor, block: tuple[int, int], rows: range, columns: range) -> Tensor:
+    """weight[O, I] in these rows and columns, times scale[O / A, I / B], which blocks of A x B share: squares (DeepSeek-V3,
+    arXiv:2412.19437, 3.3.2), rows, or all -> bfloat16, which holds every FP8 number."""
+    high, wide = block
+    out = torch.empty(len(rows), len(columns), dtype=torch.bfloat16)
+    step = high if 1 < high < ROWS else ROWS
+    for start in range(rows.start // step * step, rows.stop, step):
+        first, last = max(start, rows.start), min(start + step, rows.stop)
+        factors = scale[first // high : -(-last // high)].float()
+        if factors.shape[1] > 1:
+            factors = factors.repeat_interleave(wide, 1)[:, columns.start : columns.stop]
+        numbers = weight[first:last, columns.start : columns.stop].float()
+        out[first - rows.start : last - rows.start] = numbers.mul_(factors)
     return out
-
-
-def fp8_rows(name: str, weight: Tensor, scale: Tensor, first: int, last: int) -> Tensor:
-    """Rows `first` to `last` of `fp8`, for which no more is read than the squares that they are in."""
-    if scale.numel() == 1 or weight.dim() != 2 or scale.dim() != 2:
-        return fp8(name, weight[first:last] if weight.dim() else weight, scale)
-    block = _block(name, weight.shape[0], scale.shape[0])
-    above, below = first // block, -(-last // block)
-    near = fp8(name, weight[above * block : below * block], scale[above:below])
-    return near[first - above * block : last - above * block]
 
 
 def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from kvasir.engine.dequantise import GROUP, fp8_rows, mxfp4
+from kvasir.engine.dequantise import GROUP, fp8, fp8_block, mxfp4
 from kvasir.engine.errors import ConfigError
 
 META = torch.device("meta")
@@ -54,29 +54,31 @@ class Mapped:
         will_need(self.read(view))
 
 
-class Rowwise:
-    """One that isn't stored as it is wanted: `rows(first, last)` makes so much of `whole`, of others with as many rows."""
+class Made:
+    """One that isn't stored as it is wanted: `make(rows, columns)` gives these of `stored`, a matrix [-1, columns of `like`]."""
 
-    def __init__(self, stored: Sequence[Stored], whole: Tensor, rows: Callable[[int, int], Tensor]) -> None:
-        self._stored, self._rows, self.like = stored, rows, whole
-        self._width = whole.stride(0) if whole.dim() else 1
-        self.nbytes = sum(one.nbytes for one in stored)
+    def __init__(self, stored: Stored, like: Tensor, make: Callable[[range, range], Tensor]) -> None:
+        self._stored, self._make, self.like, self.nbytes = stored, make, like, stored.nbytes
+        self._width = like.shape[-1] if like.dim() else 1
 
     def read(self, view: Tensor) -> Tensor:
-        first, last = self._span(view)
-        made = self._rows(first, last).contiguous()
-        start = view.storage_offset() - first * self._width
-        return made.as_strided(view.size(), view.stride(), made.storage_offset() + start)
+        rows, columns = self._span(view)
+        steps = [len(columns) * (step // self._width) + step % self._width for step in view.stride()]
+        return self._make(rows, columns).contiguous().as_strided(view.size(), steps)
 
     def fetch(self, view: Tensor) -> None:
-        first, last = self._span(view)
-        for one in self._stored:
-            one.fetch(one.like[first:last] if one.like.dim() else one.like)
+        rows, columns = self._span(view)
+        self._stored.fetch(self._stored.like[rows.start : rows.stop, columns.start : columns.stop])
 
-    def _span(self, view: Tensor) -> tuple[int, int]:
-        """The rows between which it lies."""
-        begin = view.storage_offset()
-        return begin // self._width, (begin + _reach(view) - 1) // self._width + 1
+    def _span(self, view: Tensor) -> tuple[range, range]:
+        """The rows and columns between which it lies."""
+        if not view.numel():
+            return range(0), range(0)
+        row, column = divmod(int(view.storage_offset()), self._width)
+        sides = [(count - 1, step) for count, step in zip(view.size(), view.stride(), strict=True)]
+        height = 1 + sum(count * (step // self._width) for count, step in sides)
+        width = 1 + sum(count * (step % self._width) for count, step in sides)
+        return range(row, row + height), range(column, column + width)
 
 
 class Mxfp4:
@@ -127,20 +129,23 @@ class Mxfp4:
 
 def fp8_tensor(name: str, weight: Tensor, scale: Tensor) -> Stored:
     """Numbers of FP8 with their scales: see `dequantise.fp8`."""
-    whole = torch.empty(weight.shape, dtype=torch.bfloat16, device=META)
-    return Rowwise([Mapped(weight)], whole, lambda first, last: fp8_rows(name, weight, scale, first, last))
+    like = torch.empty(weight.shape, dtype=torch.bfloat16, device=META)
+    if scale.numel() == 1:
+        weight, scale = weight.flatten(0, -2) if weight.dim() > 1 else weight.reshape(1, -1), scale.reshape(1, 1)
+    block = fp8_block(name, weight, scale)
+    return Made(Mapped(weight), like, lambda rows, columns: fp8(weight, scale, block, rows, columns))
 
 
 def halved_tensor(paired: Stored, head_dim: int) -> Stored:
     """Rows of heads of which neighbours turn together, in the order in which a head's halves do."""
 
-    def rows(first: int, last: int) -> Tensor:
-        begin = first // head_dim * head_dim
-        near = paired.read(paired.like[begin : -(-last // head_dim) * head_dim])
-        halved = near.view(-1, head_dim // 2, 2, near.shape[1]).transpose(1, 2).reshape(near.shape)
-        return halved[first - begin : last - begin]
+    def make(rows: range, columns: range) -> Tensor:
+        begin, end = rows.start // head_dim * head_dim, -(-rows.stop // head_dim) * head_dim
+        near = paired.read(paired.like[begin:end, columns.start : columns.stop])
+        halved = near.reshape(-1, head_dim // 2, 2, len(columns)).transpose(1, 2).reshape(near.shape)
+        return halved[rows.start - begin : rows.stop - begin]
 
-    return Rowwise([paired], paired.like, rows)
+    return Made(paired, paired.like, make)
 
 
 def is_view(tensor: Tensor, of: Tensor) -> bool:

@@ -25,9 +25,10 @@ from kvasir.engine.arch import load_spec
 from kvasir.engine.checkpoint import open_checkpoint
 from kvasir.engine.config import EngineConfig
 from kvasir.engine.decoder import Decoder
-from kvasir.engine.dequantise import fp8, mxfp4
+from kvasir.engine.dequantise import mxfp4
 from kvasir.engine.errors import ConfigError
 from kvasir.engine.model_files import ModelFiles
+from kvasir.engine.stored import fp8_tensor
 from kvasir.engine.weights import load_decoder
 
 CPU = torch.device("cpu")
@@ -212,15 +213,12 @@ def test_fp8_with_block_scales(checkpoint: Make, tmp_path: Path) -> None:
     weight = torch.randn(300, 200)
     squares = torch.rand(3, 2) + 0.5
     spread = squares.repeat_interleave(128, 0)[:300].repeat_interleave(128, 1)[:, :200]
-    quantised = (weight / spread).to(torch.float8_e4m3fn)
-    got = fp8("w", quantised, squares)
-    assert torch.equal(got, (quantised.float() * spread).bfloat16())
-    assert (got.float() - weight).abs().max() < 0.3
-    assert torch.equal(fp8("w", quantised, torch.tensor([2.0])), (quantised.float() * 2).bfloat16())
-    rows = torch.rand(300, 1)
-    assert torch.equal(fp8("w", quantised, rows), (quantised.float() * rows).bfloat16())
+    one = fp8_tensor("w", (weight / spread).to(torch.float8_e4m3fn), squares)
+    assert (one.read(one.like).float() - weight).abs().max() < 0.3
     with pytest.raises(ConfigError, match="w: 300 numbers don't divide into 7 blocks"):
-        fp8("w", quantised, torch.rand(7, 2))
+        fp8_tensor("w", weight.to(torch.float8_e4m3fn), torch.rand(7, 2))
+    with pytest.raises(ConfigError, match=r"w has shape \[3, 100, 200\], its scales have \[3, 200\]"):
+        fp8_tensor("w", weight.to(torch.float8_e4m3fn).view(3, 100, 200), torch.rand(3, 200))
 
     source = checkpoint("Llama", tie_word_embeddings=True)[0]
     tensors = copied(source, tmp_path)
