@@ -62,7 +62,7 @@ format: venv  ## let ruff rewrite the sources
 proto: venv  ## regenerate the stubs of proto
 	$(BIN)/python proto/generate.py
 
-bench: venv  ## the figures of the README (about ten minutes)
+bench: venv  ## the engine beside a plain loop, and what HTTP costs (a minute)
 	$(BIN)/python benchmarks/engine.py --random 125M
 	$(BIN)/python benchmarks/http_overhead.py
 
