@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import random
-import re
 import signal
 
 import pytest
@@ -118,8 +117,8 @@ def test_copies_of_a_model(deployed):
     handle = deployed(data_parallel_size=2, pipeline_parallel_size=2)
     found = until(lambda: len(both := endpoints(handle)) == 2 and both)
     assert found[0].incarnation != found[1].incarnation
-    everyone = {pid for ranks in told(handle, "rank_pids") for pid in ranks}
-    assert len(everyone) == 4
+    one, other = until(lambda: len(both := told(handle, "rank_pids")) == 2 and both)
+    assert len({*one, *other}) == 4
 
 
 def test_any_rank_s_death_is_told_and_mended(deployed, segments):
@@ -128,11 +127,7 @@ def test_any_rank_s_death_is_told_and_mended(deployed, segments):
     before = segments()
     handle = deployed(tensor_parallel_size=2, pipeline_parallel_size=2, **ROOM)
     where = endpoint(handle)
-    for number, why in (
-        (signal.SIGKILL, "died"),
-        (signal.SIGSTOP, "stopped"),
-        ("coordinator", "closed|connection failed"),
-    ):
+    for number, why in ((signal.SIGKILL, "died"), (signal.SIGSTOP, "stopped"), ("coordinator", "died")):
         ranks = pids(handle)
         victim = child_of(os.getpid(), "ray::ServeReplica:test:Group") if number == "coordinator" else ranks[-1]
 
@@ -147,7 +142,7 @@ def test_any_rank_s_death_is_told_and_mended(deployed, segments):
 
         ends = asyncio.run(main())
         assert all(isinstance(end, Failed) and end.code == "unavailable" for end in ends)
-        assert any(re.search(f"{why}|gone", end.message) for end in ends), ends
+        assert any(why in end.message or "gone" in end.message for end in ends), ends
         until(lambda ranks=ranks: not any(os.path.exists(f"/proc/{pid}") for pid in ranks))
         where = endpoint(handle, where)
     until(lambda: placement_groups() == 1)
@@ -171,7 +166,8 @@ def test_every_rank_s_blocks_survive_the_ranks(deployed, tmp_path):
     first, ranks = endpoint(handle), pids(handle)
     found, cached = asyncio.run(ask(first))
     assert cached == 0
-    until(lambda: len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2 * (7 + 1))
+    whole = lambda: [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".part"]  # noqa: E731
+    until(lambda: len(whole()) == 2 * (7 + 1))
     os.kill(ranks[1], signal.SIGKILL)
     assert asyncio.run(ask(endpoint(handle, first))) == (found, 96)
 
