@@ -39,7 +39,8 @@ def skald(tmp_path_factory: pytest.TempPathFactory, collector: Any) -> Iterator[
 def stories(tmp_path_factory: pytest.TempPathFactory, data: Callable[[str], Path]) -> Iterator[Server]:
     folder = data("model-stories260k/hf")
     flags = ("--model", str(folder), "--served-model-name", "stories", "--max-num-batched-tokens", "16")
-    server = start(tmp_path_factory.mktemp("stories"), *flags, *ROOM)
+    patient = ("--max-stream-buffer", "1000000")  # a client that is held up reads slowly
+    server = start(tmp_path_factory.mktemp("stories"), *flags, *patient, *ROOM)
     yield server
     assert server.stop() == 0, "".join(server.log)
 
