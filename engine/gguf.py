@@ -115,9 +115,9 @@ class Mapped:
     def release(self, part: npt.NDArray[np.uint8]) -> None:
         """These bytes of it won't be needed soon: they needn't count as this process's memory any longer."""
         if hasattr(self.memory, "madvise"):
-            start = part.ctypes.data - self.bytes.ctypes.data
-            page = start // mmap.PAGESIZE * mmap.PAGESIZE
-            self.memory.madvise(mmap.MADV_DONTNEED, page, start + part.nbytes - page)
+            first, last = (at - self.bytes.ctypes.data for at in np.lib.array_utils.byte_bounds(part))
+            page = first // mmap.PAGESIZE * mmap.PAGESIZE
+            self.memory.madvise(mmap.MADV_DONTNEED, page, last - page)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,12 @@ class Rows:
         width = self.stored.type.nbytes if self.single else 1
         return replace(self, data=self.data[start * width : stop * width])
 
+    def across(self, start: int, stop: int) -> tuple[Rows, int]:
+        """The blocks with these columns of each row, and where in them the first is."""
+        size, nbytes = self.stored.type.size, self.stored.type.nbytes
+        first, last = start // size, -(-stop // size)
+        return replace(self, data=self.data[..., first * nbytes : last * nbytes]), start - first * size
+
     def reshaped(self, *shape: int) -> Rows:
         """With these dimensions before the bytes."""
         return Rows(self.stored, self.data.reshape(*shape, -1))
@@ -76,6 +82,8 @@ class Filler:
     pieces: tuple[tuple[Rows, View], ...]
     """Where each part of the file goes: a view of the place that has the part's shape."""
     shift: float = 0.0
+    group: int = 1
+    """Rows that make one of the parts' first dimension."""
 
     @property
     def nbytes(self) -> int:
@@ -83,16 +91,16 @@ class Filler:
         return sum(rows.data.nbytes for rows, _ in self.pieces)
 
     def copy_to(self, place: Tensor, cut: Cut | None = None) -> None:
-        """Reads the file's part and fills `place`, of any dtype, strides and device. Some rows of a plain tensor are read
-        alone; else what is cut out comes from the whole."""
+        """Reads the file's part and fills `place`, of any dtype, strides and device. Of a cut, no more is made than the
+        groups of rows, or the blocks of columns, that it is in."""
         if cut is not None:
-            part = self._rows(cut)
-            if part is not None:
-                part.copy_to(place)
+            near, start = self._near(cut)
+            if near.shape == tuple(place.shape):
+                near.copy_to(place)
             else:
-                whole = torch.empty(self.shape, dtype=place.dtype)
-                self.copy_to(whole)
-                place.copy_(whole.narrow(cut.dim, cut.part.start, len(cut.part)))
+                made = torch.empty(near.shape, dtype=place.dtype)
+                near.copy_to(made)
+                place.copy_(made.narrow(cut.dim, start, len(cut.part)))
             return
         if tuple(place.shape) != self.shape:
             raise ConfigError(f"{self.original} has shape {list(self.shape)}, the model needs {list(place.shape)}")
@@ -105,14 +113,19 @@ class Filler:
     def fetch(self, cut: Cut | None = None) -> None:
         """Nothing: the threads that dequantise ask for several parts at once."""
 
-    def _rows(self, cut: Cut) -> Filler | None:
-        """The cut as a filler of its own, where it is a run of whole rows of the file."""
-        (rows, view), *others = self.pieces
-        packed = rows.single and rows.stored.type.size > 1
-        if others or view is not _as_it_is or cut.dim or packed:
-            return None
-        part = rows.part(cut.part.start, cut.part.stop)
-        return replace(self, shape=part.shape, pieces=((part, view),))
+    def _near(self, cut: Cut) -> tuple[Filler, int]:
+        """A filler of what is around the cut, and where in it that begins."""
+        rows, view = self.pieces[0]
+        start, stop = cut.part.start, cut.part.stop
+        if rows.single or (cut.dim and view is _as_it_is):
+            part, start = rows.across(start, stop)
+            return replace(self, shape=part.shape, pieces=((part, view),)), start
+        if cut.dim:
+            return self, start
+        first, last = start // self.group, -(-stop // self.group)
+        pieces = tuple((replace(rows, data=rows.data[first:last]), view) for rows, view in self.pieces)
+        shape = ((last - first) * self.group, *self.shape[1:])
+        return replace(self, shape=shape, pieces=pieces), start - first * self.group
 
 
 class GGUFCheckpoint:
@@ -208,10 +221,10 @@ def _permuted(name: str, original: str, rows: Rows, heads: int, head_dim: int) -
         return _plain(name, original, rows)
 
     def in_pairs(place: Tensor) -> Tensor:
-        return place.view(heads, 2, half, *place.shape[1:]).transpose(1, 2)
+        return place.view(-1, 2, half, *place.shape[1:]).transpose(1, 2)
 
     pairs = rows.reshaped(heads, half) if rows.single else rows.reshaped(heads, half, 2)
-    return Filler(name, original, rows.shape, ((pairs, in_pairs),))
+    return Filler(name, original, rows.shape, ((pairs, in_pairs),), group=head_dim)
 
 
 def _latent(name: str, keys: StoredTensor, stored: Mapping[str, StoredTensor], spec: Spec, facts: Latent) -> Filler:
@@ -226,12 +239,11 @@ def _latent(name: str, keys: StoredTensor, stored: Mapping[str, StoredTensor], s
             raise ConfigError(f"{tensor.name} has shape {list(tensor.shape)}, the model needs {list(needed)}")
 
     def for_keys(place: Tensor) -> Tensor:
-        return place.view(spec.heads, width, -1)[:, : facts.nope_dim].transpose(1, 2)
+        return place.view(-1, width, facts.kv_rank)[:, : facts.nope_dim].transpose(1, 2)
 
     def for_values(place: Tensor) -> Tensor:
-        return place.view(spec.heads, width, -1)[:, facts.nope_dim :]
+        return place.view(-1, width, facts.kv_rank)[:, facts.nope_dim :]
 
     pieces = (Rows(keys, keys.rows), for_keys), (Rows(values, values.rows), for_values)
-    return Filler(
-        name.replace(".k_b.", ".kv_b."), f"{keys.name} with {other}", (spec.heads * width, facts.kv_rank), pieces
-    )
+    name, shape = name.replace(".k_b.", ".kv_b."), (spec.heads * width, facts.kv_rank)
+    return Filler(name, f"{keys.name} with {other}", shape, pieces, group=width)

@@ -3,6 +3,7 @@ comes back."""
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,11 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvasir.engine import gguf_checkpoint
 from kvasir.engine.arch import load_spec
 from kvasir.engine.decoder import Decoder
 from kvasir.engine.errors import ConfigError
+from kvasir.engine.gguf import BlockType
+from kvasir.engine.gguf_blocks import fill
 from kvasir.engine.gguf_checkpoint import GGUFCheckpoint
+from kvasir.engine.mesh import Mesh, Place
 from kvasir.engine.rope import turning
+from kvasir.engine.share import Cut, share_of
 from kvasir.engine.spec import LongRope, Spec
 from kvasir.engine.weights import random_decoder
 
@@ -120,6 +126,17 @@ def fused_experts(tensors: Tensors, spec: Spec) -> Tensors:
     return permuted(out, spec)
 
 
+def halved_latent(tensors: Tensors, spec: Spec) -> Tensors:
+    """kv_b as its halves, that of the keys transposed: files since 2025."""
+    assert spec.latent
+    out = {name: w for name, w in tensors.items() if "attn_kv_b" not in name}
+    for name in tensors.keys() - out.keys():
+        heads = tensors[name].view(spec.heads, -1, spec.latent.kv_rank)
+        out[name.replace("kv_b", "k_b")] = heads[:, : spec.latent.nope_dim].transpose(1, 2)
+        out[name.replace("kv_b", "v_b")] = heads[:, spec.latent.nope_dim :]
+    return out
+
+
 def encoder(tensors: Tensors, spec: Spec) -> Tensors:
     names = {".attn_norm.": ".attn_output_norm.", ".ffn_norm.": ".layer_output_norm."}
     return {re.sub(r"\.attn_norm\.|\.ffn_norm\.", lambda m: names[m[0]], name): w for name, w in tensors.items()}
@@ -202,6 +219,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], Arrange]] = {
         {"model_type": "deepseek_v2", **LATENT, "num_key_value_heads": 4},
         LATENT_KEYS,
         lambda tensors, spec: tensors,
+    ),
+    "deepseek-2025": (
+        "deepseek2",
+        {"model_type": "deepseek_v2", **LATENT, "qk_nope_head_dim": 32, "num_key_value_heads": 4},
+        {**LATENT_KEYS, "attention.key_length": 40},
+        halved_latent,
     ),
     "jina-v2": ("jina-bert-v2", JINA, ENCODER_KEYS, encoder_fused),
     "jina-v2-split": ("jina-bert-v2", JINA, ENCODER_KEYS, encoder),
@@ -289,6 +312,48 @@ def test_quantised(kind: Q, dtype: torch.dtype, tmp_path: Path) -> None:
         own = kind if tensor.dim() > 1 else Q.F32
         exact = gguf.quants.dequantize(gguf.quants.quantize(expected[name].numpy(), own), own)
         assert torch.equal(tensor, torch.from_numpy(np.ascontiguousarray(exact)).to(dtype)), name
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [("llama-fused", Q.Q8_0), ("internlm3", Q.F16), ("mixtral-fused", Q.Q4_0), ("deepseek-2025", Q.Q8_0)],
+)
+def test_any_cut(case: str, kind: Q, tmp_path: Path) -> None:
+    """Within blocks and heads, too."""
+    arch, config, keys, arrange = CASES[case]
+    tensors = stored(load_spec({**SIZES, **config}), arrange)[1]
+    checkpoint = write(tmp_path / "model.gguf", arch, {**KEYS, **keys}, tensors, kind)
+    rng = random.Random(0)
+    for filler in checkpoint.tensors(load_spec(checkpoint.config())):
+        whole = torch.empty(filler.shape)
+        filler.copy_to(whole)
+        for dim, length in enumerate(filler.shape):
+            start, stop = sorted(rng.sample(range(length + 1), 2))
+            place = torch.empty_like(whole.narrow(dim, start, stop - start))
+            filler.copy_to(place, Cut(dim, range(start, stop)))
+            assert torch.equal(place, whole.narrow(dim, start, stop - start)), (filler.name, dim, start, stop)
+
+
+@pytest.mark.parametrize("case", ["mistral", "mixtral-fused", "deepseek-2025"])
+def test_no_number_is_dequantised_for_others(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads, rows and columns of two ranks; all that they have both is each one's own."""
+    arch, config, keys, arrange = CASES[case]
+    tensors = stored(load_spec({**SIZES, **config}), arrange)[1]
+    checkpoint = write(tmp_path / "model.gguf", arch, {**KEYS, **keys}, tensors, Q.Q8_0)
+    spec = load_spec(checkpoint.config())
+    made: list[int] = []
+
+    def noted(place: Tensor, rows: Tensor, kind: BlockType) -> None:
+        made.append(place.numel())
+        fill(place, rows, kind)
+
+    monkeypatch.setattr(gguf_checkpoint, "fill", noted)
+    for rank in range(2):
+        made.clear()
+        places = dict(Decoder(spec, torch.float32, CPU, own := share_of(spec, Mesh(Place(2, 1, rank)))).places())
+        for filler in checkpoint.tensors(spec):
+            filler.copy_to(places[filler.name], own.cut(filler.name))
+        assert sum(made) == sum(place.numel() for place in places.values())
 
 
 def test_norm_offsets_are_taken_off_before_rounding(tmp_path: Path) -> None:
