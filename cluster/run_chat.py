@@ -33,7 +33,8 @@ def run_chat(config: EngineConfig, args: argparse.Namespace) -> int:
     """Answer PROMPT or what a pipe brings, or talk until the user leaves."""
     from kvasir.engine import AsyncLLM
 
-    if " " in config.model and not args.prompt and not Path(config.model).exists():
+    here = os.path.exists(os.path.expanduser(config.model))  # Path's raises OSError for what is too long to be a name
+    if " " in config.model.partition(":")[0] and not args.prompt and not here:
         example = f"kvasir run skald {shlex.quote(config.model)}"
         raise ConfigError(f"{config.model!r} is no model; MODEL comes before PROMPT: {example}", param="model")
     options = dataclasses.asdict(config)

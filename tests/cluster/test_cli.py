@@ -325,10 +325,23 @@ def test_one_prompt_and_a_pipe(kvasir: Kvasir) -> None:
     assert "no prompt" in run.err
 
 
-def test_a_prompt_where_the_model_belongs(kvasir: Kvasir) -> None:
-    run = kvasir("run", "Who are you?")
+@pytest.mark.parametrize("prompt", ["Who are you?", "Who are you, and why? " * 20], ids=["short", "no file's name"])
+def test_a_prompt_where_the_model_belongs(kvasir: Kvasir, prompt: str) -> None:
+    run = kvasir("run", prompt)
     assert run.status == 1
-    assert "MODEL comes before PROMPT: kvasir run skald 'Who are you?'" in run.err
+    assert f"MODEL comes before PROMPT: kvasir run skald '{prompt}'" in run.err
+
+
+@pytest.mark.parametrize("model", ["~/my models", "nobody/nothing:my model.gguf"])
+def test_a_model_whose_name_has_a_space(
+    kvasir: Kvasir, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my models").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("kvasir.engine.hub._Source.fetch", lambda *_: tmp_path / "my models")
+    run = kvasir("run", model)
+    assert run.status == 1
+    assert ("it is empty" if model.startswith("~") else "no GGUF file matches 'my model.gguf'") in run.err
 
 
 # -- batch, bench, doctor
