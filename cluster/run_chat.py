@@ -40,6 +40,7 @@ def run_chat(config: EngineConfig, args: argparse.Namespace) -> int:
     options = dataclasses.asdict(config)
     llm = AsyncLLM(options.pop("model"), **options)
     try:
+        llm.engine.info.need("generate")
         conversation = Conversation(llm, args.system, _sampling(llm, args), verbose=args.verbose)
         with contextlib.closing(conversation):
             prompt = " ".join(args.prompt)

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from kvasir.cluster.batch_file import run_batch
+from kvasir.cluster.cli import main
 from kvasir.cluster.config import GatewayConfig
 from kvasir.cluster.gateway import create_app, create_grpc_server
 from kvasir.cluster.local_desk import local_desk
@@ -237,3 +238,9 @@ def write_gguf(gguf, folder, path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_a_chat_with_an_embedder_is_refused(minilm, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        main(["run", str(minilm), "Hello"])
+    assert "can't generate; what it can do: embed" in capsys.readouterr().err
