@@ -190,7 +190,8 @@ def wait_until_ready(app: str, gateways: int = 1) -> Addresses:
 
     noted = time.monotonic()
     while True:
-        status = serve.status().applications[app]
+        if (status := serve.status().applications.get(app)) is None:
+            raise StartError(f"application '{app}' was deleted while it started")
         if status.status == "DEPLOY_FAILED":
             raise StartError(failure_text(status))
         if status.status == "RUNNING":

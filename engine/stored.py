@@ -128,12 +128,16 @@ class Mxfp4:
 
 
 def fp8_tensor(name: str, weight: Tensor, scale: Tensor) -> Stored:
-    """Numbers of FP8 with their scales: see `dequantise.fp8`."""
+    """Numbers of FP8 with their scales: see `dequantise.fp8`. Reading them raises ConfigError where these don't fit each other:
+    what no model wants may be as it likes."""
     like = torch.empty(weight.shape, dtype=torch.bfloat16, device=META)
     if scale.numel() == 1:
         weight, scale = weight.flatten(0, -2) if weight.dim() > 1 else weight.reshape(1, -1), scale.reshape(1, 1)
-    block = fp8_block(name, weight, scale)
-    return Made(Mapped(weight), like, lambda rows, columns: fp8(weight, scale, block, rows, columns))
+
+    def make(rows: range, columns: range) -> Tensor:
+        return fp8(weight, scale, fp8_block(name, weight, scale), rows, columns)
+
+    return Made(Mapped(weight), like, make)
 
 
 def halved_tensor(paired: Stored, head_dim: int) -> Stored:

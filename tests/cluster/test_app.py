@@ -364,6 +364,9 @@ def test_ready_is_said_when_every_gateway_has_every_model(monkeypatch):
     monkeypatch.setattr(app, "_ask_gateways", ask)
     assert app.wait_until_ready(app.APP, 2) == here
     assert not told
+    monkeypatch.setattr(ray.serve, "status", lambda: SimpleNamespace(applications={}))
+    with pytest.raises(app.StartError, match="'kvasir' was deleted while it started"):
+        app.wait_until_ready(app.APP, 2)
 
 
 TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS")

@@ -215,10 +215,12 @@ def test_fp8_with_block_scales(checkpoint: Make, tmp_path: Path) -> None:
     spread = squares.repeat_interleave(128, 0)[:300].repeat_interleave(128, 1)[:, :200]
     one = fp8_tensor("w", (weight / spread).to(torch.float8_e4m3fn), squares)
     assert (one.read(one.like).float() - weight).abs().max() < 0.3
+    seven = fp8_tensor("w", weight.to(torch.float8_e4m3fn), torch.rand(7, 2))
     with pytest.raises(ConfigError, match="w: 300 numbers don't divide into 7 blocks"):
-        fp8_tensor("w", weight.to(torch.float8_e4m3fn), torch.rand(7, 2))
+        seven.read(seven.like)
+    deep = fp8_tensor("w", weight.to(torch.float8_e4m3fn).view(3, 100, 200), torch.rand(3, 200))
     with pytest.raises(ConfigError, match=r"w has shape \[3, 100, 200\], its scales have \[3, 200\]"):
-        fp8_tensor("w", weight.to(torch.float8_e4m3fn).view(3, 100, 200), torch.rand(3, 200))
+        deep.read(deep.like)
 
     source = checkpoint("Llama", tie_word_embeddings=True)[0]
     tensors = copied(source, tmp_path)
