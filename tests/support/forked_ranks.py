@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class Rank:
         self.stdin = os.fdopen(writer, "wb")
         self.pid = int.from_bytes(self._said.recv(4, socket.MSG_WAITALL), "little")
         self.returncode: int | None = None
+        self._asking = threading.Lock()  # who listens to the ranks polls while another waits
 
     def poll(self) -> int | None:
         return self._ended(socket.MSG_DONTWAIT)
@@ -72,16 +74,21 @@ class Rank:
 
     def kill(self) -> None:
         if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.pid, signal.SIGKILL)
 
     def _ended(self, flags: int) -> int | None:
-        if self.returncode is None:
-            try:
+        if not self._asking.acquire(blocking=not flags):
+            return self.returncode
+        try:
+            if self.returncode is None:
                 status = self._said.recv(4, flags | socket.MSG_WAITALL)
-            except BlockingIOError:
-                return None
-            self.returncode = int.from_bytes(status, "little", signed=True)
-            self._said.close()
+                self.returncode = int.from_bytes(status, "little", signed=True)
+                self._said.close()
+        except BlockingIOError:
+            pass
+        finally:
+            self._asking.release()
         return self.returncode
 
 
