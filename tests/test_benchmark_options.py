@@ -12,6 +12,14 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
+def begin(script: str, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `python benchmarks/SCRIPT.py GIVEN` does."""
+    for folder in (FOLDER / "peers", FOLDER):
+        monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(sys, "argv", [script, *given.split()])
+    importlib.import_module(script).main()
+
+
 @pytest.mark.parametrize(
     ("script", "given", "name"),
     [
@@ -43,11 +51,8 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 def test_what_would_be_ignored_is_refused(
     script: str, given: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for folder in (FOLDER / "peers", FOLDER):
-        monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setattr(sys, "argv", [script, *given.split()])
     with pytest.raises(SystemExit, match="2"):
-        importlib.import_module(script).main()
+        begin(script, given, monkeypatch)
     assert f"error: {name}" in capsys.readouterr().err
 
 
@@ -69,13 +74,11 @@ def test_what_would_be_ignored_is_refused(
 def test_what_is_missing_is_named(
     script: str, given: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for folder in (FOLDER / "peers", FOLDER):
-        monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.syspath_prepend(str(FOLDER))
     recorded = importlib.import_module("recorded")
     monkeypatch.setattr(recorded.recorded, "__defaults__", (Path("/absent"),))
-    monkeypatch.setattr(sys, "argv", [script, *given.split()])
     with pytest.raises(SystemExit) as ended:
-        importlib.import_module(script).main()
+        begin(script, given, monkeypatch)
     assert said in str(ended.value.code) + capsys.readouterr().err
 
 
